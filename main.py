@@ -1,0 +1,27 @@
+"""Stage 1, plain: distil a data set into a few synthetic images per class.
+
+    python main.py --dataset CIFAR10 --model ConvNet --ipc 10 --init real --method DSA \
+        --dsa_strategy color_crop_cutout_flip_scale_rotate
+"""
+
+import argparse
+
+from utils import arguments
+from utils.distill import run_stage1
+from utils.errors import run_script
+
+
+def get_args_parser() -> arguments.Parser:
+    """The flags of this script."""
+    parser = arguments.Parser(description="Distil a data set (no outliers).")
+    arguments.add_stage1(parser, save_path="result")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Distil without outliers."""
+    run_stage1(args, make_outliers=lambda real: None)
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(get_args_parser().parse_args()), "main.py")

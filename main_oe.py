@@ -1,0 +1,33 @@
+"""Stage 1, TrustDD with outlier exposure: distil images, and outliers from a pool of real ones.
+
+    python main_oe.py --dataset CIFAR10 --model ConvNet --ipc 10 --init real --method DSA \
+        --dsa_strategy color_crop_cutout_flip_scale_rotate --lambda_oe 0.5 --num_oe_per_class 10000
+"""
+
+import argparse
+
+from utils import arguments
+from utils.distill import run_stage1
+from utils.errors import run_script
+from utils.outliers import load_outlier_pool
+
+
+def get_args_parser() -> arguments.Parser:
+    """The flags of this script."""
+    parser = arguments.Parser(description="Distil a data set and real outliers (OE).")
+    arguments.add_stage1(parser, save_path="result-oe")
+    arguments.add_outliers(parser)
+    arguments.add_oe(parser)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Distil with a pool of real images as outliers."""
+    run_stage1(
+        args,
+        make_outliers=lambda real: load_outlier_pool(args.oe_data_path, real, args.num_oe_per_class, args.seed),
+    )
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(get_args_parser().parse_args()), "main_oe.py")

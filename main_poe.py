@@ -1,0 +1,30 @@
+"""Stage 1, TrustDD with pseudo-outlier exposure: distil images, and outliers made by corrupting training images.
+
+    python main_poe.py --dataset CIFAR10 --model ConvNet --ipc 10 --init real --method DSA \
+        --dsa_strategy color_crop_cutout_flip_scale_rotate --lambda_oe 0.5
+"""
+
+import argparse
+
+from utils import arguments
+from utils.distill import run_stage1
+from utils.errors import run_script
+from utils.outliers import PseudoOutliers
+
+
+def get_args_parser() -> arguments.Parser:
+    """The flags of this script."""
+    parser = arguments.Parser(description="Distil a data set and pseudo-outliers (POE).")
+    arguments.add_stage1(parser, save_path="result-poe")
+    arguments.add_outliers(parser)
+    arguments.add_poe(parser)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Distil with corrupted training images as outliers."""
+    run_stage1(args, make_outliers=lambda real: PseudoOutliers(real, tuple(args.corruptions)))
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(get_args_parser().parse_args()), "main_poe.py")

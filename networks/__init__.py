@@ -1,0 +1,40 @@
+"""The networks of `--model`. Parameter names and shapes equal those of published dataset-condensation checkpoints."""
+
+import torch
+from torch import nn
+
+from utils.errors import UserError, unknown_name
+
+from . import convnet, resnet, small, vgg
+from .common import initialize
+
+__all__ = ["MODEL_NAMES", "get_network", "initialize"]
+
+_NETWORKS = {**convnet.NETWORKS, **small.NETWORKS, **vgg.NETWORKS, **resnet.NETWORKS}
+MODEL_NAMES = tuple(_NETWORKS)
+
+
+def get_network(
+    name: str,
+    channel: int,
+    num_classes: int,
+    im_size: tuple[int, int],
+    generator: torch.Generator | None = None,
+) -> nn.Module:
+    """Build the network `name` on the CPU, in training mode.
+
+    Args:
+        name: one of `MODEL_NAMES`.
+        channel, im_size: the images are `[N, channel, *im_size]`.
+        num_classes: the logits are `[N, num_classes]`.
+        generator: the weights are drawn from it; without one from torch's global generator, as any `nn.Module`'s.
+    Raises:
+        UserError: for an unknown name, or a size below the smallest that the network takes (the message names it).
+    """
+    if name not in _NETWORKS:
+        raise UserError(unknown_name("model", name, MODEL_NAMES))
+    if generator is None:
+        return _NETWORKS[name](channel, num_classes, tuple(im_size))
+    with torch.device("meta"):
+        net = _NETWORKS[name](channel, num_classes, tuple(im_size))
+    return initialize(net.to_empty(device="cpu"), generator)

@@ -1,0 +1,301 @@
+"""Flags shared by the scripts, and the types that check their values."""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+from networks import MODEL_NAMES
+
+from .augment import DSA, DSA_ENTRIES, parse_strategy
+from .datasets import DATASET_NAMES
+from .errors import UserError, unknown_name
+from .matching import METRICS
+from .outliers import CORRUPTIONS, DEFAULT_CORRUPTIONS
+
+METHODS = ("DC", "DSA")
+LOOPS = {1: (1, 1), 2: (1, 1), 5: (10, 50), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that takes `-` and `_` alike in the names of flags, and answers errors in one line."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        self.add_argument("--is_parallel", nargs="?", action=_Refused, help=argparse.SUPPRESS)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
+        """As argparse does, after spelling every flag with `_`."""
+        args = sys.argv[1:] if args is None else args
+        namespace, rest = super().parse_known_args([_underscored(a) for a in args], namespace)
+        if hasattr(namespace, "is_parallel"):
+            del namespace.is_parallel
+        return namespace, rest
+
+    def error(self, message: str) -> None:
+        """One line on stderr, exit status 2."""
+        print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+class _Refused(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.error("--is_parallel: gone; several processes or GPUs are started with torchrun instead")
+
+
+def _underscored(argument: str) -> str:
+    """`--dsa-strategy=x-y` to `--dsa_strategy=x-y`; anything but a long flag stays as it is."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    return "--" + name.replace("-", "_") + equals + value
+
+
+def one_of(what: str, accepted: Iterable[str]) -> Callable[[str], str]:
+    """A type for names; its error lists what is accepted and points at the nearest."""
+    accepted = tuple(accepted)
+
+    def check(text: str) -> str:
+        if text not in accepted:
+            raise argparse.ArgumentTypeError(unknown_name(what, text, accepted))
+        return text
+
+    return check
+
+
+def count(least: int) -> Callable[[str], int]:
+    """A type for whole numbers of at least `least`."""
+
+    def check(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return value
+
+    return check
+
+
+def number(least: float, exclusive: bool = False) -> Callable[[str], float]:
+    """A type for finite numbers from `least` on (above it if `exclusive`)."""
+
+    def check(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value < least or (exclusive and value == least):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {'above' if exclusive else 'from'} {least:g}")
+        return value
+
+    return check
+
+
+def _strategy(text: str) -> str | None:
+    if text in ("None", "none", ""):
+        return None
+    try:
+        parse_strategy(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error).split(": ", 1)[1]) from None
+    return text
+
+
+def add_common(parser: Parser) -> None:
+    """What every stage takes: the data, the network, the method, the seed and the device."""
+    group = parser.add_argument_group("common")
+    group.add_argument(
+        "--method",
+        type=one_of("method", METHODS),
+        default="DC",
+        help="DC: gradient matching; DSA: the same under siamese augmentation, better from ipc 2 on",
+    )
+    group.add_argument(
+        "--dataset",
+        type=one_of("dataset", DATASET_NAMES),
+        default="CIFAR10",
+        help=f"one of {', '.join(DATASET_NAMES)}; npz and ImageFolder read your own data",
+    )
+    group.add_argument(
+        "--data_path",
+        default="data",
+        help="folder of the real data (with --dataset npz: the file); change it to share one copy between clones",
+    )
+    group.add_argument(
+        "--download",
+        choices=("none", "data", "all"),
+        nargs="?",
+        const="all",
+        default="data",
+        help="what may be fetched when it is not on disk: nothing, the data set, or outlier and OOD sets, too (large)",
+    )
+    group.add_argument(
+        "--im_size",
+        type=count(1),
+        default=None,
+        help="side of the images with --dataset ImageFolder (64 when left out)",
+    )
+    group.add_argument(
+        "--model",
+        type=one_of("model", MODEL_NAMES),
+        default="ConvNet",
+        help="the network; ConvNetW32 is the one for a laptop",
+    )
+    group.add_argument("--ipc", type=count(1), default=1, help="synthetic images per class")
+    group.add_argument(
+        "--seed", type=int, default=1, help="fixes everything random; change it for another independent run"
+    )
+    group.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda or cuda:N")
+
+
+def add_training(parser: Parser, num_eval: int) -> None:
+    """How networks are trained on a synthetic set."""
+    group = parser.add_argument_group("network training")
+    group.add_argument(
+        "--num_eval",
+        type=count(1),
+        default=num_eval,
+        help="fresh networks per evaluation; fewer are faster, more give a steadier mean",
+    )
+    group.add_argument(
+        "--epoch_eval_train",
+        type=count(1),
+        default=None,
+        help="epochs of one training; left out: 1000 with augmentation, else 300. Lower it for a quick look",
+    )
+    group.add_argument("--lr_net", type=number(0, exclusive=True), default=0.01, help="learning rate of the networks")
+    group.add_argument(
+        "--batch_train", type=count(1), default=256, help="batch of network training (of InD images, and of outliers)"
+    )
+    group.add_argument(
+        "--dsa_strategy",
+        type=_strategy,
+        default=None,
+        help=f"`_`-joined list of {', '.join(DSA_ENTRIES)}; leave out flip for digits and letters",
+    )
+
+
+def add_outlier_weight(parser: Parser) -> None:
+    """The weight of the outliers in network training."""
+    parser.add_argument(
+        "--lambda_oe",
+        type=number(0),
+        default=0.5,
+        help="weight of the outlier loss in network training; 0 trains as if there were none",
+    )
+
+
+def add_stage1(parser: Parser, save_path: str) -> None:
+    """All flags of a stage-1 script without outliers."""
+    add_common(parser)
+    add_training(parser, num_eval=20)
+    group = parser.add_argument_group("distillation")
+    group.add_argument(
+        "--eval_mode",
+        type=one_of("evaluation mode", ("S", "SS", "M", "B", "W", "D", "A", "P", "N")),
+        default="S",
+        help="which networks evaluate: S the same without BatchNorm, SS exactly the same, M several architectures, B BatchNorm ones, W widths, D depths, A activations, P poolings, N norms",
+    )
+    group.add_argument("--num_exp", type=count(1), default=5, help="independent distillations")
+    group.add_argument("--Iteration", type=count(0), default=1000, help="updates of the synthetic images")
+    group.add_argument(
+        "--eval_interval",
+        type=count(1),
+        default=500,
+        help="updates between two evaluations; the last update is always evaluated",
+    )
+    group.add_argument(
+        "--lr_img", type=number(0, exclusive=True), default=0.1, help="learning rate of the synthetic images"
+    )
+    group.add_argument(
+        "--batch_real", type=count(1), default=256, help="real images per class and step; lower it when memory is short"
+    )
+    group.add_argument(
+        "--init",
+        type=one_of("initialisation", ("noise", "real")),
+        default="noise",
+        help="noise or real images; real converges faster",
+    )
+    group.add_argument("--dis_metric", type=one_of("metric", METRICS), default="ours", help="distance of gradients")
+    group.add_argument(
+        "--outer_loop", type=count(1), default=None, help="matching steps per iteration; left out: by ipc, as published"
+    )
+    group.add_argument(
+        "--inner_loop",
+        type=count(0),
+        default=None,
+        help="epochs of network training between two matching steps; left out: by ipc, as published",
+    )
+    group.add_argument("--save_path", default=save_path, help="where run folders are made")
+
+
+def add_outliers(parser: Parser) -> None:
+    """What OE and POE share in stage 1."""
+    group = parser.add_argument_group("outliers")
+    group.add_argument("--batch_oe", type=count(1), default=256, help="outliers per slot and step")
+    add_outlier_weight(parser)
+
+
+def add_oe(parser: Parser) -> None:
+    """The pool of outlier exposure."""
+    group = parser.add_argument_group("outlier exposure")
+    group.add_argument(
+        "--oe_data_path",
+        default="data/300K_random_images.npy",
+        help="the pool: .npy (uint8 NHWC), .npz (key images), or a folder of images",
+    )
+    group.add_argument(
+        "--num_oe_per_class",
+        type=count(1),
+        default=10000,
+        help="outliers reserved for each class slot; slices shrink by themselves if the pool is small",
+    )
+
+
+def add_poe(parser: Parser) -> None:
+    """The corruptions of pseudo-outlier exposure."""
+    parser.add_argument(
+        "--corruptions",
+        nargs="+",
+        type=one_of("corruption", CORRUPTIONS),
+        default=list(DEFAULT_CORRUPTIONS),
+        help="slot c takes number c modulo their count; one alone is an ablation",
+    )
+
+
+def add_folder(parser: Parser, save_path: str, searched: Sequence[str]) -> None:
+    """How stages 2 and 3 find what the stage before wrote."""
+    group = parser.add_argument_group("files")
+    group.add_argument("--folder", default=None, help="name of the run folder to read; left out: the newest that fits")
+    group.add_argument(
+        "--load_path", default=None, help=f"root to look for --folder in; left out: {', '.join(searched)}"
+    )
+    group.add_argument(
+        "--is_load_oe", action="store_true", help="look only where runs with outliers (OE, POE) are written"
+    )
+    group.add_argument("--save_path", default=save_path, help="where run folders are made")
+
+
+def dsa_of(args: argparse.Namespace) -> DSA | None:
+    """The siamese augmentation that the flags ask for.
+
+    Raises:
+        UserError: for method DSA without a strategy.
+    """
+    if args.method == "DC":
+        return None
+    if args.dsa_strategy is None:
+        raise UserError("--method DSA needs --dsa_strategy, e.g. color_crop_cutout_flip_scale_rotate")
+    return DSA(parse_strategy(args.dsa_strategy))
+
+
+def loops_of(args: argparse.Namespace) -> tuple[int, int, str]:
+    """Outer and inner loop: as given, else by ipc as published; and a line for the log where ipc is not in the table."""
+    outer, inner = LOOPS.get(args.ipc, (args.ipc, max(1, round(500 / args.ipc))))
+    notice = "" if args.ipc in LOOPS else f"ipc {args.ipc} has no published loops: outer {outer}, inner {inner} by rule"
+    given = (args.outer_loop, args.inner_loop)
+    if None not in given:
+        notice = ""
+    return given[0] if given[0] is not None else outer, given[1] if given[1] is not None else inner, notice

@@ -1,0 +1,180 @@
+"""Stage 1: distil, evaluate, save. The three main scripts differ in where their outliers come from, in nothing else."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from networks import get_network
+
+from .arguments import dsa_of, loops_of
+from .augment import dc_augmentation
+from .datasets import RealData, load_dataset
+from .devices import choose_device
+from .matching import GradientMatching, MatchSettings
+from .outliers import OutlierPool, PseudoOutliers
+from .rng import generator
+from .runs import RunFolder
+from .synthetic import SyntheticSet, result_name, save_synthetic
+from .training import TrainSettings, accuracy, train_network
+from .visualize import save_grid
+
+Outliers = OutlierPool | PseudoOutliers | None
+
+EVAL_MODES = {
+    "M": ("MLP", "ConvNet", "LeNet", "AlexNet", "VGG11", "ResNet18"),
+    "B": ("ConvNetBN", "ConvNetASwishBN", "AlexNetBN", "VGG11BN", "ResNet18BN"),
+    "W": ("ConvNetW32", "ConvNetW64", "ConvNetW128", "ConvNetW256"),
+    "D": ("ConvNetD1", "ConvNetD2", "ConvNetD3", "ConvNetD4"),
+    "A": ("ConvNetAS", "ConvNetAR", "ConvNetAL", "ConvNetASwish"),
+    "P": ("ConvNetNP", "ConvNetMP", "ConvNetAP"),
+    "N": ("ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetIN", "ConvNetGN"),
+}
+
+
+def evaluation_models(mode: str, model: str) -> tuple[str, ...]:
+    """The networks of `--eval_mode`."""
+    if mode == "S":
+        return (model.replace("BN", ""),)
+    return EVAL_MODES.get(mode, (model,))
+
+
+def mean_std(values: list[float]) -> str:
+    """`mean ± std` in percent."""
+    return f"{100 * np.mean(values):.2f} ± {100 * np.std(values):.2f} %"
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """What the stage-1 loop needs to know beside its method."""
+
+    method: str
+    model: str
+    ipc: int
+    num_exp: int
+    iterations: int
+    eval_interval: int
+    eval_last_only: bool
+    num_eval: int
+    models_eval: tuple[str, ...]
+    training: dict[str, TrainSettings]
+    seed: int
+
+
+def evaluation_settings(
+    args: argparse.Namespace, models: tuple[str, ...], lambda_oe: float
+) -> dict[str, TrainSettings]:
+    """How each evaluation network is trained: DSA's augmentation, DC's, or none; 1000 epochs with one, else 300."""
+    settings = {}
+    for model in models:
+        augmentation = dsa_of(args) if args.method == "DSA" else dc_augmentation(args.dataset, model)
+        epochs = args.epoch_eval_train or (1000 if augmentation else 300)
+        settings[model] = TrainSettings(epochs, args.lr_net, args.batch_train, lambda_oe, augmentation)
+    return settings
+
+
+def run_stage1(args: argparse.Namespace, make_outliers: Callable[[RealData], Outliers]) -> None:
+    """Everything that a main script does after parsing; `make_outliers` gives its source of outliers."""
+    device = choose_device(args.device)
+    dsa = dsa_of(args)
+    outer_loop, inner_loop, notice = loops_of(args)
+    lambda_oe = getattr(args, "lambda_oe", 0.0)
+    models = evaluation_models(args.eval_mode, args.model)
+    real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none").to(device)
+    for model in models:  # a network that does not fit must be known before hours of distillation
+        get_network(model, real.channel, real.num_classes, real.im_size, generator(args.seed))
+    outliers = make_outliers(real)
+    method = GradientMatching(
+        real,
+        outliers,
+        MatchSettings(
+            args.model, args.ipc, args.seed, args.lr_img, args.lr_net, args.batch_real, getattr(args, "batch_oe", 0),
+            args.batch_train, lambda_oe, args.dis_metric, args.init, outer_loop, inner_loop, dsa,
+        ),
+    )  # fmt: skip
+    settings = DistillSettings(
+        args.method, args.model, args.ipc, args.num_exp, args.Iteration, args.eval_interval,
+        args.eval_mode not in ("S", "SS"), args.num_eval, models, evaluation_settings(args, models, lambda_oe), args.seed,
+    )  # fmt: skip
+    run = RunFolder.create(args.save_path, args.method, args.dataset, args.model, args.ipc)
+    run.save_args(vars(args), outer_loop=outer_loop, inner_loop=inner_loop, device=str(device))
+    for line in _notices(args, models, notice, outliers):
+        run.log(line)
+    distill(method, real, settings, run)
+
+
+def _notices(args: argparse.Namespace, models: tuple[str, ...], loops: str, outliers: Outliers) -> list[str]:
+    """What the user should know before the run starts."""
+    lines = [loops, outliers.notice if outliers else ""]
+    if args.method == "DC" and args.dsa_strategy:
+        lines.append(f"--dsa_strategy {args.dsa_strategy} is not used by --method DC")
+    if args.eval_mode == "S" and models != (args.model,):
+        lines.append(f"--eval_mode S evaluates {models[0]} instead of {args.model}; --eval_mode SS keeps BatchNorm")
+    return [line for line in lines if line]
+
+
+def distill(method: GradientMatching, real: RealData, settings: DistillSettings, run: RunFolder) -> None:
+    """Run all experiments; evaluate and save as the settings say; log the mean accuracy at the end."""
+    run.log(f"run folder: {run.path}")
+    finished: list[SyntheticSet] = []
+    accs: dict[str, list[float]] = {model: [] for model in settings.models_eval}
+    for exp in range(settings.num_exp):
+        method.start(exp)
+        with run.progress(settings.iterations, f"exp {exp}") as progress:
+            for it in range(settings.iterations + 1):
+                last = it == settings.iterations
+                if last or (it % settings.eval_interval == 0 and not settings.eval_last_only):
+                    found = evaluate(method.synthetic(), real, settings, run, exp, it)
+                    newest = method.synthetic().detached_cpu()
+                    _save(run, settings, real, [*finished, newest], _joined(accs, found), exp, it)
+                if not last:
+                    progress.step(**method.iterate(it))
+        finished.append(newest)
+        accs = _joined(accs, found)
+    for model, values in accs.items():
+        run.log(f"{model}: accuracy {mean_std(values)} ({len(values)} networks, {settings.num_exp} experiments)")
+    run.log(f"distilled set: {run.path / result_name(settings.method, real.name, settings.model, settings.ipc)}")
+
+
+def _joined(accs: dict[str, list[float]], found: dict[str, list[float]]) -> dict[str, list[float]]:
+    return {model: accs[model] + found[model] for model in accs}
+
+
+def evaluate(
+    synthetic: SyntheticSet, real: RealData, settings: DistillSettings, run: RunFolder, exp: int, it: int
+) -> dict[str, list[float]]:
+    """Train `num_eval` fresh networks of each evaluation model on the synthetic set; return their test accuracies."""
+    found = {}
+    for model in settings.models_eval:
+        values = []
+        for index in range(settings.num_eval):
+            key = ("evaluate", exp, it, model, index)
+            net = get_network(model, real.channel, real.num_classes, real.im_size, generator(settings.seed, *key))
+            net = train_network(net.to(real.device), synthetic, settings.training[model], settings.seed, key)
+            values.append(accuracy(net, real.test_images, real.labels_test))
+        run.log(
+            f"exp {exp} iteration {it}: {model} accuracy {mean_std(values)} "
+            f"({len(values)} networks, {settings.training[model].epochs} epochs)"
+        )
+        found[model] = values
+    return found
+
+
+def _save(
+    run: RunFolder,
+    settings: DistillSettings,
+    real: RealData,
+    sets: list[SyntheticSet],
+    accs: dict[str, list[float]],
+    exp: int,
+    it: int,
+) -> None:
+    """Write the distilled sets so far and a picture of the newest."""
+    s = settings
+    about = {"method": s.method, "model": s.model, "ipc": s.ipc, "seed": s.seed, "iteration": it, "experiment": exp}
+    save_synthetic(run.path / result_name(s.method, real.name, s.model, s.ipc), sets, accs, real, about)
+    for prefix, images in (("vis", sets[-1].images), ("vis_oe", sets[-1].images_oe)):
+        if images is not None:
+            name = f"{prefix}_{s.method}_{real.name}_{s.model}_{s.ipc}ipc_exp{exp}_iter{it}.png"
+            save_grid(run.path / name, real.denormalize(images.to(real.device)).cpu(), s.ipc)

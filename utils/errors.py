@@ -1,0 +1,28 @@
+"""Errors that a user can mend: one line, exit status 2, no traceback."""
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(ValueError):
+    """A wrong flag, file or data set. The message is one line that says what was found and what to do."""
+
+
+def unknown_name(what: str, name: str, accepted: Iterable[str]) -> str:
+    """The message for a name that is not among `accepted`; it lists them all and points at the nearest one."""
+    accepted = list(accepted)
+    by_lower = {a.lower(): a for a in reversed(accepted)}
+    nearest = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.4)
+    hint = f"; did you mean {by_lower[nearest[0]]}?" if nearest else ""
+    return f"unknown {what} {name!r}{hint} Accepted: {', '.join(accepted)}"
+
+
+def run_script(main: Callable[[], None], prog: str) -> None:
+    """Call `main()`; turn a `UserError` into one line on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        line = " ".join(str(error).split())
+        print(f"{prog}: error: {line}", file=sys.stderr, flush=True)
+        sys.exit(2)

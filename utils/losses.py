@@ -1,0 +1,29 @@
+"""Losses of the method."""
+
+import torch
+import torch.nn.functional as F
+
+
+def uniform_cross_entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy from the uniform distribution to the softmax of `logits`, mean over the batch.
+
+    Args:
+        logits: `[N, num_classes]`.
+    Returns:
+        A scalar, `mean_n( logsumexp_k z_nk - mean_k z_nk )`; its minimum, `log(num_classes)`, is reached at constant
+        logits. This is the outlier loss of Outlier Exposure (Hendrycks et al., ICLR 2019, section 4).
+    """
+    return (logits.logsumexp(dim=1) - logits.mean(dim=1)).mean()
+
+
+def joint_loss(logits: torch.Tensor, labels: torch.Tensor, lambda_oe: float) -> torch.Tensor:
+    """Cross-entropy of the labelled rows plus `lambda_oe` times the uniform cross-entropy of the others.
+
+    Args:
+        logits: `[N + M, num_classes]`; the first N rows are labelled images, the last M (may be none) are outliers.
+        labels: int64 `[N]`.
+        lambda_oe: weight of the outlier term.
+    """
+    n = len(labels)
+    loss = F.cross_entropy(logits[:n], labels)
+    return loss if len(logits) == n else loss + lambda_oe * uniform_cross_entropy(logits[n:])

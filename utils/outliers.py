@@ -1,0 +1,189 @@
+"""Where outliers come from: a pool of real images (OE), or corrupted training images (POE).
+
+An outlier source has `draw(slot, n, generator)`, normalised outliers `[n, C, H, W]` of one class slot, and `notice`, a
+line for the log or "".
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .datasets import RealData
+from .errors import UserError, unknown_name
+from .readers import conform, images_to_nchw, list_images, read_images, read_npy, read_npz
+from .rng import generator as keyed_generator
+
+PIXELATE = 0.2
+DEFAULT_CORRUPTIONS = ("jigsaw", "invert", "pixelate", "gauss-speckle")
+
+
+def jigsaw(images: torch.Tensor) -> torch.Tensor:
+    """Rearrange the quarters; a last odd row or column stays where it is."""
+    height, width = images.shape[2:]
+    half, half_w = height // 2, width // 2
+    quarter, quarter_w = height // 4, width // 4
+    bottom, right = 2 * half, 2 * half_w
+    a, b = images[..., quarter:half, :half_w], images[..., :quarter, :half_w]
+    d, e = images[..., half:bottom, :half_w], images[..., half:bottom, half_w:right]
+    f, g = images[..., :half, half_w + quarter_w : right], images[..., :half, half_w : half_w + quarter_w]
+    upper = torch.cat([torch.cat([a, b], 2), d], 3)
+    lower = torch.cat([e, torch.cat([f, g], 3)], 3)
+    out = images.clone()
+    out[..., :bottom, :right] = torch.cat([upper, lower], 2)
+    return out
+
+
+def invert(images: torch.Tensor) -> torch.Tensor:
+    """Channels 1 and 2 become 1-x, channel 0 stays; one-channel images become 1-x."""
+    if images.shape[1] == 1:
+        return 1 - images
+    return torch.cat([images[:, :1], 1 - images[:, 1:]], 1)
+
+
+def _box_weights(length: int, out: int) -> torch.Tensor:
+    """`[out, length]`: the averaging weights of PIL's box filter, which takes whole pixels by their centres."""
+    scale = length / out
+    support = 0.5 * max(scale, 1.0)
+    weights = torch.zeros(out, length)
+    for i in range(out):
+        centre = (i + 0.5) * scale
+        first, last = max(int(centre - support + 0.5), 0), min(int(centre + support + 0.5), length)
+        weights[i, first:last] = 1 / (last - first)
+    return weights
+
+
+def pixelate(images: torch.Tensor) -> torch.Tensor:
+    """Box-average down to a fifth of the size, then nearest up again (`PIL.Image.BOX` twice)."""
+
+    def blocks(length: int) -> torch.Tensor:
+        small = max(int(PIXELATE * length), 1)
+        return (_box_weights(small, length) @ _box_weights(length, small)).to(images)
+
+    height, width = images.shape[2:]
+    return blocks(height) @ images @ blocks(width).T
+
+
+def rgb_ghost(images: torch.Tensor) -> torch.Tensor:
+    """Channels (1 mirrored left-right, 2, 0); one channel: mirrored."""
+    if images.shape[1] == 1:
+        return images.flip(3)
+    return torch.stack([images[:, 1].flip(2), images[:, 2], images[:, 0]], 1)
+
+
+def _speckle(images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    return (images + images * noise.to(images.device, non_blocking=True)).clamp(0, 1)
+
+
+def _partners(images: torch.Tensor, g: torch.Generator | None) -> torch.Tensor:
+    """For each image another image of the batch, at random (itself in a batch of one)."""
+    ring = torch.randperm(len(images), generator=g)
+    partner = torch.empty_like(ring)
+    partner[ring] = ring.roll(1)
+    return images[partner.to(images.device)]
+
+
+CORRUPTIONS = {
+    "jigsaw": lambda x, g: jigsaw(x),
+    "invert": lambda x, g: invert(x),
+    "pixelate": lambda x, g: pixelate(x),
+    "rgb-ghost": lambda x, g: rgb_ghost(x),
+    "gauss-speckle": lambda x, g: _speckle(x, torch.randn(x.shape, generator=g)),
+    "uniform-speckle": lambda x, g: _speckle(x, torch.rand(x.shape, generator=g)),
+    "avg-mean": lambda x, g: (x + _partners(x, g)) / 2,
+    "geo-mean": lambda x, g: (x * _partners(x, g)).sqrt(),
+}
+
+
+def corrupt(images: torch.Tensor, name: str, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Corrupt a batch of images.
+
+    Args:
+        images: `[N, C, H, W]` in [0, 1], one or three channels.
+        name: one of `CORRUPTIONS`.
+        generator: a CPU generator for the random ones; without it torch's global one.
+    Returns:
+        Images of the same shape in [0, 1]; the input is not changed.
+    Raises:
+        UserError: for an unknown name.
+    """
+    if name not in CORRUPTIONS:
+        raise UserError(unknown_name("corruption", name, CORRUPTIONS))
+    return CORRUPTIONS[name](images, generator)
+
+
+@dataclass(frozen=True)
+class PseudoOutliers:
+    """POE: slot c serves training images under corruption `c mod len(corruptions)`. Only the drawn batch is corrupted."""
+
+    real: RealData
+    corruptions: tuple[str, ...] = DEFAULT_CORRUPTIONS
+    notice: str = ""
+
+    def draw(self, slot: int, n: int, generator: torch.Generator) -> torch.Tensor:
+        """`n` (or as many as there are) different training images of any class, corrupted and normalised."""
+        indices = torch.randperm(len(self.real.images_train), generator=generator)[:n]
+        images = self.real.unit_train(indices)
+        return self.real.normalize(corrupt(images, self.corruptions[slot % len(self.corruptions)], generator))
+
+
+@dataclass(frozen=True)
+class OutlierPool:
+    """OE: disjoint random slices of a pool of images, one for each class slot.
+
+    `images`: uint8 `[N, C, H, W]`, possibly memory-mapped; `slices`: int64 `[num_classes, per_slot]` into it.
+    """
+
+    real: RealData
+    images: torch.Tensor
+    slices: torch.Tensor
+    notice: str = ""
+
+    def draw(self, slot: int, n: int, generator: torch.Generator) -> torch.Tensor:
+        """`n` (or as many as the slice has) different images of the slot's slice, in the data set's shape, normalised."""
+        chosen = self.slices[slot][torch.randperm(self.slices.shape[1], generator=generator)[:n]]
+        images = self.images[chosen.to(self.images.device)].to(self.real.device, non_blocking=True)
+        return self.real.normalize(conform(images, self.real.channel, self.real.im_size))
+
+
+def read_image_pool(path: str | Path, channel: int, im_size: tuple[int, int], flag: str) -> torch.Tensor:
+    """Images of a `.npy` file, an `.npz` file (key `images`) or a folder, uint8 `[N, C, H, W]`.
+
+    A `.npy` file is memory-mapped. Arrays keep their own size and channels; images of a folder are decoded to `channel`
+    and `im_size`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = list_images(path)
+        if not files:
+            raise UserError(f"{flag}: {path} holds no images")
+        return read_images(files, channel, im_size, flag)
+    if path.suffix == ".npz":
+        return images_to_nchw(read_npz(path, ["images"], flag)[0], path, flag)
+    return images_to_nchw(read_npy(path, flag), path, flag)
+
+
+def load_outlier_pool(path: str | Path, real: RealData, per_slot: int, seed: int) -> OutlierPool:
+    """Read a pool and cut a random permutation of it into `num_classes` disjoint slices of `per_slot`.
+
+    A pool too small for that is cut into slices of `N // num_classes`; `notice` says so.
+    """
+    images = read_image_pool(path, real.channel, real.im_size, "--oe_data_path")
+    fits = len(images) // real.num_classes
+    if not fits:
+        raise UserError(
+            f"--oe_data_path: {path} has {len(images)} images; {real.num_classes} classes need at least one each"
+        )
+    notice = ""
+    if fits < per_slot:
+        notice = (
+            f"{path} has {len(images)} images, too few for {per_slot} per class: the slices shrink to {fits} "
+            f"(N // num_classes = {len(images)} // {real.num_classes})"
+        )
+        per_slot = fits
+    order = torch.randperm(len(images), generator=keyed_generator(seed, "outlier slices"))
+    slices = order[: real.num_classes * per_slot].view(real.num_classes, per_slot)
+    if real.device.type == "cuda":  # the whole of what is used lives beside the real data
+        images = images[slices.flatten()].to(real.device)
+        slices = torch.arange(slices.numel()).view_as(slices)
+    return OutlierPool(real, images, slices, notice)

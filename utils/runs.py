@@ -1,0 +1,179 @@
+"""Run folders: where they are, how files get into them, what is logged and how progress is shown."""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from .errors import UserError
+
+VERSION = 1
+STAGE1_ROOTS = ("result", "result-oe", "result-poe")
+STAGE2_ROOTS = ("result-model-synthetic-no-oe", "result-model-synthetic-oe")
+LOG_EVERY = 10
+
+
+def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it to the disk, then rename it to `path`.
+
+    Raises:
+        UserError: when the disk is full or the folder is read-only; `path` is then as it was before.
+    """
+    path = Path(path)
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            try:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+                os.chmod(file.name, 0o644)
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        raise UserError(f"cannot write {path}: {error}. Free space or choose another --save_path") from None
+
+
+def save_pt(path: Path, value: object) -> None:
+    """`torch.save` that either completes or leaves the old file."""
+    atomic_write(path, lambda file: torch.save(value, file))
+
+
+def save_text(path: Path, text: str) -> None:
+    """Write a text file that either completes or leaves the old one."""
+    atomic_write(path, lambda file: file.write(text.encode()))
+
+
+class RunFolder:
+    """A folder that belongs to one run: its log and its files."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+
+    @classmethod
+    def create(cls, root: str | Path, *parts: str | int, name: str | None = None) -> "RunFolder":
+        """Make `root/parts…/<name>`, by default named by the time, `YYYYMMDD-HHMMSS`; two runs never share one.
+
+        A name that is taken gets a suffix: `-2`, `-3`, ….
+        """
+        parent = Path(root).joinpath(*map(str, parts))
+        name = name or datetime.now().strftime("%Y%m%d-%H%M%S")
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            attempt = 1
+            while True:
+                path = parent / (name if attempt == 1 else f"{name}-{attempt}")
+                try:
+                    path.mkdir()
+                    return cls(path)
+                except FileExistsError:
+                    attempt += 1
+        except OSError as error:
+            raise UserError(f"--save_path: cannot make a folder in {parent}: {error}") from None
+
+    def log(self, message: str) -> None:
+        """Print a line, and append it with the time to `logs.txt`."""
+        print(message, flush=True)
+        self.log_file_only(message)
+
+    def log_file_only(self, message: str) -> None:
+        """Append a line with the time to `logs.txt`."""
+        with open(self.path / "logs.txt", "a", encoding="utf-8") as file:
+            file.write(f"[{datetime.now():%Y-%m-%d %H:%M:%S}] {message}\n")
+
+    def save_args(self, args: dict, **more: object) -> None:
+        """Write the flags of the run, and `more`, to `args` as JSON."""
+        about = {"flags": args, "command": sys.argv, "started": datetime.now().isoformat(timespec="seconds"), **more}
+        about["versions"] = {"trustdd": VERSION, "python": sys.version.split()[0], "torch": torch.__version__}
+        save_text(self.path / "args", json.dumps(about, indent=1, default=str) + "\n")
+
+    @contextmanager
+    def progress(self, total: int, what: str, start: int = 0) -> Iterator["Progress"]:
+        """Show the progress of a loop: a bar on a terminal, else a log line every ten steps."""
+        progress = Progress(self, total, what, start)
+        try:
+            yield progress
+        finally:
+            progress.close()
+
+
+class Progress:
+    """Counts the steps of a loop and shows the values of the newest one.
+
+    Values may be tensors on any device: they are read only when they are shown.
+    """
+
+    def __init__(self, run: RunFolder, total: int, what: str, start: int = 0):
+        self.run, self.total, self.what, self.count, self.first = run, total, what, start, start
+        self.began = time.monotonic()
+        self.bar = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, desc=what, initial=start, leave=False, dynamic_ncols=True)
+
+    def step(self, **values: torch.Tensor | float) -> None:
+        """Count one step."""
+        self.count += 1
+        if self.bar is not None:
+            self.bar.update()
+        if self.count % LOG_EVERY and self.count != self.total:
+            return
+        text = "  ".join(f"{name} {float(value):.4f}" for name, value in values.items())
+        rate = (time.monotonic() - self.began) / (self.count - self.first)
+        line = f"{self.what}: {self.count}/{self.total}  {text}  left {(self.total - self.count) * rate:.0f} s"
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+            self.run.log_file_only(line)
+        else:
+            self.run.log(line)
+
+    def close(self) -> None:
+        """Take the bar off the terminal."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def find_run_folder(
+    roots: Sequence[str | Path], parts: Sequence[str | int], folder: str | None, holds: str, flag_roots: str
+) -> Path:
+    """Find a run folder that an earlier stage wrote.
+
+    Args:
+        roots: the save paths to look under.
+        parts: method, dataset, model and ipc, the sub-folders of a root.
+        folder: its name; None takes the newest one.
+        holds: a glob pattern of a file that the folder must hold.
+        flag_roots: how the message names the place that was searched, e.g. `--load_path`.
+    Raises:
+        UserError: when there is none, or when several roots have one of that name.
+    """
+    if folder is not None and (Path(folder).name != folder or folder in ("", ".", "..")):
+        raise UserError(f"--folder: {folder!r} is not the name of a folder; give the name alone, e.g. 20230206-232257")
+    places = [Path(root).joinpath(*map(str, parts)) for root in roots]
+    named = [place / folder for place in places] if folder else [p for place in places for p in _folders(place)]
+    there = [path for path in named if path.is_dir()]
+    found = [path for path in there if any(path.glob(holds))]
+    where = ", ".join(map(str, places))
+    if not found:
+        what = f"--folder: no {folder}" if folder else "no run folder"
+        bare = f" ({', '.join(map(str, there[:3]))} has no {holds})" if there else ""
+        raise UserError(f"{what} under {where}{bare}. Run the stage before, or give {flag_roots} and --folder")
+    if folder and len(found) > 1:
+        raise UserError(
+            f"--folder: {folder} is there {len(found)} times: {', '.join(map(str, found))}. Give {flag_roots}"
+        )
+    return max(found, key=lambda path: path.stat().st_ctime)
+
+
+def _folders(place: Path) -> list[Path]:
+    return [p for p in place.iterdir() if p.is_dir()] if place.is_dir() else []

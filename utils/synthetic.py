@@ -1,0 +1,112 @@
+"""The synthetic set: what distillation makes and network training reads."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .datasets import RealData
+from .errors import UserError
+from .readers import read_pt
+from .runs import VERSION, save_pt
+
+
+@dataclass(frozen=True)
+class SyntheticSet:
+    """Distilled images, sorted by class, and (OE, POE) as many distilled outliers.
+
+    `images`, `images_oe`: float32 `[num_classes·ipc, C, H, W]`, normalised; `labels`: int64 `[num_classes·ipc]`.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    images_oe: torch.Tensor | None = None
+
+    def to(self, device: torch.device | str) -> "SyntheticSet":
+        """The same set on `device`."""
+        oe = None if self.images_oe is None else self.images_oe.to(device)
+        return SyntheticSet(self.images.to(device), self.labels.to(device), oe)
+
+    def detached_cpu(self) -> "SyntheticSet":
+        """A copy on the CPU that later updates do not change."""
+        oe = None if self.images_oe is None else self.images_oe.detach().cpu().clone()
+        return SyntheticSet(self.images.detach().cpu().clone(), self.labels.cpu(), oe)
+
+    def without_outliers(self) -> "SyntheticSet":
+        """The labelled images alone."""
+        return SyntheticSet(self.images, self.labels)
+
+
+def result_name(method: str, dataset: str, model: str, ipc: int) -> str:
+    """The file name of a distilled set."""
+    return f"res_{method}_{dataset}_{model}_{ipc}ipc.pt"
+
+
+def save_synthetic(
+    path: Path, sets: Sequence[SyntheticSet], accs: dict[str, list[float]], real: RealData, about: dict
+) -> None:
+    """Write the distilled sets of all experiments so far, in the layout of the published code.
+
+    `about` (plain values) is stored beside, with the normalisation, so that the file explains itself.
+    """
+    content: dict = {"data": [[s.images, s.labels] for s in sets], "accs_all_exps": accs}
+    if sets and sets[0].images_oe is not None:
+        content["data_oe"] = [[s.images_oe, torch.zeros_like(s.labels)] for s in sets]
+    normalisation = {"mean": list(real.mean), "std": list(real.std)}
+    content |= {"normalisation": normalisation, "dataset": real.name, "num_classes": real.num_classes}
+    save_pt(path, content | {"about": about, "version": VERSION})
+
+
+def load_synthetic(path: str | Path, exp_idx: int = 0, real: RealData | None = None) -> SyntheticSet:
+    """Read one experiment of a distilled set, also one that the published code wrote.
+
+    Args:
+        path: a `res_….pt` file.
+        exp_idx: which experiment.
+        real: the data set it must fit in image shape and class count, if given.
+    Raises:
+        UserError: when the file is damaged, not a distilled set, of other data, or has no such experiment.
+    """
+    path = Path(path)
+    content = read_pt(path, "distilled set")
+    if not isinstance(content, dict) or not isinstance(content.get("data"), list):
+        raise UserError(f"{path} is no distilled set: it has no list 'data'. Give the res_….pt file of stage 1")
+    if not 0 <= exp_idx < len(content["data"]):
+        raise UserError(f"--exp_idx {exp_idx}: {path} holds {len(content['data'])} experiments, counted from 0")
+    images, labels = _pair(content["data"], exp_idx, path)
+    images_oe = None
+    if "data_oe" in content:
+        if not isinstance(content["data_oe"], list) or exp_idx >= len(content["data_oe"]):
+            raise UserError(f"{path} is no distilled set: its 'data_oe' has no experiment {exp_idx}")
+        images_oe, _ = _pair(content["data_oe"], exp_idx, path)
+        if images_oe.shape[1:] != images.shape[1:]:
+            raise UserError(f"{path} is damaged: images and outliers differ in shape")
+    if real is not None:
+        _check_fits(images, labels, real, path, str(content.get("dataset", real.name)))
+    return SyntheticSet(images, labels, images_oe)
+
+
+def _pair(entries: list, index: int, path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and labels of one experiment, checked."""
+    entry = entries[index]
+    if not isinstance(entry, (list, tuple)) or len(entry) != 2 or not all(isinstance(t, torch.Tensor) for t in entry):
+        raise UserError(f"{path} is no distilled set: experiment {index} is not a pair of images and labels")
+    images, labels = entry
+    if images.ndim != 4 or not images.is_floating_point() or labels.shape != images.shape[:1] or not len(labels):
+        raise UserError(
+            f"{path} is no distilled set: images {list(images.shape)} {images.dtype}, labels {list(labels.shape)}"
+        )
+    if labels.is_floating_point() or not torch.isfinite(images).all() or labels.min() < 0:
+        raise UserError(f"{path} is damaged: images must be finite and labels whole numbers from 0")
+    return images.float(), labels.long()
+
+
+def _check_fits(images: torch.Tensor, labels: torch.Tensor, real: RealData, path: Path, dataset: str) -> None:
+    classes = int(labels.max()) + 1
+    shape = (real.channel, *real.im_size)
+    if dataset != real.name or tuple(images.shape[1:]) != shape or classes != real.num_classes:
+        raise UserError(
+            f"--dataset {real.name}: {path} was distilled from {dataset} ({classes} classes, images "
+            f"{'x'.join(map(str, images.shape[1:]))}), not from {real.num_classes} classes of {'x'.join(map(str, shape))}"
+        )
