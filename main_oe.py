@@ -23,9 +23,10 @@ def get_args_parser() -> arguments.Parser:
 
 def main(args: argparse.Namespace) -> None:
     """Distil with a pool of real images as outliers."""
+    fetch = args.download == "all"
     run_stage1(
         args,
-        make_outliers=lambda real: load_outlier_pool(args.oe_data_path, real, args.num_oe_per_class, args.seed),
+        make_outliers=lambda real: load_outlier_pool(args.oe_data_path, real, args.num_oe_per_class, args.seed, fetch),
     )
 
 

@@ -11,7 +11,9 @@ from .augment import DSA, DSA_ENTRIES, parse_strategy
 from .datasets import DATASET_NAMES
 from .errors import UserError, unknown_name
 from .matching import METRICS
+from .ood_scores import SCORES
 from .outliers import CORRUPTIONS, DEFAULT_CORRUPTIONS
+from .runs import STAGE1_ROOTS, STAGE2_ROOTS
 
 METHODS = ("DC", "DSA")
 LOOPS = {1: (1, 1), 2: (1, 1), 5: (10, 50), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
@@ -263,6 +265,63 @@ def add_poe(parser: Parser) -> None:
         default=list(DEFAULT_CORRUPTIONS),
         help="slot c takes number c modulo their count; one alone is an ablation",
     )
+
+
+def add_stage2(parser: Parser, save_path: str) -> None:
+    """All flags of a stage-2 script without outliers."""
+    add_common(parser)
+    add_training(parser, num_eval=5)
+    add_folder(parser, save_path, STAGE1_ROOTS)
+    parser.add_argument("--exp_idx", type=count(0), default=0, help="which experiment of the distilled set to train on")
+
+
+def add_stage3(parser: Parser) -> None:
+    """All flags of the stage-3 script."""
+    add_common(parser)
+    add_folder(parser, "result-test-ood-synthetic", STAGE2_ROOTS)
+    group = parser.add_argument_group("test")
+    group.add_argument(
+        "--batch_test", type=count(1), default=256, help="images per forward pass; lower it when memory is short"
+    )
+    group.add_argument("--num_exp", type=count(1), default=5, help="how many of the trained networks to test")
+    group.add_argument(
+        "--is_load_best", action="store_true", help="test the best checkpoints instead of those of --epoch_train"
+    )
+    group.add_argument(
+        "--epoch_train",
+        type=count(1),
+        default=1000,
+        help="which epoch's checkpoints to test; --is_load_best tests the best instead",
+    )
+    group = parser.add_argument_group("OOD detection")
+    group.add_argument(
+        "--ood_path",
+        default="data/ood",
+        help="folder of OOD sets: <name>/ (images), <name>.npz (key images) or <name>.npy",
+    )
+    group.add_argument(
+        "--ood_sets",
+        nargs="+",
+        default=None,
+        help="which sets, in order; left out: those of the paper. gaussian uniform rademacher blob patches need no files",
+    )
+    group.add_argument(
+        "--skip_missing", action="store_true", help="go on without sets that are missing, and name them in the table"
+    )
+    group.add_argument(
+        "--num_ood_ratio",
+        type=count(1),
+        default=1,
+        help="take at most (test images // ratio) images of each set; raise it for a quick look",
+    )
+    group.add_argument(
+        "-v", "--validate", action="store_true", help="also test on validation outliers, for choosing hyperparameters"
+    )
+    group.add_argument(
+        "--score", nargs="+", type=one_of("score", SCORES), default=["msp"], help=f"one or more of {', '.join(SCORES)}"
+    )
+    group.add_argument("--T", type=number(0, exclusive=True), default=1.0, help="temperature of --score energy")
+    group.add_argument("-x", "--use_xent", action="store_true", help="short for --score xent")
 
 
 def add_folder(parser: Parser, save_path: str, searched: Sequence[str]) -> None:

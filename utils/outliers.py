@@ -15,6 +15,7 @@ from .readers import conform, images_to_nchw, list_images, read_images, read_npy
 from .rng import generator as keyed_generator
 
 PIXELATE = 0.2
+TINYIMAGES = "300K_random_images.npy"
 DEFAULT_CORRUPTIONS = ("jigsaw", "invert", "pixelate", "gauss-speckle")
 
 
@@ -163,11 +164,34 @@ def read_image_pool(path: str | Path, channel: int, im_size: tuple[int, int], fl
     return images_to_nchw(read_npy(path, flag), path, flag)
 
 
-def load_outlier_pool(path: str | Path, real: RealData, per_slot: int, seed: int) -> OutlierPool:
+def _fetch_tinyimages(path: Path) -> None:
+    """Fetch 300K Random Images (Hendrycks et al.) to `path` through pytorch-ood, which checks the md5 sum."""
+    try:
+        from pytorch_ood.dataset.img import TinyImages300k
+    except ImportError:
+        raise UserError(f"--oe_data_path: {path} is fetched by pytorch-ood: pip install pytorch-ood") from None
+    try:
+        TinyImages300k(root=str(path.parent), download=True)
+    except Exception as error:
+        raise UserError(f"--oe_data_path: {path} could not be fetched by pytorch-ood: {str(error)[:120]}") from None
+
+
+def load_outlier_pool(
+    path: str | Path, real: RealData, per_slot: int, seed: int, download: bool = False
+) -> OutlierPool:
     """Read a pool and cut a random permutation of it into `num_classes` disjoint slices of `per_slot`.
 
-    A pool too small for that is cut into slices of `N // num_classes`; `notice` says so.
+    A pool too small for that is cut into slices of `N // num_classes`; `notice` says so. With `download` a missing
+    `300K_random_images.npy` is fetched.
     """
+    path = Path(path)
+    if not path.exists():
+        if not (download and path.name == TINYIMAGES):
+            raise UserError(
+                f"--oe_data_path: {path} is not there; give a .npy (uint8 NHWC), an .npz (key images) or a folder of "
+                f"images, or let --download all fetch {TINYIMAGES} (pip install pytorch-ood)"
+            )
+        _fetch_tinyimages(path)
     images = read_image_pool(path, real.channel, real.im_size, "--oe_data_path")
     fits = len(images) // real.num_classes
     if not fits:

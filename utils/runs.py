@@ -97,9 +97,9 @@ class RunFolder:
         save_text(self.path / "args", json.dumps(about, indent=1, default=str) + "\n")
 
     @contextmanager
-    def progress(self, total: int, what: str, start: int = 0) -> Iterator["Progress"]:
-        """Show the progress of a loop: a bar on a terminal, else a log line every ten steps."""
-        progress = Progress(self, total, what, start)
+    def progress(self, total: int, what: str, start: int = 0, every: int = LOG_EVERY) -> Iterator["Progress"]:
+        """Show the progress of a loop: a bar on a terminal, else a log line every `every` steps."""
+        progress = Progress(self, total, what, start, every)
         try:
             yield progress
         finally:
@@ -107,14 +107,17 @@ class RunFolder:
 
 
 class Progress:
-    """Counts the steps of a loop and shows the values of the newest one.
+    """Counts the steps of a loop and shows the mean of each value since it was last shown.
 
-    Values may be tensors on any device: they are read only when they are shown.
+    Values may be tensors on any device: they are added up there, and read only when they are shown.
     """
 
-    def __init__(self, run: RunFolder, total: int, what: str, start: int = 0):
+    def __init__(self, run: RunFolder, total: int, what: str, start: int, every: int):
         self.run, self.total, self.what, self.count, self.first = run, total, what, start, start
+        self.every = every
         self.began = time.monotonic()
+        self.sums: dict[str, torch.Tensor | float] = {}
+        self.summed = 0
         self.bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm
@@ -124,13 +127,18 @@ class Progress:
     def step(self, **values: torch.Tensor | float) -> None:
         """Count one step."""
         self.count += 1
+        self.summed += 1
+        self.sums = {name: value + self.sums.get(name, 0) for name, value in values.items()}
         if self.bar is not None:
             self.bar.update()
-        if self.count % LOG_EVERY and self.count != self.total:
-            return
-        text = "  ".join(f"{name} {float(value):.4f}" for name, value in values.items())
+        if self.count % self.every == 0 or self.count == self.total:
+            self._show()
+
+    def _show(self) -> None:
+        text = "  ".join(f"{name} {float(total) / self.summed:.4f}" for name, total in self.sums.items())
         rate = (time.monotonic() - self.began) / (self.count - self.first)
         line = f"{self.what}: {self.count}/{self.total}  {text}  left {(self.total - self.count) * rate:.0f} s"
+        self.sums, self.summed = {}, 0
         if self.bar is not None:
             self.bar.set_postfix_str(text)
             self.run.log_file_only(line)

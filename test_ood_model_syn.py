@@ -1,0 +1,27 @@
+"""Stage 3: accuracy, error detection and OOD detection of the networks that stage 2 trained.
+
+    python test_ood_model_syn.py --method DSA --dataset CIFAR10 --model ConvNet --num_exp 5 --ipc 10 --is_load_oe \
+        --folder 20230206-232250 --is_load_best
+"""
+
+import argparse
+
+from utils import arguments
+from utils.errors import run_script
+from utils.ood_report import run_stage3
+
+
+def get_args_parser() -> arguments.Parser:
+    """The flags of this script."""
+    parser = arguments.Parser(description="Test trained networks: accuracy, error detection, OOD detection.")
+    arguments.add_stage3(parser)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure and report."""
+    run_stage3(args)
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(get_args_parser().parse_args()), "test_ood_model_syn.py")

@@ -1,0 +1,27 @@
+"""Stage 2 without outliers: train networks on distilled images alone.
+
+    python train_model_synthetic_no_oe.py --method DSA --dataset CIFAR10 --model ConvNet --num_eval 5 --ipc 10 \
+        --dsa_strategy color_crop_cutout_flip_scale_rotate --folder 20230307-093217
+"""
+
+import argparse
+
+from utils import arguments
+from utils.errors import run_script
+from utils.trained import run_stage2
+
+
+def get_args_parser() -> arguments.Parser:
+    """The flags of this script."""
+    parser = arguments.Parser(description="Train networks on a distilled set without outliers.")
+    arguments.add_stage2(parser, save_path="result-model-synthetic-no-oe")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train on distilled images alone; outliers in the file are ignored."""
+    run_stage2(args, with_outliers=False)
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(get_args_parser().parse_args()), "train_model_synthetic_no_oe.py")

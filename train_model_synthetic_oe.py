@@ -1,0 +1,28 @@
+"""Stage 2 with outliers: train networks on distilled images and distilled outliers.
+
+    python train_model_synthetic_oe.py --method DSA --dataset CIFAR10 --model ConvNet --num_eval 5 --ipc 10 \
+        --dsa_strategy color_crop_cutout_flip_scale_rotate --folder 20230206-232257 --is_load_oe --lambda_oe 0.5
+"""
+
+import argparse
+
+from utils import arguments
+from utils.errors import run_script
+from utils.trained import run_stage2
+
+
+def get_args_parser() -> arguments.Parser:
+    """The flags of this script."""
+    parser = arguments.Parser(description="Train networks on a distilled set with outliers.")
+    arguments.add_stage2(parser, save_path="result-model-synthetic-oe")
+    arguments.add_outlier_weight(parser)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train on distilled images and outliers."""
+    run_stage2(args, with_outliers=True)
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(get_args_parser().parse_args()), "train_model_synthetic_oe.py")

@@ -1,0 +1,143 @@
+"""Stage 2: train networks on a distilled set, keep their checkpoints; and what stage 3 needs to load them."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from networks import get_network
+
+from .datasets import RealData, load_dataset
+from .devices import choose_device
+from .distill import evaluation_settings, mean_std
+from .errors import UserError
+from .readers import read_pt
+from .rng import generator
+from .runs import STAGE1_ROOTS, RunFolder, find_run_folder, save_pt
+from .synthetic import SyntheticSet, load_synthetic, result_name
+from .training import TrainSettings, accuracy, train_network
+
+TEST_INTERVAL = 50
+CHECKPOINT_INTERVAL = 200
+
+
+def checkpoint_name(dataset: str, model: str, index: int, which: str) -> str:
+    """File name of network `index`; `which` is `best` or `epoch<e>`."""
+    return f"syn_trained_{dataset}_{model}_exp{index}_{which}.pt"
+
+
+def is_checkpoint_epoch(epoch: int, epochs: int) -> bool:
+    """Whether `epoch` (1 … epochs) is kept: the last, and multiples of 200 at or past three fifths."""
+    return epoch == epochs or (epoch % CHECKPOINT_INTERVAL == 0 and 5 * epoch >= 3 * epochs)
+
+
+def find_distilled(args: argparse.Namespace) -> Path:
+    """The `res_….pt` that the flags of stage 2 name: under `--load_path`, else under the roots of stage 1."""
+    name = result_name(args.method, args.dataset, args.model, args.ipc)
+    if args.load_path is not None:
+        roots: Sequence[str] = [args.load_path]
+    else:
+        roots = STAGE1_ROOTS[1:] if args.is_load_oe else STAGE1_ROOTS
+    parts = (args.method, args.dataset, args.model, args.ipc)
+    return find_run_folder(roots, parts, args.folder, name, "--load_path") / name
+
+
+def run_stage2(args: argparse.Namespace, with_outliers: bool) -> None:
+    """Everything that a stage-2 script does after parsing."""
+    device = choose_device(args.device)
+    lambda_oe = args.lambda_oe if with_outliers else 0.0
+    settings = evaluation_settings(args, (args.model,), lambda_oe)[args.model]
+    path = find_distilled(args)
+    real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none").to(device)
+    synthetic = load_synthetic(path, args.exp_idx, real)
+    if not with_outliers:
+        synthetic = synthetic.without_outliers()
+    elif synthetic.images_oe is None:
+        raise UserError(
+            f"--folder: {path} holds no outliers. Give a folder of main_oe.py or main_poe.py (--is_load_oe looks only "
+            "there), or use train_model_synthetic_no_oe.py"
+        )
+    get_network(args.model, real.channel, real.num_classes, real.im_size, generator(args.seed))
+    parts = (args.method, args.dataset, args.model, args.ipc)
+    run = RunFolder.create(args.save_path, *parts, name=path.parent.name)  # one name leads through all stages
+    run.save_args(vars(args), distilled_set=str(path), device=str(device), epochs=settings.epochs)
+    run.log(f"run folder: {run.path}")
+    run.log(f"distilled set: {path}, experiment {args.exp_idx}")
+    run.log(f"the best checkpoint is chosen by accuracy on the test set, every {TEST_INTERVAL} epochs")
+    train_networks(args.model, real, synthetic.to(device), settings, args.num_eval, args.seed, run)
+
+
+def train_networks(
+    model: str,
+    real: RealData,
+    synthetic: SyntheticSet,
+    settings: TrainSettings,
+    num_networks: int,
+    seed: int,
+    run: RunFolder,
+) -> list[float]:
+    """Train `num_networks` networks, write their checkpoints into `run`, and return their best tested accuracies."""
+    best, last = [], []
+    for index in range(num_networks):
+        key = ("network", index)
+        net = get_network(model, real.channel, real.num_classes, real.im_size, generator(seed, *key)).to(real.device)
+        keeper = _Keeper(net, real, settings.epochs, run, model, index)
+        with run.progress(settings.epochs, f"network {index}", every=TEST_INTERVAL) as progress:
+
+            def after_epoch(epoch: int, loss: torch.Tensor, keeper=keeper, progress=progress) -> None:
+                keeper.after_epoch(epoch)
+                progress.step(loss=loss)
+
+            train_network(net, synthetic, settings, seed, key, after_epoch)
+        run.log(f"network {index}: best tested accuracy {100 * keeper.best:.2f} % (epoch {keeper.best_epoch})")
+        best.append(keeper.best)
+        last.append(keeper.newest)
+    run.log(f"accuracy over {num_networks} networks: best {mean_std(best)}, last epoch {mean_std(last)}")
+    return best
+
+
+class _Keeper:
+    """Tests a network while it trains and writes its checkpoints."""
+
+    def __init__(self, net: nn.Module, real: RealData, epochs: int, run: RunFolder, model: str, index: int):
+        self.net, self.real, self.epochs, self.run = net, real, epochs, run
+        self.model, self.index = model, index
+        self.first = min(100, epochs // 2)
+        self.best, self.best_epoch, self.newest = -1.0, 0, float("nan")
+
+    def after_epoch(self, epoch: int) -> None:
+        """Test every 50 epochs and after the last; keep the best from `first` on, and the epochs that are kept anyway."""
+        if epoch % TEST_INTERVAL == 0 or epoch == self.epochs:
+            self.newest = accuracy(self.net, self.real.test_images, self.real.labels_test)
+            if epoch >= self.first and self.newest > self.best:
+                self.best, self.best_epoch = self.newest, epoch
+                self._save("best")
+        if is_checkpoint_epoch(epoch, self.epochs):
+            self._save(f"epoch{epoch}")
+
+    def _save(self, which: str) -> None:
+        state = {name: tensor.cpu() for name, tensor in self.net.state_dict().items()}
+        save_pt(self.run.path / checkpoint_name(self.real.name, self.model, self.index, which), state)
+
+
+def load_trained(folder: Path, model: str, real: RealData, index: int, which: str) -> nn.Module:
+    """Network `index` of a stage-2 folder, on the device of `real`, in evaluation mode.
+
+    Raises:
+        UserError: when the checkpoint is missing, damaged, or of another network or data set.
+    """
+    path = folder / checkpoint_name(real.name, model, index, which)
+    state = read_pt(path, "--folder")
+    net = get_network(model, real.channel, real.num_classes, real.im_size, generator(0))
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise UserError(f"--folder: {path} is no state dict; give a folder that stage 2 wrote")
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"--model {model}: {path} does not fit it: {reason}") from None
+    if not all(torch.isfinite(v).all() for v in state.values()):
+        raise UserError(f"--folder: {path} holds NaN or infinite weights; train it again")
+    return net.to(real.device).eval()
