@@ -1,0 +1,43 @@
+"""Shared fixtures: small data, and scripts run as users run them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from utils.datasets import RealData, load_dataset  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads():
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def digits() -> RealData:
+    return load_dataset("Digits", "nowhere")
+
+
+@pytest.fixture
+def tiny_real() -> RealData:
+    """Three classes of 3×16×16 uint8 images, 40 for training and 6 for testing."""
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (46, 3, 16, 16), dtype=torch.uint8, generator=g)
+    labels = torch.arange(46) % 3
+    return RealData("tiny", 3, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25), images[:40], labels[:40], images[40:], labels[40:])
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Run a script of the project in `tmp_path`, as from a shell; returns the completed process."""
+
+    def run(name: str, *flags: object, **kwargs) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(ROOT / name), *map(str, flags)]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, **kwargs)
+
+    return run
