@@ -21,8 +21,8 @@ NORMS = {
 class ConvNet(nn.Module):
     """Blocks of 3×3 convolution, norm, activation and 2×2 pooling, then a linear classifier.
 
-    Input `[N, channel, *im_size]`, output logits `[N, num_classes]`. One-channel 28×28 images are padded to 32×32 by the
-    first convolution (padding 3), as published (Gidaris & Komodakis 2018; Zhao et al., ICLR 2021, section 4.1).
+    Input `[N, channel, *im_size]`, output logits `[N, num_classes]`. One-channel 28×28 images are padded to 32×32 by
+    the first convolution (padding 3), as published (Gidaris & Komodakis 2018; Zhao et al., ICLR 2021, section 4.1).
     """
 
     def __init__(

@@ -116,7 +116,9 @@ def test_matching_is_zero_at_the_real_images():
 
 
 def settings(**kwargs) -> MatchSettings:
-    return MatchSettings(**({"model": "ConvNetW32", "ipc": 2, "batch_real": 8, "batch_oe": 8, "dsa": STRATEGY} | kwargs))
+    return MatchSettings(
+        **({"model": "ConvNetW32", "ipc": 2, "batch_real": 8, "batch_oe": 8, "dsa": STRATEGY} | kwargs)
+    )
 
 
 def test_first_update_is_sgd_with_the_matching_gradient(tiny_real):

@@ -116,7 +116,8 @@ def test_convnet_equals_functional_calls():
 
 
 def test_pooled_block_by_hand():
-    """ResNet18_AP takes a stride as average pooling: in the block after the activation, in the shortcut before the norm."""
+    """ResNet18_AP takes a stride as average pooling: in the block after the activation, in the shortcut "
+    "before the norm."""
     block = get_network("ResNet18_AP", 3, 10, (32, 32), generator(0)).layer2[0]
     x = torch.randn(2, 64, 8, 8)
     out = F.avg_pool2d(F.relu(block.bn1(F.conv2d(x, block.conv1.weight, padding=1))), 2)

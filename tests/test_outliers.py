@@ -172,7 +172,9 @@ def test_conform_by_pil():
     assert torch.equal(conform(pixels[:, :1], 3, (32, 32))[0, 2], pixels[0, 0] / 255)
 
 
-@pytest.mark.parametrize("bad", [np.zeros((4, 3, 8, 8), np.uint8), np.zeros((4, 8, 8, 3), np.float32), np.zeros(5, np.uint8)])
+@pytest.mark.parametrize(
+    "bad", [np.zeros((4, 3, 8, 8), np.uint8), np.zeros((4, 8, 8, 3), np.float32), np.zeros(5, np.uint8)]
+)
 def test_pool_of_the_wrong_shape(bad, tiny_real, tmp_path):
     np.save(tmp_path / "bad.npy", bad)
     with pytest.raises(UserError, match=r"--oe_data_path: .*must be uint8"):

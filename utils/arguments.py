@@ -198,7 +198,8 @@ def add_stage1(parser: Parser, save_path: str) -> None:
         "--eval_mode",
         type=one_of("evaluation mode", ("S", "SS", "M", "B", "W", "D", "A", "P", "N")),
         default="S",
-        help="which networks evaluate: S the same without BatchNorm, SS exactly the same, M several architectures, B BatchNorm ones, W widths, D depths, A activations, P poolings, N norms",
+        help="which networks evaluate: S the same without BatchNorm, SS exactly the same, M several "
+        "architectures, B BatchNorm ones, W widths, D depths, A activations, P poolings, N norms",
     )
     group.add_argument("--num_exp", type=count(1), default=5, help="independent distillations")
     group.add_argument("--Iteration", type=count(0), default=1000, help="updates of the synthetic images")
@@ -303,7 +304,8 @@ def add_stage3(parser: Parser) -> None:
         "--ood_sets",
         nargs="+",
         default=None,
-        help="which sets, in order; left out: those of the paper. gaussian uniform rademacher blob patches need no files",
+        help="which sets, in order; left out: those of the paper. gaussian uniform rademacher blob patches "
+        "need no files",
     )
     group.add_argument(
         "--skip_missing", action="store_true", help="go on without sets that are missing, and name them in the table"
@@ -351,7 +353,8 @@ def dsa_of(args: argparse.Namespace) -> DSA | None:
 
 
 def loops_of(args: argparse.Namespace) -> tuple[int, int, str]:
-    """Outer and inner loop: as given, else by ipc as published; and a line for the log where ipc is not in the table."""
+    """Outer and inner loop: as given, else by ipc as published; and a line for the log where ipc is not in "
+    "the table."""
     outer, inner = LOOPS.get(args.ipc, (args.ipc, max(1, round(500 / args.ipc))))
     notice = "" if args.ipc in LOOPS else f"ipc {args.ipc} has no published loops: outer {outer}, inner {inner} by rule"
     given = (args.outer_loop, args.inner_loop)

@@ -1,8 +1,8 @@
 """Differentiable Siamese augmentation (DSA) and the augmentation of plain gradient matching (DC).
 
 Every augmentation is "draw parameters", then "apply parameters". A draw with one set of parameters, applied to the real
-and to the synthetic batch, is the Siamese rule of Zhao & Bilen (ICML 2021, eq. 4); a draw with as many sets as there are
-images is the plain use in network training. Draws are made on the CPU, so they are the same on every device.
+and to the synthetic batch, is the Siamese rule of Zhao & Bilen (ICML 2021, eq. 4); a draw with as many sets as there
+are images is the plain use in network training. Draws are made on the CPU, so they are the same on every device.
 """
 
 import math

@@ -95,7 +95,8 @@ def run_stage1(args: argparse.Namespace, make_outliers: Callable[[RealData], Out
     )  # fmt: skip
     settings = DistillSettings(
         args.method, args.model, args.ipc, args.num_exp, args.Iteration, args.eval_interval,
-        args.eval_mode not in ("S", "SS"), args.num_eval, models, evaluation_settings(args, models, lambda_oe), args.seed,
+        args.eval_mode not in ("S", "SS"), args.num_eval, models,
+        evaluation_settings(args, models, lambda_oe), args.seed,
     )  # fmt: skip
     run = RunFolder.create(args.save_path, args.method, args.dataset, args.model, args.ipc)
     run.save_args(vars(args), outer_loop=outer_loop, inner_loop=inner_loop, device=str(device))

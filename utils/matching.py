@@ -32,8 +32,8 @@ def match_loss(
     Args:
         grads_syn, grads_real: the gradients of all parameters, in parameter order.
         metric: `ours`: over parameters of two or more dimensions, rows = output units,
-            `Σ_rows (1 - <a,b> / (|a||b| + 1e-6))` (DC, eq. 9 and appendix); `mse`: squared distance, and `cos`: one minus
-            the cosine, of the concatenation of all parameters.
+            `Σ_rows (1 - <a,b> / (|a||b| + 1e-6))` (DC, eq. 9 and appendix); `mse`: squared distance, and `cos`: one
+            minus the cosine, of the concatenation of all parameters.
     Returns:
         A scalar, differentiable in both.
     """
@@ -144,7 +144,8 @@ class GradientMatching:
         smallest = min(len(i) for i in self.real.class_indices)
         if self.settings.init == "real" and smallest < self.settings.ipc:
             raise UserError(
-                f"--ipc {self.settings.ipc}: the smallest class of {self.real.name} has {smallest} training images, and "
+                f"--ipc {self.settings.ipc}: the smallest class of {self.real.name} has {smallest} training "
+                "images, and "
                 "--init real takes that many of each; lower --ipc or use --init noise"
             )
 

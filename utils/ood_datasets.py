@@ -56,7 +56,8 @@ def _blob(real: RealData, n: int, g: torch.Generator) -> torch.Tensor:
 
 
 def _patches(real: RealData, n: int, g: torch.Generator) -> torch.Tensor:
-    """Square crops, of 16 to 256 pixels a side, of scikit-learn's two photographs, in the data set's shape, normalised."""
+    """Square crops, of 16 to 256 pixels a side, of scikit-learn's two photographs, in the data set's shape, "
+    "normalised."""
     from sklearn.datasets import load_sample_images
 
     photos = [torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in load_sample_images().images]
@@ -108,7 +109,7 @@ class OODSource:
     seed: int
 
     def find(self, names: Sequence[str]) -> tuple[list[OODSet], dict[str, str]]:
-        """Look up `names`; return the sets that are there, and for each missing one where it was looked for and what to do.
+        """Look up `names`; return the sets that are there, and for each missing one what to do.
 
         Raises:
             UserError: for a name that is neither known nor present as a local file or folder.
@@ -118,7 +119,8 @@ class OODSource:
             local = self._local(name)
             if local is None and name not in KNOWN_SETS:
                 raise UserError(
-                    f"--ood_sets: {unknown_name('OOD set', name, KNOWN_SETS)}, and what --ood_path {self.ood_path} holds"
+                    f"--ood_sets: {unknown_name('OOD set', name, KNOWN_SETS)}, and what --ood_path "
+                    f"{self.ood_path} holds"
                 )
             if local is not None:
                 found.append(OODSet(name, str(local), lambda path=local, n=name: self._from_files(n, path)))
@@ -178,7 +180,8 @@ class OODSource:
         return self.real.normalize(torch.cat(images).to(self.real.device))
 
     def validation(self, other: torch.Tensor | None) -> list[OODSet]:
-        """The validation outliers: corruptions of `other` images (uint8), or of the test images where there are none."""
+        """The validation outliers: corruptions of `other` images (uint8), or of the test images where there "
+        "are none."""
         source = "test images" if other is None else "the other CIFAR"
 
         def load(name: str) -> torch.Tensor:

@@ -58,8 +58,8 @@ def error_detection(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     Args:
         logits: `[N, K]`; labels: int `[N]`.
     Returns:
-        `error` (the error rate); `auroc`, `aupr`, `fpr` (at 95 % recall) with wrong predictions as positives and minus the
-        maximum softmax as score, NaN where all predictions are right or all wrong.
+        `error` (the error rate); `auroc`, `aupr`, `fpr` (at 95 % recall) with wrong predictions as positives and minus
+        the maximum softmax as score, NaN where all predictions are right or all wrong.
     """
     logits = np.asarray(logits, dtype=np.float64)
     wrong = logits.argmax(1) != labels

@@ -115,7 +115,8 @@ def corrupt(images: torch.Tensor, name: str, generator: torch.Generator | None =
 
 @dataclass(frozen=True)
 class PseudoOutliers:
-    """POE: slot c serves training images under corruption `c mod len(corruptions)`. Only the drawn batch is corrupted."""
+    """POE: slot c serves training images under corruption `c mod len(corruptions)`. Only the drawn batch is "
+    "corrupted."""
 
     real: RealData
     corruptions: tuple[str, ...] = DEFAULT_CORRUPTIONS
@@ -141,7 +142,8 @@ class OutlierPool:
     notice: str = ""
 
     def draw(self, slot: int, n: int, generator: torch.Generator) -> torch.Tensor:
-        """`n` (or as many as the slice has) different images of the slot's slice, in the data set's shape, normalised."""
+        """`n` (or as many as the slice has) different images of the slot's slice, in the data set's shape, "
+        "normalised."""
         chosen = self.slices[slot][torch.randperm(self.slices.shape[1], generator=generator)[:n]]
         images = self.images[chosen.to(self.images.device)].to(self.real.device, non_blocking=True)
         return self.real.normalize(conform(images, self.real.channel, self.real.im_size))

@@ -113,7 +113,8 @@ def images_to_nchw(array: np.ndarray, path: Path, flag: str) -> torch.Tensor:
     shape_ok = array.ndim == 3 or (array.ndim == 4 and array.shape[3] in (1, 3))
     if array.dtype != np.uint8 or not shape_ok or 0 in array.shape:
         raise UserError(
-            f"{flag}: {path} holds {array.dtype} {list(array.shape)}; it must be uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3]"
+            f"{flag}: {path} holds {array.dtype} {list(array.shape)}; it must be uint8 [N, H, W], [N, H, W, "
+            "1] or [N, H, W, 3]"
         )
     images = torch.from_numpy(array)
     return images.unsqueeze(1) if array.ndim == 3 else images.permute(0, 3, 1, 2)

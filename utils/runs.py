@@ -180,7 +180,7 @@ def find_run_folder(
         raise UserError(
             f"--folder: {folder} is there {len(found)} times: {', '.join(map(str, found))}. Give {flag_roots}"
         )
-    return max(found, key=lambda path: path.stat().st_ctime)
+    return max(found, key=lambda path: (path.stat().st_mtime, path.name))
 
 
 def _folders(place: Path) -> list[Path]:

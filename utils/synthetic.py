@@ -108,5 +108,6 @@ def _check_fits(images: torch.Tensor, labels: torch.Tensor, real: RealData, path
     if dataset != real.name or tuple(images.shape[1:]) != shape or classes != real.num_classes:
         raise UserError(
             f"--dataset {real.name}: {path} was distilled from {dataset} ({classes} classes, images "
-            f"{'x'.join(map(str, images.shape[1:]))}), not from {real.num_classes} classes of {'x'.join(map(str, shape))}"
+            f"{'x'.join(map(str, images.shape[1:]))}), not from {real.num_classes} classes of "
+            f"{'x'.join(map(str, shape))}"
         )

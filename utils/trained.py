@@ -108,7 +108,8 @@ class _Keeper:
         self.best, self.best_epoch, self.newest = -1.0, 0, float("nan")
 
     def after_epoch(self, epoch: int) -> None:
-        """Test every 50 epochs and after the last; keep the best from `first` on, and the epochs that are kept anyway."""
+        """Test every 50 epochs and after the last; keep the best from `first` on, and the epochs that are "
+        "kept anyway."""
         if epoch % TEST_INTERVAL == 0 or epoch == self.epochs:
             self.newest = accuracy(self.net, self.real.test_images, self.real.labels_test)
             if epoch >= self.first and self.newest > self.best:

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Make .venv and install a requirements file into it; a second call with the same file does nothing.
+#   bash scripts/setup.sh [requirements.txt]
+# PYTHON=python3.12 chooses another interpreter.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+requirements=${1:-requirements.txt}
+python=${PYTHON:-python3}
+
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+    echo "setup: needs Python 3.10 or newer as $python; set PYTHON to one, e.g. PYTHON=python3.12" >&2
+    exit 2
+fi
+stamp=.venv/.installed-$(cat requirements*.txt | cksum | cut -d' ' -f1)-$(basename "$requirements")
+if [ ! -e "$stamp" ]; then
+    echo "setup: installing $requirements into .venv (PyTorch is large: minutes)"
+    [ -x .venv/bin/python ] || "$python" -m venv .venv ||
+        { echo "setup: cannot make .venv; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
+    touch "$stamp"
+fi

@@ -1,0 +1,190 @@
+"""The command line: help, both spellings of every flag, and every error as users see it."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import main as stage1
+import main_oe
+import main_poe
+import test_ood_model_syn
+import train_model_synthetic_no_oe
+import train_model_synthetic_oe
+from utils.arguments import loops_of
+
+SCRIPTS = {
+    "main.py": stage1,
+    "main_oe.py": main_oe,
+    "main_poe.py": main_poe,
+    "train_model_synthetic_oe.py": train_model_synthetic_oe,
+    "train_model_synthetic_no_oe.py": train_model_synthetic_no_oe,
+    "test_ood_model_syn.py": test_ood_model_syn,
+}
+DSA = ["--method", "DSA", "--dsa_strategy", "color_crop_cutout_scale_rotate"]
+QUICK = ["--dataset", "Digits", "--model", "ConvNetD1", *DSA]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help(name, script):
+    result = script(name, "--help")
+    assert result.returncode == 0
+    for action in SCRIPTS[name].get_args_parser()._actions:
+        if action.help != "==SUPPRESS==":
+            assert action.help, f"{action.dest} has no help text"
+            assert action.option_strings[-1] in result.stdout
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_both_spellings(name):
+    parser = SCRIPTS[name].get_args_parser()
+    for action in parser._actions:
+        flag = action.option_strings[-1]
+        if "_" not in flag or action.help == "==SUPPRESS==":
+            continue
+        value = [] if action.nargs == 0 else ["3"]
+        if action.choices or (action.type not in (None, int, float) and "3" not in flag):
+            value = value and [_valid(action)]
+        spelled = [vars(parser.parse_args([f, *value])) for f in (flag, flag[:2] + flag[2:].replace("_", "-"))]
+        assert spelled[0] == spelled[1]
+
+
+def _valid(action) -> str:
+    """A value that the action accepts."""
+    default = action.default[0] if isinstance(action.default, list) else action.default
+    return "crop_scale" if action.dest == "dsa_strategy" else str(default if default is not None else 3)
+
+
+def test_values_of_flags_keep_their_dashes():
+    args = main_poe.get_args_parser().parse_args(["--corruptions", "gauss-speckle", "--save-path=a-b_c"])
+    assert (args.corruptions, args.save_path) == (["gauss-speckle"], "a-b_c")
+
+
+def test_the_documented_lines_parse():
+    strategy = "color_crop_cutout_flip_scale_rotate"
+    base = f"--dataset CIFAR10 --model ConvNet --num_eval 5 --ipc 10 --method DSA --dsa_strategy {strategy}"
+    paths = "--load-path a --save-path b --data-path c"
+    main_oe.get_args_parser().parse_args(
+        f"{base} --num_exp 1 --init real --seed 1 --lambda_oe 0.5 --num_oe_per_class 10000 --batch_oe 256".split()
+    )
+    train_model_synthetic_oe.get_args_parser().parse_args(
+        f"{base} --folder 20230206-232257 --exp_idx 0 --is_load_oe --lambda_oe 0.5 {paths}".split()
+    )
+    args = test_ood_model_syn.get_args_parser().parse_args(
+        "--method DSA --dataset CIFAR10 --model ConvNet --batch_test 256 --num_exp 5 --ipc 10 --is_load_oe --folder "
+        f"20230206-232250 --is_load_best --num_ood_ratio 1 -v -x {paths}".split()
+    )
+    assert args.validate
+    assert args.use_xent
+
+
+def test_loops_by_ipc():
+    def loops(*flags):
+        return loops_of(stage1.get_args_parser().parse_args(list(flags)))
+
+    assert loops("--ipc", "1")[:2] == (1, 1)
+    assert loops("--ipc", "10") == (10, 50, "")
+    assert loops("--ipc", "50")[:2] == (50, 10)
+    outer, inner, notice = loops("--ipc", "7")
+    assert (outer, inner) == (7, 71)
+    assert "no published loops" in notice
+    assert loops("--ipc", "7", "--outer_loop", "3", "--inner_loop", "0") == (3, 0, "")
+
+
+WRONG = [
+    ("main.py", ["--dataset", "CIFAR11"], ["--dataset", "unknown dataset 'CIFAR11'", "did you mean CIFAR10", "Digits"]),
+    ("main.py", ["--model", "ConvNt"], ["--model", "did you mean ConvNet", "ResNet18_AP"]),
+    ("main.py", ["--method", "MTT"], ["--method", "unknown method 'MTT'", "DC, DSA"]),
+    ("main.py", ["--method", "DSA", "--dsa_strategy", "color_cutot"], ["--dsa_strategy", "cutout"]),
+    ("main.py", ["--method", "DSA", "--dataset", "Digits"], ["--method DSA needs --dsa_strategy"]),
+    ("main.py", ["--dis_metric", "l2"], ["--dis_metric", "ours, mse, cos"]),
+    ("main_poe.py", ["--corruptions", "jigsaw", "pixelat"], ["--corruptions", "did you mean pixelate"]),
+    ("test_ood_model_syn.py", ["--score", "msq"], ["--score", "did you mean msp", "energy"]),
+    ("main.py", ["--ipc", "0"], ["--ipc", "'0' is not a whole number of at least 1"]),
+    ("main.py", ["--num_eval", "-3"], ["--num_eval", "at least 1"]),
+    ("main.py", ["--Iteration", "many"], ["--Iteration", "'many'"]),
+    ("main.py", ["--lr_img", "nan"], ["--lr_img", "above 0"]),
+    ("main_oe.py", ["--lambda_oe", "-1"], ["--lambda_oe", "from 0"]),
+    ("main.py", ["--is-parallel"], ["torchrun"]),
+    ("main.py", ["--is_parallel", "True"], ["torchrun"]),
+    ("main.py", ["--no_such_flag"], ["unrecognized arguments"]),
+    ("main.py", ["--device", "cuda:99"], ["--device cuda:99", "--device cpu"]),
+    ("main.py", ["--device", "abacus"], ["--device abacus", "auto, cpu, cuda"]),
+    ("main.py", [*QUICK, "--ipc", "200", "--init", "real"], ["--ipc 200", "smallest class of Digits has"]),
+    (
+        "main.py",
+        ["--dataset", "Digits", "--model", "VGG11"],
+        ["--model VGG11", "8x8", "smallest size it takes is 28x28"],
+    ),
+    ("main.py", ["--dataset", "Digits", "--eval_mode", "M"], ["too deep for images of 8x8"]),
+    ("main.py", ["--dataset", "Digits", "--im_size", "9"], ["--im_size: only ImageFolder"]),
+    ("main.py", ["--download", "none"], ["--data_path data: CIFAR10 is not there", "cifar10.npz"]),
+    ("main.py", ["--dataset", "npz", "--data_path", "no.npz"], ["--data_path: no.npz is not there"]),
+    ("main_oe.py", QUICK, ["--oe_data_path: data/300K_random_images.npy is not there", "--download all"]),
+    ("main_oe.py", [*QUICK, "--oe_data_path", "bad.npy"], ["--oe_data_path: bad.npy holds float32 [5, 3]", "uint8"]),
+    ("train_model_synthetic_oe.py", [*QUICK, "--folder", "20200101-000000"], ["--folder: no 20200101-000000 under"]),
+    ("train_model_synthetic_no_oe.py", [*QUICK, "--folder", "../x"], ["--folder: '../x' is not the name"]),
+    ("test_ood_model_syn.py", ["--dataset", "Digits", "--folder", "20200101-000000"], ["result-model-synthetic-oe"]),
+    ("test_ood_model_syn.py", ["--T", "2"], ["--T 2: only --score energy"]),
+]
+
+
+@pytest.mark.parametrize(("name", "flags", "expected"), WRONG, ids=[f"{w[0]} {' '.join(w[1])}"[:60] for w in WRONG])
+def test_errors_are_one_line(name, flags, expected, tmp_path, monkeypatch, capsys):
+    """As `python NAME FLAGS`, but in this process, which has paid for importing torch."""
+    from utils.errors import run_script
+
+    monkeypatch.chdir(tmp_path)
+    np.save(tmp_path / "bad.npy", np.zeros((5, 3), np.float32))
+    before = sorted(tmp_path.rglob("*"))
+    module = SCRIPTS[name]
+    monkeypatch.setattr(sys, "argv", [name, *flags])
+    with pytest.raises(SystemExit) as stopped:
+        run_script(lambda: module.main(module.get_args_parser().parse_args()), name)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert len(error.strip().splitlines()) == 1, error
+    for text in expected:
+        assert text in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_error_from_a_real_process(name, script):
+    result = script(name, "--ipc", "0")
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert result.stderr.startswith(f"{name}: error: ")
+    assert result.stdout == ""
+
+
+def test_distilled_set_of_another_data_set(tmp_path, monkeypatch, capsys):
+    from utils.errors import run_script
+
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "result" / "DSA" / "Digits" / "ConvNetD1" / "1" / "20230101-000000"
+    folder.mkdir(parents=True)
+    images, labels = torch.zeros(5, 1, 8, 8), torch.arange(5)
+    torch.save({"data": [[images, labels]]}, folder / "res_DSA_Digits_ConvNetD1_1ipc.pt")
+    module = train_model_synthetic_no_oe
+    for flags, message in (
+        ([], "(5 classes, images 1x8x8), not from 10 classes of 1x8x8"),
+        (["--exp_idx", "3"], "--exp_idx 3"),
+        (["--is_load_oe"], "no run folder under result-oe"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            run_script(lambda flags=flags: module.main(module.get_args_parser().parse_args([*QUICK, *flags])), "x")
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "result-model-synthetic-no-oe").exists()
+
+
+def test_import_needs_neither_pytorch_ood_nor_matplotlib():
+    code = (
+        "import sys; sys.modules['pytorch_ood'] = None; sys.modules['matplotlib'] = None; "
+        "import main, main_oe, main_poe, train_model_synthetic_oe, test_ood_model_syn"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)

@@ -1,0 +1,155 @@
+"""Distilled sets, run folders, atomic files: round trips, published layouts, damage."""
+
+import numpy as np
+import pytest
+import torch
+
+from utils.errors import UserError
+from utils.rng import generator
+from utils.runs import RunFolder, atomic_write, find_run_folder, save_pt
+from utils.synthetic import SyntheticSet, load_synthetic, result_name, save_synthetic
+
+
+def synthetic(seed=0, oe=True) -> SyntheticSet:
+    images = torch.randn(2, 6, 3, 16, 16, generator=generator(seed))
+    return SyntheticSet(images[0], torch.arange(3).repeat_interleave(2), images[1] if oe else None)
+
+
+@pytest.mark.parametrize("oe", [True, False])
+def test_round_trip(oe, tmp_path, tiny_real):
+    sets = [synthetic(0, oe), synthetic(1, oe)]
+    save_synthetic(tmp_path / "res.pt", sets, {"ConvNet": [0.5, 0.6]}, tiny_real, {"ipc": 2})
+    for index, expected in enumerate(sets):
+        found = load_synthetic(tmp_path / "res.pt", index, tiny_real)
+        assert torch.equal(found.images, expected.images)
+        assert torch.equal(found.labels, expected.labels)
+        assert (found.images_oe is None) != oe
+        assert not oe or torch.equal(found.images_oe, expected.images_oe)
+
+
+def test_layout_is_the_published_one(tmp_path, tiny_real):
+    save_synthetic(tmp_path / "res.pt", [synthetic()], {"ConvNet": [0.5]}, tiny_real, {})
+    content = torch.load(tmp_path / "res.pt", weights_only=True)
+    images, labels = content["data"][0]
+    assert (images.dtype, images.device.type, labels.dtype) == (torch.float32, "cpu", torch.int64)
+    assert content["data_oe"][0][1].tolist() == [0] * 6
+    assert content["accs_all_exps"] == {"ConvNet": [0.5]}
+    assert content["normalisation"] == {"mean": list(tiny_real.mean), "std": list(tiny_real.std)}
+
+
+def test_published_files_load(tmp_path, tiny_real):
+    """They hold numpy scalars among the accuracies, and nothing beside the three keys."""
+    expected = synthetic()
+    accs = {"ConvNet": [np.float64(0.5), np.float32(0.25), 0.1]}
+    content = {"data": [[expected.images, expected.labels]], "accs_all_exps": accs}
+    torch.save(content, tmp_path / "res.pt")
+    assert torch.equal(load_synthetic(tmp_path / "res.pt", 0, tiny_real).images, expected.images)
+
+
+class Evil:
+    """Unpickled, it would write a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_nothing_is_executed(tmp_path):
+    good = synthetic()
+    torch.save({"data": [[good.images, good.labels]], "evil": Evil(tmp_path / "owned")}, tmp_path / "res.pt")
+    with pytest.raises(UserError, match="not executed"):
+        load_synthetic(tmp_path / "res.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"weights": torch.ones(3)}, "no distilled set"),
+        ([1, 2], "no distilled set"),
+        ({"data": [[torch.ones(4, 3, 8, 8)]]}, "not a pair"),
+        ({"data": [[torch.ones(4, 3, 8), torch.arange(4)]]}, "no distilled set: images"),
+        ({"data": [[torch.ones(4, 3, 8, 8), torch.arange(3)]]}, "no distilled set: images"),
+        ({"data": [[torch.full((4, 3, 8, 8), float("nan")), torch.arange(4)]]}, "must be finite"),
+        ({"data": [[torch.ones(4, 3, 8, 8), torch.arange(4) - 1]]}, "whole numbers from 0"),
+        ({"data": []}, "holds 0 experiments"),
+    ],
+)
+def test_wrong_content(content, message, tmp_path):
+    torch.save(content, tmp_path / "res.pt")
+    with pytest.raises(UserError, match=message):
+        load_synthetic(tmp_path / "res.pt")
+
+
+def test_truncated_and_of_other_data(tmp_path, tiny_real, digits):
+    save_synthetic(tmp_path / "res.pt", [synthetic()], {}, tiny_real, {})
+    with pytest.raises(UserError, match=r"--dataset Digits: .* distilled from tiny"):
+        load_synthetic(tmp_path / "res.pt", 0, digits)
+    with pytest.raises(UserError, match=r"--exp_idx 1: .* holds 1 experiments"):
+        load_synthetic(tmp_path / "res.pt", 1)
+    data = (tmp_path / "res.pt").read_bytes()
+    for size in (0, 10, len(data) // 2, len(data) - 5):
+        (tmp_path / "cut.pt").write_bytes(data[:size])
+        with pytest.raises(UserError, match="cannot read"):
+            load_synthetic(tmp_path / "cut.pt")
+
+
+def test_two_runs_never_share_a_folder(tmp_path):
+    runs = [RunFolder.create(tmp_path, "DSA", 10, name="20230101-000000") for _ in range(3)]
+    assert [r.path.name for r in runs] == ["20230101-000000", "20230101-000000-2", "20230101-000000-3"]
+
+
+def test_failed_write_leaves_the_old_file(tmp_path):
+    save_pt(tmp_path / "a.pt", [1])
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="No space left"):
+        atomic_write(tmp_path / "a.pt", fail)
+    assert torch.load(tmp_path / "a.pt", weights_only=True) == [1]
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_finding_run_folders(tmp_path):
+    name = result_name("DSA", "Digits", "ConvNet", 1)
+    roots = [tmp_path / "a", tmp_path / "b"]
+
+    def put(root, folder):
+        (root / "DSA" / folder).mkdir(parents=True)
+        (root / "DSA" / folder / name).write_text("")
+
+    def find(folder, roots=roots):
+        return find_run_folder(roots, ["DSA"], folder, name, "--load_path")
+
+    with pytest.raises(UserError, match="no run folder under"):
+        find(None)
+    put(roots[0], "20230101-000000")
+    put(roots[1], "20230102-000000")
+    assert find("20230102-000000") == roots[1] / "DSA" / "20230102-000000"
+    assert find(None).name == "20230102-000000"
+    put(roots[1], "20230101-000000")
+    with pytest.raises(UserError, match=r"is there 2 times: .*a/DSA/20230101-000000, .*b/DSA/20230101-000000"):
+        find("20230101-000000")
+    (roots[0] / "DSA" / "bare").mkdir()
+    with pytest.raises(UserError, match="has no res_DSA"):
+        find("bare")
+    for bad in ("../DSA/20230101-000000", "/tmp", "..", ""):
+        with pytest.raises(UserError, match="is not the name of a folder"):
+            find(bad)
+
+
+def test_keyed_generators():
+    """A key fixes the draw; other keys give other draws; the global generator plays no part."""
+    draw = torch.rand(5, generator=generator(1, "a", 2))
+    torch.manual_seed(99)
+    assert torch.equal(draw, torch.rand(5, generator=generator(1, "a", 2)))
+    others = [generator(1, "a", 3), generator(2, "a", 2), generator(1, "b", 2), generator(1, "a", 2, 0)]
+    values = {tuple(torch.rand(5, generator=g).tolist()) for g in others}
+    assert len(values | {tuple(draw.tolist())}) == 5
+    many = torch.stack([torch.rand(50, generator=generator(7, i)) for i in range(2000)])
+    assert abs(many.mean() - 0.5) < 0.01
+    assert torch.corrcoef(many[:, :2].T)[0, 1].abs() < 0.07

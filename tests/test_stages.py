@@ -1,0 +1,320 @@
+"""The three stages end to end on Digits, as users run them; and that distilling is worth it."""
+
+import csv
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from networks import get_network
+from utils.augment import DSA, parse_strategy
+from utils.matching import GradientMatching, MatchSettings
+from utils.ood_datasets import DRAWN, OODSource, default_sets
+from utils.ood_metrics import MEASURES
+from utils.outliers import corrupt
+from utils.readers import conform
+from utils.rng import generator
+from utils.synthetic import SyntheticSet, load_synthetic
+from utils.trained import is_checkpoint_epoch, load_trained
+from utils.training import TrainSettings, accuracy, predict, train_epoch, train_network
+
+STRATEGY = "color_crop_cutout_scale_rotate"
+COMMON = ["--dataset", "Digits", "--model", "ConvNetD1", "--ipc", 1, "--method", "DSA"]
+STAGE1 = [*COMMON, "--dsa_strategy", STRATEGY, "--init", "real", "--num_exp", 2, "--num_eval", 1, "--Iteration", 3]
+STAGE1 += ["--epoch_eval_train", 4, "--eval_interval", 2]
+STAGE2 = [*COMMON, "--dsa_strategy", STRATEGY, "--num_eval", 2, "--epoch_eval_train", 60]
+STAGE3 = [*COMMON, "--num_exp", 2, "--is_load_best", "--ood_sets", "patches", "blob", "mine", "--ood_path", "ood"]
+RUN = "DSA/Digits/ConvNetD1/1"
+
+
+def ok(result):
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+@pytest.mark.parametrize("kind", ["plain", "oe", "poe"])
+def test_three_stages(kind, script, tmp_path):
+    pool = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
+    np.save(tmp_path / "pool.npy", pool)
+    (tmp_path / "ood").mkdir()
+    np.savez(tmp_path / "ood" / "mine.npz", images=pool)
+    name, more, root = {
+        "plain": ("main.py", [], "result"),
+        "oe": ("main_oe.py", ["--oe-data-path", "pool.npy", "--num_oe_per_class", 6], "result-oe"),
+        "poe": ("main_poe.py", ["--corruptions", "invert", "jigsaw"], "result-poe"),
+    }[kind]
+    out = ok(script(name, *STAGE1, *more)).stdout
+    assert "exp 1 iteration 3: ConvNetD1 accuracy" in out
+    (folder,) = (tmp_path / root / RUN).iterdir()
+    assert {p.name for p in folder.iterdir()} >= {"args", "logs.txt", "res_DSA_Digits_ConvNetD1_1ipc.pt"}
+    assert json.loads((folder / "args").read_text())["flags"]["Iteration"] == 3
+    for it in (0, 2, 3):
+        assert (folder / f"vis_DSA_Digits_ConvNetD1_1ipc_exp0_iter{it}.png").stat().st_size > 200
+        assert (folder / f"vis_oe_DSA_Digits_ConvNetD1_1ipc_exp0_iter{it}.png").exists() == (kind != "plain")
+    content = torch.load(folder / "res_DSA_Digits_ConvNetD1_1ipc.pt", weights_only=True)
+    assert len(content["data"]) == 2
+    assert len(content["accs_all_exps"]["ConvNetD1"]) == 2
+    assert ("data_oe" in content) == (kind != "plain")
+
+    train = "train_model_synthetic_no_oe.py" if kind == "plain" else "train_model_synthetic_oe.py"
+    ok(script(train, *STAGE2, "--folder", folder.name, "--exp_idx", 1))
+    root2 = tmp_path / ("result-model-synthetic-no-oe" if kind == "plain" else "result-model-synthetic-oe")
+    trained = root2 / RUN / folder.name
+    names = {p.name for p in trained.glob("*.pt")}
+    assert names == {f"syn_trained_Digits_ConvNetD1_exp{i}_{w}.pt" for i in (0, 1) for w in ("best", "epoch60")}
+
+    ok(script("test_ood_model_syn.py", *STAGE3, "--folder", folder.name, "--score", "msp", "energy", "-v"))
+    report = tmp_path / "result-test-ood-synthetic" / RUN / folder.name
+    results = json.loads((report / "results.json").read_text())
+    with open(report / "results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(results["rows"]) == 2 * 2 * (3 + 7)
+    assert {r["set"] for r in rows} >= {"patches", "blob", "mine", "val:jigsaw"}
+    assert all(0 <= float(r[m]) <= 1 for r in rows for m in MEASURES)
+    assert "| mean " in (report / "report.md").read_text()
+    assert (report / "scores_msp.png").stat().st_size > 1000
+    result = script("test_ood_model_syn.py", *STAGE3, "--num_exp", 3, "--folder", folder.name)
+    assert result.returncode == 2
+    assert "--num_exp 3: " in result.stderr
+    assert "has 2 networks" in result.stderr
+
+
+def test_same_seed_same_bits_in_all_stages(script, tmp_path):
+    """Twice the same commands: the same distilled set, the same networks, the same measures."""
+    found = []
+    for place in ("a", "b"):
+        paths = [tmp_path / place / str(stage) for stage in (1, 2, 3)]
+        flags = [f for f in STAGE1 if f not in ("--num_exp",)]
+        ok(script("main_poe.py", *STAGE1, "--num_exp", 1, "--save_path", paths[0]))
+        ok(
+            script(
+                "train_model_synthetic_oe.py",
+                *STAGE2,
+                "--num_eval",
+                1,
+                "--load_path",
+                paths[0],
+                "--save_path",
+                paths[1],
+            )
+        )
+        sets = ["--ood_sets", "patches", "uniform"]
+        ok(
+            script(
+                "test_ood_model_syn.py",
+                *STAGE3,
+                *sets,
+                "--num_exp",
+                1,
+                "--load_path",
+                paths[1],
+                "--save_path",
+                paths[2],
+            )
+        )
+        assert flags
+        found.append([next(p.rglob(g)) for p, g in zip(paths, ("res_*.pt", "*best.pt", "results.csv"), strict=True)])
+    (set_a, net_a, csv_a), (set_b, net_b, csv_b) = found
+    a, b = load_synthetic(set_a), load_synthetic(set_b)
+    assert torch.equal(a.images, b.images)
+    assert torch.equal(a.images_oe, b.images_oe)
+    nets = [torch.load(n, weights_only=True) for n in (net_a, net_b)]
+    assert all(torch.equal(nets[0][k], nets[1][k]) for k in nets[0])
+    assert csv_a.read_text() == csv_b.read_text()
+
+
+def test_missing_ood_sets_are_all_named(script, tmp_path):
+    folder = tmp_path / "result-model-synthetic-no-oe" / RUN / "20230101-000000"
+    folder.mkdir(parents=True)
+    net = get_network("ConvNetD1", 1, 10, (8, 8), generator(0))
+    torch.save(net.state_dict(), folder / "syn_trained_Digits_ConvNetD1_exp0_best.pt")
+    flags = [
+        *COMMON,
+        "--num_exp",
+        1,
+        "--is_load_best",
+        "--download",
+        "none",
+        "--ood_sets",
+        "patches",
+        "iSUN",
+        "LSUN_resize",
+    ]
+    result = script("test_ood_model_syn.py", *flags)
+    assert result.returncode == 2
+    assert "2 missing" in result.stderr
+    assert "data/ood/iSUN" in result.stderr
+    assert "data/ood/LSUN_resize" in result.stderr
+    assert not (tmp_path / "result-test-ood-synthetic").exists()
+    result = ok(script("test_ood_model_syn.py", *flags, "--skip_missing"))
+    assert "| iSUN " in result.stdout
+    assert "missing" in result.stdout
+    result = script("test_ood_model_syn.py", *COMMON, "--num_exp", 1, "--is_load_best", "--ood_sets", "Texture")
+    assert result.returncode == 2
+    assert "did you mean Textures" in result.stderr
+
+
+DSA_SETTINGS = DSA(parse_strategy(STRATEGY))
+
+
+def test_distilled_images_beat_the_real_ones_they_started_from(digits):
+    """Same training, three seeds: the mean gains more than five points, and no seed loses."""
+    gains = []
+    for seed in (1, 2, 3):
+        settings = MatchSettings("ConvNetD1", 1, seed, init="real", dsa=DSA_SETTINGS, batch_real=64)
+        method = GradientMatching(digits, None, settings)
+        method.start(0)
+        before = method.synthetic().detached_cpu()
+        for it in range(60):
+            method.iterate(it)
+        training = TrainSettings(200, augmentation=DSA_SETTINGS)
+        accs = []
+        for synthetic in (before, method.synthetic()):
+            net = get_network("ConvNetD1", 1, 10, (8, 8), generator(seed, "net"))
+            train_network(net, synthetic, training, seed, ("train",))
+            accs.append(accuracy(net, digits.test_images, digits.labels_test))
+        gains.append(accs[1] - accs[0])
+    assert min(gains) > 0
+    assert sum(gains) / 3 > 0.05
+
+
+def test_outliers_make_networks_unconfident_on_them(digits):
+    """Trained with outliers, a network is nearer to uniform on them than one trained without; accuracy stays."""
+    images = torch.stack([digits.class_indices[c][:10] for c in range(10)]).flatten()
+    labels = torch.arange(10).repeat_interleave(10)
+    g = generator(0)
+    outliers = digits.normalize(corrupt(digits.unit_train(images), "jigsaw", g))
+    held_out = digits.normalize(corrupt(digits.images_test, "jigsaw", g))
+    confidence, accs = [], []
+    for oe in (None, outliers):
+        net = get_network("ConvNetD1", 1, 10, (8, 8), generator(1))
+        synthetic = SyntheticSet(digits.train_batch(images), labels, oe)
+        train_network(net, synthetic, TrainSettings(150, augmentation=DSA_SETTINGS), 1, ("t",))
+        confidence.append(predict(net, held_out).softmax(1).amax(1).mean().item())
+        accs.append(accuracy(net, digits.test_images, digits.labels_test))
+    assert confidence[1] < confidence[0] - 0.2
+    assert accs[1] > accs[0] - 0.1
+
+
+def test_epoch_by_a_slow_loop(tiny_real):
+    """One epoch without augmentation equals plain SGD with momentum and weight decay on the same batches."""
+    images = tiny_real.train_batch(torch.arange(10)).double()
+    outliers = tiny_real.train_batch(torch.arange(20, 30)).double()
+    synthetic = SyntheticSet(images, tiny_real.labels_train[:10], outliers)
+    settings = TrainSettings(1, lr=0.05, batch=4, lambda_oe=0.7)
+    nets = [get_network("ConvNetW32", 3, 3, (16, 16), generator(0)).double() for _ in range(2)]
+    optimizer = torch.optim.SGD(nets[0].parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
+    train_epoch(nets[0], optimizer, synthetic, settings, generator(1))
+
+    g = generator(1)
+    order, order_oe = torch.randperm(10, generator=g), torch.randperm(10, generator=g)
+    velocity = [torch.zeros_like(p) for p in nets[1].parameters()]
+    for start in (0, 4, 8):
+        a, b = order[start : start + 4], order_oe[start : start + 4]
+        log_p = nets[1](images[a]).log_softmax(1)
+        log_q = nets[1](outliers[b]).log_softmax(1)
+        loss = -log_p[torch.arange(len(a)), synthetic.labels[a]].mean() - 0.7 * log_q.mean()
+        grads = torch.autograd.grad(loss, list(nets[1].parameters()))
+        with torch.no_grad():
+            for i, (p, grad) in enumerate(zip(nets[1].parameters(), grads, strict=True)):
+                velocity[i] = 0.9 * velocity[i] + grad + 5e-4 * p
+                p -= 0.05 * velocity[i]
+    for p, q in zip(*(n.parameters() for n in nets), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-10, rtol=1e-8)
+
+
+def test_learning_rate_drops_after_half_the_epochs(digits, monkeypatch):
+    rates, fresh = [], []
+    step = torch.optim.SGD.step
+
+    def spy(self, closure=None):
+        rates.append(self.param_groups[0]["lr"])
+        fresh.append(not self.state)
+        return step(self, closure)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", spy)
+    synthetic = SyntheticSet(digits.train_batch(torch.arange(5)), digits.labels_train[:5])
+    train_network(get_network("MLP", 1, 10, (8, 8)), synthetic, TrainSettings(7, lr=0.1), 0, ())
+    assert rates == pytest.approx([0.1] * 3 + [0.01] * 4)
+    assert fresh == [True, False, False, True, False, False, False]
+
+
+def test_checkpoint_epochs():
+    assert [e for e in range(1, 1001) if is_checkpoint_epoch(e, 1000)] == [600, 800, 1000]
+    assert [e for e in range(1, 301) if is_checkpoint_epoch(e, 300)] == [200, 300]
+    assert [e for e in range(1, 51) if is_checkpoint_epoch(e, 50)] == [50]
+
+
+def test_trained_networks_load_strictly(tmp_path, digits):
+    net = get_network("ConvNetD1", 1, 10, (8, 8), generator(0))
+    path = tmp_path / "syn_trained_Digits_ConvNetD1_exp0_best.pt"
+    torch.save(net.state_dict(), path)
+    loaded = load_trained(tmp_path, "ConvNetD1", digits, 0, "best")
+    assert torch.equal(predict(loaded, digits.test_images), predict(net, digits.test_images))
+    for damage, message in (
+        (lambda s: s | {"classifier.bias": torch.zeros(3)}, "does not fit"),
+        (lambda s: s | {"classifier.bias": torch.full((10,), float("nan"))}, "NaN"),
+        (lambda s: [1], "no state dict"),
+    ):
+        torch.save(damage(net.state_dict()), path)
+        with pytest.raises(ValueError, match=message):
+            load_trained(tmp_path, "ConvNetD1", digits, 0, "best")
+
+
+@pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (3, 9, 11)])
+def test_drawn_ood_sets(name, shape, digits, tmp_path):
+    c, h, w = shape
+    images = torch.randint(0, 256, (20, c, h, w), dtype=torch.uint8, generator=generator(0))
+    real = replace(digits, images_train=images, images_test=images, mean=(0.5,) * c, std=(0.25,) * c)
+    source = OODSource(real, tmp_path, tmp_path, False, 200, 1)
+    (ood,), missing = source.find([name])
+    out = ood.load()
+    assert out.shape == (200, c, h, w)
+    assert not missing
+    assert torch.equal(out, ood.load())
+    spread = {"gaussian": 0.48, "uniform": 3**-0.5, "rademacher": 1.0}
+    if name in spread:
+        assert out.std().item() == pytest.approx(spread[name], rel=0.05)
+    if name == "rademacher":
+        assert set(out.unique().tolist()) == {-1.0, 1.0}
+    if name == "blob":
+        values = out[out > -1]
+        assert values.min() >= 0.5
+        assert 0.05 < (out == -1).float().mean() < 0.95
+    if name == "patches":
+        assert len(out.flatten(1).unique(dim=0)) == 200
+    else:
+        assert out.min() >= -1
+        assert out.max() <= 1
+
+
+def test_local_ood_sets_are_seeded_subsets(digits, tmp_path):
+    pool = np.random.default_rng(0).integers(0, 256, (50, 8, 8), dtype=np.uint8)
+    np.save(tmp_path / "mine.npy", pool)
+    source = OODSource(digits, tmp_path, tmp_path, False, 20, 1)
+    out = source.find(["mine"])[0][0].load()
+    everything = digits.normalize(conform(torch.from_numpy(pool)[:, None], 1, (8, 8)))
+    matches = [(everything - image).abs().amax((1, 2, 3)).argmin().item() for image in out]
+    assert len(set(matches)) == 20
+    assert matches != sorted(matches)
+    other = OODSource(digits, tmp_path, tmp_path, False, 20, 2).find(["mine"])[0][0].load()
+    assert not torch.equal(out, other)
+
+
+def test_validation_outliers_of_the_test_images(digits, tmp_path):
+    source = OODSource(digits, tmp_path, tmp_path, False, 360, 1)
+    sets = {s.name: s.load() for s in source.validation(source.other_cifar())}
+    assert set(sets) == {
+        f"val:{n}" for n in ["avg-mean", "geo-mean", "jigsaw", "gauss-speckle", "pixelate", "rgb-ghost", "invert"]
+    }
+    expected = digits.normalize(1 - digits.images_test)
+    assert torch.allclose(sets["val:invert"].flatten().sort().values, expected.flatten().sort().values, atol=1e-5)
+
+
+def test_default_ood_sets():
+    assert default_sets("CIFAR10")[-1] == "CIFAR100"
+    assert default_sets("Digits")[-1] == "CIFAR10"
+    assert len(default_sets("SVHN")) == 6
