@@ -9,7 +9,7 @@ out=result-quickstart/$(date +%Y%m%d-%H%M%S)
 
 # ConvNetD2, not the default ConvNet: on 8x8 images its third block would normalise maps of 2x2.
 common="--dataset Digits --model ConvNetD2 --ipc 1 --method DSA --dsa_strategy color_crop_cutout_scale_rotate"
-distil="$common --init real --num_exp 1 --num_eval 2 --epoch_eval_train 200 --Iteration 60 --eval_interval 60 --batch_real 128 --batch_oe 128"
+distil="$common --init real --num_exp 1 --num_eval 2 --epoch_eval_train 200 --Iteration 60 --eval_interval 60 --batch_real 128"
 train="$common --num_eval 3 --epoch_eval_train 400"
 ood="$common --num_exp 3 --is_load_best --ood_sets patches blob gaussian uniform --score msp"
 
@@ -21,7 +21,7 @@ run() {
 run main.py $distil --save_path $out/plain/1-distilled
 run train_model_synthetic_no_oe.py $train --load_path $out/plain/1-distilled --save_path $out/plain/2-networks
 run test_ood_model_syn.py $ood --load_path $out/plain/2-networks --save_path $out/plain/3-ood
-run main_poe.py $distil --save_path $out/poe/1-distilled
+run main_poe.py $distil --batch_oe 128 --save_path $out/poe/1-distilled
 run train_model_synthetic_oe.py $train --load_path $out/poe/1-distilled --save_path $out/poe/2-networks
 run test_ood_model_syn.py $ood --load_path $out/poe/2-networks --save_path $out/poe/3-ood
 

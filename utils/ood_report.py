@@ -102,7 +102,7 @@ def _check_enough(folder: Path, dataset: str, model: str, wanted: int, which: st
     files = checkpoint_name(dataset, model, 0, which)
     other = sorted({p.stem.rsplit("_", 1)[1] for p in folder.glob(checkpoint_name(dataset, model, 0, "*"))})
     raise UserError(
-        f"--num_exp {wanted}: {folder} has {has} networks of the kind {files} (kinds of its first: {', '.join(other)}). "
+        f"--num_exp {wanted}: {folder} has {has} networks of the kind {files} (its first has: {', '.join(other)}). "
         "Lower --num_exp, choose another checkpoint with --is_load_best or --epoch_train, or train more in stage 2"
     )
 
