@@ -8,9 +8,10 @@ python=.venv/bin/python
 out=result-quickstart/$(date +%Y%m%d-%H%M%S)
 
 # ConvNetD2, not the default ConvNet: on 8x8 images its third block would normalise maps of 2x2.
-common="--dataset Digits --model ConvNetD2 --ipc 1 --method DSA --dsa_strategy color_crop_cutout_scale_rotate"
-distil="$common --init real --num_exp 1 --num_eval 2 --epoch_eval_train 200 --Iteration 60 --eval_interval 60 --batch_real 128"
-train="$common --num_eval 3 --epoch_eval_train 400"
+common="--dataset Digits --model ConvNetD2 --ipc 1 --method DSA"
+augment="--dsa_strategy color_crop_cutout_scale_rotate"
+distil="$common $augment --init real --num_exp 1 --num_eval 2 --epoch_eval_train 200 --Iteration 100 --eval_interval 100 --batch_real 128"
+train="$common $augment --num_eval 3 --epoch_eval_train 400"
 ood="$common --num_exp 3 --is_load_best --ood_sets patches blob gaussian uniform --score msp"
 
 run() {
