@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.arguments import Parser, one_of
-from utils.compare import comparison_table, find_results
+from utils.compare import comparison_table, find_run, plot_comparison
 from utils.errors import UserError, run_script
 from utils.ood_metrics import MEASURES
 from utils.runs import save_text
@@ -28,7 +28,9 @@ def get_args_parser() -> Parser:
         default=["fpr_in", "auroc", "aupr_in"],
         help=f"which of {', '.join(MEASURES)}",
     )
-    parser.add_argument("--out", default=None, help="folder to write compare.md into; left out: print only")
+    parser.add_argument(
+        "--out", default=None, help="folder to write compare.md and compare.png into; left out: print only"
+    )
     return parser
 
 
@@ -36,13 +38,15 @@ def main(args: argparse.Namespace) -> None:
     """Print the table, and write it where asked."""
     if args.names and len(args.names) != len(args.folders):
         raise UserError(f"--names: {len(args.names)} names for {len(args.folders)} folders; give one each")
-    results = [find_results(Path(folder)) for folder in args.folders]
-    text = comparison_table(args.names or args.folders, results, args.measures)
+    names = args.names or [None] * len(args.folders)
+    runs = [find_run(Path(folder), name) for folder, name in zip(args.folders, names, strict=True)]
+    text = comparison_table(runs, args.measures)
     print(text)
     if args.out:
-        path = Path(args.out) / "compare.md"
-        save_text(path, text)
-        print(f"this table: {path}")
+        out = Path(args.out)
+        save_text(out / "compare.md", text)
+        plot_comparison(out / "compare.png", runs)
+        print(f"this table: {out / 'compare.md'}, as a picture: {out / 'compare.png'}")
 
 
 if __name__ == "__main__":
