@@ -85,7 +85,7 @@ def plot_comparison(path: Path, runs: Sequence[Run]) -> None:
 
 
 def _strips(run: Run) -> list[tuple[str, torch.Tensor]]:
-    """One image per class, and one outlier per slot, of the distilled set that a run goes back to; none if it is gone."""
+    """One image per class, and one outlier per slot, of the distilled set behind a run; none if it is gone."""
     try:
         networks = Path(json.loads((run.folder / "args").read_text())["networks"])
         args = json.loads((networks / "args").read_text())

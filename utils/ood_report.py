@@ -73,7 +73,7 @@ def run_stage3(args: argparse.Namespace) -> Results:
     nets = [load_trained(folder, args.model, real, index, which) for index in range(args.num_exp)]
 
     run = RunFolder.create(args.save_path, args.method, args.dataset, args.model, args.ipc, name=folder.name)
-    run.save_args(vars(args), networks=str(folder), device=str(device))
+    run.save_args(vars(args), networks=str(folder.resolve()), device=str(device))
     run.log(f"run folder: {run.path}")
     run.log(f"networks: {folder}, {args.num_exp} × {which}")
     results = measure(nets, real, sets, scores, args.T, args.batch_test, run)

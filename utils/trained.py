@@ -62,7 +62,7 @@ def run_stage2(args: argparse.Namespace, with_outliers: bool) -> None:
     get_network(args.model, real.channel, real.num_classes, real.im_size, generator(args.seed))
     parts = (args.method, args.dataset, args.model, args.ipc)
     run = RunFolder.create(args.save_path, *parts, name=path.parent.name)  # one name leads through all stages
-    run.save_args(vars(args), distilled_set=str(path), device=str(device), epochs=settings.epochs)
+    run.save_args(vars(args), distilled_set=str(path.resolve()), device=str(device), epochs=settings.epochs)
     run.log(f"run folder: {run.path}")
     run.log(f"distilled set: {path}, experiment {args.exp_idx}")
     run.log(f"the best checkpoint is chosen by accuracy on the test set, every {TEST_INTERVAL} epochs")

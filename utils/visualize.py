@@ -63,7 +63,7 @@ def save_comparison(
     figure = Figure(figsize=(8, 0.75 * len(strips) + 2.6), layout="constrained")
     axes = figure.subplots(len(strips) + 1, 1, height_ratios=[1] * len(strips) + [3.2], squeeze=False)[:, 0]
     for axis, (title, images) in zip(axes, strips, strict=False):
-        padded = torch.nn.functional.pad(images, (0, 1, 0, 0), value=1.0)
+        padded = torch.nn.functional.pad(images, (0, 1, 0, 0), value=0.8)
         axis.imshow(torch.cat(list(padded), 2).expand(3, -1, -1).permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set_title(title, fontsize=9, loc="left")
         axis.set_axis_off()
@@ -75,5 +75,5 @@ def save_comparison(
     axes[-1].set_ylabel("AUROC (%)")
     axes[-1].set_ylim(max(0, min(45, np.nanmin(values) - 5)), 100)
     axes[-1].axhline(50, color="grey", linewidth=0.8, linestyle=":")
-    axes[-1].legend(loc="lower right", fontsize=9)
+    axes[-1].legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=len(names), fontsize=9, frameon=False)
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=130))
