@@ -15,7 +15,7 @@ from utils.datasets import RealData, load_dataset  # noqa: E402
 
 @pytest.fixture(scope="session", autouse=True)
 def _two_threads():
-    torch.set_num_threads(2)
+    torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 @pytest.fixture(scope="session")

@@ -8,17 +8,11 @@ from torch import nn
 
 from networks import get_network
 from utils.augment import DSA, identity, parse_strategy
+from utils.devices import Compute
 from utils.errors import UserError
 from utils.losses import joint_loss, uniform_cross_entropy
-from utils.matching import (
-    METRICS,
-    GradientMatching,
-    MatchSettings,
-    class_loss,
-    match_loss,
-    matching_gradient,
-    outlier_loss,
-)
+from utils.matching import METRICS, Matcher, class_loss, match_loss, outlier_loss
+from utils.methods import GradientMatching, MatchSettings
 from utils.outliers import PseudoOutliers
 from utils.rng import generator
 
@@ -88,15 +82,19 @@ class SmoothNet(nn.Module):
 
 @pytest.mark.parametrize("loss", [class_loss, outlier_loss])
 @pytest.mark.parametrize("metric", METRICS)
-def test_image_gradient_by_finite_differences(metric, loss):
+@pytest.mark.parametrize("batched", [True, False])
+def test_image_gradient_by_finite_differences(metric, loss, batched):
     torch.manual_seed(0)
     net = SmoothNet().double()
     real = torch.randn(4, 5, 2, 6, 6, dtype=torch.float64)
     synthetic = torch.randn(4, 2, 2, 6, 6, dtype=torch.float64)
     transforms = [STRATEGY.draw(1, (6, 6), generator(i)) for i in range(4)]
 
+    matcher = Matcher(net, loss, metric, Compute(), batched)
+
     def total(images):
-        return matching_gradient(net, images, lambda slot: real[slot], transforms, loss, metric)
+        losses, gradient = matcher(images, lambda slot: real[slot], transforms)
+        return losses.sum(), gradient
 
     value, gradient = total(synthetic)
     direction = torch.randn(synthetic.shape, generator=generator(9), dtype=torch.float64)
@@ -109,10 +107,13 @@ def test_image_gradient_by_finite_differences(metric, loss):
 def test_matching_is_zero_at_the_real_images():
     net = get_network("ConvNetW32", 3, 3, (16, 16), generator(0)).double()
     real = torch.randn(3, 4, 3, 16, 16, dtype=torch.float64, generator=generator(1))
-    loss, _ = matching_gradient(net, real.clone(), lambda s: real[s], [identity] * 3, class_loss, "ours")
-    assert 0 <= loss.item() < 0.05  # not exactly 0: the 1e-6 in the denominator weighs on rows of small gradient
-    other, _ = matching_gradient(net, real.flip(0), lambda s: real[s], [identity] * 3, class_loss, "ours")
-    assert other.item() > 10
+    matcher = Matcher(net, class_loss, "ours", Compute())
+    losses, _ = matcher(real.clone(), lambda s: real[s], [identity] * 3)
+    assert (
+        0 <= losses.sum().item() < 0.05
+    )  # not exactly 0: the 1e-6 in the denominator weighs on rows of small gradient
+    losses, _ = matcher(real.flip(0), lambda s: real[s], [identity] * 3)
+    assert losses.sum().item() > 10
 
 
 def settings(**kwargs) -> MatchSettings:

@@ -10,7 +10,7 @@ import torch
 
 from networks import get_network
 from utils.augment import DSA, parse_strategy
-from utils.matching import GradientMatching, MatchSettings
+from utils.methods import GradientMatching, MatchSettings
 from utils.ood_datasets import DRAWN, OODSource, default_sets
 from utils.ood_metrics import MEASURES
 from utils.outliers import corrupt
@@ -18,7 +18,7 @@ from utils.readers import conform
 from utils.rng import generator
 from utils.synthetic import SyntheticSet, load_synthetic
 from utils.trained import is_checkpoint_epoch, load_trained
-from utils.training import TrainSettings, accuracy, predict, train_epoch, train_network
+from utils.training import Trainer, TrainSettings, accuracy, predict, train_network
 
 STRATEGY = "color_crop_cutout_scale_rotate"
 COMMON = ["--dataset", "Digits", "--model", "ConvNetD1", "--ipc", 1, "--method", "DSA"]
@@ -205,8 +205,7 @@ def test_epoch_by_a_slow_loop(tiny_real):
     synthetic = SyntheticSet(images, tiny_real.labels_train[:10], outliers)
     settings = TrainSettings(1, lr=0.05, batch=4, lambda_oe=0.7)
     nets = [get_network("ConvNetW32", 3, 3, (16, 16), generator(0)).double() for _ in range(2)]
-    optimizer = torch.optim.SGD(nets[0].parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
-    train_epoch(nets[0], optimizer, synthetic, settings, generator(1))
+    Trainer(nets[0], settings).epoch(synthetic, generator(1))
 
     g = generator(1)
     order, order_oe = torch.randperm(10, generator=g), torch.randperm(10, generator=g)

@@ -1,14 +1,54 @@
-"""Choosing and preparing the device."""
+"""Choosing and preparing the device, and how it computes."""
 
 import ctypes
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from . import distributed
 from .errors import UserError
+
+PRECISIONS = ("tf32", "fp32", "bf16")
+COMPILE_PAYS_CPU = 2e13  # floating-point operations of a run from which the seconds of compiling come back
+COMPILE_PAYS_CUDA = 500  # matching steps, or hundreds of training epochs, likewise
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a device computes; what is computed does not depend on it.
+
+    `compiled`: real gradients, network training and testing go through `torch.compile`. `precision`: `bf16` runs real
+    gradients and network training under autocast; the matching itself stays in float32.
+    """
+
+    compiled: bool = False
+    precision: str = "fp32"
+
+    def function(self, function: Callable) -> Callable:
+        """`function` as it is computed: under autocast, compiled, or both."""
+        wrapped = self._autocast(function) if self.precision == "bf16" else function
+        if not self.compiled:
+            return wrapped
+        on_cuda = torch.cuda.is_available()  # there "reduce-overhead" records CUDA graphs
+        return torch.compile(wrapped, mode="reduce-overhead" if on_cuda else None, dynamic=False)
+
+    @staticmethod
+    def _autocast(function: Callable) -> Callable:
+        def under_autocast(images: torch.Tensor, *rest: object) -> torch.Tensor:
+            with torch.autocast(images.device.type, torch.bfloat16):
+                return function(images, *rest)
+
+        return under_autocast
 
 
 def choose_device(text: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` as a device, prepared; a `UserError` where there is no such device."""
+    """`auto`, `cpu`, `cuda` or `cuda:N` as a device, prepared; a `UserError` where there is no such device.
+
+    Under `torchrun` each process of a machine takes a GPU of its own, and all join the process group.
+    """
     if text == "auto":
         text = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -17,14 +57,45 @@ def choose_device(text: str) -> torch.device:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {text}: unknown device. Accepted: auto, cpu, cuda, cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", distributed.local_rank())
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
         raise UserError(f"--device {text}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
-    if device.type == "cpu":
-        keep_freed_memory()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        set_keep_freed_memory(True)
+    distributed.start(device.type)
     return device
 
 
-def keep_freed_memory() -> None:
+def set_precision(precision: str) -> None:
+    """Allow TF32 in matrix products and convolutions for `tf32` (and under `bf16`), forbid it for `fp32`."""
+    tf32 = precision != "fp32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+
+
+def choose_compile(flag: str, device: torch.device, pays: bool) -> bool:
+    """Whether to compile: `on`, `off`, or for `auto` where the run is long enough (`pays`) and there is a compiler.
+
+    Raises:
+        UserError: for `on` without a C++ compiler on a CPU.
+    """
+    has_compiler = device.type == "cuda" or any(map(shutil.which, ("c++", "g++", "clang++")))
+    if flag == "on" and not has_compiler:
+        raise UserError("--compile on: torch.compile needs a C++ compiler; install g++, or use --compile off")
+    return flag == "on" or (flag == "auto" and pays and has_compiler)
+
+
+def forward_flops(net: torch.nn.Module, image_shape: tuple[int, ...]) -> int:
+    """Floating-point operations of one image through `net`."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(torch.zeros(2, *image_shape, device=next(net.parameters()).device))
+    return counter.get_total_flops() // 2
+
+
+def set_keep_freed_memory(keep: bool) -> None:
     """Let glibc reuse freed memory instead of returning it to the system and faulting it in again at every step.
 
     Activations of a CPU run are large, so by default each is mapped and unmapped anew; that costs about a third of the
@@ -35,5 +106,5 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return
-    mallopt(m_mmap_max, 0)
-    mallopt(m_trim_threshold, 2**31 - 1)
+    mallopt(m_mmap_max, 0 if keep else 65536)
+    mallopt(m_trim_threshold, 2**31 - 1 if keep else 128 * 1024)

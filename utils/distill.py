@@ -12,7 +12,7 @@ from .arguments import dsa_of, loops_of
 from .augment import dc_augmentation
 from .datasets import RealData, load_dataset
 from .devices import choose_device
-from .matching import GradientMatching, MatchSettings
+from .methods import GradientMatching, MatchSettings
 from .outliers import OutlierPool, PseudoOutliers
 from .rng import generator
 from .runs import RunFolder

@@ -1,27 +1,26 @@
-"""Gradient matching (DC: Zhao et al., ICLR 2021; DSA: Zhao & Bilen, ICML 2021), for images and for outliers."""
+"""Matching of gradients (DC: Zhao et al., ICLR 2021; DSA: Zhao & Bilen, ICML 2021), for images and for outliers.
+
+The real gradients are taken slot by slot: batching them would turn the weight gradients into grouped convolutions,
+which are slower. The synthetic side, which is differentiated twice, goes through `torch.func` for many slots at once
+where that is faster. `utils/plain.py` has the textbook loop that both are tested against.
+"""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call, grad, vmap
 
-from networks import get_network, initialize
-
-from .augment import DSA, identity
-from .datasets import RealData
-from .errors import UserError
+from . import distributed
+from .augment import apply_by_slot
+from .devices import Compute
 from .losses import uniform_cross_entropy
-from .outliers import OutlierPool, PseudoOutliers
-from .rng import generator
-from .synthetic import SyntheticSet
-from .training import TrainSettings, train_epoch
 
 EPSILON = 1e-6
 METRICS = ("ours", "mse", "cos")
-BATCHNORM_IMAGES = 16
-MOMENTUM_IMG = 0.5
+BATCHED_IPC_CPU = 2
+CHUNK_IMAGES = 128  # synthetic images that are differentiated twice at once: bounds the memory
 
 
 def match_loss(
@@ -53,193 +52,113 @@ def _row_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + EPSILON)).sum()
 
 
-SlotLoss = Callable[[torch.Tensor, int], torch.Tensor]
+SlotLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def class_loss(logits: torch.Tensor, slot: int) -> torch.Tensor:
-    """Cross-entropy of a batch whose images are all of class `slot`."""
-    return F.cross_entropy(logits, torch.full((len(logits),), slot, device=logits.device))
+def class_loss(logits: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of a batch `[n, num_classes]` whose images are all of class `slot` (int64 scalar)."""
+    return F.cross_entropy(logits, slot.expand(len(logits)))
 
 
-def outlier_loss(logits: torch.Tensor, slot: int) -> torch.Tensor:
+def outlier_loss(logits: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
     """Cross-entropy to uniform; all slots have the same."""
     return uniform_cross_entropy(logits)
 
 
-def slot_gradient(net: nn.Module, images: torch.Tensor, slot: int, loss: SlotLoss, create_graph: bool = False):
-    """Gradient of `loss(net(images), slot)` with respect to all parameters of `net`, in parameter order."""
-    return torch.autograd.grad(loss(net(images), slot), list(net.parameters()), create_graph=create_graph)
-
-
-def matching_gradient(
-    net: nn.Module,
-    images_syn: torch.Tensor,
-    real_batch: Callable[[int], torch.Tensor],
-    transforms: Sequence[Callable[[torch.Tensor], torch.Tensor]],
-    loss: SlotLoss,
-    metric: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Matching loss of all slots, and its gradient with respect to the synthetic images.
+class Matcher:
+    """Matching losses of a network, and their gradients with respect to synthetic images.
 
     Args:
-        images_syn: `[slots, ipc, C, H, W]`.
-        real_batch: gives the real images `[n, C, H, W]` of a slot.
-        transforms: one per slot, applied to its real and to its synthetic images alike (the Siamese rule).
+        net: the network; its weights may change between calls.
         loss: the training loss of a slot's batch.
-    Returns:
-        the sum of the losses over slots (scalar, detached), and the gradient, shaped as `images_syn`.
-    """
-    total = images_syn.new_zeros(())
-    gradient = torch.empty_like(images_syn)
-    for slot, transform in enumerate(transforms):
-        target = slot_gradient(net, transform(real_batch(slot)), slot, loss)
-        images = images_syn[slot].detach().requires_grad_()
-        found = slot_gradient(net, transform(images), slot, loss, create_graph=True)
-        distance = match_loss(found, target, metric)
-        gradient[slot] = torch.autograd.grad(distance, images)[0]
-        total += distance.detach()
-    return total, gradient
-
-
-@dataclass(frozen=True)
-class MatchSettings:
-    """What gradient matching needs to know."""
-
-    model: str
-    ipc: int
-    seed: int = 1
-    lr_img: float = 0.1
-    lr_net: float = 0.01
-    batch_real: int = 256
-    batch_oe: int = 256
-    batch_train: int = 256
-    lambda_oe: float = 0.5
-    metric: str = "ours"
-    init: str = "noise"
-    outer_loop: int = 1
-    inner_loop: int = 1
-    dsa: DSA | None = None
-
-
-class GradientMatching:
-    """The synthetic images of one experiment and what updates them in one iteration.
-
-    The stage-1 loop needs no more of a method than `start`, `iterate`, `synthetic` and the two of its state.
+        metric: one of `METRICS`.
+        batched: whether the synthetic side takes many slots at once; None chooses. A network that cannot be batched is
+            found out at the first call, and goes slot by slot from then on.
     """
 
-    def __init__(self, real: RealData, outliers: OutlierPool | PseudoOutliers | None, settings: MatchSettings):
-        self.real, self.outliers, self.settings = real, outliers, settings
-        self.device = real.device
-        net = get_network(settings.model, real.channel, real.num_classes, real.im_size, generator(settings.seed))
-        self.net = net.to(self.device)
-        self.has_batchnorm = any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
-        labels = torch.arange(real.num_classes, device=self.device)
-        self.labels = labels.repeat_interleave(settings.ipc)
-        self.training = TrainSettings(
-            1, settings.lr_net, settings.batch_train, settings.lambda_oe, settings.dsa, momentum=0.0, weight_decay=0.0
-        )
-        self._check_init()
+    def __init__(self, net: nn.Module, loss: SlotLoss, metric: str, compute: Compute, batched: bool | None = None):
+        self.net, self.loss, self.metric = net, loss, metric
+        # the second derivative of a layer norm under vmap is wrong in PyTorch (seen in 2.14): a test compares them
+        self.batched = False if any(isinstance(m, nn.LayerNorm) for m in net.modules()) else batched
+        self.real_loss = compute.function(lambda images, slot: loss(net(images), slot))
 
-    def _check_init(self) -> None:
-        smallest = min(len(i) for i in self.real.class_indices)
-        if self.settings.init == "real" and smallest < self.settings.ipc:
-            raise UserError(
-                f"--ipc {self.settings.ipc}: the smallest class of {self.real.name} has {smallest} training "
-                "images, and "
-                "--init real takes that many of each; lower --ipc or use --init noise"
-            )
+    def __call__(
+        self,
+        images_syn: torch.Tensor,
+        real_batch: Callable[[int], torch.Tensor],
+        transforms: Sequence[Callable[[torch.Tensor], torch.Tensor]],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Match all slots; under `torchrun` each process takes some of them.
 
-    def start(self, exp: int) -> None:
-        """Initialise the synthetic images of experiment `exp`: noise, or real images and real outliers."""
-        self.exp = exp
-        self.image_syn = self._initial("images", lambda slot, n, g: self.real.train_batch(self._choose(slot, n, g)))
-        self.optimizers = [self._optimizer(self.image_syn)]
-        self.image_oe = None
-        if self.outliers is not None:
-            self.image_oe = self._initial("outliers", self.outliers.draw)
-            self.optimizers.append(self._optimizer(self.image_oe))
+        Args:
+            images_syn: `[slots, ipc, C, H, W]`.
+            real_batch: gives the real images `[n, C, H, W]` of a slot.
+            transforms: one per slot, applied to its real and to its synthetic images alike (the Siamese rule).
+        Returns:
+            the losses `[slots]`, and the gradient of their sum with respect to `images_syn`; the same on all processes.
+        """
+        losses = images_syn.new_zeros(len(images_syn))
+        gradient = torch.zeros_like(images_syn)
+        slots = list(distributed.mine(len(images_syn)))
+        size = max(1, CHUNK_IMAGES // images_syn.shape[1])
+        for chunk in (slots[i : i + size] for i in range(0, len(slots), size)):
+            index = torch.tensor(chunk).to(images_syn.device, non_blocking=True)
+            targets = [self.real_gradient(transforms[s](real_batch(s)), index[i]) for i, s in enumerate(chunk)]
+            part = self._match(images_syn[index], targets, [transforms[s] for s in chunk], index)
+            losses[index], gradient[index] = part
+        distributed.sum_(losses, gradient)
+        return losses, gradient
 
-    def _initial(self, what: str, draw: Callable[[int, int, torch.Generator], torch.Tensor]) -> torch.Tensor:
-        """`[num_classes, ipc, C, H, W]`."""
-        s, shape = self.settings, (self.real.channel, *self.real.im_size)
-        slots = []
-        for slot in range(self.real.num_classes):
-            g = self._generator("initial", what, slot)
-            if s.init == "noise":
-                slots.append(torch.randn(s.ipc, *shape, generator=g).to(self.device))
-                continue
-            batch = draw(slot, s.ipc, g)
-            slots.append(batch[torch.arange(s.ipc) % len(batch)])  # a small slice of outliers may have fewer
-        return torch.stack(slots)
+    def real_gradient(self, images: torch.Tensor, slot: torch.Tensor) -> list[torch.Tensor]:
+        """Gradient of the loss on real images with respect to all parameters, in parameter order."""
+        grads = torch.autograd.grad(self.real_loss(images, slot), list(self.net.parameters()))
+        return [g.float() if g.dtype == torch.bfloat16 else g.clone() for g in grads]
 
-    def _choose(self, slot: int, n: int, g: torch.Generator) -> torch.Tensor:
-        """Indices of `n` different training images of a class, or of all if there are fewer."""
-        indices = self.real.class_indices[slot]
-        return indices[torch.randperm(len(indices), generator=g)[:n]]
+    def _match(
+        self,
+        images: torch.Tensor,
+        targets: list[list[torch.Tensor]],
+        transforms: Sequence[Callable],
+        index: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses and image gradient of one chunk of slots."""
+        images = images.detach().requires_grad_()
+        if self.batched is None:
+            self.batched = batching_pays(self.net, images)
+        if self.batched:
+            try:
+                losses = self._batched_losses(apply_by_slot(images, transforms), targets, index)
+            except (RuntimeError, NotImplementedError):  # an operation without a batching rule
+                self.batched = False
+        if not self.batched:
+            parts = [
+                self._slot_loss(t(x), *rest) for t, x, *rest in zip(transforms, images, targets, index, strict=True)
+            ]
+            losses = torch.stack(parts)
+        return losses.detach(), torch.autograd.grad(losses.sum(), images)[0]
 
-    def _optimizer(self, images: torch.Tensor) -> torch.optim.Optimizer:
-        return torch.optim.SGD([images.requires_grad_()], lr=self.settings.lr_img, momentum=MOMENTUM_IMG)
+    def _slot_loss(self, images: torch.Tensor, target: list[torch.Tensor], slot: torch.Tensor) -> torch.Tensor:
+        loss = self.loss(self.net(images), slot)
+        found = torch.autograd.grad(loss, list(self.net.parameters()), create_graph=True)
+        return match_loss(found, target, self.metric)
 
-    def _generator(self, *key: int | str) -> torch.Generator:
-        return generator(self.settings.seed, "match", self.exp, *key)
+    def _batched_losses(
+        self, images: torch.Tensor, targets: list[list[torch.Tensor]], index: torch.Tensor
+    ) -> torch.Tensor:
+        params = {name: p.detach() for name, p in self.net.named_parameters()}
 
-    def iterate(self, it: int) -> dict[str, torch.Tensor]:
-        """One iteration on a fresh random network; returns the mean matching losses per slot and outer step."""
-        s = self.settings
-        initialize(self.net, self._generator("network", it))
-        optimizer = torch.optim.SGD(self.net.parameters(), lr=s.lr_net)
-        losses = []
-        for outer in range(s.outer_loop):
-            losses.append(self._matching_step(it, outer))
-            if outer == s.outer_loop - 1:
-                break
-            g = self._generator("inner", it, outer)
-            synthetic = self.synthetic()
-            for _ in range(s.inner_loop):
-                train_epoch(self.net, optimizer, synthetic, self.training, g)
-        means = torch.stack(losses).mean(0) / self.real.num_classes
-        return dict(zip(("loss", "loss_oe"), means.unbind(), strict=False))
+        def one(images: torch.Tensor, slot: torch.Tensor, *target: torch.Tensor) -> torch.Tensor:
+            found = grad(lambda p: self.loss(functional_call(self.net, p, (images,)), slot))(params)
+            return match_loss(list(found.values()), target, self.metric)
 
-    def _matching_step(self, it: int, outer: int) -> torch.Tensor:
-        """Update the images, then the outliers; returns their summed losses, `[1]` or `[2]`."""
-        s = self.settings
-        self.net.train()
-        if self.has_batchnorm:
-            self._set_batchnorm(it, outer)
+        return vmap(one)(images, index, *map(torch.stack, zip(*targets, strict=True)))
 
-        def images_of(slot: int) -> torch.Tensor:
-            return self.real.train_batch(self._choose(slot, s.batch_real, self._generator("real", it, outer, slot)))
 
-        def outliers_of(slot: int) -> torch.Tensor:
-            return self.outliers.draw(slot, s.batch_oe, self._generator("real oe", it, outer, slot))
+def batching_pays(net: nn.Module, images: torch.Tensor) -> bool:
+    """Whether the synthetic side of `images` `[slots, ipc, C, H, W]` is faster with all slots at once.
 
-        losses = [self._update(self.image_syn, self.optimizers[0], images_of, class_loss, ("siamese", it, outer))]
-        if self.outliers is not None:
-            key = ("siamese oe", it, outer)
-            losses.append(self._update(self.image_oe, self.optimizers[1], outliers_of, outlier_loss, key))
-        return torch.stack(losses)
-
-    def _update(self, images, optimizer, real_batch, loss, key) -> torch.Tensor:
-        s = self.settings
-        transforms = [identity] * self.real.num_classes
-        if s.dsa is not None:
-            slots = range(self.real.num_classes)
-            transforms = [s.dsa.draw(1, self.real.im_size, self._generator(*key, slot)) for slot in slots]
-        total, images.grad = matching_gradient(self.net, images.detach(), real_batch, transforms, loss, s.metric)
-        optimizer.step()
-        return total
-
-    def _set_batchnorm(self, it: int, outer: int) -> None:
-        """One training-mode pass over 16 real images of each class, then freeze every BatchNorm."""
-        slots = range(self.real.num_classes)
-        chosen = [self._choose(c, BATCHNORM_IMAGES, self._generator("batchnorm", it, outer, c)) for c in slots]
-        with torch.no_grad():
-            self.net(self.real.train_batch(torch.cat(chosen)))
-        for module in self.net.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
-
-    def synthetic(self) -> SyntheticSet:
-        """The current synthetic set (views of the images that later iterations update)."""
-        oe = None if self.image_oe is None else self.image_oe.detach().flatten(0, 1)
-        return SyntheticSet(self.image_syn.detach().flatten(0, 1), self.labels, oe)
+    On CUDA it is bound by launches, so it is. On a CPU grouped convolutions are slow for wide networks.
+    """
+    if images.device.type == "cuda":
+        return True
+    return images.shape[1] <= BATCHED_IPC_CPU

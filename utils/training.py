@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .augment import DC, DSA
+from .devices import Compute
 from .losses import joint_loss
 from .rng import generator
 from .synthetic import SyntheticSet
@@ -30,41 +31,54 @@ class TrainSettings:
     weight_decay: float = 5e-4
 
 
-def train_epoch(
-    net: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    synthetic: SyntheticSet,
-    settings: TrainSettings,
-    g: torch.Generator,
-) -> torch.Tensor:
-    """One pass over the synthetic set; returns the mean loss of its batches, a scalar on the device.
+class Trainer:
+    """Trains one network on synthetic sets; its optimizer starts anew at each `restart`."""
 
-    An InD batch and a batch of outliers, each augmented on its own, go through the network in one forward pass.
-    """
-    net.train()
-    losses = []
-    device = synthetic.images.device
-    order = torch.randperm(len(synthetic.images), generator=g).to(device, non_blocking=True)
-    outliers = synthetic.images_oe
-    order_oe = None if outliers is None else torch.randperm(len(outliers), generator=g).to(device, non_blocking=True)
-    for start in range(0, len(order), settings.batch):
-        index = order[start : start + settings.batch]
-        images = _augmented(synthetic.images[index], settings, g)
-        if outliers is not None:
-            part = outliers[order_oe[start : start + settings.batch]]
-            images = torch.cat([images, _augmented(part, settings, g)])
-        loss = joint_loss(net(images), synthetic.labels[index], settings.lambda_oe)
-        optimizer.zero_grad(set_to_none=True)
+    def __init__(self, net: nn.Module, settings: TrainSettings, compute: Compute | None = None):
+        self.net, self.settings = net, settings
+        compute = compute or Compute()
+        self.loss = compute.function(lambda images, labels, weight: joint_loss(net(images), labels, weight))
+        self.restart(settings.lr)
+
+    def restart(self, lr: float) -> None:
+        """A fresh SGD with learning rate `lr`, without momentum from before."""
+        s = self.settings
+        self.optimizer = torch.optim.SGD(
+            self.net.parameters(), lr=lr, momentum=s.momentum, weight_decay=s.weight_decay, fused=True
+        )
+
+    def epoch(self, synthetic: SyntheticSet, g: torch.Generator) -> torch.Tensor:
+        """One pass over the synthetic set; returns the mean loss of its batches, a scalar on the device.
+
+        An InD batch and a batch of outliers, each augmented on its own, go through the network in one forward pass.
+        """
+        self.net.train()
+        losses = []
+        device = synthetic.images.device
+        outliers = synthetic.images_oe
+        order = torch.randperm(len(synthetic.images), generator=g)
+        order_oe = None if outliers is None else torch.randperm(len(outliers), generator=g)
+        for start in range(0, len(order), self.settings.batch):
+            index = order[start : start + self.settings.batch].to(device, non_blocking=True)
+            images = self._augmented(synthetic.images[index], g)
+            if outliers is not None:
+                index_oe = order_oe[start : start + self.settings.batch].to(device, non_blocking=True)
+                images = torch.cat([images, self._augmented(outliers[index_oe], g)])
+            losses.append(self._step(images, synthetic.labels[index]))
+        return torch.stack(losses).mean()
+
+    def _augmented(self, images: torch.Tensor, g: torch.Generator) -> torch.Tensor:
+        augmentation = self.settings.augmentation
+        if augmentation is None or not len(images):
+            return images
+        return augmentation.draw(len(images), tuple(images.shape[2:]), g)(images)
+
+    def _step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        loss = self.loss(images, labels, self.settings.lambda_oe)
+        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    return torch.stack(losses).mean()
-
-
-def _augmented(images: torch.Tensor, settings: TrainSettings, g: torch.Generator) -> torch.Tensor:
-    if settings.augmentation is None or not len(images):
-        return images
-    return settings.augmentation.draw(len(images), tuple(images.shape[2:]), g)(images)
+        self.optimizer.step()
+        return loss.detach().clone()  # a recorded CUDA graph would overwrite it
 
 
 def train_network(
@@ -74,21 +88,21 @@ def train_network(
     seed: int,
     key: tuple,
     after_epoch: Callable[[int, torch.Tensor], None] | None = None,
+    trainer: Trainer | None = None,
 ) -> nn.Module:
     """Train `net` in place on `synthetic` for `settings.epochs` epochs.
 
     Args:
         seed, key: every epoch draws from `generator(seed, *key, "epoch", epoch)`.
         after_epoch: called with the number of epochs done and the mean loss.
+        trainer: that of `net`, if there is one (a compiled one is made once for many trainings).
     """
-    optimizer = None
+    trainer = trainer or Trainer(net, settings)
+    trainer.restart(settings.lr)
     for epoch in range(settings.epochs):
-        if optimizer is None or epoch == settings.epochs // 2:
-            lr = settings.lr if epoch < max(settings.epochs // 2, 1) else settings.lr * 0.1
-            optimizer = torch.optim.SGD(
-                net.parameters(), lr=lr, momentum=settings.momentum, weight_decay=settings.weight_decay
-            )
-        loss = train_epoch(net, optimizer, synthetic, settings, generator(seed, *key, "epoch", epoch))
+        if epoch and epoch == settings.epochs // 2:
+            trainer.restart(settings.lr * 0.1)
+        loss = trainer.epoch(synthetic, generator(seed, *key, "epoch", epoch))
         if after_epoch is not None:
             after_epoch(epoch + 1, loss)
     return net
@@ -98,7 +112,7 @@ def train_network(
 def predict(net: nn.Module, images: torch.Tensor, batch: int = TEST_BATCH) -> torch.Tensor:
     """Logits `[N, num_classes]` of all images `[N, C, H, W]`, in evaluation mode; a last partial batch counts, too."""
     net.eval()
-    return torch.cat([net(part) for part in images.split(batch)])
+    return torch.cat([net(part).clone() for part in images.split(batch)])
 
 
 def accuracy(net: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:

@@ -1,0 +1,231 @@
+"""The fast engine against the textbook loop of `utils/plain.py`."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from networks import get_network
+from utils import plain
+from utils.augment import DSA, DSA_ENTRIES, identity
+from utils.devices import Compute, choose_compile, forward_flops
+from utils.errors import UserError
+from utils.matching import METRICS, Matcher, class_loss, outlier_loss
+from utils.methods import GradientMatching, MatchSettings
+from utils.outliers import PseudoOutliers
+from utils.rng import generator
+from utils.synthetic import SyntheticSet
+from utils.training import Trainer, TrainSettings, predict
+
+STRATEGY = DSA(tuple(DSA_ENTRIES))
+NORMS = ["ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetW32", "ConvNetGN"]
+COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
+
+
+def problem(name, dtype, dsa=True, ipc=2, seed=0):
+    """A network, synthetic images, real batches of unequal size, and one transform per slot."""
+    net = get_network(name, 3, 5, (16, 16), generator(seed)).to(dtype)
+    g = generator(seed, "images")
+    synthetic = torch.randn(5, ipc, 3, 16, 16, generator=g, dtype=dtype)
+    real = [torch.randn(4 + s, 3, 16, 16, generator=g, dtype=dtype) for s in range(5)]
+    if any(isinstance(m, nn.BatchNorm2d) for m in net.modules()):
+        net(torch.cat(real))
+        net.eval()
+    transforms = [STRATEGY.draw(1, (16, 16), generator(seed, s)) if dsa else identity for s in range(5)]
+    return net, synthetic, real, transforms
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def compare(name, dtype, outliers, metric, tolerance, dsa=True, batched=True, compute=None):
+    net, synthetic, real, transforms = problem(name, dtype, dsa)
+    matcher = Matcher(net, outlier_loss if outliers else class_loss, metric, compute or Compute(), batched)
+    losses, gradient = matcher(synthetic, real.__getitem__, transforms)
+    expected_losses, expected = plain.match_slots(net, synthetic, real.__getitem__, transforms, outliers, metric)
+    assert relative(losses, torch.tensor(expected_losses, dtype=dtype)) < tolerance
+    assert relative(gradient, expected) < tolerance
+    return matcher
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("outliers", [False, True])
+@pytest.mark.parametrize("dsa", [False, True])
+def test_engine_equals_the_textbook_in_float64(name, metric, outliers, dsa):
+    for batched in (True, False):
+        matcher = compare(name, torch.float64, outliers, metric, 1e-9, dsa, batched)
+        assert matcher.batched == (batched and name != "ConvNetLN")
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("outliers", [False, True])
+@pytest.mark.parametrize("batched", [True, False])
+def test_engine_equals_the_textbook_in_float32(name, outliers, batched):
+    compare(name, torch.float32, outliers, "ours", 1e-4, batched=batched)
+
+
+@pytest.mark.parametrize("name", ["LeNet", "AlexNet", "MLP", "ResNet18"])
+def test_other_families(name):
+    net = get_network(name, 3, 3, (32, 32), generator(0)).double()
+    g = generator(1)
+    synthetic, real = (torch.randn(3, n, 3, 32, 32, generator=g, dtype=torch.float64) for n in (1, 2))
+    losses, gradient = Matcher(net, class_loss, "ours", Compute(), True)(synthetic, real.__getitem__, [identity] * 3)
+    expected = plain.match_slots(net, synthetic, real.__getitem__, [identity] * 3, False, "ours")
+    assert relative(losses, torch.tensor(expected[0], dtype=torch.float64)) < 1e-9
+    assert relative(gradient, expected[1]) < 1e-8
+
+
+class Unbatchable(torch.autograd.Function):
+    """The identity, without a batching rule."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def test_a_network_that_cannot_be_batched_falls_back(monkeypatch):
+    net, synthetic, real, transforms = problem("ConvNetW32", torch.float64)
+    embed = net.embed
+    monkeypatch.setattr(net, "embed", lambda x: Unbatchable.apply(embed(x)))
+    matcher = Matcher(net, class_loss, "ours", Compute(), True)
+    _, gradient = matcher(synthetic, real.__getitem__, transforms)
+    assert matcher.batched is False
+    expected = plain.match_slots(net, synthetic, real.__getitem__, transforms, False, "ours")
+    assert relative(gradient, expected[1]) < 1e-9
+
+
+@pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("outliers", [False, True])
+def test_compiled_engine_equals_the_textbook(outliers):
+    compare("ConvNetW32", torch.float32, outliers, "ours", 1e-4, compute=Compute(compiled=True))
+
+
+def test_chunks_do_not_change_the_result(monkeypatch):
+    net, synthetic, real, transforms = problem("ConvNetW32", torch.float64)
+    whole = Matcher(net, class_loss, "ours", Compute(), True)(synthetic, real.__getitem__, transforms)
+    monkeypatch.setattr("utils.matching.CHUNK_IMAGES", 4)
+    parts = Matcher(net, class_loss, "ours", Compute(), True)(synthetic, real.__getitem__, transforms)
+    assert relative(parts[1], whole[1]) < 1e-12
+    assert torch.allclose(parts[0], whole[0])
+
+
+@pytest.mark.parametrize("dsa", [STRATEGY, None])
+def test_a_whole_iteration_equals_the_textbook(tiny_real, dsa):
+    """Three outer steps with training in between, from the same keyed draws, with the textbook's parts."""
+    tiny = replace(tiny_real, images_train=tiny_real.images_train.double() / 255)
+    settings = MatchSettings(
+        "ConvNetW32", 2, batch_real=8, batch_oe=8, init="real", dsa=dsa, outer_loop=3, inner_loop=2, lr_img=0.5
+    )
+    methods = [GradientMatching(tiny, PseudoOutliers(tiny), settings) for _ in range(2)]
+    for method in methods:
+        method.net.double()
+        method.start(0)
+    fast, slow = methods
+    losses = fast.iterate(0)
+    expected = textbook_iteration(slow, settings)
+    assert losses["loss"].item() == pytest.approx(expected[0], rel=1e-7)
+    assert losses["loss_oe"].item() == pytest.approx(expected[1], rel=1e-7)
+    assert relative(fast.image_syn.detach(), slow.image_syn.detach()) < 1e-7
+    assert relative(fast.image_oe.detach(), slow.image_oe.detach()) < 1e-7
+
+
+def textbook_iteration(method, s):
+    """One iteration of `method` with `plain.match_slots` and plain SGD steps written out; returns the mean losses."""
+    from networks import initialize
+
+    initialize(method.net, method._generator("network", 0))
+    velocity = [torch.zeros_like(t) for t in (method.image_syn, method.image_oe)]
+    sums = [0.0, 0.0]
+    for outer in range(3):
+        for which, (images, siamese) in enumerate(((method.image_syn, "siamese"), (method.image_oe, "siamese oe"))):
+            transforms = [
+                s.dsa.draw(1, (16, 16), method._generator(siamese, 0, outer, c)) if s.dsa else identity
+                for c in range(3)
+            ]
+
+            def batch(slot, which=which, outer=outer):
+                if which:
+                    return method.outliers.draw(slot, 8, method._generator("real oe", 0, outer, slot))
+                g = method._generator("real", 0, outer, slot)
+                return method.real.train_batch(method._choose(slot, 8, g))
+
+            losses, gradient = plain.match_slots(method.net, images, batch, transforms, bool(which), "ours")
+            sums[which] += sum(losses) / 9
+            with torch.no_grad():
+                velocity[which] = 0.5 * velocity[which] + gradient
+                images -= 0.5 * velocity[which]
+        if outer == 2:
+            break
+        g = method._generator("inner", 0, outer)
+        for _ in range(2):
+            textbook_epoch(method, s, g)
+    return sums
+
+
+def textbook_epoch(method, s, g):
+    synthetic = method.synthetic()
+    order, order_oe = (torch.randperm(6, generator=g) for _ in range(2))
+    batches = [synthetic.images[order], synthetic.images_oe[order_oe]]
+    if s.dsa:
+        batches = [plain.augment_images(b, s.dsa.draw(6, (16, 16), g)) for b in batches]
+    logits = [method.net(b) for b in batches]
+    loss = nn.functional.cross_entropy(logits[0], synthetic.labels[order])
+    loss = loss - s.lambda_oe * logits[1].log_softmax(1).mean(1).mean()
+    grads = torch.autograd.grad(loss, list(method.net.parameters()))
+    with torch.no_grad():
+        for p, grad in zip(method.net.parameters(), grads, strict=True):
+            p -= s.lr_net * grad
+
+
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=pytest.mark.skipif(not COMPILER, reason="no g++"))]
+)
+def test_bf16_is_near_and_matching_stays_in_float32(compiled):
+    net, synthetic, real, transforms = problem("ConvNetW32", torch.float32)
+    losses, gradient = Matcher(net, class_loss, "ours", Compute(compiled, "bf16"))(
+        synthetic, real.__getitem__, transforms
+    )
+    expected, _ = plain.match_slots(net, synthetic, real.__getitem__, transforms, False, "ours")
+    assert losses.dtype == gradient.dtype == torch.float32
+    assert not torch.equal(losses, torch.tensor(expected))
+    assert relative(losses, torch.tensor(expected)) < 0.02
+
+
+@pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_training_equals_eager(tiny_real):
+    g = torch.arange(12)
+    synthetic = SyntheticSet(tiny_real.train_batch(g), tiny_real.labels_train[g], tiny_real.train_batch(g + 12))
+    settings = TrainSettings(3, batch=5, augmentation=STRATEGY)
+    nets = [get_network("ConvNetW32", 3, 3, (16, 16), generator(0)) for _ in range(2)]
+    trainers = [Trainer(net, settings, Compute(compiled=c)) for net, c in zip(nets, (False, True), strict=True)]
+    for epoch in range(3):
+        losses = [t.epoch(synthetic, generator(epoch)).item() for t in trainers]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    outs = [predict(net, tiny_real.test_images) for net in nets]
+    torch.testing.assert_close(*outs, atol=1e-3, rtol=1e-3)
+
+
+def test_flops_by_hand():
+    """ConvNetD1 on 8x8: 2 · (128·9 + ...) multiply-adds of one convolution and one linear layer."""
+    net = get_network("ConvNetD1", 1, 10, (8, 8), generator(0))
+    assert forward_flops(net, (1, 8, 8)) == 2 * (128 * 9 * 64 + 10 * 128 * 16)
+
+
+def test_choosing_to_compile(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr("utils.devices.shutil.which", lambda name: "/usr/bin/" + name)
+    assert [choose_compile(f, cpu, p) for f, p in (("on", False), ("auto", True), ("auto", False), ("off", True))] == [
+        True, True, False, False,
+    ]  # fmt: skip
+    monkeypatch.setattr("utils.devices.shutil.which", lambda name: None)
+    assert choose_compile("auto", cpu, True) is False
+    with pytest.raises(UserError, match=r"--compile on: .*install g"):
+        choose_compile("on", cpu, True)

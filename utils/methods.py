@@ -1,0 +1,183 @@
+"""Gradient matching as a method of stage 1: what one iteration does to the synthetic images and outliers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from networks import get_network, initialize
+
+from . import distributed
+from .augment import DSA, identity
+from .datasets import RealData
+from .devices import Compute
+from .errors import UserError
+from .matching import Matcher, class_loss, outlier_loss
+from .outliers import OutlierPool, PseudoOutliers
+from .rng import generator
+from .synthetic import SyntheticSet
+from .training import Trainer, TrainSettings
+
+BATCHNORM_IMAGES = 16
+MOMENTUM_IMG = 0.5
+
+
+@dataclass(frozen=True)
+class MatchSettings:
+    """What gradient matching needs to know."""
+
+    model: str
+    ipc: int
+    seed: int = 1
+    lr_img: float = 0.1
+    lr_net: float = 0.01
+    batch_real: int = 256
+    batch_oe: int = 256
+    batch_train: int = 256
+    lambda_oe: float = 0.5
+    metric: str = "ours"
+    init: str = "noise"
+    outer_loop: int = 1
+    inner_loop: int = 1
+    dsa: DSA | None = None
+
+
+class GradientMatching:
+    """The synthetic images of one experiment and what updates them in one iteration.
+
+    The stage-1 loop needs no more of a method than `start`, `iterate`, `synthetic` and the two of its state.
+    """
+
+    def __init__(
+        self,
+        real: RealData,
+        outliers: OutlierPool | PseudoOutliers | None,
+        settings: MatchSettings,
+        compute: Compute | None = None,
+    ):
+        compute = compute or Compute()
+        self.real, self.outliers, self.settings = real, outliers, settings
+        self.device = real.device
+        net = get_network(settings.model, real.channel, real.num_classes, real.im_size, generator(settings.seed))
+        self.net = net.to(self.device)
+        self.matchers = [Matcher(self.net, loss, settings.metric, compute) for loss in (class_loss, outlier_loss)]
+        self.has_batchnorm = any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+        labels = torch.arange(real.num_classes, device=self.device)
+        self.labels = labels.repeat_interleave(settings.ipc)
+        training = TrainSettings(
+            1, settings.lr_net, settings.batch_train, settings.lambda_oe, settings.dsa, momentum=0.0, weight_decay=0.0
+        )
+        self.trainer = Trainer(self.net, training, compute)
+        self._check_init()
+
+    def _check_init(self) -> None:
+        smallest = min(len(i) for i in self.real.class_indices)
+        if self.settings.init == "real" and smallest < self.settings.ipc:
+            raise UserError(
+                f"--ipc {self.settings.ipc}: the smallest class of {self.real.name} has {smallest} training "
+                "images, and "
+                "--init real takes that many of each; lower --ipc or use --init noise"
+            )
+
+    def start(self, exp: int) -> None:
+        """Initialise the synthetic images of experiment `exp`: noise, or real images and real outliers."""
+        self.exp = exp
+        self.image_syn = self._initial("images", lambda slot, n, g: self.real.train_batch(self._choose(slot, n, g)))
+        self.optimizers = [self._optimizer(self.image_syn)]
+        self.image_oe = None
+        if self.outliers is not None:
+            self.image_oe = self._initial("outliers", self.outliers.draw)
+            self.optimizers.append(self._optimizer(self.image_oe))
+
+    def _initial(self, what: str, draw: Callable[[int, int, torch.Generator], torch.Tensor]) -> torch.Tensor:
+        """`[num_classes, ipc, C, H, W]`."""
+        s, shape = self.settings, (self.real.channel, *self.real.im_size)
+        slots = []
+        for slot in range(self.real.num_classes):
+            g = self._generator("initial", what, slot)
+            if s.init == "noise":
+                slots.append(torch.randn(s.ipc, *shape, generator=g).to(self.device))
+                continue
+            batch = draw(slot, s.ipc, g)
+            slots.append(batch[torch.arange(s.ipc) % len(batch)])  # a small slice of outliers may have fewer
+        return torch.stack(slots)
+
+    def _choose(self, slot: int, n: int, g: torch.Generator) -> torch.Tensor:
+        """Indices of `n` different training images of a class, or of all if there are fewer."""
+        indices = self.real.class_indices[slot]
+        return indices[torch.randperm(len(indices), generator=g)[:n]]
+
+    def _optimizer(self, images: torch.Tensor) -> torch.optim.Optimizer:
+        return torch.optim.SGD([images.requires_grad_()], lr=self.settings.lr_img, momentum=MOMENTUM_IMG)
+
+    def _generator(self, *key: int | str) -> torch.Generator:
+        return generator(self.settings.seed, "match", self.exp, *key)
+
+    def iterate(self, it: int) -> dict[str, torch.Tensor]:
+        """One iteration on a fresh random network; returns the mean matching losses per slot and outer step."""
+        s = self.settings
+        initialize(self.net, self._generator("network", it))
+        self.trainer.restart(s.lr_net)
+        losses = []
+        for outer in range(s.outer_loop):
+            losses.append(self._matching_step(it, outer))
+            if outer < s.outer_loop - 1:
+                self._train_network(it, outer)
+        means = torch.stack(losses).mean((0, 2))
+        return dict(zip(("loss", "loss_oe"), means.unbind(), strict=False))
+
+    def _train_network(self, it: int, outer: int) -> None:
+        """`inner_loop` epochs on the synthetic set; rank 0 trains, and the others take over its weights."""
+        if distributed.rank() == 0:
+            g = self._generator("inner", it, outer)
+            synthetic = self.synthetic()
+            for _ in range(self.settings.inner_loop):
+                self.trainer.epoch(synthetic, g)
+        distributed.broadcast_(*(t.detach() for t in self.net.state_dict().values()))
+
+    def _matching_step(self, it: int, outer: int) -> torch.Tensor:
+        """Update the images, then the outliers; returns their losses, `[1 or 2, slots]`."""
+        s = self.settings
+        self.net.train()
+        if self.has_batchnorm:
+            self._set_batchnorm(it, outer)
+
+        def images_of(slot: int) -> torch.Tensor:
+            return self.real.train_batch(self._choose(slot, s.batch_real, self._generator("real", it, outer, slot)))
+
+        def outliers_of(slot: int) -> torch.Tensor:
+            return self.outliers.draw(slot, s.batch_oe, self._generator("real oe", it, outer, slot))
+
+        losses = [self._update(0, self.image_syn, images_of, ("siamese", it, outer))]
+        if self.outliers is not None:
+            losses.append(self._update(1, self.image_oe, outliers_of, ("siamese oe", it, outer)))
+        return torch.stack(losses)
+
+    def _update(
+        self, which: int, images: torch.Tensor, real_batch: Callable[[int], torch.Tensor], key: tuple
+    ) -> torch.Tensor:
+        """One step of the images (`which` 0) or of the outliers (1); returns the losses of the slots."""
+        s = self.settings
+        transforms = [identity] * self.real.num_classes
+        if s.dsa is not None:
+            slots = range(self.real.num_classes)
+            transforms = [s.dsa.draw(1, self.real.im_size, self._generator(*key, slot)) for slot in slots]
+        losses, images.grad = self.matchers[which](images.detach(), real_batch, transforms)
+        self.optimizers[which].step()
+        return losses
+
+    def _set_batchnorm(self, it: int, outer: int) -> None:
+        """One training-mode pass over 16 real images of each class, then freeze every BatchNorm."""
+        slots = range(self.real.num_classes)
+        chosen = [self._choose(c, BATCHNORM_IMAGES, self._generator("batchnorm", it, outer, c)) for c in slots]
+        with torch.no_grad():
+            self.net(self.real.train_batch(torch.cat(chosen)))
+        for module in self.net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+
+    def synthetic(self) -> SyntheticSet:
+        """The current synthetic set (views of the images that later iterations update)."""
+        oe = None if self.image_oe is None else self.image_oe.detach().flatten(0, 1)
+        return SyntheticSet(self.image_syn.detach().flatten(0, 1), self.labels, oe)
