@@ -9,6 +9,7 @@ from networks import MODEL_NAMES
 
 from .augment import DSA, DSA_ENTRIES, parse_strategy
 from .datasets import DATASET_NAMES
+from .devices import PRECISIONS
 from .errors import UserError, unknown_name
 from .matching import METRICS
 from .ood_scores import SCORES
@@ -152,6 +153,23 @@ def add_common(parser: Parser) -> None:
     group.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda or cuda:N")
 
 
+def add_compute(parser: Parser) -> None:
+    """How the device computes; the results are the same to rounding."""
+    group = parser.add_argument_group("speed")
+    group.add_argument(
+        "--compile",
+        type=one_of("choice", ("auto", "on", "off")),
+        default="auto",
+        help="torch.compile; auto: where the run is long enough to win the time of compiling back",
+    )
+    group.add_argument(
+        "--precision",
+        type=one_of("precision", PRECISIONS),
+        default="tf32",
+        help="tf32 and fp32 differ on CUDA only; bf16 runs real gradients and network training under autocast",
+    )
+
+
 def add_training(parser: Parser, num_eval: int) -> None:
     """How networks are trained on a synthetic set."""
     group = parser.add_argument_group("network training")
@@ -193,6 +211,7 @@ def add_stage1(parser: Parser, save_path: str) -> None:
     """All flags of a stage-1 script without outliers."""
     add_common(parser)
     add_training(parser, num_eval=20)
+    add_compute(parser)
     group = parser.add_argument_group("distillation")
     group.add_argument(
         "--eval_mode",
@@ -232,6 +251,11 @@ def add_stage1(parser: Parser, save_path: str) -> None:
         help="epochs of network training between two matching steps; left out: by ipc, as published",
     )
     group.add_argument("--save_path", default=save_path, help="where run folders are made")
+    group.add_argument(
+        "--load_path",
+        default=None,
+        help="a res_….pt to start the images (and outliers) from, instead of --init; for going on with other flags",
+    )
 
 
 def add_outliers(parser: Parser) -> None:
@@ -272,6 +296,7 @@ def add_stage2(parser: Parser, save_path: str) -> None:
     """All flags of a stage-2 script without outliers."""
     add_common(parser)
     add_training(parser, num_eval=5)
+    add_compute(parser)
     add_folder(parser, save_path, STAGE1_ROOTS)
     parser.add_argument("--exp_idx", type=count(0), default=0, help="which experiment of the distilled set to train on")
 

@@ -8,8 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from networks import get_network
+
 from . import distributed
+from .datasets import RealData
 from .errors import UserError
+from .rng import generator
 
 PRECISIONS = ("tf32", "fp32", "bf16")
 COMPILE_PAYS_CPU = 2e13  # floating-point operations of a run from which the seconds of compiling come back
@@ -26,6 +30,9 @@ class Compute:
 
     compiled: bool = False
     precision: str = "fp32"
+
+    def __str__(self) -> str:
+        return f"torch.compile {'on' if self.compiled else 'off'}, {self.precision}"
 
     def function(self, function: Callable) -> Callable:
         """`function` as it is computed: under autocast, compiled, or both."""
@@ -74,6 +81,19 @@ def set_precision(precision: str) -> None:
     tf32 = precision != "fp32"
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
+
+
+def choose_compute(
+    compile_flag: str, precision: str, device: torch.device, model: str, real: RealData, steps: int, images: int
+) -> Compute:
+    """The `Compute` of a run that passes `images` images of `real` through `model` and back, in `steps` steps."""
+    set_precision(precision)
+    net = get_network(model, real.channel, real.num_classes, real.im_size, generator(0)).eval()
+    flops = 3 * images * forward_flops(net, (real.channel, *real.im_size))  # the backward pass costs twice the forward
+    pays = steps >= COMPILE_PAYS_CUDA if device.type == "cuda" else flops >= COMPILE_PAYS_CPU
+    if device.type == "cpu" and precision == "tf32":
+        precision = "fp32"
+    return Compute(choose_compile(compile_flag, device, pays), precision)
 
 
 def choose_compile(flag: str, device: torch.device, pays: bool) -> bool:

@@ -6,20 +6,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from networks import get_network
+from networks import get_network, initialize
 
+from . import distributed
 from .arguments import dsa_of, loops_of
 from .augment import dc_augmentation
 from .datasets import RealData, load_dataset
-from .devices import choose_device
+from .devices import Compute, choose_compute, choose_device
 from .methods import GradientMatching, MatchSettings
 from .outliers import OutlierPool, PseudoOutliers
 from .rng import generator
 from .runs import RunFolder
-from .synthetic import SyntheticSet, result_name, save_synthetic
-from .training import TrainSettings, accuracy, train_network
+from .synthetic import SyntheticSet, load_start, result_name, save_synthetic
+from .training import Trainer, TrainSettings, accuracy
 from .visualize import save_grid
 
+EVAL_LOG = 500
 Outliers = OutlierPool | PseudoOutliers | None
 
 EVAL_MODES = {
@@ -60,6 +62,7 @@ class DistillSettings:
     models_eval: tuple[str, ...]
     training: dict[str, TrainSettings]
     seed: int
+    flags: dict
 
 
 def evaluation_settings(
@@ -77,56 +80,67 @@ def evaluation_settings(
 def run_stage1(args: argparse.Namespace, make_outliers: Callable[[RealData], Outliers]) -> None:
     """Everything that a main script does after parsing; `make_outliers` gives its source of outliers."""
     device = choose_device(args.device)
-    dsa = dsa_of(args)
-    outer_loop, inner_loop, notice = loops_of(args)
-    lambda_oe = getattr(args, "lambda_oe", 0.0)
+    match = _match_settings(args)
     models = evaluation_models(args.eval_mode, args.model)
+    training = evaluation_settings(args, models, match.lambda_oe)
     real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none").to(device)
     for model in models:  # a network that does not fit must be known before hours of distillation
         get_network(model, real.channel, real.num_classes, real.im_size, generator(args.seed))
     outliers = make_outliers(real)
-    method = GradientMatching(
-        real,
-        outliers,
-        MatchSettings(
-            args.model, args.ipc, args.seed, args.lr_img, args.lr_net, args.batch_real, getattr(args, "batch_oe", 0),
-            args.batch_train, lambda_oe, args.dis_metric, args.init, outer_loop, inner_loop, dsa,
-        ),
-    )  # fmt: skip
+    start = load_start(args.load_path, real, args.ipc, outliers is not None)
+    steps = args.num_exp * args.Iteration * match.outer_loop
+    images = steps * real.num_classes * (match.batch_real + match.batch_oe * (outliers is not None))
+    compute = choose_compute(args.compile, args.precision, device, args.model, real, steps, images)
+    method = GradientMatching(real, outliers, match, compute, start)
     settings = DistillSettings(
         args.method, args.model, args.ipc, args.num_exp, args.Iteration, args.eval_interval,
-        args.eval_mode not in ("S", "SS"), args.num_eval, models,
-        evaluation_settings(args, models, lambda_oe), args.seed,
+        args.eval_mode not in ("S", "SS"), args.num_eval, models, training, args.seed, vars(args),
     )  # fmt: skip
     run = RunFolder.create(args.save_path, args.method, args.dataset, args.model, args.ipc)
-    run.save_args(vars(args), outer_loop=outer_loop, inner_loop=inner_loop, device=str(device))
-    for line in _notices(args, models, notice, outliers):
+    run.save_args(vars(args), outer_loop=match.outer_loop, inner_loop=match.inner_loop, device=str(device))
+    for line in _notices(args, models, loops_of(args)[2], outliers, compute):
         run.log(line)
-    distill(method, real, settings, run)
+    distill(method, real, settings, run, compute)
 
 
-def _notices(args: argparse.Namespace, models: tuple[str, ...], loops: str, outliers: Outliers) -> list[str]:
+def _match_settings(args: argparse.Namespace) -> MatchSettings:
+    outer_loop, inner_loop, _ = loops_of(args)
+    return MatchSettings(
+        args.model, args.ipc, args.seed, args.lr_img, args.lr_net, args.batch_real, getattr(args, "batch_oe", 0),
+        args.batch_train, getattr(args, "lambda_oe", 0.0), args.dis_metric, args.init, outer_loop, inner_loop,
+        dsa_of(args),
+    )  # fmt: skip
+
+
+def _notices(
+    args: argparse.Namespace, models: tuple[str, ...], loops: str, outliers: Outliers, compute: Compute
+) -> list[str]:
     """What the user should know before the run starts."""
     lines = [loops, outliers.notice if outliers else ""]
     if args.method == "DC" and args.dsa_strategy:
         lines.append(f"--dsa_strategy {args.dsa_strategy} is not used by --method DC")
     if args.eval_mode == "S" and models != (args.model,):
         lines.append(f"--eval_mode S evaluates {models[0]} instead of {args.model}; --eval_mode SS keeps BatchNorm")
+    processes = f", {distributed.world()} processes" if distributed.world() > 1 else ""
+    lines.append(f"computing: {compute}{processes}")
     return [line for line in lines if line]
 
 
-def distill(method: GradientMatching, real: RealData, settings: DistillSettings, run: RunFolder) -> None:
+def distill(
+    method: GradientMatching, real: RealData, settings: DistillSettings, run: RunFolder, compute: Compute
+) -> None:
     """Run all experiments; evaluate and save as the settings say; log the mean accuracy at the end."""
     run.log(f"run folder: {run.path}")
     finished: list[SyntheticSet] = []
     accs: dict[str, list[float]] = {model: [] for model in settings.models_eval}
+    evaluator = Evaluator(real, settings, run, compute)
     for exp in range(settings.num_exp):
         method.start(exp)
         with run.progress(settings.iterations, f"exp {exp}") as progress:
             for it in range(settings.iterations + 1):
                 last = it == settings.iterations
                 if last or (it % settings.eval_interval == 0 and not settings.eval_last_only):
-                    found = evaluate(method.synthetic(), real, settings, run, exp, it)
+                    found = evaluator.evaluate(method.synthetic(), exp, it)
                     newest = method.synthetic().detached_cpu()
                     _save(run, settings, real, [*finished, newest], _joined(accs, found), exp, it)
                 if not last:
@@ -134,7 +148,8 @@ def distill(method: GradientMatching, real: RealData, settings: DistillSettings,
         finished.append(newest)
         accs = _joined(accs, found)
     for model, values in accs.items():
-        run.log(f"{model}: accuracy {mean_std(values)} ({len(values)} networks, {settings.num_exp} experiments)")
+        count = f"{len(values)} networks, {settings.num_exp} experiments"
+        run.log(f"{model}: accuracy {mean_std(values)} ({count})")
     run.log(f"distilled set: {run.path / result_name(settings.method, real.name, settings.model, settings.ipc)}")
 
 
@@ -142,24 +157,43 @@ def _joined(accs: dict[str, list[float]], found: dict[str, list[float]]) -> dict
     return {model: accs[model] + found[model] for model in accs}
 
 
-def evaluate(
-    synthetic: SyntheticSet, real: RealData, settings: DistillSettings, run: RunFolder, exp: int, it: int
-) -> dict[str, list[float]]:
-    """Train `num_eval` fresh networks of each evaluation model on the synthetic set; return their test accuracies."""
-    found = {}
-    for model in settings.models_eval:
-        values = []
-        for index in range(settings.num_eval):
-            key = ("evaluate", exp, it, model, index)
-            net = get_network(model, real.channel, real.num_classes, real.im_size, generator(settings.seed, *key))
-            net = train_network(net.to(real.device), synthetic, settings.training[model], settings.seed, key)
-            values.append(accuracy(net, real.test_images, real.labels_test))
-        run.log(
-            f"exp {exp} iteration {it}: {model} accuracy {mean_std(values)} "
-            f"({len(values)} networks, {settings.training[model].epochs} epochs)"
-        )
-        found[model] = values
-    return found
+class Evaluator:
+    """Trains fresh networks on a synthetic set and tests them; under `torchrun` each process takes some of them."""
+
+    def __init__(self, real: RealData, settings: DistillSettings, run: RunFolder, compute: Compute):
+        self.real, self.settings, self.run = real, settings, run
+        self.trainers: dict[str, Trainer] = {}
+        self.compute = compute
+
+    def evaluate(self, synthetic: SyntheticSet, exp: int, it: int) -> dict[str, list[float]]:
+        """Test accuracies of `num_eval` networks of each evaluation model."""
+        found = {}
+        for model in self.settings.models_eval:
+            found[model] = values = self._accuracies(model, synthetic, exp, it)
+            epochs = self.settings.training[model].epochs
+            what = f"{len(values)} networks, {epochs} epochs"
+            self.run.log(f"exp {exp} iteration {it}: {model} accuracy {mean_std(values)} ({what})")
+        return found
+
+    def _accuracies(self, model: str, synthetic: SyntheticSet, exp: int, it: int) -> list[float]:
+        s, real = self.settings, self.real
+        trainer = self._trainer(model)
+        indices = distributed.mine(s.num_eval)
+        values = {}
+        with self.run.progress(len(indices) * trainer.settings.epochs, f"evaluate {model}", every=EVAL_LOG) as progress:
+            for index in indices:
+                key = ("evaluate", exp, it, model, index)
+                initialize(trainer.net, generator(s.seed, *key))
+                trainer.train(synthetic, s.seed, key, lambda epoch, loss: progress.step(loss=loss))
+                values[index] = accuracy(trainer.net, real.test_images, real.labels_test)
+        return distributed.gather(values)
+
+    def _trainer(self, model: str) -> Trainer:
+        if model not in self.trainers:
+            real = self.real
+            net = get_network(model, real.channel, real.num_classes, real.im_size, generator(self.settings.seed))
+            self.trainers[model] = Trainer(net.to(real.device), self.settings.training[model], self.compute)
+        return self.trainers[model]
 
 
 def _save(
@@ -173,7 +207,9 @@ def _save(
 ) -> None:
     """Write the distilled sets so far and a picture of the newest."""
     s = settings
-    about = {"method": s.method, "model": s.model, "ipc": s.ipc, "seed": s.seed, "iteration": it, "experiment": exp}
+    if distributed.rank():
+        return
+    about = {"iteration": it, "experiment": exp, "flags": s.flags}
     save_synthetic(run.path / result_name(s.method, real.name, s.model, s.ipc), sets, accs, real, about)
     for prefix, images in (("vis", sets[-1].images), ("vis_oe", sets[-1].images_oe)):
         if images is not None:

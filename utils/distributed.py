@@ -1,5 +1,6 @@
 """Several processes under `torchrun`; with one process every function here does nothing."""
 
+import atexit
 import os
 from datetime import timedelta
 
@@ -17,6 +18,7 @@ def start(device_type: str) -> None:
         return
     try:
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=TIMEOUT)
+        atexit.register(stop)
     except Exception as error:
         raise UserError(
             f"torchrun: the processes cannot reach each other: {str(error).splitlines()[0][:160]}"

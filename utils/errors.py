@@ -1,6 +1,7 @@
 """Errors that a user can mend: one line, exit status 2, no traceback."""
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Iterable
 
@@ -23,6 +24,8 @@ def run_script(main: Callable[[], None], prog: str) -> None:
     try:
         main()
     except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            sys.exit(2)  # under torchrun the first process says it
         line = " ".join(str(error).split())
         print(f"{prog}: error: {line}", file=sys.stderr, flush=True)
         sys.exit(2)

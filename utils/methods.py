@@ -1,6 +1,6 @@
 """Gradient matching as a method of stage 1: what one iteration does to the synthetic images and outliers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,9 +55,10 @@ class GradientMatching:
         outliers: OutlierPool | PseudoOutliers | None,
         settings: MatchSettings,
         compute: Compute | None = None,
+        initial: Sequence[SyntheticSet] = (),
     ):
         compute = compute or Compute()
-        self.real, self.outliers, self.settings = real, outliers, settings
+        self.real, self.outliers, self.settings, self.initial = real, outliers, settings, initial
         self.device = real.device
         net = get_network(settings.model, real.channel, real.num_classes, real.im_size, generator(settings.seed))
         self.net = net.to(self.device)
@@ -93,6 +94,10 @@ class GradientMatching:
     def _initial(self, what: str, draw: Callable[[int, int, torch.Generator], torch.Tensor]) -> torch.Tensor:
         """`[num_classes, ipc, C, H, W]`."""
         s, shape = self.settings, (self.real.channel, *self.real.im_size)
+        if self.initial:
+            start = self.initial[self.exp % len(self.initial)]
+            images = start.images if what == "images" else start.images_oe
+            return images.to(self.device).clone().view(self.real.num_classes, s.ipc, *shape)
         slots = []
         for slot in range(self.real.num_classes):
             g = self._generator("initial", what, slot)

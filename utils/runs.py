@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 import torch
 
+from . import distributed
 from .errors import UserError
 
 VERSION = 1
@@ -58,6 +59,7 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = Path(path)
+        self.speaks = distributed.rank() == 0
 
     @classmethod
     def create(cls, root: str | Path, *parts: str | int, name: str | None = None) -> "RunFolder":
@@ -66,6 +68,11 @@ class RunFolder:
         A name that is taken gets a suffix: `-2`, `-3`, ….
         """
         parent = Path(root).joinpath(*map(str, parts))
+        path = cls._make(parent, name) if distributed.rank() == 0 else None
+        return cls(distributed.same(path))
+
+    @staticmethod
+    def _make(parent: Path, name: str | None) -> Path:
         name = name or datetime.now().strftime("%Y%m%d-%H%M%S")
         try:
             parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +81,7 @@ class RunFolder:
                 path = parent / (name if attempt == 1 else f"{name}-{attempt}")
                 try:
                     path.mkdir()
-                    return cls(path)
+                    return path
                 except FileExistsError:
                     attempt += 1
         except OSError as error:
@@ -82,16 +89,21 @@ class RunFolder:
 
     def log(self, message: str) -> None:
         """Print a line, and append it with the time to `logs.txt`."""
-        print(message, flush=True)
+        if self.speaks:
+            print(message, flush=True)
         self.log_file_only(message)
 
     def log_file_only(self, message: str) -> None:
         """Append a line with the time to `logs.txt`."""
+        if not self.speaks:
+            return
         with open(self.path / "logs.txt", "a", encoding="utf-8") as file:
             file.write(f"[{datetime.now():%Y-%m-%d %H:%M:%S}] {message}\n")
 
     def save_args(self, args: dict, **more: object) -> None:
         """Write the flags of the run, and `more`, to `args` as JSON."""
+        if not self.speaks:
+            return
         about = {"flags": args, "command": sys.argv, "started": datetime.now().isoformat(timespec="seconds"), **more}
         about["versions"] = {"trustdd": VERSION, "python": sys.version.split()[0], "torch": torch.__version__}
         save_text(self.path / "args", json.dumps(about, indent=1, default=str) + "\n")
@@ -119,7 +131,7 @@ class Progress:
         self.sums: dict[str, torch.Tensor | float] = {}
         self.summed = 0
         self.bar = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and run.speaks:
             from tqdm import tqdm
 
             self.bar = tqdm(total=total, desc=what, initial=start, leave=False, dynamic_ncols=True)

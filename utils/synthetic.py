@@ -111,3 +111,24 @@ def _check_fits(images: torch.Tensor, labels: torch.Tensor, real: RealData, path
             f"{'x'.join(map(str, images.shape[1:]))}), not from {real.num_classes} classes of "
             f"{'x'.join(map(str, shape))}"
         )
+
+
+def load_start(path: str | None, real: RealData, ipc: int, with_outliers: bool) -> list[SyntheticSet]:
+    """All experiments of a distilled set to start another distillation from; none without a path.
+
+    Raises:
+        UserError: when the set does not fit, or lacks the outliers that are to be distilled.
+    """
+    if path is None:
+        return []
+    sets = [load_synthetic(path, 0, real)]
+    sets += [load_synthetic(path, i, real) for i in range(1, len(read_pt(Path(path), "--load_path")["data"]))]
+    for one in sets:
+        order = torch.arange(real.num_classes).repeat_interleave(ipc)
+        if not torch.equal(one.labels, order):
+            raise UserError(f"--load_path: {path} does not have {ipc} images of each class, in order; give its --ipc")
+        if with_outliers and (one.images_oe is None or one.images_oe.shape != one.images.shape):
+            raise UserError(
+                f"--load_path: {path} has no outliers to start from; give a set of main_oe.py or main_poe.py"
+            )
+    return sets

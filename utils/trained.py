@@ -7,17 +7,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from networks import get_network
+from networks import get_network, initialize
 
+from . import distributed
 from .datasets import RealData, load_dataset
-from .devices import choose_device
+from .devices import choose_compute, choose_device
 from .distill import evaluation_settings, mean_std
 from .errors import UserError
 from .readers import read_pt
 from .rng import generator
 from .runs import STAGE1_ROOTS, RunFolder, find_run_folder, save_pt
 from .synthetic import SyntheticSet, load_synthetic, result_name
-from .training import TrainSettings, accuracy, train_network
+from .training import Trainer, accuracy
 
 TEST_INTERVAL = 50
 CHECKPOINT_INTERVAL = 200
@@ -33,13 +34,17 @@ def is_checkpoint_epoch(epoch: int, epochs: int) -> bool:
     return epoch == epochs or (epoch % CHECKPOINT_INTERVAL == 0 and 5 * epoch >= 3 * epochs)
 
 
-def find_distilled(args: argparse.Namespace) -> Path:
-    """The `res_….pt` that the flags of stage 2 name: under `--load_path`, else under the roots of stage 1."""
+def find_distilled(args: argparse.Namespace, with_outliers: bool) -> Path:
+    """The `res_….pt` that the flags of stage 2 name: under `--load_path`, else under the roots of stage 1.
+
+    The newest one that fits a training with outliers is one that has some.
+    """
     name = result_name(args.method, args.dataset, args.model, args.ipc)
     if args.load_path is not None:
         roots: Sequence[str] = [args.load_path]
     else:
-        roots = STAGE1_ROOTS[1:] if args.is_load_oe else STAGE1_ROOTS
+        only_oe = args.is_load_oe or (with_outliers and args.folder is None)
+        roots = STAGE1_ROOTS[1:] if only_oe else STAGE1_ROOTS
     parts = (args.method, args.dataset, args.model, args.ipc)
     return find_run_folder(roots, parts, args.folder, name, "--load_path") / name
 
@@ -49,7 +54,7 @@ def run_stage2(args: argparse.Namespace, with_outliers: bool) -> None:
     device = choose_device(args.device)
     lambda_oe = args.lambda_oe if with_outliers else 0.0
     settings = evaluation_settings(args, (args.model,), lambda_oe)[args.model]
-    path = find_distilled(args)
+    path = find_distilled(args, with_outliers)
     real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none").to(device)
     synthetic = load_synthetic(path, args.exp_idx, real)
     if not with_outliers:
@@ -59,43 +64,51 @@ def run_stage2(args: argparse.Namespace, with_outliers: bool) -> None:
             f"--folder: {path} holds no outliers. Give a folder of main_oe.py or main_poe.py (--is_load_oe looks only "
             "there), or use train_model_synthetic_no_oe.py"
         )
-    get_network(args.model, real.channel, real.num_classes, real.im_size, generator(args.seed))
+    steps = args.num_eval * settings.epochs
+    images = steps * len(synthetic.images) * (2 if with_outliers else 1)
+    compute = choose_compute(args.compile, args.precision, device, args.model, real, steps, images)
+    net = get_network(args.model, real.channel, real.num_classes, real.im_size, generator(args.seed)).to(device)
     parts = (args.method, args.dataset, args.model, args.ipc)
     run = RunFolder.create(args.save_path, *parts, name=path.parent.name)  # one name leads through all stages
     run.save_args(vars(args), distilled_set=str(path.resolve()), device=str(device), epochs=settings.epochs)
     run.log(f"run folder: {run.path}")
     run.log(f"distilled set: {path}, experiment {args.exp_idx}")
+    run.log(f"computing: {compute}")
     run.log(f"the best checkpoint is chosen by accuracy on the test set, every {TEST_INTERVAL} epochs")
-    train_networks(args.model, real, synthetic.to(device), settings, args.num_eval, args.seed, run)
+    trainer = Trainer(net, settings, compute)
+    train_networks(args.model, real, synthetic.to(device), trainer, args.num_eval, args.seed, run)
 
 
 def train_networks(
     model: str,
     real: RealData,
     synthetic: SyntheticSet,
-    settings: TrainSettings,
+    trainer: Trainer,
     num_networks: int,
     seed: int,
     run: RunFolder,
 ) -> list[float]:
-    """Train `num_networks` networks, write their checkpoints into `run`, and return their best tested accuracies."""
-    best, last = [], []
-    for index in range(num_networks):
+    """Train `num_networks` networks, write their checkpoints into `run`, and return their best tested accuracies.
+
+    Under `torchrun` each process trains some of them and writes the checkpoints of those.
+    """
+    results = {}
+    for index in distributed.mine(num_networks):
         key = ("network", index)
-        net = get_network(model, real.channel, real.num_classes, real.im_size, generator(seed, *key)).to(real.device)
-        keeper = _Keeper(net, real, settings.epochs, run, model, index)
-        with run.progress(settings.epochs, f"network {index}", every=TEST_INTERVAL) as progress:
+        initialize(trainer.net, generator(seed, *key))
+        keeper = _Keeper(trainer.net, real, trainer.settings.epochs, run, model, index)
+        with run.progress(trainer.settings.epochs, f"network {index}", every=TEST_INTERVAL) as progress:
 
             def after_epoch(epoch: int, loss: torch.Tensor, keeper=keeper, progress=progress) -> None:
                 keeper.after_epoch(epoch)
                 progress.step(loss=loss)
 
-            train_network(net, synthetic, settings, seed, key, after_epoch)
+            trainer.train(synthetic, seed, key, after_epoch)
         run.log(f"network {index}: best tested accuracy {100 * keeper.best:.2f} % (epoch {keeper.best_epoch})")
-        best.append(keeper.best)
-        last.append(keeper.newest)
+        results[index] = (keeper.best, keeper.newest)
+    best, last = zip(*distributed.gather(results), strict=True)
     run.log(f"accuracy over {num_networks} networks: best {mean_std(best)}, last epoch {mean_std(last)}")
-    return best
+    return list(best)
 
 
 class _Keeper:

@@ -80,32 +80,30 @@ class Trainer:
         self.optimizer.step()
         return loss.detach().clone()  # a recorded CUDA graph would overwrite it
 
+    def train(
+        self,
+        synthetic: SyntheticSet,
+        seed: int,
+        key: tuple,
+        after_epoch: Callable[[int, torch.Tensor], None] | None = None,
+        first_epoch: int = 0,
+    ) -> None:
+        """Train the network in place for `settings.epochs` epochs.
 
-def train_network(
-    net: nn.Module,
-    synthetic: SyntheticSet,
-    settings: TrainSettings,
-    seed: int,
-    key: tuple,
-    after_epoch: Callable[[int, torch.Tensor], None] | None = None,
-    trainer: Trainer | None = None,
-) -> nn.Module:
-    """Train `net` in place on `synthetic` for `settings.epochs` epochs.
-
-    Args:
-        seed, key: every epoch draws from `generator(seed, *key, "epoch", epoch)`.
-        after_epoch: called with the number of epochs done and the mean loss.
-        trainer: that of `net`, if there is one (a compiled one is made once for many trainings).
-    """
-    trainer = trainer or Trainer(net, settings)
-    trainer.restart(settings.lr)
-    for epoch in range(settings.epochs):
-        if epoch and epoch == settings.epochs // 2:
-            trainer.restart(settings.lr * 0.1)
-        loss = trainer.epoch(synthetic, generator(seed, *key, "epoch", epoch))
-        if after_epoch is not None:
-            after_epoch(epoch + 1, loss)
-    return net
+        Args:
+            seed, key: every epoch draws from `generator(seed, *key, "epoch", epoch)`.
+            after_epoch: called with the number of epochs done and the mean loss.
+            first_epoch: how many are done already; the optimizer goes on as it is.
+        """
+        epochs, lr = self.settings.epochs, self.settings.lr
+        if not first_epoch:
+            self.restart(lr)
+        for epoch in range(first_epoch, epochs):
+            if epoch and epoch == epochs // 2:
+                self.restart(lr * 0.1)
+            loss = self.epoch(synthetic, generator(seed, *key, "epoch", epoch))
+            if after_epoch is not None:
+                after_epoch(epoch + 1, loss)
 
 
 @torch.inference_mode()
