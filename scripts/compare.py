@@ -65,13 +65,14 @@ def main(args: argparse.Namespace) -> None:
     search = [Path(root) for root in args.results] if args.results else sorted(Path().glob("result*"))
     runs = find_runs([Path(folder) for folder in args.folders], args.names, search)
     rows = comparison_rows(runs, args.measures)
+    written = write(Path(args.out), runs, rows, args.html) if args.out else []
     print(markdown(runs, rows))
-    if args.out:
-        write(Path(args.out), runs, rows, args.html)
+    if written:
+        print(f"written into {args.out}: {', '.join(written)}")
 
 
-def write(out: Path, runs: Sequence[Run], rows: Sequence[Row], html: bool) -> None:
-    """Write the table in all its forms into `out`."""
+def write(out: Path, runs: Sequence[Run], rows: Sequence[Row], html: bool) -> list[str]:
+    """Write the table in all its forms into `out`; return the names of the files."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -87,7 +88,7 @@ def write(out: Path, runs: Sequence[Run], rows: Sequence[Row], html: bool) -> No
         files["compare.html"] = comparison_page(runs, rows, picture)
     for name, text in files.items():
         save_text(out / name, text)
-    print(f"written into {out}: {', '.join([*files, *([picture.name] if picture else [])])}")
+    return [*files, *([picture.name] if picture else [])]
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ tr:hover td { background: var(--soft); }
 img { max-width: 100%; height: auto; background: white; border: 1px solid var(--line); border-radius: 4px; }
 figure { margin: 0; } figcaption { font-size: .85rem; opacity: .75; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 1rem; align-items: start; }
+.main { max-width: 760px; margin-top: 1.5rem; }
 .note { opacity: .75; font-size: .9rem; } code { font-size: .85em; overflow-wrap: anywhere; }
 """
 NOTE = (
@@ -30,17 +31,17 @@ NOTE = (
 
 
 def comparison_page(runs: Sequence[Run], rows: Sequence[Row], picture: Path | None) -> str:
-    """The page: a table of the networks, one for each score, the picture of the comparison, and each run's plots.
+    """The page: a table of the networks, the picture of the comparison, a table for each score, and each run's plots.
 
     Args:
         picture: a PNG of the comparison, if there is one.
     """
     parts = [f"<h1>{escape(' · '.join(run.name for run in runs))}</h1>", f'<p class="note">{escape(NOTE)}</p>']
-    if picture is not None:
-        parts.append(_figure(picture, "distilled images, and AUROC on each OOD set"))
     for score in dict.fromkeys(row.score for row in rows):
         title = f"OOD detection, score {score}" if score else "Accuracy, error detection and calibration"
         parts += [f"<h2>{escape(title)}</h2>", _table(runs, [row for row in rows if row.score == score])]
+        if picture is not None and not score:
+            parts.append(f'<div class="main">{_figure(picture, "distilled images, and AUROC on each OOD set")}</div>')
     for run in runs:
         parts.append(f"<h2>{escape(run.name)}</h2>")
         parts += [_run(folder) for folder in run.folders]

@@ -113,9 +113,8 @@ def save_reliability(path: Path, bins: Reliability) -> None:
     accuracy = np.nan_to_num(bins.accuracy)
     gap = np.nan_to_num(bins.confidence - bins.accuracy)
     top.bar(left, accuracy, width, align="edge", color="#3b6ea5", edgecolor="white", label="accuracy")
-    top.bar(
-        left, gap, width, bottom=accuracy, align="edge", color="#d1733c", alpha=0.45, edgecolor="#d1733c", label="gap"
-    )
+    gap_style = {"color": "none", "edgecolor": "#d1733c", "hatch": "////", "linewidth": 1}
+    top.bar(left, gap, width, bottom=accuracy, align="edge", label="gap to the confidence", **gap_style)
     top.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1)
     top.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
     top.set_title(f"Reliability: ECE {100 * bins.error:.2f} % ({len(left)} bins, all networks)", fontsize=10)
@@ -139,7 +138,7 @@ def save_distilled(path: Path, pictures: Sequence[tuple[str, torch.Tensor]]) -> 
     for _, images in pictures:
         shown = images[:, :SHOWN_PER_CLASS]
         per_row = shown.shape[1] if shown.shape[1] > 1 else min(10, len(shown))
-        grids.append(make_grid(shown.flatten(0, 1), nrow=per_row, padding=1, pad_value=1.0).permute(1, 2, 0).numpy())
+        grids.append(make_grid(shown.flatten(0, 1), nrow=per_row, padding=1, pad_value=0.6).permute(1, 2, 0).numpy())
     height, width = grids[0].shape[:2]
     stacked = width > height  # wide strips go below each other, tall grids beside each other
     shape = (len(grids), 1) if stacked else (1, len(grids))
@@ -163,8 +162,9 @@ def save_comparison(
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 0.75 * len(strips) + 2.6 * len(panels)), layout="constrained")
-    ratios = [1] * len(strips) + [3.2] * len(panels)
+    height = 2.6 if len(panels) == 1 else 1.9
+    figure = Figure(figsize=(8, 0.75 * len(strips) + height * len(panels)), layout="constrained")
+    ratios = [0.8] * len(strips) + [height] * len(panels)
     axes = figure.subplots(len(ratios), 1, height_ratios=ratios, squeeze=False)[:, 0]
     for axis, (title, images) in zip(axes, strips, strict=False):
         padded = torch.nn.functional.pad(images, (0, 1, 0, 0), value=0.8)
