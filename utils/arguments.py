@@ -295,7 +295,11 @@ def add_stage3(parser: Parser) -> None:
         default=1000,
         help="which epoch's checkpoints to test; --is_load_best tests the best instead",
     )
-    group = parser.add_argument_group("OOD detection")
+    _add_ood_sets(parser.add_argument_group("OOD sets"))
+    _add_scores(parser.add_argument_group("scores"))
+
+
+def _add_ood_sets(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--ood_path",
         default="data/ood",
@@ -320,6 +324,9 @@ def add_stage3(parser: Parser) -> None:
     group.add_argument(
         "-v", "--validate", action="store_true", help="also test on validation outliers, for choosing hyperparameters"
     )
+
+
+def _add_scores(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--score",
         nargs="+",

@@ -21,6 +21,7 @@ tr:hover td { background: var(--soft); }
 img { max-width: 100%; height: auto; background: white; border: 1px solid var(--line); border-radius: 4px; }
 figure { margin: 0; } figcaption { font-size: .85rem; opacity: .75; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 1rem; align-items: start; }
+.across { grid-column: 1 / -1; }
 .main { max-width: 760px; margin-top: 1.5rem; }
 .note { opacity: .75; font-size: .9rem; } code { font-size: .85em; overflow-wrap: anywhere; }
 """
@@ -54,7 +55,8 @@ def comparison_page(runs: Sequence[Run], rows: Sequence[Row], picture: Path | No
 
 
 def _table(runs: Sequence[Run], rows: Sequence[Row]) -> str:
-    head = "".join(f"<th>{escape(text)}</th>" for text in ("OOD set", "measure", *(run.name for run in runs)))
+    first_column = "OOD set" if rows[0].score else ""
+    head = "".join(f"<th>{escape(text)}</th>" for text in (first_column, "measure", *(run.name for run in runs)))
     lines = []
     before = None
     for row in rows:
@@ -82,4 +84,7 @@ def _run(folder: Path) -> str:
 def _figure(path: Path, caption: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
     text = escape(caption, quote=True)
-    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
+    across = ' class="across"' if path.stem.startswith("scores_") else ""  # a panel for each OOD set is wide
+    return (
+        f'<figure{across}><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
+    )

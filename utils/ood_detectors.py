@@ -218,7 +218,8 @@ class Scorer:
         if spec.cls == "MahalanobisODIN":
             arguments = {"encoder": self.net.embed, "norm_std": list(self.std)}
         if spec.takes == "maps":
-            arguments["head"] = lambda maps: self.head(maps.flatten(1))
+            # VRA hands its maps over on the CPU, wherever the network is
+            arguments["head"] = lambda maps: self.head(maps.flatten(1).to(self.head.weight.device))
         return getattr(detector, spec.cls)(**arguments)
 
     @torch.no_grad()

@@ -167,7 +167,8 @@ def save_comparison(
     ratios = [0.8] * len(strips) + [height] * len(panels)
     axes = figure.subplots(len(ratios), 1, height_ratios=ratios, squeeze=False)[:, 0]
     for axis, (title, images) in zip(axes, strips, strict=False):
-        padded = torch.nn.functional.pad(images, (0, 1, 0, 0), value=0.8)
+        padded = torch.nn.functional.pad(images, (0, 1, 0, 0), value=0.6)
+        padded = torch.nn.functional.pad(padded, (0, 0, 1, 1), value=0.6)
         axis.imshow(torch.cat(list(padded), 2).expand(3, -1, -1).permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set_title(title, fontsize=9, loc="left")
         axis.set_axis_off()
