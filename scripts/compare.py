@@ -5,13 +5,15 @@ python scripts/compare.py result-test-ood-synthetic/DSA/CIFAR10/ConvNet/10/A res
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.arguments import Parser, one_of
-from utils.compare import comparison_table, find_run, plot_comparison
+from utils.compare import Row, Run, comparison_rows, find_runs, latex, markdown, plot_comparison, table_csv
 from utils.errors import UserError, run_script
+from utils.html import comparison_page
 from utils.ood_metrics import MEASURES
 from utils.runs import save_text
 
@@ -19,8 +21,19 @@ from utils.runs import save_text
 def get_args_parser() -> Parser:
     """The flags of this script."""
     parser = Parser(description="Put stage-3 results side by side.")
-    parser.add_argument("folders", nargs="+", help="stage-3 run folders, or folders with one of them somewhere below")
-    parser.add_argument("--names", nargs="+", default=None, help="one name per folder for the columns; left out: paths")
+    parser.add_argument(
+        "folders",
+        nargs="+",
+        help="stage-3 run folders, or folders above them; or run folders of stage 1 or 2, which are followed to the "
+        "results made from them",
+    )
+    parser.add_argument(
+        "--names",
+        nargs="+",
+        default=None,
+        help="one name per folder for the columns; folders of the same name are pooled into one column, e.g. the "
+        "seeds of a study. Left out: paths",
+    )
     parser.add_argument(
         "--measures",
         nargs="+",
@@ -29,7 +42,16 @@ def get_args_parser() -> Parser:
         help=f"which of {', '.join(MEASURES)}",
     )
     parser.add_argument(
-        "--out", default=None, help="folder to write compare.md and compare.png into; left out: print only"
+        "--results",
+        nargs="+",
+        default=None,
+        help="where the results made from folders of stage 1 and 2 are looked for; left out: every result* here",
+    )
+    parser.add_argument(
+        "--out", default=None, help="folder to write compare.md, .csv, .tex and .png into; left out: print only"
+    )
+    parser.add_argument(
+        "--html", action="store_true", help="also write compare.html there, one page with all tables and plots"
     )
     return parser
 
@@ -38,15 +60,35 @@ def main(args: argparse.Namespace) -> None:
     """Print the table, and write it where asked."""
     if args.names and len(args.names) != len(args.folders):
         raise UserError(f"--names: {len(args.names)} names for {len(args.folders)} folders; give one each")
-    names = args.names or [None] * len(args.folders)
-    runs = [find_run(Path(folder), name) for folder, name in zip(args.folders, names, strict=True)]
-    text = comparison_table(runs, args.measures)
-    print(text)
-    if args.out:
-        out = Path(args.out)
-        save_text(out / "compare.md", text)
-        plot_comparison(out / "compare.png", runs)
-        print(f"this table: {out / 'compare.md'}, as a picture: {out / 'compare.png'}")
+    if args.html and not args.out:
+        raise UserError("--html: give --out, too: the folder that the page is written into")
+    search = [Path(root) for root in args.results] if args.results else sorted(Path().glob("result*"))
+    runs = find_runs([Path(folder) for folder in args.folders], args.names, search)
+    rows = comparison_rows(runs, args.measures)
+    written = write(Path(args.out), runs, rows, args.html) if args.out else []
+    print(markdown(runs, rows))
+    if written:
+        print(f"written into {args.out}: {', '.join(written)}")
+
+
+def write(out: Path, runs: Sequence[Run], rows: Sequence[Row], html: bool) -> list[str]:
+    """Write the table in all its forms into `out`; return the names of the files."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: cannot make {out}: {error}") from None
+    files = {"compare.md": markdown(runs, rows), "compare.csv": table_csv(runs, rows), "compare.tex": latex(runs, rows)}
+    picture = out / "compare.png"
+    try:
+        plot_comparison(picture, runs)
+    except ImportError:
+        picture = None
+        print("no picture: matplotlib is not installed (pip install matplotlib)")
+    if html:
+        files["compare.html"] = comparison_page(runs, rows, picture)
+    for name, text in files.items():
+        save_text(out / name, text)
+    return [*files, *([picture.name] if picture else [])]
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from .datasets import DATASET_NAMES
 from .devices import PRECISIONS
 from .errors import UserError, unknown_name
 from .matching import METRICS
+from .ood_detectors import ALL_SCORES, DETECTORS
 from .ood_scores import SCORES
 from .outliers import CORRUPTIONS, DEFAULT_CORRUPTIONS
 from .runs import STAGE1_ROOTS, STAGE2_ROOTS
@@ -319,7 +320,11 @@ def add_stage3(parser: Parser) -> None:
         default=1000,
         help="which epoch's checkpoints to test; --is_load_best tests the best instead",
     )
-    group = parser.add_argument_group("OOD detection")
+    _add_ood_sets(parser.add_argument_group("OOD sets"))
+    _add_scores(parser.add_argument_group("scores"))
+
+
+def _add_ood_sets(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--ood_path",
         default="data/ood",
@@ -344,8 +349,23 @@ def add_stage3(parser: Parser) -> None:
     group.add_argument(
         "-v", "--validate", action="store_true", help="also test on validation outliers, for choosing hyperparameters"
     )
+
+
+def _add_scores(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--score", nargs="+", type=one_of("score", SCORES), default=["msp"], help=f"one or more of {', '.join(SCORES)}"
+        "--score",
+        nargs="+",
+        type=one_of("score", ALL_SCORES),
+        default=["msp"],
+        help=f"one or more of {', '.join(SCORES)}; or, with the package pytorch-ood, of {', '.join(DETECTORS)}. Those "
+        "of logits or features cost nothing more; odin, mahalanobis_odin and the grad ones need passes of their own",
+    )
+    group.add_argument(
+        "--fit_on",
+        type=one_of("fitting set", ("distilled", "real")),
+        default="distilled",
+        help="what detectors are fitted on: the distilled set behind the networks, or the real training set. knn, "
+        "mahalanobis and their kind want more images than a small ipc gives",
     )
     group.add_argument("--T", type=number(0, exclusive=True), default=1.0, help="temperature of --score energy")
     group.add_argument("-x", "--use_xent", action="store_true", help="short for --score xent")

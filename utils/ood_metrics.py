@@ -7,8 +7,11 @@ score; IN measures take in-distribution as positive, with minus the score. AUROC
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
+from .calibration import confidence_and_correct
+
 RECALL = 0.95
 MEASURES = ("fpr_in", "fpr_out", "auroc", "aupr_in", "aupr_out")
+ERROR_MEASURES = ("error", "auroc", "aupr", "fpr", "aurc")
 
 
 def fpr_at_recall(positive: np.ndarray, scores: np.ndarray, recall: float = RECALL) -> float:
@@ -34,7 +37,10 @@ def ood_measures(in_scores: np.ndarray, out_scores: np.ndarray) -> dict[str, flo
     Args:
         in_scores, out_scores: `[N]` and `[M]`, higher = more OOD; finite, neither empty.
     Returns:
-        `auroc`, `aupr_in`, `aupr_out`, `fpr_in`, `fpr_out` (the FPRs at 95 % recall), as fractions.
+        Fractions in [0, 1]. `auroc`: the chance that an OOD image scores above an in-distribution one, ties counting
+        half. `aupr_in`, `aupr_out`: average precision, the step-wise sum (not the trapezoidal area) with
+        in-distribution or OOD as positive. `fpr_in`, `fpr_out`: the rate of false positives at 95 % recall of the
+        positives; `fpr_in` is the usual "FPR95", the OOD images taken for in-distribution (`fpr_at_recall`).
     Raises:
         ValueError: for empty or non-finite scores.
     """
@@ -52,6 +58,22 @@ def ood_measures(in_scores: np.ndarray, out_scores: np.ndarray) -> dict[str, flo
     }
 
 
+def aurc(wrong: np.ndarray, scores: np.ndarray) -> float:
+    """Area under the risk-coverage curve (Geifman & El-Yaniv, NeurIPS 2017); lower is better.
+
+    Args:
+        wrong: bool `[N]`; scores: `[N]`, higher = less confident. N is at least 1.
+    Returns:
+        The mean over k = 1 … N of the error rate among the k most confident predictions, in [0, 1]. Predictions of
+        equal score count as if they came in random order (the expected area), so the order of the data is no matter.
+    """
+    _, group, size = np.unique(scores, return_inverse=True, return_counts=True)
+    errors = np.bincount(group, wrong, len(size))
+    # within a group of ties the expected number of errors grows evenly
+    expected = np.cumsum(np.repeat(errors / size, size))
+    return float((expected / np.arange(1, len(expected) + 1)).mean())
+
+
 def error_detection(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """How well confidence tells wrong predictions from right ones (Hendrycks & Gimpel, ICLR 2017).
 
@@ -59,13 +81,11 @@ def error_detection(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         logits: `[N, K]`; labels: int `[N]`.
     Returns:
         `error` (the error rate); `auroc`, `aupr`, `fpr` (at 95 % recall) with wrong predictions as positives and minus
-        the maximum softmax as score, NaN where all predictions are right or all wrong.
+        the maximum softmax as score, NaN where all predictions are right or all wrong; `aurc`, always defined.
     """
-    logits = np.asarray(logits, dtype=np.float64)
-    wrong = logits.argmax(1) != labels
-    shifted = np.exp(logits - logits.max(1, keepdims=True))
-    scores = -shifted.max(1) / shifted.sum(1)
-    measures = {"error": float(wrong.mean())}
+    confidence, correct = confidence_and_correct(logits, labels)
+    wrong, scores = ~correct, -confidence
+    measures = {"error": float(wrong.mean()), "aurc": aurc(wrong, scores)}
     if wrong.all() or not wrong.any():
         return measures | {"auroc": float("nan"), "aupr": float("nan"), "fpr": float("nan")}
     measures["auroc"] = float(roc_auc_score(wrong, scores))

@@ -1,0 +1,201 @@
+"""Stage 3 with fitted scores, and comparisons: what they show, what they follow, and the page."""
+
+import csv
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from networks import get_network
+from test_ood_model_syn import get_args_parser
+from utils.compare import Run, comparison_rows, find_runs, latex, markdown, plot_comparison, pooled, table_csv
+from utils.errors import UserError
+from utils.html import comparison_page
+from utils.ood_metrics import MEASURES
+from utils.ood_report import Results, load_results, report_text
+from utils.rng import generator
+from utils.synthetic import SyntheticSet, save_synthetic
+
+RUN = "DSA/Digits/ConvNetD1/1/20260101-000000"
+
+
+def results(auroc, error=0.1, nll=0.3, sets=("patches", "blob"), score="msp"):
+    """`auroc`: [networks][sets]."""
+    errors = [{"error": error, "auroc": 0.9, "aupr": 0.5, "fpr": 0.2, "aurc": 0.01, "ece": 0.05, "nll": nll}] * 2
+    rows = []
+    for network, values in enumerate(auroc):
+        for name, value in zip(sets, values, strict=True):
+            rows.append({"network": network, "set": name, "score": score, **dict.fromkeys(MEASURES, value)})
+    return Results([e | {"brier": 0.2} for e in errors], rows)
+
+
+def run(name, *args, **kwargs):
+    return Run(name, (), results(*args, **kwargs))
+
+
+def test_the_table_shows_means_deviations_and_the_best():
+    runs = [run("plain", [[0.5, 0.7], [0.7, 0.9]]), run("a|b_%", [[0.6, 0.8], [0.6, 0.8]], error=0.2, nll=0.2)]
+    rows = comparison_rows(runs, ["auroc", "fpr_in"])
+    by_title = {(row.set, row.measure): row for row in rows}
+    assert by_title["patches", "AUROC ↑"].cells() == ["60.00 ± 10.00", "60.00 ± 0.00"]
+    assert by_title["patches", "AUROC ↑"].best() == [True, True]  # equal to the digits that are shown
+    assert by_title["", "accuracy ↑"].best() == [True, False]
+    assert by_title["", "NLL ↓"].best() == [False, True]
+    assert by_title["", "NLL ↓"].cells() == ["0.300 ± 0.000", "0.200 ± 0.000"]
+    # over networks of their mean over sets: 60 and 80, not over all four values
+    assert by_title["mean", "AUROC ↑"].cells()[0] == "70.00 ± 10.00"
+    text = markdown(runs, rows)
+    assert "**60.00 ± 10.00** | **60.00 ± 0.00**" in text
+    assert r"a\|b_%" in text
+    tex = latex(runs, rows)
+    assert r"a|b\_\%" in tex
+    assert r"\textbf{60.00 $\pm$ 10.00} & \textbf{60.00 $\pm$ 0.00} \\" in tex
+    assert all(line.count("&") == 4 for line in tex.splitlines() if line.endswith(r"\\"))
+    lines = list(csv.DictReader(table_csv(runs, rows).splitlines()))
+    (line,) = [x for x in lines if (x["set"], x["measure"]) == ("patches", "AUROC")]
+    assert float(line["plain mean"]) == pytest.approx(60)
+    assert float(line["plain std"]) == pytest.approx(10)
+    assert line["plain networks"] == "2"
+
+
+def test_what_a_run_lacks_is_a_dash():
+    nan = float("nan")
+    other = run("other", [[0.9], [0.9]], sets=("blob",), score="knn")
+    old = Run("old", (), Results([{"error": 0.1}], run("old", [[nan, 0.6]]).results.rows))
+    runs = [run("one", [[nan, 0.8], [0.5, 0.8]]), other, old]
+    rows = comparison_rows(runs, ["auroc"])
+    found = {(row.score, row.set): row.cells() for row in rows if row.measure == "AUROC ↑"}
+    assert found["msp", "patches"] == ["50.00 ± 0.00", "-", "-"]
+    assert found["knn", "blob"] == ["-", "90.00 ± 0.00", "-"]
+    assert ("knn", "patches") not in found
+    best = {(row.score, row.set): row.best() for row in rows}
+    assert best["msp", "patches"] == [False] * 3
+    assert best["msp", "blob"] == [True, False, False]
+    assert [row.cells()[2] for row in rows if row.measure == "ECE ↓"] == ["-"]
+    assert "blob (knn)" in markdown(runs, rows)
+
+
+def test_folders_of_one_name_are_pooled():
+    together = pooled([results([[0.5, 0.7], [0.6, 0.8]]), results([[0.9, 0.9], [0.7, 0.7]])])
+    assert together.per_network("patches", "msp", "auroc") == [0.5, 0.6, 0.9, 0.7]
+    assert len(together.errors) == 4
+
+
+@pytest.fixture
+def chain(tmp_path, digits):
+    """Folders of stages 1 and 2, and a network, as if they had run."""
+    stage1, stage2 = tmp_path / "result-poe" / RUN, tmp_path / "result-model-synthetic-oe" / RUN
+    for folder in (stage1, stage2):
+        folder.mkdir(parents=True)
+    images = digits.train_batch(torch.stack([digits.class_indices[c][0] for c in range(10)]))
+    distilled = stage1 / "res_DSA_Digits_ConvNetD1_1ipc.pt"
+    save_synthetic(distilled, [SyntheticSet(images, torch.arange(10), images.flip(0))], {}, digits, {})
+    (stage2 / "args").write_text(json.dumps({"flags": {"exp_idx": 0}, "distilled_set": str(distilled)}))
+    for index in range(2):
+        state = get_network("ConvNetD1", 1, 10, (8, 8), generator(index)).state_dict()
+        torch.save(state, stage2 / f"syn_trained_Digits_ConvNetD1_exp{index}_best.pt")
+    return stage1, stage2
+
+
+STAGE3 = ["--dataset", "Digits", "--model", "ConvNetD1", "--ipc", 1, "--method", "DSA", "--is_load_best"]
+STAGE3 += ["--num_exp", 2, "--num_ood_ratio", 6, "--ood_sets", "patches", "uniform"]
+
+
+def test_from_stage_1_to_the_page(chain, script, tmp_path):
+    stage1, stage2 = chain
+    done = script("test_ood_model_syn.py", *STAGE3, "--score", "msp", "knn", "odin")
+    assert done.returncode == 0, done.stderr
+    assert "knn: fitted on the distilled set, 10 images" in done.stdout
+    (stage3,) = (tmp_path / "result-test-ood-synthetic").rglob("report.md")
+    stage3 = stage3.parent
+    kinds = [f"{kind}_{score}.png" for kind in ("scores", "roc") for score in ("msp", "knn", "odin")]
+    for name in ("reliability.png", "distilled.png", *kinds):
+        assert len(np.unique(np.asarray(Image.open(stage3 / name).convert("L")))) > 10
+    with open(stage3 / "results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 2 * 3
+    assert all(0 <= float(row[m]) <= 1 for row in rows for m in (*MEASURES, "accuracy", "ece", "aurc"))
+    loaded = load_results(stage3)
+    assert "## OOD detection, score odin" in report_text(loaded, loaded.scores())
+    flags = [stage1, stage2, stage3, "--names", "first", "second", "<b>&", "--out", "out", "--html"]
+    done = script("scripts/compare.py", *flags)
+    assert done.returncode == 0, done.stderr
+    table = [line.split("|")[3:6] for line in done.stdout.splitlines() if "AUROC" in line]
+    assert len(table) == 3 * 3
+    assert all(len({cell.strip(" *") for cell in cells}) == 1 for cells in table)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        f"compare.{e}" for e in ("md", "csv", "tex", "png", "html")
+    }
+    check_page((tmp_path / "out" / "compare.html").read_text(), pictures=1 + 3 * 8)
+    with pytest.raises(UserError, match=r"none of the 0 under .* was made from it"):
+        find_runs([stage2], None, [tmp_path / "out"])
+
+
+def check_page(text, pictures):
+    """Well-formed, nothing from outside, no scripts, names escaped."""
+    open_tags, images = [], []
+
+    class Checker(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            assert tag not in ("script", "link", "iframe", "b")
+            assert not any(name.startswith("on") for name, _ in attrs)
+            if tag == "img":
+                images.append(dict(attrs)["src"])
+            elif tag != "meta":
+                open_tags.append(tag)
+
+        def handle_endtag(self, tag):
+            assert open_tags.pop() == tag
+
+    Checker().feed(text)
+    assert not open_tags
+    assert len(images) == pictures
+    assert all(source.startswith("data:image/png;base64,") for source in images)
+    assert "http" not in text
+    assert "@import" not in text
+    assert "url(" not in text
+
+
+def test_errors_before_computing(chain, script, tmp_path, capsys):
+    stage1, _ = chain
+    next(stage1.glob("res*.pt")).unlink()
+    result = script("test_ood_model_syn.py", *STAGE3, "--score", "knn")
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert "--fit_on distilled: " in result.stderr
+    assert "which is gone. Use --fit_on real" in result.stderr
+    assert not (tmp_path / "result-test-ood-synthetic").exists()
+    for flags, messages in [
+        (["--score", "msp", "mahalanobiss"], ["did you mean mahalanobis", "msp", "vim"]),
+        (["--fit_on", "distil"], ["did you mean distilled", "real"]),
+    ]:
+        with pytest.raises(SystemExit, match="2"):
+            get_args_parser().parse_args(flags)
+        printed = capsys.readouterr().err
+        assert all(message in printed for message in messages)
+
+
+def test_wrong_folders(tmp_path):
+    with pytest.raises(UserError, match="nowhere is no folder"):
+        find_runs([Path("nowhere")], None, [])
+    with pytest.raises(UserError, match=r"no results\.json"):
+        find_runs([tmp_path], None, [tmp_path])
+    for text in ("{", "[]", '{"errors": [], "rows": [{"network": 3}], "missing": []}'):
+        (tmp_path / "results.json").write_text(text)
+        with pytest.raises(UserError, match="is damaged"):
+            find_runs([tmp_path], None, [])
+
+
+def test_a_picture_and_a_page_of_runs_without_folders(tmp_path):
+    """Many columns, one of them without a score of the others; nothing can be followed."""
+    folder = tmp_path / "a"
+    folder.mkdir()
+    runs = [Run(f"run {i}", (folder,), results([[0.2, 0.7], [0.7, 0.9]])) for i in range(11)]
+    runs.append(Run("last", (folder,), results([[0.6], [0.6]], sets=("blob",), score="knn")))
+    plot_comparison(tmp_path / "plot.png", runs)
+    assert Image.open(tmp_path / "plot.png").width > 800
+    check_page(comparison_page(runs, comparison_rows(runs, ["auroc"]), None), pictures=0)

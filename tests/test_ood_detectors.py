@@ -1,0 +1,180 @@
+"""Scores through pytorch-ood: as the library computes them on the whole network; and the errors before any work."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from pytorch_ood import detector as library
+from pytorch_ood.metrics import OODMetrics
+from pytorch_ood.metrics import functional as theirs
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+from torch.utils.data import DataLoader, TensorDataset
+
+from networks import get_network
+from networks.convnet import ConvNet
+from utils.errors import UserError
+from utils.ood_detectors import ALL_SCORES, DETECTORS, FitSet, Scorer, feature_map_shape, last_layer, require_library
+from utils.ood_metrics import ood_measures
+from utils.ood_scores import SCORES
+from utils.rng import generator
+from utils.synthetic import SyntheticSet
+from utils.training import TrainSettings, predict, train_network
+
+
+def fit_set(digits, per_class):
+    index = torch.cat([digits.class_indices[c][:per_class] for c in range(10)])
+    images = digits.train_batch(index)
+    return FitSet("distilled set", digits.labels_train[index], lambda i: images[i])
+
+
+@pytest.fixture(scope="module")
+def trained(digits):
+    """Two networks that know the digits somewhat: ten images per class, a few epochs."""
+    fit = fit_set(digits, 10)
+    synthetic = SyntheticSet(fit.take(torch.arange(100)), fit.labels)
+    nets = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        net = ConvNet(1, 10, (8, 8), width=16, depth=2)
+        nets.append(train_network(net, synthetic, TrainSettings(40, lr=0.05), 1, ("t",)).eval())
+    return nets
+
+
+@pytest.fixture(scope="module")
+def noise(digits):
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(90, 1, 8, 8, generator=g)
+
+
+def test_our_measures_are_pytorch_oods_and_sklearns(digits, trained, noise):
+    """On trained networks. pytorch-ood takes the first recall of 95 % and trapezoids; the curves are the same."""
+    for net in trained:
+        scorer = Scorer(net, ("msp", "energy", "gen"), 1.0, digits.std).prepare(noise[:2], None, 64)
+        inside, outside = scorer(digits.test_images, 64)[1], scorer(noise, 64)[1]
+        for name in scorer.scores:
+            found = ood_measures(inside[name], outside[name])
+            scores = torch.tensor(np.r_[inside[name], outside[name]])
+            labels = torch.cat([digits.labels_test, torch.full((len(noise),), -1)])
+            out = (labels < 0).numpy()
+            reference = OODMetrics().update(scores, labels).compute()
+            assert found["auroc"] == pytest.approx(reference["AUROC"], abs=1e-6)
+            assert found["auroc"] == pytest.approx(roc_auc_score(out, scores), abs=1e-6)
+            for ours, sign, positive in (("out", 1, "ood"), ("in", -1, "id")):
+                side = out if positive == "ood" else ~out
+                precision, recall, _ = theirs.pr_curve(scores, labels, positive)
+                assert reference[f"AUPR-{ours.upper()}"] == pytest.approx(
+                    -torch.trapezoid(precision, recall).item(), abs=1e-6
+                )
+                step = -(recall.diff() * precision[:-1]).sum().item()
+                assert found[f"aupr_{ours}"] == pytest.approx(step, abs=1e-6)
+                assert found[f"aupr_{ours}"] == pytest.approx(average_precision_score(side, sign * scores), abs=1e-6)
+                fpr, tpr, _ = theirs.roc_curve(sign * scores, torch.where(torch.tensor(side), -1, 0))
+                nearest = tpr[1:][(tpr[1:] - 0.95).abs().argmin()].item()
+                assert found[f"fpr_{ours}"] == pytest.approx(fpr[tpr == nearest].max().item(), abs=1e-6)
+                by_sklearn = roc_curve(side, sign * scores, drop_intermediate=False)
+                assert found[f"fpr_{ours}"] == pytest.approx(by_sklearn[0][by_sklearn[1] == nearest].max(), abs=1e-6)
+            fpr, tpr, _ = theirs.roc_curve(scores, labels)
+            first = fpr[tpr >= 0.95][0].item()
+            assert reference["FPR95TPR"] == pytest.approx(first, abs=1e-6)
+
+
+def alone(name, net, digits):
+    """The detector as pytorch-ood's own documentation builds it, on whole modules."""
+    head = last_layer(net)
+    return {
+        "entropy": lambda: library.Entropy(net),
+        "gen": lambda: library.GEN(net),
+        "klmatching": lambda: library.KLMatching(net),
+        "openmax": lambda: library.OpenMax(net),
+        "tscaling": lambda: library.TemperatureScaling(net),
+        "knn": lambda: library.KNN(net.embed, k=10),
+        "nnguide": lambda: library.NNGuide(net.embed, head, k=10),
+        "mahalanobis": lambda: library.Mahalanobis(net.embed),
+        "rmd": lambda: library.RMD(net.embed),
+        "gmm": lambda: library.GMM(net.embed),
+        "vim": lambda: library.ViM(net.embed, 32, head.weight, head.bias),
+        "dice": lambda: library.DICE(net.embed, head.weight, head.bias, 0.9),
+        "she": lambda: library.SHE(net.embed, head),
+        "nci": lambda: library.NCI(net.embed, head),
+        "fdbd": lambda: library.fDBD(net.embed, head),
+        "pnml": lambda: library.PNML(net.embed, head),
+        "lts": lambda: library.LTS(net.embed, head),
+        "react": lambda: library.ReAct(net.features, lambda maps: head(maps.flatten(1))),
+        "ash": lambda: library.ASH(net.features, lambda maps: head(maps.flatten(1))),
+        "scale": lambda: library.SCALE(net.features, lambda maps: head(maps.flatten(1))),
+        "vra": lambda: library.VRA(net.features, lambda maps: head(maps.flatten(1))),
+        "rankfeat": lambda: library.RankFeat(net.features, lambda maps: head(maps.flatten(1))),
+        "odin": lambda: library.ODIN(net, norm_std=list(digits.std)),
+        "mahalanobis_odin": lambda: library.MahalanobisODIN(net.embed, norm_std=list(digits.std)),
+        "gradnorm": lambda: library.GradNorm(net, param_filter=lambda n: n.startswith("classifier")),
+        "graduncertainty": lambda: library.GradUncertainty(net),
+    }[name]()
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_detector_scores_as_by_itself(name, digits, trained, noise):
+    fit = fit_set(digits, 10)
+    scorer = Scorer(trained[0], (name,), 1.0, digits.std).prepare(noise[:2], fit, 100)
+    logits, scores = scorer(noise, 100)
+    reference = alone(name, trained[0], digits)
+    if DETECTORS[name].fits:
+        reference.fit(DataLoader(TensorDataset(fit.take(torch.arange(100)), fit.labels), 100))
+    expected = reference.predict(noise).detach().numpy()
+    assert scores[name].shape == (90,)
+    assert scores[name].dtype == np.float64
+    np.testing.assert_allclose(scores[name], expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_array_equal(logits, predict(trained[0], noise, 100).double().numpy())
+
+
+def test_one_pass_serves_all_scores_of_logits_and_features(digits, trained, noise):
+    passes = []
+    names = [n for n in ALL_SCORES if n in SCORES or (DETECTORS[n].takes != "images" and n != "openmax")]
+    scorer = Scorer(trained[0], names, 1.0, digits.std).prepare(noise[:2], fit_set(digits, 2), 64)
+    hook = trained[0].features.register_forward_hook(lambda *_: passes.append(1))
+    try:
+        scores = scorer(noise, 64)[1]
+    finally:
+        hook.remove()
+    assert len(passes) == 2
+    assert set(scores) == set(names)
+    logits = predict(trained[0], noise, 64).double()
+    for name in SCORES:
+        np.testing.assert_array_equal(scores[name], SCORES[name](logits, 1.0).numpy())
+
+
+def test_the_map_before_the_features():
+    shapes = {}
+    for name in ("ConvNet", "AlexNet", "ResNet18", "ResNet18_AP", "MLP", "LeNet"):
+        net = get_network(name, 3, 10, (32, 32)).eval()
+        shapes[name] = feature_map_shape(net, torch.zeros(1, 3, 32, 32))
+        assert np.prod(shapes[name]) == last_layer(net).in_features
+    assert shapes["ConvNet"] == (128, 4, 4)
+    assert shapes["AlexNet"] == (192, 4, 4)
+    assert shapes["ResNet18"] == (512, 1, 1)
+    assert shapes["ResNet18_AP"] == (512, 4, 4)
+    assert shapes["MLP"] == (128, 1, 1)
+    assert shapes["LeNet"] == (84, 1, 1)
+
+
+def test_errors_come_before_work(digits, trained, noise, monkeypatch):
+    mlp = get_network("MLP", 1, 10, (8, 8), generator(0))
+    with pytest.raises(UserError, match=r"--score rankfeat: .* MLP ends in 128 features without one"):
+        Scorer(mlp, ("rankfeat",), 1.0, digits.std).prepare(noise[:2], None, 64)
+    with pytest.raises(UserError, match=r"--score openmax: .* 3 or more images of each class"):
+        Scorer(trained[0], ("openmax",), 1.0, digits.std).prepare(noise[:2], fit_set(digits, 1), 64)
+    hopeless = FitSet("distilled set", torch.arange(10), lambda i: noise[i])
+    with pytest.raises(UserError, match=r"--score she: cannot be fitted on the distilled set"):
+        Scorer(mlp, ("she",), 1.0, digits.std).prepare(noise[:2], hopeless, 64)
+    require_library(("msp", "knn"))
+    monkeypatch.setitem(sys.modules, "pytorch_ood", None)
+    require_library(("msp", "energy"))
+    with pytest.raises(UserError, match=r"--score knn vim: .*pip install pytorch-ood"):
+        require_library(("msp", "knn", "vim"))
+
+
+def test_an_older_library_is_told_of(monkeypatch):
+    monkeypatch.delattr(library, "NCI")
+    with pytest.raises(UserError, match=r"--score nci: this version of pytorch-ood"):
+        require_library(("nci",))

@@ -1,0 +1,80 @@
+"""How far a classifier's confidence can be believed: calibration error, likelihood and Brier score."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+BINS = 15
+CALIBRATION_MEASURES = ("ece", "nll", "brier")
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities `[N, K]` in float64, from logits `[N, K]`."""
+    logits = np.asarray(logits, dtype=np.float64)
+    shifted = logits - logits.max(1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """What a reliability diagram shows: for each bin of confidence, arrays `[bins]`.
+
+    `edges` `[bins + 1]`: the bins are (edges[i], edges[i + 1]]; `count`: predictions in the bin; `confidence` and
+    `accuracy`: their means, NaN in empty bins.
+    """
+
+    edges: np.ndarray
+    count: np.ndarray
+    confidence: np.ndarray
+    accuracy: np.ndarray
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error: the mean of |accuracy - confidence| over bins, weighted by their counts."""
+        gaps = np.abs(self.accuracy - self.confidence)
+        filled = self.count > 0
+        return float((gaps[filled] * self.count[filled]).sum() / self.count.sum())
+
+
+def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> Reliability:
+    """Sort predictions into `bins` bins of equal width in confidence (Guo et al., ICML 2017, section 2).
+
+    Args:
+        confidence: `[N]` in (0, 1], the largest probability; correct: bool `[N]`. N is at least 1.
+    Returns:
+        The bins. A confidence on an edge belongs to the lower bin, as in Guo et al.; torchmetrics takes the upper one.
+    """
+    edges = np.linspace(0, 1, bins + 1)
+    index = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+    count = np.bincount(index, minlength=bins)
+    with np.errstate(invalid="ignore"):
+        mean_confidence = np.bincount(index, confidence, bins) / count
+        accuracy = np.bincount(index, correct, bins) / count
+    return Reliability(edges, count, mean_confidence, accuracy)
+
+
+def confidence_and_correct(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The largest probability of each prediction, float64 `[N]`, and whether it is right, bool `[N]`."""
+    logits = np.asarray(logits, dtype=np.float64)
+    return np.exp(log_softmax(logits).max(1)), logits.argmax(1) == labels
+
+
+def calibration(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Calibration of the softmax probabilities on labelled in-distribution images; lower is better in all three.
+
+    Args:
+        logits: `[N, K]`; labels: int `[N]`; N is at least 1.
+    Returns:
+        `ece`: expected calibration error of the predicted class, 15 bins of equal width, in [0, 1] (Guo et al., ICML
+        2017); `nll`: mean negative log-likelihood of the label in nats; `brier`: squared distance of the probabilities
+        from the one-hot label, summed over classes and averaged over images, in [0, 2] (Brier 1950; not halved).
+    """
+    log_probabilities = log_softmax(logits)
+    rows = np.arange(len(labels))
+    wanted = np.zeros_like(log_probabilities)
+    wanted[rows, labels] = 1
+    return {
+        "ece": reliability(*confidence_and_correct(logits, labels)).error,
+        "nll": float(-log_probabilities[rows, labels].mean()),
+        "brier": float(((np.exp(log_probabilities) - wanted) ** 2).sum(1).mean()),
+    }
