@@ -63,22 +63,37 @@ def test_values_of_flags_keep_their_dashes():
     assert (args.corruptions, args.save_path) == (["gauss-speckle"], "a-b_c")
 
 
-def test_the_documented_lines_parse():
-    strategy = "color_crop_cutout_flip_scale_rotate"
-    base = f"--dataset CIFAR10 --model ConvNet --num_eval 5 --ipc 10 --method DSA --dsa_strategy {strategy}"
-    paths = "--load-path a --save-path b --data-path c"
-    main_oe.get_args_parser().parse_args(
-        f"{base} --num_exp 1 --init real --seed 1 --lambda_oe 0.5 --num_oe_per_class 10000 --batch_oe 256".split()
-    )
-    train_model_synthetic_oe.get_args_parser().parse_args(
-        f"{base} --folder 20230206-232257 --exp_idx 0 --is_load_oe --lambda_oe 0.5 {paths}".split()
-    )
-    args = test_ood_model_syn.get_args_parser().parse_args(
-        "--method DSA --dataset CIFAR10 --model ConvNet --batch_test 256 --num_exp 5 --ipc 10 --is_load_oe --folder "
-        f"20230206-232250 --is_load_best --num_ood_ratio 1 -v -x {paths}".split()
-    )
-    assert args.validate
-    assert args.use_xent
+STRATEGY = "color_crop_cutout_flip_scale_rotate"
+PATHS = "--load-path a --save-path b --data-path c"
+DOCUMENTED = {  # as people type them
+    "main.py": f"--dataset CIFAR10 --model ConvNet --num_exp 3 --num_eval 5 --ipc 10 --init real --method DSA "
+    f"--dsa_strategy {STRATEGY}",
+    "main_oe.py": f"--dataset CIFAR10 --model ConvNet --num_exp 1 --num_eval 5 --ipc 10 --init real --method DSA "
+    f"--dsa_strategy {STRATEGY} --seed 1 --lambda_oe 0.5 --num_oe_per_class 10000 --batch_real 256 --batch_oe 256",
+    "main_poe.py": f"--dataset CIFAR10 --model ConvNet --num_exp 1 --num_eval 5 --ipc 10 --init real --method DSA "
+    f"--dsa_strategy {STRATEGY} --seed 1 --lambda_oe 0.5 --batch_real 256 --batch_oe 256",
+    "train_model_synthetic_no_oe.py": "--method DSA --dataset CIFAR100 --model ConvNet --num_eval 5 --ipc 20 "
+    f"--dsa_strategy {STRATEGY} --folder 20230307-093217 --exp_idx 0",
+    "train_model_synthetic_oe.py": "--method DSA --dataset CIFAR10  --model ConvNet --num_eval 5 --ipc 10 "
+    f"--dsa_strategy {STRATEGY} --folder 20230206-232257 --exp_idx 0 --is_load_oe --lambda_oe 0.5",
+    "test_ood_model_syn.py": "--method DSA --dataset CIFAR10 --model ConvNet --batch_test 256 --num_exp 5 --ipc 10 "
+    "--is_load_oe --folder 20230206-232250 --is_load_best --num_ood_ratio 1",
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_documented_lines_parse(name):
+    args = SCRIPTS[name].get_args_parser().parse_args(f"{DOCUMENTED[name]} {PATHS}".split())
+    assert (args.load_path, args.save_path, args.data_path) == ("a", "b", "c")
+    assert args.method == "DSA"
+
+
+def test_given_scores_are_never_dropped():
+    from utils.ood_report import _scores
+
+    assert _scores(None, False) == ("msp",)
+    assert _scores(None, True) == ("xent",)
+    assert _scores(["mls", "energy"], True) == ("mls", "energy", "xent")
 
 
 def test_loops_by_ipc():

@@ -1,5 +1,6 @@
 """The fast engine against the textbook loop of `utils/plain.py`."""
 
+import os
 import shutil
 from dataclasses import replace
 
@@ -21,15 +22,16 @@ from utils.training import Trainer, TrainSettings, predict
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))
 NORMS = ["ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetW32", "ConvNetGN"]
+DEVICE = torch.device(os.environ.get("TRUSTDD_TEST_DEVICE", "cpu"))  # scripts/gpu_check.sh sets cuda
 COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
 
 
 def problem(name, dtype, dsa=True, ipc=2, seed=0):
     """A network, synthetic images, real batches of unequal size, and one transform per slot."""
-    net = get_network(name, 3, 5, (16, 16), generator(seed)).to(dtype)
+    net = get_network(name, 3, 5, (16, 16), generator(seed)).to(DEVICE, dtype)
     g = generator(seed, "images")
-    synthetic = torch.randn(5, ipc, 3, 16, 16, generator=g, dtype=dtype)
-    real = [torch.randn(4 + s, 3, 16, 16, generator=g, dtype=dtype) for s in range(5)]
+    synthetic = torch.randn(5, ipc, 3, 16, 16, generator=g, dtype=dtype).to(DEVICE)
+    real = [torch.randn(4 + s, 3, 16, 16, generator=g, dtype=dtype).to(DEVICE) for s in range(5)]
     if any(isinstance(m, nn.BatchNorm2d) for m in net.modules()):
         net(torch.cat(real))
         net.eval()
@@ -46,7 +48,7 @@ def compare(name, dtype, outliers, metric, tolerance, dsa=True, batched=True, co
     matcher = Matcher(net, outlier_loss if outliers else class_loss, metric, compute or Compute(), batched)
     losses, gradient = matcher(synthetic, real.__getitem__, transforms)
     expected_losses, expected = plain.match_slots(net, synthetic, real.__getitem__, transforms, outliers, metric)
-    assert relative(losses, torch.tensor(expected_losses, dtype=dtype)) < tolerance
+    assert relative(losses, torch.tensor(expected_losses, dtype=dtype, device=DEVICE)) < tolerance
     assert relative(gradient, expected) < tolerance
     return matcher
 
@@ -191,8 +193,8 @@ def test_bf16_is_near_and_matching_stays_in_float32():
     )
     expected, _ = plain.match_slots(net, synthetic, real.__getitem__, transforms, False, "ours")
     assert losses.dtype == gradient.dtype == torch.float32
-    assert not torch.equal(losses, torch.tensor(expected))
-    assert relative(losses, torch.tensor(expected)) < 0.02
+    assert not torch.equal(losses, torch.tensor(expected, device=DEVICE))
+    assert relative(losses, torch.tensor(expected, device=DEVICE)) < 0.02
 
 
 @pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler on a CPU")

@@ -177,3 +177,74 @@ def test_same_seed_same_bits_and_keys_differ(tiny_real):
     assert torch.equal(first.images_oe, second.images_oe)
     assert not torch.equal(first.images, other.images)
     assert not torch.equal(first.images, next_exp.images)
+
+
+def test_every_iteration_has_its_own_network(tiny_real):
+    method = GradientMatching(tiny_real, None, settings())
+    method.start(0)
+    weights = []
+    for it in range(2):
+        method.iterate(it)
+        weights.append(method.net.classifier.weight.detach().clone())
+    assert not torch.equal(*weights)
+
+
+def test_momentum_of_the_images_is_a_half(tiny_real):
+    """The second step is minus lr times (gradient + half the first gradient)."""
+    method = GradientMatching(tiny_real, None, settings(lr_img=0.2))
+    method.start(0)
+    method.iterate(0)
+    first, before = method.image_syn.grad.clone(), method.image_syn.detach().clone()
+    method.iterate(1)
+    torch.testing.assert_close(method.image_syn.detach(), before - 0.2 * (method.image_syn.grad + 0.5 * first))
+
+
+def test_the_real_batch_is_transformed_as_the_synthetic_one():
+    """With synthetic images equal to the real ones the loss is near zero only if both get the same transform."""
+    net = get_network("ConvNetW32", 3, 3, (16, 16), generator(0)).double()
+    real = torch.randn(3, 4, 3, 16, 16, dtype=torch.float64, generator=generator(1))
+    for entry in ("color", "crop", "cutout", "flip", "scale", "rotate"):
+        transforms = [DSA((entry,)).draw(1, (16, 16), generator(2, s)) for s in range(3)]
+        losses, _ = Matcher(net, class_loss, "ours", Compute())(real.clone(), real.__getitem__, transforms)
+        assert losses.sum() < 0.1
+        if entry != "flip":  # a draw may leave everything as it is
+            untouched, _ = Matcher(net, class_loss, "ours", Compute())(
+                torch.stack([t(x) for t, x in zip(transforms, real, strict=True)]), real.__getitem__, [identity] * 3
+            )
+            assert untouched.sum() > 0.5
+
+
+def test_training_between_steps_is_plain_sgd_on_both_sets(tiny_real):
+    """`inner_loop` epochs, no momentum, no weight decay, lambda_oe as given: two epochs by hand."""
+    method = GradientMatching(
+        tiny_real, PseudoOutliers(tiny_real), settings(dsa=None, inner_loop=2, lr_net=0.1, lambda_oe=0.8)
+    )
+    method.start(0)
+    net = get_network("ConvNetW32", 3, 3, (16, 16))
+    net.load_state_dict(method.net.state_dict())
+    method.trainer.restart(0.1)
+    method._train_network(0, 0)
+    synthetic = method.synthetic()
+    g = method._generator("inner", 0, 0)
+    for _ in range(2):
+        order, order_oe = (torch.randperm(6, generator=g) for _ in range(2))
+        loss = F.cross_entropy(net(synthetic.images[order]), synthetic.labels[order])
+        loss = loss + 0.8 * uniform_cross_entropy(net(synthetic.images_oe[order_oe]))
+        grads = torch.autograd.grad(loss, list(net.parameters()))
+        with torch.no_grad():
+            for p, grad in zip(net.parameters(), grads, strict=True):
+                p -= 0.1 * grad
+    for p, q in zip(net.parameters(), method.net.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
+
+
+def test_a_set_to_start_from(tiny_real):
+    start = GradientMatching(tiny_real, PseudoOutliers(tiny_real), settings(seed=5))
+    start.start(0)
+    given = start.synthetic().detached_cpu()
+    method = GradientMatching(tiny_real, PseudoOutliers(tiny_real), settings(seed=6), initial=[given])
+    method.start(1)
+    assert torch.equal(method.synthetic().images, given.images)
+    assert torch.equal(method.synthetic().images_oe, given.images_oe)
+    method.iterate(0)
+    assert not torch.equal(method.synthetic().images, given.images)

@@ -315,3 +315,12 @@ def test_default_ood_sets():
     assert default_sets("CIFAR10")[-1] == "CIFAR100"
     assert default_sets("Digits")[-1] == "CIFAR10"
     assert len(default_sets("SVHN")) == 6
+
+
+def test_a_run_that_diverges_stops_loudly(script, tmp_path):
+    result = script("main.py", *STAGE1, "--lr_img", 1e30, "--Iteration", 12, "--num_exp", 1)
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "experiment 0 diverged by iteration" in result.stderr
+    (saved,) = tmp_path.rglob("res_*.pt")
+    assert torch.isfinite(load_synthetic(saved).images).all()

@@ -356,8 +356,9 @@ def _add_scores(group: argparse._ArgumentGroup) -> None:
         "--score",
         nargs="+",
         type=one_of("score", ALL_SCORES),
-        default=["msp"],
-        help=f"one or more of {', '.join(SCORES)}; or, with the package pytorch-ood, of {', '.join(DETECTORS)}. Those "
+        default=None,
+        help=f"msp when left out; one or more of {', '.join(SCORES)}; or, with the package pytorch-ood, "
+        f"of {', '.join(DETECTORS)}. Those "
         "of logits or features cost nothing more; odin, mahalanobis_odin and the grad ones need passes of their own",
     )
     group.add_argument(
@@ -368,7 +369,7 @@ def _add_scores(group: argparse._ArgumentGroup) -> None:
         "mahalanobis and their kind want more images than a small ipc gives",
     )
     group.add_argument("--T", type=number(0, exclusive=True), default=1.0, help="temperature of --score energy")
-    group.add_argument("-x", "--use_xent", action="store_true", help="short for --score xent")
+    group.add_argument("-x", "--use_xent", action="store_true", help="adds xent to --score")
 
 
 def add_folder(parser: Parser, save_path: str, searched: Sequence[str]) -> None:

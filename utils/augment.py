@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .errors import UserError, unknown_name
+from .rng import send
 
 Size = tuple[int, int]
 
@@ -22,7 +23,7 @@ CROP_RATIO, CUTOUT_RATIO, SCALE_RATIO, ROTATE_DEGREES = 0.125, 0.5, 1.2, 15.0
 
 def _per_image(values: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     """`[n]` (n = 1 or N) as `[n, 1, 1, 1]` with the type and device of `images`."""
-    return values.to(images.device, images.dtype, non_blocking=True).view(-1, 1, 1, 1)
+    return send(values, images.device).to(images.dtype).view(-1, 1, 1, 1)
 
 
 def color(images: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
@@ -45,7 +46,7 @@ def shift(images: torch.Tensor, offset: torch.Tensor, fill: torch.Tensor | None 
         if fill is None:
             return F.pad(images, (-cols, cols, -rows, rows))
     height, width = images.shape[2:]
-    offset = offset.to(images.device, non_blocking=True)
+    offset = send(offset, images.device)
     row = torch.arange(height, device=images.device) + offset[:, :1]
     col = torch.arange(width, device=images.device) + offset[:, 1:]
     inside = ((row >= 0) & (row < height)).unsqueeze(2) & ((col >= 0) & (col < width)).unsqueeze(1)
@@ -58,7 +59,7 @@ def shift(images: torch.Tensor, offset: torch.Tensor, fill: torch.Tensor | None 
 def cutout(images: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
     """Zero a square around `centre` (int64 `[n, 2]`, rows then columns), clipped at the border."""
     height, width = images.shape[2:]
-    centre = centre.to(images.device, non_blocking=True)
+    centre = send(centre, images.device)
 
     def outside(length: int, middle: torch.Tensor) -> torch.Tensor:
         side = _cutout_side(length)
@@ -81,7 +82,7 @@ def flip(images: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
 
 def affine(images: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
     """Sample at `theta` (`[n, 2, 3]`, from output to input in [-1, 1]): bilinear, zeros outside, align_corners true."""
-    theta = theta.to(images.device, images.dtype, non_blocking=True).expand(len(images), 2, 3)
+    theta = send(theta, images.device).to(images.dtype).expand(len(images), 2, 3)
     grid = F.affine_grid(theta, list(images.shape), align_corners=True)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
 
@@ -187,7 +188,7 @@ def apply_by_slot(images: torch.Tensor, transforms: Sequence[Callable]) -> torch
         order += slots
     if len(parts) == 1:
         return parts[0]
-    back = torch.tensor(order).argsort().to(images.device, non_blocking=True)
+    back = send(torch.tensor(order).argsort(), images.device)
     return torch.cat(parts)[back]
 
 
@@ -229,7 +230,7 @@ class DCTransform:
 
     def _noise(self, images: torch.Tensor) -> torch.Tensor:
         g = torch.Generator().manual_seed(self.noise_seed)
-        return torch.randn(images.shape, generator=g).to(images.device, images.dtype)
+        return send(torch.randn(images.shape, generator=g), images.device).to(images.dtype)
 
 
 @dataclass(frozen=True)

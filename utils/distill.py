@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from networks import get_network, initialize
 
@@ -13,12 +14,13 @@ from .arguments import dsa_of, loops_of
 from .augment import dc_augmentation
 from .datasets import RealData, load_dataset
 from .devices import Compute, choose_compute, choose_device
+from .errors import UserError
 from .methods import GradientMatching, MatchSettings
 from .outliers import OutlierPool, PseudoOutliers
 from .rng import generator
-from .runs import RunFolder
+from .runs import LOG_EVERY, RunFolder
 from .synthetic import SyntheticSet, load_start, result_name, save_synthetic
-from .training import Trainer, TrainSettings, accuracy
+from .training import Trainer, TrainSettings
 from .visualize import save_grid
 
 EVAL_LOG = 500
@@ -136,21 +138,46 @@ def distill(
     evaluator = Evaluator(real, settings, run, compute)
     for exp in range(settings.num_exp):
         method.start(exp)
+        losses: dict[str, torch.Tensor] = {}
         with run.progress(settings.iterations, f"exp {exp}") as progress:
             for it in range(settings.iterations + 1):
                 last = it == settings.iterations
-                if last or (it % settings.eval_interval == 0 and not settings.eval_last_only):
+                evaluates = last or (it % settings.eval_interval == 0 and not settings.eval_last_only)
+                if evaluates or it % LOG_EVERY == 0:
+                    check_finite(losses, method.synthetic(), exp, it)
+                if evaluates:
                     found = evaluator.evaluate(method.synthetic(), exp, it)
                     newest = method.synthetic().detached_cpu()
                     _save(run, settings, real, [*finished, newest], _joined(accs, found), exp, it)
                 if not last:
-                    progress.step(**method.iterate(it))
+                    losses = method.iterate(it)
+                    progress.step(**losses)
         finished.append(newest)
         accs = _joined(accs, found)
     for model, values in accs.items():
         count = f"{len(values)} networks, {settings.num_exp} experiments"
         run.log(f"{model}: accuracy {mean_std(values)} ({count})")
     run.log(f"distilled set: {run.path / result_name(settings.method, real.name, settings.model, settings.ipc)}")
+
+
+def check_finite(losses: dict[str, torch.Tensor], synthetic: SyntheticSet, exp: int, it: int) -> None:
+    """Stop a run whose losses or images are no longer finite; what was saved before stays.
+
+    Raises:
+        UserError: naming experiment, iteration and the first slot with such an image.
+    """
+    bad = [name for name, value in losses.items() if not torch.isfinite(value).item()]
+    where = ""
+    for what, images in (("images", synthetic.images), ("outliers", synthetic.images_oe)):
+        if images is not None and not torch.isfinite(images).all():
+            slot = int(synthetic.labels[~torch.isfinite(images).flatten(1).all(1)][0])
+            where = f", {what} of slot {slot}"
+            bad.append(what)
+    if bad:
+        raise UserError(
+            f"--lr_img: experiment {exp} diverged by iteration {it}: {', '.join(bad)} not finite{where}. "
+            "Lower --lr_img (or --lr_net); the images of the last evaluation are in the run folder"
+        )
 
 
 def _joined(accs: dict[str, list[float]], found: dict[str, list[float]]) -> dict[str, list[float]]:
@@ -185,7 +212,7 @@ class Evaluator:
                 key = ("evaluate", exp, it, model, index)
                 initialize(trainer.net, generator(s.seed, *key))
                 trainer.train(synthetic, s.seed, key, lambda epoch, loss: progress.step(loss=loss))
-                values[index] = accuracy(trainer.net, real.test_images, real.labels_test)
+                values[index] = trainer.accuracy(real.test_images, real.labels_test)
         return distributed.gather(values)
 
     def _trainer(self, model: str) -> Trainer:

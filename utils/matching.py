@@ -16,6 +16,7 @@ from . import distributed
 from .augment import apply_by_slot
 from .devices import Compute
 from .losses import uniform_cross_entropy
+from .rng import send
 
 EPSILON = 1e-6
 METRICS = ("ours", "mse", "cos")
@@ -102,7 +103,7 @@ class Matcher:
         slots = list(distributed.mine(len(images_syn)))
         size = max(1, CHUNK_IMAGES // images_syn.shape[1])
         for chunk in (slots[i : i + size] for i in range(0, len(slots), size)):
-            index = torch.tensor(chunk).to(images_syn.device, non_blocking=True)
+            index = send(torch.tensor(chunk), images_syn.device)
             targets = [self.real_gradient(transforms[s](real_batch(s)), index[i]) for i, s in enumerate(chunk)]
             part = self._match(images_syn[index], targets, [transforms[s] for s in chunk], index)
             losses[index], gradient[index] = part

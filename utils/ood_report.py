@@ -74,7 +74,7 @@ class Measured:
 def run_stage3(args: argparse.Namespace) -> Results:
     """Everything that the stage-3 script does after parsing."""
     device = choose_device(args.device)
-    scores = ("xent",) if args.use_xent else tuple(dict.fromkeys(args.score))
+    scores = _scores(args.score, args.use_xent)
     if args.T != 1.0 and "energy" not in scores:
         raise UserError(f"--T {args.T:g}: only --score energy has a temperature; leave --T out or add energy")
     require_library(scores)
@@ -99,6 +99,12 @@ def run_stage3(args: argparse.Namespace) -> Results:
     write_report(results, scores, run, {"networks": str(folder), "flags": vars(args)})
     draw_plots(run, results, measured, folder)
     return results
+
+
+def _scores(given: Sequence[str] | None, use_xent: bool) -> tuple[str, ...]:
+    """The scores that were given, and xent where it was asked for; msp when nothing was."""
+    names = [*(given or ()), *(["xent"] if use_xent else [])]
+    return tuple(dict.fromkeys(names or ["msp"]))
 
 
 def _source(args: argparse.Namespace, real: RealData) -> OODSource:

@@ -18,7 +18,7 @@ from .readers import read_pt
 from .rng import generator
 from .runs import STAGE1_ROOTS, RunFolder, find_run_folder, save_pt
 from .synthetic import SyntheticSet, load_synthetic, result_name
-from .training import Trainer, accuracy
+from .training import Trainer
 
 TEST_INTERVAL = 50
 CHECKPOINT_INTERVAL = 200
@@ -72,6 +72,8 @@ def run_stage2(args: argparse.Namespace, with_outliers: bool) -> None:
     run = RunFolder.create(args.save_path, *parts, name=path.parent.name)  # one name leads through all stages
     run.save_args(vars(args), distilled_set=str(path.resolve()), device=str(device), epochs=settings.epochs)
     run.log(f"run folder: {run.path}")
+    if run.path.name != path.parent.name:
+        run.log(f"{path.parent.name} has been trained on before; stage 3 finds this run by --folder {run.path.name}")
     run.log(f"distilled set: {path}, experiment {args.exp_idx}")
     run.log(f"computing: {compute}")
     run.log(f"the best checkpoint is chosen by accuracy on the test set, every {TEST_INTERVAL} epochs")
@@ -96,7 +98,7 @@ def train_networks(
     for index in distributed.mine(num_networks):
         key = ("network", index)
         initialize(trainer.net, generator(seed, *key))
-        keeper = _Keeper(trainer.net, real, trainer.settings.epochs, run, model, index)
+        keeper = _Keeper(trainer, real, run, model, index)
         with run.progress(trainer.settings.epochs, f"network {index}", every=TEST_INTERVAL) as progress:
 
             def after_epoch(epoch: int, loss: torch.Tensor, keeper=keeper, progress=progress) -> None:
@@ -114,8 +116,9 @@ def train_networks(
 class _Keeper:
     """Tests a network while it trains and writes its checkpoints."""
 
-    def __init__(self, net: nn.Module, real: RealData, epochs: int, run: RunFolder, model: str, index: int):
-        self.net, self.real, self.epochs, self.run = net, real, epochs, run
+    def __init__(self, trainer: Trainer, real: RealData, run: RunFolder, model: str, index: int):
+        self.trainer, self.real, self.run = trainer, real, run
+        self.epochs = epochs = trainer.settings.epochs
         self.model, self.index = model, index
         self.first = min(100, epochs // 2)
         self.best, self.best_epoch, self.newest = -1.0, 0, float("nan")
@@ -124,7 +127,7 @@ class _Keeper:
         """Test every 50 epochs and after the last; keep the best from `first` on, and the epochs that are "
         "kept anyway."""
         if epoch % TEST_INTERVAL == 0 or epoch == self.epochs:
-            self.newest = accuracy(self.net, self.real.test_images, self.real.labels_test)
+            self.newest = self.trainer.accuracy(self.real.test_images, self.real.labels_test)
             if epoch >= self.first and self.newest > self.best:
                 self.best, self.best_epoch = self.newest, epoch
                 self._save("best")
@@ -132,7 +135,7 @@ class _Keeper:
             self._save(f"epoch{epoch}")
 
     def _save(self, which: str) -> None:
-        state = {name: tensor.cpu() for name, tensor in self.net.state_dict().items()}
+        state = {name: tensor.cpu() for name, tensor in self.trainer.net.state_dict().items()}
         save_pt(self.run.path / checkpoint_name(self.real.name, self.model, self.index, which), state)
 
 

@@ -9,10 +9,10 @@ from torch import nn
 from .augment import DC, DSA
 from .devices import Compute
 from .losses import joint_loss
-from .rng import generator
+from .rng import generator, send
 from .synthetic import SyntheticSet
 
-TEST_BATCH = 500
+TEST_BATCH = 250
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Trainer:
         self.net, self.settings = net, settings
         compute = compute or Compute()
         self.loss = compute.function(lambda images, labels, weight: joint_loss(net(images), labels, weight))
+        self.forward = Compute(compiled=True).function(net) if compute.compiled else None
         self.restart(settings.lr)
 
     def restart(self, lr: float) -> None:
@@ -59,13 +60,18 @@ class Trainer:
         order = torch.randperm(len(synthetic.images), generator=g)
         order_oe = None if outliers is None else torch.randperm(len(outliers), generator=g)
         for start in range(0, len(order), self.settings.batch):
-            index = order[start : start + self.settings.batch].to(device, non_blocking=True)
+            index = order[start : start + self.settings.batch]
+            index = send(index, device)
             images = self._augmented(synthetic.images[index], g)
             if outliers is not None:
-                index_oe = order_oe[start : start + self.settings.batch].to(device, non_blocking=True)
+                index_oe = send(order_oe[start : start + self.settings.batch], device)
                 images = torch.cat([images, self._augmented(outliers[index_oe], g)])
             losses.append(self._step(images, synthetic.labels[index]))
         return torch.stack(losses).mean()
+
+    def accuracy(self, images: torch.Tensor, labels: torch.Tensor) -> float:
+        """Fraction of test images `[N, C, H, W]` that the network classifies as their label."""
+        return accuracy(self.net, images, labels, self.forward)
 
     def _augmented(self, images: torch.Tensor, g: torch.Generator) -> torch.Tensor:
         augmentation = self.settings.augmentation
@@ -106,13 +112,23 @@ class Trainer:
                 after_epoch(epoch + 1, loss)
 
 
-@torch.inference_mode()
-def predict(net: nn.Module, images: torch.Tensor, batch: int = TEST_BATCH) -> torch.Tensor:
-    """Logits `[N, num_classes]` of all images `[N, C, H, W]`, in evaluation mode; a last partial batch counts, too."""
+@torch.no_grad()
+def predict(
+    net: nn.Module, images: torch.Tensor, batch: int = TEST_BATCH, forward: Callable | None = None
+) -> torch.Tensor:
+    """Logits `[N, num_classes]` of all images `[N, C, H, W]`, in evaluation mode; a last partial batch counts, too.
+
+    `forward` is a compiled `net`, if there is one. It sees batches of one size only: the last is filled up with zeros.
+    """
     net.eval()
-    return torch.cat([net(part).clone() for part in images.split(batch)])
+    if forward is None:
+        return torch.cat([net(part) for part in images.split(batch)])
+    missing = -len(images) % batch
+    filled = torch.cat([images[-(len(images) % batch) :], images.new_zeros(missing, *images.shape[1:])])
+    parts = [*images.split(batch)[:-1], filled] if missing else images.split(batch)
+    return torch.cat([forward(part).float().clone() for part in parts])[: len(images)]
 
 
-def accuracy(net: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
+def accuracy(net: nn.Module, images: torch.Tensor, labels: torch.Tensor, forward: Callable | None = None) -> float:
     """Fraction of images classified as their label."""
-    return (predict(net, images).argmax(1) == labels).float().mean().item()
+    return (predict(net, images, TEST_BATCH, forward).argmax(1) == labels).float().mean().item()

@@ -1,0 +1,125 @@
+"""Several gloo processes under torchrun give what one process gives; a dead process ends the run."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from utils.synthetic import load_synthetic
+
+FLAGS = [
+    "--dataset",
+    "Digits",
+    "--model",
+    "ConvNetD1",
+    "--ipc",
+    "2",
+    "--method",
+    "DSA",
+    "--dsa_strategy",
+    "color_crop_cutout_scale_rotate",
+    "--init",
+    "real",
+    "--num_exp",
+    "1",
+    "--num_eval",
+    "3",
+    "--epoch_eval_train",
+    "20",
+    "--batch_real",
+    "32",
+    "--batch_oe",
+    "32",
+    "--outer_loop",
+    "2",
+    "--inner_loop",
+    "2",
+    "--seed",
+    "3",
+]
+
+
+def start(folder, processes, script, *flags):
+    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    command = [sys.executable, *map(str, launcher), str(ROOT / script), *map(str, flags)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=folder, stdout=pipe, stderr=pipe, text=True, env=env)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Stage 1 and 2 with 1, 2 and 3 processes; 3 divides neither the ten slots nor, with 2, the networks."""
+    folders = {}
+    for processes in (1, 2, 3):
+        folder = folders[processes] = tmp_path_factory.mktemp(f"processes{processes}")
+        stage1 = start(folder, processes, "main_poe.py", *FLAGS, "--Iteration", 4)
+        out, err = stage1.communicate(timeout=300)
+        assert stage1.returncode == 0, err[-2000:]
+        assert out.count("run folder") == 1
+        flags = [f for f in FLAGS if f not in ("--init", "real")]
+        for name in ("--num_exp", "--batch_real", "--batch_oe", "--outer_loop", "--inner_loop"):
+            at = flags.index(name)
+            del flags[at : at + 2]
+        stage2 = start(folder, processes, "train_model_synthetic_oe.py", *flags)
+        _, err = stage2.communicate(timeout=300)
+        assert stage2.returncode == 0, err[-2000:]
+    return folders
+
+
+def found(folder, pattern):
+    return sorted(folder.rglob(pattern))
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_same_images_and_accuracies(runs, processes):
+    (one,), (many,) = (found(runs[n], "res_*.pt") for n in (1, processes))
+    a, b = load_synthetic(one), load_synthetic(many)
+    torch.testing.assert_close(a.images, b.images, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(a.images_oe, b.images_oe, atol=1e-4, rtol=1e-4)
+    accs = [torch.load(p, weights_only=True)["accs_all_exps"]["ConvNetD1"] for p in (one, many)]
+    assert len(accs[0]) == len(accs[1]) == 3
+    assert accs[0] == pytest.approx(accs[1], abs=0.01)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_same_networks_and_one_folder(runs, processes):
+    one, many = (found(runs[n], "syn_trained_*.pt") for n in (1, processes))
+    assert [p.name for p in one] == [p.name for p in many]
+    assert len(many) == 6
+    assert len({p.parent for p in many}) == 1
+    for a, b in zip(one, many, strict=True):
+        a, b = (torch.load(p, weights_only=True) for p in (a, b))
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], atol=1e-2, rtol=1e-2)
+
+
+def test_a_wrong_flag_is_said_once(tmp_path):
+    process = start(tmp_path, 2, "main_poe.py", *FLAGS, "--load_path", "nowhere.pt")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert err.count("main_poe.py: error: ") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_that_dies_ends_the_run(tmp_path):
+    process = start(tmp_path, 2, "main_poe.py", *FLAGS, "--Iteration", 100000)
+    try:
+        deadline = time.monotonic() + 120
+        while not found(tmp_path, "res_*.pt") and time.monotonic() < deadline:
+            time.sleep(0.2)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert "SIGKILL" in err or "exitcode: -9" in err or "exitcode  : -9" in err
+    (saved,) = found(tmp_path, "res_*.pt")
+    assert load_synthetic(saved).images.shape == (20, 1, 8, 8)
