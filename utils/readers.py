@@ -1,6 +1,7 @@
 """Reading what others wrote: arrays, tensors and image folders. Nothing is ever unpickled."""
 
 import io
+import logging
 import os
 import pickletools
 import warnings
@@ -19,7 +20,7 @@ from .errors import UserError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".gif", ".tif", ".tiff"}
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP", "GIF", "TIFF")  # PIL would hand others to outside programs
-MAX_PIXELS = 64_000_000  # one decoded image; larger ones are refused
+MAX_PIXELS = 40_000_000  # one decoded image, up to 20 bytes each on the way; larger ones are refused
 LARGE_PIXELS = 2_000_000  # larger ones are decoded one at a time, to bound the memory
 DECODERS = 8  # threads
 MAX_PACKED = 256 << 20  # bytes of compressed arrays that are unpacked whatever their ratio
@@ -27,6 +28,9 @@ MAX_RATIO = 100  # above that: packed images seldom reach 10
 MAX_PICKLE = 4 << 20  # bytes that describe the tensors of a `.pt`, without their values
 PLAIN_TENSORS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PLAIN_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it says of damaged images is in the error
 
 
 class _NumberType:
@@ -333,7 +337,9 @@ def read_images(paths: Sequence[Path], channel: int, im_size: tuple[int, int], f
 def _fitted(image: "PIL.Image.Image", channel: int, size: tuple[int, int]) -> "PIL.Image.Image":  # noqa: F821
     from PIL import Image, ImageOps
 
-    return ImageOps.fit(image.convert("L" if channel == 1 else "RGB"), size, Image.Resampling.BILINEAR)
+    mode = "L" if channel == 1 else "RGB"
+    converted = image if image.mode == mode else image.convert(mode)  # convert always copies
+    return ImageOps.fit(converted, size, Image.Resampling.BILINEAR)
 
 
 def unit_images(images: torch.Tensor) -> torch.Tensor:
