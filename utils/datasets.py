@@ -1,6 +1,8 @@
 """Real data as whole tensors: read once, kept as uint8, normalised where they are used."""
 
-from collections.abc import Callable
+import os
+import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +11,21 @@ import numpy as np
 import torch
 
 from .errors import UserError, unknown_name
-from .readers import check_file, images_to_nchw, list_images, read_images, read_npz, read_pt, unit_images
+from .readers import (
+    PLAIN_INTEGERS,
+    check_file,
+    check_link,
+    images_to_nchw,
+    list_images,
+    read_images,
+    read_npz,
+    read_pt,
+    unit_images,
+)
+
+
+class NotThere(UserError):
+    """A data set that could be fetched is not on the disk, or its download failed; nothing there is damaged."""
 
 
 @dataclass(frozen=True)
@@ -159,12 +175,17 @@ def _checked(name: str, spec: Spec | None, arrays: Arrays, source: Path) -> Real
             f"{where}: images are {_shape(images)}; {name} has {spec.channel}x{spec.side}x{spec.side}. "
             "Use --dataset npz for other data"
         )
-    num_classes = spec.num_classes if spec else int(labels.max()) + 1
     for part, values, of in (("train", labels, images), ("test", labels_test, images_test)):
         if len(values) != len(of) or not len(of):
             raise UserError(
                 f"{where}: {len(of)} {part} images and {len(values)} labels; there must be as many, and some"
             )
+    num_classes = spec.num_classes if spec else int(labels.max()) + 1
+    if num_classes > len(labels):  # before anything is counted: a label may claim billions of classes
+        raise UserError(
+            f"{where}: {len(labels)} train labels cannot be of {num_classes} classes; each class needs one at least"
+        )
+    for part, values in (("train", labels), ("test", labels_test)):
         if values.min() < 0 or values.max() >= num_classes:
             found = f"{int(values.min())}..{int(values.max())}"
             raise UserError(f"{where}: {part} labels are {found}; they must be 0..{num_classes - 1}")
@@ -225,42 +246,73 @@ def _read_tinyimagenet(data_path: Path) -> Arrays:
     if not path.is_file():
         raise UserError(f"--data_path: {path} is not there; TinyImageNet is read from that file (see README, Data)")
     data = read_pt(path, "--data_path")
+    accepted = (
+        "it must hold the keys classes, images_train, labels_train, images_val and labels_val: images uint8 "
+        "[N, 3, 64, 64], labels integers [N]"
+    )
     keys = ("images_train", "labels_train", "images_val", "labels_val")
     if not isinstance(data, dict) or not all(isinstance(data.get(key), torch.Tensor) for key in keys):
-        raise UserError(f"--data_path: {path} must hold the tensors {', '.join(keys)}")
-    arrays = tuple(data[key] for key in keys)
-    if any(images.dtype != torch.uint8 or images.ndim != 4 for images in arrays[::2]):
-        raise UserError(f"--data_path: the images of {path} must be uint8 [N, 3, 64, 64]")
+        raise UserError(f"--data_path: {path} lacks tensors; {accepted}")
+    arrays = tuple(data[key].detach() for key in keys)
+    for key, array in zip(keys, arrays, strict=True):
+        of_images = array.dtype == torch.uint8 and array.ndim == 4 and tuple(array.shape[1:]) == (3, 64, 64)
+        of_labels = array.dtype in PLAIN_INTEGERS and array.ndim == 1
+        if not (of_images if key.startswith("images") else of_labels):
+            found = f"{array.dtype} {list(array.shape[:8])}".removeprefix("torch.")
+            raise UserError(f"--data_path: {path} has {key} {found}; {accepted}")
     return arrays[0], arrays[1].long(), arrays[2], arrays[3].long()
 
 
-def _read_torchvision(name: str, data_path: Path, download: bool) -> Arrays:
-    from torchvision import datasets
-
-    make = getattr(datasets, name)
-
-    def load(fetch: bool) -> list:
-        if name == "SVHN":
-            return [make(data_path, split=split, download=fetch) for split in ("train", "test")]
-        return [make(data_path, train=train, download=fetch) for train in (True, False)]
-
+def _read_torchvision(name: str, root: Path, download: bool, flag: str = "--data_path") -> Arrays:
     try:
-        parts = load(False)
+        parts = _open_torchvision(name, root, False)
     except Exception as error:
-        parts = _fetch(name, data_path, load) if download else None
+        parts = _fetch(name, root, flag) if download else None
         if parts is None:
-            raise UserError(_how_to_get(name, data_path, f"not there ({_one_line(error)})")) from None
+            raise NotThere(_how_to_get(name, root, f"not there ({_one_line(error)})", flag)) from None
     return tuple(t for part in parts for t in _whole_tensors(part))
 
 
-def _fetch(name: str, data_path: Path, load: Callable[[bool], list]) -> list:
-    print(f"{name} is not in {data_path}; downloading it through torchvision", flush=True)
+def _open_torchvision(name: str, root: Path, download: bool) -> list:
+    """The training and the test part, as torchvision reads them."""
+    from torchvision import datasets
+
+    make = getattr(datasets, name)
+    if name == "SVHN":
+        return [make(root, split=split, download=download) for split in ("train", "test")]
+    return [make(root, train=train, download=download) for train in (True, False)]
+
+
+def _fetch(name: str, root: Path, flag: str) -> list:
+    """Download into a temporary folder, then move it all to `root`: a failure leaves nothing half-made there."""
+    print(f"{name} is not in {root}; downloading it through torchvision", flush=True)
+    made = [p for p in (root, *root.parents) if not p.exists()]
     try:
-        return load(True)
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as folder:
+            there = Path(folder)
+            _link_archives(name, root, there)
+            parts = _open_torchvision(name, there, True)
+            for path in [p for p in there.rglob("*") if p.is_file() and not p.is_symlink()]:
+                goal = root / path.relative_to(there)
+                goal.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, goal)
+            return parts
     except Exception as error:
-        raise UserError(
-            _how_to_get(name, data_path, f"not there, and its download failed ({_one_line(error)})")
-        ) from None
+        for path in made:
+            with suppress(OSError):  # another process may have put something there
+                path.rmdir()
+        found = f"not there, and its download failed ({_one_line(error)})"
+        raise NotThere(_how_to_get(name, root, found, flag)) from None
+
+
+def _link_archives(name: str, root: Path, there: Path) -> None:
+    """Let torchvision find archives that are in `root` already, so that it only fetches what is missing."""
+    for pattern in _ARCHIVES[name]:
+        for path in root.glob(pattern):
+            link = there / path.relative_to(root)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path.resolve())
 
 
 def _one_line(error: Exception) -> str:
@@ -276,9 +328,18 @@ _FILES = {
 }
 
 
-def _how_to_get(name: str, data_path: Path, found: str) -> str:
+_ARCHIVES = {
+    "MNIST": ("MNIST/raw/*.gz",),
+    "FashionMNIST": ("FashionMNIST/raw/*.gz",),
+    "SVHN": ("*_32x32.mat",),
+    "CIFAR10": ("cifar-10-python.tar.gz",),
+    "CIFAR100": ("cifar-100-python.tar.gz",),
+}
+
+
+def _how_to_get(name: str, data_path: Path, found: str, flag: str) -> str:
     return (
-        f"--data_path {data_path}: {name} is {found}. Put {_FILES[name]} into {data_path}, "
+        f"{flag} {data_path}: {name} is {found}. Put {_FILES[name]} into {data_path}, "
         f"or {name.lower()}.npz with the keys {', '.join(NPZ_KEYS)}"
     )
 
@@ -308,8 +369,11 @@ def _read_folders(data_path: Path, side: int) -> Arrays:
             f"--data_path: {train} has {len(classes)} classes; {test} has others: {', '.join(extra) or 'none'}"
         )
     parts: list[torch.Tensor] = []
+    tree = data_path.resolve()
     for folder in (train, test):
-        found = [(p, label) for label, c in enumerate(classes) for p in list_images(folder / c)]
+        check_link(folder, tree, "--data_path")
+        there = [(label, folder / c) for label, c in enumerate(classes) if os.path.lexists(folder / c)]
+        found = [(p, label) for label, place in there for p in list_images(place, tree, "--data_path")]
         if not found:
             raise UserError(f"--data_path: no images below {folder}")
         parts.append(read_images([p for p, _ in found], 3, (side, side), "--data_path"))
@@ -317,10 +381,14 @@ def _read_folders(data_path: Path, side: int) -> Arrays:
     return tuple(parts)
 
 
-def load_test_images(name: str, data_path: Path, download: bool) -> torch.Tensor:
-    """The test images alone of a torchvision set, uint8 `[N, C, H, W]`: CIFAR and SVHN serve as OOD sets, too."""
-    local = data_path / f"{name.lower()}.npz"
+def load_test_images(name: str, root: Path, download: bool, flag: str = "--data_path") -> torch.Tensor:
+    """The test images alone of a torchvision set, uint8 `[N, C, H, W]`: CIFAR and SVHN serve as OOD sets, too.
+
+    Raises:
+        UserError: naming `flag` when they are not in `root` and may not or cannot be fetched.
+    """
+    local = root / f"{name.lower()}.npz"
     if local.is_file():
-        (images,) = read_npz(check_file(local, "--data_path"), ["test_images"], "--data_path")
-        return images_to_nchw(images, local, "--data_path").contiguous()
-    return _read_torchvision(name, data_path, download)[2]
+        (images,) = read_npz(check_file(local, flag), ["test_images"], flag)
+        return images_to_nchw(images, local, flag).contiguous()
+    return _read_torchvision(name, root, download, flag)[2]

@@ -1,5 +1,6 @@
 """The OOD sets of stage 3: from local files, from libraries that fetch them, or drawn."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +9,10 @@ import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter
 
-from .datasets import RealData, load_test_images
+from .datasets import NotThere, RealData, load_test_images
 from .errors import UserError, unknown_name
 from .outliers import corrupt, read_image_pool
-from .readers import conform, unit_images
+from .readers import conform, list_images, read_images, unit_images
 from .rng import generator
 
 PAPER_SETS = ("Textures", "Places365", "TinyImageNet_resize", "LSUN_resize", "iSUN")
@@ -108,65 +109,105 @@ class OODSource:
     limit: int
     seed: int
 
-    def find(self, names: Sequence[str]) -> tuple[list[OODSet], dict[str, str]]:
+    def find(self, names: Sequence[str], skip_missing: bool = True) -> tuple[list[OODSet], dict[str, str]]:
         """Look up `names`; return the sets that are there, and for each missing one what to do.
 
+        Local files are read here, so that damage shows before any computation. Without `skip_missing` nothing is
+        fetched if a set can be neither found nor fetched.
+
         Raises:
-            UserError: for a name that is neither known nor present as a local file or folder.
+            UserError: for a name that is neither known nor present as a local file or folder, and for damaged files.
         """
-        found, missing = [], {}
+        found: dict[str, OODSet] = {}
+        missing: dict[str, str] = {}
+        to_fetch = []
         for name in names:
-            local = self._local(name)
-            if local is None and name not in KNOWN_SETS:
-                raise UserError(
-                    f"--ood_sets: {unknown_name('OOD set', name, KNOWN_SETS)}, and what --ood_path "
-                    f"{self.ood_path} holds"
-                )
-            if local is not None:
-                found.append(OODSet(name, str(local), lambda path=local, n=name: self._from_files(n, path)))
-            elif name in DRAWN:
-                found.append(OODSet(name, "drawn", lambda n=name: self._drawn(n)))
-            else:
-                self._elsewhere(name, found, missing)
-        return found, missing
+            try:
+                found[name] = self._at_hand(name)
+            except NotThere as error:
+                if self.download and name in (*FROM_TORCHVISION, *FROM_PYTORCH_OOD):
+                    to_fetch.append(name)
+                else:
+                    missing[name] = str(error)
+        if skip_missing or not missing:
+            for name in to_fetch:
+                try:
+                    found[name] = self._fetched(name)
+                except UserError as error:
+                    missing[name] = f"{error}; or {self._put(name)}"
+        return [found[name] for name in names if name in found], missing
+
+    def _at_hand(self, name: str) -> OODSet:
+        """The set `name` without a download; raises `NotThere`, saying what to do, if it needs one."""
+        local = self._local(name)
+        if local is not None:
+            return self._from_files(name, local)
+        if name in DRAWN:
+            return OODSet(name, "drawn", lambda: self._drawn(name))
+        if name not in KNOWN_SETS:
+            raise UserError(
+                f"--ood_sets: {unknown_name('OOD set', name, KNOWN_SETS)}, and what --ood_path {self.ood_path} holds"
+            )
+        if name in FROM_TORCHVISION:
+            try:
+                return self._of_torchvision(name, False)
+            except NotThere as error:
+                raise NotThere(f"{error}; or {self._put(name)}") from None
+        fetch = ", or let --download all fetch it (pip install pytorch-ood)" if name in FROM_PYTORCH_OOD else ""
+        raise NotThere(f"looked for {self.ood_path / name}[/, .npz, .npy]; {self._put(name)}{fetch}")
 
     def _local(self, name: str) -> Path | None:
-        if Path(name).name != name:
+        if Path(name).name != name or name in ("", ".", "..") or len(os.fsencode(name)) > 200 or "\0" in name:
             raise UserError(
-                f"--ood_sets: {name!r} is not a name; sets are looked for in --ood_path by their plain names"
+                f"--ood_sets: {name[:200]!r} is not a name; sets are looked for in --ood_path by their plain names"
             )
         candidates = [self.ood_path / name, *(self.ood_path / f"{name}{suffix}" for suffix in ARRAY_SUFFIXES)]
-        return next((path for path in candidates if path.exists()), None)
+        return next((path for path in candidates if os.path.lexists(path)), None)
 
-    def _elsewhere(self, name: str, found: list[OODSet], missing: dict[str, str]) -> None:
-        """torchvision's sets in `data_path`, pytorch-ood's where downloading is allowed; else it is missing."""
-        get = f"put images into {self.ood_path / name}/ or an array into {self.ood_path / name}.npz (key images)"
-        try:
-            if name in FROM_TORCHVISION:
-                images = load_test_images(name, self.data_path, self.download)
-                found.append(OODSet(name, str(self.data_path), lambda: self._prepared(name, images)))
-                return
-            if name in FROM_PYTORCH_OOD and self.download:
-                dataset = _fetch_pytorch_ood(name, self.ood_path)
-                found.append(OODSet(name, "pytorch-ood", lambda: self._from_library(name, dataset)))
-                return
-        except UserError as error:
-            missing[name] = f"{error}; or {get}"
-            return
-        fetch = ", or let --download all fetch it (pip install pytorch-ood)" if name in FROM_PYTORCH_OOD else ""
-        missing[name] = f"looked for {self.ood_path / name}[/, .npz, .npy]; {get}{fetch}"
+    @property
+    def _torchvision(self) -> tuple[Path, str]:
+        """Where torchvision's sets are, and the flag that says so; `npz` and `ImageFolder` have no such place."""
+        if self.real.name in ("npz", "ImageFolder"):
+            return self.ood_path, "--ood_path"
+        return self.data_path, "--data_path"
+
+    def _of_torchvision(self, name: str, download: bool) -> OODSet:
+        root, flag = self._torchvision
+        images = load_test_images(name, root, download, flag)
+        chosen = images[self._subset(name, len(images))]
+        return OODSet(name, str(root), lambda: self._prepared(chosen))
+
+    def _fetched(self, name: str) -> OODSet:
+        if name in FROM_TORCHVISION:
+            return self._of_torchvision(name, True)
+        dataset = _fetch_pytorch_ood(name, self.ood_path)
+        return OODSet(name, "pytorch-ood", lambda: self._from_library(name, dataset))
+
+    def _put(self, name: str) -> str:
+        return f"put images into {self.ood_path / name}/ or an array into {self.ood_path / name}.npz (key images)"
 
     def _subset(self, name: str, count: int) -> torch.Tensor:
         """Indices of at most `limit` images, a random subset that the seed and the name fix."""
         return torch.randperm(count, generator=generator(self.seed, "ood", name))[: self.limit]
 
-    def _prepared(self, name: str, images: torch.Tensor) -> torch.Tensor:
-        chosen = images[self._subset(name, len(images))].to(self.real.device)
-        parts = [conform(part, self.real.channel, self.real.im_size) for part in chosen.split(1000)]
+    def _prepared(self, chosen: torch.Tensor) -> torch.Tensor:
+        parts = [
+            conform(part.to(self.real.device), self.real.channel, self.real.im_size) for part in chosen.split(1000)
+        ]
         return self.real.normalize(torch.cat(parts))
 
-    def _from_files(self, name: str, path: Path) -> torch.Tensor:
-        return self._prepared(name, read_image_pool(path, self.real.channel, self.real.im_size, "--ood_path"))
+    def _from_files(self, name: str, path: Path) -> OODSet:
+        """A set of a local array or folder; the images that are used, and only those, are read and decoded here."""
+        if path.is_dir():
+            files = list_images(path, flag="--ood_path")
+            if not files:
+                raise UserError(f"--ood_path: {path} holds no images")
+            files = [files[i] for i in self._subset(name, len(files)).tolist()]
+            chosen = read_images(files, self.real.channel, self.real.im_size, "--ood_path")
+        else:
+            images = read_image_pool(path, self.real.channel, self.real.im_size, "--ood_path")
+            chosen = images[self._subset(name, len(images))]
+        return OODSet(name, str(path), lambda: self._prepared(chosen))
 
     def _drawn(self, name: str) -> torch.Tensor:
         return DRAWN[name](self.real, self.limit, generator(self.seed, "ood", name)).to(self.real.device)

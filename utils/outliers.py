@@ -7,6 +7,7 @@ line for the log or "".
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from .datasets import RealData
@@ -113,6 +114,22 @@ def corrupt(images: torch.Tensor, name: str, generator: torch.Generator | None =
     return CORRUPTIONS[name](images, generator)
 
 
+def distinct(total: int, n: int, generator: torch.Generator) -> torch.Tensor:
+    """`n` different indices below `total` (all of them if there are no more) in random order, int64 `[min(n, total)]`.
+
+    Few of many are drawn with repetition until there are enough, repetitions left out: the first `n` different ones
+    are as likely in every order, and nothing of length `total` is made.
+    """
+    if 4 * n >= total:
+        return torch.randperm(total, generator=generator)[:n]
+    drawn = np.empty(0, np.int64)
+    while len(drawn) < n:
+        more = torch.randint(total, (n,), generator=generator).numpy()
+        drawn = np.concatenate([drawn, more])
+        drawn = drawn[np.sort(np.unique(drawn, return_index=True)[1])]
+    return torch.from_numpy(drawn[:n])
+
+
 @dataclass(frozen=True)
 class PseudoOutliers:
     """POE: slot c serves training images under corruption `c mod len(corruptions)`. Only the drawn batch is "
@@ -124,7 +141,7 @@ class PseudoOutliers:
 
     def draw(self, slot: int, n: int, generator: torch.Generator) -> torch.Tensor:
         """`n` (or as many as there are) different training images of any class, corrupted and normalised."""
-        indices = torch.randperm(len(self.real.images_train), generator=generator)[:n]
+        indices = distinct(len(self.real.images_train), n, generator)
         images = self.real.unit_train(indices)
         return self.real.normalize(corrupt(images, self.corruptions[slot % len(self.corruptions)], generator))
 
@@ -144,7 +161,7 @@ class OutlierPool:
     def draw(self, slot: int, n: int, generator: torch.Generator) -> torch.Tensor:
         """`n` (or as many as the slice has) different images of the slot's slice, in the data set's shape, "
         "normalised."""
-        chosen = self.slices[slot][torch.randperm(self.slices.shape[1], generator=generator)[:n]]
+        chosen = self.slices[slot][distinct(self.slices.shape[1], n, generator)]
         images = self.images[chosen.to(self.images.device)].to(self.real.device, non_blocking=True)
         return self.real.normalize(conform(images, self.real.channel, self.real.im_size))
 
@@ -157,7 +174,7 @@ def read_image_pool(path: str | Path, channel: int, im_size: tuple[int, int], fl
     """
     path = Path(path)
     if path.is_dir():
-        files = list_images(path)
+        files = list_images(path, flag=flag)
         if not files:
             raise UserError(f"{flag}: {path} holds no images")
         return read_images(files, channel, im_size, flag)

@@ -1,5 +1,6 @@
 """The synthetic set: what distillation makes and network training reads."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ import torch
 
 from .datasets import RealData
 from .errors import UserError
-from .readers import read_pt
+from .readers import PLAIN_INTEGERS, PLAIN_TENSORS, read_pt
 from .runs import VERSION, save_pt
 
 
@@ -83,7 +84,7 @@ def load_synthetic(path: str | Path, exp_idx: int = 0, real: RealData | None = N
         if images_oe.shape[1:] != images.shape[1:]:
             raise UserError(f"{path} is damaged: images and outliers differ in shape")
     if real is not None:
-        _check_fits(images, labels, real, path, str(content.get("dataset", real.name)))
+        _check_fits(images, labels, real, path, content)
     return SyntheticSet(images, labels, images_oe)
 
 
@@ -92,25 +93,53 @@ def _pair(entries: list, index: int, path: Path) -> tuple[torch.Tensor, torch.Te
     entry = entries[index]
     if not isinstance(entry, (list, tuple)) or len(entry) != 2 or not all(isinstance(t, torch.Tensor) for t in entry):
         raise UserError(f"{path} is no distilled set: experiment {index} is not a pair of images and labels")
-    images, labels = entry
-    if images.ndim != 4 or not images.is_floating_point() or labels.shape != images.shape[:1] or not len(labels):
+    images, labels = (t.detach() for t in entry)
+    kinds = images.dtype in PLAIN_TENSORS and labels.dtype in PLAIN_INTEGERS
+    if not kinds or images.ndim != 4 or labels.shape != images.shape[:1] or not images.numel():
         raise UserError(
-            f"{path} is no distilled set: images {list(images.shape)} {images.dtype}, labels {list(labels.shape)}"
+            f"{path} is no distilled set: images {list(images.shape[:8])} {images.dtype}, labels "
+            f"{list(labels.shape[:8])} {labels.dtype}; they must be floating [N, C, H, W] and integers [N]"
         )
-    if labels.is_floating_point() or not torch.isfinite(images).all() or labels.min() < 0:
+    images, labels = images.float(), labels.long()
+    if not torch.isfinite(images).all() or labels.min() < 0:
         raise UserError(f"{path} is damaged: images must be finite and labels whole numbers from 0")
-    return images.float(), labels.long()
+    return images, labels
 
 
-def _check_fits(images: torch.Tensor, labels: torch.Tensor, real: RealData, path: Path, dataset: str) -> None:
-    classes = int(labels.max()) + 1
+def _check_fits(images: torch.Tensor, labels: torch.Tensor, real: RealData, path: Path, content: dict) -> None:
+    """Check that a set is of the data `real`: name, image shape, exactly its classes, and its normalisation."""
+    dataset = content.get("dataset", real.name)
+    classes = len(labels.unique())
     shape = (real.channel, *real.im_size)
     if dataset != real.name or tuple(images.shape[1:]) != shape or classes != real.num_classes:
         raise UserError(
-            f"--dataset {real.name}: {path} was distilled from {dataset} ({classes} classes, images "
-            f"{'x'.join(map(str, images.shape[1:]))}), not from {real.num_classes} classes of "
-            f"{'x'.join(map(str, shape))}"
+            f"--dataset {real.name}: {path} was distilled from {str(dataset)[:40] if isinstance(dataset, str) else '?'}"
+            f" ({classes} classes, images {'x'.join(map(str, images.shape[1:]))}), not from {real.num_classes} "
+            f"classes of {'x'.join(map(str, shape))}"
         )
+    if int(labels.max()) != classes - 1:
+        raise UserError(
+            f"--dataset {real.name}: {path} has the labels {int(labels.min())}..{int(labels.max())}; they must be all "
+            f"of 0..{classes - 1}"
+        )
+    if "normalisation" in content and not _same_normalisation(content["normalisation"], real):
+        raise UserError(
+            f"--dataset {real.name}: {path} was distilled from other data: the mean and deviation stored in it are not "
+            "those of the data set. Give the data that it was distilled from (--data_path)"
+        )
+
+
+def _same_normalisation(stored: object, real: RealData) -> bool:
+    """Whether the stored mean and deviation are those of `real`, to float32 rounding."""
+    if not isinstance(stored, dict):
+        return False
+    pairs = ((stored.get("mean"), real.mean), (stored.get("std"), real.std))
+    return all(
+        isinstance(have, (list, tuple))
+        and len(have) == len(want)
+        and all(isinstance(a, float) and math.isclose(a, b, rel_tol=1e-5) for a, b in zip(have, want, strict=True))
+        for have, want in pairs
+    )
 
 
 def load_start(path: str | None, real: RealData, ipc: int, with_outliers: bool) -> list[SyntheticSet]:

@@ -148,13 +148,14 @@ def load_trained(folder: Path, model: str, real: RealData, index: int, which: st
     path = folder / checkpoint_name(real.name, model, index, which)
     state = read_pt(path, "--folder")
     net = get_network(model, real.channel, real.num_classes, real.im_size, generator(0))
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    plain = isinstance(state, dict) and all(isinstance(k, str) for k in state)
+    if not plain or not all(isinstance(v, torch.Tensor) and not v.is_complex() for v in state.values()):
         raise UserError(f"--folder: {path} is no state dict; give a folder that stage 2 wrote")
     try:
-        net.load_state_dict(state)
+        net.load_state_dict(dict(state))  # a copy: the versions that a file attaches to it are not needed
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"--model {model}: {path} does not fit it: {reason}") from None
-    if not all(torch.isfinite(v).all() for v in state.values()):
+    if not all(torch.isfinite(v).all() for v in net.state_dict().values()):
         raise UserError(f"--folder: {path} holds NaN or infinite weights; train it again")
     return net.to(real.device).eval()
