@@ -19,7 +19,7 @@ from utils.ood_metrics import ood_measures
 from utils.ood_scores import SCORES
 from utils.rng import generator
 from utils.synthetic import SyntheticSet
-from utils.training import TrainSettings, predict, train_network
+from utils.training import Trainer, TrainSettings, predict
 
 
 def fit_set(digits, per_class):
@@ -37,7 +37,8 @@ def trained(digits):
     for seed in range(2):
         torch.manual_seed(seed)
         net = ConvNet(1, 10, (8, 8), width=16, depth=2)
-        nets.append(train_network(net, synthetic, TrainSettings(40, lr=0.05), 1, ("t",)).eval())
+        Trainer(net, TrainSettings(40, lr=0.05)).train(synthetic, 1, ("t",))
+        nets.append(net.eval())
     return nets
 
 

@@ -137,27 +137,39 @@ def distill(
     accs: dict[str, list[float]] = {model: [] for model in settings.models_eval}
     evaluator = Evaluator(real, settings, run, compute)
     for exp in range(settings.num_exp):
-        method.start(exp)
-        losses: dict[str, torch.Tensor] = {}
-        with run.progress(settings.iterations, f"exp {exp}") as progress:
-            for it in range(settings.iterations + 1):
-                last = it == settings.iterations
-                evaluates = last or (it % settings.eval_interval == 0 and not settings.eval_last_only)
-                if evaluates or it % LOG_EVERY == 0:
-                    check_finite(losses, method.synthetic(), exp, it)
-                if evaluates:
-                    found = evaluator.evaluate(method.synthetic(), exp, it)
-                    newest = method.synthetic().detached_cpu()
-                    _save(run, settings, real, [*finished, newest], _joined(accs, found), exp, it)
-                if not last:
-                    losses = method.iterate(it)
-                    progress.step(**losses)
+
+        def evaluate_and_save(it: int, exp: int = exp, before: dict = accs) -> tuple[SyntheticSet, dict]:
+            found = evaluator.evaluate(method.synthetic(), exp, it)
+            newest = method.synthetic().detached_cpu()
+            _save(run, settings, real, [*finished, newest], _joined(before, found), exp, it)
+            return newest, found
+
+        newest, found = _experiment(method, exp, settings, run, evaluate_and_save)
         finished.append(newest)
         accs = _joined(accs, found)
     for model, values in accs.items():
         count = f"{len(values)} networks, {settings.num_exp} experiments"
         run.log(f"{model}: accuracy {mean_std(values)} ({count})")
     run.log(f"distilled set: {run.path / result_name(settings.method, real.name, settings.model, settings.ipc)}")
+
+
+def _experiment(
+    method: GradientMatching, exp: int, settings: DistillSettings, run: RunFolder, evaluate_and_save: Callable
+) -> tuple[SyntheticSet, dict[str, list[float]]]:
+    """One experiment; returns what was evaluated last: the synthetic set, and the accuracies on it."""
+    method.start(exp)
+    losses: dict[str, torch.Tensor] = {}
+    with run.progress(settings.iterations, f"exp {exp}") as progress:
+        for it in range(settings.iterations):
+            evaluates = it % settings.eval_interval == 0 and not settings.eval_last_only
+            if evaluates or it % LOG_EVERY == 0:
+                check_finite(losses, method.synthetic(), exp, it)
+            if evaluates:
+                evaluate_and_save(it)
+            losses = method.iterate(it)
+            progress.step(**losses)
+    check_finite(losses, method.synthetic(), exp, settings.iterations)
+    return evaluate_and_save(settings.iterations)
 
 
 def check_finite(losses: dict[str, torch.Tensor], synthetic: SyntheticSet, exp: int, it: int) -> None:
