@@ -154,7 +154,7 @@ def _check_enough(folder: Path, dataset: str, model: str, wanted: int, which: st
 
 
 def _find_sets(source: OODSource, args: argparse.Namespace) -> tuple[list[OODSet], dict[str, str]]:
-    sets, missing = source.find(list(dict.fromkeys(args.ood_sets or default_sets(args.dataset))))
+    sets, missing = source.find(list(dict.fromkeys(args.ood_sets or default_sets(args.dataset))), args.skip_missing)
     if missing and not args.skip_missing:
         lines = "; ".join(f"{name}: {what}" for name, what in missing.items())
         raise UserError(f"--ood_sets: {len(missing)} missing. {lines}. --skip_missing goes on without them")
