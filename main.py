@@ -9,11 +9,12 @@ import argparse
 from utils import arguments
 from utils.distill import run_stage1
 from utils.errors import run_script
+from utils.flags import Parser
 
 
-def get_args_parser() -> arguments.Parser:
+def get_args_parser() -> Parser:
     """The flags of this script."""
-    parser = arguments.Parser(description="Distil a data set (no outliers).")
+    parser = Parser(description="Distil a data set (no outliers).")
     arguments.add_stage1(parser, save_path="result")
     return parser
 

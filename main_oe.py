@@ -9,12 +9,13 @@ import argparse
 from utils import arguments
 from utils.distill import run_stage1
 from utils.errors import run_script
+from utils.flags import Parser
 from utils.outliers import load_outlier_pool
 
 
-def get_args_parser() -> arguments.Parser:
+def get_args_parser() -> Parser:
     """The flags of this script."""
-    parser = arguments.Parser(description="Distil a data set and real outliers (OE).")
+    parser = Parser(description="Distil a data set and real outliers (OE).")
     arguments.add_stage1(parser, save_path="result-oe")
     arguments.add_outliers(parser)
     arguments.add_oe(parser)

@@ -9,12 +9,13 @@ import argparse
 from utils import arguments
 from utils.distill import run_stage1
 from utils.errors import run_script
+from utils.flags import Parser
 from utils.outliers import PseudoOutliers
 
 
-def get_args_parser() -> arguments.Parser:
+def get_args_parser() -> Parser:
     """The flags of this script."""
-    parser = arguments.Parser(description="Distil a data set and pseudo-outliers (POE).")
+    parser = Parser(description="Distil a data set and pseudo-outliers (POE).")
     arguments.add_stage1(parser, save_path="result-poe")
     arguments.add_outliers(parser)
     arguments.add_poe(parser)

@@ -8,12 +8,13 @@ import argparse
 
 from utils import arguments
 from utils.errors import run_script
+from utils.flags import Parser
 from utils.ood_report import run_stage3
 
 
-def get_args_parser() -> arguments.Parser:
+def get_args_parser() -> Parser:
     """The flags of this script."""
-    parser = arguments.Parser(description="Test trained networks: accuracy, error detection, OOD detection.")
+    parser = Parser(description="Test trained networks: accuracy, error detection, OOD detection.")
     arguments.add_stage3(parser)
     return parser
 

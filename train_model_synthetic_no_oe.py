@@ -8,12 +8,13 @@ import argparse
 
 from utils import arguments
 from utils.errors import run_script
+from utils.flags import Parser
 from utils.trained import run_stage2
 
 
-def get_args_parser() -> arguments.Parser:
+def get_args_parser() -> Parser:
     """The flags of this script."""
-    parser = arguments.Parser(description="Train networks on a distilled set without outliers.")
+    parser = Parser(description="Train networks on a distilled set without outliers.")
     arguments.add_stage2(parser, save_path="result-model-synthetic-no-oe")
     return parser
 

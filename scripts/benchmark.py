@@ -30,11 +30,12 @@ from torch.utils.data import DataLoader
 
 from networks import get_network
 from utils import plain
-from utils.arguments import LOOPS, Parser, add_compute, count, one_of
+from utils.arguments import LOOPS, add_compute
 from utils.augment import DSA, DSA_ENTRIES
 from utils.datasets import RealData, load_dataset
 from utils.devices import Compute, choose_compile, choose_device, set_keep_freed_memory, set_precision
 from utils.errors import run_script
+from utils.flags import Parser, count, one_of
 from utils.matching import Matcher, class_loss, outlier_loss
 from utils.ood_report import markdown_table
 from utils.ood_scores import msp

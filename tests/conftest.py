@@ -1,5 +1,6 @@
 """Shared fixtures: small data, and scripts run as users run them."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -39,5 +40,19 @@ def script(tmp_path):
     def run(name: str, *flags: object, **kwargs) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / name), *map(str, flags)]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, **kwargs)
+
+    return run
+
+
+@pytest.fixture
+def in_process(tmp_path, monkeypatch, capsys):
+    """Run a script's `main` in `tmp_path` within this process, which has imported torch; returns its output."""
+
+    def run(name: str, *flags: object) -> str:
+        module = importlib.import_module(name.removesuffix(".py"))
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
+        module.main(module.get_args_parser().parse_args())
+        return capsys.readouterr().out
 
     return run

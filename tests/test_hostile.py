@@ -24,9 +24,9 @@ from PIL import Image
 from test_datasets import write_mnist
 
 from networks import get_network
-from utils.arguments import count, number, one_of
 from utils.datasets import NotThere, load_dataset
 from utils.errors import UserError
+from utils.flags import count, number, one_of
 from utils.ood_datasets import OODSource
 from utils.outliers import distinct, read_image_pool
 from utils.readers import conform, free_memory, list_images, read_images, read_npy, read_npz, read_pt

@@ -35,7 +35,7 @@ def ok(result):
 
 
 @pytest.mark.parametrize("kind", ["plain", "oe", "poe"])
-def test_three_stages(kind, script, tmp_path):
+def test_three_stages(kind, script, in_process, tmp_path):
     pool = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
     np.save(tmp_path / "pool.npy", pool)
     (tmp_path / "ood").mkdir()
@@ -45,7 +45,8 @@ def test_three_stages(kind, script, tmp_path):
         "oe": ("main_oe.py", ["--oe-data-path", "pool.npy", "--num_oe_per_class", 6], "result-oe"),
         "poe": ("main_poe.py", ["--corruptions", "invert", "jigsaw"], "result-poe"),
     }[kind]
-    out = ok(script(name, *STAGE1, *more)).stdout
+    run = in_process if kind == "oe" else lambda *a: ok(script(*a)).stdout  # the others as users run them
+    out = run(name, *STAGE1, *more)
     assert "exp 1 iteration 3: ConvNetD1 accuracy" in out
     (folder,) = (tmp_path / root / RUN).iterdir()
     assert {p.name for p in folder.iterdir()} >= {"args", "logs.txt", "res_DSA_Digits_ConvNetD1_1ipc.pt"}
@@ -59,13 +60,13 @@ def test_three_stages(kind, script, tmp_path):
     assert ("data_oe" in content) == (kind != "plain")
 
     train = "train_model_synthetic_no_oe.py" if kind == "plain" else "train_model_synthetic_oe.py"
-    ok(script(train, *STAGE2, "--folder", folder.name, "--exp_idx", 1))
+    run(train, *STAGE2, "--folder", folder.name, "--exp_idx", 1)
     root2 = tmp_path / ("result-model-synthetic-no-oe" if kind == "plain" else "result-model-synthetic-oe")
     trained = root2 / RUN / folder.name
     names = {p.name for p in trained.glob("*.pt")}
     assert names == {f"syn_trained_Digits_ConvNetD1_exp{i}_{w}.pt" for i in (0, 1) for w in ("best", "epoch60")}
 
-    ok(script("test_ood_model_syn.py", *STAGE3, "--folder", folder.name, "--score", "msp", "energy", "-v"))
+    run("test_ood_model_syn.py", *STAGE3, "--folder", folder.name, "--score", "msp", "energy", "-v")
     report = tmp_path / "result-test-ood-synthetic" / RUN / folder.name
     results = json.loads((report / "results.json").read_text())
     with open(report / "results.csv") as file:
@@ -81,38 +82,16 @@ def test_three_stages(kind, script, tmp_path):
     assert "has 2 networks" in result.stderr
 
 
-def test_same_seed_same_bits_in_all_stages(script, tmp_path):
+def test_same_seed_same_bits_in_all_stages(in_process, tmp_path):
     """Twice the same commands: the same distilled set, the same networks, the same measures."""
     found = []
     for place in ("a", "b"):
         paths = [tmp_path / place / str(stage) for stage in (1, 2, 3)]
-        ok(script("main_poe.py", *STAGE1, "--num_exp", 1, "--save_path", paths[0]))
-        ok(
-            script(
-                "train_model_synthetic_oe.py",
-                *STAGE2,
-                "--num_eval",
-                1,
-                "--load_path",
-                paths[0],
-                "--save_path",
-                paths[1],
-            )
-        )
-        sets = ["--ood_sets", "patches", "uniform"]
-        ok(
-            script(
-                "test_ood_model_syn.py",
-                *STAGE3,
-                *sets,
-                "--num_exp",
-                1,
-                "--load_path",
-                paths[1],
-                "--save_path",
-                paths[2],
-            )
-        )
+        in_process("main_poe.py", *STAGE1, "--num_exp", 1, "--save_path", paths[0])
+        flags = ["--load_path", paths[0], "--save_path", paths[1]]
+        in_process("train_model_synthetic_oe.py", *STAGE2, "--num_eval", 1, *flags)
+        flags = ["--load_path", paths[1], "--save_path", paths[2], "--ood_sets", "patches", "uniform"]
+        in_process("test_ood_model_syn.py", *STAGE3, "--num_exp", 1, *flags)
         found.append([next(p.rglob(g)) for p, g in zip(paths, ("res_*.pt", "*best.pt", "results.csv"), strict=True)])
     (set_a, net_a, csv_a), (set_b, net_b, csv_b) = found
     a, b = load_synthetic(set_a), load_synthetic(set_b)

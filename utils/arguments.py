@@ -1,16 +1,15 @@
-"""Flags shared by the scripts, and the types that check their values."""
+"""Flags shared by the scripts, in groups."""
 
 import argparse
-import math
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 from networks import MODEL_NAMES
 
 from .augment import DSA, DSA_ENTRIES, parse_strategy
 from .datasets import DATASET_NAMES
 from .devices import PRECISIONS
-from .errors import UserError, unknown_name
+from .errors import UserError
+from .flags import Parser, count, number, one_of
 from .matching import METRICS
 from .ood_detectors import ALL_SCORES, DETECTORS
 from .ood_scores import SCORES
@@ -19,82 +18,6 @@ from .runs import STAGE1_ROOTS, STAGE2_ROOTS
 
 METHODS = ("DC", "DSA")
 LOOPS = {1: (1, 1), 2: (1, 1), 5: (10, 50), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that takes `-` and `_` alike in the names of flags, and answers errors in one line."""
-
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
-        self.add_argument("--is_parallel", nargs="?", action=_Refused, help=argparse.SUPPRESS)
-
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
-        """As argparse does, after spelling every flag with `_`."""
-        args = sys.argv[1:] if args is None else args
-        namespace, rest = super().parse_known_args([_underscored(a) for a in args], namespace)
-        if hasattr(namespace, "is_parallel"):
-            del namespace.is_parallel
-        return namespace, rest
-
-    def error(self, message: str) -> None:
-        """One line on stderr, exit status 2."""
-        print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
-        sys.exit(2)
-
-
-class _Refused(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
-        parser.error("--is_parallel: gone; several processes or GPUs are started with torchrun instead")
-
-
-def _underscored(argument: str) -> str:
-    """`--dsa-strategy=x-y` to `--dsa_strategy=x-y`; anything but a long flag stays as it is."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument[2:].partition("=")
-    return "--" + name.replace("-", "_") + equals + value
-
-
-def one_of(what: str, accepted: Iterable[str]) -> Callable[[str], str]:
-    """A type for names; its error lists what is accepted and points at the nearest."""
-    accepted = tuple(accepted)
-
-    def check(text: str) -> str:
-        if text not in accepted:
-            raise argparse.ArgumentTypeError(unknown_name(what, text, accepted))
-        return text
-
-    return check
-
-
-def count(least: int) -> Callable[[str], int]:
-    """A type for whole numbers of at least `least`."""
-
-    def check(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or value < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-        return value
-
-    return check
-
-
-def number(least: float, exclusive: bool = False) -> Callable[[str], float]:
-    """A type for finite numbers from `least` on (above it if `exclusive`)."""
-
-    def check(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or value < least or (exclusive and value == least):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number {'above' if exclusive else 'from'} {least:g}")
-        return value
-
-    return check
 
 
 def _strategy(text: str) -> str | None:
@@ -214,6 +137,18 @@ def add_stage1(parser: Parser, save_path: str) -> None:
     add_training(parser, num_eval=20)
     add_compute(parser)
     group = parser.add_argument_group("distillation")
+    _add_loop(group)
+    _add_matching(group)
+    group.add_argument("--save_path", default=save_path, help="where run folders are made")
+    group.add_argument(
+        "--load_path",
+        default=None,
+        help="a res_….pt to start the images (and outliers) from, instead of --init; for going on with other flags",
+    )
+
+
+def _add_loop(group: argparse._ArgumentGroup) -> None:
+    """What is repeated, and how often."""
     group.add_argument(
         "--eval_mode",
         type=one_of("evaluation mode", ("S", "SS", "M", "B", "W", "D", "A", "P", "N")),
@@ -229,6 +164,10 @@ def add_stage1(parser: Parser, save_path: str) -> None:
         default=500,
         help="updates between two evaluations; the last update is always evaluated",
     )
+
+
+def _add_matching(group: argparse._ArgumentGroup) -> None:
+    """What a matching step does."""
     group.add_argument(
         "--lr_img", type=number(0, exclusive=True), default=0.1, help="learning rate of the synthetic images"
     )
@@ -250,12 +189,6 @@ def add_stage1(parser: Parser, save_path: str) -> None:
         type=count(0),
         default=None,
         help="epochs of network training between two matching steps; left out: by ipc, as published",
-    )
-    group.add_argument("--save_path", default=save_path, help="where run folders are made")
-    group.add_argument(
-        "--load_path",
-        default=None,
-        help="a res_….pt to start the images (and outliers) from, instead of --init; for going on with other flags",
     )
 
 

@@ -1,0 +1,84 @@
+"""The argument parser of the scripts, and the types that check the values of flags."""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+from .errors import unknown_name
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that takes `-` and `_` alike in the names of flags, and answers errors in one line."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        self.add_argument("--is_parallel", nargs="?", action=_Refused, help=argparse.SUPPRESS)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
+        """As argparse does, after spelling every flag with `_`."""
+        args = sys.argv[1:] if args is None else args
+        namespace, rest = super().parse_known_args([_underscored(a) for a in args], namespace)
+        if hasattr(namespace, "is_parallel"):
+            del namespace.is_parallel
+        return namespace, rest
+
+    def error(self, message: str) -> None:
+        """One line on stderr, exit status 2."""
+        print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+class _Refused(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.error("--is_parallel: gone; several processes or GPUs are started with torchrun instead")
+
+
+def _underscored(argument: str) -> str:
+    """`--dsa-strategy=x-y` to `--dsa_strategy=x-y`; anything but a long flag stays as it is."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    return "--" + name.replace("-", "_") + equals + value
+
+
+def one_of(what: str, accepted: Iterable[str]) -> Callable[[str], str]:
+    """A type for names; its error lists what is accepted and points at the nearest."""
+    accepted = tuple(accepted)
+
+    def check(text: str) -> str:
+        if text not in accepted:
+            raise argparse.ArgumentTypeError(unknown_name(what, text, accepted))
+        return text
+
+    return check
+
+
+def count(least: int) -> Callable[[str], int]:
+    """A type for whole numbers of at least `least`."""
+
+    def check(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return value
+
+    return check
+
+
+def number(least: float, exclusive: bool = False) -> Callable[[str], float]:
+    """A type for finite numbers from `least` on (above it if `exclusive`)."""
+
+    def check(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value < least or (exclusive and value == least):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {'above' if exclusive else 'from'} {least:g}")
+        return value
+
+    return check
