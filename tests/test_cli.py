@@ -135,6 +135,7 @@ WRONG = [
         ["--model VGG11", "8x8", "smallest size it takes is 28x28"],
     ),
     ("main.py", ["--dataset", "Digits", "--eval_mode", "M"], ["too deep for images of 8x8"]),
+    ("main.py", [*QUICK, "--ipc", "100000000000"], ["out of memory", "--ipc"]),
     ("main.py", ["--dataset", "Digits", "--im_size", "9"], ["--im_size: only ImageFolder"]),
     ("main.py", ["--download", "none"], ["--data_path data: CIFAR10 is not there", "cifar10.npz"]),
     ("main.py", ["--dataset", "npz", "--data_path", "no.npz"], ["--data_path: no.npz is not there"]),

@@ -26,6 +26,21 @@ def run_script(main: Callable[[], None], prog: str) -> None:
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
             sys.exit(2)  # under torchrun the first process says it
-        line = " ".join(str(error).split())
-        print(f"{prog}: error: {line}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _end(prog, " ".join(str(error).split()))
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        _end(
+            prog, "out of memory: lower --batch_real, --batch_oe, --batch_train or --ipc, or choose a narrower --model"
+        )
+
+
+def _end(prog: str, line: str) -> None:
+    print(f"{prog}: error: {line}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Python, CUDA and the CPU allocator of PyTorch each say it in their own way."""
+    is_named = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
+    return is_named or "allocate memory" in str(error) or "not enough memory" in str(error)

@@ -159,7 +159,12 @@ def _find_sets(source: OODSource, args: argparse.Namespace) -> tuple[list[OODSet
         lines = "; ".join(f"{name}: {what}" for name, what in missing.items())
         raise UserError(f"--ood_sets: {len(missing)} missing. {lines}. --skip_missing goes on without them")
     if args.validate:
-        sets += source.validation(source.other_cifar())
+        try:
+            sets += source.validation(source.other_cifar())
+        except UserError as error:
+            if not args.skip_missing:
+                raise
+            missing["validation outliers"] = str(error)
     if not sets:
         raise UserError("--ood_sets: none is there. Sets that need no files: gaussian uniform rademacher blob patches")
     return sets, missing
