@@ -43,7 +43,7 @@ from utils.outliers import DEFAULT_CORRUPTIONS, PseudoOutliers
 from utils.rng import generator
 from utils.runs import save_text
 from utils.synthetic import SyntheticSet
-from utils.training import Trainer, TrainSettings, accuracy, predict
+from utils.training import Trainer, TrainSettings, predict
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))
 STARTUP_SHARE = 20  # the textbook start-up is measured on a 20th of the images
@@ -190,9 +190,10 @@ class Bench:
         """Accuracy on 10,000 test images."""
         loader = self._plain_loader()
         real = self.real
+        trainer = Trainer(self.net, self.settings, self.compute)
         return self.measure(
             lambda: plain.test_accuracy(self.net, loader),
-            lambda: accuracy(self.net, real.test_images, real.labels_test),
+            lambda: trainer.accuracy(real.test_images, real.labels_test),
         )
 
     def stage2(self) -> dict:
@@ -206,7 +207,7 @@ class Bench:
 
         def fast() -> None:
             trainer.train(self.synthetic, 0, ())
-            accuracy(self.net, self.real.test_images, self.real.labels_test)
+            trainer.accuracy(self.real.test_images, self.real.labels_test)
 
         return self.measure(slow, fast)
 
