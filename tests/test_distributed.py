@@ -55,7 +55,7 @@ def start(folder, processes, script, *flags):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Stage 1 and 2 with 1, 2 and 3 processes; 3 divides neither the ten slots nor, with 2, the networks."""
+    """Stage 1 with 1, 2 and 3 processes, of which 3 does not divide the ten slots; stage 2 with 1 and 2."""
     folders = {}
     for processes in (1, 2, 3):
         folder = folders[processes] = tmp_path_factory.mktemp(f"processes{processes}")
@@ -63,6 +63,8 @@ def runs(tmp_path_factory):
         out, err = stage1.communicate(timeout=300)
         assert stage1.returncode == 0, err[-2000:]
         assert out.count("run folder") == 1
+        if processes == 3:
+            continue
         flags = [f for f in FLAGS if f not in ("--init", "real")]
         for name in ("--num_exp", "--batch_real", "--batch_oe", "--outer_loop", "--inner_loop"):
             at = flags.index(name)
@@ -88,9 +90,9 @@ def test_same_images_and_accuracies(runs, processes):
     assert accs[0] == pytest.approx(accs[1], abs=0.01)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_same_networks_and_one_folder(runs, processes):
-    one, many = (found(runs[n], "syn_trained_*.pt") for n in (1, processes))
+def test_same_networks_and_one_folder(runs):
+    """Three networks over two processes."""
+    one, many = (found(runs[n], "syn_trained_*.pt") for n in (1, 2))
     assert [p.name for p in one] == [p.name for p in many]
     assert len(many) == 6
     assert len({p.parent for p in many}) == 1
