@@ -73,7 +73,7 @@ class Bench:
         self.device = choose_device(args.device)
         set_precision(args.precision)
         precision = "fp32" if self.device.type == "cpu" and args.precision == "tf32" else args.precision
-        self.compute = Compute(choose_compile(args.compile, self.device, True), precision)
+        self.compute = Compute(choose_compile(args.compile, self.device, True), precision, self.device.type == "cuda")
         self.model, self.ipc, self.batch, self.repeats = args.model, args.ipc, args.batch_real, args.repeats
         self.slots = min(args.slots, 10)
         self.folder = tempfile.TemporaryDirectory()

@@ -6,4 +6,5 @@ bash scripts/setup.sh requirements-dev.txt
 bin=.venv/bin
 "$bin/ruff" format --check .
 "$bin/ruff" check .
-"$bin/python" -m pytest "$@"
+# two workers of one thread each: most tests are too small to gain from a second thread
+OMP_NUM_THREADS=1 "$bin/python" -m pytest -n 2 --dist loadfile "$@"

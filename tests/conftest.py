@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from utils.datasets import RealData, load_dataset  # noqa: E402
+from utils.errors import run_script  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -54,5 +55,24 @@ def in_process(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
         module.main(module.get_args_parser().parse_args())
         return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """Run a script in `tmp_path` within this process; it must exit with status 2 and one line, which is returned."""
+
+    def run(name: str, *flags: object) -> str:
+        module = importlib.import_module(name.removesuffix(".py"))
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
+        with pytest.raises(SystemExit) as stopped:
+            run_script(lambda: module.main(module.get_args_parser().parse_args()), name)
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2
+        assert len(error.strip().splitlines()) == 1, error
+        assert error.startswith(f"{name}: error: ")
+        return error
 
     return run

@@ -158,20 +158,10 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("name", "flags", "expected"), WRONG, ids=[f"{w[0]} {' '.join(w[1])}"[:60] for w in WRONG])
-def test_errors_are_one_line(name, flags, expected, tmp_path, monkeypatch, capsys):
-    """As `python NAME FLAGS`, but in this process, which has paid for importing torch."""
-    from utils.errors import run_script
-
-    monkeypatch.chdir(tmp_path)
+def test_errors_are_one_line(name, flags, expected, tmp_path, refused):
     np.save(tmp_path / "bad.npy", np.zeros((5, 3), np.float32))
     before = sorted(tmp_path.rglob("*"))
-    module = SCRIPTS[name]
-    monkeypatch.setattr(sys, "argv", [name, *flags])
-    with pytest.raises(SystemExit) as stopped:
-        run_script(lambda: module.main(module.get_args_parser().parse_args()), name)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert len(error.strip().splitlines()) == 1, error
+    error = refused(name, *flags)
     for text in expected:
         assert text in error
     assert sorted(tmp_path.rglob("*")) == before
@@ -186,24 +176,17 @@ def test_error_from_a_real_process(name, script):
     assert result.stdout == ""
 
 
-def test_distilled_set_of_another_data_set(tmp_path, monkeypatch, capsys):
-    from utils.errors import run_script
-
-    monkeypatch.chdir(tmp_path)
+def test_distilled_set_of_another_data_set(tmp_path, refused):
     folder = tmp_path / "result" / "DSA" / "Digits" / "ConvNetD1" / "1" / "20230101-000000"
     folder.mkdir(parents=True)
     images, labels = torch.zeros(5, 1, 8, 8), torch.arange(5)
     torch.save({"data": [[images, labels]]}, folder / "res_DSA_Digits_ConvNetD1_1ipc.pt")
-    module = train_model_synthetic_no_oe
     for flags, message in (
         ([], "(5 classes, images 1x8x8), not from 10 classes of 1x8x8"),
         (["--exp_idx", "3"], "--exp_idx 3"),
         (["--is_load_oe"], "no run folder under result-oe"),
     ):
-        with pytest.raises(SystemExit) as stopped:
-            run_script(lambda flags=flags: module.main(module.get_args_parser().parse_args([*QUICK, *flags])), "x")
-        assert stopped.value.code == 2
-        assert message in capsys.readouterr().err
+        assert message in refused("train_model_synthetic_no_oe.py", *QUICK, *flags)
     assert not (tmp_path / "result-model-synthetic-no-oe").exists()
 
 

@@ -11,67 +11,46 @@ import pytest
 import torch
 from conftest import ROOT
 
+import main_poe
+import train_model_synthetic_oe
 from utils.synthetic import load_synthetic
 
-FLAGS = [
-    "--dataset",
-    "Digits",
-    "--model",
-    "ConvNetD1",
-    "--ipc",
-    "2",
-    "--method",
-    "DSA",
-    "--dsa_strategy",
-    "color_crop_cutout_scale_rotate",
-    "--init",
-    "real",
-    "--num_exp",
-    "1",
-    "--num_eval",
-    "3",
-    "--epoch_eval_train",
-    "20",
-    "--batch_real",
-    "32",
-    "--batch_oe",
-    "32",
-    "--outer_loop",
-    "2",
-    "--inner_loop",
-    "2",
-    "--seed",
-    "3",
-]
+NETWORK = "--dataset Digits --model ConvNetD1 --ipc 2 --method DSA --dsa_strategy color_crop_cutout_scale_rotate"
+TRAINING = f"{NETWORK} --num_eval 3 --epoch_eval_train 20 --seed 3".split()
+MATCHING = "--init real --num_exp 1 --batch_real 32 --batch_oe 32 --outer_loop 2 --inner_loop 2"
+FLAGS = TRAINING + MATCHING.split()
 
 
 def start(folder, processes, script, *flags):
-    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
     command = [sys.executable, *map(str, launcher), str(ROOT / script), *map(str, flags)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=folder, stdout=pipe, stderr=pipe, text=True, env=env)
 
 
+def run_alone(folder, module, *flags):
+    """In this process, without a launcher."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        module.main(module.get_args_parser().parse_args(list(map(str, flags))))
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Stage 1 with 1, 2 and 3 processes, of which 3 does not divide the ten slots; stage 2 with 1 and 2."""
-    folders = {}
-    for processes in (1, 2, 3):
-        folder = folders[processes] = tmp_path_factory.mktemp(f"processes{processes}")
-        stage1 = start(folder, processes, "main_poe.py", *FLAGS, "--Iteration", 4)
-        out, err = stage1.communicate(timeout=300)
-        assert stage1.returncode == 0, err[-2000:]
+    folders = {n: tmp_path_factory.mktemp(f"processes{n}") for n in (1, 2, 3)}
+    run_alone(folders[1], main_poe, *FLAGS, "--Iteration", 4)
+    run_alone(folders[1], train_model_synthetic_oe, *TRAINING)
+    for processes, script, flags in [
+        (2, "main_poe.py", [*FLAGS, "--Iteration", 4]),
+        (3, "main_poe.py", [*FLAGS, "--Iteration", 4]),
+        (2, "train_model_synthetic_oe.py", TRAINING),
+    ]:
+        process = start(folders[processes], processes, script, *flags)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err[-2000:]
         assert out.count("run folder") == 1
-        if processes == 3:
-            continue
-        flags = [f for f in FLAGS if f not in ("--init", "real")]
-        for name in ("--num_exp", "--batch_real", "--batch_oe", "--outer_loop", "--inner_loop"):
-            at = flags.index(name)
-            del flags[at : at + 2]
-        stage2 = start(folder, processes, "train_model_synthetic_oe.py", *flags)
-        _, err = stage2.communicate(timeout=300)
-        assert stage2.returncode == 0, err[-2000:]
     return folders
 
 

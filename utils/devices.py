@@ -30,6 +30,7 @@ class Compute:
 
     compiled: bool = False
     precision: str = "fp32"
+    on_cuda: bool = False
 
     def __str__(self) -> str:
         return f"torch.compile {'on' if self.compiled else 'off'}, {self.precision}"
@@ -39,8 +40,8 @@ class Compute:
         wrapped = self._autocast(function) if self.precision == "bf16" else function
         if not self.compiled:
             return wrapped
-        on_cuda = torch.cuda.is_available()  # there "reduce-overhead" records CUDA graphs
-        return torch.compile(wrapped, mode="reduce-overhead" if on_cuda else None, dynamic=False)
+        mode = "reduce-overhead" if self.on_cuda else None  # which records CUDA graphs
+        return torch.compile(wrapped, mode=mode, dynamic=False)
 
     @staticmethod
     def _autocast(function: Callable) -> Callable:
@@ -93,7 +94,7 @@ def choose_compute(
     pays = steps >= COMPILE_PAYS_CUDA if device.type == "cuda" else flops >= COMPILE_PAYS_CPU
     if device.type == "cpu" and precision == "tf32":
         precision = "fp32"
-    return Compute(choose_compile(compile_flag, device, pays), precision)
+    return Compute(choose_compile(compile_flag, device, pays), precision, device.type == "cuda")
 
 
 def choose_compile(flag: str, device: torch.device, pays: bool) -> bool:

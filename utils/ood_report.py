@@ -186,6 +186,8 @@ def measure(
     confidence, correct = [], []
     for scorer in scorers:
         logits, values = scorer(real.test_images, batch)
+        if not np.isfinite(logits).all():
+            raise UserError(f"--folder: network {len(results.errors)} has outputs that are not finite; train it again")
         results.errors.append(error_detection(logits, labels) | calibration(logits, labels))
         for kept, new in zip((confidence, correct), confidence_and_correct(logits, labels), strict=True):
             kept.append(new)

@@ -18,7 +18,7 @@ from .readers import read_pt
 from .rng import generator
 from .runs import STAGE1_ROOTS, RunFolder, find_run_folder, save_pt
 from .synthetic import SyntheticSet, load_synthetic, result_name
-from .training import Trainer
+from .training import TEST_BATCH, Trainer, predict
 
 TEST_INTERVAL = 50
 CHECKPOINT_INTERVAL = 200
@@ -158,4 +158,7 @@ def load_trained(folder: Path, model: str, real: RealData, index: int, which: st
         raise UserError(f"--model {model}: {path} does not fit it: {reason}") from None
     if not all(torch.isfinite(v).all() for v in net.state_dict().values()):
         raise UserError(f"--folder: {path} holds NaN or infinite weights; train it again")
-    return net.to(real.device).eval()
+    net = net.to(real.device).eval()
+    if not torch.isfinite(predict(net, real.test_images[:TEST_BATCH])).all():
+        raise UserError(f"--folder: {path} holds weights so large that its outputs are not finite; train it again")
+    return net

@@ -1,7 +1,7 @@
 """Training networks on a synthetic set, and testing them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ class Trainer:
         self.net, self.settings = net, settings
         compute = compute or Compute()
         self.loss = compute.function(lambda images, labels, weight: joint_loss(net(images), labels, weight))
-        self.forward = Compute(compiled=True).function(net) if compute.compiled else None
+        self.forward = replace(compute, precision="fp32").function(net) if compute.compiled else None
         self.restart(settings.lr)
 
     def restart(self, lr: float) -> None:
