@@ -37,13 +37,13 @@ from utils.devices import Compute, choose_compile, choose_device, set_keep_freed
 from utils.errors import run_script
 from utils.flags import Parser, count, one_of
 from utils.matching import Matcher, class_loss, outlier_loss
+from utils.ood_detectors import Scorer
 from utils.ood_report import markdown_table
-from utils.ood_scores import msp
 from utils.outliers import DEFAULT_CORRUPTIONS, PseudoOutliers
 from utils.rng import generator
 from utils.runs import save_text
 from utils.synthetic import SyntheticSet
-from utils.training import Trainer, TrainSettings, predict
+from utils.training import Trainer, TrainSettings
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))
 STARTUP_SHARE = 20  # the textbook start-up is measured on a 20th of the images
@@ -214,10 +214,8 @@ class Bench:
     def stage3(self) -> dict:
         """Scores of 10,000 images."""
         loader = self._plain_loader()
-        return self.measure(
-            lambda: plain.msp_scores(self.net, loader),
-            lambda: msp(predict(self.net, self.real.test_images, 256).double()).cpu(),
-        )
+        scorer = Scorer(self.net, ["msp"], 1.0, self.real.std, self.compute.embedding(self.net))
+        return self.measure(lambda: plain.msp_scores(self.net, loader), lambda: scorer(self.real.test_images, 256))
 
 
 def iteration(results: dict[str, dict], ipc: int, slots: int) -> dict:

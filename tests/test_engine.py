@@ -4,19 +4,21 @@ import os
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from networks import get_network
 from utils import plain
-from utils.augment import DSA, DSA_ENTRIES, identity
+from utils.augment import DC, DSA, DSA_ENTRIES, identity
 from utils.devices import Compute, choose_compile, forward_flops
 from utils.errors import UserError
 from utils.matching import METRICS, Matcher, class_loss, outlier_loss
 from utils.methods import GradientMatching, MatchSettings
+from utils.ood_detectors import Scorer
 from utils.outliers import PseudoOutliers
-from utils.rng import generator
+from utils.rng import generator, packed
 from utils.synthetic import SyntheticSet
 from utils.training import Trainer, TrainSettings, predict
 
@@ -227,3 +229,45 @@ def test_choosing_to_compile(monkeypatch):
     assert choose_compile("auto", cpu, True) is False
     with pytest.raises(UserError, match=r"--compile on: .*install g"):
         choose_compile("on", cpu, True)
+
+
+def test_what_is_drawn_together_is_what_is_drawn_apart(tiny_real):
+    """120 epochs in blocks, from epoch 30 on, equal epochs that are drawn one at a time."""
+    index = torch.arange(12)
+    synthetic = SyntheticSet(tiny_real.train_batch(index), tiny_real.labels_train[index], tiny_real.train_batch(index))
+    nets = [get_network("ConvNetD1", 3, 3, (16, 16), generator(0)) for _ in range(2)]
+    trainers = [Trainer(net, TrainSettings(120, batch=5, augmentation=STRATEGY)) for net in nets]
+    seen = []
+    trainers[0].train(synthetic, 1, ("k",), lambda epoch, loss: seen.append((epoch, loss.item())), first_epoch=30)
+    for epoch in range(30, 120):
+        if epoch == 60:
+            trainers[1].restart(0.001)
+        assert seen[epoch - 30] == (epoch + 1, trainers[1].epoch(synthetic, generator(1, "k", "epoch", epoch)).item())
+    assert torch.equal(*(predict(net, tiny_real.test_images) for net in nets))
+
+
+def test_transfers_in_one():
+    tensors = [torch.arange(6).view(2, 3), torch.rand(4), torch.tensor(7), torch.rand(0, 2), torch.rand(2, 1, 2)]
+    calls = []
+
+    def transfer(flat):
+        calls.append(flat.dtype)
+        return flat.clone()
+
+    moved = packed(tensors, transfer)
+    assert calls == [torch.int64, torch.float32]
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(moved, tensors, strict=True))
+    draw = DC(("crop", "noise")).draw(5, (8, 8), generator(0))
+    images = torch.rand(5, 1, 8, 8)
+    assert torch.equal(draw.with_tensors(iter(packed(draw.tensors(), transfer)))(images), draw(images))
+
+
+@pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_scores_equal_eager(tiny_real):
+    """One compilation serves networks of other weights; the last batch is smaller."""
+    nets = [get_network("ConvNetD1", 3, 3, (16, 16), generator(i)).eval() for i in range(2)]
+    embed = Compute(compiled=True).embedding(nets[0])
+    for net in nets:
+        eager, compiled = (Scorer(net, ["energy"], 1.0, (1.0,) * 3, e)(tiny_real.test_images, 4) for e in (None, embed))
+        np.testing.assert_allclose(compiled[0], eager[0], atol=1e-4)
+        np.testing.assert_allclose(compiled[1]["energy"], eager[1]["energy"], atol=1e-4)

@@ -77,8 +77,8 @@ def add_common(parser: Parser) -> None:
     group.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda or cuda:N")
 
 
-def add_compute(parser: Parser) -> None:
-    """How the device computes; the results are the same to rounding."""
+def add_compute(parser: Parser, training: bool = True) -> None:
+    """How the device computes; the results are the same to rounding. `training`: gradients are taken, too."""
     group = parser.add_argument_group("speed")
     group.add_argument(
         "--compile",
@@ -86,6 +86,8 @@ def add_compute(parser: Parser) -> None:
         default="auto",
         help="torch.compile; auto: where the run is long enough to win the time of compiling back",
     )
+    if not training:
+        return
     group.add_argument(
         "--precision",
         type=one_of("precision", PRECISIONS),
@@ -238,6 +240,7 @@ def add_stage2(parser: Parser, save_path: str) -> None:
 def add_stage3(parser: Parser) -> None:
     """All flags of the stage-3 script."""
     add_common(parser)
+    add_compute(parser, training=False)
     add_folder(parser, "result-test-ood-synthetic", STAGE2_ROOTS)
     group = parser.add_argument_group("test")
     group.add_argument(

@@ -6,8 +6,8 @@ are images is the plain use in network training. Draws are made on the CPU, so t
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -145,8 +145,29 @@ def parse_strategy(text: str, entries: Sequence[str] = tuple(DSA_ENTRIES)) -> tu
     return parts
 
 
+class Draw:
+    """A dataclass of parameters, some of them tensors, that can be moved to a device together."""
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors among the parameters, those of draws within this one included."""
+        values = [getattr(self, f.name) for f in fields(self)]
+        nested = [v.tensors() if isinstance(v, Draw) else [v] * isinstance(v, torch.Tensor) for v in values]
+        return [tensor for part in nested for tensor in part]
+
+    def with_tensors(self, tensors: Iterator[torch.Tensor]) -> "Draw":
+        """The same draw with the next of `tensors` in their places."""
+        new = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Draw):
+                new[f.name] = value.with_tensors(tensors)
+            elif isinstance(value, torch.Tensor):
+                new[f.name] = next(tensors)
+        return replace(self, **new)
+
+
 @dataclass(frozen=True)
-class Transform:
+class Transform(Draw):
     """One draw of DSA: an entry and its parameters, `[1, …]` (Siamese) or `[N, …]` (one set per image).
 
     Calling it on images `[N, C, H, W]` applies it; it is differentiable in the images.
@@ -204,7 +225,7 @@ DC_CROP, DC_SCALE, DC_ROTATE_DEGREES, DC_NOISE = 4, 0.2, 45.0, 0.001
 
 
 @dataclass(frozen=True)
-class DCTransform:
+class DCTransform(Draw):
     """One draw of DC's augmentation for N images: which entry each takes (`[N]`), and the parameters of all entries."""
 
     strategy: tuple[str, ...]

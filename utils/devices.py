@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from networks import get_network
@@ -18,6 +20,17 @@ from .rng import generator
 PRECISIONS = ("tf32", "fp32", "bf16")
 COMPILE_PAYS_CPU = 2e13  # floating-point operations of a run from which the seconds of compiling come back
 COMPILE_PAYS_CUDA = 500  # matching steps, or hundreds of training epochs, likewise
+
+
+class _Embedding(nn.Module):
+    """`net.embed` as a module of its own."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.net.embed(images)
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,18 @@ class Compute:
             return wrapped
         mode = "reduce-overhead" if self.on_cuda else None  # which records CUDA graphs
         return torch.compile(wrapped, mode=mode, dynamic=False)
+
+    def embedding(self, example: nn.Module) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
+        """A function of a network and images to `net.embed(images)`; compiled once for all networks like `example`."""
+        if not self.compiled:
+            return lambda net, images: net.embed(images)
+        shell = _Embedding(example)
+        compiled = self.function(lambda images, state: functional_call(shell, state, (images,)))
+
+        def embed(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
+            return compiled(images, dict(_Embedding(net).state_dict())).clone()  # a CUDA graph writes there again
+
+        return embed
 
     @staticmethod
     def _autocast(function: Callable) -> Callable:
@@ -87,10 +112,13 @@ def set_precision(precision: str) -> None:
 def choose_compute(
     compile_flag: str, precision: str, device: torch.device, model: str, real: RealData, steps: int, images: int
 ) -> Compute:
-    """The `Compute` of a run that passes `images` images of `real` through `model` and back, in `steps` steps."""
+    """The `Compute` of a run that passes `images` images of `real` through `model`, in `steps` steps.
+
+    A backward pass costs twice the forward pass: an image that goes there and back counts as three.
+    """
     set_precision(precision)
     net = get_network(model, real.channel, real.num_classes, real.im_size, generator(0)).eval()
-    flops = 3 * images * forward_flops(net, (real.channel, *real.im_size))  # the backward pass costs twice the forward
+    flops = images * forward_flops(net, (real.channel, *real.im_size))
     pays = steps >= COMPILE_PAYS_CUDA if device.type == "cuda" else flops >= COMPILE_PAYS_CPU
     if device.type == "cpu" and precision == "tf32":
         precision = "fp32"
@@ -109,7 +137,7 @@ def choose_compile(flag: str, device: torch.device, pays: bool) -> bool:
     return flag == "on" or (flag == "auto" and pays and has_compiler)
 
 
-def forward_flops(net: torch.nn.Module, image_shape: tuple[int, ...]) -> int:
+def forward_flops(net: nn.Module, image_shape: tuple[int, ...]) -> int:
     """Floating-point operations of one image through `net`."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(torch.zeros(2, *image_shape, device=next(net.parameters()).device))

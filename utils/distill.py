@@ -91,7 +91,7 @@ def run_stage1(args: argparse.Namespace, make_outliers: Callable[[RealData], Out
     outliers = make_outliers(real)
     start = load_start(args.load_path, real, args.ipc, outliers is not None)
     steps = args.num_exp * args.Iteration * match.outer_loop
-    images = steps * real.num_classes * (match.batch_real + match.batch_oe * (outliers is not None))
+    images = 3 * steps * real.num_classes * (match.batch_real + match.batch_oe * (outliers is not None))
     compute = choose_compute(args.compile, args.precision, device, args.model, real, steps, images)
     method = GradientMatching(real, outliers, match, compute, start)
     settings = DistillSettings(

@@ -137,8 +137,8 @@ class GradientMatching:
         if distributed.rank() == 0:
             g = self._generator("inner", it, outer)
             synthetic = self.synthetic()
-            for _ in range(self.settings.inner_loop):
-                self.trainer.epoch(synthetic, g)
+            for _ in self.trainer.epochs(synthetic, [g] * self.settings.inner_loop):
+                pass
         distributed.broadcast_(*(t.detach() for t in self.net.state_dict().values()))
 
     def _matching_step(self, it: int, outer: int) -> torch.Tensor:

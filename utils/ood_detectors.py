@@ -16,6 +16,7 @@ from torch import nn
 
 from .errors import UserError
 from .ood_scores import SCORES
+from .training import filled_up
 
 INSTALL = "pip install pytorch-ood"
 LAST_LAYERS = ("classifier", "fc", "fc_3")
@@ -164,10 +165,21 @@ def feature_map_shape(net: nn.Module, image: torch.Tensor) -> tuple[int, int, in
 
 class Scorer:
     """Every score of one network. One forward pass serves the scores of logits and features; those of images come with
-    passes and gradients of their own."""
+    passes and gradients of their own.
 
-    def __init__(self, net: nn.Module, scores: Sequence[str], temperature: float, std: tuple[float, ...]):
+    `embed`: a compiled `net.embed`, if there is one (`Compute.embedding`); it sees batches of one size only.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        scores: Sequence[str],
+        temperature: float,
+        std: tuple[float, ...],
+        embed: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None,
+    ):
         self.net, self.scores, self.temperature, self.std = net.eval(), tuple(scores), temperature, std
+        self.embed = embed or (lambda net, images: net.embed(images))
         self.head = last_layer(net)
         self.detectors: dict[str, Any] = {}
 
@@ -271,7 +283,7 @@ class Scorer:
         logits: list[torch.Tensor] = []
         scores: dict[str, list[torch.Tensor]] = {name: [] for name in self.scores}
         for part in images.split(batch):
-            features = self.net.embed(part)
+            features = self.embed(self.net, filled_up(part, batch))[: len(part)]
             logits.append(self.head(features))
             for name, values in scores.items():
                 values.append(self._score(name, part, features, logits[-1]))

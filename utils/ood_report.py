@@ -13,7 +13,7 @@ import numpy as np
 
 from .calibration import CALIBRATION_MEASURES, Reliability, calibration, confidence_and_correct, reliability
 from .datasets import RealData, load_dataset
-from .devices import choose_device
+from .devices import choose_compute, choose_device
 from .errors import UserError
 from .lineage import distilled_pictures, distilled_set_of
 from .ood_datasets import OODSet, OODSource, default_sets
@@ -86,12 +86,16 @@ def run_stage3(args: argparse.Namespace) -> Results:
     fit = _fit_set(args.fit_on, folder, real) if need_fitting(scores) else None
     nets = [load_trained(folder, args.model, real, index, which) for index in range(args.num_exp)]
     example = real.test_images[:2]
-    scorers = [Scorer(net, scores, args.T, real.std).prepare(example, fit, args.batch_test) for net in nets]
+    most = args.num_exp * (len(sets) + 1) * len(real.images_test)
+    compute = choose_compute(args.compile, "fp32", device, args.model, real, most // args.batch_test, most)
+    embed = compute.embedding(nets[0])
+    scorers = [Scorer(net, scores, args.T, real.std, embed).prepare(example, fit, args.batch_test) for net in nets]
 
     run = RunFolder.create(args.save_path, args.method, args.dataset, args.model, args.ipc, name=folder.name)
     run.save_args(vars(args), networks=str(folder.resolve()), device=str(device))
     run.log(f"run folder: {run.path}")
     run.log(f"networks: {folder}, {args.num_exp} × {which}")
+    run.log(f"computing: {compute}")
     if fit is not None:
         run.log(f"{', '.join(need_fitting(scores))}: fitted on the {fit.name}, {len(fit.labels)} images")
     results, measured = measure(scorers, real, sets, scores, args.batch_test, run)

@@ -1,6 +1,7 @@
 """Keyed random generators: what is drawn depends on the seed and on what it is drawn for, on nothing else."""
 
 import hashlib
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -22,3 +23,19 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def send_together(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """CPU tensors on `device`, through one transfer for each of their types."""
+    return list(tensors) if device.type == "cpu" else packed(tensors, lambda flat: send(flat, device))
+
+
+def packed(tensors: Sequence[torch.Tensor], transfer: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+    """`[transfer(t) for t in tensors]`, with one call of `transfer` for all tensors of a type."""
+    done: dict[int, torch.Tensor] = {}
+    for dtype in dict.fromkeys(t.dtype for t in tensors):
+        which = [i for i, t in enumerate(tensors) if t.dtype == dtype]
+        flat = transfer(torch.cat([tensors[i].flatten() for i in which]))
+        parts = flat.split([tensors[i].numel() for i in which])
+        done |= {i: part.view(tensors[i].shape) for i, part in zip(which, parts, strict=True)}
+    return [done[i] for i in range(len(tensors))]

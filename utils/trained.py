@@ -65,7 +65,7 @@ def run_stage2(args: argparse.Namespace, with_outliers: bool) -> None:
             "there), or use train_model_synthetic_no_oe.py"
         )
     steps = args.num_eval * settings.epochs
-    images = steps * len(synthetic.images) * (2 if with_outliers else 1)
+    images = 3 * steps * len(synthetic.images) * (2 if with_outliers else 1)
     compute = choose_compute(args.compile, args.precision, device, args.model, real, steps, images)
     net = get_network(args.model, real.channel, real.num_classes, real.im_size, generator(args.seed)).to(device)
     parts = (args.method, args.dataset, args.model, args.ipc)

@@ -1,18 +1,19 @@
 """Training networks on a synthetic set, and testing them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from .augment import DC, DSA
+from .augment import DC, DSA, Draw
 from .devices import Compute
 from .losses import joint_loss
-from .rng import generator, send
+from .rng import generator, send_together
 from .synthetic import SyntheticSet
 
 TEST_BATCH = 250
+DRAWN_EPOCHS = 50  # that are drawn together
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,20 @@ class TrainSettings:
     augmentation: DSA | DC | None = None
     momentum: float = 0.9
     weight_decay: float = 5e-4
+
+
+@dataclass(frozen=True)
+class _Batch(Draw):
+    """What is random in one batch: the images and the outliers that it takes, and how they are augmented."""
+
+    index: torch.Tensor
+    transform: Draw | None
+    index_oe: torch.Tensor | None
+    transform_oe: Draw | None
+
+
+def _augmented(images: torch.Tensor, transform: Draw | None) -> torch.Tensor:
+    return images if transform is None else transform(images)
 
 
 class Trainer:
@@ -48,39 +63,53 @@ class Trainer:
             self.net.parameters(), lr=lr, momentum=s.momentum, weight_decay=s.weight_decay, fused=True
         )
 
-    def epoch(self, synthetic: SyntheticSet, g: torch.Generator) -> torch.Tensor:
-        """One pass over the synthetic set; returns the mean loss of its batches, a scalar on the device.
+    def epochs(self, synthetic: SyntheticSet, generators: Sequence[torch.Generator]) -> Iterator[torch.Tensor]:
+        """One pass over the synthetic set for each generator; gives the mean loss of its batches, a scalar on the
+        device.
 
         An InD batch and a batch of outliers, each augmented on its own, go through the network in one forward pass.
+        What is random in all the epochs is drawn first, and goes to the device together.
         """
-        self.net.train()
-        losses = []
-        device = synthetic.images.device
+        drawn = [self._draw(synthetic, g) for g in generators]
+        tensors = [t for batches in drawn for batch in batches for t in batch.tensors()]
+        there = iter(send_together(tensors, synthetic.images.device))
+        for batches in drawn:
+            self.net.train()
+            losses = [self._step(synthetic, batch.with_tensors(there)) for batch in batches]
+            yield torch.stack(losses).mean()
+
+    def epoch(self, synthetic: SyntheticSet, g: torch.Generator) -> torch.Tensor:
+        """One pass over the synthetic set; returns the mean loss of its batches."""
+        return next(self.epochs(synthetic, [g]))
+
+    def _draw(self, synthetic: SyntheticSet, g: torch.Generator) -> list["_Batch"]:
+        """What is random in one epoch."""
         outliers = synthetic.images_oe
         order = torch.randperm(len(synthetic.images), generator=g)
         order_oe = None if outliers is None else torch.randperm(len(outliers), generator=g)
+        batches = []
         for start in range(0, len(order), self.settings.batch):
-            index = order[start : start + self.settings.batch]
-            index = send(index, device)
-            images = self._augmented(synthetic.images[index], g)
-            if outliers is not None:
-                index_oe = send(order_oe[start : start + self.settings.batch], device)
-                images = torch.cat([images, self._augmented(outliers[index_oe], g)])
-            losses.append(self._step(images, synthetic.labels[index]))
-        return torch.stack(losses).mean()
+            part = slice(start, start + self.settings.batch)
+            transform = self._transform(order[part], synthetic, g)
+            index_oe = None if order_oe is None else order_oe[part]
+            batches.append(_Batch(order[part], transform, index_oe, self._transform(index_oe, synthetic, g)))
+        return batches
+
+    def _transform(self, index: torch.Tensor | None, synthetic: SyntheticSet, g: torch.Generator) -> Draw | None:
+        augmentation = self.settings.augmentation
+        if augmentation is None or index is None or not len(index):
+            return None
+        return augmentation.draw(len(index), tuple(synthetic.images.shape[2:]), g)
 
     def accuracy(self, images: torch.Tensor, labels: torch.Tensor) -> float:
         """Fraction of test images `[N, C, H, W]` that the network classifies as their label."""
         return accuracy(self.net, images, labels, self.forward)
 
-    def _augmented(self, images: torch.Tensor, g: torch.Generator) -> torch.Tensor:
-        augmentation = self.settings.augmentation
-        if augmentation is None or not len(images):
-            return images
-        return augmentation.draw(len(images), tuple(images.shape[2:]), g)(images)
-
-    def _step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        loss = self.loss(images, labels, self.settings.lambda_oe)
+    def _step(self, synthetic: SyntheticSet, batch: "_Batch") -> torch.Tensor:
+        images = _augmented(synthetic.images[batch.index], batch.transform)
+        if batch.index_oe is not None:
+            images = torch.cat([images, _augmented(synthetic.images_oe[batch.index_oe], batch.transform_oe)])
+        loss = self.loss(images, synthetic.labels[batch.index], self.settings.lambda_oe)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -104,12 +133,16 @@ class Trainer:
         epochs, lr = self.settings.epochs, self.settings.lr
         if not first_epoch:
             self.restart(lr)
-        for epoch in range(first_epoch, epochs):
-            if epoch and epoch == epochs // 2:
-                self.restart(lr * 0.1)
-            loss = self.epoch(synthetic, generator(seed, *key, "epoch", epoch))
-            if after_epoch is not None:
-                after_epoch(epoch + 1, loss)
+        half = epochs // 2
+        for first in range(first_epoch, epochs, DRAWN_EPOCHS):
+            block = range(first, min(first + DRAWN_EPOCHS, epochs))
+            losses = self.epochs(synthetic, [generator(seed, *key, "epoch", epoch) for epoch in block])
+            for epoch in block:
+                if epoch and epoch == half:
+                    self.restart(lr * 0.1)
+                loss = next(losses)
+                if after_epoch is not None:
+                    after_epoch(epoch + 1, loss)
 
 
 @torch.no_grad()
@@ -123,10 +156,13 @@ def predict(
     net.eval()
     if forward is None:
         return torch.cat([net(part) for part in images.split(batch)])
-    missing = -len(images) % batch
-    filled = torch.cat([images[-(len(images) % batch) :], images.new_zeros(missing, *images.shape[1:])])
-    parts = [*images.split(batch)[:-1], filled] if missing else images.split(batch)
-    return torch.cat([forward(part).float().clone() for part in parts])[: len(images)]
+    return torch.cat([forward(filled_up(part, batch)).float().clone() for part in images.split(batch)])[: len(images)]
+
+
+def filled_up(images: torch.Tensor, batch: int) -> torch.Tensor:
+    """Images `[n, C, H, W]` and zeros behind them, `[batch, C, H, W]`: compiled code is made for one size."""
+    missing = batch - len(images)
+    return torch.cat([images, images.new_zeros(missing, *images.shape[1:])]) if missing else images
 
 
 def accuracy(net: nn.Module, images: torch.Tensor, labels: torch.Tensor, forward: Callable | None = None) -> float:
