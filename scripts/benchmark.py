@@ -35,13 +35,13 @@ from utils.augment import DSA, DSA_ENTRIES
 from utils.datasets import RealData, load_dataset
 from utils.devices import Compute, choose_compile, choose_device, set_keep_freed_memory, set_precision
 from utils.errors import run_script
+from utils.files import save_text
 from utils.flags import Parser, count, one_of
 from utils.matching import Matcher, class_loss, outlier_loss
 from utils.ood_detectors import Scorer
 from utils.ood_report import markdown_table
 from utils.outliers import DEFAULT_CORRUPTIONS, PseudoOutliers
 from utils.rng import generator
-from utils.runs import save_text
 from utils.synthetic import SyntheticSet
 from utils.training import Trainer, TrainSettings
 

@@ -12,10 +12,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.compare import Row, Run, comparison_rows, find_runs, latex, markdown, plot_comparison, table_csv
 from utils.errors import UserError, run_script
+from utils.files import save_text
 from utils.flags import Parser, one_of
 from utils.html import comparison_page
 from utils.ood_metrics import MEASURES
-from utils.runs import save_text
 
 
 def get_args_parser() -> Parser:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from utils import augment
-from utils.augment import DC, DSA, DSA_ENTRIES, apply_by_slot, parse_strategy
+from utils.augment import DC, DSA, DSA_ENTRIES, apply_by_slot, bilinear, parse_strategy
 from utils.errors import UserError
 from utils.rng import generator
 
@@ -184,3 +184,17 @@ def test_dc_strategy_by_data_set():
 def test_unknown_entry():
     with pytest.raises(UserError, match="did you mean cutout"):
         parse_strategy("color_cutot")
+
+
+@pytest.mark.parametrize("entry", ["scale", "rotate"])
+def test_deterministic_sampling_by_torch(entry):
+    """The sampling of `--deterministic` gives the images and the gradients of `grid_sample`."""
+    images = torch.randn(3, 2, 7, 9, dtype=torch.float64, generator=generator(0), requires_grad=True)
+    theta = DSA((entry,)).draw(3, (7, 9), generator(1)).params.double()
+    grid = F.affine_grid(theta, [3, 2, 7, 9], align_corners=True)
+    expected = F.grid_sample(images, grid, padding_mode="zeros", align_corners=True)
+    found = bilinear(images, grid)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+    weights = torch.randn(found.shape, dtype=torch.float64, generator=generator(2))
+    grads = [torch.autograd.grad((out * weights).sum(), images)[0] for out in (found, expected)]
+    torch.testing.assert_close(*grads, atol=1e-12, rtol=1e-12)

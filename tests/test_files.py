@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from utils.errors import UserError
+from utils.files import atomic_write, save_pt
 from utils.rng import generator
-from utils.runs import RunFolder, atomic_write, find_run_folder, save_pt
+from utils.runs import RunFolder, find_run_folder
 from utils.synthetic import SyntheticSet, load_synthetic, result_name, save_synthetic
 
 

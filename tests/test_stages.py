@@ -49,8 +49,14 @@ def test_three_stages(kind, script, in_process, refused, tmp_path):
     out = run(name, *STAGE1, *more)
     assert "exp 1 iteration 3: ConvNetD1 accuracy" in out
     (folder,) = (tmp_path / root / RUN).iterdir()
-    assert {p.name for p in folder.iterdir()} >= {"args", "logs.txt", "res_DSA_Digits_ConvNetD1_1ipc.pt"}
-    assert json.loads((folder / "args").read_text())["flags"]["Iteration"] == 3
+    assert {p.name for p in folder.iterdir()} >= {
+        "args",
+        "args.json",
+        "logs.txt",
+        "metrics.jsonl",
+        "res_DSA_Digits_ConvNetD1_1ipc.pt",
+    }
+    assert json.loads((folder / "args").read_text())["Iteration"] == 3
     for it in (0, 2, 3):
         assert (folder / f"vis_DSA_Digits_ConvNetD1_1ipc_exp0_iter{it}.png").stat().st_size > 200
         assert (folder / f"vis_oe_DSA_Digits_ConvNetD1_1ipc_exp0_iter{it}.png").exists() == (kind != "plain")
@@ -63,7 +69,7 @@ def test_three_stages(kind, script, in_process, refused, tmp_path):
     run(train, *STAGE2, "--folder", folder.name, "--exp_idx", 1)
     root2 = tmp_path / ("result-model-synthetic-no-oe" if kind == "plain" else "result-model-synthetic-oe")
     trained = root2 / RUN / folder.name
-    names = {p.name for p in trained.glob("*.pt")}
+    names = {p.name for p in trained.glob("syn_*.pt")}
     assert names == {f"syn_trained_Digits_ConvNetD1_exp{i}_{w}.pt" for i in (0, 1) for w in ("best", "epoch60")}
 
     run("test_ood_model_syn.py", *STAGE3, "--folder", folder.name, "--score", "msp", "energy", "-v")
@@ -285,6 +291,9 @@ def test_default_ood_sets():
 
 def test_a_run_that_diverges_stops_loudly(refused, tmp_path):
     error = refused("main.py", *STAGE1, "--lr_img", 1e30, "--Iteration", 12, "--num_exp", 1)
-    assert "experiment 0 diverged by iteration" in error
-    (saved,) = tmp_path.rglob("res_*.pt")
-    assert torch.isfinite(load_synthetic(saved).images).all()
+    assert "--lr_img 1e+30: experiment 0 diverged in iteration 1: loss of slot 0, 1" in error
+    saved = sorted(tmp_path.rglob("res_*.pt"))
+    assert len(saved) == 2
+    assert all(torch.isfinite(load_synthetic(path).images).all() for path in saved)
+    start, last = (load_synthetic(path).images for path in saved)
+    assert not torch.equal(start, last)  # the last finite images are one update further

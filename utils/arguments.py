@@ -14,6 +14,7 @@ from .matching import METRICS
 from .ood_detectors import ALL_SCORES, DETECTORS
 from .ood_scores import SCORES
 from .outliers import CORRUPTIONS, DEFAULT_CORRUPTIONS
+from .resume import add_resume
 from .runs import STAGE1_ROOTS, STAGE2_ROOTS
 
 METHODS = ("DC", "DSA")
@@ -94,6 +95,11 @@ def add_compute(parser: Parser, training: bool = True) -> None:
         default="tf32",
         help="tf32 and fp32 differ on CUDA only; bf16 runs real gradients and network training under autocast",
     )
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same bits at every run on CUDA, too, at some cost of time; on the CPU that is so without it",
+    )
 
 
 def add_training(parser: Parser, num_eval: int) -> None:
@@ -147,6 +153,7 @@ def add_stage1(parser: Parser, save_path: str) -> None:
         default=None,
         help="a res_….pt to start the images (and outliers) from, instead of --init; for going on with other flags",
     )
+    add_resume(parser, "iterations")
 
 
 def _add_loop(group: argparse._ArgumentGroup) -> None:
@@ -234,6 +241,7 @@ def add_stage2(parser: Parser, save_path: str) -> None:
     add_training(parser, num_eval=5)
     add_compute(parser)
     add_folder(parser, save_path, STAGE1_ROOTS)
+    add_resume(parser, "epochs")
     parser.add_argument("--exp_idx", type=count(0), default=0, help="which experiment of the distilled set to train on")
 
 

@@ -84,7 +84,30 @@ def affine(images: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
     """Sample at `theta` (`[n, 2, 3]`, from output to input in [-1, 1]): bilinear, zeros outside, align_corners true."""
     theta = send(theta, images.device).to(images.dtype).expand(len(images), 2, 3)
     grid = F.affine_grid(theta, list(images.shape), align_corners=True)
+    if images.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return bilinear(images, grid)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+
+
+def bilinear(images: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    """`grid_sample` (bilinear, zeros outside, align_corners true) by gathering the four neighbours of each point.
+
+    The gradient of torch's own adds up in no fixed order on CUDA.
+
+    Args:
+        images: `[N, C, H, W]`; grid: `[N, H', W', 2]`, x then y in [-1, 1].
+    """
+    height, width = images.shape[2:]
+    x, y = (grid[..., 0] + 1) / 2 * (width - 1), (grid[..., 1] + 1) / 2 * (height - 1)
+    out = images.new_zeros(())
+    for column, weight_x in ((x.floor(), 1 - (x - x.floor())), (x.floor() + 1, x - x.floor())):
+        for row, weight_y in ((y.floor(), 1 - (y - y.floor())), (y.floor() + 1, y - y.floor())):
+            inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+            index = (row.clamp(0, height - 1) * width + column.clamp(0, width - 1)).long().flatten(1)
+            index = index.unsqueeze(1).expand(-1, images.shape[1], -1)
+            values = images.flatten(2).gather(2, index).view(*images.shape[:2], *grid.shape[1:3])
+            out = out + values * (weight_x * weight_y * inside).unsqueeze(1)
+    return out
 
 
 def _scale_theta(factors: torch.Tensor) -> torch.Tensor:

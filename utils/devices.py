@@ -1,6 +1,7 @@
 """Choosing and preparing the device, and how it computes."""
 
 import ctypes
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,8 +78,10 @@ class Compute:
         return under_autocast
 
 
-def choose_device(text: str) -> torch.device:
+def choose_device(text: str, deterministic: bool = False) -> torch.device:
     """`auto`, `cpu`, `cuda` or `cuda:N` as a device, prepared; a `UserError` where there is no such device.
+
+    `deterministic` chooses operations that give the same bits at every run on CUDA; on the CPU they do anyway.
 
     Under `torchrun` each process of a machine takes a GPU of its own, and all join the process group.
     """
@@ -96,6 +99,9 @@ def choose_device(text: str) -> torch.device:
         raise UserError(f"--device {text}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
     else:
         set_keep_freed_memory(True)
     distributed.start(device.type)

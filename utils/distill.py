@@ -2,56 +2,34 @@
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
-import numpy as np
 import torch
 
-from networks import get_network, initialize
+from networks import get_network
 
-from . import distributed
+from . import distributed, interrupts
 from .arguments import dsa_of, loops_of
-from .augment import dc_augmentation
+from .checkpoints import Checkpointer
 from .datasets import RealData, load_dataset
 from .devices import Compute, choose_compute, choose_device
-from .errors import UserError
+from .errors import Interrupted, UserError
+from .evaluation import EvalSettings, Evaluator, Found, evaluation_models, mean_std, training_of
 from .methods import GradientMatching, MatchSettings
 from .outliers import OutlierPool, PseudoOutliers
+from .resume import resume_command
 from .rng import generator
-from .runs import LOG_EVERY, RunFolder
+from .runs import RunFolder
 from .synthetic import SyntheticSet, load_start, result_name, save_synthetic
-from .training import Trainer, TrainSettings
 from .visualize import save_grid
 
-EVAL_LOG = 500
 Outliers = OutlierPool | PseudoOutliers | None
-
-EVAL_MODES = {
-    "M": ("MLP", "ConvNet", "LeNet", "AlexNet", "VGG11", "ResNet18"),
-    "B": ("ConvNetBN", "ConvNetASwishBN", "AlexNetBN", "VGG11BN", "ResNet18BN"),
-    "W": ("ConvNetW32", "ConvNetW64", "ConvNetW128", "ConvNetW256"),
-    "D": ("ConvNetD1", "ConvNetD2", "ConvNetD3", "ConvNetD4"),
-    "A": ("ConvNetAS", "ConvNetAR", "ConvNetAL", "ConvNetASwish"),
-    "P": ("ConvNetNP", "ConvNetMP", "ConvNetAP"),
-    "N": ("ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetIN", "ConvNetGN"),
-}
-
-
-def evaluation_models(mode: str, model: str) -> tuple[str, ...]:
-    """The networks of `--eval_mode`."""
-    if mode == "S":
-        return (model.replace("BN", ""),)
-    return EVAL_MODES.get(mode, (model,))
-
-
-def mean_std(values: list[float]) -> str:
-    """`mean ± std` in percent."""
-    return f"{100 * np.mean(values):.2f} ± {100 * np.std(values):.2f} %"
 
 
 @dataclass(frozen=True)
 class DistillSettings:
-    """What the stage-1 loop needs to know beside its method."""
+    """What the stage-1 loop needs to know beside its method; `flags` are stored in what it writes."""
 
     method: str
     model: str
@@ -60,31 +38,20 @@ class DistillSettings:
     iterations: int
     eval_interval: int
     eval_last_only: bool
-    num_eval: int
-    models_eval: tuple[str, ...]
-    training: dict[str, TrainSettings]
-    seed: int
     flags: dict
-
-
-def evaluation_settings(
-    args: argparse.Namespace, models: tuple[str, ...], lambda_oe: float
-) -> dict[str, TrainSettings]:
-    """How each evaluation network is trained: DSA's augmentation, DC's, or none; 1000 epochs with one, else 300."""
-    settings = {}
-    for model in models:
-        augmentation = dsa_of(args) if args.method == "DSA" else dc_augmentation(args.dataset, model)
-        epochs = args.epoch_eval_train or (1000 if augmentation else 300)
-        settings[model] = TrainSettings(epochs, args.lr_net, args.batch_train, lambda_oe, augmentation)
-    return settings
 
 
 def run_stage1(args: argparse.Namespace, make_outliers: Callable[[RealData], Outliers]) -> None:
     """Everything that a main script does after parsing; `make_outliers` gives its source of outliers."""
-    device = choose_device(args.device)
+    device = choose_device(args.device, args.deterministic)
     match = _match_settings(args)
     models = evaluation_models(args.eval_mode, args.model)
-    training = evaluation_settings(args, models, match.lambda_oe)
+    training = {
+        model: training_of(
+            model, args.dataset, match.dsa, args.epoch_eval_train, args.lr_net, args.batch_train, match.lambda_oe
+        )
+        for model in models
+    }
     real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none").to(device)
     for model in models:  # a network that does not fit must be known before hours of distillation
         get_network(model, real.channel, real.num_classes, real.im_size, generator(args.seed))
@@ -96,13 +63,25 @@ def run_stage1(args: argparse.Namespace, make_outliers: Callable[[RealData], Out
     method = GradientMatching(real, outliers, match, compute, start)
     settings = DistillSettings(
         args.method, args.model, args.ipc, args.num_exp, args.Iteration, args.eval_interval,
-        args.eval_mode not in ("S", "SS"), args.num_eval, models, training, args.seed, vars(args),
+        args.eval_mode not in ("S", "SS"), {k: v for k, v in vars(args).items() if k != "resume"},
     )  # fmt: skip
+    run = _run_folder(args, match, device)
+    evaluator = Evaluator(real, EvalSettings(args.num_eval, training, args.seed), run, compute)
+    distillation = Distillation(method, evaluator, settings, run, Checkpointer(run, interval=args.checkpoint_interval))
+    if not args.resume or not distillation.restore():
+        for line in _notices(args, models, loops_of(args)[2], outliers, compute):
+            run.log(line)
+    distillation.run_all()
+
+
+def _run_folder(args: argparse.Namespace, match: MatchSettings, device: torch.device) -> RunFolder:
+    if args.resume:
+        return RunFolder(Path(args.resume))
     run = RunFolder.create(args.save_path, args.method, args.dataset, args.model, args.ipc)
-    run.save_args(vars(args), outer_loop=match.outer_loop, inner_loop=match.inner_loop, device=str(device))
-    for line in _notices(args, models, loops_of(args)[2], outliers, compute):
-        run.log(line)
-    distill(method, real, settings, run, compute)
+    loops = {"outer_loop": match.outer_loop, "inner_loop": match.inner_loop}
+    run.save_args(vars(args), device=str(device), seed=args.seed, **loops)
+    run.log(f"run folder: {run.path}")
+    return run
 
 
 def _match_settings(args: argparse.Namespace) -> MatchSettings:
@@ -128,129 +107,227 @@ def _notices(
     return [line for line in lines if line]
 
 
-def distill(
-    method: GradientMatching, real: RealData, settings: DistillSettings, run: RunFolder, compute: Compute
-) -> None:
-    """Run all experiments; evaluate and save as the settings say; log the mean accuracy at the end."""
-    run.log(f"run folder: {run.path}")
-    finished: list[SyntheticSet] = []
-    accs: dict[str, list[float]] = {model: [] for model in settings.models_eval}
-    evaluator = Evaluator(real, settings, run, compute)
-    for exp in range(settings.num_exp):
+@dataclass
+class Position:
+    """How far a distillation is: `iteration` updates of experiment `exp` are done.
 
-        def evaluate_and_save(it: int, exp: int = exp, before: dict = accs) -> tuple[SyntheticSet, dict]:
-            found = evaluator.evaluate(method.synthetic(), exp, it)
-            newest = method.synthetic().detached_cpu()
-            _save(run, settings, real, [*finished, newest], _joined(before, found), exp, it)
-            return newest, found
-
-        newest, found = _experiment(method, exp, settings, run, evaluate_and_save)
-        finished.append(newest)
-        accs = _joined(accs, found)
-    for model, values in accs.items():
-        count = f"{len(values)} networks, {settings.num_exp} experiments"
-        run.log(f"{model}: accuracy {mean_std(values)} ({count})")
-    run.log(f"distilled set: {run.path / result_name(settings.method, real.name, settings.model, settings.ipc)}")
-
-
-def _experiment(
-    method: GradientMatching, exp: int, settings: DistillSettings, run: RunFolder, evaluate_and_save: Callable
-) -> tuple[SyntheticSet, dict[str, list[float]]]:
-    """One experiment; returns what was evaluated last: the synthetic set, and the accuracies on it."""
-    method.start(exp)
-    losses: dict[str, torch.Tensor] = {}
-    with run.progress(settings.iterations, f"exp {exp}") as progress:
-        for it in range(settings.iterations):
-            evaluates = it % settings.eval_interval == 0 and not settings.eval_last_only
-            if evaluates or it % LOG_EVERY == 0:
-                check_finite(losses, method.synthetic(), exp, it)
-            if evaluates:
-                evaluate_and_save(it)
-            losses = method.iterate(it)
-            progress.step(**losses)
-    check_finite(losses, method.synthetic(), exp, settings.iterations)
-    return evaluate_and_save(settings.iterations)
-
-
-def check_finite(losses: dict[str, torch.Tensor], synthetic: SyntheticSet, exp: int, it: int) -> None:
-    """Stop a run whose losses or images are no longer finite; what was saved before stays.
-
-    Raises:
-        UserError: naming experiment, iteration and the first slot with such an image.
+    `found`: measures of the networks evaluated at this point; `finished`, `accs`: what came of the experiments before.
     """
-    bad = [name for name, value in losses.items() if not torch.isfinite(value).item()]
-    where = ""
-    for what, images in (("images", synthetic.images), ("outliers", synthetic.images_oe)):
-        if images is not None and not torch.isfinite(images).all():
-            slot = int(synthetic.labels[~torch.isfinite(images).flatten(1).all(1)][0])
-            where = f", {what} of slot {slot}"
-            bad.append(what)
-    if bad:
+
+    exp: int = 0
+    iteration: int = 0
+    started: bool = False
+    evaluated: bool = False
+    found: Found = field(default_factory=dict)
+    finished: list[SyntheticSet] = field(default_factory=list)
+    accs: dict[str, list[float]] = field(default_factory=dict)
+
+
+class Distillation:
+    """All experiments of a run. Its state is saved at the checkpoints, and when a signal stops it."""
+
+    def __init__(
+        self,
+        method: GradientMatching,
+        evaluator: Evaluator,
+        settings: DistillSettings,
+        run: RunFolder,
+        checkpointer: Checkpointer,
+    ):
+        self.method, self.evaluator, self.settings, self.run = method, evaluator, settings, run
+        self.checkpointer = checkpointer
+        self.real = evaluator.real
+        self.at = Position()
+
+    def run_all(self) -> None:
+        """Distil, evaluate and save as the settings say; log the mean accuracies at the end.
+
+        Raises:
+            Interrupted: after a signal; the state is saved.
+            UserError: when a run diverges.
+        """
+        s = self.settings
+        if self.at.exp >= s.num_exp:
+            self.run.log(f"{self.run.path} is finished: all {s.num_exp} experiments are done")
+        with interrupts.catch():
+            try:
+                while self.at.exp < s.num_exp:
+                    self._experiment()
+            except Interrupted:
+                self.save()
+                self.run.log(f"stopped at experiment {self.at.exp}, iteration {self.at.iteration}; to go on:")
+                self.run.log(resume_command(self.run.path))
+                raise
+        for model, values in self.at.accs.items():
+            self.run.log(f"{model}: accuracy {mean_std(values)} ({len(values)} networks, {s.num_exp} experiments)")
+        self.run.log(f"distilled set: {self._result}")
+
+    @property
+    def _result(self) -> Path:
+        s = self.settings
+        return self.run.path / result_name(s.method, self.real.name, s.model, s.ipc)
+
+    def _experiment(self) -> None:
+        """Experiment `at.exp`, from wherever it is."""
+        s, at = self.settings, self.at
+        if not at.started:
+            self.method.start(at.exp)
+            at.started = True
+        with self.run.progress(s.iterations, f"exp {at.exp}", start=at.iteration) as progress:
+            while True:
+                last = at.iteration == s.iterations
+                if last or (at.iteration % s.eval_interval == 0 and not s.eval_last_only):
+                    self._evaluate()
+                if last:
+                    break
+                progress.step(**self._iterate())
+                if self.checkpointer.due(at.iteration):
+                    self.save()
+                interrupts.check()
+        accs = _joined(at.accs, at.found)
+        finished = [*at.finished, self.method.synthetic().detached_cpu()]
+        self.at = Position(at.exp + 1, finished=finished, accs=accs)
+        self.save()
+
+    def _iterate(self) -> dict[str, float]:
+        """One update; returns the mean losses over slots."""
+        at = self.at
+        before = self.method.synthetic().detached_copy()
+        losses = self.method.iterate(at.iteration)
+        problem = not_finite(losses, self.method.synthetic())
+        if problem:
+            self._stop_diverged(problem, before)
+        at.iteration += 1
+        at.found, at.evaluated = {}, False
+        means = {name: value.mean().item() for name, value in losses.items()}
+        if not distributed.rank():
+            self.run.metric(experiment=at.exp, iteration=at.iteration, **means)
+        return means
+
+    def _stop_diverged(self, problem: str, before: SyntheticSet) -> None:
+        """Save the images as they were before this update, and raise."""
+        flags = self.settings.flags
+        path = self._result.with_name(self._result.stem + "_last_finite.pt")
+        if not distributed.rank():
+            about = {"iteration": self.at.iteration, "experiment": self.at.exp, "flags": flags}
+            save_synthetic(path, [before.detached_cpu()], {}, self.real, about)
         raise UserError(
-            f"--lr_img: experiment {exp} diverged by iteration {it}: {', '.join(bad)} not finite{where}. "
-            "Lower --lr_img (or --lr_net); the images of the last evaluation are in the run folder"
+            f"--lr_img {flags['lr_img']:g}: experiment {self.at.exp} diverged in iteration {self.at.iteration}: "
+            f"{problem} not finite (--lr_net {flags['lr_net']:g}). Lower --lr_img or --lr_net; --load_path {path} "
+            "starts from the last finite images"
         )
 
+    def _evaluate(self) -> None:
+        """Evaluate at this point, unless that is done; save the distilled set and a picture."""
+        at = self.at
+        if at.evaluated:
+            return
 
-def _joined(accs: dict[str, list[float]], found: dict[str, list[float]]) -> dict[str, list[float]]:
-    return {model: accs[model] + found[model] for model in accs}
+        def after_network() -> None:
+            if self.checkpointer.late():
+                self.save()
+
+        self.evaluator.evaluate(self.method.synthetic(), at.exp, at.iteration, at.found, after_network)
+        for model, networks in at.found.items():
+            values = [m["accuracy"] for m in networks.values()]
+            what = f"{len(values)} networks, {self.evaluator.settings.training[model].epochs} epochs"
+            self.run.log(f"exp {at.exp} iteration {at.iteration}: {model} accuracy {mean_std(values)} ({what})")
+            if not distributed.rank():
+                self.run.metric(experiment=at.exp, iteration=at.iteration, model=model, accuracy=values)
+        at.evaluated = True
+        self._save_result()
+        self.save()
+
+    def _save_result(self) -> None:
+        """Write the distilled sets so far and a picture of the newest."""
+        if distributed.rank():
+            return
+        s, at = self.settings, self.at
+        sets = [*at.finished, self.method.synthetic().detached_cpu()]
+        about = {"iteration": at.iteration, "experiment": at.exp, "flags": s.flags}
+        save_synthetic(self._result, sets, _joined(at.accs, at.found), self.real, about)
+        for prefix, images in (("vis", sets[-1].images), ("vis_oe", sets[-1].images_oe)):
+            if images is not None:
+                name = f"{prefix}_{s.method}_{self.real.name}_{s.model}_{s.ipc}ipc_exp{at.exp}_iter{at.iteration}.png"
+                shown = self.real.denormalize(images.to(self.real.device)).cpu()
+                save_grid(self.run.path / name, shown, s.ipc)
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        if distributed.rank():
+            return
+        at = self.at
+        self.checkpointer.save(
+            {
+                "exp": at.exp,
+                "iteration": at.iteration,
+                "started": at.started,
+                "evaluated": at.evaluated,
+                "found": at.found,
+                "finished": [[s.images, s.images_oe] for s in at.finished],
+                "accs": at.accs,
+                "method": self.method.state_dict() if at.started else {},
+            }
+        )
+
+    def restore(self) -> bool:
+        """Go back to the newest checkpoint; False where the run was killed before its first.
+
+        Raises:
+            UserError: when the checkpoint is not of this run.
+        """
+        state = self.checkpointer.load()
+        if state is None:
+            self.run.log("resumed: killed before its first checkpoint, so from the beginning")
+            self.run.keep_metrics(lambda line: False)
+            return False
+        try:
+            self._restore(state)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:100]
+            raise UserError(f"--resume: the checkpoint in {self.run.path} is not of this run: {reason}") from None
+        at = self.at
+
+        def is_before(line: dict) -> bool:
+            position = (line["experiment"], line["iteration"])
+            done = at.evaluated if "model" in line else True
+            return position < (at.exp, at.iteration) or (position == (at.exp, at.iteration) and done)
+
+        self.run.keep_metrics(is_before)
+        self.run.log(f"resumed at experiment {at.exp}, iteration {at.iteration}")
+        return True
+
+    def _restore(self, state: dict) -> None:
+        exp, iteration = int(state["exp"]), int(state["iteration"])
+        if not (0 <= exp <= self.settings.num_exp and 0 <= iteration <= self.settings.iterations):
+            raise ValueError(f"experiment {exp}, iteration {iteration}")
+        if state["started"]:
+            self.method.load_state_dict(exp, state["method"])
+        labels = self.method.labels.cpu()
+        finished = [SyntheticSet(images, labels, images_oe) for images, images_oe in state["finished"]]
+        found = {model: dict(networks.items()) for model, networks in state["found"].items()}
+        accs = {model: [float(a) for a in values] for model, values in state["accs"].items()}
+        self.at = Position(exp, iteration, bool(state["started"]), bool(state["evaluated"]), found, finished, accs)
 
 
-class Evaluator:
-    """Trains fresh networks on a synthetic set and tests them; under `torchrun` each process takes some of them."""
-
-    def __init__(self, real: RealData, settings: DistillSettings, run: RunFolder, compute: Compute):
-        self.real, self.settings, self.run = real, settings, run
-        self.trainers: dict[str, Trainer] = {}
-        self.compute = compute
-
-    def evaluate(self, synthetic: SyntheticSet, exp: int, it: int) -> dict[str, list[float]]:
-        """Test accuracies of `num_eval` networks of each evaluation model."""
-        found = {}
-        for model in self.settings.models_eval:
-            found[model] = values = self._accuracies(model, synthetic, exp, it)
-            epochs = self.settings.training[model].epochs
-            what = f"{len(values)} networks, {epochs} epochs"
-            self.run.log(f"exp {exp} iteration {it}: {model} accuracy {mean_std(values)} ({what})")
-        return found
-
-    def _accuracies(self, model: str, synthetic: SyntheticSet, exp: int, it: int) -> list[float]:
-        s, real = self.settings, self.real
-        trainer = self._trainer(model)
-        indices = distributed.mine(s.num_eval)
-        values = {}
-        with self.run.progress(len(indices) * trainer.settings.epochs, f"evaluate {model}", every=EVAL_LOG) as progress:
-            for index in indices:
-                key = ("evaluate", exp, it, model, index)
-                initialize(trainer.net, generator(s.seed, *key))
-                trainer.train(synthetic, s.seed, key, lambda epoch, loss: progress.step(loss=loss))
-                values[index] = trainer.accuracy(real.test_images, real.labels_test)
-        return distributed.gather(values)
-
-    def _trainer(self, model: str) -> Trainer:
-        if model not in self.trainers:
-            real = self.real
-            net = get_network(model, real.channel, real.num_classes, real.im_size, generator(self.settings.seed))
-            self.trainers[model] = Trainer(net.to(real.device), self.settings.training[model], self.compute)
-        return self.trainers[model]
+def _joined(accs: dict[str, list[float]], found: Found) -> dict[str, list[float]]:
+    """Accuracies by model, those of `found` behind those before."""
+    return {model: accs.get(model, []) + [m["accuracy"] for m in found[model].values()] for model in found}
 
 
-def _save(
-    run: RunFolder,
-    settings: DistillSettings,
-    real: RealData,
-    sets: list[SyntheticSet],
-    accs: dict[str, list[float]],
-    exp: int,
-    it: int,
-) -> None:
-    """Write the distilled sets so far and a picture of the newest."""
-    s = settings
-    if distributed.rank():
-        return
-    about = {"iteration": it, "experiment": exp, "flags": s.flags}
-    save_synthetic(run.path / result_name(s.method, real.name, s.model, s.ipc), sets, accs, real, about)
-    for prefix, images in (("vis", sets[-1].images), ("vis_oe", sets[-1].images_oe)):
-        if images is not None:
-            name = f"{prefix}_{s.method}_{real.name}_{s.model}_{s.ipc}ipc_exp{exp}_iter{it}.png"
-            save_grid(run.path / name, real.denormalize(images.to(real.device)).cpu(), s.ipc)
+def not_finite(losses: dict[str, torch.Tensor], synthetic: SyntheticSet) -> str:
+    """What is no longer finite, and in which slots; empty if all is.
+
+    Args:
+        losses: by name, one per slot.
+        synthetic: the images after the update.
+    """
+    values = {**losses, "images": synthetic.images.flatten(1).abs().amax(1)}
+    if synthetic.images_oe is not None:
+        values["outliers"] = synthetic.images_oe.flatten(1).abs().amax(1)
+    if torch.isfinite(torch.cat(list(values.values()))).all():  # one synchronisation
+        return ""
+    bad = {name: (~torch.isfinite(v)).nonzero().flatten() for name, v in values.items()}
+    slots = {name: (synthetic.labels[i] if name in ("images", "outliers") else i).tolist() for name, i in bad.items()}
+    parts = [f"{name} of slot {', '.join(map(str, sorted(set(s))))}" for name, s in slots.items() if s]
+    return " and ".join(parts)

@@ -74,11 +74,21 @@ def same(value: object) -> object:
     return box[0]
 
 
-def gather(values: dict[int, object]) -> list[object]:
-    """Plain values by index, each known to one process, as one list in order, on every process."""
+def largest(value: int) -> int:
+    """The largest of the processes' values."""
     if world() == 1:
-        return [values[i] for i in sorted(values)]
-    parts: list = [None] * world()
-    dist.all_gather_object(parts, values)
+        return value
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    box = torch.tensor([value], device=device)
+    dist.all_reduce(box, dist.ReduceOp.MAX)
+    return int(box.item())
+
+
+def gather(values: dict[int, object]) -> dict[int, object]:
+    """Plain values by index, each known to one process, together and in order, on every process."""
+    parts: list = [values]
+    if world() > 1:
+        parts = [None] * world()
+        dist.all_gather_object(parts, values)
     joined = {i: v for part in parts for i, v in part.items()}
-    return [joined[i] for i in sorted(joined)]
+    return dict(sorted(joined.items()))

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 
@@ -19,10 +20,20 @@ def unknown_name(what: str, name: str, accepted: Iterable[str]) -> str:
     return f"unknown {what} {name!r}{hint} Accepted: {', '.join(accepted)}"
 
 
+class Interrupted(Exception):
+    """A signal asked the run to stop; `number` is the signal's."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
 def run_script(main: Callable[[], None], prog: str) -> None:
-    """Call `main()`; turn a `UserError` into one line on stderr and exit status 2."""
+    """Call `main()`; turn a `UserError` into one line on stderr and exit status 2, a signal into 128 and its number."""
     try:
         main()
+    except (Interrupted, KeyboardInterrupt) as stopped:
+        sys.exit(128 + getattr(stopped, "number", signal.SIGINT))
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
             sys.exit(2)  # under torchrun the first process says it

@@ -9,7 +9,12 @@ from .errors import unknown_name
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that takes `-` and `_` alike in the names of flags, and answers errors in one line."""
+    """An argument parser that takes `-` and `_` alike in the names of flags, and answers errors in one line.
+
+    `complete(parser, namespace, given)`, where it is set, has the last word; `given` are the flags that were given.
+    """
+
+    complete: Callable | None = None
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
@@ -18,15 +23,24 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
         """As argparse does, after spelling every flag with `_`."""
         args = sys.argv[1:] if args is None else args
-        namespace, rest = super().parse_known_args([_underscored(a) for a in args], namespace)
-        if hasattr(namespace, "is_parallel"):
-            del namespace.is_parallel
+        words = [_underscored(a) for a in args]
+        namespace, rest = super().parse_known_args(words, namespace)
+        del namespace.is_parallel
+        if self.complete is not None and not rest:
+            missing = argparse.Namespace(**dict.fromkeys(vars(namespace), _NOT_GIVEN))
+            seen = vars(super().parse_known_args(words, missing)[0])
+            given = {name: value for name, value in seen.items() if name in namespace and value is not _NOT_GIVEN}
+            namespace = self.complete(self, namespace, given)
+            vars(namespace).pop("is_parallel", None)
         return namespace, rest
 
     def error(self, message: str) -> None:
         """One line on stderr, exit status 2."""
         print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
         sys.exit(2)
+
+
+_NOT_GIVEN = object()
 
 
 class _Refused(argparse.Action):

@@ -8,13 +8,14 @@ import torch
 from .datasets import SPECS
 from .errors import UserError
 from .readers import read_pt
+from .runs import ARGS
 from .synthetic import load_synthetic
 
 
 def read_about(folder: Path) -> dict:
-    """What a run folder's `args` says; empty where there is none or it is no JSON object."""
+    """What a run folder's `args.json` says; empty where there is none or it is no JSON object."""
     try:
-        about = json.loads((folder / "args").read_text())
+        about = json.loads((folder / ARGS).read_text())
     except (OSError, ValueError):
         return {}
     return about if isinstance(about, dict) else {}

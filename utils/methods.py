@@ -120,7 +120,7 @@ class GradientMatching:
         return generator(self.settings.seed, "match", self.exp, *key)
 
     def iterate(self, it: int) -> dict[str, torch.Tensor]:
-        """One iteration on a fresh random network; returns the mean matching losses per slot and outer step."""
+        """One iteration on a fresh random network; returns the matching losses `[slots]`, means over outer steps."""
         s = self.settings
         initialize(self.net, self._generator("network", it))
         self.trainer.restart(s.lr_net)
@@ -129,8 +129,7 @@ class GradientMatching:
             losses.append(self._matching_step(it, outer))
             if outer < s.outer_loop - 1:
                 self._train_network(it, outer)
-        means = torch.stack(losses).mean((0, 2))
-        return dict(zip(("loss", "loss_oe"), means.unbind(), strict=False))
+        return dict(zip(("loss", "loss_oe"), torch.stack(losses).mean(0).unbind(), strict=False))
 
     def _train_network(self, it: int, outer: int) -> None:
         """`inner_loop` epochs on the synthetic set; rank 0 trains, and the others take over its weights."""
@@ -181,6 +180,36 @@ class GradientMatching:
         for module in self.net.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
+
+    def state_dict(self) -> dict:
+        """What the next iterations depend on, beside the settings: images, outliers and their momentum, on the CPU."""
+        images = [self.image_syn] if self.image_oe is None else [self.image_syn, self.image_oe]
+        momentum = [o.state[i].get("momentum_buffer") for o, i in zip(self.optimizers, images, strict=True)]
+        return {
+            "images": [i.detach().cpu().clone() for i in images],
+            "momentum": [None if m is None else m.cpu().clone() for m in momentum],
+        }
+
+    def load_state_dict(self, exp: int, state: dict) -> None:
+        """Go on in experiment `exp` from a `state_dict`.
+
+        Raises:
+            ValueError: when its images are not of this shape, or with outliers where there are none.
+        """
+        shape = (self.real.num_classes, self.settings.ipc, self.real.channel, *self.real.im_size)
+        count = 1 if self.outliers is None else 2
+        for tensors in (state["images"], [m for m in state["momentum"] if m is not None]):
+            if any(tuple(t.shape) != shape or t.dtype != torch.float32 for t in tensors):
+                raise ValueError(f"images of another shape than {'x'.join(map(str, shape))}")
+        if not len(state["images"]) == len(state["momentum"]) == count:
+            raise ValueError(f"{len(state['images'])} sets of images instead of {count}")
+        self.exp = exp
+        images = [t.to(self.device) for t in state["images"]]
+        self.image_syn, self.image_oe = images[0], images[1] if count == 2 else None
+        self.optimizers = [self._optimizer(i) for i in images]
+        for optimizer, image, momentum in zip(self.optimizers, images, state["momentum"], strict=True):
+            if momentum is not None:
+                optimizer.state[image]["momentum_buffer"] = momentum.to(self.device)
 
     def synthetic(self) -> SyntheticSet:
         """The current synthetic set (views of the images that later iterations update)."""

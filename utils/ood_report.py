@@ -15,11 +15,12 @@ from .calibration import CALIBRATION_MEASURES, Reliability, calibration, confide
 from .datasets import RealData, load_dataset
 from .devices import choose_compute, choose_device
 from .errors import UserError
+from .files import save_text
 from .lineage import distilled_pictures, distilled_set_of
 from .ood_datasets import OODSet, OODSource, default_sets
 from .ood_detectors import FitSet, Scorer, need_fitting, require_library
 from .ood_metrics import ERROR_MEASURES, MEASURES, error_detection, ood_measures
-from .runs import STAGE2_ROOTS, RunFolder, find_run_folder, save_text
+from .runs import STAGE2_ROOTS, RunFolder, find_run_folder
 from .synthetic import load_synthetic
 from .trained import checkpoint_name, load_trained
 from .visualize import save_distilled, save_reliability, save_roc_curves, save_score_histograms

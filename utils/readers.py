@@ -78,10 +78,11 @@ def check_file(path: Path, flag: str) -> Path:
     return path
 
 
-def read_pt(path: Path, what: str) -> object:
+def read_pt(path: Path, what: str, check_crc: bool = False) -> object:
     """Load a `torch.save` file on the CPU without unpickling: dense tensors, plain values and numpy scalars only.
 
-    Numpy scalars become plain numbers. What the file would call and allocate is checked before it is loaded.
+    Numpy scalars become plain numbers. What the file would call and allocate is checked before it is loaded; with
+    `check_crc` so are the checksums of all that it holds, which torch does not compare.
 
     Raises:
         UserError: when the file is missing, damaged, or holds anything else. It is not executed.
@@ -90,7 +91,7 @@ def read_pt(path: Path, what: str) -> object:
     try:
         with path.open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            _check_archive(file) if file.read(2) == b"PK" else _check_old_format(file)
+            _check_archive(file, check_crc) if file.read(2) == b"PK" else _check_old_format(file)
             file.seek(0)
             with torch.serialization.safe_globals(_NUMPY_SCALARS):
                 value = torch.load(file, map_location="cpu", weights_only=True)
@@ -106,7 +107,7 @@ def read_pt(path: Path, what: str) -> object:
 _FOREIGN = "it holds objects other than tensors and plain values, or is damaged; it was not executed"
 
 
-def _check_archive(file: BinaryIO) -> None:
+def _check_archive(file: BinaryIO, check_crc: bool) -> None:
     """Refuse archives that torch did not write: compressed or overlapping members, or a list not at the very end."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(size - 22, 0))
@@ -122,6 +123,8 @@ def _check_archive(file: BinaryIO) -> None:
         if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE:
             raise ValueError("it holds no list of tensors, or an oversized one")
         _check_pickle(io.BytesIO(archive.read(pickles[0])))
+        if check_crc and archive.testzip() is not None:
+            raise ValueError("its checksums are wrong")
 
 
 def _check_old_format(file: BinaryIO) -> None:

@@ -1,65 +1,39 @@
 """Run folders: where they are, how files get into them, what is logged and how progress is shown."""
 
 import json
-import os
+import math
+import platform
+import shlex
+import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from importlib import metadata
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
 from . import distributed
 from .errors import UserError
+from .files import RunLock, append_line, save_text
 
 VERSION = 1
 STAGE1_ROOTS = ("result", "result-oe", "result-poe")
 STAGE2_ROOTS = ("result-model-synthetic-no-oe", "result-model-synthetic-oe")
 LOG_EVERY = 10
-
-
-def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to the disk, then rename it to `path`.
-
-    Raises:
-        UserError: when the disk is full or the folder is read-only; `path` is then as it was before.
-    """
-    path = Path(path)
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            try:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-                os.chmod(file.name, 0o644)
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        raise UserError(f"cannot write {path}: {error}. Free space or choose another --save_path") from None
-
-
-def save_pt(path: Path, value: object) -> None:
-    """`torch.save` that either completes or leaves the old file."""
-    atomic_write(path, lambda file: torch.save(value, file))
-
-
-def save_text(path: Path, text: str) -> None:
-    """Write a text file that either completes or leaves the old one."""
-    atomic_write(path, lambda file: file.write(text.encode()))
+ARGS = "args.json"
+METRICS = "metrics.jsonl"
 
 
 class RunFolder:
-    """A folder that belongs to one run: its log and its files."""
+    """A folder that belongs to one run: its log and its files. It is locked as long as the run lives."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
         self.speaks = distributed.rank() == 0
+        self.lock = RunLock(self.path) if self.speaks else None
 
     @classmethod
     def create(cls, root: str | Path, *parts: str | int, name: str | None = None) -> "RunFolder":
@@ -95,18 +69,39 @@ class RunFolder:
 
     def log_file_only(self, message: str) -> None:
         """Append a line with the time to `logs.txt`."""
-        if not self.speaks:
+        if self.speaks:
+            append_line(self.path / "logs.txt", f"[{datetime.now():%Y-%m-%d %H:%M:%S}] {message}")
+
+    def metric(self, **values: object) -> None:
+        """Append an object with the time to `metrics.jsonl`; numbers that are not finite become null."""
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        line = {"time": datetime.now().isoformat(timespec="milliseconds"), **plain}
+        append_line(self.path / METRICS, json.dumps(line))
+
+    def keep_metrics(self, keep: Callable[[dict], bool]) -> None:
+        """Take out of `metrics.jsonl` what a resumed run will write again, and a last line that a crash cut off."""
+        path = self.path / METRICS
+        if not self.speaks or not path.exists():
             return
-        with open(self.path / "logs.txt", "a", encoding="utf-8") as file:
-            file.write(f"[{datetime.now():%Y-%m-%d %H:%M:%S}] {message}\n")
+        kept = []
+        for line in path.read_text(errors="replace").splitlines():
+            try:
+                if keep(json.loads(line)):
+                    kept.append(line + "\n")
+            except (ValueError, TypeError, KeyError):
+                continue
+        save_text(path, "".join(kept))
 
     def save_args(self, args: dict, **more: object) -> None:
-        """Write the flags of the run, and `more`, to `args` as JSON."""
+        """Write the flags of the run to `args` (JSON, as the published code does), and to `args.json` with them what
+        the result depends on, and `more`."""
         if not self.speaks:
             return
-        about = {"flags": args, "command": sys.argv, "started": datetime.now().isoformat(timespec="seconds"), **more}
-        about["versions"] = {"trustdd": VERSION, "python": sys.version.split()[0], "torch": torch.__version__}
-        save_text(self.path / "args", json.dumps(about, indent=1, default=str) + "\n")
+        save_text(self.path / "args", json.dumps(args, indent=1, default=str) + "\n")
+        about = {"script": Path(sys.argv[0]).name, "command": shlex.join(sys.orig_argv), "flags": args}
+        about |= {"started": datetime.now().isoformat(timespec="seconds"), "git_commit": git_commit()}
+        about |= {"versions": versions(), "processes": distributed.world(), **more}
+        save_text(self.path / ARGS, json.dumps(about, indent=1, default=str) + "\n")
 
     @contextmanager
     def progress(self, total: int, what: str, start: int = 0, every: int = LOG_EVERY) -> Iterator["Progress"]:
@@ -161,6 +156,31 @@ class Progress:
         """Take the bar off the terminal."""
         if self.bar is not None:
             self.bar.close()
+
+
+def versions() -> dict[str, str | int | None]:
+    """Versions of this program and of what its numbers depend on."""
+    libraries = {name: metadata.version(name) for name in ("torch", "torchvision", "numpy")}
+    return {"trustdd": VERSION, "python": platform.python_version(), **libraries, "cuda": torch.version.cuda}
+
+
+def git_commit() -> str | None:
+    """The commit of this code, with `+changes` where files differ from it; None where git does not know."""
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--exclude=*",
+        "--abbrev=40",
+        "--dirty=+changes",
+    ]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None if found.returncode == 0 else None
 
 
 def find_run_folder(

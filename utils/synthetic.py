@@ -9,8 +9,9 @@ import torch
 
 from .datasets import RealData
 from .errors import UserError
+from .files import save_pt
 from .readers import PLAIN_INTEGERS, PLAIN_TENSORS, read_pt
-from .runs import VERSION, save_pt
+from .runs import VERSION
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,14 @@ class SyntheticSet:
         oe = None if self.images_oe is None else self.images_oe.to(device)
         return SyntheticSet(self.images.to(device), self.labels.to(device), oe)
 
+    def detached_copy(self) -> "SyntheticSet":
+        """A copy that later updates do not change."""
+        oe = None if self.images_oe is None else self.images_oe.detach().clone()
+        return SyntheticSet(self.images.detach().clone(), self.labels, oe)
+
     def detached_cpu(self) -> "SyntheticSet":
         """A copy on the CPU that later updates do not change."""
-        oe = None if self.images_oe is None else self.images_oe.detach().cpu().clone()
-        return SyntheticSet(self.images.detach().cpu().clone(), self.labels.cpu(), oe)
+        return self.detached_copy().to("cpu")
 
     def without_outliers(self) -> "SyntheticSet":
         """The labelled images alone."""

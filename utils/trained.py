@@ -9,16 +9,20 @@ from torch import nn
 
 from networks import get_network, initialize
 
-from . import distributed
+from . import distributed, interrupts
+from .arguments import dsa_of
+from .checkpoints import Checkpointer
 from .datasets import RealData, load_dataset
 from .devices import choose_compute, choose_device
-from .distill import evaluation_settings, mean_std
-from .errors import UserError
+from .errors import Interrupted, UserError
+from .evaluation import mean_std, training_of
+from .files import save_pt
 from .readers import read_pt
+from .resume import read_args, resume_command
 from .rng import generator
-from .runs import STAGE1_ROOTS, RunFolder, find_run_folder, save_pt
+from .runs import LOG_EVERY, STAGE1_ROOTS, RunFolder, find_run_folder
 from .synthetic import SyntheticSet, load_synthetic, result_name
-from .training import TEST_BATCH, Trainer, predict
+from .training import TEST_BATCH, Trainer, TrainSettings, predict
 
 TEST_INTERVAL = 50
 CHECKPOINT_INTERVAL = 200
@@ -51,10 +55,13 @@ def find_distilled(args: argparse.Namespace, with_outliers: bool) -> Path:
 
 def run_stage2(args: argparse.Namespace, with_outliers: bool) -> None:
     """Everything that a stage-2 script does after parsing."""
-    device = choose_device(args.device)
+    device = choose_device(args.device, args.deterministic)
+    dsa = dsa_of(args)
     lambda_oe = args.lambda_oe if with_outliers else 0.0
-    settings = evaluation_settings(args, (args.model,), lambda_oe)[args.model]
-    path = find_distilled(args, with_outliers)
+    settings = training_of(
+        args.model, args.dataset, dsa, args.epoch_eval_train, args.lr_net, args.batch_train, lambda_oe
+    )
+    path = _resumed_set(Path(args.resume)) if args.resume else find_distilled(args, with_outliers)
     real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none").to(device)
     synthetic = load_synthetic(path, args.exp_idx, real)
     if not with_outliers:
@@ -68,75 +75,178 @@ def run_stage2(args: argparse.Namespace, with_outliers: bool) -> None:
     images = 3 * steps * len(synthetic.images) * (2 if with_outliers else 1)
     compute = choose_compute(args.compile, args.precision, device, args.model, real, steps, images)
     net = get_network(args.model, real.channel, real.num_classes, real.im_size, generator(args.seed)).to(device)
+    run = _run_folder(args, path, settings, device)
+    run.log(f"computing: {compute}")
+    trainer = Trainer(net, settings, compute)
+    training = NetworkTraining(args.model, real, synthetic.to(device), trainer, args.seed, run, bool(args.resume))
+    training.train_all(args.num_eval, args.checkpoint_interval)
+
+
+def _resumed_set(folder: Path) -> Path:
+    """The distilled set of the run that is resumed."""
+    path = read_args(folder).get("distilled_set")
+    if not isinstance(path, str) or not Path(path).is_file():
+        raise UserError(f"--resume: the distilled set of {folder} is gone: {str(path)[:200]}. Put it back")
+    return Path(path)
+
+
+def _run_folder(args: argparse.Namespace, path: Path, settings: TrainSettings, device: torch.device) -> RunFolder:
+    if args.resume:
+        run = RunFolder(Path(args.resume))
+        run.log("resumed")
+        return run
     parts = (args.method, args.dataset, args.model, args.ipc)
     run = RunFolder.create(args.save_path, *parts, name=path.parent.name)  # one name leads through all stages
-    run.save_args(vars(args), distilled_set=str(path.resolve()), device=str(device), epochs=settings.epochs)
+    about = {"distilled_set": str(path.resolve()), "device": str(device), "seed": args.seed, "epochs": settings.epochs}
+    run.save_args(vars(args), **about)
     run.log(f"run folder: {run.path}")
     if run.path.name != path.parent.name:
         run.log(f"{path.parent.name} has been trained on before; stage 3 finds this run by --folder {run.path.name}")
     run.log(f"distilled set: {path}, experiment {args.exp_idx}")
-    run.log(f"computing: {compute}")
     run.log(f"the best checkpoint is chosen by accuracy on the test set, every {TEST_INTERVAL} epochs")
-    trainer = Trainer(net, settings, compute)
-    train_networks(args.model, real, synthetic.to(device), trainer, args.num_eval, args.seed, run)
+    return run
 
 
-def train_networks(
-    model: str,
-    real: RealData,
-    synthetic: SyntheticSet,
-    trainer: Trainer,
-    num_networks: int,
-    seed: int,
-    run: RunFolder,
-) -> list[float]:
-    """Train `num_networks` networks, write their checkpoints into `run`, and return their best tested accuracies.
+class NetworkTraining:
+    """Trains networks one after another; under `torchrun` each process trains some of them and writes their files.
 
-    Under `torchrun` each process trains some of them and writes the checkpoints of those.
+    `resumes`: go on from the checkpoints in `run`, of which each network has its own.
     """
-    results = {}
-    for index in distributed.mine(num_networks):
-        key = ("network", index)
-        initialize(trainer.net, generator(seed, *key))
-        keeper = _Keeper(trainer, real, run, model, index)
-        with run.progress(trainer.settings.epochs, f"network {index}", every=TEST_INTERVAL) as progress:
 
-            def after_epoch(epoch: int, loss: torch.Tensor, keeper=keeper, progress=progress) -> None:
-                keeper.after_epoch(epoch)
+    def __init__(
+        self,
+        model: str,
+        real: RealData,
+        synthetic: SyntheticSet,
+        trainer: Trainer,
+        seed: int,
+        run: RunFolder,
+        resumes: bool = False,
+    ):
+        self.model, self.real, self.synthetic, self.trainer = model, real, synthetic, trainer
+        self.seed, self.run, self.resumes = seed, run, resumes
+
+    def train_all(self, num_networks: int, interval: int = 50) -> list[float]:
+        """Train all networks, and return their best tested accuracies.
+
+        Raises:
+            Interrupted: after a signal; the network in training is saved.
+            UserError: when a training diverges.
+        """
+        indices = distributed.mine(num_networks)
+        keepers = {i: _Keeper(self, i, Checkpointer(self.run, f"checkpoint_network{i}", interval)) for i in indices}
+        if self.resumes:
+            self._restore(keepers)
+        with interrupts.catch():
+            try:
+                for keeper in keepers.values():
+                    if not keeper.done:
+                        self._train(keeper)
+            except Interrupted:
+                self.run.log("stopped; to go on:")
+                self.run.log(resume_command(self.run.path))
+                raise
+        results = distributed.gather({i: (keeper.best, keeper.newest) for i, keeper in keepers.items()})
+        best, last = zip(*results.values(), strict=True)
+        self.run.log(f"accuracy over {num_networks} networks: best {mean_std(best)}, last epoch {mean_std(last)}")
+        return list(best)
+
+    def _restore(self, keepers: dict[int, "_Keeper"]) -> None:
+        for keeper in keepers.values():
+            keeper.restore()
+        if all(keeper.done for keeper in keepers.values()):
+            self.run.log(f"{self.run.path} is finished: all networks are trained")
+        epochs = distributed.gather({i: keeper.epoch for i, keeper in keepers.items()})
+        self.run.keep_metrics(lambda line: line["epoch"] <= epochs[line["network"]])
+
+    def _train(self, keeper: "_Keeper") -> None:
+        key = ("network", keeper.index)
+        if keeper.state is None:
+            initialize(self.trainer.net, generator(self.seed, *key))
+        else:
+            self.trainer.load_state_dict(keeper.state)
+        what = f"network {keeper.index}"
+        with self.run.progress(self.trainer.settings.epochs, what, keeper.epoch, TEST_INTERVAL) as progress:
+
+            def after_epoch(epoch: int, loss: torch.Tensor) -> None:
                 progress.step(loss=loss)
+                keeper.after_epoch(epoch, loss)
 
-            trainer.train(synthetic, seed, key, after_epoch)
-        run.log(f"network {index}: best tested accuracy {100 * keeper.best:.2f} % (epoch {keeper.best_epoch})")
-        results[index] = (keeper.best, keeper.newest)
-    best, last = zip(*distributed.gather(results), strict=True)
-    run.log(f"accuracy over {num_networks} networks: best {mean_std(best)}, last epoch {mean_std(last)}")
-    return list(best)
+            self.trainer.train(self.synthetic, self.seed, key, after_epoch, keeper.epoch)
+        self.run.log(f"{what}: best tested accuracy {100 * keeper.best:.2f} % (epoch {keeper.best_epoch})")
 
 
 class _Keeper:
-    """Tests a network while it trains and writes its checkpoints."""
+    """Tests a network while it trains, and writes its checkpoints: those for stage 3, and that to resume from."""
 
-    def __init__(self, trainer: Trainer, real: RealData, run: RunFolder, model: str, index: int):
-        self.trainer, self.real, self.run = trainer, real, run
-        self.epochs = epochs = trainer.settings.epochs
-        self.model, self.index = model, index
+    def __init__(self, training: NetworkTraining, index: int, checkpointer: Checkpointer):
+        self.training, self.index, self.checkpointer = training, index, checkpointer
+        self.trainer, self.real, self.run = training.trainer, training.real, training.run
+        self.epochs = epochs = self.trainer.settings.epochs
         self.first = min(100, epochs // 2)
-        self.best, self.best_epoch, self.newest = -1.0, 0, float("nan")
+        self.best, self.best_epoch, self.newest, self.epoch = -1.0, 0, float("nan"), 0
+        self.state: dict | None = None
 
-    def after_epoch(self, epoch: int) -> None:
-        """Test every 50 epochs and after the last; keep the best from `first` on, and the epochs that are "
-        "kept anyway."""
-        if epoch % TEST_INTERVAL == 0 or epoch == self.epochs:
-            self.newest = self.trainer.accuracy(self.real.test_images, self.real.labels_test)
-            if epoch >= self.first and self.newest > self.best:
-                self.best, self.best_epoch = self.newest, epoch
-                self._save("best")
+    @property
+    def done(self) -> bool:
+        """Whether the network is trained."""
+        return self.epoch == self.epochs
+
+    def after_epoch(self, epoch: int, loss: torch.Tensor) -> None:
+        """Test every 50 epochs and after the last; keep the best from `first` on, and the epochs that are kept anyway.
+        Save when it is time, and when a signal came."""
+        tests = epoch % TEST_INTERVAL == 0 or epoch == self.epochs
+        saves = tests or self.checkpointer.due(epoch) or interrupts.received()
+        if (saves or epoch % LOG_EVERY == 0) and not torch.isfinite(loss):
+            raise UserError(
+                f"--lr_net {self.trainer.settings.lr:g}: network {self.index} diverged by epoch {epoch}: its loss is "
+                "not finite. Lower --lr_net"
+            )
+        self.epoch = epoch
+        if tests:
+            self._test(loss.item())
         if is_checkpoint_epoch(epoch, self.epochs):
             self._save(f"epoch{epoch}")
+        if saves:
+            self.checkpointer.save(self._position() | ({} if self.done else {"state": self.trainer.state_dict()}))
+        if interrupts.received() and not self.done:
+            raise Interrupted(interrupts.received())
+
+    def _test(self, loss: float) -> None:
+        self.newest = self.trainer.accuracy(self.real.test_images, self.real.labels_test)
+        self.run.metric(network=self.index, epoch=self.epoch, loss=loss, accuracy=self.newest)
+        if self.epoch >= self.first and self.newest > self.best:
+            self.best, self.best_epoch = self.newest, self.epoch
+            self._save("best")
 
     def _save(self, which: str) -> None:
         state = {name: tensor.cpu() for name, tensor in self.trainer.net.state_dict().items()}
-        save_pt(self.run.path / checkpoint_name(self.real.name, self.model, self.index, which), state)
+        save_pt(self.run.path / checkpoint_name(self.real.name, self.training.model, self.index, which), state)
+
+    def _position(self) -> dict:
+        return {"epoch": self.epoch, "best": self.best, "best_epoch": self.best_epoch, "newest": self.newest}
+
+    def restore(self) -> None:
+        """Take over the newest checkpoint, if there is one.
+
+        Raises:
+            UserError: when it is not of this run.
+        """
+        saved = self.checkpointer.load()
+        if saved is None:
+            return
+        try:
+            self.epoch, self.best_epoch = int(saved["epoch"]), int(saved["best_epoch"])
+            self.best, self.newest = float(saved["best"]), float(saved["newest"])
+            if not 0 <= self.epoch <= self.epochs:
+                raise ValueError(f"epoch {self.epoch}")
+            self.state = saved.get("state")
+            if not self.done:
+                self.trainer.load_state_dict(self.state)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:100]
+            raise UserError(f"--resume: {self.checkpointer.path} is not of this run: {reason}") from None
+        self.run.log(f"network {self.index}: resumed at epoch {self.epoch}")
 
 
 def load_trained(folder: Path, model: str, real: RealData, index: int, which: str) -> nn.Module:

@@ -122,8 +122,8 @@ class Trainer:
         key: tuple,
         after_epoch: Callable[[int, torch.Tensor], None] | None = None,
         first_epoch: int = 0,
-    ) -> None:
-        """Train the network in place for `settings.epochs` epochs.
+    ) -> torch.Tensor:
+        """Train the network in place for `settings.epochs` epochs; returns the mean loss of the last.
 
         Args:
             seed, key: every epoch draws from `generator(seed, *key, "epoch", epoch)`.
@@ -134,6 +134,7 @@ class Trainer:
         if not first_epoch:
             self.restart(lr)
         half = epochs // 2
+        loss = torch.zeros(())
         for first in range(first_epoch, epochs, DRAWN_EPOCHS):
             block = range(first, min(first + DRAWN_EPOCHS, epochs))
             losses = self.epochs(synthetic, [generator(seed, *key, "epoch", epoch) for epoch in block])
@@ -143,6 +144,16 @@ class Trainer:
                 loss = next(losses)
                 if after_epoch is not None:
                     after_epoch(epoch + 1, loss)
+        return loss
+
+    def state_dict(self) -> dict:
+        """The network and its optimizer."""
+        return {"net": dict(self.net.state_dict()), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from a `state_dict`; `ValueError`, `RuntimeError` or `KeyError` where it does not fit."""
+        self.net.load_state_dict(state["net"])
+        self.optimizer.load_state_dict(state["optimizer"])
 
 
 @torch.no_grad()

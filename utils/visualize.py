@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from .calibration import Reliability
-from .runs import atomic_write
+from .files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,0 +1,252 @@
+"""Runs that are killed, stopped or hindered go on as if nothing had been: real processes on Digits."""
+
+import json
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from utils.checkpoints import Checkpointer
+from utils.errors import UserError
+from utils.runs import RunFolder
+
+KILLS = int(os.environ.get("TRUSTDD_KILLS", "5"))  # of each kind, in each stage
+NETWORK = "--dataset Digits --model MLP --ipc 1 --method DSA --dsa_strategy color_crop_cutout_scale_rotate"
+STAGE1 = f"{NETWORK} --init real --num_exp 2 --num_eval 2 --epoch_eval_train 30 --Iteration 24 --eval_interval 9"
+STAGE1 = f"{STAGE1} --batch_real 8 --batch_oe 8 --outer_loop 2 --inner_loop 2 --checkpoint_interval 3".split()
+STAGE2 = f"{NETWORK} --num_eval 2 --epoch_eval_train 400 --checkpoint_interval 7 --load_path".split()
+
+
+class Processes:
+    """Starts scripts through `zygote.py`."""
+
+    def __init__(self):
+        pipe = subprocess.PIPE
+        command = [sys.executable, str(ROOT / "tests" / "zygote.py")]
+        self.zygote = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+
+    def start(self, cwd, script, flags, kill_at=None) -> int:
+        self.log = cwd / "printed"
+        request = {"script": script, "flags": list(map(str, flags)), "cwd": str(cwd), "log": str(self.log)}
+        self.zygote.stdin.write(json.dumps(request | {"kill_at": kill_at}) + "\n")
+        self.zygote.stdin.flush()
+        return int(self.zygote.stdout.readline())
+
+    def wait(self) -> int:
+        return int(self.zygote.stdout.readline())
+
+    def run(self, *args, **kwargs) -> str:
+        """Run to the end without an error; what was printed."""
+        self.start(*args, **kwargs)
+        status = self.wait()
+        printed = self.log.read_text()
+        assert status == 0, printed[-2000:]
+        return printed
+
+    def close(self):
+        self.zygote.stdin.close()
+        self.zygote.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    processes = Processes()
+    yield processes
+    processes.close()
+
+
+@pytest.fixture(scope="module")
+def whole(processes, tmp_path_factory):
+    """Both stages without interruption."""
+    folder = tmp_path_factory.mktemp("whole")
+    processes.run(folder, "main_poe.py", [*STAGE1, "--save_path", "one"])
+    processes.run(folder, "train_model_synthetic_oe.py", [*STAGE2, folder / "one", "--save_path", "two"])
+    return folder
+
+
+def run_folder(root) -> Path:
+    return next(root.rglob("args.json")).parent
+
+
+def kill_and_resume(processes, cwd, script, flags, seconds, calls):
+    """Kill a run at random moments, and at random calls of fsync and rename; resume it each time, to its end."""
+    rng = random.Random(0)
+    ways = [None] * KILLS + ["fsync", "replace"] * ((KILLS + 1) // 2)
+    rng.shuffle(ways)
+    resumed = []
+    killed = 0
+    for name in ways:
+        kill = [name, rng.randrange(*calls[name])] if name else None
+        pid = processes.start(cwd, script, [*flags, *resumed], kill)
+        if not name:
+            time.sleep(rng.uniform(*seconds))
+            os.kill(pid, signal.SIGKILL)
+        killed += processes.wait() == -signal.SIGKILL
+        if list(cwd.rglob("args.json")):
+            flags, resumed = [], ["--resume", run_folder(cwd).relative_to(cwd)]
+    processes.run(cwd, script, [*flags, *resumed])
+    assert killed == len(ways), "the run was over before it was killed often enough"
+    print(f"{killed} kills")
+
+
+def lines(folder) -> list[dict]:
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "time"} for line in found]
+
+
+def same_tensors(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and a.numpy().tobytes() == b.numpy().tobytes()
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_tensors(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_tensors, a, b))
+    return a == b
+
+
+def load(path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def test_killed_distillation_ends_with_the_same_bits(processes, whole, tmp_path):
+    calls = {"fsync": (4, 14), "replace": (2, 7)}
+    kill_and_resume(processes, tmp_path, "main_poe.py", [*STAGE1, "--save_path", "one"], (0.3, 1.0), calls)
+    expected, found = (run_folder(f / "one") for f in (whole, tmp_path))
+    a, b = (load(next(f.glob("res_*.pt"))) for f in (expected, found))
+    assert all(same_tensors(a[k], b[k]) for k in ("data", "data_oe", "accs_all_exps", "normalisation"))
+    assert lines(expected) == lines(found)
+    assert len(lines(found)) == 2 * (24 + 4)
+    names = sorted(p.name for p in expected.glob("*.png"))
+    assert names == sorted(p.name for p in found.glob("*.png"))
+    assert all((expected / n).read_bytes() == (found / n).read_bytes() for n in names)
+    assert "is finished" in processes.run(tmp_path, "main_poe.py", ["--resume", "latest", "--save_path", "one"])
+
+
+def test_killed_training_ends_with_the_same_bits(processes, whole, tmp_path):
+    flags = [*STAGE2, whole / "one", "--save_path", "two"]
+    calls = {"fsync": (4, 14), "replace": (3, 12)}
+    kill_and_resume(processes, tmp_path, "train_model_synthetic_oe.py", flags, (0.2, 0.6), calls)
+    expected, found = (run_folder(f / "two") for f in (whole, tmp_path))
+    names = sorted(p.name for p in expected.glob("syn_trained_*.pt"))
+    assert len(names) == 2 * 2
+    assert names == sorted(p.name for p in found.glob("syn_trained_*.pt"))
+    assert all(same_tensors(load(expected / n), load(found / n)) for n in names)
+    assert lines(expected) == lines(found)
+    script = "train_model_synthetic_oe.py"
+    assert "is finished" in processes.run(tmp_path, script, ["--resume", "latest", "--save_path", "two"])
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_go_on(processes, whole, tmp_path, number, status):
+    pid = processes.start(tmp_path, "main_poe.py", [*STAGE1, "--save_path", "one"])
+    wait_for(lambda: list(tmp_path.rglob("checkpoint.pt")))
+    os.kill(pid, number)
+    assert processes.wait() == status
+    *_, command = processes.log.read_text().strip().splitlines()
+    words = shlex.split(command)
+    assert words[1] == "main_poe.py"
+    before = len(lines(run_folder(tmp_path)))
+    assert 0 < before < 56
+    processes.run(tmp_path, words[1], words[2:])
+    assert lines(run_folder(tmp_path)) == lines(run_folder(whole / "one"))
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_second_signal_ends_at_once(processes, tmp_path):
+    flags = [*STAGE1, "--save_path", "one", "--batch_real", 130, "--outer_loop", 100, "--inner_loop", 100]
+    pid = processes.start(tmp_path, "main_poe.py", [*flags, "--eval_interval", 1000, "--num_eval", 1])
+    wait_for(lambda: list(tmp_path.rglob("checkpoint.pt")))  # now in an iteration that takes minutes
+    os.kill(pid, signal.SIGINT)
+    wait_for(lambda: "stopping after this step" in processes.log.read_text())
+    os.kill(pid, signal.SIGTERM)
+    assert processes.wait() == 143
+
+
+def test_a_live_run_is_not_resumed(processes, refused, tmp_path):
+    pid = processes.start(tmp_path, "main_poe.py", [*STAGE1, "--save_path", "one"])
+    try:
+        wait_for(lambda: list(tmp_path.rglob("checkpoint.pt")))
+        error = refused("main_poe.py", "--resume", "latest", "--save_path", "one")
+        assert f"is a live run of process {pid} on" in error
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        assert processes.wait() == -signal.SIGKILL
+    processes.run(tmp_path, "main_poe.py", ["--resume", run_folder(tmp_path)])  # the lock died with its owner
+
+
+def test_conflicting_flags_name_both_values(whole, refused):
+    folder = run_folder(whole / "one")
+    assert "--ipc: given is 5, but" in refused("main_poe.py", "--resume", folder, "--ipc", 5)
+    error = refused("main_poe.py", "--resume", folder, "--corruptions", "invert")
+    assert "given is ['invert'], but" in error
+    assert "was started with ['jigsaw', 'invert', 'pixelate', 'gauss-speckle']" in error
+    assert "is a run of main_poe.py, not of main.py" in refused("main.py", "--resume", folder)
+    assert "no run of main.py under result" in refused("main.py", "--resume", "latest")
+    assert "is no run folder" in refused("main.py", "--resume", "nowhere")
+
+
+def test_damaged_arguments(whole, refused, tmp_path):
+    about = json.loads((run_folder(whole / "one") / "args.json").read_text())
+    for damage, message in [
+        (b"", "is damaged"),
+        (b"[1]", "is damaged"),
+        (b"[" * 100000, "is damaged"),
+        (b"\xff\x00", "is damaged"),
+        (b" " * (2 << 20), "too large"),
+        (json.dumps(about | {"flags": 3}).encode(), "it has no flags"),
+        (json.dumps(about | {"flags": about["flags"] | {"ipc": -1}}).encode(), "--ipc"),
+        (json.dumps(about | {"flags": about["flags"] | {"model": {"a": 1}}}).encode(), "--model"),
+        (json.dumps(about | {"flags": about["flags"] | {"new": "x"}}).encode(), "does not know: --new=x"),
+    ]:
+        (tmp_path / "args.json").write_bytes(damage)
+        assert message in refused("main_poe.py", "--resume", tmp_path)
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
+    run = RunFolder(tmp_path)
+    checkpointer = Checkpointer(run)
+    for value in range(3):
+        checkpointer.save({"value": value, "tensor": torch.arange(1000.0)})
+    assert checkpointer.load()["value"] == 2
+    data = bytearray(checkpointer.path.read_bytes())
+    middle = data.index(torch.arange(500.0, 510.0).numpy().tobytes())
+    data[middle] ^= 1  # in the tensor, where only a checksum tells
+    checkpointer.path.write_bytes(data)
+    assert checkpointer.load()["value"] == 1
+    assert "checksums are wrong" in capsys.readouterr().out
+    checkpointer.path.unlink()  # killed between the two renames
+    assert checkpointer.load()["value"] == 1
+    checkpointer.previous.write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be read: checkpoint-previous\.pt"):
+        checkpointer.load()
+
+
+def test_a_checkpoint_of_another_run(whole, refused, tmp_path):
+    folder = run_folder(whole / "one")
+    (tmp_path / "args.json").write_bytes((folder / "args.json").read_bytes())
+    for change in (
+        {"exp": 7},
+        {"started": True, "method": {"images": [torch.zeros(10, 1, 1, 9, 9)] * 2, "momentum": [None] * 2}},
+        {"started": True, "method": {"images": [torch.zeros(10, 1, 1, 8, 8)], "momentum": [None]}},
+        {"found": 3},
+        {"finished": [1, 2]},
+        {"iteration": "many"},
+    ):
+        torch.save(load(folder / "checkpoint.pt") | change, tmp_path / "checkpoint.pt")
+        assert "is not of this run" in refused("main_poe.py", "--resume", tmp_path)
+    torch.save([1], tmp_path / "checkpoint.pt")
+    assert "can be read" in refused("main_poe.py", "--resume", tmp_path)

@@ -1,0 +1,83 @@
+"""Files that last: written whole or not at all, logs that reach the disk at once, folders with one owner."""
+
+import os
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from .errors import UserError
+
+
+def atomic_write(path: Path, write: Callable[[BinaryIO], None], keep: Path | None = None) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it to the disk, then rename it to `path`.
+
+    With `keep`, what `path` was before is renamed to that.
+
+    Raises:
+        UserError: when the disk is full or the folder is read-only; `path` is then as it was before.
+    """
+    path = Path(path)
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            try:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+                os.chmod(file.name, 0o644)
+                if keep is not None and path.exists():
+                    os.replace(path, keep)
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        raise UserError(f"cannot write {path}: {error}. Free space or choose another --save_path") from None
+
+
+def save_pt(path: Path, value: object, keep: Path | None = None) -> None:
+    """`torch.save` that either completes or leaves the old file; with `keep` the old file is kept under that name."""
+    atomic_write(path, lambda file: torch.save(value, file), keep)
+
+
+def save_text(path: Path, text: str) -> None:
+    """Write a text file that either completes or leaves the old one."""
+    atomic_write(path, lambda file: file.write(text.encode()))
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line in one write, and flush it to the disk.
+
+    Raises:
+        UserError: when the disk is full or the folder is read-only.
+    """
+    try:
+        with open(path, "ab", buffering=0) as file:
+            file.write((line + "\n").encode(errors="replace"))
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}. Free space or choose another --save_path") from None
+
+
+class RunLock:
+    """Held as long as the process lives, however it dies, by whoever writes into a run folder."""
+
+    def __init__(self, folder: Path):
+        try:
+            import fcntl
+        except ImportError:  # no such locks on this system
+            return
+        self.file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - open as long as the process lives
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.file.seek(0)
+            owner = self.file.read(200).strip() or "another process"
+            self.file.close()
+            raise UserError(f"--resume: {folder} is a live run of {owner}; wait for it, or stop it first") from None
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self.file.flush()
