@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Digits (8x8), plain / OE / POE, ipc 1 and 10, five seeds; for a CPU. scripts/table.sh lists what can be set.
+# The OE pool is Fashion-MNIST's training images, shrunk; its test images are one of the OOD sets.
+#   bash scripts/digits.sh
+#   IPC=1 SEEDS=1 ITERATIONS=5 NETWORKS=1 EPOCHS=50 KINDS="plain poe" bash scripts/digits.sh
+# With ABLATIONS=1 also, at ipc 1: POE with each corruption alone, and lambda_oe 0, 0.1, 0.5 and 1.
+DATASET=Digits
+AUGMENT="--dsa_strategy color_crop_cutout_scale_rotate"
+IPC=${IPC:-1 10}
+SEEDS=${SEEDS:-1 2 3 4 5}
+MODEL=${MODEL:-ConvNetD1}
+ITERATIONS=${ITERATIONS:-100}
+EPOCHS=${EPOCHS:-300}
+NETWORKS=${NETWORKS:-3}
+SCORE=${SCORE:-msp mls energy}
+OUT=${OUT:-result-tables/digits}
+OE_DATA=${OE_DATA:-data/oe/FashionMNIST.npz}
+STAGE1=${STAGE1:---batch_real 64 --num_eval 1 --epoch_eval_train 300}
+OOD_SETS=${OOD_SETS:-patches gaussian uniform rademacher blob FashionMNIST}
+. "$(dirname "$0")/table.sh"
+if [[ " $OOD_SETS " == *" FashionMNIST "* && ! -e $OOD/FashionMNIST.npz ]]; then
+    "$PYTHON" scripts/fashion_outliers.py --data_path "$DATA" --oe "$OE_DATA" --ood "$OOD/FashionMNIST.npz"
+fi
+table
+
+ablations() {
+    local seed name all="jigsaw invert pixelate rgb-ghost gauss-speckle uniform-speckle avg-mean geo-mean"
+    for seed in $SEEDS; do
+        for name in $all; do
+            POE="--corruptions $name"
+            dir=$OUT/corruptions/$name/seed$seed
+            distil poe 1 "$seed" "$dir/1-distilled"
+            train poe 1 "$seed" "$dir/1-distilled" "$dir/2-networks"
+            measure 1 "$seed" "$dir/2-networks" "$dir/3-ood"
+        done
+        for LAMBDA in 0 0.1 0.5 1; do # at ipc 1 distilling does not depend on it: networks are trained between steps only
+            dir=$OUT/lambda/$LAMBDA/seed$seed
+            train poe 1 "$seed" "$OUT/ipc1/poe/seed$seed/1-distilled" "$dir/2-networks"
+            measure 1 "$seed" "$dir/2-networks" "$dir/3-ood"
+        done
+    done
+    compare "$OUT/corruptions" $all
+    compare "$OUT/lambda" 0 0.1 0.5 1
+}
+if [ -n "${ABLATIONS:-}" ]; then ablations; fi

@@ -1,0 +1,95 @@
+# Sourced by the scripts of the tables: all three stages for each kind (plain, oe, poe), ipc and seed.
+# What is done is skipped, what was stopped goes on, so that a script can be started again and again.
+#
+# A script sets DATASET, AUGMENT, OOD_SETS and defaults. Whoever calls it may set, e.g. IPC="1 10" SEEDS="1 2" bash …:
+#   IPC SEEDS KINDS     lists: images per class, seeds, and kinds out of plain oe poe
+#   MODEL ITERATIONS    the network, and the updates of the synthetic images
+#   NETWORKS EPOCHS     networks trained on each distilled set, and their epochs
+#   SCORE               scores of stage 3
+#   DATA OE_DATA OOD    --data_path, --oe_data_path, --ood_path
+#   STAGE1 STAGE2 STAGE3  further flags of a stage, e.g. STAGE1="--batch_real 64"
+#   POE                 further flags of main_poe.py, e.g. POE="--corruptions invert"
+#   LAMBDA              --lambda_oe
+#   OUT                 where everything goes
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+DATA=${DATA:-data}
+OE_DATA=${OE_DATA:-data/300K_random_images.npy}
+OOD=${OOD:-data/ood}
+KINDS=${KINDS:-plain oe poe}
+SEEDS=${SEEDS:-1 2 3}
+NETWORKS=${NETWORKS:-5}
+EPOCHS=${EPOCHS:-1000}
+ITERATIONS=${ITERATIONS:-1000}
+SCORE=${SCORE:-msp}
+LAMBDA=${LAMBDA:-0.5}
+STAGE1=${STAGE1:-}
+STAGE2=${STAGE2:-}
+STAGE3=${STAGE3:-}
+POE=${POE:-}
+
+# stage DIR SCRIPT FLAGS: a stage into DIR, from its beginning or from where it was stopped
+stage() {
+    local dir=$1 script=$2
+    shift 2
+    if [ -e "$dir/done" ]; then return; fi
+    if [ "$script" = test_ood_model_syn.py ]; then
+        rm -rf "$dir"
+    elif [ -n "$(find "$dir" -name args.json 2>/dev/null)" ]; then
+        set -- --resume latest
+    fi
+    set -- "$script" "$@" --save_path "$dir"
+    echo "\$ $PYTHON $*"
+    "$PYTHON" "$@"
+    touch "$dir/done"
+}
+
+# distil KIND IPC SEED DIR
+distil() {
+    local script=main.py more=""
+    case $1 in
+        plain) ;;
+        oe) script=main_oe.py more="--oe_data_path $OE_DATA --lambda_oe $LAMBDA" ;;
+        poe) script=main_poe.py more="--lambda_oe $LAMBDA $POE" ;;
+        *) echo "KINDS: unknown kind '$1'. Accepted: plain oe poe" >&2; exit 2 ;;
+    esac
+    stage "$4" $script $COMMON $AUGMENT --ipc "$2" --seed "$3" --init real --num_exp 1 --Iteration "$ITERATIONS" $more $STAGE1
+}
+
+# train KIND IPC SEED DISTILLED DIR
+train() {
+    local script=train_model_synthetic_oe.py more="--lambda_oe $LAMBDA"
+    if [ "$1" = plain ]; then script=train_model_synthetic_no_oe.py more=""; fi
+    stage "$5" $script $COMMON $AUGMENT --ipc "$2" --seed "$3" --num_eval "$NETWORKS" --epoch_eval_train "$EPOCHS" --load_path "$4" $more $STAGE2
+}
+
+# measure IPC SEED NETWORKS DIR
+measure() {
+    stage "$4" test_ood_model_syn.py $COMMON --ipc "$1" --seed "$2" --num_exp "$NETWORKS" --is_load_best --ood_path "$OOD" --ood_sets $OOD_SETS --score $SCORE --load_path "$3" $STAGE3
+}
+
+# The whole table: $OUT/ipc<n>/<kind>/seed<s>/{1-distilled,2-networks,3-ood}, and the comparison of the kinds for each ipc.
+table() {
+    COMMON="--dataset $DATASET --data_path $DATA --model $MODEL --method DSA"
+    local ipc kind seed dir
+    for ipc in $IPC; do
+        for seed in $SEEDS; do
+            for kind in $KINDS; do
+                dir=$OUT/ipc$ipc/$kind/seed$seed
+                distil "$kind" "$ipc" "$seed" "$dir/1-distilled"
+                train "$kind" "$ipc" "$seed" "$dir/1-distilled" "$dir/2-networks"
+                measure "$ipc" "$seed" "$dir/2-networks" "$dir/3-ood"
+            done
+        done
+        compare "$OUT/ipc$ipc" $KINDS
+    done
+}
+
+# compare DIR NAMES: the folders of these names in DIR as columns
+compare() {
+    local dir=$1 name folders=()
+    shift
+    for name in "$@"; do folders+=("$dir/$name"); done
+    "$PYTHON" scripts/compare.py "${folders[@]}" --names "$@" --out "$dir/table" --html
+}
