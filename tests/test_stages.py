@@ -2,20 +2,27 @@
 
 import csv
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from networks import get_network
 from utils.augment import DSA, parse_strategy
+from utils.devices import Compute
+from utils.evaluation import EvalSettings, Evaluator
 from utils.methods import GradientMatching, MatchSettings
 from utils.ood_datasets import DRAWN, OODSource, default_sets
 from utils.ood_metrics import MEASURES
 from utils.outliers import corrupt
 from utils.readers import conform
 from utils.rng import generator
+from utils.runs import RunFolder
 from utils.synthetic import SyntheticSet, load_synthetic
 from utils.trained import is_checkpoint_epoch, load_trained
 from utils.training import Trainer, TrainSettings, accuracy, predict
@@ -43,7 +50,21 @@ def test_three_stages(kind, script, in_process, refused, tmp_path):
     name, more, root = {
         "plain": ("main.py", [], "result"),
         "oe": ("main_oe.py", ["--oe-data-path", "pool.npy", "--num_oe_per_class", 6], "result-oe"),
-        "poe": ("main_poe.py", ["--corruptions", "invert", "jigsaw"], "result-poe"),
+        "poe": (
+            "main_poe.py",
+            [
+                "--corruptions",
+                "invert",
+                "jigsaw",
+                "--eval_ood",
+                "patches",
+                "mine",
+                "--ood_path",
+                "ood",
+                "--tensorboard",
+            ],
+            "result-poe",
+        ),
     }[kind]
     run = in_process if kind != "plain" else lambda *a: ok(script(*a)).stdout  # as users run it
     out = run(name, *STAGE1, *more)
@@ -65,6 +86,11 @@ def test_three_stages(kind, script, in_process, refused, tmp_path):
     assert len(content["accs_all_exps"]["ConvNetD1"]) == 2
     assert ("data_oe" in content) == (kind != "plain")
 
+    assert len(np.unique(np.asarray(Image.open(folder / "curves.png").convert("L")))) > 10
+    if kind == "poe":
+        assert re.search(r"exp 1 iteration 3: ConvNetD1 accuracy .* %, AUROC patches .* %, AUROC mine .* %", out)
+        check_events(folder)
+
     train = "train_model_synthetic_no_oe.py" if kind == "plain" else "train_model_synthetic_oe.py"
     run(train, *STAGE2, "--folder", folder.name, "--exp_idx", 1)
     root2 = tmp_path / ("result-model-synthetic-no-oe" if kind == "plain" else "result-model-synthetic-oe")
@@ -85,6 +111,33 @@ def test_three_stages(kind, script, in_process, refused, tmp_path):
     error = refused("test_ood_model_syn.py", *STAGE3, "--num_exp", 3, "--folder", folder.name)
     assert "--num_exp 3: " in error
     assert "has 2 networks" in error
+
+
+def check_events(folder):
+    """TensorBoard has the numbers of metrics.jsonl."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for tag, name in [("experiment1/loss", "loss"), ("experiment1/ConvNetD1/auroc patches", "auroc patches")]:
+        found = [(e.step, e.value) for e in events.Scalars(tag)]
+        expected = [(m["iteration"], np.mean(m[name])) for m in lines if m["experiment"] == 1 and name in m]
+        assert found == [(step, pytest.approx(value, rel=1e-5)) for step, value in expected]
+        assert len(found) == 3
+
+
+def test_auroc_of_evaluations_by_scikit_learn(digits, tmp_path):
+    source = OODSource(digits, tmp_path, tmp_path, False, 200, 1)
+    (ood,) = source.find_all(["patches"], "--eval_ood")
+    training = {"MLP": TrainSettings(20)}
+    evaluator = Evaluator(digits, EvalSettings(1, training, 1, (ood,)), RunFolder(tmp_path), Compute())
+    index = torch.cat([c[:5] for c in digits.class_indices])
+    found = {}
+    evaluator.evaluate(SyntheticSet(digits.train_batch(index), digits.labels_train[index]), 0, 0, found, lambda: None)
+    net = evaluator.trainers["MLP"].net
+    confidence = [predict(net, x).double().softmax(1).amax(1).numpy() for x in (digits.test_images, ood.load())]
+    expected = roc_auc_score(np.repeat([0, 1], [len(c) for c in confidence]), -np.concatenate(confidence))
+    assert found["MLP"][0]["auroc patches"] == pytest.approx(expected, abs=1e-9)
+    assert found["MLP"][0]["accuracy"] == pytest.approx(accuracy(net, digits.test_images, digits.labels_test))
 
 
 def test_same_seed_same_bits_in_all_stages(in_process, tmp_path):

@@ -147,6 +147,7 @@ def add_stage1(parser: Parser, save_path: str) -> None:
     group = parser.add_argument_group("distillation")
     _add_loop(group)
     _add_matching(group)
+    _add_trust(group)
     group.add_argument("--save_path", default=save_path, help="where run folders are made")
     group.add_argument(
         "--load_path",
@@ -172,6 +173,23 @@ def _add_loop(group: argparse._ArgumentGroup) -> None:
         type=count(1),
         default=500,
         help="updates between two evaluations; the last update is always evaluated",
+    )
+
+
+def _add_trust(group: argparse._ArgumentGroup) -> None:
+    """What evaluations tell beside the accuracy, and how a run can be watched."""
+    group.add_argument(
+        "--eval_ood",
+        nargs="+",
+        default=None,
+        metavar="SET",
+        help="evaluations also report the AUROC (score msp) on these OOD sets: any of stage 3, e.g. patches gaussian",
+    )
+    group.add_argument("--ood_path", default="data/ood", help="where the sets of --eval_ood are")
+    group.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="also write TensorBoard events into the run folder (needs tensorboard)",
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from networks import get_network
@@ -17,12 +18,14 @@ from .devices import Compute, choose_compute, choose_device
 from .errors import Interrupted, UserError
 from .evaluation import EvalSettings, Evaluator, Found, evaluation_models, mean_std, training_of
 from .methods import GradientMatching, MatchSettings
+from .ood_datasets import OODSet, OODSource
 from .outliers import OutlierPool, PseudoOutliers
 from .resume import resume_command
 from .rng import generator
-from .runs import RunFolder
+from .runs import Progress, RunFolder
+from .scalars import Scalars, require_tensorboard
 from .synthetic import SyntheticSet, load_start, result_name, save_synthetic
-from .visualize import save_grid
+from .visualize import save_curves, save_grid
 
 Outliers = OutlierPool | PseudoOutliers | None
 
@@ -61,17 +64,30 @@ def run_stage1(args: argparse.Namespace, make_outliers: Callable[[RealData], Out
     images = 3 * steps * real.num_classes * (match.batch_real + match.batch_oe * (outliers is not None))
     compute = choose_compute(args.compile, args.precision, device, args.model, real, steps, images)
     method = GradientMatching(real, outliers, match, compute, start)
+    ood = _eval_ood(args, real)
     settings = DistillSettings(
         args.method, args.model, args.ipc, args.num_exp, args.Iteration, args.eval_interval,
         args.eval_mode not in ("S", "SS"), {k: v for k, v in vars(args).items() if k != "resume"},
     )  # fmt: skip
     run = _run_folder(args, match, device)
-    evaluator = Evaluator(real, EvalSettings(args.num_eval, training, args.seed), run, compute)
+    if args.tensorboard and run.speaks:
+        run.scalars = Scalars(run.path)
+    evaluator = Evaluator(real, EvalSettings(args.num_eval, training, args.seed, ood), run, compute)
     distillation = Distillation(method, evaluator, settings, run, Checkpointer(run, interval=args.checkpoint_interval))
     if not args.resume or not distillation.restore():
         for line in _notices(args, models, loops_of(args)[2], outliers, compute):
             run.log(line)
     distillation.run_all()
+
+
+def _eval_ood(args: argparse.Namespace, real: RealData) -> tuple[OODSet, ...]:
+    """The sets of `--eval_ood`."""
+    if args.tensorboard:
+        require_tensorboard()
+    source = OODSource(
+        real, Path(args.ood_path), Path(args.data_path), args.download == "all", len(real.images_test), args.seed
+    )
+    return tuple(source.find_all(args.eval_ood, "--eval_ood")) if args.eval_ood else ()
 
 
 def _run_folder(args: argparse.Namespace, match: MatchSettings, device: torch.device) -> RunFolder:
@@ -160,7 +176,17 @@ class Distillation:
                 raise
         for model, values in self.at.accs.items():
             self.run.log(f"{model}: accuracy {mean_std(values)} ({len(values)} networks, {s.num_exp} experiments)")
+        self._draw_curves()
         self.run.log(f"distilled set: {self._result}")
+
+    def _draw_curves(self) -> None:
+        """The losses and measures of the run over its iterations, as `curves.png`."""
+        if distributed.rank():
+            return
+        try:
+            save_curves(self.run.path / "curves.png", self.run.metrics())
+        except ImportError:
+            self.run.log("no curves.png: matplotlib is not installed (pip install matplotlib)")
 
     @property
     def _result(self) -> Path:
@@ -177,7 +203,7 @@ class Distillation:
             while True:
                 last = at.iteration == s.iterations
                 if last or (at.iteration % s.eval_interval == 0 and not s.eval_last_only):
-                    self._evaluate()
+                    self._evaluate(progress)
                 if last:
                     break
                 progress.step(**self._iterate())
@@ -217,7 +243,7 @@ class Distillation:
             "starts from the last finite images"
         )
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, progress: Progress) -> None:
         """Evaluate at this point, unless that is done; save the distilled set and a picture."""
         at = self.at
         if at.evaluated:
@@ -229,11 +255,14 @@ class Distillation:
 
         self.evaluator.evaluate(self.method.synthetic(), at.exp, at.iteration, at.found, after_network)
         for model, networks in at.found.items():
-            values = [m["accuracy"] for m in networks.values()]
-            what = f"{len(values)} networks, {self.evaluator.settings.training[model].epochs} epochs"
-            self.run.log(f"exp {at.exp} iteration {at.iteration}: {model} accuracy {mean_std(values)} ({what})")
+            measures = {name: [m[name] for m in networks.values()] for name in next(iter(networks.values()))}
+            what = f"{len(networks)} networks, {self.evaluator.settings.training[model].epochs} epochs"
+            values = {name.replace("auroc", "AUROC"): v for name, v in measures.items()}
+            found = ", ".join(f"{name} {mean_std(v)}" for name, v in values.items())
+            self.run.log(f"exp {at.exp} iteration {at.iteration}: {model} {found} ({what})")
+            progress.note(f"{model}: " + ", ".join(f"{name} {100 * np.mean(v):.1f}" for name, v in values.items()))
             if not distributed.rank():
-                self.run.metric(experiment=at.exp, iteration=at.iteration, model=model, accuracy=values)
+                self.run.metric(experiment=at.exp, iteration=at.iteration, model=model, **measures)
         at.evaluated = True
         self._save_result()
         self.save()

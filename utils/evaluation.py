@@ -13,6 +13,9 @@ from .augment import DSA, dc_augmentation
 from .datasets import RealData
 from .devices import Compute
 from .errors import Interrupted
+from .ood_datasets import OODSet
+from .ood_metrics import ood_measures
+from .ood_scores import msp
 from .rng import generator
 from .runs import RunFolder
 from .synthetic import SyntheticSet
@@ -55,11 +58,13 @@ def mean_std(values: list[float]) -> str:
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """`num_networks` networks of each model; `training`: how each model is trained."""
+    """`num_networks` networks of each model; `training`: how each model is trained; `ood`: the sets whose AUROC (score
+    msp) is measured, too."""
 
     num_networks: int
     training: dict[str, TrainSettings]
     seed: int
+    ood: tuple[OODSet, ...] = ()
 
 
 class Evaluator:
@@ -69,6 +74,7 @@ class Evaluator:
         self.real, self.settings, self.run, self.compute = real, settings, run, compute
         self.models = tuple(settings.training)
         self.trainers: dict[str, Trainer] = {}
+        self.images_ood: dict[str, torch.Tensor] = {}
 
     def evaluate(
         self, synthetic: SyntheticSet, exp: int, it: int, found: Found, after_network: Callable[[], None]
@@ -109,7 +115,20 @@ class Evaluator:
         loss = trainer.train(synthetic, self.settings.seed, key, after_epoch)
         if not torch.isfinite(loss):
             self.run.log(f"{model} network {index}: its training diverged (loss not finite); consider a lower --lr_net")
-        return {"accuracy": trainer.accuracy(self.real.test_images, self.real.labels_test)}
+        logits = trainer.predict(self.real.test_images)
+        measures = {"accuracy": (logits.argmax(1) == self.real.labels_test).float().mean().item()}
+        return measures | {f"auroc {ood.name}": self._auroc(trainer, logits, ood) for ood in self.settings.ood}
+
+    def _auroc(self, trainer: Trainer, logits: torch.Tensor, ood: OODSet) -> float:
+        """AUROC of one set; NaN where a score is not finite."""
+        if ood.name not in self.images_ood:
+            self.images_ood[ood.name] = ood.load()
+        inside, outside = (
+            msp(z.double(), 1.0).cpu().numpy() for z in (logits, trainer.predict(self.images_ood[ood.name]))
+        )
+        if not np.isfinite(np.concatenate([inside, outside])).all():
+            return float("nan")
+        return ood_measures(inside, outside)["auroc"]
 
     def _trainer(self, model: str) -> Trainer:
         if model not in self.trainers:

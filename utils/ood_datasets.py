@@ -220,6 +220,14 @@ class OODSource:
             images.append(conform(image[None], self.real.channel, self.real.im_size))
         return self.real.normalize(torch.cat(images).to(self.real.device))
 
+    def find_all(self, names: Sequence[str], flag: str) -> list[OODSet]:
+        """Look up `names`; a `UserError` that names `flag` lists all that are missing."""
+        found, missing = self.find(list(dict.fromkeys(names)), skip_missing=False)
+        if missing:
+            lines = "; ".join(f"{name}: {what}" for name, what in missing.items())
+            raise UserError(f"{flag}: {len(missing)} missing. {lines}")
+        return found
+
     def validation(self, other: torch.Tensor | None) -> list[OODSet]:
         """The validation outliers: corruptions of `other` images (uint8), or of the test images where there "
         "are none."""

@@ -159,10 +159,12 @@ def _check_enough(folder: Path, dataset: str, model: str, wanted: int, which: st
 
 
 def _find_sets(source: OODSource, args: argparse.Namespace) -> tuple[list[OODSet], dict[str, str]]:
-    sets, missing = source.find(list(dict.fromkeys(args.ood_sets or default_sets(args.dataset))), args.skip_missing)
-    if missing and not args.skip_missing:
-        lines = "; ".join(f"{name}: {what}" for name, what in missing.items())
-        raise UserError(f"--ood_sets: {len(missing)} missing. {lines}. --skip_missing goes on without them")
+    names = args.ood_sets or default_sets(args.dataset)
+    missing: dict[str, str] = {}
+    if args.skip_missing:
+        sets, missing = source.find(list(dict.fromkeys(names)), skip_missing=True)
+    else:
+        sets = source.find_all(names, "--ood_sets (--skip_missing goes on without what is missing)")
     if args.validate:
         try:
             sets += source.validation(source.other_cifar())

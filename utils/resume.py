@@ -11,7 +11,7 @@ from .errors import UserError
 from .flags import Parser
 from .runs import ARGS
 
-MAY_CHANGE = ("device", "data_path", "oe_data_path", "download", "checkpoint_interval")
+MAY_CHANGE = ("device", "data_path", "oe_data_path", "ood_path", "download", "checkpoint_interval", "tensorboard")
 
 
 def add_resume(parser: Parser, steps: str) -> None:

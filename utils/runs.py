@@ -18,6 +18,7 @@ import torch
 from . import distributed
 from .errors import UserError
 from .files import RunLock, append_line, save_text
+from .scalars import Scalars
 
 VERSION = 1
 STAGE1_ROOTS = ("result", "result-oe", "result-poe")
@@ -34,6 +35,7 @@ class RunFolder:
         self.path = Path(path)
         self.speaks = distributed.rank() == 0
         self.lock = RunLock(self.path) if self.speaks else None
+        self.scalars: Scalars | None = None  # set where --tensorboard is given
 
     @classmethod
     def create(cls, root: str | Path, *parts: str | int, name: str | None = None) -> "RunFolder":
@@ -74,9 +76,16 @@ class RunFolder:
 
     def metric(self, **values: object) -> None:
         """Append an object with the time to `metrics.jsonl`; numbers that are not finite become null."""
-        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        plain = {k: [_finite(x) for x in v] if isinstance(v, list) else _finite(v) for k, v in values.items()}
         line = {"time": datetime.now().isoformat(timespec="milliseconds"), **plain}
         append_line(self.path / METRICS, json.dumps(line))
+        if self.scalars is not None:
+            self.scalars.add(plain)
+
+    def metrics(self) -> list[dict]:
+        """The lines of `metrics.jsonl`."""
+        path = self.path / METRICS
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def keep_metrics(self, keep: Callable[[dict], bool]) -> None:
         """Take out of `metrics.jsonl` what a resumed run will write again, and a last line that a crash cut off."""
@@ -113,6 +122,10 @@ class RunFolder:
             progress.close()
 
 
+def _finite(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class Progress:
     """Counts the steps of a loop and shows the mean of each value since it was last shown.
 
@@ -125,6 +138,7 @@ class Progress:
         self.began = time.monotonic()
         self.sums: dict[str, torch.Tensor | float] = {}
         self.summed = 0
+        self.noted = ""
         self.bar = None
         if sys.stderr.isatty() and run.speaks:
             from tqdm import tqdm
@@ -147,10 +161,16 @@ class Progress:
         line = f"{self.what}: {self.count}/{self.total}  {text}  left {(self.total - self.count) * rate:.0f} s"
         self.sums, self.summed = {}, 0
         if self.bar is not None:
-            self.bar.set_postfix_str(text)
+            self.bar.set_postfix_str("  ".join(filter(None, (text, self.noted))))
             self.run.log_file_only(line)
         else:
             self.run.log(line)
+
+    def note(self, text: str) -> None:
+        """Show `text` on the bar from now on."""
+        self.noted = text
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
 
     def close(self) -> None:
         """Take the bar off the terminal."""

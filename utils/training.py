@@ -101,9 +101,13 @@ class Trainer:
             return None
         return augmentation.draw(len(index), tuple(synthetic.images.shape[2:]), g)
 
+    def predict(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits `[N, num_classes]` of images `[N, C, H, W]`, in evaluation mode."""
+        return predict(self.net, images, TEST_BATCH, self.forward)
+
     def accuracy(self, images: torch.Tensor, labels: torch.Tensor) -> float:
         """Fraction of test images `[N, C, H, W]` that the network classifies as their label."""
-        return accuracy(self.net, images, labels, self.forward)
+        return (self.predict(images).argmax(1) == labels).float().mean().item()
 
     def _step(self, synthetic: SyntheticSet, batch: "_Batch") -> torch.Tensor:
         images = _augmented(synthetic.images[batch.index], batch.transform)
@@ -176,6 +180,6 @@ def filled_up(images: torch.Tensor, batch: int) -> torch.Tensor:
     return torch.cat([images, images.new_zeros(missing, *images.shape[1:])]) if missing else images
 
 
-def accuracy(net: nn.Module, images: torch.Tensor, labels: torch.Tensor, forward: Callable | None = None) -> float:
+def accuracy(net: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
     """Fraction of images classified as their label."""
-    return (predict(net, images, TEST_BATCH, forward).argmax(1) == labels).float().mean().item()
+    return (predict(net, images).argmax(1) == labels).float().mean().item()

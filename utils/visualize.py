@@ -96,6 +96,52 @@ def save_roc_curves(
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
+def save_curves(path: Path, lines: Sequence[dict]) -> None:
+    """Losses, accuracies and AUROCs over the iterations of a distillation. Needs matplotlib.
+
+    Args:
+        lines: of `metrics.jsonl`. A thin line is one experiment, the thick one the mean over those that have the point;
+            networks of one evaluation are averaged.
+    """
+    from matplotlib.figure import Figure
+
+    curves: dict[str, dict[str, dict[int, dict[int, float]]]] = {"matching loss": {}, "accuracy, %": {}, "AUROC, %": {}}
+    for line in lines:
+        for name, value in line.items():
+            values = [v for v in (value if isinstance(value, list) else [value]) if v is not None]
+            if name in ("loss", "loss_oe"):
+                panel, curve, scale = "matching loss", "images" if name == "loss" else "outliers", 1
+            elif name == "accuracy":
+                panel, curve, scale = "accuracy, %", line["model"], 100
+            elif name.startswith("auroc "):
+                panel, curve, scale = "AUROC, %", f"{name.removeprefix('auroc ')} ({line['model']})", 100
+            else:
+                continue
+            if values:
+                points = curves[panel].setdefault(curve, {}).setdefault(line["experiment"], {})
+                points[line["iteration"]] = scale * float(np.mean(values))
+    shown = {panel: found for panel, found in curves.items() if found}
+    figure = Figure(figsize=(4.6 * max(1, len(shown)), 3.4), layout="constrained")
+    axes = figure.subplots(1, max(1, len(shown)), squeeze=False)[0]
+    for axis, (panel, found) in zip(axes, shown.items(), strict=False):
+        for index, (name, experiments) in enumerate(found.items()):
+            _draw_curve(axis, name, experiments, _color(index), marker="" if panel == "matching loss" else "o")
+        axis.set(xlabel="iteration", title=panel)
+        axis.legend(fontsize=8)
+    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=110))
+
+
+def _draw_curve(
+    axis: "Axes", name: str, experiments: dict[int, dict[int, float]], color: tuple[float, ...], marker: str
+) -> None:
+    """The experiments `{number: {iteration: value}}` and their mean."""
+    for points in experiments.values():
+        axis.plot(list(points), list(points.values()), color=color, linewidth=0.6, alpha=0.5)
+    steps = sorted({step for points in experiments.values() for step in points})
+    means = [np.mean([p[step] for p in experiments.values() if step in p]) for step in steps]
+    axis.plot(steps, means, color=color, linewidth=1.6, marker=marker, markersize=3, label=name)
+
+
 def _color(index: int) -> tuple[float, ...]:
     """Ten colours that are easy to tell apart, then twenty more."""
     from matplotlib import colormaps
