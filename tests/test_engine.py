@@ -1,5 +1,6 @@
 """The fast engine against the textbook loop of `utils/plain.py`."""
 
+import inspect
 import os
 import shutil
 from dataclasses import replace
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._inductor.exc import InductorError
 
 from networks import get_network
 from utils import plain
@@ -271,3 +273,33 @@ def test_compiled_scores_equal_eager(tiny_real):
         eager, compiled = (Scorer(net, ["energy"], 1.0, (1.0,) * 3, e)(tiny_real.test_images, 4) for e in (None, embed))
         np.testing.assert_allclose(compiled[0], eager[0], atol=1e-4)
         np.testing.assert_allclose(compiled[1]["energy"], eager[1]["energy"], atol=1e-4)
+
+
+@pytest.mark.parametrize(("failures", "message"), [(0, None), (1, None), (2, None), (3, "--compile: .* off")])
+def test_a_damaged_cache_of_compiled_code(failures, message, monkeypatch, tmp_path):
+    """The named library is removed, then a fresh cache is taken, then it is said."""
+    library = tmp_path / "torchinductor_x" / "a.so"
+    library.parent.mkdir()
+    library.write_bytes(b"")
+    calls = []
+
+    def compile_(function, **_):
+        def compiled(x):
+            calls.append(x)
+            if len(calls) <= failures:
+                raise InductorError(ImportError(f"{library}: file too short"), inspect.currentframe())
+            return function(x)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "before")
+    function = Compute(compiled=True).function(lambda x: x + 1)
+    if message:
+        with pytest.raises(UserError, match=message):
+            function(1)
+    else:
+        assert function(1) == 2
+        assert len(calls) == failures + 1
+    assert library.exists() == (failures == 0)
+    assert (os.environ["TORCHINDUCTOR_CACHE_DIR"] == "before") == (failures < 2)

@@ -2,8 +2,11 @@
 
 import ctypes
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from networks import get_network
 
-from . import distributed
+from . import distributed, interrupts
 from .datasets import RealData
 from .errors import UserError
 from .rng import generator
@@ -21,6 +24,50 @@ from .rng import generator
 PRECISIONS = ("tf32", "fp32", "bf16")
 COMPILE_PAYS_CPU = 2e13  # floating-point operations of a run from which the seconds of compiling come back
 COMPILE_PAYS_CUDA = 500  # matching steps, or hundreds of training epochs, likewise
+
+
+class _Compiled:
+    """A compiled function that gets over a damaged cache of compiled code.
+
+    A process that is killed while its compiler writes leaves a truncated library in Inductor's cache on the disk, and
+    every later process that needs the same code fails to load it. What fails is removed and compiled again; then
+    everything is compiled in a cache of its own.
+    """
+
+    def __init__(self, function: Callable, mode: str | None):
+        self.function, self.mode = function, mode
+        for name in ("recompile_limit", "cache_size_limit"):  # its name before 2.7
+            # one compilation per batch size: past the limit some would run eagerly, others of them after a resume
+            if hasattr(torch._dynamo.config, name):
+                setattr(torch._dynamo.config, name, 64)
+        self.compiled = torch.compile(function, mode=mode, dynamic=False)
+
+    def __call__(self, *args: object) -> object:
+        for mend in (_remove_damaged, _use_fresh_cache, _give_up):
+            try:
+                return self.compiled(*args)
+            except torch._dynamo.exc.BackendCompilerFailed as error:
+                if interrupts.received():  # a terminal's Ctrl-C ended the compiler, too
+                    raise
+                mend(" ".join(str(error).split()))
+                torch._dynamo.reset()
+                self.compiled = torch.compile(self.function, mode=self.mode, dynamic=False)
+
+
+def _remove_damaged(message: str) -> None:
+    """Remove the library of Inductor's cache that an error names."""
+    found = re.search(r"(/\S+/torchinductor\S*\.so)", message)
+    if found:
+        with suppress(OSError):
+            os.unlink(found[1])
+
+
+def _use_fresh_cache(message: str) -> None:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="torchinductor_")
+
+
+def _give_up(message: str) -> None:
+    raise UserError(f"--compile: torch.compile failed: {message[:200]}. Use --compile off") from None
 
 
 class _Embedding(nn.Module):
@@ -54,8 +101,7 @@ class Compute:
         wrapped = self._autocast(function) if self.precision == "bf16" else function
         if not self.compiled:
             return wrapped
-        mode = "reduce-overhead" if self.on_cuda else None  # which records CUDA graphs
-        return torch.compile(wrapped, mode=mode, dynamic=False)
+        return _Compiled(wrapped, "reduce-overhead" if self.on_cuda else None)  # which records CUDA graphs
 
     def embedding(self, example: nn.Module) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
         """A function of a network and images to `net.embed(images)`; compiled once for all networks like `example`."""

@@ -165,15 +165,16 @@ class Distillation:
         s = self.settings
         if self.at.exp >= s.num_exp:
             self.run.log(f"{self.run.path} is finished: all {s.num_exp} experiments are done")
-        with interrupts.catch():
-            try:
+        try:
+            with interrupts.catch():
                 while self.at.exp < s.num_exp:
                     self._experiment()
-            except Interrupted:
+        except Interrupted as stopped:
+            if stopped.between_steps:
                 self.save()
-                self.run.log(f"stopped at experiment {self.at.exp}, iteration {self.at.iteration}; to go on:")
-                self.run.log(resume_command(self.run.path))
-                raise
+            self.run.log(f"stopped at experiment {self.at.exp}, iteration {self.at.iteration}; to go on:")
+            self.run.log(resume_command(self.run.path))
+            raise
         for model, values in self.at.accs.items():
             self.run.log(f"{model}: accuracy {mean_std(values)} ({len(values)} networks, {s.num_exp} experiments)")
         self._draw_curves()

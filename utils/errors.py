@@ -21,11 +21,14 @@ def unknown_name(what: str, name: str, accepted: Iterable[str]) -> str:
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop; `number` is the signal's."""
+    """A signal asked the run to stop.
 
-    def __init__(self, number: int):
+    `number`: the signal's; `between_steps`: whether the state of the run is whole.
+    """
+
+    def __init__(self, number: int, between_steps: bool = True):
         super().__init__(signal.Signals(number).name)
-        self.number = number
+        self.number, self.between_steps = number, between_steps
 
 
 def run_script(main: Callable[[], None], prog: str) -> None:

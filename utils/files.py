@@ -4,6 +4,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -70,7 +71,10 @@ class RunLock:
             import fcntl
         except ImportError:  # no such locks on this system
             return
-        self.file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - open as long as the process lives
+        try:
+            self.file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - open as long as the process lives
+        except OSError as error:
+            raise UserError(f"cannot write into {folder}: {error}. Choose another --save_path") from None
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -78,6 +82,7 @@ class RunLock:
             owner = self.file.read(200).strip() or "another process"
             self.file.close()
             raise UserError(f"--resume: {folder} is a live run of {owner}; wait for it, or stop it first") from None
-        self.file.truncate(0)
-        self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self.file.flush()
+        with suppress(OSError):  # who it is helps the reader of the message; on a full disk there is none
+            self.file.truncate(0)
+            self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            self.file.flush()

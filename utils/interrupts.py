@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from . import distributed
-from .errors import Interrupted
+from .errors import Interrupted, UserError
 
 _received = 0
 
@@ -25,12 +25,22 @@ def check() -> None:
 
 @contextmanager
 def catch() -> Iterator[None]:
-    """Note SIGINT and SIGTERM instead of dying of them; the second of them ends the process at once."""
+    """Note SIGINT and SIGTERM instead of dying of them; the second of them ends the process at once.
+
+    Raises:
+        Interrupted: instead of an error that came after a signal.
+    """
     global _received
     _received = 0
     before = {number: signal.signal(number, _note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+    except (Interrupted, UserError):
+        raise
+    except Exception:
+        if not _received:
+            raise
+        raise Interrupted(_received, between_steps=False) from None  # a terminal's Ctrl-C also ends compilers at work
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -137,15 +137,15 @@ class NetworkTraining:
         keepers = {i: _Keeper(self, i, Checkpointer(self.run, f"checkpoint_network{i}", interval)) for i in indices}
         if self.resumes:
             self._restore(keepers)
-        with interrupts.catch():
-            try:
+        try:
+            with interrupts.catch():
                 for keeper in keepers.values():
                     if not keeper.done:
                         self._train(keeper)
-            except Interrupted:
-                self.run.log("stopped; to go on:")
-                self.run.log(resume_command(self.run.path))
-                raise
+        except Interrupted:
+            self.run.log("stopped; to go on:")
+            self.run.log(resume_command(self.run.path))
+            raise
         results = distributed.gather({i: (keeper.best, keeper.newest) for i, keeper in keepers.items()})
         best, last = zip(*results.values(), strict=True)
         self.run.log(f"accuracy over {num_networks} networks: best {mean_std(best)}, last epoch {mean_std(last)}")
