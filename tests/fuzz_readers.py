@@ -7,6 +7,8 @@ folder `--keep`, and the exit status is 1. The tests run it with a small count.
 """
 
 import argparse
+import io
+import json
 import os
 import pickle
 import resource
@@ -16,6 +18,8 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable
+from contextlib import redirect_stderr
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +28,21 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import main_poe
 from networks import get_network
+from utils.checkpoints import Checkpointer
 from utils.datasets import RealData, load_dataset
+from utils.devices import Compute
+from utils.distill import Distillation, DistillSettings
 from utils.errors import UserError
-from utils.outliers import read_image_pool
+from utils.evaluation import EvalSettings, Evaluator
+from utils.methods import GradientMatching, MatchSettings
+from utils.outliers import PseudoOutliers, read_image_pool
 from utils.rng import generator
+from utils.runs import RunFolder
 from utils.synthetic import SyntheticSet, load_synthetic, save_synthetic
 from utils.trained import load_trained
+from utils.training import TrainSettings
 
 SHAPE = (3, 16, 16)
 CANARY = "canary"
@@ -130,6 +142,61 @@ def _read_pool(path: Path, real: RealData) -> None:
     int(images[:, :, :1, :1].sum())  # touches every page of a memory-mapped array
 
 
+def _small_run(folder: Path, real: RealData) -> Distillation:
+    """A distillation of one update that could be resumed in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    run = RunFolder(folder)
+    run.speaks = False
+    settings = MatchSettings("MLP", 1, batch_real=2, batch_oe=2)
+    method = GradientMatching(real, PseudoOutliers(real), settings)
+    evaluator = Evaluator(real, EvalSettings(1, {"MLP": TrainSettings(1)}, 1), run, Compute())
+    flags = {"lr_img": 0.1, "lr_net": 0.01}
+    of_run = DistillSettings("DC", "MLP", 1, 2, 1, 1, False, flags)
+    return Distillation(method, evaluator, of_run, run, Checkpointer(run))
+
+
+@cache
+def _one_small_run() -> Distillation:
+    return _small_run(Path(tempfile.mkdtemp()), tiny())
+
+
+def _checkpoints(real: RealData) -> list[bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        run = _small_run(Path(folder), real)
+        run.run.log_file_only = lambda message: None
+        run.at.found = {"MLP": {0: {"accuracy": 0.5}}}
+        run.method.start(0)
+        run.at.started = True
+        run.method.iterate(0)
+        run.save()
+        valid = run.checkpointer.path.read_bytes()
+    content = torch.load(io.BytesIO(valid), weights_only=True)
+    return [valid, _saved(content | {"exp": 1, "finished": [[torch.zeros(3, *SHAPE)] * 2]}), _saved([Payload()])]
+
+
+def _read_checkpoint(path: Path, real: RealData) -> None:
+    run = _one_small_run()
+    run.checkpointer.path, run.checkpointer.previous = path, path.with_name("none.pt")
+    if run.restore():
+        run.method.iterate(0)
+
+
+def _arguments(real: RealData) -> list[bytes]:
+    flags = {k: v for k, v in vars(main_poe.get_args_parser().parse_args([])).items() if k != "resume"}
+    return [json.dumps({"script": "main_poe.py", "flags": flags}, indent=1).encode()]
+
+
+def _read_arguments(path: Path, real: RealData) -> None:
+    parser = main_poe.get_args_parser()
+    parser.prog = "main_poe.py"
+    printed = io.StringIO()
+    try:
+        with redirect_stderr(printed):
+            parser.parse_args(["--resume", str(path.parent)])
+    except SystemExit:
+        raise UserError(printed.getvalue().strip()) from None
+
+
 READERS = {  # name of the file, valid files, how it is read
     "distilled set .pt": ("res.pt", _distilled, lambda path, real: load_synthetic(path, 0, real)),
     "network .pt": (NETWORK, _networks, lambda path, real: load_trained(path.parent, "ConvNetD1", real, 0, "best")),
@@ -137,6 +204,8 @@ READERS = {  # name of the file, valid files, how it is read
     "data set .npz": ("data.npz", _data_sets, lambda path, _: load_dataset("npz", path)),
     "pool .npy": ("pool.npy", _npy_pools, _read_pool),
     "pool .npz": ("pool.npz", _npz_pools, _read_pool),
+    "checkpoint.pt": ("checkpoint.pt", _checkpoints, _read_checkpoint),
+    "args.json": ("args.json", _arguments, _read_arguments),
     "image of a folder": ("folder/image.png", _images, _read_folder),
 }
 

@@ -20,9 +20,11 @@ from utils.runs import RunFolder
 
 KILLS = int(os.environ.get("TRUSTDD_KILLS", "5"))  # of each kind, in each stage
 NETWORK = "--dataset Digits --model MLP --ipc 1 --method DSA --dsa_strategy color_crop_cutout_scale_rotate"
-STAGE1 = f"{NETWORK} --init real --num_exp 2 --num_eval 2 --epoch_eval_train 30 --Iteration 24 --eval_interval 9"
-STAGE1 = f"{STAGE1} --batch_real 8 --batch_oe 8 --outer_loop 2 --inner_loop 2 --checkpoint_interval 3".split()
-STAGE2 = f"{NETWORK} --num_eval 2 --epoch_eval_train 400 --checkpoint_interval 7 --load_path".split()
+ITERATIONS = 8 * KILLS
+STAGE1 = f"{NETWORK} --init real --num_exp 2 --num_eval 2 --epoch_eval_train 30 --Iteration {ITERATIONS}"
+STAGE1 = f"{STAGE1} --batch_real 8 --batch_oe 8 --outer_loop 2 --inner_loop 2 --eval_interval 15"
+STAGE1 = f"{STAGE1} --checkpoint_interval 3".split()
+STAGE2 = f"{NETWORK} --num_eval 2 --epoch_eval_train {80 * KILLS} --checkpoint_interval 7 --load_path".split()
 
 
 class Processes:
@@ -76,7 +78,12 @@ def run_folder(root) -> Path:
     return next(root.rglob("args.json")).parent
 
 
-def kill_and_resume(processes, cwd, script, flags, seconds, calls):
+def saved(cwd) -> int:
+    """Changes with every checkpoint."""
+    return max((p.stat().st_mtime_ns for p in cwd.rglob("checkpoint*.pt")), default=0)
+
+
+def kill_and_resume(processes, cwd, script, flags):
     """Kill a run at random moments, and at random calls of fsync and rename; resume it each time, to its end."""
     rng = random.Random(0)
     ways = [None] * KILLS + ["fsync", "replace"] * ((KILLS + 1) // 2)
@@ -84,10 +91,13 @@ def kill_and_resume(processes, cwd, script, flags, seconds, calls):
     resumed = []
     killed = 0
     for name in ways:
-        kill = [name, rng.randrange(*calls[name])] if name else None
+        kill = [name, rng.randrange(2, 9)] if name else None
         pid = processes.start(cwd, script, [*flags, *resumed], kill)
         if not name:
-            time.sleep(rng.uniform(*seconds))
+            for _ in range(rng.randrange(3)):
+                before = saved(cwd)
+                wait_for(lambda before=before: saved(cwd) != before)
+            time.sleep(rng.uniform(0, 0.1))
             os.kill(pid, signal.SIGKILL)
         killed += processes.wait() == -signal.SIGKILL
         if list(cwd.rglob("args.json")):
@@ -117,13 +127,12 @@ def load(path) -> dict:
 
 
 def test_killed_distillation_ends_with_the_same_bits(processes, whole, tmp_path):
-    calls = {"fsync": (4, 14), "replace": (2, 7)}
-    kill_and_resume(processes, tmp_path, "main_poe.py", [*STAGE1, "--save_path", "one"], (0.3, 1.0), calls)
+    kill_and_resume(processes, tmp_path, "main_poe.py", [*STAGE1, "--save_path", "one"])
     expected, found = (run_folder(f / "one") for f in (whole, tmp_path))
     a, b = (load(next(f.glob("res_*.pt"))) for f in (expected, found))
     assert all(same_tensors(a[k], b[k]) for k in ("data", "data_oe", "accs_all_exps", "normalisation"))
     assert lines(expected) == lines(found)
-    assert len(lines(found)) == 2 * (24 + 4)
+    assert len(lines(found)) == 2 * (ITERATIONS + 1 + -(-ITERATIONS // 15))
     names = sorted(p.name for p in expected.glob("*.png"))
     assert names == sorted(p.name for p in found.glob("*.png"))
     assert all((expected / n).read_bytes() == (found / n).read_bytes() for n in names)
@@ -132,11 +141,10 @@ def test_killed_distillation_ends_with_the_same_bits(processes, whole, tmp_path)
 
 def test_killed_training_ends_with_the_same_bits(processes, whole, tmp_path):
     flags = [*STAGE2, whole / "one", "--save_path", "two"]
-    calls = {"fsync": (4, 14), "replace": (3, 12)}
-    kill_and_resume(processes, tmp_path, "train_model_synthetic_oe.py", flags, (0.2, 0.6), calls)
+    kill_and_resume(processes, tmp_path, "train_model_synthetic_oe.py", flags)
     expected, found = (run_folder(f / "two") for f in (whole, tmp_path))
     names = sorted(p.name for p in expected.glob("syn_trained_*.pt"))
-    assert len(names) == 2 * 2
+    assert len(names) >= 2 * 2
     assert names == sorted(p.name for p in found.glob("syn_trained_*.pt"))
     assert all(same_tensors(load(expected / n), load(found / n)) for n in names)
     assert lines(expected) == lines(found)
@@ -154,7 +162,7 @@ def test_a_signal_saves_and_says_how_to_go_on(processes, whole, tmp_path, number
     words = shlex.split(command)
     assert words[1] == "main_poe.py"
     before = len(lines(run_folder(tmp_path)))
-    assert 0 < before < 56
+    assert 0 < before < len(lines(run_folder(whole / "one")))
     processes.run(tmp_path, words[1], words[2:])
     assert lines(run_folder(tmp_path)) == lines(run_folder(whole / "one"))
 

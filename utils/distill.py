@@ -333,11 +333,25 @@ class Distillation:
             raise ValueError(f"experiment {exp}, iteration {iteration}")
         if state["started"]:
             self.method.load_state_dict(exp, state["method"])
-        labels = self.method.labels.cpu()
-        finished = [SyntheticSet(images, labels, images_oe) for images, images_oe in state["finished"]]
-        found = {model: dict(networks.items()) for model, networks in state["found"].items()}
+        finished = [self._finished(*images) for images in state["finished"]]
+        found = {
+            model: {int(i): {str(name): float(v) for name, v in measures.items()} for i, measures in networks.items()}
+            for model, networks in state["found"].items()
+        }
         accs = {model: [float(a) for a in values] for model, values in state["accs"].items()}
+        known = set(self.evaluator.models)
+        if len(finished) != exp or set(found) - known or set(accs) - known:
+            raise ValueError(f"{len(finished)} finished experiments, networks {', '.join(map(str, [*found, *accs]))}")
+        if any("accuracy" not in measures for networks in found.values() for measures in networks.values()):
+            raise ValueError("networks without an accuracy")
         self.at = Position(exp, iteration, bool(state["started"]), bool(state["evaluated"]), found, finished, accs)
+
+    def _finished(self, images: torch.Tensor, images_oe: torch.Tensor | None) -> SyntheticSet:
+        """The set of a finished experiment, checked."""
+        shape = (len(self.method.labels), self.real.channel, *self.real.im_size)
+        if any(t is not None and (tuple(t.shape) != shape or t.dtype != torch.float32) for t in (images, images_oe)):
+            raise ValueError("a finished set of another shape")
+        return SyntheticSet(images, self.method.labels.cpu(), images_oe)
 
 
 def _joined(accs: dict[str, list[float]], found: Found) -> dict[str, list[float]]:

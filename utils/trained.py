@@ -164,7 +164,7 @@ class NetworkTraining:
         if keeper.state is None:
             initialize(self.trainer.net, generator(self.seed, *key))
         else:
-            self.trainer.load_state_dict(keeper.state)
+            self.trainer.load_state_dict(keeper.state, keeper.epoch)
         what = f"network {keeper.index}"
         with self.run.progress(self.trainer.settings.epochs, what, keeper.epoch, TEST_INTERVAL) as progress:
 
@@ -242,7 +242,7 @@ class _Keeper:
                 raise ValueError(f"epoch {self.epoch}")
             self.state = saved.get("state")
             if not self.done:
-                self.trainer.load_state_dict(self.state)
+                self.trainer.load_state_dict(self.state, self.epoch)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:100]
             raise UserError(f"--resume: {self.checkpointer.path} is not of this run: {reason}") from None

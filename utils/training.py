@@ -151,13 +151,24 @@ class Trainer:
         return loss
 
     def state_dict(self) -> dict:
-        """The network and its optimizer."""
-        return {"net": dict(self.net.state_dict()), "optimizer": self.optimizer.state_dict()}
+        """The network, and the momentum of its parameters."""
+        momentum = [self.optimizer.state[p].get("momentum_buffer") for p in self.net.parameters()]
+        return {"net": dict(self.net.state_dict()), "momentum": momentum}
 
-    def load_state_dict(self, state: dict) -> None:
-        """Go on from a `state_dict`; `ValueError`, `RuntimeError` or `KeyError` where it does not fit."""
-        self.net.load_state_dict(state["net"])
-        self.optimizer.load_state_dict(state["optimizer"])
+    def load_state_dict(self, state: dict, epoch: int) -> None:
+        """Go on from the `state_dict` after `epoch` epochs.
+
+        Raises:
+            ValueError, RuntimeError, KeyError: when it is not of this network.
+        """
+        self.net.load_state_dict(dict(state["net"]))
+        self.restart(self.settings.lr * (0.1 if epoch > self.settings.epochs // 2 else 1))
+        for parameter, momentum in zip(self.net.parameters(), state["momentum"], strict=True):
+            if momentum is None:
+                continue
+            if momentum.shape != parameter.shape or momentum.dtype != parameter.dtype:
+                raise ValueError("momentum of another shape than its parameter")
+            self.optimizer.state[parameter]["momentum_buffer"] = momentum.to(parameter.device)
 
 
 @torch.no_grad()
