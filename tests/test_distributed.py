@@ -104,3 +104,20 @@ def test_a_process_that_dies_ends_the_run(tmp_path):
     assert "SIGKILL" in err or "exitcode: -9" in err or "exitcode  : -9" in err
     (saved,) = found(tmp_path, "res_*.pt")
     assert load_synthetic(saved).images.shape == (20, 1, 8, 8)
+
+
+def test_a_signal_stops_every_process_and_saves(tmp_path):
+    process = start(tmp_path, 2, "main_poe.py", *FLAGS, "--Iteration", 100000)
+    try:
+        deadline = time.monotonic() + 120
+        while not found(tmp_path, "checkpoint.pt") and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process.terminate()
+        out, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert "stopped at experiment 0, iteration " in out
+    *_, command = out.strip().splitlines()
+    assert command.startswith("torchrun --standalone --nproc_per_node 2 ")
+    assert torch.load(found(tmp_path, "checkpoint.pt")[0], weights_only=True)["evaluated"] in (True, False)
