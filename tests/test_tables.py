@@ -1,0 +1,105 @@
+"""The scripts of the tables, with a stand-in for Python that notes what it is asked to do."""
+
+import os
+import shlex
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+import main as stage1
+import main_oe
+import main_poe
+import test_ood_model_syn
+import train_model_synthetic_no_oe
+import train_model_synthetic_oe
+
+PARSERS = {
+    "main.py": stage1,
+    "main_oe.py": main_oe,
+    "main_poe.py": main_poe,
+    "train_model_synthetic_no_oe.py": train_model_synthetic_no_oe,
+    "train_model_synthetic_oe.py": train_model_synthetic_oe,
+    "test_ood_model_syn.py": test_ood_model_syn,
+}
+STAND_IN = """#!/usr/bin/env bash
+printf '%q ' "$@" >> "$NOTES"; echo >> "$NOTES"
+while [ $# -gt 0 ]; do
+    if [ "$1" = --save_path ]; then mkdir -p "$2/run" && touch "$2/run/args.json"; fi
+    shift
+done
+if [ -e "$NOTES.fail" ] && [ "$(wc -l < "$NOTES")" -ge "$(cat "$NOTES.fail")" ]; then exit 130; fi
+"""
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Run a script of `scripts/`; returns its exit status and the commands, as lists of words."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text(STAND_IN)
+    stand_in.chmod(0o755)
+    notes = tmp_path / "notes"
+
+    def run(script, fail_at=None, **variables):
+        notes.write_text("")
+        fail = tmp_path / "notes.fail"
+        fail.write_text(str(fail_at)) if fail_at else fail.unlink(missing_ok=True)
+        env = os.environ | {"PYTHON": str(stand_in), "NOTES": str(notes), "OUT": str(tmp_path / "out"), **variables}
+        done = subprocess.run(["bash", str(ROOT / "scripts" / script)], env=env, capture_output=True, text=True)
+        return done.returncode, [shlex.split(line) for line in notes.read_text().splitlines()]
+
+    return run
+
+
+@pytest.mark.parametrize("script", ["cifar10.sh", "cifar100.sh", "fashion_mnist.sh", "digits.sh"])
+def test_every_stage_of_every_kind(script, table):
+    status, commands = table(script, IPC="1 2", SEEDS="4 5", ITERATIONS="7", NETWORKS="2", EPOCHS="9")
+    assert status == 0
+    if script == "digits.sh":
+        assert commands.pop(0)[0] == "scripts/fashion_outliers.py"
+    assert len(commands) == 2 * (2 * 3 * 3 + 1)
+    for words in commands:
+        if words[0] != "scripts/compare.py":
+            args = PARSERS[words[0]].get_args_parser().parse_args(words[1:])
+            assert args.ipc in (1, 2)
+            assert args.seed in (4, 5)
+            assert getattr(args, "Iteration", 7) == 7
+    assert [w[0] for w in commands[:9]] == [
+        "main.py", "train_model_synthetic_no_oe.py", "test_ood_model_syn.py",
+        "main_oe.py", "train_model_synthetic_oe.py", "test_ood_model_syn.py",
+        "main_poe.py", "train_model_synthetic_oe.py", "test_ood_model_syn.py",
+    ]  # fmt: skip
+    for first, second in zip(commands[:9], commands[1:9], strict=False):
+        if second[0] != "main.py" and "--load_path" in second:
+            assert second[second.index("--load_path") + 1] == first[first.index("--save_path") + 1]
+
+
+def test_what_is_done_is_skipped_and_what_was_stopped_goes_on(table):
+    settings = {"IPC": "1", "SEEDS": "1", "KINDS": "plain poe"}
+    status, commands = table("cifar10.sh", fail_at=2, **settings)
+    assert status == 130
+    assert [w[0] for w in commands] == ["main.py", "train_model_synthetic_no_oe.py"]
+    status, commands = table("cifar10.sh", **settings)
+    assert status == 0
+    assert commands[0][:3] == ["train_model_synthetic_no_oe.py", "--resume", "latest"]
+    assert [w[0] for w in commands[1:]] == [
+        "test_ood_model_syn.py", "main_poe.py", "train_model_synthetic_oe.py", "test_ood_model_syn.py",
+        "scripts/compare.py",
+    ]  # fmt: skip
+    status, commands = table("cifar10.sh", **settings)
+    assert [w[0] for w in commands] == ["scripts/compare.py"]
+
+
+def test_ablations(table):
+    status, commands = table("digits.sh", IPC="1", SEEDS="1 2", KINDS="poe", ABLATIONS="1")
+    assert status == 0
+    corruptions = [w[w.index("--corruptions") + 1] for w in commands if "--corruptions" in w]
+    assert len(corruptions) == 2 * 8
+    assert len(set(corruptions)) == 8
+    trained = [w for w in commands if "/lambda/" in " ".join(w) and w[0] == "train_model_synthetic_oe.py"]
+    assert sorted(w[w.index("--lambda_oe") + 1] for w in trained) == sorted(["0", "0.1", "0.5", "1"] * 2)
+
+
+def test_an_unknown_kind(table):
+    status, commands = table("cifar10.sh", KINDS="plane")
+    assert (status, commands) == (2, [])
