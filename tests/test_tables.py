@@ -3,7 +3,9 @@
 import os
 import shlex
 import subprocess
+from itertools import pairwise
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -69,7 +71,7 @@ def test_every_stage_of_every_kind(script, table):
         "main_oe.py", "train_model_synthetic_oe.py", "test_ood_model_syn.py",
         "main_poe.py", "train_model_synthetic_oe.py", "test_ood_model_syn.py",
     ]  # fmt: skip
-    for first, second in zip(commands[:9], commands[1:9], strict=False):
+    for first, second in pairwise(commands[:9]):
         if second[0] != "main.py" and "--load_path" in second:
             assert second[second.index("--load_path") + 1] == first[first.index("--save_path") + 1]
 
@@ -103,3 +105,18 @@ def test_ablations(table):
 def test_an_unknown_kind(table):
     status, commands = table("cifar10.sh", KINDS="plane")
     assert (status, commands) == (2, [])
+
+
+def test_fashion_mnist_as_outliers(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import fashion_outliers
+
+    rng = np.random.default_rng(0)
+    images = {part: rng.integers(0, 256, (20, 28, 28), dtype=np.uint8) for part in ("train", "test")}
+    arrays = {f"{part}_images": a for part, a in images.items()}
+    labels = {f"{part}_labels": np.arange(20) % 10 for part in images}
+    np.savez(tmp_path / "fashionmnist.npz", **arrays, **labels)
+    flags = ["--data_path", tmp_path, "--oe", tmp_path / "a" / "oe.npz", "--ood", tmp_path / "b" / "ood.npz"]
+    fashion_outliers.main(fashion_outliers.get_args_parser().parse_args(list(map(str, flags))))
+    for name, part in (("a/oe.npz", "train"), ("b/ood.npz", "test")):
+        assert np.array_equal(np.load(tmp_path / name)["images"], images[part])
