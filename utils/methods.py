@@ -204,12 +204,12 @@ class GradientMatching:
         if not len(state["images"]) == len(state["momentum"]) == count:
             raise ValueError(f"{len(state['images'])} sets of images instead of {count}")
         self.exp = exp
-        images = [t.to(self.device) for t in state["images"]]
+        images = [t.to(self.device).clone() for t in state["images"]]  # a file's may overlap in memory
         self.image_syn, self.image_oe = images[0], images[1] if count == 2 else None
         self.optimizers = [self._optimizer(i) for i in images]
         for optimizer, image, momentum in zip(self.optimizers, images, state["momentum"], strict=True):
             if momentum is not None:
-                optimizer.state[image]["momentum_buffer"] = momentum.to(self.device)
+                optimizer.state[image]["momentum_buffer"] = momentum.to(self.device).clone()
 
     def synthetic(self) -> SyntheticSet:
         """The current synthetic set (views of the images that later iterations update)."""

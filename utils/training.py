@@ -168,7 +168,7 @@ class Trainer:
                 continue
             if momentum.shape != parameter.shape or momentum.dtype != parameter.dtype:
                 raise ValueError("momentum of another shape than its parameter")
-            self.optimizer.state[parameter]["momentum_buffer"] = momentum.to(parameter.device)
+            self.optimizer.state[parameter]["momentum_buffer"] = momentum.to(parameter.device).clone()
 
 
 @torch.no_grad()
