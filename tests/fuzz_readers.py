@@ -183,7 +183,7 @@ def _read_checkpoint(path: Path, real: RealData) -> None:
 
 def _arguments(real: RealData) -> list[bytes]:
     flags = {k: v for k, v in vars(main_poe.get_args_parser().parse_args([])).items() if k != "resume"}
-    return [json.dumps({"script": "main_poe.py", "flags": flags}, indent=1).encode()]
+    return [json.dumps({"script": "main_poe.py", "flags": flags}, indent=60).encode()]
 
 
 def _read_arguments(path: Path, real: RealData) -> None:
