@@ -7,15 +7,17 @@
 import argparse
 
 from utils import arguments
-from utils.distill import run_stage1
 from utils.errors import run_script
 from utils.flags import Parser
+from utils.resume import add_resume
+from utils.stage1 import run_stage1
 
 
 def get_args_parser() -> Parser:
     """The flags of this script."""
     parser = Parser(description="Distil a data set (no outliers).")
     arguments.add_stage1(parser, save_path="result")
+    add_resume(parser, "iterations")
     return parser
 
 

@@ -7,10 +7,11 @@
 import argparse
 
 from utils import arguments
-from utils.distill import run_stage1
 from utils.errors import run_script
 from utils.flags import Parser
 from utils.outliers import load_outlier_pool
+from utils.resume import add_resume
+from utils.stage1 import run_stage1
 
 
 def get_args_parser() -> Parser:
@@ -19,6 +20,7 @@ def get_args_parser() -> Parser:
     arguments.add_stage1(parser, save_path="result-oe")
     arguments.add_outliers(parser)
     arguments.add_oe(parser)
+    add_resume(parser, "iterations")
     return parser
 
 

@@ -9,6 +9,7 @@ import argparse
 from utils import arguments
 from utils.errors import run_script
 from utils.flags import Parser
+from utils.resume import add_resume
 from utils.trained import run_stage2
 
 
@@ -16,6 +17,7 @@ def get_args_parser() -> Parser:
     """The flags of this script."""
     parser = Parser(description="Train networks on a distilled set without outliers.")
     arguments.add_stage2(parser, save_path="result-model-synthetic-no-oe")
+    add_resume(parser, "epochs")
     return parser
 
 

@@ -9,6 +9,7 @@ import argparse
 from utils import arguments
 from utils.errors import run_script
 from utils.flags import Parser
+from utils.resume import add_resume
 from utils.trained import run_stage2
 
 
@@ -17,6 +18,7 @@ def get_args_parser() -> Parser:
     parser = Parser(description="Train networks on a distilled set with outliers.")
     arguments.add_stage2(parser, save_path="result-model-synthetic-oe")
     arguments.add_outlier_weight(parser)
+    add_resume(parser, "epochs")
     return parser
 
 

@@ -29,20 +29,27 @@ STAGE2=${STAGE2:-}
 STAGE3=${STAGE3:-}
 POE=${POE:-}
 
-# stage DIR SCRIPT FLAGS: a stage into DIR, from its beginning or from where it was stopped
+# stage DIR COMMAND: a stage into DIR, from its beginning or from where it was stopped. The command is kept in DIR/done
+# when it is done; settings that ask for another one stop the script, as the stages themselves do when they go on.
 stage() {
-    local dir=$1 script=$2
-    shift 2
-    if [ -e "$dir/done" ]; then return; fi
-    if [ "$script" = test_ood_model_syn.py ]; then
+    local dir=$1
+    shift
+    set -- "$@" --save_path "$dir"
+    if [ -e "$dir/done" ]; then
+        if [ "$(cat "$dir/done")" = "$*" ]; then return; fi
+        echo "OUT: $dir was made with other settings; set another OUT, or delete that folder" >&2
+        diff <(tr ' ' '\n' < "$dir/done") <(printf '%s\n' "$*" | tr ' ' '\n') >&2 || true
+        exit 2
+    fi
+    local command=$*
+    if [ "$1" = test_ood_model_syn.py ]; then
         rm -rf "$dir"
     elif [ -n "$(find "$dir" -name args.json 2>/dev/null)" ]; then
-        set -- --resume latest
+        set -- "$@" --resume latest
     fi
-    set -- "$script" "$@" --save_path "$dir"
     echo "\$ $PYTHON $*"
     "$PYTHON" "$@"
-    touch "$dir/done"
+    printf '%s\n' "$command" > "$dir/done"
 }
 
 # distil KIND IPC SEED DIR

@@ -48,6 +48,7 @@ def table(tmp_path):
         fail.write_text(str(fail_at)) if fail_at else fail.unlink(missing_ok=True)
         env = os.environ | {"PYTHON": str(stand_in), "NOTES": str(notes), "OUT": str(tmp_path / "out"), **variables}
         done = subprocess.run(["bash", str(ROOT / "scripts" / script)], env=env, capture_output=True, text=True)
+        run.err = done.stderr
         return done.returncode, [shlex.split(line) for line in notes.read_text().splitlines()]
 
     return run
@@ -83,13 +84,33 @@ def test_what_is_done_is_skipped_and_what_was_stopped_goes_on(table):
     assert [w[0] for w in commands] == ["main.py", "train_model_synthetic_no_oe.py"]
     status, commands = table("cifar10.sh", **settings)
     assert status == 0
-    assert commands[0][:3] == ["train_model_synthetic_no_oe.py", "--resume", "latest"]
+    assert commands[0][0] == "train_model_synthetic_no_oe.py"
+    assert commands[0][-2:] == ["--resume", "latest"]
     assert [w[0] for w in commands[1:]] == [
         "test_ood_model_syn.py", "main_poe.py", "train_model_synthetic_oe.py", "test_ood_model_syn.py",
         "scripts/compare.py",
     ]  # fmt: skip
     status, commands = table("cifar10.sh", **settings)
     assert [w[0] for w in commands] == ["scripts/compare.py"]
+
+
+def test_what_was_made_with_other_settings_is_not_taken_for_done(table):
+    settings = {"IPC": "1", "SEEDS": "1", "KINDS": "plain"}
+    assert table("cifar10.sh", **settings)[0] == 0
+    status, commands = table("cifar10.sh", ITERATIONS="7", **settings)
+    assert (status, commands) == (2, [])
+    assert "was made with other settings" in table.err
+    assert "< 1000" in table.err
+    assert "> 7" in table.err
+
+
+def test_what_was_stopped_goes_on_with_its_flags(table):
+    settings = {"IPC": "1", "SEEDS": "1", "KINDS": "plain"}
+    assert table("cifar10.sh", fail_at=1, **settings)[0] == 130
+    _, commands = table("cifar10.sh", ITERATIONS="7", **settings)
+    args = commands[0]
+    assert args[args.index("--Iteration") + 1] == "7"  # main.py compares it with what the run was started with
+    assert args[args.index("--resume") + 1] == "latest"
 
 
 def test_ablations(table):

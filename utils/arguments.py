@@ -14,7 +14,6 @@ from .matching import METRICS
 from .ood_detectors import ALL_SCORES, DETECTORS
 from .ood_scores import SCORES
 from .outliers import CORRUPTIONS, DEFAULT_CORRUPTIONS
-from .resume import add_resume
 from .runs import STAGE1_ROOTS, STAGE2_ROOTS
 
 METHODS = ("DC", "DSA")
@@ -154,7 +153,6 @@ def add_stage1(parser: Parser, save_path: str) -> None:
         default=None,
         help="a res_….pt to start the images (and outliers) from, instead of --init; for going on with other flags",
     )
-    add_resume(parser, "iterations")
 
 
 def _add_loop(group: argparse._ArgumentGroup) -> None:
@@ -259,7 +257,6 @@ def add_stage2(parser: Parser, save_path: str) -> None:
     add_training(parser, num_eval=5)
     add_compute(parser)
     add_folder(parser, save_path, STAGE1_ROOTS)
-    add_resume(parser, "epochs")
     parser.add_argument("--exp_idx", type=count(0), default=0, help="which experiment of the distilled set to train on")
 
 
@@ -361,8 +358,7 @@ def dsa_of(args: argparse.Namespace) -> DSA | None:
 
 
 def loops_of(args: argparse.Namespace) -> tuple[int, int, str]:
-    """Outer and inner loop: as given, else by ipc as published; and a line for the log where ipc is not in "
-    "the table."""
+    """Outer and inner loop, as given, else by ipc as published; and a line for the log where a rule gave them."""
     outer, inner = LOOPS.get(args.ipc, (args.ipc, max(1, round(500 / args.ipc))))
     notice = "" if args.ipc in LOOPS else f"ipc {args.ipc} has no published loops: outer {outer}, inner {inner} by rule"
     given = (args.outer_loop, args.inner_loop)

@@ -235,5 +235,5 @@ def plot_comparison(path: Path, runs: Sequence[Run]) -> None:
 def _strips(run: Run) -> list[tuple[str, torch.Tensor]]:
     """One image per class, and one outlier per slot, of the distilled set behind a run; none if it is gone."""
     networks = read_about(run.folders[0]).get("networks")
-    pictures = distilled_pictures(Path(networks)) if networks else []
+    pictures = distilled_pictures(Path(networks)) if isinstance(networks, str) else []
     return [(f"{run.name}: {title}, one per class", images[:STRIP, 0]) for title, images in pictures]

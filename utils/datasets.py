@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from .errors import UserError, unknown_name
+from .files import fingerprint
 from .readers import (
     PLAIN_INTEGERS,
     check_file,
@@ -121,6 +122,10 @@ class RealData:
         labels = self.labels_train.cpu()
         order = labels.argsort(stable=True)
         return order.split(labels.bincount(minlength=self.num_classes).tolist())
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the images and labels."""
+        return fingerprint(self.images_train, self.labels_train, self.images_test, self.labels_test)
 
     def to(self, device: torch.device | str) -> "RealData":
         """The same data on `device`."""

@@ -1,33 +1,20 @@
-"""Stage 1: distil, evaluate, save. The three main scripts differ in where their outliers come from, in nothing else."""
+"""The loop of stage 1: distil, evaluate, save; its checkpoints."""
 
-import argparse
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from networks import get_network
-
 from . import distributed, interrupts
-from .arguments import dsa_of, loops_of
 from .checkpoints import Checkpointer
-from .datasets import RealData, load_dataset
-from .devices import Compute, choose_compute, choose_device
 from .errors import Interrupted, UserError
-from .evaluation import EvalSettings, Evaluator, Found, evaluation_models, mean_std, training_of
-from .methods import GradientMatching, MatchSettings
-from .ood_datasets import OODSet, OODSource
-from .outliers import OutlierPool, PseudoOutliers
+from .evaluation import Evaluator, Found, mean_std
+from .methods import GradientMatching
 from .resume import resume_command
-from .rng import generator
 from .runs import Progress, RunFolder
-from .scalars import Scalars, require_tensorboard
-from .synthetic import SyntheticSet, load_start, result_name, save_synthetic
+from .synthetic import SyntheticSet, result_name, save_synthetic
 from .visualize import save_curves, save_grid
-
-Outliers = OutlierPool | PseudoOutliers | None
 
 
 @dataclass(frozen=True)
@@ -42,85 +29,6 @@ class DistillSettings:
     eval_interval: int
     eval_last_only: bool
     flags: dict
-
-
-def run_stage1(args: argparse.Namespace, make_outliers: Callable[[RealData], Outliers]) -> None:
-    """Everything that a main script does after parsing; `make_outliers` gives its source of outliers."""
-    device = choose_device(args.device, args.deterministic)
-    match = _match_settings(args)
-    models = evaluation_models(args.eval_mode, args.model)
-    training = {
-        model: training_of(
-            model, args.dataset, match.dsa, args.epoch_eval_train, args.lr_net, args.batch_train, match.lambda_oe
-        )
-        for model in models
-    }
-    real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none").to(device)
-    for model in models:  # a network that does not fit must be known before hours of distillation
-        get_network(model, real.channel, real.num_classes, real.im_size, generator(args.seed))
-    outliers = make_outliers(real)
-    start = load_start(args.load_path, real, args.ipc, outliers is not None)
-    steps = args.num_exp * args.Iteration * match.outer_loop
-    images = 3 * steps * real.num_classes * (match.batch_real + match.batch_oe * (outliers is not None))
-    compute = choose_compute(args.compile, args.precision, device, args.model, real, steps, images)
-    method = GradientMatching(real, outliers, match, compute, start)
-    ood = _eval_ood(args, real)
-    settings = DistillSettings(
-        args.method, args.model, args.ipc, args.num_exp, args.Iteration, args.eval_interval,
-        args.eval_mode not in ("S", "SS"), {k: v for k, v in vars(args).items() if k != "resume"},
-    )  # fmt: skip
-    run = _run_folder(args, match, device)
-    if args.tensorboard and run.speaks:
-        run.scalars = Scalars(run.path)
-    evaluator = Evaluator(real, EvalSettings(args.num_eval, training, args.seed, ood), run, compute)
-    distillation = Distillation(method, evaluator, settings, run, Checkpointer(run, interval=args.checkpoint_interval))
-    if not args.resume or not distillation.restore():
-        for line in _notices(args, models, loops_of(args)[2], outliers, compute):
-            run.log(line)
-    distillation.run_all()
-
-
-def _eval_ood(args: argparse.Namespace, real: RealData) -> tuple[OODSet, ...]:
-    """The sets of `--eval_ood`."""
-    if args.tensorboard:
-        require_tensorboard()
-    source = OODSource(
-        real, Path(args.ood_path), Path(args.data_path), args.download == "all", len(real.images_test), args.seed
-    )
-    return tuple(source.find_all(args.eval_ood, "--eval_ood")) if args.eval_ood else ()
-
-
-def _run_folder(args: argparse.Namespace, match: MatchSettings, device: torch.device) -> RunFolder:
-    if args.resume:
-        return RunFolder(Path(args.resume))
-    run = RunFolder.create(args.save_path, args.method, args.dataset, args.model, args.ipc)
-    loops = {"outer_loop": match.outer_loop, "inner_loop": match.inner_loop}
-    run.save_args(vars(args), device=str(device), seed=args.seed, **loops)
-    run.log(f"run folder: {run.path}")
-    return run
-
-
-def _match_settings(args: argparse.Namespace) -> MatchSettings:
-    outer_loop, inner_loop, _ = loops_of(args)
-    return MatchSettings(
-        args.model, args.ipc, args.seed, args.lr_img, args.lr_net, args.batch_real, getattr(args, "batch_oe", 0),
-        args.batch_train, getattr(args, "lambda_oe", 0.0), args.dis_metric, args.init, outer_loop, inner_loop,
-        dsa_of(args),
-    )  # fmt: skip
-
-
-def _notices(
-    args: argparse.Namespace, models: tuple[str, ...], loops: str, outliers: Outliers, compute: Compute
-) -> list[str]:
-    """What the user should know before the run starts."""
-    lines = [loops, outliers.notice if outliers else ""]
-    if args.method == "DC" and args.dsa_strategy:
-        lines.append(f"--dsa_strategy {args.dsa_strategy} is not used by --method DC")
-    if args.eval_mode == "S" and models != (args.model,):
-        lines.append(f"--eval_mode S evaluates {models[0]} instead of {args.model}; --eval_mode SS keeps BatchNorm")
-    processes = f", {distributed.world()} processes" if distributed.world() > 1 else ""
-    lines.append(f"computing: {compute}{processes}")
-    return [line for line in lines if line]
 
 
 @dataclass
@@ -188,6 +96,11 @@ class Distillation:
             save_curves(self.run.path / "curves.png", self.run.metrics())
         except ImportError:
             self.run.log("no curves.png: matplotlib is not installed (pip install matplotlib)")
+
+    @property
+    def starts_another(self) -> bool:
+        """Whether an experiment is still to be started."""
+        return self.at.exp + self.at.started < self.settings.num_exp
 
     @property
     def _result(self) -> Path:
@@ -307,6 +220,7 @@ class Distillation:
             UserError: when the checkpoint is not of this run.
         """
         state = self.checkpointer.load()
+        distributed.barrier()  # nobody saves before everybody has read
         if state is None:
             self.run.log("resumed: killed before its first checkpoint, so from the beginning")
             self.run.keep_metrics(lambda line: False)

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 
 class UserError(ValueError):
@@ -33,6 +34,9 @@ class Interrupted(Exception):
 
 def run_script(main: Callable[[], None], prog: str) -> None:
     """Call `main()`; turn a `UserError` into one line on stderr and exit status 2, a signal into 128 and its number."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # what stands in for them in a notebook or a test has no encoding
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (Interrupted, KeyboardInterrupt) as stopped:

@@ -19,7 +19,7 @@ from .ood_scores import msp
 from .rng import generator
 from .runs import RunFolder
 from .synthetic import SyntheticSet
-from .training import Trainer, TrainSettings
+from .training import Trainer, TrainSettings, accuracy_of
 
 EVAL_LOG = 500
 Found = dict[str, dict[int, dict[str, float]]]  # by evaluation model and number of the network: its measures
@@ -112,11 +112,11 @@ class Evaluator:
                 raise Interrupted(interrupts.received())
 
         initialize(trainer.net, generator(self.settings.seed, *key))
-        loss = trainer.train(synthetic, self.settings.seed, key, after_epoch)
-        if not torch.isfinite(loss):
-            self.run.log(f"{model} network {index}: its training diverged (loss not finite); consider a lower --lr_net")
+        trainer.train(synthetic, self.settings.seed, key, after_epoch)
         logits = trainer.predict(self.real.test_images)
-        measures = {"accuracy": (logits.argmax(1) == self.real.labels_test).float().mean().item()}
+        if not torch.isfinite(logits).all():
+            self.run.log(f"{model} network {index}: its training diverged (outputs not finite); lower --lr_net")
+        measures = {"accuracy": accuracy_of(logits, self.real.labels_test)}
         return measures | {f"auroc {ood.name}": self._auroc(trainer, logits, ood) for ood in self.settings.ood}
 
     def _auroc(self, trainer: Trainer, logits: torch.Tensor, ood: OODSet) -> float:

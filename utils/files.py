@@ -1,6 +1,8 @@
 """Files that last: written whole or not at all, logs that reach the disk at once, folders with one owner."""
 
+import hashlib
 import os
+import re
 import socket
 import tempfile
 from collections.abc import Callable
@@ -11,6 +13,8 @@ from typing import BinaryIO
 import torch
 
 from .errors import UserError
+
+_UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}")  # how tempfile names them
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], None], keep: Path | None = None) -> None:
@@ -50,17 +54,58 @@ def save_text(path: Path, text: str) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line in one write, and flush it to the disk.
+    """Append a line, whole or not at all, and flush it to the disk.
 
     Raises:
         UserError: when the disk is full or the folder is read-only.
     """
+    data = (line + "\n").encode(errors="replace")
+    written = 0
     try:
         with open(path, "ab", buffering=0) as file:
-            file.write((line + "\n").encode(errors="replace"))
-            os.fsync(file.fileno())
+            try:
+                while written < len(data):  # a disk that runs full takes a part
+                    written += file.write(data[written:])
+                os.fsync(file.fileno())
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(file.seek(0, os.SEEK_END) - written)
+                raise
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}. Free space or choose another --save_path") from None
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file; none where there is no file.
+
+    Raises:
+        UserError: when it cannot be read.
+    """
+    try:
+        return path.read_text(errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}. Move it away") from None
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Take away what `atomic_write` left in `folder` when its process was killed; for the owner of the folder."""
+    for path in folder.iterdir():
+        if _UNFINISHED.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+def fingerprint(*tensors: torch.Tensor | None) -> str:
+    """SHA-256 of the types, shapes and values of tensors, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        if tensor is None:
+            digest.update(b"none")
+        else:
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
 
 
 class RunLock:

@@ -1,13 +1,13 @@
 """From results back to what they were made from: stage 3's folder names its networks, stage 2's its distilled set."""
 
-import json
+import os
 from pathlib import Path
 
 import torch
 
 from .datasets import SPECS
 from .errors import UserError
-from .readers import read_pt
+from .readers import read_json, read_pt
 from .runs import ARGS
 from .synthetic import load_synthetic
 
@@ -15,10 +15,9 @@ from .synthetic import load_synthetic
 def read_about(folder: Path) -> dict:
     """What a run folder's `args.json` says; empty where there is none or it is no JSON object."""
     try:
-        about = json.loads((folder / ARGS).read_text())
-    except (OSError, ValueError):
+        return read_json(folder / ARGS, "--folder")
+    except UserError:
         return {}
-    return about if isinstance(about, dict) else {}
 
 
 def distilled_set_of(networks: Path) -> tuple[Path, int]:
@@ -28,21 +27,22 @@ def distilled_set_of(networks: Path) -> tuple[Path, int]:
         UserError: when the folder does not say so, or the file is gone.
     """
     about = read_about(networks)
-    if "distilled_set" not in about:
+    path, flags = about.get("distilled_set"), about.get("flags")
+    if not isinstance(path, str):
         raise UserError(f"{networks} does not say which distilled set its networks were trained on")
-    path = Path(about["distilled_set"])
-    if not path.is_file():
+    exp_idx = flags.get("exp_idx", 0) if isinstance(flags, dict) else 0
+    if not os.path.isfile(path):
         raise UserError(f"{networks} was trained on {path}, which is gone")
-    return path, int(about.get("flags", {}).get("exp_idx", 0))
+    return Path(path), exp_idx if isinstance(exp_idx, int) else 0
 
 
 def sources_of(results: Path) -> list[Path]:
     """What a stage-3 folder was made from, as far as it can be told: its networks' folder and its distilled set."""
     networks = read_about(results).get("networks")
-    if not networks:
+    if not isinstance(networks, str):
         return []
     about = read_about(Path(networks))
-    return [Path(p).resolve() for p in (networks, about.get("distilled_set")) if p]
+    return [Path(p).resolve() for p in (networks, about.get("distilled_set")) if isinstance(p, str)]
 
 
 def distilled_pictures(networks: Path) -> list[tuple[str, torch.Tensor]]:

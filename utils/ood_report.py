@@ -20,6 +20,7 @@ from .lineage import distilled_pictures, distilled_set_of
 from .ood_datasets import OODSet, OODSource, default_sets
 from .ood_detectors import FitSet, Scorer, need_fitting, require_library
 from .ood_metrics import ERROR_MEASURES, MEASURES, error_detection, ood_measures
+from .readers import read_json
 from .runs import STAGE2_ROOTS, RunFolder, find_run_folder
 from .synthetic import load_synthetic
 from .trained import checkpoint_name, load_trained
@@ -337,12 +338,12 @@ def load_results(folder: Path) -> Results:
     """
     path = folder / "results.json"
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path, "results", most=64 << 20)
         errors, rows = ([_with_nan(row) for row in content[key]] for key in ("errors", "rows"))
         for row in rows:
             _ = errors[row["network"]]["error"], row["set"], row["score"], [row[m] for m in MEASURES]
         return Results(errors, rows, list(content["missing"]))
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise UserError(f"{path} is damaged, or is not what test_ood_model_syn.py writes; run it again") from None
 
 

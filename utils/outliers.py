@@ -132,8 +132,10 @@ def distinct(total: int, n: int, generator: torch.Generator) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class PseudoOutliers:
-    """POE: slot c serves training images under corruption `c mod len(corruptions)`. Only the drawn batch is "
-    "corrupted."""
+    """POE: slot c serves training images under corruption `c mod len(corruptions)`.
+
+    Only the drawn batch is corrupted.
+    """
 
     real: RealData
     corruptions: tuple[str, ...] = DEFAULT_CORRUPTIONS
@@ -159,11 +161,14 @@ class OutlierPool:
     notice: str = ""
 
     def draw(self, slot: int, n: int, generator: torch.Generator) -> torch.Tensor:
-        """`n` (or as many as the slice has) different images of the slot's slice, in the data set's shape, "
-        "normalised."""
+        """`n` (or as many as the slice has) different images of the slot's slice, conformed and normalised."""
         chosen = self.slices[slot][distinct(self.slices.shape[1], n, generator)]
         images = self.images[chosen.to(self.images.device)].to(self.real.device, non_blocking=True)
         return self.real.normalize(conform(images, self.real.channel, self.real.im_size))
+
+    def sample(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What tells this pool from others: the shape of its slices, and the first images of each."""
+        return torch.tensor(self.slices.shape), self.images[self.slices[:, :16].flatten().to(self.images.device)]
 
 
 def read_image_pool(path: str | Path, channel: int, im_size: tuple[int, int], flag: str) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Reading what others wrote: arrays, tensors and image folders. Nothing is ever unpickled."""
 
 import io
+import json
 import logging
 import os
 import pickletools
@@ -76,6 +77,26 @@ def check_file(path: Path, flag: str) -> Path:
         there = "not a file" if os.path.lexists(path) else "not there"
         raise UserError(f"{flag}: {path} is {there}; give an existing file")
     return path
+
+
+def read_json(path: Path, what: str, most: int = 1 << 20) -> dict:
+    """The JSON object in a file of at most `most` bytes.
+
+    Raises:
+        UserError: when the file is missing, damaged, too large, or holds anything else.
+    """
+    path = check_file(path, what)
+    try:
+        with path.open("rb") as file:
+            text = file.read(most + 1)
+        if len(text) > most:
+            raise ValueError("it is too large")
+        value = json.loads(text)
+        if not isinstance(value, dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{what}: {path} is damaged: {_first_line(error)}") from None
+    return value
 
 
 def read_pt(path: Path, what: str, check_crc: bool = False) -> object:

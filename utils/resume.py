@@ -1,7 +1,7 @@
 """Going on with a run: its arguments come from its folder, and how its command is said."""
 
 import argparse
-import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -9,26 +9,32 @@ from pathlib import Path
 from . import distributed
 from .errors import UserError
 from .flags import Parser
+from .readers import read_json
 from .runs import ARGS
 
-MAY_CHANGE = ("device", "data_path", "oe_data_path", "ood_path", "download", "checkpoint_interval", "tensorboard")
+MAY_CHANGE = (
+    "device", "data_path", "oe_data_path", "ood_path", "load_path", "folder", "download", "checkpoint_interval",
+    "tensorboard",
+)  # fmt: skip
+NOT_STORED = ("resume", "help", "is_parallel")
 
 
 def add_resume(parser: Parser, steps: str) -> None:
-    """The flags of a stage that can be resumed; `steps` names what its interval counts."""
+    """The flags of a stage that can be resumed, behind all others; `steps` names what its interval counts."""
     group = parser.add_argument_group("checkpoints")
-    group.add_argument(
-        "--resume",
-        default=None,
-        metavar="FOLDER",
-        help="run folder to go on with, or latest: the newest under --save_path. The flags come from the folder; of "
-        f"others only {', '.join('--' + name for name in MAY_CHANGE)} may differ",
-    )
     group.add_argument(
         "--checkpoint_interval",
         type=_interval,
         default=50,
         help=f"{steps} between two checkpoints; lower it where jobs are killed often. Ten minutes are never exceeded",
+    )
+    known = {action.dest for action in parser._actions}
+    group.add_argument(
+        "--resume",
+        default=None,
+        metavar="FOLDER",
+        help="run folder to go on with, or latest: the newest under --save_path. The flags come from the folder; of "
+        f"others only {', '.join('--' + name for name in MAY_CHANGE if name in known)} may differ",
     )
     parser.complete = resumed
 
@@ -49,33 +55,42 @@ def resumed(parser: Parser, args: argparse.Namespace, given: dict) -> argparse.N
     """
     if args.resume is None:
         return args
-    folder = _latest(Path(args.save_path), parser.prog) if args.resume == "latest" else Path(args.resume)
+    latest = args.resume == "latest"
+    folder = _latest(Path(args.save_path), parser.prog) if latest else Path(args.resume)
     about = read_args(folder)
     if about["script"] != parser.prog:
         raise UserError(f"--resume: {folder} is a run of {about['script']}, not of {parser.prog}; resume it with that")
     stored = about["flags"]
+    no_conflict = ("resume", "save_path", *MAY_CHANGE) if latest else ("resume", *MAY_CHANGE)
     for name, value in given.items():
-        if name not in ("resume", *MAY_CHANGE) and stored.get(name) != value:
+        if name not in no_conflict and stored.get(name) != value:
             raise UserError(
                 f"--{name}: given is {value}, but {folder} was started with {stored.get(name)}; leave the flag out, or "
                 "start a new run"
             )
     changed = {name: value for name, value in given.items() if name in MAY_CHANGE}
-    args, rest = argparse.ArgumentParser.parse_known_args(parser, _command_line(stored | changed))
-    if rest:
-        raise UserError(f"--resume: {folder / ARGS} has what {parser.prog} does not know: {' '.join(rest)[:160]}")
+    args, _ = argparse.ArgumentParser.parse_known_args(parser, _command_line(stored | changed, parser, folder))
     args.resume = str(folder)
     return args
 
 
-def _command_line(flags: dict) -> list[str]:
-    """Flags as words of a command line, so that a parser checks them."""
+def _command_line(flags: dict, parser: Parser, folder: Path) -> list[str]:
+    """Flags as words of a command line, so that the parser checks them.
+
+    Raises:
+        UserError: for a flag that the parser does not know, or what would be taken for one.
+    """
+    known = {action.dest for action in parser._actions}.difference(NOT_STORED)
     words = []
     for name, value in flags.items():
         if name == "resume" or value is None or value is False:
             continue
+        values = [str(v) for v in value] if isinstance(value, list) else []
+        if name not in known or any(v.startswith("-") for v in values):
+            said = f"--{name}={value}"
+            raise UserError(f"--resume: {folder / ARGS} has what {parser.prog} does not know: {said[:160]}")
         if isinstance(value, list):
-            words += [f"--{name}", *map(str, value)]
+            words += [f"--{name}", *values]
         else:
             words.append(f"--{name}" if value is True else f"--{name}={value}")
     return words
@@ -84,10 +99,14 @@ def _command_line(flags: dict) -> list[str]:
 def _latest(root: Path, script: str) -> Path:
     """The run folder of this script under `root` that was written to last."""
     found = []
-    for path in root.rglob(ARGS):
+    try:
+        folders = [path.parent for path in root.rglob(ARGS)]
+    except OSError:  # a name that is too long
+        folders = []
+    for folder in folders:
         try:
-            if read_args(path.parent)["script"] == script:
-                found.append((max(p.stat().st_mtime for p in path.parent.iterdir()), path.parent))
+            if read_args(folder)["script"] == script:
+                found.append((max(p.stat().st_mtime for p in folder.iterdir()), folder))
         except (UserError, OSError):
             continue
     if not found:
@@ -102,18 +121,28 @@ def read_args(folder: Path) -> dict:
         UserError: when there is none, or it is damaged.
     """
     path = Path(folder) / ARGS
-    try:
-        if path.stat().st_size > 1 << 20:
-            raise ValueError("it is too large")
-        about = json.loads(path.read_bytes())
-        if not isinstance(about["flags"], dict) or not isinstance(about["script"], str):
-            raise TypeError("it has no flags")
-    except OSError:
-        raise UserError(f"--resume: {folder} is no run folder: it has no {ARGS}. Give the folder of a run") from None
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:100]
-        raise UserError(f"--resume: {path} is damaged: {reason}. Give the folder of another run") from None
+    if not os.path.isfile(path):
+        raise UserError(f"--resume: {folder} is no run folder: it has no file {ARGS}. Give the folder of a run")
+    about = read_json(path, "--resume")
+    if not isinstance(about.get("flags"), dict) or not isinstance(about.get("script"), str):
+        raise UserError(f"--resume: {path} is damaged: it has no flags. Give the folder of another run")
     return about
+
+
+def check_inputs(folder: Path, inputs: dict[str, str]) -> None:
+    """Compare what a resumed run reads with what it read when it was started.
+
+    Args:
+        inputs: for each flag that names an input, the `fingerprint` of what was read.
+    Raises:
+        UserError: when one differs; without that its results would be a mixture.
+    """
+    before = read_args(folder).get("inputs")
+    for flag, found in inputs.items():
+        if isinstance(before, dict) and before.get(flag, found) != found:
+            raise UserError(
+                f"--{flag}: what is there now is not what {folder} was started with; give that, or start a new run"
+            )
 
 
 def resume_command(folder: Path) -> str:
@@ -122,4 +151,5 @@ def resume_command(folder: Path) -> str:
         start = ["torchrun", "--standalone", "--nproc_per_node", str(distributed.world())]
     else:
         start = [sys.orig_argv[0]]
-    return shlex.join([*start, sys.argv[0], "--resume", str(folder)])
+    where = [f"--resume={folder}"] if str(folder).startswith("-") else ["--resume", str(folder)]
+    return shlex.join([*start, sys.argv[0], *where])

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 
 from . import distributed
 from .errors import UserError
-from .files import RunLock, append_line, save_text
+from .files import RunLock, append_line, read_lines, remove_unfinished, save_text
 from .scalars import Scalars
 
 VERSION = 1
@@ -35,6 +35,8 @@ class RunFolder:
         self.path = Path(path)
         self.speaks = distributed.rank() == 0
         self.lock = RunLock(self.path) if self.speaks else None
+        if self.speaks:
+            remove_unfinished(self.path)
         self.scalars: Scalars | None = None  # set where --tensorboard is given
 
     @classmethod
@@ -83,23 +85,22 @@ class RunFolder:
             self.scalars.add(plain)
 
     def metrics(self) -> list[dict]:
-        """The lines of `metrics.jsonl`."""
-        path = self.path / METRICS
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        """The lines of `metrics.jsonl`, without what a crash damaged."""
+        return [json.loads(line) for line in self._kept_lines(lambda line: isinstance(line, dict))]
 
     def keep_metrics(self, keep: Callable[[dict], bool]) -> None:
         """Take out of `metrics.jsonl` what a resumed run will write again, and a last line that a crash cut off."""
-        path = self.path / METRICS
-        if not self.speaks or not path.exists():
-            return
+        if self.speaks:
+            save_text(self.path / METRICS, "".join(line + "\n" for line in self._kept_lines(keep)))
+
+    def _kept_lines(self, keep: Callable[[dict], bool]) -> list[str]:
+        """The lines of `metrics.jsonl` that are whole and that `keep` wants."""
         kept = []
-        for line in path.read_text(errors="replace").splitlines():
-            try:
+        for line in read_lines(self.path / METRICS):
+            with suppress(ValueError, TypeError, KeyError, RecursionError):
                 if keep(json.loads(line)):
-                    kept.append(line + "\n")
-            except (ValueError, TypeError, KeyError):
-                continue
-        save_text(path, "".join(kept))
+                    kept.append(line)
+        return kept
 
     def save_args(self, args: dict, **more: object) -> None:
         """Write the flags of the run to `args` (JSON, as the published code does), and to `args.json` with them what

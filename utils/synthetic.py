@@ -64,18 +64,21 @@ def save_synthetic(
     save_pt(path, content | {"about": about, "version": VERSION})
 
 
-def load_synthetic(path: str | Path, exp_idx: int = 0, real: RealData | None = None) -> SyntheticSet:
+def load_synthetic(
+    path: str | Path, exp_idx: int = 0, real: RealData | None = None, what: str = "distilled set"
+) -> SyntheticSet:
     """Read one experiment of a distilled set, also one that the published code wrote.
 
     Args:
         path: a `res_….pt` file.
         exp_idx: which experiment.
         real: the data set it must fit in image shape and class count, if given.
+        what: how the message calls a file that cannot be read, e.g. the flag that names it.
     Raises:
         UserError: when the file is damaged, not a distilled set, of other data, or has no such experiment.
     """
     path = Path(path)
-    content = read_pt(path, "distilled set")
+    content = read_pt(path, what)
     if not isinstance(content, dict) or not isinstance(content.get("data"), list):
         raise UserError(f"{path} is no distilled set: it has no list 'data'. Give the res_….pt file of stage 1")
     if not 0 <= exp_idx < len(content["data"]):
@@ -155,8 +158,9 @@ def load_start(path: str | None, real: RealData, ipc: int, with_outliers: bool) 
     """
     if path is None:
         return []
-    sets = [load_synthetic(path, 0, real)]
-    sets += [load_synthetic(path, i, real) for i in range(1, len(read_pt(Path(path), "--load_path")["data"]))]
+    sets = [load_synthetic(path, 0, real, "--load_path")]
+    more = range(1, len(read_pt(Path(path), "--load_path")["data"]))
+    sets += [load_synthetic(path, i, real, "--load_path") for i in more]
     for one in sets:
         order = torch.arange(real.num_classes).repeat_interleave(ipc)
         if not torch.equal(one.labels, order):

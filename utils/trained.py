@@ -1,6 +1,7 @@
 """Stage 2: train networks on a distilled set, keep their checkpoints; and what stage 3 needs to load them."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,13 +17,13 @@ from .datasets import RealData, load_dataset
 from .devices import choose_compute, choose_device
 from .errors import Interrupted, UserError
 from .evaluation import mean_std, training_of
-from .files import save_pt
+from .files import fingerprint, save_pt
 from .readers import read_pt
-from .resume import read_args, resume_command
+from .resume import check_inputs, read_args, resume_command
 from .rng import generator
 from .runs import LOG_EVERY, STAGE1_ROOTS, RunFolder, find_run_folder
 from .synthetic import SyntheticSet, load_synthetic, result_name
-from .training import TEST_BATCH, Trainer, TrainSettings, predict
+from .training import TEST_BATCH, Trainer, TrainSettings, accuracy_of, predict
 
 TEST_INTERVAL = 50
 CHECKPOINT_INTERVAL = 200
@@ -61,7 +62,7 @@ def run_stage2(args: argparse.Namespace, with_outliers: bool) -> None:
     settings = training_of(
         args.model, args.dataset, dsa, args.epoch_eval_train, args.lr_net, args.batch_train, lambda_oe
     )
-    path = _resumed_set(Path(args.resume)) if args.resume else find_distilled(args, with_outliers)
+    path = _resumed_set(args) or find_distilled(args, with_outliers)
     real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none").to(device)
     synthetic = load_synthetic(path, args.exp_idx, real)
     if not with_outliers:
@@ -75,30 +76,45 @@ def run_stage2(args: argparse.Namespace, with_outliers: bool) -> None:
     images = 3 * steps * len(synthetic.images) * (2 if with_outliers else 1)
     compute = choose_compute(args.compile, args.precision, device, args.model, real, steps, images)
     net = get_network(args.model, real.channel, real.num_classes, real.im_size, generator(args.seed)).to(device)
-    run = _run_folder(args, path, settings, device)
+    inputs = {
+        "data_path": real.fingerprint(),
+        "load_path": fingerprint(synthetic.images, synthetic.labels, synthetic.images_oe),
+    }
+    run = _run_folder(args, path, settings, device, inputs)
     run.log(f"computing: {compute}")
     trainer = Trainer(net, settings, compute)
     training = NetworkTraining(args.model, real, synthetic.to(device), trainer, args.seed, run, bool(args.resume))
     training.train_all(args.num_eval, args.checkpoint_interval)
 
 
-def _resumed_set(folder: Path) -> Path:
-    """The distilled set of the run that is resumed."""
-    path = read_args(folder).get("distilled_set")
-    if not isinstance(path, str) or not Path(path).is_file():
-        raise UserError(f"--resume: the distilled set of {folder} is gone: {str(path)[:200]}. Put it back")
+def _resumed_set(args: argparse.Namespace) -> Path | None:
+    """The distilled set of the run that is resumed; None where there is none, or flags say that it was moved."""
+    if not args.resume:
+        return None
+    about = read_args(Path(args.resume))
+    if any(getattr(args, name) != about["flags"].get(name) for name in ("load_path", "folder")):
+        return None
+    path = about.get("distilled_set")
+    if not isinstance(path, str) or not os.path.isfile(path):
+        raise UserError(
+            f"--resume: the distilled set of {args.resume} is gone: {str(path)[:200]}. Put it back, or say by "
+            "--load_path and --folder where it is now"
+        )
     return Path(path)
 
 
-def _run_folder(args: argparse.Namespace, path: Path, settings: TrainSettings, device: torch.device) -> RunFolder:
+def _run_folder(
+    args: argparse.Namespace, path: Path, settings: TrainSettings, device: torch.device, inputs: dict[str, str]
+) -> RunFolder:
     if args.resume:
+        check_inputs(Path(args.resume), inputs)
         run = RunFolder(Path(args.resume))
         run.log("resumed")
         return run
     parts = (args.method, args.dataset, args.model, args.ipc)
     run = RunFolder.create(args.save_path, *parts, name=path.parent.name)  # one name leads through all stages
-    about = {"distilled_set": str(path.resolve()), "device": str(device), "seed": args.seed, "epochs": settings.epochs}
-    run.save_args(vars(args), **about)
+    about = {"device": str(device), "seed": args.seed, "epochs": settings.epochs, "inputs": inputs}
+    run.save_args(vars(args), distilled_set=str(path.resolve()), **about)
     run.log(f"run folder: {run.path}")
     if run.path.name != path.parent.name:
         run.log(f"{path.parent.name} has been trained on before; stage 3 finds this run by --folder {run.path.name}")
@@ -158,6 +174,7 @@ class NetworkTraining:
             self.run.log(f"{self.run.path} is finished: all networks are trained")
         epochs = distributed.gather({i: keeper.epoch for i, keeper in keepers.items()})
         self.run.keep_metrics(lambda line: line["epoch"] <= epochs[line["network"]])
+        distributed.barrier()  # nobody appends before that
 
     def _train(self, keeper: "_Keeper") -> None:
         key = ("network", keeper.index)
@@ -197,12 +214,9 @@ class _Keeper:
         Save when it is time, and when a signal came."""
         tests = epoch % TEST_INTERVAL == 0 or epoch == self.epochs
         saves = tests or self.checkpointer.due(epoch) or interrupts.received()
-        if (saves or epoch % LOG_EVERY == 0) and not torch.isfinite(loss):
-            raise UserError(
-                f"--lr_net {self.trainer.settings.lr:g}: network {self.index} diverged by epoch {epoch}: its loss is "
-                "not finite. Lower --lr_net"
-            )
         self.epoch = epoch
+        if saves or epoch % LOG_EVERY == 0:
+            self._must_be_finite(loss, "its loss is")
         if tests:
             self._test(loss.item())
         if is_checkpoint_epoch(epoch, self.epochs):
@@ -213,11 +227,20 @@ class _Keeper:
             raise Interrupted(interrupts.received())
 
     def _test(self, loss: float) -> None:
-        self.newest = self.trainer.accuracy(self.real.test_images, self.real.labels_test)
+        logits = self.trainer.predict(self.real.test_images)
+        self._must_be_finite(logits, "its outputs are")
+        self.newest = accuracy_of(logits, self.real.labels_test)
         self.run.metric(network=self.index, epoch=self.epoch, loss=loss, accuracy=self.newest)
         if self.epoch >= self.first and self.newest > self.best:
             self.best, self.best_epoch = self.newest, self.epoch
             self._save("best")
+
+    def _must_be_finite(self, values: torch.Tensor, what: str) -> None:
+        if not torch.isfinite(values).all():
+            raise UserError(
+                f"--lr_net {self.trainer.settings.lr:g}: network {self.index} diverged by epoch {self.epoch}: {what} "
+                "not finite. Lower --lr_net"
+            )
 
     def _save(self, which: str) -> None:
         state = {name: tensor.cpu() for name, tensor in self.trainer.net.state_dict().items()}

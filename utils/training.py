@@ -107,7 +107,7 @@ class Trainer:
 
     def accuracy(self, images: torch.Tensor, labels: torch.Tensor) -> float:
         """Fraction of test images `[N, C, H, W]` that the network classifies as their label."""
-        return (self.predict(images).argmax(1) == labels).float().mean().item()
+        return accuracy_of(self.predict(images), labels)
 
     def _step(self, synthetic: SyntheticSet, batch: "_Batch") -> torch.Tensor:
         images = _augmented(synthetic.images[batch.index], batch.transform)
@@ -193,4 +193,9 @@ def filled_up(images: torch.Tensor, batch: int) -> torch.Tensor:
 
 def accuracy(net: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
     """Fraction of images classified as their label."""
-    return (predict(net, images).argmax(1) == labels).float().mean().item()
+    return accuracy_of(predict(net, images), labels)
+
+
+def accuracy_of(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Fraction of rows of `logits` `[N, num_classes]` whose largest is that of their label."""
+    return (logits.argmax(1) == labels).float().mean().item()

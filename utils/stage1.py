@@ -1,0 +1,142 @@
+"""Stage 1 from its flags to its run: what the three main scripts share beside their source of outliers."""
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from networks import get_network
+
+from . import distributed
+from .arguments import dsa_of, loops_of
+from .checkpoints import Checkpointer
+from .datasets import RealData, load_dataset
+from .devices import Compute, choose_compute, choose_device
+from .distill import Distillation, DistillSettings
+from .evaluation import EvalSettings, Evaluator, evaluation_models, training_of
+from .files import fingerprint
+from .methods import GradientMatching, MatchSettings
+from .ood_datasets import OODSet, OODSource
+from .outliers import OutlierPool, PseudoOutliers
+from .resume import check_inputs
+from .rng import generator
+from .runs import RunFolder
+from .scalars import Scalars, require_tensorboard
+from .synthetic import SyntheticSet, load_start
+from .training import TrainSettings
+
+Outliers = OutlierPool | PseudoOutliers | None
+
+
+def run_stage1(args: argparse.Namespace, make_outliers: Callable[[RealData], Outliers]) -> None:
+    """Everything that a main script does after parsing; `make_outliers` gives its source of outliers."""
+    device = choose_device(args.device, args.deterministic)
+    match = _match_settings(args)
+    training = _training(args, match)
+    real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none").to(device)
+    for model in training:  # a network that does not fit must be known before hours of distillation
+        get_network(model, real.channel, real.num_classes, real.im_size, generator(args.seed))
+    outliers = make_outliers(real)
+    start = [] if args.resume else _start_sets(args, real, outliers)
+    compute = _compute(args, match, real, outliers)
+    method = GradientMatching(real, outliers, match, compute, start)
+    evaluation = EvalSettings(args.num_eval, training, args.seed, _eval_ood(args, real))
+    run = _run_folder(args, match, real, _inputs(real, outliers, start))
+    evaluator = Evaluator(real, evaluation, run, compute)
+    checkpointer = Checkpointer(run, interval=args.checkpoint_interval)
+    distillation = Distillation(method, evaluator, _settings(args), run, checkpointer)
+    restored = bool(args.resume) and distillation.restore()
+    if args.resume and distillation.starts_another:
+        method.initial = _start_sets(args, real, outliers)
+        check_inputs(run.path, _inputs(real, outliers, method.initial))
+    if args.tensorboard and run.speaks:
+        run.scalars = Scalars(run.path, run.metrics())
+    if not restored:
+        for line in _notices(args, tuple(training), outliers, compute):
+            run.log(line)
+    distillation.run_all()
+
+
+def _settings(args: argparse.Namespace) -> DistillSettings:
+    flags = {k: v for k, v in vars(args).items() if k != "resume"}
+    last_only = args.eval_mode not in ("S", "SS")
+    return DistillSettings(
+        args.method, args.model, args.ipc, args.num_exp, args.Iteration, args.eval_interval, last_only, flags
+    )
+
+
+def _training(args: argparse.Namespace, match: MatchSettings) -> dict[str, TrainSettings]:
+    """How each network of `--eval_mode` is trained."""
+    return {
+        model: training_of(
+            model, args.dataset, match.dsa, args.epoch_eval_train, args.lr_net, args.batch_train, match.lambda_oe
+        )
+        for model in evaluation_models(args.eval_mode, args.model)
+    }
+
+
+def _compute(args: argparse.Namespace, match: MatchSettings, real: RealData, outliers: Outliers) -> Compute:
+    """How the device computes, given how long the run is."""
+    steps = args.num_exp * args.Iteration * match.outer_loop
+    images = 3 * steps * real.num_classes * (match.batch_real + match.batch_oe * (outliers is not None))
+    return choose_compute(args.compile, args.precision, real.device, args.model, real, steps, images)
+
+
+def _start_sets(args: argparse.Namespace, real: RealData, outliers: Outliers) -> list[SyntheticSet]:
+    """The sets of `--load_path`, whose path becomes absolute: a run may be resumed from another folder."""
+    if args.load_path is None:
+        return []
+    args.load_path = os.path.abspath(args.load_path)
+    return load_start(args.load_path, real, args.ipc, outliers is not None)
+
+
+def _inputs(real: RealData, outliers: Outliers, start: list[SyntheticSet]) -> dict[str, str]:
+    """Fingerprints of what the run reads, by flag."""
+    inputs = {"data_path": real.fingerprint()}
+    if isinstance(outliers, OutlierPool):
+        inputs["oe_data_path"] = fingerprint(*outliers.sample())
+    if start:
+        inputs["load_path"] = fingerprint(*(t for s in start for t in (s.images, s.images_oe)))
+    return inputs
+
+
+def _eval_ood(args: argparse.Namespace, real: RealData) -> tuple[OODSet, ...]:
+    """The sets of `--eval_ood`."""
+    if args.tensorboard:
+        require_tensorboard()
+    source = OODSource(
+        real, Path(args.ood_path), Path(args.data_path), args.download == "all", len(real.images_test), args.seed
+    )
+    return tuple(source.find_all(args.eval_ood, "--eval_ood")) if args.eval_ood else ()
+
+
+def _run_folder(args: argparse.Namespace, match: MatchSettings, real: RealData, inputs: dict[str, str]) -> RunFolder:
+    if args.resume:
+        check_inputs(Path(args.resume), inputs)
+        return RunFolder(Path(args.resume))
+    run = RunFolder.create(args.save_path, args.method, args.dataset, args.model, args.ipc)
+    loops = {"outer_loop": match.outer_loop, "inner_loop": match.inner_loop}
+    run.save_args(vars(args), device=str(real.device), seed=args.seed, inputs=inputs, **loops)
+    run.log(f"run folder: {run.path}")
+    return run
+
+
+def _match_settings(args: argparse.Namespace) -> MatchSettings:
+    outer_loop, inner_loop, _ = loops_of(args)
+    return MatchSettings(
+        args.model, args.ipc, args.seed, args.lr_img, args.lr_net, args.batch_real, getattr(args, "batch_oe", 0),
+        args.batch_train, getattr(args, "lambda_oe", 0.0), args.dis_metric, args.init, outer_loop, inner_loop,
+        dsa_of(args),
+    )  # fmt: skip
+
+
+def _notices(args: argparse.Namespace, models: tuple[str, ...], outliers: Outliers, compute: Compute) -> list[str]:
+    """What the user should know before the run starts."""
+    lines = [loops_of(args)[2], outliers.notice if outliers else ""]
+    if args.method == "DC" and args.dsa_strategy:
+        lines.append(f"--dsa_strategy {args.dsa_strategy} is not used by --method DC")
+    if args.eval_mode == "S" and models != (args.model,):
+        lines.append(f"--eval_mode S evaluates {models[0]} instead of {args.model}; --eval_mode SS keeps BatchNorm")
+    processes = f", {distributed.world()} processes" if distributed.world() > 1 else ""
+    lines.append(f"computing: {compute}{processes}")
+    return [line for line in lines if line]
