@@ -1,11 +1,15 @@
 """Distilled sets, run folders, atomic files: round trips, published layouts, damage."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from utils.errors import UserError
-from utils.files import atomic_write, save_pt
+from utils.files import append_line, atomic_write, save_pt
 from utils.rng import generator
 from utils.runs import RunFolder, find_run_folder
 from utils.synthetic import SyntheticSet, load_synthetic, result_name, save_synthetic
@@ -113,6 +117,20 @@ def test_failed_write_leaves_the_old_file(tmp_path):
         atomic_write(tmp_path / "a.pt", fail)
     assert torch.load(tmp_path / "a.pt", weights_only=True) == [1]
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_line_that_does_not_fit_leaves_no_part(tmp_path, monkeypatch):
+    """A file-size limit takes the place of a full disk: the first write takes a part, the second fails."""
+    path = tmp_path / "log"
+    append_line(path, "first")
+    code = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20)); "
+    code += f"from pathlib import Path; from utils.files import append_line; append_line(Path({str(path)!r}), 'x' * 50)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "UserError: cannot write" in done.stderr
+    assert path.read_text() == "first\n"
+    append_line(path, "second")
+    assert path.read_text() == "first\nsecond\n"
 
 
 def test_finding_run_folders(tmp_path):

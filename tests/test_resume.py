@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from conftest import ROOT
 
 from utils.checkpoints import Checkpointer
 from utils.errors import UserError
+from utils.flags import Parser
+from utils.resume import resume_command
 from utils.runs import RunFolder
 
 KILLS = int(os.environ.get("TRUSTDD_KILLS", "5"))  # of each kind, in each stage
@@ -219,9 +222,122 @@ def test_damaged_arguments(whole, refused, tmp_path):
         (json.dumps(about | {"flags": about["flags"] | {"ipc": -1}}).encode(), "--ipc"),
         (json.dumps(about | {"flags": about["flags"] | {"model": {"a": 1}}}).encode(), "--model"),
         (json.dumps(about | {"flags": about["flags"] | {"new": "x"}}).encode(), "does not know: --new=x"),
+        (json.dumps(about | {"flags": about["flags"] | {"help": True}}).encode(), "does not know: --help=True"),
+        (json.dumps(about | {"flags": about["flags"] | {"is_parallel": 1}}).encode(), "does not know: --is_parallel=1"),
+        (json.dumps(about | {"flags": about["flags"] | {"corruptions": ["--help"]}}).encode(), "does not know"),
     ]:
         (tmp_path / "args.json").write_bytes(damage)
         assert message in refused("main_poe.py", "--resume", tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+def test_arguments_that_are_no_file(kind, refused, tmp_path):
+    path = tmp_path / "args.json"
+    {"fifo": os.mkfifo, "device": lambda p: p.symlink_to("/dev/zero"), "folder": Path.mkdir}[kind](path)
+    assert "it has no file args.json" in refused("main_poe.py", "--resume", tmp_path)
+    assert "no run of main_poe.py under" in refused("main_poe.py", "--resume", "latest", "--save_path", tmp_path)
+
+
+def test_a_path_that_is_too_long(refused):
+    assert "no run of main.py under" in refused("main.py", "--resume", "latest", "--save_path", "x" * 400)
+    assert "is no run folder" in refused("main.py", "--resume", "x" * 400)
+
+
+@pytest.fixture
+def copied(whole, tmp_path):
+    """A copy of a run folder of stage 1 or 2, with changes to its `args.json`."""
+
+    def copy(stage, **changes) -> Path:
+        folder = tmp_path / "copy"
+        shutil.copytree(run_folder(whole / stage), folder)
+        about = json.loads((folder / "args.json").read_text())
+        (folder / "args.json").write_text(json.dumps(about | changes))
+        return folder
+
+    return copy
+
+
+def test_save_path_only_finds_the_latest(whole, copied, in_process, refused):
+    folder = copied("one")
+    assert "is finished" in in_process("main_poe.py", "--resume", "latest", "--save_path", folder.parent)
+    assert "--save_path: given is" in refused("main_poe.py", "--resume", folder, "--save_path", "elsewhere")
+
+
+def test_inputs_that_changed_are_noticed(whole, copied, refused):
+    inputs = json.loads((run_folder(whole / "one") / "args.json").read_text())["inputs"]
+    assert set(inputs) == {"data_path"}
+    folder = copied("one", inputs={"data_path": "0" * 64})
+    assert "--data_path: what is there now is not what" in refused("main_poe.py", "--resume", folder)
+
+
+def test_a_distilled_set_that_changed_or_moved(whole, copied, in_process, refused, tmp_path):
+    script = "train_model_synthetic_oe.py"
+    (made,) = (whole / "one").rglob("res_*.pt")
+    moved = tmp_path / "moved" / made.parent.relative_to(whole / "one")
+    shutil.copytree(made.parent, moved)
+    folder = copied("two", distilled_set=str(tmp_path / "gone.pt"))
+    assert "gone.pt. Put it back, or say by --load_path" in refused(script, "--resume", folder)
+    flags = ["--resume", folder, "--load_path", tmp_path / "moved"]
+    assert "is finished" in in_process(script, *flags)
+    content = load(moved / made.name)
+    content["data"][0][0][0, 0, 0, 0] += 1
+    torch.save(content, moved / made.name)
+    assert "--load_path: what is there now is not what" in refused(script, *flags)
+
+
+def test_start_images_from_a_folder_elsewhere(whole, in_process, refused, tmp_path, monkeypatch):
+    """Only an experiment that starts after the resume reads them again."""
+    (made,) = (whole / "one").rglob("res_*.pt")
+    shutil.copy(made, tmp_path / "start.pt")
+    flags = [*STAGE1, "--load_path", "start.pt", "--save_path", tmp_path / "one", "--Iteration", 1, "--num_eval", 1]
+    in_process("main_poe.py", *flags)
+    folder = run_folder(tmp_path / "one")
+    (tmp_path / "start.pt").rename(tmp_path / "moved.pt")
+    assert "is finished" in in_process("main_poe.py", "--resume", folder)
+    for name in ("checkpoint.pt", "checkpoint-previous.pt"):
+        state = load(folder / name) | {"exp": 0, "iteration": 0, "started": False, "evaluated": False}
+        torch.save(state | {"found": {}, "finished": [], "accs": {}, "method": {}}, folder / name)
+    expected = load(next(folder.glob("res_*.pt")))["data"]
+    assert f"--load_path: {tmp_path / 'start.pt'} is not there" in refused("main_poe.py", "--resume", folder)
+    monkeypatch.chdir("/")
+    in_process("main_poe.py", "--resume", folder, "--load_path", tmp_path / "moved.pt")
+    assert same_tensors(load(next(folder.glob("res_*.pt")))["data"], expected)
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    left = [tmp_path / ".checkpoint.pt.a1b2c3d_", tmp_path / ".res_DSA.pt.xxxxxxxx"]
+    kept = [tmp_path / ".hidden", tmp_path / "checkpoint.pt"]
+    for path in left + kept:
+        path.write_bytes(b"x")
+    RunFolder(tmp_path)
+    assert not any(path.exists() for path in left)
+    assert all(path.exists() for path in kept)
+
+
+def test_metrics_with_damaged_lines(tmp_path, refused):
+    run = RunFolder(tmp_path)
+    good = [{"experiment": 0, "iteration": i} for i in range(3)]
+    lines = [json.dumps(good[0]), '{"experiment": 0, "iter', "3", "[" * 5000, json.dumps(good[1]), json.dumps(good[2])]
+    (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff{")
+    assert run.metrics() == good
+    run.keep_metrics(lambda line: line["iteration"] < 2)
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == good[:2]
+
+
+def test_metrics_that_are_no_file(copied, refused):
+    folder = copied("one")
+    (folder / "metrics.jsonl").unlink()
+    (folder / "metrics.jsonl").mkdir()
+    assert "metrics.jsonl" in refused("main_poe.py", "--resume", folder)
+
+
+def test_the_command_of_a_folder_with_a_dash(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    for name in ("-odd name/x", "--y", "plain"):
+        words = shlex.split(resume_command(Path(name)))
+        found = Parser()
+        found.add_argument("--resume")
+        assert found.parse_args(words[words.index("main.py") + 1 :]).resume == name
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):

@@ -41,54 +41,33 @@ def ok(result):
     return result
 
 
-@pytest.mark.parametrize("kind", ["plain", "oe", "poe"])
+KINDS = {
+    "plain": ("main.py", [], "result"),
+    "oe": ("main_oe.py", ["--oe-data-path", "pool.npy", "--num_oe_per_class", 6], "result-oe"),
+    "poe": (
+        "main_poe.py",
+        ["--corruptions", "invert", "jigsaw", "--eval_ood", "patches", "mine", "--ood_path", "ood", "--tensorboard"],
+        "result-poe",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_three_stages(kind, script, in_process, refused, tmp_path):
     pool = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
     np.save(tmp_path / "pool.npy", pool)
     (tmp_path / "ood").mkdir()
     np.savez(tmp_path / "ood" / "mine.npz", images=pool)
-    name, more, root = {
-        "plain": ("main.py", [], "result"),
-        "oe": ("main_oe.py", ["--oe-data-path", "pool.npy", "--num_oe_per_class", 6], "result-oe"),
-        "poe": (
-            "main_poe.py",
-            [
-                "--corruptions",
-                "invert",
-                "jigsaw",
-                "--eval_ood",
-                "patches",
-                "mine",
-                "--ood_path",
-                "ood",
-                "--tensorboard",
-            ],
-            "result-poe",
-        ),
-    }[kind]
+    name, more, root = KINDS[kind]
     run = in_process if kind != "plain" else lambda *a: ok(script(*a)).stdout  # as users run it
     out = run(name, *STAGE1, *more)
     assert "exp 1 iteration 3: ConvNetD1 accuracy" in out
     (folder,) = (tmp_path / root / RUN).iterdir()
-    assert {p.name for p in folder.iterdir()} >= {
-        "args",
-        "args.json",
-        "logs.txt",
-        "metrics.jsonl",
-        "res_DSA_Digits_ConvNetD1_1ipc.pt",
-    }
-    assert json.loads((folder / "args").read_text())["Iteration"] == 3
-    for it in (0, 2, 3):
-        assert (folder / f"vis_DSA_Digits_ConvNetD1_1ipc_exp0_iter{it}.png").stat().st_size > 200
-        assert (folder / f"vis_oe_DSA_Digits_ConvNetD1_1ipc_exp0_iter{it}.png").exists() == (kind != "plain")
-    content = torch.load(folder / "res_DSA_Digits_ConvNetD1_1ipc.pt", weights_only=True)
-    assert len(content["data"]) == 2
-    assert len(content["accs_all_exps"]["ConvNetD1"]) == 2
-    assert ("data_oe" in content) == (kind != "plain")
-
-    assert len(np.unique(np.asarray(Image.open(folder / "curves.png").convert("L")))) > 10
+    check_distilled(folder, with_outliers=kind != "plain")
     if kind == "poe":
         assert re.search(r"exp 1 iteration 3: ConvNetD1 accuracy .* %, AUROC patches .* %, AUROC mine .* %", out)
+        check_events(folder)
+        run(name, "--resume", folder, "--tensorboard")
         check_events(folder)
 
     train = "train_model_synthetic_no_oe.py" if kind == "plain" else "train_model_synthetic_oe.py"
@@ -99,22 +78,42 @@ def test_three_stages(kind, script, in_process, refused, tmp_path):
     assert names == {f"syn_trained_Digits_ConvNetD1_exp{i}_{w}.pt" for i in (0, 1) for w in ("best", "epoch60")}
 
     run("test_ood_model_syn.py", *STAGE3, "--folder", folder.name, "--score", "msp", "energy", "-v")
-    report = tmp_path / "result-test-ood-synthetic" / RUN / folder.name
-    results = json.loads((report / "results.json").read_text())
-    with open(report / "results.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == len(results["rows"]) == 2 * 2 * (3 + 7)
-    assert {r["set"] for r in rows} >= {"patches", "blob", "mine", "val:jigsaw"}
-    assert all(0 <= float(r[m]) <= 1 for r in rows for m in MEASURES)
-    assert "| mean " in (report / "report.md").read_text()
-    assert (report / "scores_msp.png").stat().st_size > 1000
+    check_report(tmp_path / "result-test-ood-synthetic" / RUN / folder.name)
     error = refused("test_ood_model_syn.py", *STAGE3, "--num_exp", 3, "--folder", folder.name)
     assert "--num_exp 3: " in error
     assert "has 2 networks" in error
 
 
+def check_distilled(folder, with_outliers):
+    """What stage 1 wrote."""
+    result = "res_DSA_Digits_ConvNetD1_1ipc.pt"
+    assert {p.name for p in folder.iterdir()} >= {"args", "args.json", "logs.txt", "metrics.jsonl", result}
+    assert json.loads((folder / "args").read_text())["Iteration"] == 3
+    for it in (0, 2, 3):
+        assert (folder / f"vis_DSA_Digits_ConvNetD1_1ipc_exp0_iter{it}.png").stat().st_size > 200
+        assert (folder / f"vis_oe_DSA_Digits_ConvNetD1_1ipc_exp0_iter{it}.png").exists() == with_outliers
+    content = torch.load(folder / result, weights_only=True)
+    assert len(content["data"]) == 2
+    assert len(content["accs_all_exps"]["ConvNetD1"]) == 2
+    assert ("data_oe" in content) == with_outliers
+    assert len(np.unique(np.asarray(Image.open(folder / "curves.png").convert("L")))) > 10
+
+
+def check_report(folder):
+    """What stage 3 wrote."""
+    results = json.loads((folder / "results.json").read_text())
+    with open(folder / "results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(results["rows"]) == 2 * 2 * (3 + 7)
+    assert {r["set"] for r in rows} >= {"patches", "blob", "mine", "val:jigsaw"}
+    assert all(0 <= float(r[m]) <= 1 for r in rows for m in MEASURES)
+    assert "| mean " in (folder / "report.md").read_text()
+    assert (folder / "scores_msp.png").stat().st_size > 1000
+
+
 def check_events(folder):
-    """TensorBoard has the numbers of metrics.jsonl."""
+    """TensorBoard has the numbers of metrics.jsonl, once."""
+    assert len(list(folder.glob("events.out.tfevents.*"))) == 1
     events = EventAccumulator(str(folder))
     events.Reload()
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -350,3 +349,11 @@ def test_a_run_that_diverges_stops_loudly(refused, tmp_path):
     assert all(torch.isfinite(load_synthetic(path).images).all() for path in saved)
     start, last = (load_synthetic(path).images for path in saved)
     assert not torch.equal(start, last)  # the last finite images are one update further
+
+
+def test_a_training_that_explodes_writes_no_network(in_process, refused, tmp_path):
+    """The loss before the only update is finite, what the network gives after it is not."""
+    in_process("main.py", *STAGE1, "--Iteration", 0, "--num_exp", 1, "--num_eval", 1)
+    error = refused("train_model_synthetic_no_oe.py", *STAGE2, "--lr_net", 1e38, "--epoch_eval_train", 1)
+    assert "--lr_net 1e+38: network 0 diverged by epoch 1: its outputs are not finite" in error
+    assert not list(tmp_path.rglob("syn_trained_*.pt"))
