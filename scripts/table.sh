@@ -8,7 +8,7 @@
 #   SCORE               scores of stage 3
 #   DATA OE_DATA OOD    --data_path, --oe_data_path, --ood_path
 #   STAGE1 STAGE2 STAGE3  further flags of a stage, e.g. STAGE1="--batch_real 64"
-#   POE                 further flags of main_poe.py, e.g. POE="--corruptions invert"
+#   OUTLIERS POE        further flags of main_oe.py and main_poe.py, and of main_poe.py alone, e.g. OUTLIERS="--batch_oe 64"
 #   LAMBDA              --lambda_oe
 #   OUT                 where everything goes
 set -euo pipefail
@@ -27,6 +27,7 @@ LAMBDA=${LAMBDA:-0.5}
 STAGE1=${STAGE1:-}
 STAGE2=${STAGE2:-}
 STAGE3=${STAGE3:-}
+OUTLIERS=${OUTLIERS:-}
 POE=${POE:-}
 
 # stage DIR COMMAND: a stage into DIR, from its beginning or from where it was stopped. The command is kept in DIR/done
@@ -57,8 +58,8 @@ distil() {
     local script=main.py more=""
     case $1 in
         plain) ;;
-        oe) script=main_oe.py more="--oe_data_path $OE_DATA --lambda_oe $LAMBDA" ;;
-        poe) script=main_poe.py more="--lambda_oe $LAMBDA $POE" ;;
+        oe) script=main_oe.py more="--oe_data_path $OE_DATA --lambda_oe $LAMBDA $OUTLIERS" ;;
+        poe) script=main_poe.py more="--lambda_oe $LAMBDA $OUTLIERS $POE" ;;
         *) echo "KINDS: unknown kind '$1'. Accepted: plain oe poe" >&2; exit 2 ;;
     esac
     stage "$4" $script $COMMON $AUGMENT --ipc "$2" --seed "$3" --init real --num_exp 1 --Iteration "$ITERATIONS" $more $STAGE1

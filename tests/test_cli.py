@@ -1,5 +1,6 @@
 """The command line: help, both spellings of every flag, and every error as users see it."""
 
+import io
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ import test_ood_model_syn
 import train_model_synthetic_no_oe
 import train_model_synthetic_oe
 from utils.arguments import loops_of
+from utils.errors import run_script
 
 SCRIPTS = {
     "main.py": stage1,
@@ -199,3 +201,10 @@ def test_import_needs_neither_pytorch_ood_nor_matplotlib():
         "import main, main_oe, main_poe, train_model_synthetic_oe, test_ood_model_syn"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+
+
+def test_names_that_the_terminal_cannot_show(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    run_script(lambda: print("run folder: caf\xe9 \udcff", flush=True), "main.py")
+    assert written.getvalue() == b"run folder: caf\\xe9 \\udcff\n"

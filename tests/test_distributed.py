@@ -49,7 +49,7 @@ def runs(tmp_path_factory):
     ]:
         process = start(folders[processes], processes, script, *flags)
         out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err[-2000:]
+        assert process.returncode == 0, f"{out}\n{err}"
         assert out.count("run folder") == 1
     return folders
 

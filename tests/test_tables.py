@@ -46,7 +46,7 @@ def table(tmp_path):
         notes.write_text("")
         fail = tmp_path / "notes.fail"
         fail.write_text(str(fail_at)) if fail_at else fail.unlink(missing_ok=True)
-        env = os.environ | {"PYTHON": str(stand_in), "NOTES": str(notes), "OUT": str(tmp_path / "out"), **variables}
+        env = os.environ | {"PYTHON": str(stand_in), "NOTES": str(notes), "OUT": str(tmp_path / "out")} | variables
         done = subprocess.run(["bash", str(ROOT / "scripts" / script)], env=env, capture_output=True, text=True)
         run.err = done.stderr
         return done.returncode, [shlex.split(line) for line in notes.read_text().splitlines()]
@@ -121,6 +121,23 @@ def test_ablations(table):
     assert len(set(corruptions)) == 8
     trained = [w for w in commands if "/lambda/" in " ".join(w) and w[0] == "train_model_synthetic_oe.py"]
     assert sorted(w[w.index("--lambda_oe") + 1] for w in trained) == sorted(["0", "0.1", "0.5", "1"] * 2)
+
+
+def test_commands_in_the_heads_of_the_scripts(table, tmp_path):
+    """What they try out is understood by the stages: every variable that they set reaches a flag."""
+    for path in (ROOT / "scripts").glob("*.sh"):
+        for line in path.read_text().splitlines():
+            if line.startswith("#   OUT="):
+                words = shlex.split(line[1:])
+                variables = dict(word.split("=", 1) for word in words if "=" in word)
+                assert words[-2:] == ["bash", f"scripts/{path.name}"]
+                out = variables.pop("OUT")
+                status, commands = table(path.name, OUT=str(tmp_path / path.stem), **variables)
+                assert status == 0, path
+                assert f"OUT=${{OUT:-{out}}}" not in path.read_text()  # else the whole table would take it for its own
+                for words in commands:
+                    if words[0] in PARSERS:
+                        PARSERS[words[0]].get_args_parser().parse_args(words[1:])
 
 
 def test_an_unknown_kind(table):

@@ -1,6 +1,7 @@
 """Errors that a user can mend: one line, exit status 2, no traceback."""
 
 import difflib
+import faulthandler
 import os
 import signal
 import sys
@@ -34,6 +35,8 @@ class Interrupted(Exception):
 
 def run_script(main: Callable[[], None], prog: str) -> None:
     """Call `main()`; turn a `UserError` into one line on stderr and exit status 2, a signal into 128 and its number."""
+    with suppress(AttributeError, OSError, RuntimeError, ValueError):  # no stderr, or one without a file behind it
+        faulthandler.enable()  # a library that crashes says where
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):  # what stands in for them in a notebook or a test has no encoding
             stream.reconfigure(errors="backslashreplace")
