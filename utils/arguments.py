@@ -39,6 +39,22 @@ def add_common(parser: Parser) -> None:
         default="DC",
         help="DC: gradient matching; DSA: the same under siamese augmentation, better from ipc 2 on",
     )
+    _add_data(group)
+    group.add_argument(
+        "--model",
+        type=one_of("model", MODEL_NAMES),
+        default="ConvNet",
+        help="the network; ConvNetW32 is the one for a laptop",
+    )
+    group.add_argument("--ipc", type=count(1), default=1, help="synthetic images per class")
+    group.add_argument(
+        "--seed", type=int, default=1, help="fixes everything random; change it for another independent run"
+    )
+    group.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda or cuda:N")
+
+
+def _add_data(group: argparse._ArgumentGroup) -> None:
+    """The data set, where it is, and what may be fetched."""
     group.add_argument(
         "--dataset",
         type=one_of("dataset", DATASET_NAMES),
@@ -64,17 +80,6 @@ def add_common(parser: Parser) -> None:
         default=None,
         help="side of the images with --dataset ImageFolder (64 when left out)",
     )
-    group.add_argument(
-        "--model",
-        type=one_of("model", MODEL_NAMES),
-        default="ConvNet",
-        help="the network; ConvNetW32 is the one for a laptop",
-    )
-    group.add_argument("--ipc", type=count(1), default=1, help="synthetic images per class")
-    group.add_argument(
-        "--seed", type=int, default=1, help="fixes everything random; change it for another independent run"
-    )
-    group.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda or cuda:N")
 
 
 def add_compute(parser: Parser, training: bool = True) -> None:
