@@ -39,8 +39,9 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None], keep: Path | Non
             except BaseException:
                 os.unlink(file.name)
                 raise
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        raise UserError(f"cannot write {path}: {error}. Free space or choose another --save_path") from None
+    except (OSError, RuntimeError) as error:
+        reason = error if isinstance(error, OSError) else "not all of it could be written"  # torch.save's words for it
+        raise UserError(f"cannot write {path}: {reason}. Free space or choose another --save_path") from None
 
 
 def save_pt(path: Path, value: object, keep: Path | None = None) -> None:
