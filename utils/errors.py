@@ -40,25 +40,37 @@ def run_script(main: Callable[[], None], prog: str) -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):  # what stands in for them in a notebook or a test has no encoding
             stream.reconfigure(errors="backslashreplace")
+    status = _status(main, prog)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from . import distributed
+
+        distributed.leave(status)
+    if status:
+        sys.exit(status)
+
+
+def _status(main: Callable[[], None], prog: str) -> int:
+    """Call `main()`, say what the user can mend, and return the exit status."""
     try:
         main()
     except (Interrupted, KeyboardInterrupt) as stopped:
-        sys.exit(128 + getattr(stopped, "number", signal.SIGINT))
+        return 128 + getattr(stopped, "number", signal.SIGINT)
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
-            sys.exit(2)  # under torchrun the first process says it
-        _end(prog, " ".join(str(error).split()))
+        return said_once(prog, " ".join(str(error).split()))
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        _end(
+        return said_once(
             prog, "out of memory: lower --batch_real, --batch_oe, --batch_train or --ipc, or choose a narrower --model"
         )
+    return 0
 
 
-def _end(prog: str, line: str) -> None:
-    print(f"{prog}: error: {line}", file=sys.stderr, flush=True)
-    sys.exit(2)
+def said_once(prog: str, line: str) -> int:
+    """Print an error line, under `torchrun` by the first process alone; returns the exit status."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{prog}: error: {line}", file=sys.stderr, flush=True)
+    return 2
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -5,7 +5,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
-from .errors import unknown_name
+from .errors import said_once, unknown_name
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,8 +36,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         """One line on stderr, exit status 2."""
-        print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(said_once(self.prog, f"{message} (see --help)"))
 
 
 _NOT_GIVEN = object()
