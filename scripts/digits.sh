@@ -2,7 +2,8 @@
 # Digits (8x8), plain / OE / POE, ipc 1 and 10, five seeds; for a CPU. scripts/table.sh lists what can be set.
 # The OE pool is Fashion-MNIST's training images, shrunk; its test images are one of the OOD sets.
 #   bash scripts/digits.sh
-#   OUT=result-tables/try IPC=1 SEEDS=1 ITERATIONS=5 NETWORKS=1 EPOCHS=50 KINDS="plain poe" bash scripts/digits.sh
+# To try it:
+#   OUT=result-tables/try-digits IPC=1 SEEDS=1 ITERATIONS=5 NETWORKS=1 EPOCHS=50 KINDS="plain poe" bash scripts/digits.sh
 # With ABLATIONS=1 also, at ipc 1: POE with each corruption alone, and lambda_oe 0, 0.1, 0.5 and 1.
 DATASET=Digits
 AUGMENT="--dsa_strategy color_crop_cutout_scale_rotate"
