@@ -30,19 +30,20 @@ STAGE3=${STAGE3:-}
 OUTLIERS=${OUTLIERS:-}
 POE=${POE:-}
 
-# stage DIR COMMAND: a stage into DIR, from its beginning or from where it was stopped. The command is kept in DIR/done
-# when it is done; settings that ask for another one stop the script, as the stages themselves do when they go on.
+# stage DIR BEFORE COMMAND: a stage into DIR, from its beginning or from where it was stopped; BEFORE is the folder of the
+# stage that it reads, or empty. DIR/done keeps the commands that lead to it. Settings that ask for others stop the script,
+# as the stages themselves do when they go on.
 stage() {
-    local dir=$1
-    shift
+    local dir=$1 before=$2 all
+    shift 2
     set -- "$@" --save_path "$dir"
-    if [ -e "$dir/done" ]; then
-        if [ "$(cat "$dir/done")" = "$*" ]; then return; fi
-        echo "OUT: $dir was made with other settings; set another OUT, or delete that folder" >&2
-        diff <(tr ' ' '\n' < "$dir/done") <(printf '%s\n' "$*" | tr ' ' '\n') >&2 || true
+    all=$([ -z "$before" ] || cat "$before/done"; printf '%s\n' "$*")
+    if [ -s "$dir/done" ]; then
+        if [ "$(cat "$dir/done")" = "$all" ]; then return; fi
+        echo "OUT: $dir was made with other settings; set another OUT, or delete $(dirname "$dir")" >&2
+        diff <(tr ' ' '\n' < "$dir/done") <(tr ' ' '\n' <<< "$all") >&2 || true
         exit 2
     fi
-    local command=$*
     if [ "$1" = test_ood_model_syn.py ]; then
         rm -rf "$dir"
     elif [ -n "$(find "$dir" -name args.json 2>/dev/null)" ]; then
@@ -50,7 +51,8 @@ stage() {
     fi
     echo "\$ $PYTHON $*"
     "$PYTHON" "$@"
-    printf '%s\n' "$command" > "$dir/done"
+    printf '%s\n' "$all" > "$dir/done.new"
+    mv "$dir/done.new" "$dir/done"
 }
 
 # distil KIND IPC SEED DIR
@@ -62,19 +64,19 @@ distil() {
         poe) script=main_poe.py more="--lambda_oe $LAMBDA $OUTLIERS $POE" ;;
         *) echo "KINDS: unknown kind '$1'. Accepted: plain oe poe" >&2; exit 2 ;;
     esac
-    stage "$4" $script $COMMON $AUGMENT --ipc "$2" --seed "$3" --init real --num_exp 1 --Iteration "$ITERATIONS" $more $STAGE1
+    stage "$4" "" $script $COMMON $AUGMENT --ipc "$2" --seed "$3" --init real --num_exp 1 --Iteration "$ITERATIONS" $more $STAGE1
 }
 
 # train KIND IPC SEED DISTILLED DIR
 train() {
     local script=train_model_synthetic_oe.py more="--lambda_oe $LAMBDA"
     if [ "$1" = plain ]; then script=train_model_synthetic_no_oe.py more=""; fi
-    stage "$5" $script $COMMON $AUGMENT --ipc "$2" --seed "$3" --num_eval "$NETWORKS" --epoch_eval_train "$EPOCHS" --load_path "$4" $more $STAGE2
+    stage "$5" "$4" $script $COMMON $AUGMENT --ipc "$2" --seed "$3" --num_eval "$NETWORKS" --epoch_eval_train "$EPOCHS" --load_path "$4" $more $STAGE2
 }
 
 # measure IPC SEED NETWORKS DIR
 measure() {
-    stage "$4" test_ood_model_syn.py $COMMON --ipc "$1" --seed "$2" --num_exp "$NETWORKS" --is_load_best --ood_path "$OOD" --ood_sets $OOD_SETS --score $SCORE --load_path "$3" $STAGE3
+    stage "$4" "$3" test_ood_model_syn.py $COMMON --ipc "$1" --seed "$2" --num_exp "$NETWORKS" --is_load_best --ood_path "$OOD" --ood_sets $OOD_SETS --score $SCORE --load_path "$3" $STAGE3
 }
 
 # The whole table: $OUT/ipc<n>/<kind>/seed<s>/{1-distilled,2-networks,3-ood}, and the comparison of the kinds for each ipc.

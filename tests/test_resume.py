@@ -11,13 +11,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 
 from utils.checkpoints import Checkpointer
+from utils.datasets import load_dataset
 from utils.errors import UserError
 from utils.flags import Parser
+from utils.outliers import load_outlier_pool
 from utils.resume import resume_command
 from utils.runs import RunFolder
 
@@ -28,6 +31,9 @@ STAGE1 = f"{NETWORK} --init real --num_exp 2 --num_eval 2 --epoch_eval_train 30 
 STAGE1 = f"{STAGE1} --batch_real 8 --batch_oe 8 --outer_loop 2 --inner_loop 2 --eval_interval 15"
 STAGE1 = f"{STAGE1} --checkpoint_interval 3".split()
 STAGE2 = f"{NETWORK} --num_eval 2 --epoch_eval_train {80 * KILLS} --checkpoint_interval 7 --load_path".split()
+
+
+KINDS = {"fifo": os.mkfifo, "device": lambda p: p.symlink_to("/dev/zero"), "folder": Path.mkdir}
 
 
 class Processes:
@@ -223,6 +229,8 @@ def test_damaged_arguments(whole, refused, tmp_path):
         (json.dumps(about | {"flags": about["flags"] | {"model": {"a": 1}}}).encode(), "--model"),
         (json.dumps(about | {"flags": about["flags"] | {"new": "x"}}).encode(), "does not know: --new=x"),
         (json.dumps(about | {"flags": about["flags"] | {"help": True}}).encode(), "does not know: --help=True"),
+        (json.dumps(about | {"flags": about["flags"] | {"ipc": ["1", "junk"]}}).encode(), "does not know: --ipc="),
+        (json.dumps(about | {"flags": about["flags"] | {"tensorboard": ["x"]}}).encode(), "does not know"),
         (json.dumps(about | {"flags": about["flags"] | {"is_parallel": 1}}).encode(), "does not know: --is_parallel=1"),
         (json.dumps(about | {"flags": about["flags"] | {"corruptions": ["--help"]}}).encode(), "does not know"),
     ]:
@@ -230,10 +238,10 @@ def test_damaged_arguments(whole, refused, tmp_path):
         assert message in refused("main_poe.py", "--resume", tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_arguments_that_are_no_file(kind, refused, tmp_path):
     path = tmp_path / "args.json"
-    {"fifo": os.mkfifo, "device": lambda p: p.symlink_to("/dev/zero"), "folder": Path.mkdir}[kind](path)
+    KINDS[kind](path)
     assert "it has no file args.json" in refused("main_poe.py", "--resume", tmp_path)
     assert "no run of main_poe.py under" in refused("main_poe.py", "--resume", "latest", "--save_path", tmp_path)
 
@@ -279,6 +287,8 @@ def test_a_distilled_set_that_changed_or_moved(whole, copied, in_process, refuse
     assert "gone.pt. Put it back, or say by --load_path" in refused(script, "--resume", folder)
     flags = ["--resume", folder, "--load_path", tmp_path / "moved"]
     assert "is finished" in in_process(script, *flags)
+    assert "is finished" in in_process(script, "--resume", folder)  # the command needs no more than the folder again
+    assert json.loads((folder / "args.json").read_text())["distilled_set"] == str(moved / made.name)
     content = load(moved / made.name)
     content["data"][0][0][0, 0, 0, 0] += 1
     torch.save(content, moved / made.name)
@@ -305,30 +315,87 @@ def test_start_images_from_a_folder_elsewhere(whole, in_process, refused, tmp_pa
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
-    left = [tmp_path / ".checkpoint.pt.a1b2c3d_", tmp_path / ".res_DSA.pt.xxxxxxxx"]
-    kept = [tmp_path / ".hidden", tmp_path / "checkpoint.pt"]
-    for path in left + kept:
-        path.write_bytes(b"x")
+    code = "import os, signal, sys; sys.path.insert(0, sys.argv[1]); from utils.files import save_text; "
+    code += "os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL); from pathlib import Path; "
+    code += "save_text(Path('checkpoint.txt'), 'x')"
+    subprocess.run([sys.executable, "-c", code, str(ROOT)], cwd=tmp_path)
+    (left,) = tmp_path.iterdir()
+    kept = [tmp_path / ".notes.settings", tmp_path / "checkpoint.pt", tmp_path / ".a.unfinished"]
+    kept[0].write_bytes(b"x")
+    kept[1].write_bytes(b"x")
+    kept[2].mkdir()
     RunFolder(tmp_path)
-    assert not any(path.exists() for path in left)
+    assert not left.exists()
     assert all(path.exists() for path in kept)
 
 
 def test_metrics_with_damaged_lines(tmp_path, refused):
     run = RunFolder(tmp_path)
     good = [{"experiment": 0, "iteration": i} for i in range(3)]
-    lines = [json.dumps(good[0]), '{"experiment": 0, "iter', "3", "[" * 5000, json.dumps(good[1]), json.dumps(good[2])]
+    bad = ['{"experiment": 0, "iter', "3", "[" * 5000, '{"experiment": 0, "iteration": 1, "x": []}']
+    bad += ['{"experiment": 0, "iteration": 1, "loss": "x"}', '{"experiment": 0, "iteration": -Infinity, "loss": 1}']
+    bad += ['{"experiment": true, "iteration": 1}', '{"experiment": 0, "iteration": 1, "model": 3, "accuracy": [1]}']
+    lines = [json.dumps(good[0]), *bad, json.dumps(good[1]), json.dumps(good[2])]
     (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff{")
     assert run.metrics() == good
     run.keep_metrics(lambda line: line["iteration"] < 2)
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == good[:2]
 
 
-def test_metrics_that_are_no_file(copied, refused):
+@pytest.mark.parametrize("kind", KINDS)
+def test_metrics_that_are_no_file(kind, copied, refused):
     folder = copied("one")
     (folder / "metrics.jsonl").unlink()
-    (folder / "metrics.jsonl").mkdir()
+    KINDS[kind](folder / "metrics.jsonl")
     assert "metrics.jsonl" in refused("main_poe.py", "--resume", folder)
+
+
+@pytest.mark.parametrize("name", [".lock", "logs.txt"])
+def test_nothing_is_written_through_links(name, copied, refused, tmp_path):
+    folder = copied("one")
+    (tmp_path / "precious").write_text("precious")
+    (folder / name).unlink()
+    (folder / name).symlink_to(tmp_path / "precious")
+    assert "cannot write" in refused("main_poe.py", "--resume", folder)
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_a_pipe_in_place_of_the_log(copied, refused):
+    folder = copied("one")
+    (folder / "logs.txt").unlink()
+    os.mkfifo(folder / "logs.txt")
+    assert "logs.txt" in refused("main_poe.py", "--resume", folder)
+
+
+def test_a_start_set_that_the_run_did_not_have(whole, in_process, refused, tmp_path):
+    (made,) = (whole / "one").rglob("res_*.pt")
+    in_process("main_poe.py", *STAGE1, "--save_path", tmp_path / "one", "--Iteration", 1, "--num_eval", 1)
+    folder = run_folder(tmp_path / "one")
+    state = load(folder / "checkpoint.pt") | {"exp": 0, "iteration": 0, "started": False, "evaluated": False}
+    torch.save(state | {"found": {}, "finished": [], "accs": {}, "method": {}}, folder / "checkpoint.pt")
+    error = refused("main_poe.py", "--resume", folder, "--load_path", made)
+    assert "--load_path: what is there now is not what" in error
+    assert json.loads((folder / "args.json").read_text())["flags"]["load_path"] is None
+
+
+def test_pools_and_ood_sets_that_changed(in_process, refused, tmp_path):
+    pool = np.random.default_rng(0).integers(0, 256, (300, 8, 8), dtype=np.uint8)
+    (tmp_path / "ood").mkdir()
+    for path in ("pool.npy", "ood/mine.npy"):
+        np.save(tmp_path / path, pool)
+    flags = [*STAGE1, "--save_path", "one", "--Iteration", 0, "--num_eval", 1, "--oe_data_path", "pool.npy"]
+    flags += ["--num_oe_per_class", 20, "--eval_ood", "mine", "--ood_path", "ood"]
+    in_process("main_oe.py", *flags)
+    folder = run_folder(tmp_path / "one")
+    assert "is finished" in in_process("main_oe.py", "--resume", folder)
+    used = load_outlier_pool(tmp_path / "pool.npy", load_dataset("Digits", "nowhere"), 20, 1).slices
+    changed = pool.copy()
+    changed[used[9, 19]] = 255 - changed[used[9, 19]]
+    np.save(tmp_path / "pool.npy", changed)
+    assert "--oe_data_path: what is there now" in refused("main_oe.py", "--resume", folder)
+    np.save(tmp_path / "pool.npy", pool)
+    np.save(tmp_path / "ood/mine.npy", 255 - pool)
+    assert "--ood_path: what is there now" in refused("main_oe.py", "--resume", folder)
 
 
 def test_the_command_of_a_folder_with_a_dash(monkeypatch):
@@ -368,6 +435,8 @@ def test_a_checkpoint_of_another_run(whole, refused, tmp_path):
         {"started": True, "method": {"images": [torch.zeros(10, 1, 1, 8, 8)], "momentum": [None]}},
         {"found": 3},
         {"finished": [1, 2]},
+        {"exp": 1, "started": False, "finished": [[None, None]]},
+        {"exp": 1, "started": False, "finished": [[torch.full((10, 1, 8, 8), float("nan"))] * 2]},
         {"iteration": "many"},
     ):
         torch.save(load(folder / "checkpoint.pt") | change, tmp_path / "checkpoint.pt")

@@ -125,7 +125,7 @@ class RealData:
 
     def fingerprint(self) -> str:
         """SHA-256 of the images and labels."""
-        return fingerprint(self.images_train, self.labels_train, self.images_test, self.labels_test)
+        return fingerprint((self.images_train, self.labels_train, self.images_test, self.labels_test))
 
     def to(self, device: torch.device | str) -> "RealData":
         """The same data on `device`."""

@@ -263,8 +263,11 @@ class Distillation:
     def _finished(self, images: torch.Tensor, images_oe: torch.Tensor | None) -> SyntheticSet:
         """The set of a finished experiment, checked."""
         shape = (len(self.method.labels), self.real.channel, *self.real.im_size)
-        if any(t is not None and (tuple(t.shape) != shape or t.dtype != torch.float32) for t in (images, images_oe)):
-            raise ValueError("a finished set of another shape")
+        tensors = [images] if self.method.outliers is None else [images, images_oe]
+        if any(tuple(t.shape) != shape or t.dtype != torch.float32 or not torch.isfinite(t).all() for t in tensors):
+            raise ValueError("a finished set of another shape, or not finite")
+        if self.method.outliers is None and images_oe is not None:
+            raise ValueError("a finished set with outliers")
         return SyntheticSet(images, self.method.labels.cpu(), images_oe)
 
 

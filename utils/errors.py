@@ -13,6 +13,10 @@ class UserError(ValueError):
     """A wrong flag, file or data set. The message is one line that says what was found and what to do."""
 
 
+class OwnError(UserError):
+    """What went wrong in this process of several alone, so that it must say it itself."""
+
+
 def unknown_name(what: str, name: str, accepted: Iterable[str]) -> str:
     """The message for a name that is not among `accepted`; it lists them all and points at the nearest one."""
     accepted = list(accepted)
@@ -41,7 +45,7 @@ def run_script(main: Callable[[], None], prog: str) -> None:
         with suppress(AttributeError):  # what stands in for them in a notebook or a test has no encoding
             stream.reconfigure(errors="backslashreplace")
     status = _status(main, prog)
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if _several():
         from . import distributed
 
         distributed.leave(status)
@@ -55,21 +59,35 @@ def _status(main: Callable[[], None], prog: str) -> int:
         main()
     except (Interrupted, KeyboardInterrupt) as stopped:
         return 128 + getattr(stopped, "number", signal.SIGINT)
+    except OwnError as error:
+        return _said(prog, error)
     except UserError as error:
-        return said_once(prog, " ".join(str(error).split()))
+        return said_once(prog, error)
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        return said_once(
-            prog, "out of memory: lower --batch_real, --batch_oe, --batch_train or --ipc, or choose a narrower --model"
-        )
+        if _is_out_of_memory(error):
+            return _said(
+                prog,
+                "out of memory: lower --batch_real, --batch_oe, --batch_train or --ipc, or choose a narrower --model",
+            )
+        if _several() and "peer" in str(error):
+            _said(prog, "another process of this run has ended, and so does this one")
+            return 1
+        raise
     return 0
 
 
-def said_once(prog: str, line: str) -> int:
+def _several() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def said_once(prog: str, message: object) -> int:
     """Print an error line, under `torchrun` by the first process alone; returns the exit status."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{prog}: error: {line}", file=sys.stderr, flush=True)
+    return _said(prog, message) if os.environ.get("RANK", "0") == "0" else 2
+
+
+def _said(prog: str, message: object) -> int:
+    where = f"process {os.environ.get('RANK')}: " if _several() else ""
+    print(f"{prog}: error: {where}{' '.join(str(message).split())}", file=sys.stderr, flush=True)
     return 2
 
 

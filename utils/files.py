@@ -2,10 +2,9 @@
 
 import hashlib
 import os
-import re
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -14,7 +13,8 @@ import torch
 
 from .errors import UserError
 
-_UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}")  # how tempfile names them
+_UNFINISHED = ".unfinished"
+_MOST_LINES = 256 << 20  # bytes of a text file that is read
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], None], keep: Path | None = None) -> None:
@@ -27,7 +27,9 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None], keep: Path | Non
     """
     path = Path(path)
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED, delete=False
+        ) as file:
             try:
                 write(file)
                 file.flush()
@@ -63,7 +65,7 @@ def append_line(path: Path, line: str) -> None:
     data = (line + "\n").encode(errors="replace")
     written = 0
     try:
-        with open(path, "ab", buffering=0) as file:
+        with open(path, "ab", buffering=0, opener=_open_itself) as file:
             try:
                 while written < len(data):  # a disk that runs full takes a part
                     written += file.write(data[written:])
@@ -80,24 +82,47 @@ def read_lines(path: Path) -> list[str]:
     """The lines of a text file; none where there is no file.
 
     Raises:
-        UserError: when it cannot be read.
+        UserError: when it cannot be read, or has more than 256 MiB.
     """
-    try:
-        return path.read_text(errors="replace").splitlines()
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return []
+    try:
+        if not os.path.isfile(path):
+            raise OSError("it is no regular file")
+        with open(path, "rb") as file:
+            data = file.read(_MOST_LINES + 1)
+        if len(data) > _MOST_LINES:
+            raise OSError("it is too large")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error}. Move it away") from None
+    return data.decode(errors="replace").splitlines()
+
+
+def remove_files(folder: Path, pattern: str) -> None:
+    """Take away the regular files of `folder` that match.
+
+    Raises:
+        UserError: when one cannot be removed.
+    """
+    for path in folder.glob(pattern):
+        if path.is_file() and not path.is_symlink():
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise UserError(f"cannot remove {path}: {error}") from None
 
 
 def remove_unfinished(folder: Path) -> None:
     """Take away what `atomic_write` left in `folder` when its process was killed; for the owner of the folder."""
-    for path in folder.iterdir():
-        if _UNFINISHED.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+    remove_files(folder, f".*{_UNFINISHED}")
 
 
-def fingerprint(*tensors: torch.Tensor | None) -> str:
+def _open_itself(path: str, flags: int) -> int:
+    """For `open`: neither through a link, which could lead anywhere, nor waiting for the other end of a pipe."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o644)
+
+
+def fingerprint(tensors: Iterable[torch.Tensor | None]) -> str:
     """SHA-256 of the types, shapes and values of tensors, in hexadecimal digits."""
     digest = hashlib.sha256()
     for tensor in tensors:
@@ -118,7 +143,8 @@ class RunLock:
         except ImportError:  # no such locks on this system
             return
         try:
-            self.file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - open as long as the process lives
+            path = folder / ".lock"
+            self.file = open(path, "a+", encoding="utf-8", opener=_open_itself)  # noqa: SIM115 - as long as the process lives
         except OSError as error:
             raise UserError(f"cannot write into {folder}: {error}. Choose another --save_path") from None
         try:

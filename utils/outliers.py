@@ -12,6 +12,7 @@ import torch
 
 from .datasets import RealData
 from .errors import UserError, unknown_name
+from .files import fingerprint
 from .readers import conform, images_to_nchw, list_images, read_images, read_npy, read_npz
 from .rng import generator as keyed_generator
 
@@ -166,9 +167,9 @@ class OutlierPool:
         images = self.images[chosen.to(self.images.device)].to(self.real.device, non_blocking=True)
         return self.real.normalize(conform(images, self.real.channel, self.real.im_size))
 
-    def sample(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What tells this pool from others: the shape of its slices, and the first images of each."""
-        return torch.tensor(self.slices.shape), self.images[self.slices[:, :16].flatten().to(self.images.device)]
+    def fingerprint(self) -> str:
+        """SHA-256 of the images of all slices."""
+        return fingerprint(self.images[indices.to(self.images.device)] for indices in self.slices)
 
 
 def read_image_pool(path: str | Path, channel: int, im_size: tuple[int, int], flag: str) -> torch.Tensor:

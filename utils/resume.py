@@ -69,7 +69,7 @@ def resumed(parser: Parser, args: argparse.Namespace, given: dict) -> argparse.N
                 "start a new run"
             )
     changed = {name: value for name, value in given.items() if name in MAY_CHANGE}
-    args, _ = argparse.ArgumentParser.parse_known_args(parser, _command_line(stored | changed, parser, folder))
+    args = argparse.ArgumentParser.parse_known_args(parser, _command_line(stored | changed, parser, folder))[0]
     args.resume = str(folder)
     return args
 
@@ -80,13 +80,14 @@ def _command_line(flags: dict, parser: Parser, folder: Path) -> list[str]:
     Raises:
         UserError: for a flag that the parser does not know, or what would be taken for one.
     """
-    known = {action.dest for action in parser._actions}.difference(NOT_STORED)
+    known = {action.dest: action.nargs for action in parser._actions if action.dest not in NOT_STORED}
     words = []
     for name, value in flags.items():
         if name == "resume" or value is None or value is False:
             continue
         values = [str(v) for v in value] if isinstance(value, list) else []
-        if name not in known or any(v.startswith("-") for v in values):
+        fits = name in known and (isinstance(value, list) == (known[name] == "+"))
+        if not fits or any(v.startswith("-") for v in values):
             said = f"--{name}={value}"
             raise UserError(f"--resume: {folder / ARGS} has what {parser.prog} does not know: {said[:160]}")
         if isinstance(value, list):
@@ -139,7 +140,7 @@ def check_inputs(folder: Path, inputs: dict[str, str]) -> None:
     """
     before = read_args(folder).get("inputs")
     for flag, found in inputs.items():
-        if isinstance(before, dict) and before.get(flag, found) != found:
+        if isinstance(before, dict) and before.get(flag) != found:
             raise UserError(
                 f"--{flag}: what is there now is not what {folder} was started with; give that, or start a new run"
             )

@@ -18,6 +18,7 @@ import torch
 from . import distributed
 from .errors import UserError
 from .files import RunLock, append_line, read_lines, remove_unfinished, save_text
+from .readers import read_json
 from .scalars import Scalars
 
 VERSION = 1
@@ -86,7 +87,7 @@ class RunFolder:
 
     def metrics(self) -> list[dict]:
         """The lines of `metrics.jsonl`, without what a crash damaged."""
-        return [json.loads(line) for line in self._kept_lines(lambda line: isinstance(line, dict))]
+        return [json.loads(line) for line in self._kept_lines(lambda line: True)]
 
     def keep_metrics(self, keep: Callable[[dict], bool]) -> None:
         """Take out of `metrics.jsonl` what a resumed run will write again, and a last line that a crash cut off."""
@@ -98,7 +99,8 @@ class RunFolder:
         kept = []
         for line in read_lines(self.path / METRICS):
             with suppress(ValueError, TypeError, KeyError, RecursionError):
-                if keep(json.loads(line)):
+                value = json.loads(line)
+                if _is_metric(value) and keep(value):
                     kept.append(line)
         return kept
 
@@ -113,6 +115,16 @@ class RunFolder:
         about |= {"versions": versions(), "processes": distributed.world(), **more}
         save_text(self.path / ARGS, json.dumps(about, indent=1, default=str) + "\n")
 
+    def update_args(self, args: dict, **more: object) -> None:
+        """Write to `args.json` what changed when the run was resumed, and by which command it was."""
+        if not self.speaks:
+            return
+        about = read_json(self.path / ARGS, "--resume")
+        resumed = about.get("resumed") if isinstance(about.get("resumed"), list) else []
+        now = {"command": shlex.join(sys.orig_argv), "at": datetime.now().isoformat(timespec="seconds")}
+        about |= {"flags": args | {"resume": None}, "resumed": [*resumed, now | {"git_commit": git_commit()}], **more}
+        save_text(self.path / ARGS, json.dumps(about, indent=1, default=str) + "\n")
+
     @contextmanager
     def progress(self, total: int, what: str, start: int = 0, every: int = LOG_EVERY) -> Iterator["Progress"]:
         """Show the progress of a loop: a bar on a terminal, else a log line every `every` steps."""
@@ -121,6 +133,21 @@ class RunFolder:
             yield progress
         finally:
             progress.close()
+
+
+def _is_metric(line: object) -> bool:
+    """Whether a line of `metrics.jsonl` is such as `RunFolder.metric` writes."""
+    if not isinstance(line, dict) or not isinstance(line.get("time", ""), str):
+        return False
+    counts = [line[name] for name in ("experiment", "iteration", "network", "epoch") if name in line]
+    rest = [v for name, v in line.items() if name not in ("time", "model")]
+    numbers = [x for v in rest for x in (v if isinstance(v, list) else [v])]
+    return (
+        isinstance(line.get("model", ""), str)
+        and all(type(n) is int and 0 <= n < 1 << 31 for n in counts)
+        and [] not in rest
+        and all(x is None or (type(x) in (int, float) and abs(x) < math.inf) for x in numbers)
+    )
 
 
 def _finite(value: object) -> object:

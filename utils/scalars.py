@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import UserError
+from .files import remove_files
 
 
 def require_tensorboard() -> None:
@@ -23,8 +24,7 @@ class Scalars:
     def __init__(self, folder: Path, before: Sequence[dict] = ()):
         from torch.utils.tensorboard import SummaryWriter
 
-        for path in folder.glob("events.out.tfevents.*"):
-            path.unlink()
+        remove_files(folder, "events.out.tfevents.*")
         self.writer = SummaryWriter(str(folder))
         for line in before:
             self._add(line)

@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from networks import get_network
@@ -41,14 +41,16 @@ def run_stage1(args: argparse.Namespace, make_outliers: Callable[[RealData], Out
     compute = _compute(args, match, real, outliers)
     method = GradientMatching(real, outliers, match, compute, start)
     evaluation = EvalSettings(args.num_eval, training, args.seed, _eval_ood(args, real))
-    run = _run_folder(args, match, real, _inputs(real, outliers, start))
+    run = _run_folder(args, match, real, _inputs(real, outliers, evaluation.ood, start))
     evaluator = Evaluator(real, evaluation, run, compute)
     checkpointer = Checkpointer(run, interval=args.checkpoint_interval)
     distillation = Distillation(method, evaluator, _settings(args), run, checkpointer)
     restored = bool(args.resume) and distillation.restore()
     if args.resume and distillation.starts_another:
         method.initial = _start_sets(args, real, outliers)
-        check_inputs(run.path, _inputs(real, outliers, method.initial))
+        check_inputs(run.path, _inputs(real, outliers, (), method.initial))
+    if args.resume:
+        run.update_args(vars(args))
     if args.tensorboard and run.speaks:
         run.scalars = Scalars(run.path, run.metrics())
     if not restored:
@@ -90,13 +92,15 @@ def _start_sets(args: argparse.Namespace, real: RealData, outliers: Outliers) ->
     return load_start(args.load_path, real, args.ipc, outliers is not None)
 
 
-def _inputs(real: RealData, outliers: Outliers, start: list[SyntheticSet]) -> dict[str, str]:
+def _inputs(real: RealData, outliers: Outliers, ood: Sequence[OODSet], start: Sequence[SyntheticSet]) -> dict[str, str]:
     """Fingerprints of what the run reads, by flag."""
     inputs = {"data_path": real.fingerprint()}
     if isinstance(outliers, OutlierPool):
-        inputs["oe_data_path"] = fingerprint(*outliers.sample())
+        inputs["oe_data_path"] = outliers.fingerprint()
+    if ood:
+        inputs["ood_path"] = fingerprint(one.load() for one in ood)
     if start:
-        inputs["load_path"] = fingerprint(*(t for s in start for t in (s.images, s.images_oe)))
+        inputs["load_path"] = fingerprint(t for s in start for t in (s.images, s.images_oe))
     return inputs
 
 

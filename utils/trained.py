@@ -15,7 +15,7 @@ from .arguments import dsa_of
 from .checkpoints import Checkpointer
 from .datasets import RealData, load_dataset
 from .devices import choose_compute, choose_device
-from .errors import Interrupted, UserError
+from .errors import Interrupted, OwnError, UserError
 from .evaluation import mean_std, training_of
 from .files import fingerprint, save_pt
 from .readers import read_pt
@@ -78,7 +78,7 @@ def run_stage2(args: argparse.Namespace, with_outliers: bool) -> None:
     net = get_network(args.model, real.channel, real.num_classes, real.im_size, generator(args.seed)).to(device)
     inputs = {
         "data_path": real.fingerprint(),
-        "load_path": fingerprint(synthetic.images, synthetic.labels, synthetic.images_oe),
+        "load_path": fingerprint((synthetic.images, synthetic.labels, synthetic.images_oe)),
     }
     run = _run_folder(args, path, settings, device, inputs)
     run.log(f"computing: {compute}")
@@ -109,6 +109,7 @@ def _run_folder(
     if args.resume:
         check_inputs(Path(args.resume), inputs)
         run = RunFolder(Path(args.resume))
+        run.update_args(vars(args), distilled_set=str(path.resolve()))
         run.log("resumed")
         return run
     parts = (args.method, args.dataset, args.model, args.ipc)
@@ -151,18 +152,20 @@ class NetworkTraining:
         """
         indices = distributed.mine(num_networks)
         keepers = {i: _Keeper(self, i, Checkpointer(self.run, f"checkpoint_network{i}", interval)) for i in indices}
-        if self.resumes:
-            self._restore(keepers)
         try:
             with interrupts.catch():
+                if self.resumes:
+                    self._restore(keepers)
                 for keeper in keepers.values():
                     if not keeper.done:
                         self._train(keeper)
+                results = distributed.gather({i: (keeper.best, keeper.newest) for i, keeper in keepers.items()})
         except Interrupted:
             self.run.log("stopped; to go on:")
             self.run.log(resume_command(self.run.path))
             raise
-        results = distributed.gather({i: (keeper.best, keeper.newest) for i, keeper in keepers.items()})
+        except UserError as error:
+            raise OwnError(error) from None
         best, last = zip(*results.values(), strict=True)
         self.run.log(f"accuracy over {num_networks} networks: best {mean_std(best)}, last epoch {mean_std(last)}")
         return list(best)
@@ -170,9 +173,9 @@ class NetworkTraining:
     def _restore(self, keepers: dict[int, "_Keeper"]) -> None:
         for keeper in keepers.values():
             keeper.restore()
-        if all(keeper.done for keeper in keepers.values()):
-            self.run.log(f"{self.run.path} is finished: all networks are trained")
         epochs = distributed.gather({i: keeper.epoch for i, keeper in keepers.items()})
+        if all(epoch == self.trainer.settings.epochs for epoch in epochs.values()):
+            self.run.log(f"{self.run.path} is finished: all networks are trained")
         self.run.keep_metrics(lambda line: line["epoch"] <= epochs[line["network"]])
         distributed.barrier()  # nobody appends before that
 
