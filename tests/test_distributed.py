@@ -1,6 +1,8 @@
 """Several gloo processes under torchrun give what one process gives; a dead process ends the run."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,6 +81,38 @@ def test_same_networks_and_one_folder(runs):
         a, b = (torch.load(p, weights_only=True) for p in (a, b))
         for name in a:
             torch.testing.assert_close(a[name], b[name], atol=1e-2, rtol=1e-2)
+
+
+def resume_networks(runs, folder):
+    """Resume a copy of stage 2 with two processes, of which the second has network 1 alone."""
+    shutil.copytree(runs[2], folder)
+    (run,) = {p.parent for p in found(folder, "checkpoint_network1.pt")}
+    for path in run.glob("*network1*.pt"):
+        path.unlink()
+    for path in run.glob("syn_trained_*_exp1_*.pt"):
+        path.unlink()
+    return run
+
+
+def test_networks_of_one_process_go_on(runs, tmp_path):
+    run = resume_networks(runs, tmp_path / "copy")
+    process = start(tmp_path / "copy", 2, "train_model_synthetic_oe.py", "--resume", run)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, f"{out}\n{err}"
+    assert "is finished" not in out
+    test_same_networks_and_one_folder(runs | {2: tmp_path / "copy"})
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(line["network"] for line in lines) == [0, 1, 2]
+
+
+def test_the_process_that_fails_says_it(runs, tmp_path):
+    run = resume_networks(runs, tmp_path / "copy")
+    (run / "checkpoint_network1.pt").write_bytes(b"junk")
+    process = start(tmp_path / "copy", 2, "train_model_synthetic_oe.py", "--resume", run)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "error: process 1: --resume: no checkpoint in" in err
+    assert "[rank0]" not in err
 
 
 def test_a_wrong_flag_is_said_once(tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import subprocess
 from itertools import pairwise
 
@@ -104,6 +105,25 @@ def test_what_was_made_with_other_settings_is_not_taken_for_done(table):
     assert "> 7" in table.err
 
 
+def test_a_stage_made_from_another_is_not_taken_for_done(table, tmp_path):
+    settings = {"IPC": "1", "SEEDS": "1", "KINDS": "plain"}
+    assert table("cifar10.sh", **settings)[0] == 0
+    shutil.rmtree(tmp_path / "out/ipc1/plain/seed1/1-distilled")
+    status, commands = table("cifar10.sh", ITERATIONS="7", **settings)
+    assert status == 2
+    assert [w[0] for w in commands] == ["main.py"]
+    assert "2-networks was made with other settings" in table.err
+
+
+def test_an_unwritten_done_is_none(table, tmp_path):
+    settings = {"IPC": "1", "SEEDS": "1", "KINDS": "plain"}
+    assert table("cifar10.sh", **settings)[0] == 0
+    (tmp_path / "out/ipc1/plain/seed1/1-distilled/done").write_text("")
+    status, commands = table("cifar10.sh", **settings)
+    assert status == 0
+    assert [w[0] for w in commands] == ["main.py", "scripts/compare.py"]
+
+
 def test_what_was_stopped_goes_on_with_its_flags(table):
     settings = {"IPC": "1", "SEEDS": "1", "KINDS": "plain"}
     assert table("cifar10.sh", fail_at=1, **settings)[0] == 130
@@ -123,21 +143,24 @@ def test_ablations(table):
     assert sorted(w[w.index("--lambda_oe") + 1] for w in trained) == sorted(["0", "0.1", "0.5", "1"] * 2)
 
 
-def test_commands_in_the_heads_of_the_scripts(table, tmp_path):
-    """What they try out is understood by the stages: every variable that they set reaches a flag."""
-    for path in (ROOT / "scripts").glob("*.sh"):
-        for line in path.read_text().splitlines():
-            if line.startswith("#   OUT="):
-                words = shlex.split(line[1:])
-                variables = dict(word.split("=", 1) for word in words if "=" in word)
-                assert words[-2:] == ["bash", f"scripts/{path.name}"]
-                out = variables.pop("OUT")
-                status, commands = table(path.name, OUT=str(tmp_path / path.stem), **variables)
-                assert status == 0, path
-                assert f"OUT=${{OUT:-{out}}}" not in path.read_text()  # else the whole table would take it for its own
-                for words in commands:
-                    if words[0] in PARSERS:
-                        PARSERS[words[0]].get_args_parser().parse_args(words[1:])
+@pytest.mark.parametrize("script", ["cifar10.sh", "cifar100.sh", "fashion_mnist.sh", "digits.sh"])
+def test_the_line_to_try_a_script(script, table, tmp_path):
+    """The stages take what it sets, and the whole table does not take it for its own."""
+    text = (ROOT / "scripts" / script).read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith("#   OUT=")]
+    *words, shell, name = shlex.split(line[1:])
+    assert (shell, name) == ("bash", f"scripts/{script}")
+    variables = dict(word.split("=", 1) for word in words)
+    assert f"OUT=${{OUT:-{variables.pop('OUT')}}}" not in text
+    status, commands = table(script, OUT=str(tmp_path / "try"), **variables)
+    assert status == 0
+    said = " ".join(" ".join(words) for words in commands)
+    assert all(value in said for value in variables.values() if value != variables["KINDS"])
+    kinds = {words[0] for words in commands if words[0] in ("main.py", "main_oe.py", "main_poe.py")}
+    assert kinds == {"main.py", "main_poe.py"}
+    for words in commands:
+        if words[0] in PARSERS:
+            PARSERS[words[0]].get_args_parser().parse_args(words[1:])
 
 
 def test_an_unknown_kind(table):
