@@ -47,7 +47,11 @@ def table(tmp_path):
         notes.write_text("")
         fail = tmp_path / "notes.fail"
         fail.write_text(str(fail_at)) if fail_at else fail.unlink(missing_ok=True)
-        env = os.environ | {"PYTHON": str(stand_in), "NOTES": str(notes), "OUT": str(tmp_path / "out")} | variables
+        env = (
+            os.environ
+            | {"PYTHON": str(stand_in), "NOTES": str(notes), "OUT": str(tmp_path / "out"), "OOD": str(tmp_path)}
+            | variables
+        )
         done = subprocess.run(["bash", str(ROOT / "scripts" / script)], env=env, capture_output=True, text=True)
         run.err = done.stderr
         return done.returncode, [shlex.split(line) for line in notes.read_text().splitlines()]
