@@ -7,7 +7,7 @@
 import argparse
 
 from utils import arguments
-from utils.errors import run_script
+from utils.entry import run_script
 from utils.flags import Parser
 from utils.outliers import PseudoOutliers
 from utils.resume import add_resume

@@ -7,7 +7,7 @@
 import argparse
 
 from utils import arguments
-from utils.errors import run_script
+from utils.entry import run_script
 from utils.flags import Parser
 from utils.resume import add_resume
 from utils.trained import run_stage2

@@ -34,7 +34,7 @@ from utils.arguments import LOOPS, add_compute
 from utils.augment import DSA, DSA_ENTRIES
 from utils.datasets import RealData, load_dataset
 from utils.devices import Compute, choose_compile, choose_device, set_keep_freed_memory, set_precision
-from utils.errors import run_script
+from utils.entry import run_script
 from utils.files import save_text
 from utils.flags import Parser, count, one_of
 from utils.matching import Matcher, class_loss, outlier_loss

@@ -11,7 +11,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.compare import Row, Run, comparison_rows, find_runs, latex, markdown, plot_comparison, table_csv
-from utils.errors import UserError, run_script
+from utils.entry import run_script
+from utils.errors import UserError
 from utils.files import save_text
 from utils.flags import Parser, one_of
 from utils.html import comparison_page

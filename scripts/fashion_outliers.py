@@ -12,7 +12,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.datasets import load_dataset
-from utils.errors import UserError, run_script
+from utils.entry import run_script
+from utils.errors import UserError
 from utils.files import atomic_write
 from utils.flags import Parser
 

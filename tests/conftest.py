@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from utils.datasets import RealData, load_dataset  # noqa: E402
-from utils.errors import run_script  # noqa: E402
+from utils.entry import run_script  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)

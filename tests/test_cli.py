@@ -16,7 +16,7 @@ import test_ood_model_syn
 import train_model_synthetic_no_oe
 import train_model_synthetic_oe
 from utils.arguments import loops_of
-from utils.errors import run_script
+from utils.entry import run_script
 
 SCRIPTS = {
     "main.py": stage1,

@@ -329,7 +329,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     assert all(path.exists() for path in kept)
 
 
-def test_metrics_with_damaged_lines(tmp_path, refused):
+def test_metrics_with_damaged_lines(tmp_path):
     run = RunFolder(tmp_path)
     good = [{"experiment": 0, "iteration": i} for i in range(3)]
     bad = ['{"experiment": 0, "iter', "3", "[" * 5000, '{"experiment": 0, "iteration": 1, "x": []}']

@@ -1,7 +1,7 @@
 """Evaluation during distillation: fresh networks are trained on the synthetic set and tested."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,7 +13,6 @@ from .augment import DSA, dc_augmentation
 from .datasets import RealData
 from .devices import Compute
 from .errors import Interrupted
-from .ood_datasets import OODSet
 from .ood_metrics import ood_measures
 from .ood_scores import msp
 from .rng import generator
@@ -58,13 +57,13 @@ def mean_std(values: list[float]) -> str:
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """`num_networks` networks of each model; `training`: how each model is trained; `ood`: the sets whose AUROC (score
-    msp) is measured, too."""
+    """`num_networks` networks of each model; `training`: how each model is trained; `ood`: images, by
+    name, of the sets whose AUROC (score msp) is measured, too."""
 
     num_networks: int
     training: dict[str, TrainSettings]
     seed: int
-    ood: tuple[OODSet, ...] = ()
+    ood: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Evaluator:
@@ -74,7 +73,6 @@ class Evaluator:
         self.real, self.settings, self.run, self.compute = real, settings, run, compute
         self.models = tuple(settings.training)
         self.trainers: dict[str, Trainer] = {}
-        self.images_ood: dict[str, torch.Tensor] = {}
 
     def evaluate(
         self, synthetic: SyntheticSet, exp: int, it: int, found: Found, after_network: Callable[[], None]
@@ -117,18 +115,7 @@ class Evaluator:
         if not torch.isfinite(logits).all():
             self.run.log(f"{model} network {index}: its training diverged (outputs not finite); lower --lr_net")
         measures = {"accuracy": accuracy_of(logits, self.real.labels_test)}
-        return measures | {f"auroc {ood.name}": self._auroc(trainer, logits, ood) for ood in self.settings.ood}
-
-    def _auroc(self, trainer: Trainer, logits: torch.Tensor, ood: OODSet) -> float:
-        """AUROC of one set; NaN where a score is not finite."""
-        if ood.name not in self.images_ood:
-            self.images_ood[ood.name] = ood.load()
-        inside, outside = (
-            msp(z.double(), 1.0).cpu().numpy() for z in (logits, trainer.predict(self.images_ood[ood.name]))
-        )
-        if not np.isfinite(np.concatenate([inside, outside])).all():
-            return float("nan")
-        return ood_measures(inside, outside)["auroc"]
+        return measures | {f"auroc {name}": _auroc(logits, trainer.predict(x)) for name, x in self.settings.ood.items()}
 
     def _trainer(self, model: str) -> Trainer:
         if model not in self.trainers:
@@ -136,3 +123,11 @@ class Evaluator:
             net = get_network(model, real.channel, real.num_classes, real.im_size, generator(self.settings.seed))
             self.trainers[model] = Trainer(net.to(real.device), self.settings.training[model], self.compute)
         return self.trainers[model]
+
+
+def _auroc(logits: torch.Tensor, logits_ood: torch.Tensor) -> float:
+    """AUROC of the score msp; NaN where a score is not finite."""
+    inside, outside = (msp(z.double(), 1.0).cpu().numpy() for z in (logits, logits_ood))
+    if not np.isfinite(np.concatenate([inside, outside])).all():
+        return float("nan")
+    return ood_measures(inside, outside)["auroc"]

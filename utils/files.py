@@ -87,15 +87,24 @@ def read_lines(path: Path) -> list[str]:
     if not os.path.lexists(path):
         return []
     try:
-        if not os.path.isfile(path):
-            raise OSError("it is no regular file")
-        with open(path, "rb") as file:
-            data = file.read(_MOST_LINES + 1)
-        if len(data) > _MOST_LINES:
-            raise OSError("it is too large")
+        return read_bytes(path, _MOST_LINES).decode(errors="replace").splitlines()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error}. Move it away") from None
-    return data.decode(errors="replace").splitlines()
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """All of a regular file of at most `most` bytes.
+
+    Raises:
+        OSError: when it is something else, cannot be read, or is larger.
+    """
+    if not os.path.isfile(path):
+        raise OSError("it is no regular file")
+    with open(path, "rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError("it is too large")
+    return data
 
 
 def remove_files(folder: Path, pattern: str) -> None:

@@ -229,8 +229,7 @@ class OODSource:
         return found
 
     def validation(self, other: torch.Tensor | None) -> list[OODSet]:
-        """The validation outliers: corruptions of `other` images (uint8), or of the test images where there "
-        "are none."""
+        """The validation outliers: corruptions of `other` images (uint8), or of the test images without them."""
         source = "test images" if other is None else "the other CIFAR"
 
         def load(name: str) -> torch.Tensor:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from .errors import UserError
+from .files import read_bytes
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".gif", ".tif", ".tiff"}
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP", "GIF", "TIFF")  # PIL would hand others to outside programs
@@ -87,11 +88,7 @@ def read_json(path: Path, what: str, most: int = 1 << 20) -> dict:
     """
     path = check_file(path, what)
     try:
-        with path.open("rb") as file:
-            text = file.read(most + 1)
-        if len(text) > most:
-            raise ValueError("it is too large")
-        value = json.loads(text)
+        value = json.loads(read_bytes(path, most))
         if not isinstance(value, dict):
             raise ValueError("it holds no object")
     except (OSError, ValueError, RecursionError) as error:

@@ -104,25 +104,25 @@ class RunFolder:
                     kept.append(line)
         return kept
 
-    def save_args(self, args: dict, **more: object) -> None:
+    def save_args(self, flags: dict, **more: object) -> None:
         """Write the flags of the run to `args` (JSON, as the published code does), and to `args.json` with them what
         the result depends on, and `more`."""
         if not self.speaks:
             return
-        save_text(self.path / "args", json.dumps(args, indent=1, default=str) + "\n")
-        about = {"script": Path(sys.argv[0]).name, "command": shlex.join(sys.orig_argv), "flags": args}
+        save_text(self.path / "args", json.dumps(flags, indent=1, default=str) + "\n")
+        about = {"script": Path(sys.argv[0]).name, "command": shlex.join(sys.orig_argv), "flags": flags}
         about |= {"started": datetime.now().isoformat(timespec="seconds"), "git_commit": git_commit()}
         about |= {"versions": versions(), "processes": distributed.world(), **more}
         save_text(self.path / ARGS, json.dumps(about, indent=1, default=str) + "\n")
 
-    def update_args(self, args: dict, **more: object) -> None:
+    def update_args(self, flags: dict, **more: object) -> None:
         """Write to `args.json` what changed when the run was resumed, and by which command it was."""
         if not self.speaks:
             return
         about = read_json(self.path / ARGS, "--resume")
         resumed = about.get("resumed") if isinstance(about.get("resumed"), list) else []
         now = {"command": shlex.join(sys.orig_argv), "at": datetime.now().isoformat(timespec="seconds")}
-        about |= {"flags": args | {"resume": None}, "resumed": [*resumed, now | {"git_commit": git_commit()}], **more}
+        about |= {"flags": flags | {"resume": None}, "resumed": [*resumed, now | {"git_commit": git_commit()}], **more}
         save_text(self.path / ARGS, json.dumps(about, indent=1, default=str) + "\n")
 
     @contextmanager

@@ -39,7 +39,7 @@ class Scalars:
         step, group = line["iteration"], f"experiment{line['experiment']}"
         prefix = f"{group}/{line['model']}/" if "model" in line else f"{group}/"
         for name, value in line.items():
-            if name in ("time", "iteration", "experiment"):
+            if name in ("iteration", "experiment"):
                 continue
             if isinstance(value, list) and None not in value:
                 value = sum(value) / len(value)

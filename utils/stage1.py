@@ -5,6 +5,8 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from networks import get_network
 
 from . import distributed
@@ -16,7 +18,7 @@ from .distill import Distillation, DistillSettings
 from .evaluation import EvalSettings, Evaluator, evaluation_models, training_of
 from .files import fingerprint
 from .methods import GradientMatching, MatchSettings
-from .ood_datasets import OODSet, OODSource
+from .ood_datasets import OODSource
 from .outliers import OutlierPool, PseudoOutliers
 from .resume import check_inputs
 from .rng import generator
@@ -37,18 +39,22 @@ def run_stage1(args: argparse.Namespace, make_outliers: Callable[[RealData], Out
     for model in training:  # a network that does not fit must be known before hours of distillation
         get_network(model, real.channel, real.num_classes, real.im_size, generator(args.seed))
     outliers = make_outliers(real)
-    start = [] if args.resume else _start_sets(args, real, outliers)
+    args.load_path = args.load_path and os.path.abspath(args.load_path)  # a run may be resumed from another folder
+    start = [] if args.resume else load_start(args.load_path, real, args.ipc, outliers is not None)
     compute = _compute(args, match, real, outliers)
     method = GradientMatching(real, outliers, match, compute, start)
+    if args.tensorboard:
+        require_tensorboard()
     evaluation = EvalSettings(args.num_eval, training, args.seed, _eval_ood(args, real))
-    run = _run_folder(args, match, real, _inputs(real, outliers, evaluation.ood, start))
+    inputs = _inputs(real, outliers, evaluation.ood) | _start_inputs(start)
+    run = _run_folder(args, match, real, inputs)
     evaluator = Evaluator(real, evaluation, run, compute)
     checkpointer = Checkpointer(run, interval=args.checkpoint_interval)
     distillation = Distillation(method, evaluator, _settings(args), run, checkpointer)
     restored = bool(args.resume) and distillation.restore()
     if args.resume and distillation.starts_another:
-        method.initial = _start_sets(args, real, outliers)
-        check_inputs(run.path, _inputs(real, outliers, (), method.initial))
+        method.initial = load_start(args.load_path, real, args.ipc, outliers is not None)
+        check_inputs(run.path, _start_inputs(method.initial))
     if args.resume:
         run.update_args(vars(args))
     if args.tensorboard and run.speaks:
@@ -84,34 +90,29 @@ def _compute(args: argparse.Namespace, match: MatchSettings, real: RealData, out
     return choose_compute(args.compile, args.precision, real.device, args.model, real, steps, images)
 
 
-def _start_sets(args: argparse.Namespace, real: RealData, outliers: Outliers) -> list[SyntheticSet]:
-    """The sets of `--load_path`, whose path becomes absolute: a run may be resumed from another folder."""
-    if args.load_path is None:
-        return []
-    args.load_path = os.path.abspath(args.load_path)
-    return load_start(args.load_path, real, args.ipc, outliers is not None)
-
-
-def _inputs(real: RealData, outliers: Outliers, ood: Sequence[OODSet], start: Sequence[SyntheticSet]) -> dict[str, str]:
-    """Fingerprints of what the run reads, by flag."""
+def _inputs(real: RealData, outliers: Outliers, ood: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Fingerprints of what every run reads, by flag."""
     inputs = {"data_path": real.fingerprint()}
     if isinstance(outliers, OutlierPool):
         inputs["oe_data_path"] = outliers.fingerprint()
     if ood:
-        inputs["ood_path"] = fingerprint(one.load() for one in ood)
-    if start:
-        inputs["load_path"] = fingerprint(t for s in start for t in (s.images, s.images_oe))
+        inputs["ood_path"] = fingerprint(ood.values())
     return inputs
 
 
-def _eval_ood(args: argparse.Namespace, real: RealData) -> tuple[OODSet, ...]:
-    """The sets of `--eval_ood`."""
-    if args.tensorboard:
-        require_tensorboard()
+def _start_inputs(start: Sequence[SyntheticSet]) -> dict[str, str]:
+    """Fingerprint of the sets that experiments start from, if there are any."""
+    return {"load_path": fingerprint(t for s in start for t in (s.images, s.images_oe))} if start else {}
+
+
+def _eval_ood(args: argparse.Namespace, real: RealData) -> dict[str, torch.Tensor]:
+    """The images of the sets of `--eval_ood`."""
+    if not args.eval_ood:
+        return {}
     source = OODSource(
         real, Path(args.ood_path), Path(args.data_path), args.download == "all", len(real.images_test), args.seed
     )
-    return tuple(source.find_all(args.eval_ood, "--eval_ood")) if args.eval_ood else ()
+    return {ood.name: ood.load() for ood in source.find_all(args.eval_ood, "--eval_ood")}
 
 
 def _run_folder(args: argparse.Namespace, match: MatchSettings, real: RealData, inputs: dict[str, str]) -> RunFolder:
