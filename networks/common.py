@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from utils.errors import UserError
+from utils.rng import send_together
 
 
 def feature_size(name: str, im_size: tuple[int, int], along: Callable[[int], int]) -> tuple[int, int]:
@@ -41,14 +42,16 @@ def initialize(net: nn.Module, generator: torch.Generator) -> nn.Module:
     Convolutions and linear layers: Kaiming uniform with a = sqrt(5), biases uniform in ±1/sqrt(fan_in). Norms: ones and
     zeros; running statistics are reset.
     """
+    parameters, draws = [], []
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             fan_in = module.weight[0].numel()
             bound = 1 / math.sqrt(fan_in)  # kaiming_uniform_ with a = sqrt(5) has this very bound
-            for parameter in (module.weight, module.bias):
-                if parameter is not None:
-                    draw = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
-                    parameter.copy_(draw, non_blocking=True)
+            mine = [p for p in (module.weight, module.bias) if p is not None]
+            parameters += mine
+            draws += [torch.empty(p.shape).uniform_(-bound, bound, generator=generator) for p in mine]
         elif isinstance(module, (nn.GroupNorm, nn.LayerNorm, nn.BatchNorm2d)):
             module.reset_parameters()
+    for parameter, draw in zip(parameters, send_together(draws, parameters[0].device), strict=True):
+        parameter.copy_(draw)
     return net

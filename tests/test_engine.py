@@ -64,7 +64,7 @@ def compare(name, dtype, outliers, metric, tolerance, dsa=True, batched=True, co
 def test_engine_equals_the_textbook_in_float64(name, metric, outliers, dsa):
     for batched in (True, False):
         matcher = compare(name, torch.float64, outliers, metric, 1e-9, dsa, batched)
-        assert matcher.batched == (batched and name != "ConvNetLN")
+        assert matcher.ways[0] == ("batched" if batched and name != "ConvNetLN" else "slot by slot")
 
 
 @pytest.mark.parametrize("name", NORMS)
@@ -103,7 +103,7 @@ def test_a_network_that_cannot_be_batched_falls_back(monkeypatch):
     monkeypatch.setattr(net, "embed", lambda x: Unbatchable.apply(embed(x)))
     matcher = Matcher(net, class_loss, "ours", Compute(), True)
     _, gradient = matcher(synthetic, real.__getitem__, transforms)
-    assert matcher.batched is False
+    assert matcher.ways == ["slot by slot"]
     expected = plain.match_slots(net, synthetic, real.__getitem__, transforms, False, "ours")
     assert relative(gradient, expected[1]) < 1e-9
 

@@ -6,14 +6,14 @@ are images is the plain use in network training. Draws are made on the CPU, so t
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from .errors import UserError, unknown_name
-from .rng import send
+from .rng import Draw, send, send_together
 
 Size = tuple[int, int]
 
@@ -41,10 +41,9 @@ def shift(images: torch.Tensor, offset: torch.Tensor, fill: torch.Tensor | None 
 
     `offset`: int64 `[n, 2]`, rows then columns; `fill`: broadcastable to the images.
     """
-    if len(offset) == 1:
-        rows, cols = offset[0].tolist()  # the draw is on the CPU: no synchronisation
-        if fill is None:
-            return F.pad(images, (-cols, cols, -rows, rows))
+    if len(offset) == 1 and offset.device.type == "cpu" and fill is None:  # on a GPU reading it would synchronise
+        rows, cols = offset[0].tolist()
+        return F.pad(images, (-cols, cols, -rows, rows))
     height, width = images.shape[2:]
     offset = send(offset, images.device)
     row = torch.arange(height, device=images.device) + offset[:, :1]
@@ -168,27 +167,6 @@ def parse_strategy(text: str, entries: Sequence[str] = tuple(DSA_ENTRIES)) -> tu
     return parts
 
 
-class Draw:
-    """A dataclass of parameters, some of them tensors, that can be moved to a device together."""
-
-    def tensors(self) -> list[torch.Tensor]:
-        """The tensors among the parameters, those of draws within this one included."""
-        values = [getattr(self, f.name) for f in fields(self)]
-        nested = [v.tensors() if isinstance(v, Draw) else [v] * isinstance(v, torch.Tensor) for v in values]
-        return [tensor for part in nested for tensor in part]
-
-    def with_tensors(self, tensors: Iterator[torch.Tensor]) -> "Draw":
-        """The same draw with the next of `tensors` in their places."""
-        new = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, Draw):
-                new[f.name] = value.with_tensors(tensors)
-            elif isinstance(value, torch.Tensor):
-                new[f.name] = next(tensors)
-        return replace(self, **new)
-
-
 @dataclass(frozen=True)
 class Transform(Draw):
     """One draw of DSA: an entry and its parameters, `[1, …]` (Siamese) or `[N, …]` (one set per image).
@@ -223,17 +201,16 @@ def apply_by_slot(images: torch.Tensor, transforms: Sequence[Callable]) -> torch
     entries = [t.entry if isinstance(t, Transform) and len(t.params) == 1 else None for t in transforms]
     if None in entries:
         return torch.stack([t(x) for t, x in zip(transforms, images, strict=True)])
-    parts, order = [], []
-    for entry in dict.fromkeys(entries):
-        slots = [s for s, e in enumerate(entries) if e == entry]
+    distinct = list(dict.fromkeys(entries))
+    order = sorted(range(len(entries)), key=lambda s: distinct.index(entries[s]))
+    there, back = send_together([torch.tensor(order), torch.tensor(order).argsort()], images.device)
+    sorted_images = images[there] if len(distinct) > 1 else images
+    parts = []
+    for entry, part in zip(distinct, sorted_images.split([entries.count(e) for e in distinct]), strict=True):
+        slots = [s for s in order if entries[s] == entry]
         params = torch.cat([transforms[s].params for s in slots]).repeat_interleave(images.shape[1], 0)
-        chosen = images if len(slots) == len(images) else images[slots]
-        parts.append(Transform(entry, params)(chosen.flatten(0, 1)).view_as(chosen))
-        order += slots
-    if len(parts) == 1:
-        return parts[0]
-    back = send(torch.tensor(order).argsort(), images.device)
-    return torch.cat(parts)[back]
+        parts.append(Transform(entry, params)(part.flatten(0, 1)).view_as(part))
+    return torch.cat(parts)[back] if len(distinct) > 1 else parts[0]
 
 
 def identity(images: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ from .readers import (
     read_pt,
     unit_images,
 )
+from .rng import send
 
 
 class NotThere(UserError):
@@ -105,7 +106,7 @@ class RealData:
 
     def unit_train(self, indices: torch.Tensor) -> torch.Tensor:
         """Training images of these indices in [0, 1], float32."""
-        return unit_images(self.images_train[indices.to(self.device)])
+        return unit_images(self.images_train[send(indices, self.device)])
 
     def train_batch(self, indices: torch.Tensor) -> torch.Tensor:
         """Training images of these indices, normalised."""

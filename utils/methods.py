@@ -9,13 +9,13 @@ from torch import nn
 from networks import get_network, initialize
 
 from . import distributed
-from .augment import DSA, identity
+from .augment import DSA, Transform, identity
 from .datasets import RealData
 from .devices import Compute
 from .errors import UserError
 from .matching import Matcher, class_loss, outlier_loss
-from .outliers import OutlierPool, PseudoOutliers
-from .rng import generator
+from .outliers import OutlierBatch, OutlierPool, PseudoOutliers
+from .rng import Draw, generator, send_draws
 from .synthetic import SyntheticSet
 from .training import Trainer, TrainSettings
 
@@ -41,6 +41,15 @@ class MatchSettings:
     outer_loop: int = 1
     inner_loop: int = 1
     dsa: DSA | None = None
+
+
+@dataclass(frozen=True)
+class _SlotDraw(Draw):
+    """What is random in the matching of one slot: which real images (or outliers) it takes, and the augmentation that
+    they share with the synthetic ones."""
+
+    real: torch.Tensor | OutlierBatch
+    transform: Transform | None
 
 
 class GradientMatching:
@@ -141,33 +150,43 @@ class GradientMatching:
         distributed.broadcast_(*(t.detach() for t in self.net.state_dict().values()))
 
     def _matching_step(self, it: int, outer: int) -> torch.Tensor:
-        """Update the images, then the outliers; returns their losses, `[1 or 2, slots]`."""
-        s = self.settings
+        """Update the images, then the outliers; returns their losses, `[1 or 2, slots]`.
+
+        What is random in the step is drawn first, and goes to the device together.
+        """
         self.net.train()
         if self.has_batchnorm:
             self._set_batchnorm(it, outer)
-
-        def images_of(slot: int) -> torch.Tensor:
-            return self.real.train_batch(self._choose(slot, s.batch_real, self._generator("real", it, outer, slot)))
-
-        def outliers_of(slot: int) -> torch.Tensor:
-            return self.outliers.draw(slot, s.batch_oe, self._generator("real oe", it, outer, slot))
-
-        losses = [self._update(0, self.image_syn, images_of, ("siamese", it, outer))]
+        slots = distributed.mine(self.real.num_classes)
+        draws = [self._draw_images(it, outer, slot) for slot in slots]
         if self.outliers is not None:
-            losses.append(self._update(1, self.image_oe, outliers_of, ("siamese oe", it, outer)))
+            draws += [self._draw_outliers(it, outer, slot) for slot in slots]
+        draws = send_draws(draws, self.device)
+        losses = [self._update(0, self.image_syn, self.real.train_batch, dict(zip(slots, draws, strict=False)))]
+        if self.outliers is not None:
+            drawn = dict(zip(slots, draws[len(slots) :], strict=True))
+            losses.append(self._update(1, self.image_oe, self.outliers.batch, drawn))
         return torch.stack(losses)
 
-    def _update(
-        self, which: int, images: torch.Tensor, real_batch: Callable[[int], torch.Tensor], key: tuple
-    ) -> torch.Tensor:
-        """One step of the images (`which` 0) or of the outliers (1); returns the losses of the slots."""
-        s = self.settings
-        transforms = [identity] * self.real.num_classes
-        if s.dsa is not None:
-            slots = range(self.real.num_classes)
-            transforms = [s.dsa.draw(1, self.real.im_size, self._generator(*key, slot)) for slot in slots]
-        losses, images.grad = self.matchers[which](images.detach(), real_batch, transforms)
+    def _draw_images(self, it: int, outer: int, slot: int) -> "_SlotDraw":
+        index = self._choose(slot, self.settings.batch_real, self._generator("real", it, outer, slot))
+        return _SlotDraw(index, self._siamese("siamese", it, outer, slot))
+
+    def _draw_outliers(self, it: int, outer: int, slot: int) -> "_SlotDraw":
+        batch = self.outliers.choose(slot, self.settings.batch_oe, self._generator("real oe", it, outer, slot))
+        return _SlotDraw(batch, self._siamese("siamese oe", it, outer, slot))
+
+    def _siamese(self, *key: int | str) -> Transform | None:
+        dsa = self.settings.dsa
+        return None if dsa is None else dsa.draw(1, self.real.im_size, self._generator(*key))
+
+    def _update(self, which: int, images: torch.Tensor, batch: Callable, drawn: "dict[int, _SlotDraw]") -> torch.Tensor:
+        """One step of the images (`which` 0) or of the outliers (1); returns the losses of the slots.
+
+        `batch` makes a slot's real batch, on the device, of what was drawn for it.
+        """
+        transforms = {slot: draw.transform or identity for slot, draw in drawn.items()}
+        losses, images.grad = self.matchers[which](images.detach(), lambda slot: batch(drawn[slot].real), transforms)
         self.optimizers[which].step()
         return losses
 

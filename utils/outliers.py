@@ -1,10 +1,13 @@
 """Where outliers come from: a pool of real images (OE), or corrupted training images (POE).
 
-An outlier source has `draw(slot, n, generator)`, normalised outliers `[n, C, H, W]` of one class slot, and `notice`, a
-line for the log or "".
+An outlier source has `choose(slot, n, generator)`, which draws what is random in `n` outliers of one class slot,
+`batch(drawn)`, which makes those outliers, normalised `[n, C, H, W]`, `draw(slot, n, generator)`, both at once, and
+`notice`, a line for the log or "".
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ from .datasets import RealData
 from .errors import UserError, unknown_name
 from .files import fingerprint
 from .readers import conform, images_to_nchw, list_images, read_images, read_npy, read_npz
+from .rng import Draw, send
 from .rng import generator as keyed_generator
 
 PIXELATE = 0.2
@@ -59,12 +63,15 @@ def _box_weights(length: int, out: int) -> torch.Tensor:
 def pixelate(images: torch.Tensor) -> torch.Tensor:
     """Box-average down to a fifth of the size, then nearest up again (`PIL.Image.BOX` twice)."""
 
-    def blocks(length: int) -> torch.Tensor:
-        small = max(int(PIXELATE * length), 1)
-        return (_box_weights(small, length) @ _box_weights(length, small)).to(images)
+    down_up = [_pixelate_weights(side, images.dtype, images.device) for side in images.shape[2:]]
+    return down_up[0] @ images @ down_up[1].T
 
-    height, width = images.shape[2:]
-    return blocks(height) @ images @ blocks(width).T
+
+@lru_cache
+def _pixelate_weights(length: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`[length, length]`: down to a fifth and up again, along one side."""
+    small = max(int(PIXELATE * length), 1)
+    return (_box_weights(small, length) @ _box_weights(length, small)).to(device, dtype)
 
 
 def rgb_ghost(images: torch.Tensor) -> torch.Tensor:
@@ -74,28 +81,66 @@ def rgb_ghost(images: torch.Tensor) -> torch.Tensor:
     return torch.stack([images[:, 1].flip(2), images[:, 2], images[:, 0]], 1)
 
 
-def _speckle(images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    return (images + images * noise.to(images.device, non_blocking=True)).clamp(0, 1)
+def speckle(images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Add noise (of the images' shape) in proportion to each pixel; clipped to [0, 1]."""
+    return (images + images * noise).clamp(0, 1)
 
 
-def _partners(images: torch.Tensor, g: torch.Generator | None) -> torch.Tensor:
-    """For each image another image of the batch, at random (itself in a batch of one)."""
-    ring = torch.randperm(len(images), generator=g)
+def average(images: torch.Tensor, partner: torch.Tensor) -> torch.Tensor:
+    """The arithmetic mean of each image and its partner (int64 `[N]`)."""
+    return (images + images[partner]) / 2
+
+
+def geometric_mean(images: torch.Tensor, partner: torch.Tensor) -> torch.Tensor:
+    """The geometric mean of each image and its partner (int64 `[N]`)."""
+    return (images * images[partner]).sqrt()
+
+
+Shape = tuple[int, ...]
+
+
+def _no_draw(shape: Shape, g: torch.Generator | None) -> None:
+    return None
+
+
+def _draw_gauss(shape: Shape, g: torch.Generator | None) -> torch.Tensor:
+    return torch.randn(shape, generator=g)
+
+
+def _draw_uniform(shape: Shape, g: torch.Generator | None) -> torch.Tensor:
+    return torch.rand(shape, generator=g)
+
+
+def _draw_partner(shape: Shape, g: torch.Generator | None) -> torch.Tensor:
+    """For each image the index of another image of the batch (of itself in a batch of one)."""
+    ring = torch.randperm(shape[0], generator=g)
     partner = torch.empty_like(ring)
     partner[ring] = ring.roll(1)
-    return images[partner.to(images.device)]
+    return partner
 
 
-CORRUPTIONS = {
-    "jigsaw": lambda x, g: jigsaw(x),
-    "invert": lambda x, g: invert(x),
-    "pixelate": lambda x, g: pixelate(x),
-    "rgb-ghost": lambda x, g: rgb_ghost(x),
-    "gauss-speckle": lambda x, g: _speckle(x, torch.randn(x.shape, generator=g)),
-    "uniform-speckle": lambda x, g: _speckle(x, torch.rand(x.shape, generator=g)),
-    "avg-mean": lambda x, g: (x + _partners(x, g)) / 2,
-    "geo-mean": lambda x, g: (x * _partners(x, g)).sqrt(),
+CORRUPTIONS: dict[str, tuple[Callable, Callable]] = {
+    "jigsaw": (_no_draw, jigsaw),
+    "invert": (_no_draw, invert),
+    "pixelate": (_no_draw, pixelate),
+    "rgb-ghost": (_no_draw, rgb_ghost),
+    "gauss-speckle": (_draw_gauss, speckle),
+    "uniform-speckle": (_draw_uniform, speckle),
+    "avg-mean": (_draw_partner, average),
+    "geo-mean": (_draw_partner, geometric_mean),
 }
+
+
+@dataclass(frozen=True)
+class Corruption(Draw):
+    """One draw of a corruption for a batch: its name, and what is random in it, if anything is."""
+
+    name: str
+    drawn: torch.Tensor | None
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        apply = CORRUPTIONS[self.name][1]
+        return apply(images) if self.drawn is None else apply(images, send(self.drawn, images.device))
 
 
 def corrupt(images: torch.Tensor, name: str, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -112,7 +157,12 @@ def corrupt(images: torch.Tensor, name: str, generator: torch.Generator | None =
     """
     if name not in CORRUPTIONS:
         raise UserError(unknown_name("corruption", name, CORRUPTIONS))
-    return CORRUPTIONS[name](images, generator)
+    return draw_corruption(name, tuple(images.shape), generator)(images)
+
+
+def draw_corruption(name: str, shape: Shape, generator: torch.Generator | None) -> Corruption:
+    """What is random in the corruption `name` (of `CORRUPTIONS`) of a batch of `shape` `[N, C, H, W]`."""
+    return Corruption(name, CORRUPTIONS[name][0](shape, generator))
 
 
 def distinct(total: int, n: int, generator: torch.Generator) -> torch.Tensor:
@@ -132,7 +182,23 @@ def distinct(total: int, n: int, generator: torch.Generator) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class PseudoOutliers:
+class OutlierBatch(Draw):
+    """What is random in a batch of outliers: which images (int64 `[n]`), and how they are corrupted."""
+
+    index: torch.Tensor
+    corruption: Corruption | None = None
+
+
+class _Source:
+    """What both sources share."""
+
+    def draw(self, slot: int, n: int, generator: torch.Generator) -> torch.Tensor:
+        """`n` (or as many as there are) different outliers of a slot, normalised `[n, C, H, W]`."""
+        return self.batch(self.choose(slot, n, generator))
+
+
+@dataclass(frozen=True)
+class PseudoOutliers(_Source):
     """POE: slot c serves training images under corruption `c mod len(corruptions)`.
 
     Only the drawn batch is corrupted.
@@ -142,15 +208,19 @@ class PseudoOutliers:
     corruptions: tuple[str, ...] = DEFAULT_CORRUPTIONS
     notice: str = ""
 
-    def draw(self, slot: int, n: int, generator: torch.Generator) -> torch.Tensor:
-        """`n` (or as many as there are) different training images of any class, corrupted and normalised."""
-        indices = distinct(len(self.real.images_train), n, generator)
-        images = self.real.unit_train(indices)
-        return self.real.normalize(corrupt(images, self.corruptions[slot % len(self.corruptions)], generator))
+    def choose(self, slot: int, n: int, generator: torch.Generator) -> OutlierBatch:
+        """Draw `n` (or as many as there are) different training images of any class, and how they are corrupted."""
+        index = distinct(len(self.real.images_train), n, generator)
+        shape = (len(index), *self.real.images_train.shape[1:])
+        return OutlierBatch(index, draw_corruption(self.corruptions[slot % len(self.corruptions)], shape, generator))
+
+    def batch(self, drawn: OutlierBatch) -> torch.Tensor:
+        """The training images that were drawn, corrupted and normalised."""
+        return self.real.normalize(drawn.corruption(self.real.unit_train(drawn.index)))
 
 
 @dataclass(frozen=True)
-class OutlierPool:
+class OutlierPool(_Source):
     """OE: disjoint random slices of a pool of images, one for each class slot.
 
     `images`: uint8 `[N, C, H, W]`, possibly memory-mapped; `slices`: int64 `[num_classes, per_slot]` into it.
@@ -161,10 +231,13 @@ class OutlierPool:
     slices: torch.Tensor
     notice: str = ""
 
-    def draw(self, slot: int, n: int, generator: torch.Generator) -> torch.Tensor:
-        """`n` (or as many as the slice has) different images of the slot's slice, conformed and normalised."""
-        chosen = self.slices[slot][distinct(self.slices.shape[1], n, generator)]
-        images = self.images[chosen.to(self.images.device)].to(self.real.device, non_blocking=True)
+    def choose(self, slot: int, n: int, generator: torch.Generator) -> OutlierBatch:
+        """Draw `n` (or as many as the slice has) different images of the slot's slice."""
+        return OutlierBatch(self.slices[slot][distinct(self.slices.shape[1], n, generator)])
+
+    def batch(self, drawn: OutlierBatch) -> torch.Tensor:
+        """The images that were drawn, conformed and normalised."""
+        images = self.images[send(drawn.index, self.images.device)]
         return self.real.normalize(conform(images, self.real.channel, self.real.im_size))
 
     def fingerprint(self) -> str:

@@ -1,7 +1,9 @@
 """Keyed random generators: what is drawn depends on the seed and on what it is drawn for, on nothing else."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
+from typing import TypeVar
 
 import torch
 
@@ -39,3 +41,33 @@ def packed(tensors: Sequence[torch.Tensor], transfer: Callable[[torch.Tensor], t
         parts = flat.split([tensors[i].numel() for i in which])
         done |= {i: part.view(tensors[i].shape) for i, part in zip(which, parts, strict=True)}
     return [done[i] for i in range(len(tensors))]
+
+
+class Draw:
+    """A dataclass of what was drawn, some of it in tensors, that can be moved to a device together."""
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors among the fields, those of draws within this one included."""
+        values = [getattr(self, f.name) for f in fields(self)]
+        nested = [v.tensors() if isinstance(v, Draw) else [v] * isinstance(v, torch.Tensor) for v in values]
+        return [tensor for part in nested for tensor in part]
+
+    def with_tensors(self, tensors: Iterator[torch.Tensor]) -> "Draw":
+        """The same draw with the next of `tensors` in their places."""
+        new = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Draw):
+                new[f.name] = value.with_tensors(tensors)
+            elif isinstance(value, torch.Tensor):
+                new[f.name] = next(tensors)
+        return replace(self, **new)
+
+
+AnyDraw = TypeVar("AnyDraw", bound=Draw)
+
+
+def send_draws(draws: Sequence[AnyDraw], device: torch.device) -> list[AnyDraw]:
+    """The draws with their tensors on `device`, sent together."""
+    there = iter(send_together([t for draw in draws for t in draw.tensors()], device))
+    return [draw.with_tensors(there) for draw in draws]

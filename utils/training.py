@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import nn
 
-from .augment import DC, DSA, Draw
+from .augment import DC, DSA
 from .devices import Compute
 from .losses import joint_loss
-from .rng import generator, send_together
+from .rng import Draw, generator, send_draws
 from .synthetic import SyntheticSet
 
 TEST_BATCH = 250
@@ -71,12 +72,10 @@ class Trainer:
         What is random in all the epochs is drawn first, and goes to the device together.
         """
         drawn = [self._draw(synthetic, g) for g in generators]
-        tensors = [t for batches in drawn for batch in batches for t in batch.tensors()]
-        there = iter(send_together(tensors, synthetic.images.device))
+        there = iter(send_draws([batch for batches in drawn for batch in batches], synthetic.images.device))
         for batches in drawn:
             self.net.train()
-            losses = [self._step(synthetic, batch.with_tensors(there)) for batch in batches]
-            yield torch.stack(losses).mean()
+            yield torch.stack([self._step(synthetic, batch) for batch in islice(there, len(batches))]).mean()
 
     def epoch(self, synthetic: SyntheticSet, g: torch.Generator) -> torch.Tensor:
         """One pass over the synthetic set; returns the mean loss of its batches."""
@@ -113,8 +112,8 @@ class Trainer:
         images = _augmented(synthetic.images[batch.index], batch.transform)
         if batch.index_oe is not None:
             images = torch.cat([images, _augmented(synthetic.images_oe[batch.index_oe], batch.transform_oe)])
+        self.optimizer.zero_grad(set_to_none=True)  # before a recorded CUDA graph writes there again
         loss = self.loss(images, synthetic.labels[batch.index], self.settings.lambda_oe)
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
         return loss.detach().clone()  # a recorded CUDA graph would overwrite it
