@@ -4,6 +4,7 @@ import inspect
 import os
 import shutil
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -11,15 +12,17 @@ import torch
 from torch import nn
 from torch._inductor.exc import InductorError
 
+import networks
 from networks import get_network
-from utils import plain
+from networks.convnet import ConvNet
+from utils import augment, datasets, matching, outliers, plain, rng
 from utils.augment import DC, DSA, DSA_ENTRIES, identity
 from utils.devices import Compute, choose_compile, forward_flops
 from utils.errors import UserError
-from utils.matching import METRICS, Matcher, class_loss, outlier_loss
+from utils.matching import METRICS, Matcher, chunks, class_loss, outlier_loss
 from utils.methods import GradientMatching, MatchSettings
 from utils.ood_detectors import Scorer
-from utils.outliers import PseudoOutliers
+from utils.outliers import OutlierPool, PseudoOutliers
 from utils.rng import generator, packed
 from utils.synthetic import SyntheticSet
 from utils.training import Trainer, TrainSettings, predict
@@ -30,12 +33,12 @@ DEVICE = torch.device(os.environ.get("TRUSTDD_TEST_DEVICE", "cpu"))  # scripts/g
 COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
 
 
-def problem(name, dtype, dsa=True, ipc=2, seed=0):
-    """A network, synthetic images, real batches of unequal size, and one transform per slot."""
+def problem(name, dtype, dsa=True, equal=False, ipc=2, seed=0):
+    """A network, synthetic images, real batches of unequal (or `equal`) size, and one transform per slot."""
     net = get_network(name, 3, 5, (16, 16), generator(seed)).to(DEVICE, dtype)
     g = generator(seed, "images")
     synthetic = torch.randn(5, ipc, 3, 16, 16, generator=g, dtype=dtype).to(DEVICE)
-    real = [torch.randn(4 + s, 3, 16, 16, generator=g, dtype=dtype).to(DEVICE) for s in range(5)]
+    real = [torch.randn(4 if equal else 4 + s, 3, 16, 16, generator=g, dtype=dtype).to(DEVICE) for s in range(5)]
     if any(isinstance(m, nn.BatchNorm2d) for m in net.modules()):
         net(torch.cat(real))
         net.eval()
@@ -48,8 +51,10 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def compare(name, dtype, outliers, metric, tolerance, dsa=True, batched=True, compute=None):
-    net, synthetic, real, transforms = problem(name, dtype, dsa)
-    matcher = Matcher(net, outlier_loss if outliers else class_loss, metric, compute or Compute(), batched)
+    equal = compute is not None and compute.compiled  # each size is compiled on its own
+    net, synthetic, real, transforms = problem(name, dtype, dsa, equal)
+    loss = outlier_loss if outliers else class_loss
+    matcher = Matcher(net, loss, metric, compute or Compute(), batched)
     losses, gradient = matcher(synthetic, real.__getitem__, transforms)
     expected_losses, expected = plain.match_slots(net, synthetic, real.__getitem__, transforms, outliers, metric)
     assert relative(losses, torch.tensor(expected_losses, dtype=dtype, device=DEVICE)) < tolerance
@@ -102,24 +107,113 @@ def test_a_network_that_cannot_be_batched_falls_back(monkeypatch):
     embed = net.embed
     monkeypatch.setattr(net, "embed", lambda x: Unbatchable.apply(embed(x)))
     matcher = Matcher(net, class_loss, "ours", Compute(), True)
-    _, gradient = matcher(synthetic, real.__getitem__, transforms)
+    with pytest.warns(UserWarning, match="more slowly: not batched, because"):
+        _, gradient = matcher(synthetic, real.__getitem__, transforms)
     assert matcher.ways == ["slot by slot"]
     expected = plain.match_slots(net, synthetic, real.__getitem__, transforms, False, "ours")
     assert relative(gradient, expected[1]) < 1e-9
 
 
 @pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_engine_equals_the_textbook():
-    compare("ConvNetD1", torch.float32, False, "ours", 1e-4, compute=Compute(compiled=True))
-
-
-def test_chunks_do_not_change_the_result(monkeypatch):
-    net, synthetic, real, transforms = problem("ConvNetW32", torch.float64)
-    whole = Matcher(net, class_loss, "ours", Compute(), True)(synthetic, real.__getitem__, transforms)
+@pytest.mark.parametrize(
+    ("norm", "outliers", "metric", "dtype", "tolerance"),
+    [
+        ("instance", False, "ours", torch.float32, 1e-4),
+        ("group", True, "ours", torch.float64, 1e-9),
+        ("none", False, "mse", torch.float64, 1e-9),
+        ("batch", True, "cos", torch.float64, 1e-9),
+    ],
+)
+def test_compiled_engine_equals_the_textbook(norm, outliers, metric, dtype, tolerance, monkeypatch):
+    """Five slots in compiled chunks of two, the last of them filled up."""
+    narrow = lambda *args: ConvNet(3, 5, (16, 16), width=8, depth=1, norm=norm)  # noqa: E731
+    monkeypatch.setitem(networks._NETWORKS, "narrow", narrow)
     monkeypatch.setattr("utils.matching.CHUNK_IMAGES", 4)
-    parts = Matcher(net, class_loss, "ours", Compute(), True)(synthetic, real.__getitem__, transforms)
+    matcher = compare("narrow", dtype, outliers, metric, tolerance, batched=None, compute=Compute(compiled=True))
+    assert matcher.ways[0] == "compiled"
+
+
+@pytest.mark.parametrize("name", ["ConvNetNN", "ConvNetBN", "ConvNetW32", "ConvNetGN", "ConvNetMP", "ConvNetASwish"])
+@pytest.mark.parametrize("metric", METRICS)
+def test_what_is_compiled_equals_the_textbook(name, metric, monkeypatch):
+    """The function that is compiled, before it is, on chunks of which the last is filled up."""
+    monkeypatch.setattr("utils.devices.Compute.function", lambda self, function: function)
+    monkeypatch.setattr("utils.matching.CHUNK_IMAGES", 4)
+    for with_outliers in (False, True):
+        matcher = compare(
+            name, torch.float64, with_outliers, metric, 1e-8, batched=None, compute=Compute(compiled=True)
+        )
+        assert matcher.ways[0] == "compiled"
+
+
+def test_what_cannot_be_compiled_goes_on_eagerly(monkeypatch):
+    def fails(*args):
+        raise RuntimeError("no such\nkernel")
+
+    net, synthetic, real, transforms = problem("ConvNetW32", torch.float64)
+    matcher = Matcher(net, class_loss, "ours", Compute(compiled=True))
+    monkeypatch.setattr(matcher, "compiled_side", fails)
+    monkeypatch.setattr(matcher, "real_loss", lambda images, slot: class_loss(net(images), slot))
+    with pytest.warns(UserWarning, match="more slowly: not compiled, because no such kernel"):
+        _, gradient = matcher(synthetic, real.__getitem__, transforms)
+    assert matcher.ways == ["batched", "slot by slot"]
+    expected = plain.match_slots(net, synthetic, real.__getitem__, transforms, False, "ours")
+    assert relative(gradient, expected[1]) < 1e-9
+
+
+@pytest.mark.parametrize("fill", [False, True])
+@pytest.mark.parametrize(("count", "size"), [(10, 12), (10, 4), (7, 5), (1, 1), (100, 12), (0, 3)])
+def test_chunks_are_all_slots_in_equal_parts(count, size, fill):
+    slots = list(range(3, 3 + count))
+    parts = chunks(slots, size, fill)
+    together = list(chain(*parts))
+    assert sorted(set(together)) == slots
+    assert all(len(part) <= size for part in parts)
+    assert len({len(part) for part in parts[: None if fill else -1]}) <= 1
+    assert fill or together == slots
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_chunks_do_not_change_the_result(batched, monkeypatch):
+    net, synthetic, real, transforms = problem("ConvNetW32", torch.float64)
+    whole = Matcher(net, class_loss, "ours", Compute(), batched)(synthetic, real.__getitem__, transforms)
+    monkeypatch.setattr("utils.matching.CHUNK_IMAGES", 4)
+    parts = Matcher(net, class_loss, "ours", Compute(), batched)(synthetic, real.__getitem__, transforms)
     assert relative(parts[1], whole[1]) < 1e-12
     assert torch.allclose(parts[0], whole[0])
+
+
+def on_meta(real, classes):
+    """The data without their values: reading one back raises."""
+    labels = torch.arange(len(real.labels_train)) % classes
+    real = replace(real, num_classes=classes, labels_train=labels)
+    there = real.to("meta")
+    there.__dict__["class_indices"] = real.class_indices  # those live on the CPU
+    return there
+
+
+@pytest.mark.parametrize("name", ["ConvNetW32", "ConvNetBN"])
+@pytest.mark.parametrize("source", ["pool", "corruptions"])
+def test_an_iteration_reads_nothing_back_and_sends_draws_together(tiny_real, name, source, monkeypatch):
+    """Meta tensors have no values, so an iteration on them proves that the host never waits for one."""
+    sgd, sent = torch.optim.SGD, []
+    monkeypatch.setattr(torch.optim, "SGD", lambda *args, fused=None, **kwargs: sgd(*args, **kwargs))
+    for module in (rng, augment, outliers, datasets, matching):
+        monkeypatch.setattr(module, "send", lambda t, device: (sent.append(t.device != device), t.to(device))[1])
+    counts = []
+    for classes in (3, 6):
+        real = on_meta(tiny_real, classes)
+        noise = PseudoOutliers(real, ("gauss-speckle", "geo-mean", "pixelate"))
+        pool = OutlierPool(real, real.images_train, torch.arange(36).view(classes, -1))
+        settings = MatchSettings(name, 2, batch_real=4, batch_oe=4, dsa=STRATEGY, outer_loop=3, inner_loop=2)
+        method = GradientMatching(real, pool if source == "pool" else noise, settings)
+        method.start(0)
+        sent.clear()
+        losses = method.iterate(0)
+        assert losses["loss_oe"].shape == (classes,)
+        assert losses["loss_oe"].device.type == "meta"
+        counts.append(sum(sent))
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("dsa", [STRATEGY, None])

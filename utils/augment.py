@@ -196,9 +196,9 @@ class DSA:
 def apply_by_slot(images: torch.Tensor, transforms: Sequence[Callable]) -> torch.Tensor:
     """Apply `transforms[s]` to `images[s]`; images `[S, n, C, H, W]`.
 
-    Slots whose draws are of the same entry go through one call.
+    Slots whose draws are of the same entry go through one call. A draw has parameters for all images or for each.
     """
-    entries = [t.entry if isinstance(t, Transform) and len(t.params) == 1 else None for t in transforms]
+    entries = [t.entry if isinstance(t, Transform) else None for t in transforms]
     if None in entries:
         return torch.stack([t(x) for t, x in zip(transforms, images, strict=True)])
     distinct = list(dict.fromkeys(entries))
@@ -208,7 +208,9 @@ def apply_by_slot(images: torch.Tensor, transforms: Sequence[Callable]) -> torch
     parts = []
     for entry, part in zip(distinct, sorted_images.split([entries.count(e) for e in distinct]), strict=True):
         slots = [s for s in order if entries[s] == entry]
-        params = torch.cat([transforms[s].params for s in slots]).repeat_interleave(images.shape[1], 0)
+        params = torch.cat([transforms[s].params for s in slots])
+        if len(params) == len(slots):
+            params = params.repeat_interleave(images.shape[1], 0)
         parts.append(Transform(entry, params)(part.flatten(0, 1)).view_as(part))
     return torch.cat(parts)[back] if len(distinct) > 1 else parts[0]
 

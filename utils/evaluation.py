@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from networks import get_network, initialize
+from networks import get_network
 
 from . import distributed, interrupts
 from .augment import DSA, dc_augmentation
@@ -16,8 +16,9 @@ from .errors import Interrupted
 from .ood_metrics import ood_measures
 from .ood_scores import msp
 from .rng import generator
-from .runs import RunFolder
+from .runs import Progress, RunFolder
 from .synthetic import SyntheticSet
+from .together import Together, training_together_pays
 from .training import Trainer, TrainSettings, accuracy_of
 
 EVAL_LOG = 500
@@ -77,51 +78,60 @@ class Evaluator:
     def evaluate(
         self, synthetic: SyntheticSet, exp: int, it: int, found: Found, after_network: Callable[[], None]
     ) -> None:
-        """Test the networks that `found` lacks, and add them to it.
+        """Test the networks that `found` lacks, and add them to it; where it is faster, all of a model at once.
 
         Args:
             exp, it: the experiment and the number of its updates; they key what is random.
             found: measures so far, in place.
-            after_network: called after each network (under `torchrun`: after each process has trained one).
+            after_network: called after each network (under `torchrun`: after each process has trained one), or after
+                those that are trained at once.
         Raises:
             Interrupted: after a signal; networks that were in training are not in `found`.
         """
         for model in self.models:
             values = found.setdefault(model, {})
             todo = [index for index in range(self.settings.num_networks) if index not in values]
-            epochs = self.settings.training[model].epochs
-            rounds = range(0, len(todo), distributed.world())
-            with self.run.progress(len(rounds) * epochs, f"evaluate {model}", every=EVAL_LOG) as progress:
+            trainer = self._trainer(model, synthetic)
+            per_round = max(1, len(todo)) if trainer.at_once else distributed.world()
+            rounds = range(0, len(todo), per_round)
+            steps = len(rounds) * trainer.settings.epochs
+            with self.run.progress(steps, f"evaluate {model}", every=EVAL_LOG) as progress:
                 for first in rounds:
-                    mine = todo[first + distributed.rank() : first + distributed.rank() + 1]
-                    values |= distributed.gather({i: self._test(model, synthetic, exp, it, i, progress) for i in mine})
+                    mine = todo[first : first + per_round][distributed.rank() :: distributed.world()]
+                    keys = {index: ("evaluate", exp, it, model, index) for index in mine}
+                    values |= distributed.gather(self._test(model, trainer, synthetic, keys, progress))
                     after_network()
                     interrupts.check()
             found[model] = dict(sorted(values.items()))
 
-    def _test(self, model: str, synthetic: SyntheticSet, exp: int, it: int, index: int, progress) -> dict[str, float]:
-        """Train and test one network."""
-        trainer = self._trainer(model)
-        key = ("evaluate", exp, it, model, index)
+    def _test(
+        self, model: str, trainer: Trainer, synthetic: SyntheticSet, keys: dict[int, tuple], progress: Progress
+    ) -> dict[int, dict[str, float]]:
+        """Train and test a network for each of `keys`; returns the measures of each."""
 
         def after_epoch(epoch: int, loss: torch.Tensor) -> None:
-            progress.step(loss=loss)
+            progress.step(loss=loss.mean())
             if interrupts.received() and distributed.world() == 1:  # several processes stop together, after the network
                 raise Interrupted(interrupts.received())
 
-        initialize(trainer.net, generator(self.settings.seed, *key))
-        trainer.train(synthetic, self.settings.seed, key, after_epoch)
-        logits = trainer.predict(self.real.test_images)
-        if not torch.isfinite(logits).all():
-            self.run.log(f"{model} network {index}: its training diverged (outputs not finite); lower --lr_net")
-        measures = {"accuracy": accuracy_of(logits, self.real.labels_test)}
-        return measures | {f"auroc {name}": _auroc(logits, trainer.predict(x)) for name, x in self.settings.ood.items()}
+        found = {}
+        for index in trainer.networks(synthetic, self.settings.seed, keys, after_epoch):
+            logits = trainer.predict(self.real.test_images)
+            if not torch.isfinite(logits).all():
+                self.run.log(f"{model} network {index}: its training diverged (outputs not finite); lower --lr_net")
+            ood = {f"auroc {name}": _auroc(logits, trainer.predict(x)) for name, x in self.settings.ood.items()}
+            found[index] = {"accuracy": accuracy_of(logits, self.real.labels_test)} | ood
+        return found
 
-    def _trainer(self, model: str) -> Trainer:
+    def _trainer(self, model: str, synthetic: SyntheticSet) -> Trainer:
         if model not in self.trainers:
-            real = self.real
+            real, settings = self.real, self.settings.training[model]
             net = get_network(model, real.channel, real.num_classes, real.im_size, generator(self.settings.seed))
-            self.trainers[model] = Trainer(net.to(real.device), self.settings.training[model], self.compute)
+            images = min(settings.batch, len(synthetic.images)) * (1 if synthetic.images_oe is None else 2)
+            shape = (images, real.channel, *real.im_size)
+            at_once = self.settings.num_networks > 1 and training_together_pays(net, shape, self.compute)
+            kind = Together if at_once else Trainer
+            self.trainers[model] = kind(net.to(real.device), settings, self.compute)
         return self.trainers[model]
 
 

@@ -1,11 +1,13 @@
 """Training networks on a synthetic set, and testing them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
 from torch import nn
+
+from networks import initialize
 
 from .augment import DC, DSA
 from .devices import Compute
@@ -34,7 +36,7 @@ class TrainSettings:
 
 
 @dataclass(frozen=True)
-class _Batch(Draw):
+class Batch(Draw):
     """What is random in one batch: the images and the outliers that it takes, and how they are augmented."""
 
     index: torch.Tensor
@@ -48,7 +50,12 @@ def _augmented(images: torch.Tensor, transform: Draw | None) -> torch.Tensor:
 
 
 class Trainer:
-    """Trains one network on synthetic sets; its optimizer starts anew at each `restart`."""
+    """Trains one network on synthetic sets; its optimizer starts anew at each `restart`.
+
+    `at_once`: whether `networks` trains all before it gives the first.
+    """
+
+    at_once = False
 
     def __init__(self, net: nn.Module, settings: TrainSettings, compute: Compute | None = None):
         self.net, self.settings = net, settings
@@ -61,8 +68,12 @@ class Trainer:
         """A fresh SGD with learning rate `lr`, without momentum from before."""
         s = self.settings
         self.optimizer = torch.optim.SGD(
-            self.net.parameters(), lr=lr, momentum=s.momentum, weight_decay=s.weight_decay, fused=True
+            self._trained(), lr=lr, momentum=s.momentum, weight_decay=s.weight_decay, fused=True
         )
+
+    def _trained(self) -> list[torch.Tensor]:
+        """What the optimizer updates."""
+        return list(self.net.parameters())
 
     def epochs(self, synthetic: SyntheticSet, generators: Sequence[torch.Generator]) -> Iterator[torch.Tensor]:
         """One pass over the synthetic set for each generator; gives the mean loss of its batches, a scalar on the
@@ -81,7 +92,7 @@ class Trainer:
         """One pass over the synthetic set; returns the mean loss of its batches."""
         return next(self.epochs(synthetic, [g]))
 
-    def _draw(self, synthetic: SyntheticSet, g: torch.Generator) -> list["_Batch"]:
+    def _draw(self, synthetic: SyntheticSet, g: torch.Generator) -> list["Batch"]:
         """What is random in one epoch."""
         outliers = synthetic.images_oe
         order = torch.randperm(len(synthetic.images), generator=g)
@@ -91,7 +102,7 @@ class Trainer:
             part = slice(start, start + self.settings.batch)
             transform = self._transform(order[part], synthetic, g)
             index_oe = None if order_oe is None else order_oe[part]
-            batches.append(_Batch(order[part], transform, index_oe, self._transform(index_oe, synthetic, g)))
+            batches.append(Batch(order[part], transform, index_oe, self._transform(index_oe, synthetic, g)))
         return batches
 
     def _transform(self, index: torch.Tensor | None, synthetic: SyntheticSet, g: torch.Generator) -> Draw | None:
@@ -108,7 +119,7 @@ class Trainer:
         """Fraction of test images `[N, C, H, W]` that the network classifies as their label."""
         return accuracy_of(self.predict(images), labels)
 
-    def _step(self, synthetic: SyntheticSet, batch: "_Batch") -> torch.Tensor:
+    def _step(self, synthetic: SyntheticSet, batch: "Batch") -> torch.Tensor:
         images = _augmented(synthetic.images[batch.index], batch.transform)
         if batch.index_oe is not None:
             images = torch.cat([images, _augmented(synthetic.images_oe[batch.index_oe], batch.transform_oe)])
@@ -140,7 +151,7 @@ class Trainer:
         loss = torch.zeros(())
         for first in range(first_epoch, epochs, DRAWN_EPOCHS):
             block = range(first, min(first + DRAWN_EPOCHS, epochs))
-            losses = self.epochs(synthetic, [generator(seed, *key, "epoch", epoch) for epoch in block])
+            losses = self.epochs(synthetic, [self._generator(seed, key, epoch) for epoch in block])
             for epoch in block:
                 if epoch and epoch == half:
                     self.restart(lr * 0.1)
@@ -148,6 +159,23 @@ class Trainer:
                 if after_epoch is not None:
                     after_epoch(epoch + 1, loss)
         return loss
+
+    def networks(
+        self,
+        synthetic: SyntheticSet,
+        seed: int,
+        keys: Mapping[int, tuple],
+        after_epoch: Callable[[int, torch.Tensor], None] | None = None,
+    ) -> Iterator[int]:
+        """Train a fresh network for each key, which keys its weights and its epochs; gives the number of each while
+        `net` is that network."""
+        for index, key in keys.items():
+            initialize(self.net, generator(seed, *key))
+            self.train(synthetic, seed, key, after_epoch)
+            yield index
+
+    def _generator(self, seed: int, key: tuple, epoch: int) -> torch.Generator:
+        return generator(seed, *key, "epoch", epoch)
 
     def state_dict(self) -> dict:
         """The network, and the momentum of its parameters."""

@@ -1,0 +1,121 @@
+"""Several networks of one kind trained at once on a synthetic set, each from its own weights and draws.
+
+One network on a few small images does not keep a GPU busy, nor do the small products of an MLP a CPU. The weights are
+stacked and go through `torch.func`; the result is that of `Trainer` on one network after another, to rounding.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+
+import torch
+from torch import nn
+from torch.func import functional_call, vmap
+
+from networks import initialize
+
+from .augment import apply_by_slot, identity
+from .devices import Compute, forward_flops
+from .losses import joint_loss
+from .rng import generator, send_draws
+from .synthetic import SyntheticSet
+from .training import Batch, Trainer, TrainSettings
+
+TOGETHER_PIXELS_CPU = 40 * 8 * 8  # of one step of one network with convolutions
+TOGETHER_FLOPS_CUDA = 2e10  # of one step of one network: a tenth of a millisecond of a device's arithmetic
+
+
+def training_together_pays(net: nn.Module, images: tuple[int, ...], compute: Compute) -> bool:
+    """Whether several networks train faster at once than one after another.
+
+    Args:
+        images: shape `[N, C, H, W]` of what one step of one network takes.
+
+    On a CPU it is so for networks without convolutions, and for others on very few pixels where nothing is compiled:
+    several convolutions at once are a grouped one, which is slower (measured with five networks: MLP 1.2 to 2.2 times
+    as fast, ConvNetD2 on 20 images of 8×8 1.5 times, ConvNetW32 on 20 of 32×32 0.9 times). On CUDA, not measured yet,
+    while a step is too small to fill the device. Networks with BatchNorm keep running statistics, and go alone.
+    """
+    if any(isinstance(m, nn.BatchNorm2d) for m in net.modules()):
+        return False
+    if compute.on_cuda:
+        return 3 * images[0] * forward_flops(net, tuple(images[1:])) <= TOGETHER_FLOPS_CUDA
+    if not any(isinstance(m, nn.Conv2d) for m in net.modules()):
+        return True
+    return not compute.compiled and images[0] * images[2] * images[3] <= TOGETHER_PIXELS_CPU
+
+
+class Together(Trainer):
+    """Trains networks like `net` at once; `net` itself is where they are tested.
+
+    As `Trainer`, but where that has a key, a generator or a loss, this has one for each network.
+    """
+
+    at_once = True
+
+    def __init__(self, net: nn.Module, settings: TrainSettings, compute: Compute | None = None):
+        self.stacked = {name: p.detach()[None].clone().requires_grad_() for name, p in net.named_parameters()}
+        super().__init__(net, settings, compute)
+        self.loss = (compute or Compute()).function(self._losses)
+
+    def networks(
+        self,
+        synthetic: SyntheticSet,
+        seed: int,
+        keys: Mapping[int, tuple],
+        after_epoch: Callable[[int, torch.Tensor], None] | None = None,
+    ) -> Iterator[int]:
+        """As `Trainer.networks`, but all are trained before the first is given."""
+        if not keys:
+            return
+        weights = []
+        for key in keys.values():
+            initialize(self.net, generator(seed, *key))
+            weights.append({name: p.detach().clone() for name, p in self.net.named_parameters()})
+        self.stacked = {name: torch.stack([w[name] for w in weights]).requires_grad_() for name in weights[0]}
+        self.train(synthetic, seed, tuple(keys.values()), after_epoch)
+        for position, index in enumerate(keys):
+            for name, p in self.net.named_parameters():
+                p.detach().copy_(self.stacked[name].detach()[position])
+            yield index
+
+    def epochs(
+        self, synthetic: SyntheticSet, generators: Sequence[Sequence[torch.Generator]]
+    ) -> Iterator[torch.Tensor]:
+        """One pass over the synthetic set for each entry of `generators`, which has one for each network; gives the
+        networks' mean losses."""
+        drawn = [[self._draw(synthetic, g) for g in of_epoch] for of_epoch in generators]
+        every = [batch for of_epoch in drawn for of_net in of_epoch for batch in of_net]
+        there = iter(send_draws(every, synthetic.images.device))
+        for of_epoch in drawn:
+            self.net.train()
+            batches = [list(islice(there, len(of_net))) for of_net in of_epoch]
+            yield torch.stack([self._step_all(synthetic, step) for step in zip(*batches, strict=True)]).mean(0)
+
+    def _trained(self) -> list[torch.Tensor]:
+        return list(self.stacked.values())
+
+    def _generator(self, seed: int, key: tuple[tuple, ...], epoch: int) -> list[torch.Generator]:
+        return [generator(seed, *of_net, "epoch", epoch) for of_net in key]
+
+    def _losses(
+        self, images: torch.Tensor, labels: torch.Tensor, weight: float, params: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """Losses `[networks]` of images `[networks, n, C, H, W]`."""
+
+        def one(images: torch.Tensor, labels: torch.Tensor, params: dict[str, torch.Tensor]) -> torch.Tensor:
+            return joint_loss(functional_call(self.net, params, (images,)), labels, weight)
+
+        return vmap(one)(images, labels, params)
+
+    def _step_all(self, synthetic: SyntheticSet, batches: Sequence[Batch]) -> torch.Tensor:
+        index = torch.stack([b.index for b in batches])
+        images = apply_by_slot(synthetic.images[index], [b.transform or identity for b in batches])
+        if batches[0].index_oe is not None:
+            outliers = synthetic.images_oe[torch.stack([b.index_oe for b in batches])]
+            outliers = apply_by_slot(outliers, [b.transform_oe or identity for b in batches])
+            images = torch.cat([images, outliers], 1)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = self.loss(images, synthetic.labels[index], self.settings.lambda_oe, self.stacked)
+        losses.sum().backward()
+        self.optimizer.step()
+        return losses.detach().clone()
