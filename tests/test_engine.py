@@ -23,7 +23,7 @@ from utils.matching import METRICS, Matcher, chunks, class_loss, outlier_loss
 from utils.methods import GradientMatching, MatchSettings
 from utils.ood_detectors import Scorer
 from utils.outliers import OutlierPool, PseudoOutliers
-from utils.rng import generator, packed
+from utils.rng import generator, packed, tensors_of, with_tensors
 from utils.synthetic import SyntheticSet
 from utils.training import Trainer, TrainSettings, predict
 
@@ -200,6 +200,7 @@ def test_an_iteration_reads_nothing_back_and_sends_draws_together(tiny_real, nam
     monkeypatch.setattr(torch.optim, "SGD", lambda *args, fused=None, **kwargs: sgd(*args, **kwargs))
     for module in (rng, augment, outliers, datasets, matching):
         monkeypatch.setattr(module, "send", lambda t, device: (sent.append(t.device != device), t.to(device))[1])
+    monkeypatch.setattr(outliers, "noise", lambda kind, shape, seed, device: kind(shape, device=device))
     counts = []
     for classes in (3, 6):
         real = on_meta(tiny_real, classes)
@@ -240,21 +241,21 @@ def textbook_iteration(method, s):
     """One iteration of `method` with `plain.match_slots` and plain SGD steps written out; returns the mean losses."""
     from networks import initialize
 
-    initialize(method.net, method._generator("network", 0))
+    initialize(method.net, method.draws.generator(0, "network", 0))
     velocity = [torch.zeros_like(t) for t in (method.image_syn, method.image_oe)]
     sums = [0.0, 0.0]
     for outer in range(3):
         for which, (images, siamese) in enumerate(((method.image_syn, "siamese"), (method.image_oe, "siamese oe"))):
             transforms = [
-                s.dsa.draw(1, (16, 16), method._generator(siamese, 0, outer, c)) if s.dsa else identity
+                s.dsa.draw(1, (16, 16), method.draws.generator(0, siamese, 0, outer, c)) if s.dsa else identity
                 for c in range(3)
             ]
 
             def batch(slot, which=which, outer=outer):
                 if which:
-                    return method.outliers.draw(slot, 8, method._generator("real oe", 0, outer, slot))
-                g = method._generator("real", 0, outer, slot)
-                return method.real.train_batch(method._choose(slot, 8, g))
+                    return method.outliers.draw(slot, 8, method.draws.generator(0, "real oe", 0, outer, slot))
+                g = method.draws.generator(0, "real", 0, outer, slot)
+                return method.real.train_batch(method.draws.choose(slot, 8, g))
 
             losses, gradient = plain.match_slots(method.net, images, batch, transforms, bool(which), "ours")
             sums[which] += sum(losses) / 9
@@ -263,7 +264,7 @@ def textbook_iteration(method, s):
                 images -= 0.5 * velocity[which]
         if outer == 2:
             break
-        g = method._generator("inner", 0, outer)
+        g = method.draws.generator(0, "inner", 0, outer)
         for _ in range(2):
             textbook_epoch(method, s, g)
     return sums
@@ -355,7 +356,7 @@ def test_transfers_in_one():
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(moved, tensors, strict=True))
     draw = DC(("crop", "noise")).draw(5, (8, 8), generator(0))
     images = torch.rand(5, 1, 8, 8)
-    assert torch.equal(draw.with_tensors(iter(packed(draw.tensors(), transfer)))(images), draw(images))
+    assert torch.equal(with_tensors(draw, iter(packed(tensors_of(draw), transfer)))(images), draw(images))
 
 
 @pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler on a CPU")

@@ -161,7 +161,7 @@ def test_batchnorm_is_frozen_for_matching(tiny_real):
     method.iterate(0)
     norms = [m for m in method.net.modules() if isinstance(m, nn.BatchNorm2d)]
     assert all(not m.training and m.num_batches_tracked == 1 for m in norms)
-    chosen = [method._choose(c, 16, method._generator("batchnorm", 0, 0, c)) for c in range(3)]
+    chosen = [method.draws.choose(c, 16, method.draws.generator(0, "batchnorm", 0, 0, c)) for c in range(3)]
     images = tiny_real.train_batch(torch.cat(chosen))
     expected = 0.1 * method.net.features[0](images).mean((0, 2, 3))
     torch.testing.assert_close(norms[0].running_mean, expected, atol=1e-5, rtol=1e-4)
@@ -220,16 +220,18 @@ def test_training_between_steps_is_plain_sgd_on_both_sets(tiny_real):
     """`inner_loop` epochs, no momentum, no weight decay, lambda_oe as given: two epochs by hand."""
     tiny = replace(tiny_real, images_train=tiny_real.images_train.double() / 255)
     method = GradientMatching(
-        tiny, PseudoOutliers(tiny), settings(dsa=None, inner_loop=2, lr_net=0.1, lambda_oe=0.8, init="real")
+        tiny,
+        PseudoOutliers(tiny),
+        settings(dsa=None, outer_loop=2, inner_loop=2, lr_net=0.1, lambda_oe=0.8, init="real"),
     )
     method.net.double()
     method.start(0)
     net = get_network("ConvNetW32", 3, 3, (16, 16)).double()
     net.load_state_dict(method.net.state_dict())
     method.trainer.restart(0.1)
-    method._train_network(0, 0)
     synthetic = method.synthetic()
-    g = method._generator("inner", 0, 0)
+    method._train_network(next(method.draws.steps(0, 0, synthetic)).epochs)
+    g = method.draws.generator(0, "inner", 0, 0)
     for _ in range(2):
         order, order_oe = (torch.randperm(6, generator=g) for _ in range(2))
         loss = F.cross_entropy(net(synthetic.images[order]), synthetic.labels[order])

@@ -8,12 +8,13 @@ are images is the plain use in network training. Draws are made on the CPU, so t
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 
 from .errors import UserError, unknown_name
-from .rng import Draw, send, send_together
+from .rng import Draw, draw_seed, noise, send, send_together
 
 Size = tuple[int, int]
 
@@ -193,26 +194,43 @@ class DSA:
         return Transform(entry, DSA_ENTRIES[entry][0](n, im_size, generator))
 
 
-def apply_by_slot(images: torch.Tensor, transforms: Sequence[Callable]) -> torch.Tensor:
-    """Apply `transforms[s]` to `images[s]`; images `[S, n, C, H, W]`.
+def apply_by_part(images: torch.Tensor, transforms: Sequence[Callable], lengths: Sequence[int]) -> torch.Tensor:
+    """Apply each transform to its part of the images; the parts follow one another.
 
-    Slots whose draws are of the same entry go through one call. A draw has parameters for all images or for each.
+    Parts whose draws are of the same entry go through one call: on a GPU, and for few images, the calls are the cost.
+
+    Args:
+        images: `[N, C, H, W]`.
+        transforms: one for each part; a draw has parameters for all images of its part, or for each.
+        lengths: images of each part; their sum is N.
     """
     entries = [t.entry if isinstance(t, Transform) else None for t in transforms]
     if None in entries:
-        return torch.stack([t(x) for t, x in zip(transforms, images, strict=True)])
+        return torch.cat([t(x) for t, x in zip(transforms, images.split(list(lengths)), strict=True)])
     distinct = list(dict.fromkeys(entries))
-    order = sorted(range(len(entries)), key=lambda s: distinct.index(entries[s]))
-    there, back = send_together([torch.tensor(order), torch.tensor(order).argsort()], images.device)
-    sorted_images = images[there] if len(distinct) > 1 else images
-    parts = []
-    for entry, part in zip(distinct, sorted_images.split([entries.count(e) for e in distinct]), strict=True):
-        slots = [s for s in order if entries[s] == entry]
-        params = torch.cat([transforms[s].params for s in slots])
-        if len(params) == len(slots):
-            params = params.repeat_interleave(images.shape[1], 0)
-        parts.append(Transform(entry, params)(part.flatten(0, 1)).view_as(part))
-    return torch.cat(parts)[back] if len(distinct) > 1 else parts[0]
+    order = sorted(range(len(entries)), key=lambda part: distinct.index(entries[part]))
+    starts = [0, *accumulate(lengths)]
+    where = torch.cat([torch.arange(starts[part], starts[part + 1]) for part in order])
+    there, back = send_together([where, where.argsort()], images.device)
+    images = images[there] if len(distinct) > 1 else images
+    done = []
+    for entry in distinct:
+        parts = [part for part in order if entries[part] == entry]
+        params = torch.cat([_for_each(transforms[part].params, lengths[part]) for part in parts])
+        done.append(Transform(entry, params)(images[: len(params)]))
+        images = images[len(params) :]
+    return torch.cat(done)[back] if len(distinct) > 1 else done[0]
+
+
+def _for_each(params: torch.Tensor, n: int) -> torch.Tensor:
+    """Parameters `[1 or n, …]` as `[n, …]`."""
+    return params.expand(n, *params.shape[1:])
+
+
+def apply_by_slot(images: torch.Tensor, transforms: Sequence[Callable]) -> torch.Tensor:
+    """Apply `transforms[s]` to `images[s]`; images `[S, n, C, H, W]`."""
+    slots, n = images.shape[:2]
+    return apply_by_part(images.flatten(0, 1), transforms, [n] * slots).view_as(images)
 
 
 def identity(images: torch.Tensor) -> torch.Tensor:
@@ -252,8 +270,7 @@ class DCTransform(Draw):
         return out
 
     def _noise(self, images: torch.Tensor) -> torch.Tensor:
-        g = torch.Generator().manual_seed(self.noise_seed)
-        return send(torch.randn(images.shape, generator=g), images.device).to(images.dtype)
+        return noise(torch.randn, images.shape, self.noise_seed, images.device).to(images.dtype)
 
 
 @dataclass(frozen=True)
@@ -272,7 +289,7 @@ class DC:
             torch.randint(-DC_CROP, DC_CROP + 1, (n, 2), generator=generator),
             _scale_theta(1 / factors),
             _rotate_theta(angle),
-            int(torch.randint(2**62, (1,), generator=generator)),
+            draw_seed(generator),
         )
 
 

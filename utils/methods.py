@@ -9,17 +9,17 @@ from torch import nn
 from networks import get_network, initialize
 
 from . import distributed
-from .augment import DSA, Transform, identity
+from .augment import DSA, identity
 from .datasets import RealData
 from .devices import Compute
+from .draws import IterationDraws, SlotDraw, StepDraw
 from .errors import UserError
 from .matching import Matcher, class_loss, outlier_loss
-from .outliers import OutlierBatch, OutlierPool, PseudoOutliers
-from .rng import Draw, generator, send_draws
+from .outliers import OutlierPool, PseudoOutliers
+from .rng import generator
 from .synthetic import SyntheticSet
-from .training import Trainer, TrainSettings
+from .training import Batch, Trainer, TrainSettings
 
-BATCHNORM_IMAGES = 16
 MOMENTUM_IMG = 0.5
 
 
@@ -41,15 +41,6 @@ class MatchSettings:
     outer_loop: int = 1
     inner_loop: int = 1
     dsa: DSA | None = None
-
-
-@dataclass(frozen=True)
-class _SlotDraw(Draw):
-    """What is random in the matching of one slot: which real images (or outliers) it takes, and the augmentation that
-    they share with the synthetic ones."""
-
-    real: torch.Tensor | OutlierBatch
-    transform: Transform | None
 
 
 class GradientMatching:
@@ -79,6 +70,8 @@ class GradientMatching:
             1, settings.lr_net, settings.batch_train, settings.lambda_oe, settings.dsa, momentum=0.0, weight_decay=0.0
         )
         self.trainer = Trainer(self.net, training, compute)
+        batches, loops = (settings.batch_real, settings.batch_oe), (settings.outer_loop, settings.inner_loop)
+        self.draws = IterationDraws(real, outliers, settings.dsa, settings.seed, batches, loops, self.trainer)
         self._check_init()
 
     def _check_init(self) -> None:
@@ -93,7 +86,9 @@ class GradientMatching:
     def start(self, exp: int) -> None:
         """Initialise the synthetic images of experiment `exp`: noise, or real images and real outliers."""
         self.exp = exp
-        self.image_syn = self._initial("images", lambda slot, n, g: self.real.train_batch(self._choose(slot, n, g)))
+        self.image_syn = self._initial(
+            "images", lambda slot, n, g: self.real.train_batch(self.draws.choose(slot, n, g))
+        )
         self.optimizers = [self._optimizer(self.image_syn)]
         self.image_oe = None
         if self.outliers is not None:
@@ -109,7 +104,7 @@ class GradientMatching:
             return images.to(self.device).clone().view(self.real.num_classes, s.ipc, *shape)
         slots = []
         for slot in range(self.real.num_classes):
-            g = self._generator("initial", what, slot)
+            g = self.draws.generator(self.exp, "initial", what, slot)
             if s.init == "noise":
                 slots.append(torch.randn(s.ipc, *shape, generator=g).to(self.device))
                 continue
@@ -117,70 +112,40 @@ class GradientMatching:
             slots.append(batch[torch.arange(s.ipc) % len(batch)])  # a small slice of outliers may have fewer
         return torch.stack(slots)
 
-    def _choose(self, slot: int, n: int, g: torch.Generator) -> torch.Tensor:
-        """Indices of `n` different training images of a class, or of all if there are fewer."""
-        indices = self.real.class_indices[slot]
-        return indices[torch.randperm(len(indices), generator=g)[:n]]
-
     def _optimizer(self, images: torch.Tensor) -> torch.optim.Optimizer:
         return torch.optim.SGD([images.requires_grad_()], lr=self.settings.lr_img, momentum=MOMENTUM_IMG)
 
-    def _generator(self, *key: int | str) -> torch.Generator:
-        return generator(self.settings.seed, "match", self.exp, *key)
-
     def iterate(self, it: int) -> dict[str, torch.Tensor]:
         """One iteration on a fresh random network; returns the matching losses `[slots]`, means over outer steps."""
-        s = self.settings
-        initialize(self.net, self._generator("network", it))
-        self.trainer.restart(s.lr_net)
+        initialize(self.net, self.draws.generator(self.exp, "network", it))
+        self.trainer.restart(self.settings.lr_net)
         losses = []
-        for outer in range(s.outer_loop):
-            losses.append(self._matching_step(it, outer))
-            if outer < s.outer_loop - 1:
-                self._train_network(it, outer)
+        for outer, drawn in enumerate(self.draws.steps(self.exp, it, self.synthetic())):
+            losses.append(self._matching_step(drawn))
+            if outer < self.settings.outer_loop - 1:
+                self._train_network(drawn.epochs)
+        if self.device.type == "cuda":
+            self.draws.look_ahead(self.exp, it + 1, self.synthetic())
         return dict(zip(("loss", "loss_oe"), torch.stack(losses).mean(0).unbind(), strict=False))
 
-    def _train_network(self, it: int, outer: int) -> None:
-        """`inner_loop` epochs on the synthetic set; rank 0 trains, and the others take over its weights."""
+    def _train_network(self, epochs: list[list[Batch]]) -> None:
+        """Epochs on the synthetic set; rank 0 trains, and the others take over its weights."""
         if distributed.rank() == 0:
-            g = self._generator("inner", it, outer)
-            synthetic = self.synthetic()
-            for _ in self.trainer.epochs(synthetic, [g] * self.settings.inner_loop):
+            for _ in self.trainer.epochs(self.synthetic(), epochs):
                 pass
         distributed.broadcast_(*(t.detach() for t in self.net.state_dict().values()))
 
-    def _matching_step(self, it: int, outer: int) -> torch.Tensor:
-        """Update the images, then the outliers; returns their losses, `[1 or 2, slots]`.
-
-        What is random in the step is drawn first, and goes to the device together.
-        """
+    def _matching_step(self, drawn: StepDraw) -> torch.Tensor:
+        """Update the images, then the outliers; returns their losses, `[1 or 2, slots]`."""
         self.net.train()
-        if self.has_batchnorm:
-            self._set_batchnorm(it, outer)
-        slots = distributed.mine(self.real.num_classes)
-        draws = [self._draw_images(it, outer, slot) for slot in slots]
+        if drawn.batchnorm is not None:
+            self._set_batchnorm(drawn.batchnorm)
+        losses = [self._update(0, self.image_syn, self.real.train_batch, drawn.images)]
         if self.outliers is not None:
-            draws += [self._draw_outliers(it, outer, slot) for slot in slots]
-        draws = send_draws(draws, self.device)
-        losses = [self._update(0, self.image_syn, self.real.train_batch, dict(zip(slots, draws, strict=False)))]
-        if self.outliers is not None:
-            drawn = dict(zip(slots, draws[len(slots) :], strict=True))
-            losses.append(self._update(1, self.image_oe, self.outliers.batch, drawn))
+            losses.append(self._update(1, self.image_oe, self.outliers.batch, drawn.outliers))
         return torch.stack(losses)
 
-    def _draw_images(self, it: int, outer: int, slot: int) -> "_SlotDraw":
-        index = self._choose(slot, self.settings.batch_real, self._generator("real", it, outer, slot))
-        return _SlotDraw(index, self._siamese("siamese", it, outer, slot))
-
-    def _draw_outliers(self, it: int, outer: int, slot: int) -> "_SlotDraw":
-        batch = self.outliers.choose(slot, self.settings.batch_oe, self._generator("real oe", it, outer, slot))
-        return _SlotDraw(batch, self._siamese("siamese oe", it, outer, slot))
-
-    def _siamese(self, *key: int | str) -> Transform | None:
-        dsa = self.settings.dsa
-        return None if dsa is None else dsa.draw(1, self.real.im_size, self._generator(*key))
-
-    def _update(self, which: int, images: torch.Tensor, batch: Callable, drawn: "dict[int, _SlotDraw]") -> torch.Tensor:
+    def _update(self, which: int, images: torch.Tensor, batch: Callable, drawn: dict[int, SlotDraw]) -> torch.Tensor:
         """One step of the images (`which` 0) or of the outliers (1); returns the losses of the slots.
 
         `batch` makes a slot's real batch, on the device, of what was drawn for it.
@@ -190,12 +155,10 @@ class GradientMatching:
         self.optimizers[which].step()
         return losses
 
-    def _set_batchnorm(self, it: int, outer: int) -> None:
-        """One training-mode pass over 16 real images of each class, then freeze every BatchNorm."""
-        slots = range(self.real.num_classes)
-        chosen = [self._choose(c, BATCHNORM_IMAGES, self._generator("batchnorm", it, outer, c)) for c in slots]
+    def _set_batchnorm(self, index: torch.Tensor) -> None:
+        """One training-mode pass over these training images, then freeze every BatchNorm."""
         with torch.no_grad():
-            self.net(self.real.train_batch(torch.cat(chosen)))
+            self.net(self.real.train_batch(index))
         for module in self.net.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()

@@ -17,7 +17,7 @@ from .datasets import RealData
 from .errors import UserError, unknown_name
 from .files import fingerprint
 from .readers import conform, images_to_nchw, list_images, read_images, read_npy, read_npz
-from .rng import Draw, send
+from .rng import Draw, draw_seed, noise, send
 from .rng import generator as keyed_generator
 
 PIXELATE = 0.2
@@ -131,16 +131,25 @@ CORRUPTIONS: dict[str, tuple[Callable, Callable]] = {
 }
 
 
+NOISES = {"gauss-speckle": torch.randn, "uniform-speckle": torch.rand}  # a number for each pixel
+
+
 @dataclass(frozen=True)
 class Corruption(Draw):
-    """One draw of a corruption for a batch: its name, and what is random in it, if anything is."""
+    """One draw of a corruption for a batch: its name, and what is random in it, if anything is. Of noise `drawn` is
+    the seed, and the noise itself is drawn where the images are."""
 
     name: str
-    drawn: torch.Tensor | None
+    drawn: torch.Tensor | int | None
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         apply = CORRUPTIONS[self.name][1]
-        return apply(images) if self.drawn is None else apply(images, send(self.drawn, images.device))
+        if self.drawn is None:
+            return apply(images)
+        if isinstance(self.drawn, int):
+            drawn = noise(NOISES[self.name], images.shape, self.drawn, images.device)
+            return apply(images, drawn.to(images.dtype))
+        return apply(images, send(self.drawn, images.device))
 
 
 def corrupt(images: torch.Tensor, name: str, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -157,11 +166,13 @@ def corrupt(images: torch.Tensor, name: str, generator: torch.Generator | None =
     """
     if name not in CORRUPTIONS:
         raise UserError(unknown_name("corruption", name, CORRUPTIONS))
-    return draw_corruption(name, tuple(images.shape), generator)(images)
+    return Corruption(name, CORRUPTIONS[name][0](tuple(images.shape), generator))(images)
 
 
-def draw_corruption(name: str, shape: Shape, generator: torch.Generator | None) -> Corruption:
+def draw_corruption(name: str, shape: Shape, generator: torch.Generator) -> Corruption:
     """What is random in the corruption `name` (of `CORRUPTIONS`) of a batch of `shape` `[N, C, H, W]`."""
+    if name in NOISES:
+        return Corruption(name, draw_seed(generator))
     return Corruption(name, CORRUPTIONS[name][0](shape, generator))
 
 

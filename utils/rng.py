@@ -14,10 +14,23 @@ def generator(seed: int, *key: int | str) -> torch.Generator:
     The key says what the draw is for, e.g. `("real", experiment, iteration, outer_step, slot)`. Draws under different
     keys are independent, so a run that resumes in the middle, or is spread over processes, draws what an
     uninterrupted single process draws. The generator lives on the CPU whatever the device of the computation, so the
-    draws are the same on every device.
+    draws are the same on every device (but for `noise`).
     """
     digest = hashlib.blake2b(repr((int(seed), *key)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def draw_seed(g: torch.Generator) -> int:
+    """The seed of a further generator, drawn from `g`."""
+    return int(torch.randint(2**62, (1,), generator=g))
+
+
+def noise(kind: Callable[..., torch.Tensor], shape: Sequence[int], seed: int, device: torch.device) -> torch.Tensor:
+    """`kind` (`torch.randn` or `torch.rand`) of `shape`, drawn on `device`, where it depends on `seed` alone.
+
+    For draws that are too large to be made on the CPU and sent; they differ between kinds of devices.
+    """
+    return kind(tuple(shape), generator=torch.Generator(device).manual_seed(seed), device=device)
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -44,30 +57,35 @@ def packed(tensors: Sequence[torch.Tensor], transfer: Callable[[torch.Tensor], t
 
 
 class Draw:
-    """A dataclass of what was drawn, some of it in tensors, that can be moved to a device together."""
-
-    def tensors(self) -> list[torch.Tensor]:
-        """The tensors among the fields, those of draws within this one included."""
-        values = [getattr(self, f.name) for f in fields(self)]
-        nested = [v.tensors() if isinstance(v, Draw) else [v] * isinstance(v, torch.Tensor) for v in values]
-        return [tensor for part in nested for tensor in part]
-
-    def with_tensors(self, tensors: Iterator[torch.Tensor]) -> "Draw":
-        """The same draw with the next of `tensors` in their places."""
-        new = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, Draw):
-                new[f.name] = value.with_tensors(tensors)
-            elif isinstance(value, torch.Tensor):
-                new[f.name] = next(tensors)
-        return replace(self, **new)
+    """A dataclass of what was drawn: some fields are tensors, or have tensors in them; `send_draws` moves those."""
 
 
-AnyDraw = TypeVar("AnyDraw", bound=Draw)
+AnyDraws = TypeVar("AnyDraws")
 
 
-def send_draws(draws: Sequence[AnyDraw], device: torch.device) -> list[AnyDraw]:
+def tensors_of(draws: object) -> list[torch.Tensor]:
+    """The tensors in a `Draw`, and in lists and dicts of draws."""
+    if isinstance(draws, torch.Tensor):
+        return [draws]
+    return [tensor for part in _parts(draws).values() for tensor in tensors_of(part)]
+
+
+def with_tensors(draws: AnyDraws, tensors: Iterator[torch.Tensor]) -> AnyDraws:
+    """The same draws with the next of `tensors` in the places of theirs."""
+    if isinstance(draws, torch.Tensor):
+        return next(tensors)
+    parts = {key: with_tensors(part, tensors) for key, part in _parts(draws).items()}
+    if isinstance(draws, Draw):
+        return replace(draws, **parts)
+    return list(parts.values()) if isinstance(draws, list) else parts if isinstance(draws, dict) else draws
+
+
+def _parts(draws: object) -> dict:
+    if isinstance(draws, Draw):
+        return {f.name: getattr(draws, f.name) for f in fields(draws)}
+    return dict(enumerate(draws)) if isinstance(draws, list) else draws if isinstance(draws, dict) else {}
+
+
+def send_draws(draws: AnyDraws, device: torch.device) -> AnyDraws:
     """The draws with their tensors on `device`, sent together."""
-    there = iter(send_together([t for draw in draws for t in draw.tensors()], device))
-    return [draw.with_tensors(there) for draw in draws]
+    return with_tensors(draws, iter(send_together(tensors_of(draws), device)))

@@ -13,10 +13,9 @@ from torch.func import functional_call, vmap
 
 from networks import initialize
 
-from .augment import apply_by_slot, identity
 from .devices import Compute, forward_flops
 from .losses import joint_loss
-from .rng import generator, send_draws
+from .rng import generator
 from .synthetic import SyntheticSet
 from .training import Batch, Trainer, TrainSettings
 
@@ -78,18 +77,20 @@ class Together(Trainer):
                 p.detach().copy_(self.stacked[name].detach()[position])
             yield index
 
-    def epochs(
+    def draw_epochs(
         self, synthetic: SyntheticSet, generators: Sequence[Sequence[torch.Generator]]
-    ) -> Iterator[torch.Tensor]:
-        """One pass over the synthetic set for each entry of `generators`, which has one for each network; gives the
-        networks' mean losses."""
-        drawn = [[self._draw(synthetic, g) for g in of_epoch] for of_epoch in generators]
-        every = [batch for of_epoch in drawn for of_net in of_epoch for batch in of_net]
-        there = iter(send_draws(every, synthetic.images.device))
+    ) -> list[list[list[Batch]]]:
+        """As that of `Trainer`, where an entry of `generators` has one for each network: by epoch, step and network."""
+        epochs = [[self._draw(synthetic, g) for g in of_epoch] for of_epoch in generators]
+        return [list(map(list, zip(*of_epoch, strict=True))) for of_epoch in epochs]
+
+    def epochs(self, synthetic: SyntheticSet, drawn: Sequence[list[list[Batch]]]) -> Iterator[torch.Tensor]:
+        """As that of `Trainer`; gives the networks' mean losses."""
+        inputs = self._inputs(synthetic, [batch for of_epoch in drawn for step in of_epoch for batch in step])
         for of_epoch in drawn:
             self.net.train()
-            batches = [list(islice(there, len(of_net))) for of_net in of_epoch]
-            yield torch.stack([self._step_all(synthetic, step) for step in zip(*batches, strict=True)]).mean(0)
+            steps = [map(torch.stack, zip(*islice(inputs, len(step)), strict=True)) for step in of_epoch]
+            yield torch.stack([self._step(*of_all) for of_all in steps]).mean(0)
 
     def _trained(self) -> list[torch.Tensor]:
         return list(self.stacked.values())
@@ -107,15 +108,9 @@ class Together(Trainer):
 
         return vmap(one)(images, labels, params)
 
-    def _step_all(self, synthetic: SyntheticSet, batches: Sequence[Batch]) -> torch.Tensor:
-        index = torch.stack([b.index for b in batches])
-        images = apply_by_slot(synthetic.images[index], [b.transform or identity for b in batches])
-        if batches[0].index_oe is not None:
-            outliers = synthetic.images_oe[torch.stack([b.index_oe for b in batches])]
-            outliers = apply_by_slot(outliers, [b.transform_oe or identity for b in batches])
-            images = torch.cat([images, outliers], 1)
+    def _step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        losses = self.loss(images, synthetic.labels[index], self.settings.lambda_oe, self.stacked)
+        losses = self.loss(images, labels, self.settings.lambda_oe, self.stacked)
         losses.sum().backward()
         self.optimizer.step()
         return losses.detach().clone()

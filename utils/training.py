@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import torch
 from torch import nn
 
 from networks import initialize
 
-from .augment import DC, DSA
+from .augment import DC, DSA, apply_by_part, identity
 from .devices import Compute
 from .losses import joint_loss
 from .rng import Draw, generator, send_draws
@@ -17,6 +16,7 @@ from .synthetic import SyntheticSet
 
 TEST_BATCH = 250
 DRAWN_EPOCHS = 50  # that are drawn together
+AUGMENTED_CPU, AUGMENTED_CUDA = 2**20, 2**25  # numbers in the images that are augmented together
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,10 @@ class Batch(Draw):
     index_oe: torch.Tensor | None
     transform_oe: Draw | None
 
-
-def _augmented(images: torch.Tensor, transform: Draw | None) -> torch.Tensor:
-    return images if transform is None else transform(images)
+    @property
+    def count(self) -> int:
+        """How many images and outliers."""
+        return len(self.index) + (0 if self.index_oe is None else len(self.index_oe))
 
 
 class Trainer:
@@ -75,27 +76,51 @@ class Trainer:
         """What the optimizer updates."""
         return list(self.net.parameters())
 
-    def epochs(self, synthetic: SyntheticSet, generators: Sequence[torch.Generator]) -> Iterator[torch.Tensor]:
-        """One pass over the synthetic set for each generator; gives the mean loss of its batches, a scalar on the
-        device.
+    def draw_epochs(self, synthetic: SyntheticSet, generators: Sequence[torch.Generator]) -> list[list["Batch"]]:
+        """What is random in one pass over a synthetic set for each generator."""
+        return [self._draw(synthetic, g) for g in generators]
+
+    def epochs(self, synthetic: SyntheticSet, drawn: Sequence[list["Batch"]]) -> Iterator[torch.Tensor]:
+        """One pass over the synthetic set for each entry of `drawn` (of `draw_epochs`, on the device); gives the mean
+        loss of its batches, a scalar on the device.
 
         An InD batch and a batch of outliers, each augmented on its own, go through the network in one forward pass.
-        What is random in all the epochs is drawn first, and goes to the device together.
         """
-        drawn = [self._draw(synthetic, g) for g in generators]
-        there = iter(send_draws([batch for batches in drawn for batch in batches], synthetic.images.device))
+        inputs = self._inputs(synthetic, [batch for batches in drawn for batch in batches])
         for batches in drawn:
             self.net.train()
-            yield torch.stack([self._step(synthetic, batch) for batch in islice(there, len(batches))]).mean()
+            yield torch.stack([self._step(*next(inputs)) for _ in batches]).mean()
 
     def epoch(self, synthetic: SyntheticSet, g: torch.Generator) -> torch.Tensor:
         """One pass over the synthetic set; returns the mean loss of its batches."""
-        return next(self.epochs(synthetic, [g]))
+        drawn = send_draws(self.draw_epochs(synthetic, [g]), synthetic.images.device)
+        return next(self.epochs(synthetic, drawn))
+
+    def _inputs(
+        self, synthetic: SyntheticSet, batches: Sequence["Batch"]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Augmented images and outliers `[n, C, H, W]` and labels of each batch.
+
+        The set does not change meanwhile, so many batches are augmented at once.
+        """
+        device = synthetic.images.device
+        largest = max(b.count for b in batches) * synthetic.images[0].numel()
+        per_block = max(1, (AUGMENTED_CUDA if device.type == "cuda" else AUGMENTED_CPU) // largest)
+        for first in range(0, len(batches), per_block):
+            block = batches[first : first + per_block]
+            index = [b.index for b in block]
+            images = _augmented(synthetic.images, index, [b.transform for b in block])
+            labels = synthetic.labels[torch.cat(index)].split([len(i) for i in index])
+            if block[0].index_oe is not None:
+                index_oe = [b.index_oe for b in block]
+                outliers = _augmented(synthetic.images_oe, index_oe, [b.transform_oe for b in block])
+                images = map(torch.cat, zip(images, outliers, strict=True))
+            yield from zip(images, labels, strict=True)
 
     def _draw(self, synthetic: SyntheticSet, g: torch.Generator) -> list["Batch"]:
         """What is random in one epoch."""
-        outliers = synthetic.images_oe
         order = torch.randperm(len(synthetic.images), generator=g)
+        outliers = synthetic.images_oe
         order_oe = None if outliers is None else torch.randperm(len(outliers), generator=g)
         batches = []
         for start in range(0, len(order), self.settings.batch):
@@ -119,12 +144,9 @@ class Trainer:
         """Fraction of test images `[N, C, H, W]` that the network classifies as their label."""
         return accuracy_of(self.predict(images), labels)
 
-    def _step(self, synthetic: SyntheticSet, batch: "Batch") -> torch.Tensor:
-        images = _augmented(synthetic.images[batch.index], batch.transform)
-        if batch.index_oe is not None:
-            images = torch.cat([images, _augmented(synthetic.images_oe[batch.index_oe], batch.transform_oe)])
+    def _step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         self.optimizer.zero_grad(set_to_none=True)  # before a recorded CUDA graph writes there again
-        loss = self.loss(images, synthetic.labels[batch.index], self.settings.lambda_oe)
+        loss = self.loss(images, labels, self.settings.lambda_oe)
         loss.backward()
         self.optimizer.step()
         return loss.detach().clone()  # a recorded CUDA graph would overwrite it
@@ -151,7 +173,8 @@ class Trainer:
         loss = torch.zeros(())
         for first in range(first_epoch, epochs, DRAWN_EPOCHS):
             block = range(first, min(first + DRAWN_EPOCHS, epochs))
-            losses = self.epochs(synthetic, [self._generator(seed, key, epoch) for epoch in block])
+            drawn = self.draw_epochs(synthetic, [self._generator(seed, key, epoch) for epoch in block])
+            losses = self.epochs(synthetic, send_draws(drawn, synthetic.images.device))
             for epoch in block:
                 if epoch and epoch == half:
                     self.restart(lr * 0.1)
@@ -196,6 +219,14 @@ class Trainer:
             if momentum.shape != parameter.shape or momentum.dtype != parameter.dtype:
                 raise ValueError("momentum of another shape than its parameter")
             self.optimizer.state[parameter]["momentum_buffer"] = momentum.to(parameter.device).clone()
+
+
+def _augmented(
+    images: torch.Tensor, index: Sequence[torch.Tensor], transforms: Sequence[Draw | None]
+) -> Sequence[torch.Tensor]:
+    """`transform(images[index])` for each of both."""
+    lengths = [len(i) for i in index]
+    return apply_by_part(images[torch.cat(list(index))], [t or identity for t in transforms], lengths).split(lengths)
 
 
 @torch.no_grad()
