@@ -10,6 +10,7 @@ own setting (`set_keep_freed_memory`).
 
 import argparse
 import json
+import math
 import os
 import platform
 import resource
@@ -33,7 +34,7 @@ from utils import plain
 from utils.arguments import LOOPS, add_compute
 from utils.augment import DSA, DSA_ENTRIES
 from utils.datasets import RealData, load_dataset
-from utils.devices import Compute, choose_compile, choose_device, set_keep_freed_memory, set_precision
+from utils.devices import choose_compute, choose_device, set_keep_freed_memory
 from utils.entry import run_script
 from utils.files import save_text
 from utils.flags import Parser, count, one_of
@@ -71,9 +72,6 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace):
         self.device = choose_device(args.device)
-        set_precision(args.precision)
-        precision = "fp32" if self.device.type == "cpu" and args.precision == "tf32" else args.precision
-        self.compute = Compute(choose_compile(args.compile, self.device, True), precision, self.device.type == "cuda")
         self.model, self.ipc, self.batch, self.repeats = args.model, args.ipc, args.batch_real, args.repeats
         self.slots = min(args.slots, 10)
         self.folder = tempfile.TemporaryDirectory()
@@ -86,6 +84,10 @@ class Bench:
         np.savez(self.npz, **arrays)
         self.real: RealData = load_dataset("CIFAR10", self.folder.name).to(self.device)
         self.net = get_network(args.model, 3, 10, (32, 32), generator(0)).to(self.device)
+        long = (math.inf, sys.maxsize)  # a run long enough for `--compile auto` to compile what it speeds up
+        self.compute = choose_compute(
+            args.compile, args.precision, self.device, args.model, self.real, *long, "matching"
+        )
         shape = (10 * args.ipc, 3, 32, 32)
         images = [torch.randn(shape, generator=generator(i)).to(self.device) for i in (1, 2)]
         labels = torch.arange(10, device=self.device).repeat_interleave(args.ipc)

@@ -1,6 +1,5 @@
 """The fast engine against the textbook loop of `utils/plain.py`."""
 
-import inspect
 import os
 import shutil
 from dataclasses import replace
@@ -10,15 +9,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch._inductor.exc import InductorError
 
 import networks
 from networks import get_network
 from networks.convnet import ConvNet
 from utils import augment, datasets, matching, outliers, plain, rng
 from utils.augment import DC, DSA, DSA_ENTRIES, identity
-from utils.devices import Compute, choose_compile, forward_flops
-from utils.errors import UserError
+from utils.devices import Compute, forward_flops
 from utils.matching import METRICS, Matcher, chunks, class_loss, outlier_loss
 from utils.methods import GradientMatching, MatchSettings
 from utils.ood_detectors import Scorer
@@ -316,18 +313,6 @@ def test_flops_by_hand():
     assert forward_flops(net, (1, 8, 8)) == 2 * (128 * 9 * 64 + 10 * 128 * 16)
 
 
-def test_choosing_to_compile(monkeypatch):
-    cpu = torch.device("cpu")
-    monkeypatch.setattr("utils.devices.shutil.which", lambda name: "/usr/bin/" + name)
-    assert [choose_compile(f, cpu, p) for f, p in (("on", False), ("auto", True), ("auto", False), ("off", True))] == [
-        True, True, False, False,
-    ]  # fmt: skip
-    monkeypatch.setattr("utils.devices.shutil.which", lambda name: None)
-    assert choose_compile("auto", cpu, True) is False
-    with pytest.raises(UserError, match=r"--compile on: .*install g"):
-        choose_compile("on", cpu, True)
-
-
 def test_what_is_drawn_together_is_what_is_drawn_apart(tiny_real):
     """120 epochs in blocks, from epoch 30 on, equal epochs that are drawn one at a time."""
     index = torch.arange(12)
@@ -368,33 +353,3 @@ def test_compiled_scores_equal_eager(tiny_real):
         eager, compiled = (Scorer(net, ["energy"], 1.0, (1.0,) * 3, e)(tiny_real.test_images, 4) for e in (None, embed))
         np.testing.assert_allclose(compiled[0], eager[0], atol=1e-4)
         np.testing.assert_allclose(compiled[1]["energy"], eager[1]["energy"], atol=1e-4)
-
-
-@pytest.mark.parametrize(("failures", "message"), [(0, None), (1, None), (2, None), (3, "--compile: .* off")])
-def test_a_damaged_cache_of_compiled_code(failures, message, monkeypatch, tmp_path):
-    """The named library is removed, then a fresh cache is taken, then it is said."""
-    library = tmp_path / "torchinductor_x" / "a.so"
-    library.parent.mkdir()
-    library.write_bytes(b"")
-    calls = []
-
-    def compile_(function, **_):
-        def compiled(x):
-            calls.append(x)
-            if len(calls) <= failures:
-                raise InductorError(ImportError(f"{library}: file too short"), inspect.currentframe())
-            return function(x)
-
-        return compiled
-
-    monkeypatch.setattr(torch, "compile", compile_)
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "before")
-    function = Compute(compiled=True).function(lambda x: x + 1)
-    if message:
-        with pytest.raises(UserError, match=message):
-            function(1)
-    else:
-        assert function(1) == 2
-        assert len(calls) == failures + 1
-    assert library.exists() == (failures == 0)
-    assert (os.environ["TORCHINDUCTOR_CACHE_DIR"] == "before") == (failures < 2)

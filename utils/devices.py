@@ -2,12 +2,8 @@
 
 import ctypes
 import os
-import re
-import shutil
-import tempfile
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -16,58 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from networks import get_network
 
-from . import distributed, interrupts
+from . import distributed
+from .compiling import Compiled, choose_compile, helps_on_cpu
 from .datasets import RealData
 from .errors import UserError
 from .rng import generator
 
 PRECISIONS = ("tf32", "fp32", "bf16")
-COMPILE_PAYS_CPU = 2e13  # floating-point operations of a run from which the seconds of compiling come back
-COMPILE_PAYS_CUDA = 500  # matching steps, or hundreds of training epochs, likewise
-
-
-class _Compiled:
-    """A compiled function that gets over a damaged cache of compiled code.
-
-    A process that is killed while its compiler writes leaves a truncated library in Inductor's cache on the disk, and
-    every later process that needs the same code fails to load it. What fails is removed and compiled again; then
-    everything is compiled in a cache of its own.
-    """
-
-    def __init__(self, function: Callable, mode: str | None):
-        self.function, self.mode = function, mode
-        for name in ("recompile_limit", "cache_size_limit"):  # its name before 2.7
-            # one compilation per batch size: past the limit some would run eagerly, others of them after a resume
-            if hasattr(torch._dynamo.config, name):
-                setattr(torch._dynamo.config, name, 64)
-        self.compiled = torch.compile(function, mode=mode, dynamic=False)
-
-    def __call__(self, *args: object) -> object:
-        for mend in (_remove_damaged, _use_fresh_cache, _give_up):
-            try:
-                return self.compiled(*args)
-            except torch._dynamo.exc.BackendCompilerFailed as error:
-                if interrupts.received():  # a terminal's Ctrl-C ended the compiler, too
-                    raise
-                mend(" ".join(str(error).split()))
-                torch._dynamo.reset()
-                self.compiled = torch.compile(self.function, mode=self.mode, dynamic=False)
-
-
-def _remove_damaged(message: str) -> None:
-    """Remove the library of Inductor's cache that an error names."""
-    found = re.search(r"(/\S+/torchinductor\S*\.so)", message)
-    if found:
-        with suppress(OSError):
-            os.unlink(found[1])
-
-
-def _use_fresh_cache(message: str) -> None:
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="torchinductor_")
-
-
-def _give_up(message: str) -> None:
-    raise UserError(f"--compile: torch.compile failed: {message[:200]}. Use --compile off") from None
 
 
 class _Embedding(nn.Module):
@@ -85,23 +36,30 @@ class _Embedding(nn.Module):
 class Compute:
     """How a device computes; what is computed does not depend on it.
 
-    `compiled`: real gradients, network training and testing go through `torch.compile`. `precision`: `bf16` runs real
-    gradients and network training under autocast; the matching itself stays in float32.
+    `compiled`: matching, network training and testing go through `torch.compile`. `precision`: `bf16` runs real
+    gradients and network training under autocast; the matching itself stays in float32. `why`: why `--compile auto`
+    chose so; empty where the user did.
     """
 
     compiled: bool = False
     precision: str = "fp32"
     on_cuda: bool = False
+    why: str = ""
 
     def __str__(self) -> str:
-        return f"torch.compile {'on' if self.compiled else 'off'}, {self.precision}"
+        return f"torch.compile {'on' if self.compiled else 'off'}{self.why and f' ({self.why})'}, {self.precision}"
+
+    def of(self, net: nn.Module) -> "Compute":
+        """How `net` is computed, where it may be another network than this was chosen for."""
+        leaves_out = self.compiled and self.why and not self.on_cuda and not helps_on_cpu(net)
+        return replace(self, compiled=False) if leaves_out else self
 
     def function(self, function: Callable) -> Callable:
         """`function` as it is computed: under autocast, compiled, or both."""
         wrapped = self._autocast(function) if self.precision == "bf16" else function
         if not self.compiled:
             return wrapped
-        return _Compiled(wrapped, "reduce-overhead" if self.on_cuda else None)  # which records CUDA graphs
+        return Compiled(wrapped, "reduce-overhead" if self.on_cuda else None)  # which records CUDA graphs
 
     def embedding(self, example: nn.Module) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
         """A function of a network and images to `net.embed(images)`; compiled once for all networks like `example`."""
@@ -162,31 +120,23 @@ def set_precision(precision: str) -> None:
 
 
 def choose_compute(
-    compile_flag: str, precision: str, device: torch.device, model: str, real: RealData, steps: int, images: int
+    compile_flag: str,
+    precision: str,
+    device: torch.device,
+    model: str,
+    real: RealData,
+    passes: float,
+    steps: int,
+    what: str,
 ) -> Compute:
-    """The `Compute` of a run that passes `images` images of `real` through `model`, in `steps` steps.
-
-    A backward pass costs twice the forward pass: an image that goes there and back counts as three.
-    """
+    """The `Compute` of a run; `passes`, `steps` and `what` say how long it is, see `choose_compile`."""
     set_precision(precision)
     net = get_network(model, real.channel, real.num_classes, real.im_size, generator(0)).eval()
-    flops = images * forward_flops(net, (real.channel, *real.im_size))
-    pays = steps >= COMPILE_PAYS_CUDA if device.type == "cuda" else flops >= COMPILE_PAYS_CPU
+    shape = (real.channel, *real.im_size)
+    compiled, why = choose_compile(compile_flag, device, net, shape, passes, steps, what)
     if device.type == "cpu" and precision == "tf32":
         precision = "fp32"
-    return Compute(choose_compile(compile_flag, device, pays), precision, device.type == "cuda")
-
-
-def choose_compile(flag: str, device: torch.device, pays: bool) -> bool:
-    """Whether to compile: `on`, `off`, or for `auto` where the run is long enough (`pays`) and there is a compiler.
-
-    Raises:
-        UserError: for `on` without a C++ compiler on a CPU.
-    """
-    has_compiler = device.type == "cuda" or any(map(shutil.which, ("c++", "g++", "clang++")))
-    if flag == "on" and not has_compiler:
-        raise UserError("--compile on: torch.compile needs a C++ compiler; install g++, or use --compile off")
-    return flag == "on" or (flag == "auto" and pays and has_compiler)
+    return Compute(compiled, precision, device.type == "cuda", why)
 
 
 def forward_flops(net: nn.Module, image_shape: tuple[int, ...]) -> int:

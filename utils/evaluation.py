@@ -129,9 +129,10 @@ class Evaluator:
             net = get_network(model, real.channel, real.num_classes, real.im_size, generator(self.settings.seed))
             images = min(settings.batch, len(synthetic.images)) * (1 if synthetic.images_oe is None else 2)
             shape = (images, real.channel, *real.im_size)
-            at_once = self.settings.num_networks > 1 and training_together_pays(net, shape, self.compute)
+            compute = self.compute.of(net)
+            at_once = self.settings.num_networks > 1 and training_together_pays(net, shape, compute)
             kind = Together if at_once else Trainer
-            self.trainers[model] = kind(net.to(real.device), settings, self.compute)
+            self.trainers[model] = kind(net.to(real.device), settings, compute)
         return self.trainers[model]
 
 

@@ -89,7 +89,8 @@ def run_stage3(args: argparse.Namespace) -> Results:
     nets = [load_trained(folder, args.model, real, index, which) for index in range(args.num_exp)]
     example = real.test_images[:2]
     most = args.num_exp * (len(sets) + 1) * len(real.images_test)
-    compute = choose_compute(args.compile, "fp32", device, args.model, real, most // args.batch_test, most)
+    steps = most // args.batch_test
+    compute = choose_compute(args.compile, "fp32", device, args.model, real, most / 2, steps, "testing")
     embed = compute.embedding(nets[0])
     scorers = [Scorer(net, scores, args.T, real.std, embed).prepare(example, fit, args.batch_test) for net in nets]
 

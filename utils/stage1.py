@@ -41,7 +41,7 @@ def run_stage1(args: argparse.Namespace, make_outliers: Callable[[RealData], Out
     outliers = make_outliers(real)
     args.load_path = args.load_path and os.path.abspath(args.load_path)  # a run may be resumed from another folder
     start = [] if args.resume else load_start(args.load_path, real, args.ipc, outliers is not None)
-    compute = _compute(args, match, real, outliers)
+    compute = _compute(args, match, training, real, 1 if outliers is None else 2)
     method = GradientMatching(real, outliers, match, compute, start)
     if args.tensorboard:
         require_tensorboard()
@@ -83,11 +83,19 @@ def _training(args: argparse.Namespace, match: MatchSettings) -> dict[str, Train
     }
 
 
-def _compute(args: argparse.Namespace, match: MatchSettings, real: RealData, outliers: Outliers) -> Compute:
-    """How the device computes, given how long the run is."""
+def _compute(
+    args: argparse.Namespace, match: MatchSettings, training: dict[str, TrainSettings], real: RealData, kinds: int
+) -> Compute:
+    """How the device computes, given how long the run is. `kinds`: 2 with outliers, else 1."""
     steps = args.num_exp * args.Iteration * match.outer_loop
-    images = 3 * steps * real.num_classes * (match.batch_real + match.batch_oe * (outliers is not None))
-    return choose_compute(args.compile, args.precision, real.device, args.model, real, steps, images)
+    matched = steps * real.num_classes * (match.batch_real + match.batch_oe * (kinds - 1))
+    per_epoch = kinds * real.num_classes * match.ipc
+    trained = args.num_exp * args.Iteration * (match.outer_loop - 1) * match.inner_loop * per_epoch
+    last_only = args.eval_mode not in ("S", "SS")
+    evaluations = args.num_exp * args.num_eval * (1 if last_only else 1 + -(-args.Iteration // args.eval_interval))
+    each = next(iter(training.values())).epochs * per_epoch + len(real.images_test) / 2
+    passes = matched + trained + evaluations * each
+    return choose_compute(args.compile, args.precision, real.device, args.model, real, passes, steps, "matching")
 
 
 def _inputs(real: RealData, outliers: Outliers, ood: dict[str, torch.Tensor]) -> dict[str, str]:

@@ -73,8 +73,9 @@ def run_stage2(args: argparse.Namespace, with_outliers: bool) -> None:
             "there), or use train_model_synthetic_no_oe.py"
         )
     steps = args.num_eval * settings.epochs
-    images = 3 * steps * len(synthetic.images) * (2 if with_outliers else 1)
-    compute = choose_compute(args.compile, args.precision, device, args.model, real, steps, images)
+    tested = args.num_eval * -(-settings.epochs // TEST_INTERVAL) * len(real.images_test)
+    passes = steps * len(synthetic.images) * (2 if with_outliers else 1) + tested / 2
+    compute = choose_compute(args.compile, args.precision, device, args.model, real, passes, steps, "training")
     net = get_network(args.model, real.channel, real.num_classes, real.im_size, generator(args.seed)).to(device)
     inputs = {
         "data_path": real.fingerprint(),
