@@ -1,11 +1,11 @@
 """Measure the engine beside the textbook loop (`utils/plain.py`): same process, same inputs, alternating.
 
     python scripts/benchmark.py                                  # ConvNetW32, ipc 2: about three minutes on two cores
-    python scripts/benchmark.py --model ConvNet --ipc 10 --slots 2 --out assets/results/benchmark-convnet.json
+    python scripts/benchmark.py --model ConvNet --ipc 10 --repeats 1 --works iteration memory     # half an hour there
 
-Data are random pixels in the shape of CIFAR-10: times do not depend on the content. An iteration is put together from a
-matching step and a training epoch. The textbook loop runs with the C library's default allocator, the engine with its
-own setting (`set_keep_freed_memory`).
+Data are random pixels in the shape of CIFAR-10: times do not depend on the content. The textbook loop runs with the C
+library's default allocator, the engine with its own setting (`set_keep_freed_memory`). What the engine's first call
+takes longer than the others is mostly compiling.
 """
 
 import argparse
@@ -14,12 +14,15 @@ import math
 import os
 import platform
 import resource
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import date
+from itertools import count as count_from
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +34,7 @@ from torch.utils.data import DataLoader
 
 from networks import get_network
 from utils import plain
-from utils.arguments import LOOPS, add_compute
+from utils.arguments import add_compute, loops_of
 from utils.augment import DSA, DSA_ENTRIES
 from utils.datasets import RealData, load_dataset
 from utils.devices import choose_compute, choose_device, set_keep_freed_memory
@@ -39,6 +42,7 @@ from utils.entry import run_script
 from utils.files import save_text
 from utils.flags import Parser, count, one_of
 from utils.matching import Matcher, class_loss, outlier_loss
+from utils.methods import GradientMatching, MatchSettings
 from utils.ood_detectors import Scorer
 from utils.ood_report import markdown_table
 from utils.outliers import DEFAULT_CORRUPTIONS, PseudoOutliers
@@ -48,7 +52,8 @@ from utils.training import Trainer, TrainSettings
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))
 STARTUP_SHARE = 20  # the textbook start-up is measured on a 20th of the images
-WORKS = ("startup", "matching", "epoch", "evaluation", "stage2", "stage3")
+SLOTS = 10
+WORKS = ("startup", "matching", "iteration", "epoch", "evaluation", "stage2", "stage3", "memory")
 
 
 def get_args_parser() -> Parser:
@@ -57,7 +62,11 @@ def get_args_parser() -> Parser:
     parser.add_argument("--model", default="ConvNetW32", help="the network")
     parser.add_argument("--ipc", type=count(1), default=2, help="synthetic images per class")
     parser.add_argument("--batch_real", type=count(1), default=256, help="real images per slot")
-    parser.add_argument("--slots", type=count(1), default=10, help="class slots to match; fewer are faster, not truer")
+    parser.add_argument(
+        "--slots", type=count(1), default=SLOTS, help="slots of `matching`; fewer are faster, not truer"
+    )
+    parser.add_argument("--outer_loop", type=count(1), default=None, help="of an iteration; left out: by ipc")
+    parser.add_argument("--inner_loop", type=count(0), default=None, help="of an iteration; left out: by ipc")
     parser.add_argument("--repeats", type=count(1), default=3, help="measurements of each; the median counts")
     parser.add_argument("--works", nargs="+", type=one_of("work", WORKS), default=list(WORKS), help="what to measure")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -72,8 +81,9 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace):
         self.device = choose_device(args.device)
-        self.model, self.ipc, self.batch, self.repeats = args.model, args.ipc, args.batch_real, args.repeats
-        self.slots = min(args.slots, 10)
+        self.args, self.ipc, self.batch, self.repeats = args, args.ipc, args.batch_real, args.repeats
+        self.slots = min(args.slots, SLOTS)
+        self.peak_gb = 0.0
         self.folder = tempfile.TemporaryDirectory()
         rng = np.random.default_rng(0)
         self.npz = Path(self.folder.name) / "cifar10.npz"
@@ -101,7 +111,11 @@ class Bench:
         for repeat in range(self.repeats + 1):
             for name, work in (("plain", slow), ("engine", fast)):
                 set_keep_freed_memory(name == "engine")
+                if self.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
                 seconds = self._seconds(work) * (scale if name == "plain" else 1)
+                if self.device.type == "cuda" and name == "engine":
+                    self.peak_gb = max(self.peak_gb, torch.cuda.max_memory_allocated() / 1e9)
                 if repeat:
                     times[name].append(seconds)
                 else:
@@ -165,13 +179,34 @@ class Bench:
 
         return self.measure(slow, fast)
 
+    def iteration(self) -> dict:
+        """A whole iteration of POE: a fresh network, and for each outer step what is random, the matching of images and
+        outliers, and the epochs of network training behind it."""
+        outer, inner, _ = loops_of(self.args)
+        settings = MatchSettings(
+            self.args.model, self.ipc, batch_real=self.batch, batch_oe=self.batch, outer_loop=outer, inner_loop=inner,
+            dsa=STRATEGY,
+        )  # fmt: skip
+        methods = [
+            kind(self.real, PseudoOutliers(self.real), settings, self.compute)
+            for kind in (plain.PlainMatching, GradientMatching)
+        ]
+        for method in methods:
+            method.start(0)
+        numbers = [count_from(0), count_from(0)]
+
+        def work(which: int) -> Callable[[], object]:
+            # the losses are read, as the stage-1 loop does
+            return lambda: methods[which].iterate(next(numbers[which]))["loss"].mean().item()
+
+        return self.measure(work(0), work(1))
+
     def _plain_epochs(self, epochs: int) -> None:
         optimizer = torch.optim.SGD(self.net.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
-        s = self.synthetic
+        drawer = Trainer(self.net, self.settings)
         for epoch in range(epochs):
-            plain.train_epoch(
-                self.net, optimizer, s.images, s.labels, s.images_oe, 256, 0.5, STRATEGY, generator(0, epoch)
-            )
+            (batches,) = drawer.draw_epochs(self.synthetic, [generator(0, epoch)])
+            plain.train_epoch(self.net, optimizer, self.synthetic, batches, self.settings.lambda_oe)
 
     def epoch(self) -> dict:
         """One epoch of network training on images and outliers (mean of ten)."""
@@ -219,35 +254,34 @@ class Bench:
         scorer = Scorer(self.net, ["msp"], 1.0, self.real.std, self.compute.embedding(self.net))
         return self.measure(lambda: plain.msp_scores(self.net, loader), lambda: scorer(self.real.test_images, 256))
 
+    def memory(self) -> float:
+        """Peak memory, in GB: resident, of a short `main_poe.py` in a process of its own; on a GPU what is allocated
+        there while the engine works."""
+        if self.device.type == "cuda":
+            return self.peak_gb
+        args, folder = self.args, self.folder.name
+        flags = f"--dataset CIFAR10 --model {args.model} --ipc {args.ipc} --batch_real {args.batch_real} --init real"
+        flags += " --method DSA --dsa_strategy " + "_".join(STRATEGY.strategy)
+        flags += " --Iteration 1 --outer_loop 2 --inner_loop 1 --num_exp 1 --num_eval 1 --epoch_eval_train 1"
+        flags += f" --data_path {folder} --save_path {folder}/out --device {args.device} --compile {args.compile}"
+        subprocess.run([sys.executable, ROOT / "main_poe.py", *flags.split()], check=True, stdout=subprocess.DEVNULL)
+        return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
 
-def iteration(results: dict[str, dict], ipc: int, slots: int) -> dict:
-    """Stage 1's iteration from its parts: outer_loop matching steps, and (outer_loop - 1)·inner_loop epochs."""
-    outer, inner = LOOPS.get(ipc, (ipc, max(1, round(500 / ipc))))
-    parts = {k: outer * results["matching"][k] * 10 / slots + (outer - 1) * inner * results["epoch"][k]
-             for k in ("plain_s", "engine_s")}  # fmt: skip
-    return parts | {"ratio": parts["plain_s"] / parts["engine_s"]}
 
-
-def peak_memory(args: argparse.Namespace, folder: str) -> float:
-    """Peak resident memory, in GB, of `main_poe.py` over one iteration in a process of its own."""
-    flags = (
-        f"--dataset CIFAR10 --model {args.model} --ipc {args.ipc} --init real --Iteration 1 --num_exp 1 --num_eval 1"
-    )
-    flags += (
-        f" --epoch_eval_train 1 --outer_loop 1 --data_path {folder} --save_path {folder}/out --device {args.device}"
-    )
-    flags += (
-        f" --method DSA --dsa_strategy color_crop_cutout_flip_scale_rotate --compile off --batch_real {args.batch_real}"
-    )
-    subprocess.run([sys.executable, ROOT / "main_poe.py", *flags.split()], check=True, stdout=subprocess.DEVNULL)
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def machine(device: torch.device) -> dict:
     """What the times were measured on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
-        "device": name,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "cpu": cpu_name(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -256,33 +290,31 @@ def machine(device: torch.device) -> dict:
     }
 
 
-def main(args: argparse.Namespace) -> None:
-    """Measure, print the table, and write the JSON where asked."""
-    memory = None
-    bench = Bench(args)
-    if "startup" in args.works:
-        memory = peak_memory(args, bench.folder.name)
-    results = {}
-    for work in args.works:
-        results[work] = getattr(bench, work)()
-        print(f"{work}: {results[work]['ratio']:.2f}", flush=True)
-    if {"matching", "epoch"} <= set(results):
-        results["iteration"] = iteration(results, args.ipc, bench.slots)
-    if bench.device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated() / 1e9
-    about = machine(bench.device) | {"compute": str(bench.compute), "command": " ".join(sys.argv), "peak_gb": memory}
+def table(results: dict[str, dict]) -> str:
+    """The results as a Markdown table."""
     rows = [
         [work, f"{r['plain_s']:.4f}", f"{r['engine_s']:.4f}", f"{r['ratio']:.2f}",
-         f"{r.get('ratio_min', r['ratio']):.2f}-{r.get('ratio_max', r['ratio']):.2f}",
-         f"{r['engine_first_call_s']:.1f}" if "engine_first_call_s" in r else ""]
+         f"{r['ratio_min']:.2f}-{r['ratio_max']:.2f}", f"{r['engine_first_call_s']:.1f}"]
         for work, r in results.items()
     ]  # fmt: skip
-    print(markdown_table(("work", "plain, s", "engine, s", "ratio", "spread", "first call, s"), rows))
+    return markdown_table(("work", "plain, s", "engine, s", "ratio", "spread", "first call, s"), rows)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure, print the table, and write the JSON where asked."""
+    bench = Bench(args)
+    results = {}
+    for work in WORKS:
+        if work in args.works and work != "memory":
+            results[work] = getattr(bench, work)()
+            print(f"{work}: {results[work]['ratio']:.2f}", flush=True)
+    about = machine(bench.device) | {"compute": str(bench.compute), "command": shlex.join(sys.argv)}
+    about["peak_gb"] = bench.memory() if "memory" in args.works else None
+    print(table(results))
     print(json.dumps(about))
     if args.out:
-        save_text(
-            Path(args.out), json.dumps({"about": about, "flags": vars(args), "results": results}, indent=1) + "\n"
-        )
+        content = {"about": about, "flags": vars(args), "results": results}
+        save_text(Path(args.out), json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

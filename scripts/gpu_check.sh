@@ -24,7 +24,7 @@ augment="--dsa_strategy color_crop_cutout_scale_rotate"
 work=$(mktemp -d)
 {
     step "tests" "$python" -m pytest -q tests
-    step "tests of the engine on CUDA" env TRUSTDD_TEST_DEVICE=cuda "$python" -m pytest -q tests/test_engine.py
+    step "tests of the engine on CUDA" env TRUSTDD_TEST_DEVICE=cuda "$python" -m pytest -q tests/test_engine.py tests/test_together.py
     step "distil" "$python" main_poe.py $common $augment --init real --num_exp 1 --num_eval 2 --epoch_eval_train 200 --Iteration 100 --save_path "$work/1"
     step "train" "$python" train_model_synthetic_oe.py $common $augment --num_eval 2 --epoch_eval_train 200 --load_path "$work/1" --save_path "$work/2"
     step "measure" "$python" test_ood_model_syn.py $common --num_exp 2 --is_load_best --ood_sets patches uniform --load_path "$work/2" --save_path "$work/3"

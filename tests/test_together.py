@@ -1,5 +1,7 @@
 """Networks trained at once are those that are trained one after another."""
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -16,6 +18,12 @@ from utils.together import Together, training_together_pays
 from utils.training import Trainer, TrainSettings
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))
+DEVICE = torch.device(os.environ.get("TRUSTDD_TEST_DEVICE", "cpu"))  # scripts/gpu_check.sh sets cuda
+
+
+@pytest.fixture
+def tiny_real(tiny_real):
+    return tiny_real.to(DEVICE)
 
 
 def synthetic_set(real, dtype=torch.float64, outliers=True):
@@ -34,7 +42,7 @@ def synthetic_set(real, dtype=torch.float64, outliers=True):
 def test_at_once_is_one_by_one(tiny_real, name, augmentation):
     """Batches of 5 of 12, the learning rate dropped in the middle, weight decay and momentum, with outliers."""
     settings = TrainSettings(2, batch=5, augmentation=augmentation)
-    nets = [get_network(name, 3, 3, (16, 16), generator(0)).double() for _ in range(2)]
+    nets = [get_network(name, 3, 3, (16, 16), generator(0)).double().to(DEVICE) for _ in range(2)]
     keys = {2: ("a", 2), 5: ("a", 5), 6: ("b", 6)}
     results, losses = [], []
     for kind, net in zip((Trainer, Together), nets, strict=True):
@@ -53,7 +61,7 @@ def test_at_once_is_one_by_one(tiny_real, name, augmentation):
 
 
 def test_without_outliers_and_without_networks(tiny_real):
-    net = get_network("MLP", 3, 3, (16, 16), generator(0)).double()
+    net = get_network("MLP", 3, 3, (16, 16), generator(0)).double().to(DEVICE)
     synthetic = synthetic_set(tiny_real, outliers=False)
     found = []
     for kind in (Trainer, Together):
@@ -99,7 +107,7 @@ def test_evaluation_at_once(tiny_real, tmp_path, monkeypatch):
     for pays in (True, False):
         monkeypatch.setattr(evaluation, "training_together_pays", lambda *args, pays=pays: pays)
         run = RunFolder.create(str(tmp_path), "DC", "tiny", "MLP", 4)
-        ood = {"noise": torch.randn(20, 3, 16, 16, generator=generator(3))}
+        ood = {"noise": torch.randn(20, 3, 16, 16, generator=generator(3)).to(DEVICE)}
         settings = EvalSettings(3, {"MLP": TrainSettings(5, lr=0.001)}, 1, ood)
         evaluator = Evaluator(tiny_real, settings, run, Compute())
         found.append({"MLP": {0: {"accuracy": 0.5, "auroc noise": 0.5}}})

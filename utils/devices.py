@@ -112,9 +112,10 @@ def choose_device(text: str, deterministic: bool = False) -> torch.device:
     return device
 
 
-def set_precision(precision: str) -> None:
-    """Allow TF32 in matrix products and convolutions for `tf32` (and under `bf16`), forbid it for `fp32`."""
-    tf32 = precision != "fp32"
+def set_precision(precision: str, device: torch.device) -> None:
+    """On CUDA, allow TF32 in matrix products and convolutions for `tf32` (and under `bf16`), forbid it for `fp32`; on a
+    CPU they are in float32 always."""
+    tf32 = precision != "fp32" and device.type == "cuda"
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
 
@@ -130,7 +131,7 @@ def choose_compute(
     what: str,
 ) -> Compute:
     """The `Compute` of a run; `passes`, `steps` and `what` say how long it is, see `choose_compile`."""
-    set_precision(precision)
+    set_precision(precision, device)
     net = get_network(model, real.channel, real.num_classes, real.im_size, generator(0)).eval()
     shape = (real.channel, *real.im_size)
     compiled, why = choose_compile(compile_flag, device, net, shape, passes, steps, what)

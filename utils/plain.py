@@ -11,9 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from .augment import DSA, Transform
+from .augment import Transform, identity
+from .draws import SlotDraw
 from .matching import match_loss
+from .methods import GradientMatching
 from .outliers import corrupt
+from .synthetic import SyntheticSet
+from .training import Batch
 
 
 def augment_images(images: torch.Tensor, transform: Callable) -> torch.Tensor:
@@ -60,24 +64,27 @@ def match_slots(
 def train_epoch(
     net: nn.Module,
     optimizer: torch.optim.Optimizer,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    outliers: torch.Tensor | None,
-    batch: int,
+    synthetic: SyntheticSet,
+    batches: Sequence[Batch],
     lambda_oe: float,
-    dsa: DSA | None,
-    g: torch.Generator,
 ) -> float:
-    """One epoch through `DataLoader`s, augmented image by image, the loss read at every step."""
+    """One epoch through `DataLoader`s, augmented image by image, the loss read at every step.
+
+    `batches`: which images, and which augmentation, each step takes (`Trainer.draw_epochs`).
+    """
     net.train()
-    loader = DataLoader(TensorDataset(images, labels), batch, shuffle=True, generator=g)
-    others = None if outliers is None else iter(DataLoader(TensorDataset(outliers), batch, shuffle=True, generator=g))
+    labelled = TensorDataset(synthetic.images, synthetic.labels)
+    loader = DataLoader(labelled, batch_sampler=[b.index.tolist() for b in batches])
+    others = None
+    if synthetic.images_oe is not None:
+        sampler = [b.index_oe.tolist() for b in batches]
+        others = iter(DataLoader(TensorDataset(synthetic.images_oe), batch_sampler=sampler))
     total = 0.0
-    for x, y in loader:
-        x = augment_images(x, dsa.draw(len(x), tuple(x.shape[2:]), g)) if dsa else x
+    for (x, y), drawn in zip(loader, batches, strict=True):
+        x = augment_images(x, drawn.transform or identity)
         if others is not None:
-            (o,) = next(others)
-            x = torch.cat([x, augment_images(o, dsa.draw(len(o), tuple(o.shape[2:]), g)) if dsa else o])
+            (outliers,) = next(others)
+            x = torch.cat([x, augment_images(outliers, drawn.transform_oe or identity)])
         logits = net(x)
         loss = nn.CrossEntropyLoss()(logits[: len(y)], y)
         if others is not None:
@@ -86,15 +93,32 @@ def train_epoch(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        total += loss.item() * len(y)
-    return total / len(images)
+        total += loss.item()
+    return total / len(batches)
+
+
+class PlainMatching(GradientMatching):
+    """Gradient matching with the same draws, by the textbook's loops."""
+
+    def _update(self, which: int, images: torch.Tensor, batch: Callable, drawn: dict[int, SlotDraw]) -> torch.Tensor:
+        transforms = [drawn[slot].transform or identity for slot in drawn]
+        losses, images.grad = match_slots(
+            self.net, images, lambda slot: batch(drawn[slot].real), transforms, bool(which), self.settings.metric
+        )
+        self.optimizers[which].step()
+        return torch.tensor(losses)
+
+    def _train_network(self, epochs: list[list[Batch]]) -> None:
+        optimizer = torch.optim.SGD(self.net.parameters(), lr=self.settings.lr_net)
+        for batches in epochs:
+            train_epoch(self.net, optimizer, self.synthetic(), batches, self.settings.lambda_oe)
 
 
 class ImageByImage(Dataset):
-    """uint8 images `[N, C, H, W]` that are scaled and normalised one by one as they are asked for."""
+    """uint8 images `[N, C, H, W]`, kept on the CPU, that are scaled and normalised one by one as they are asked for."""
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor, mean: Sequence[float], std: Sequence[float]):
-        self.images, self.labels = images, labels
+        self.images, self.labels = images.cpu(), labels.cpu()
         self.mean, self.std = (torch.tensor(v).view(-1, 1, 1) for v in (mean, std))
 
     def __len__(self) -> int:
@@ -123,9 +147,10 @@ def corrupt_all(images: torch.Tensor, corruptions: Sequence[str]) -> list[torch.
 def test_accuracy(net: nn.Module, loader: DataLoader) -> float:
     """Fraction of right predictions, counted batch by batch."""
     net.eval()
+    device = next(net.parameters()).device
     right, total = 0, 0
     for x, y in loader:
-        right += (net(x).argmax(1) == y).sum().item()
+        right += (net(x.to(device)).argmax(1) == y.to(device)).sum().item()
         total += len(y)
     return right / total
 
@@ -134,4 +159,5 @@ def test_accuracy(net: nn.Module, loader: DataLoader) -> float:
 def msp_scores(net: nn.Module, loader: DataLoader) -> np.ndarray:
     """Minus the largest softmax probability of every image, batch by batch."""
     net.eval()
-    return np.concatenate([-F.softmax(net(x), dim=1).cpu().numpy().max(axis=1) for x, _ in loader])
+    device = next(net.parameters()).device
+    return np.concatenate([-F.softmax(net(x.to(device)), dim=1).cpu().numpy().max(axis=1) for x, _ in loader])
