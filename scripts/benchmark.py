@@ -39,6 +39,7 @@ from utils.augment import DSA, DSA_ENTRIES
 from utils.datasets import RealData, load_dataset
 from utils.devices import choose_compute, choose_device, set_keep_freed_memory
 from utils.entry import run_script
+from utils.errors import UserError
 from utils.files import save_text
 from utils.flags import Parser, count, one_of
 from utils.matching import Matcher, class_loss, outlier_loss
@@ -46,6 +47,7 @@ from utils.methods import GradientMatching, MatchSettings
 from utils.ood_detectors import Scorer
 from utils.ood_report import markdown_table
 from utils.outliers import DEFAULT_CORRUPTIONS, PseudoOutliers
+from utils.readers import read_json
 from utils.rng import generator
 from utils.synthetic import SyntheticSet
 from utils.training import Trainer, TrainSettings
@@ -71,6 +73,7 @@ def get_args_parser() -> Parser:
     parser.add_argument("--works", nargs="+", type=one_of("work", WORKS), default=list(WORKS), help="what to measure")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--out", default=None, help="JSON file to write")
+    parser.add_argument("--show", default=None, metavar="JSON", help="show what it says, and measure nothing")
     add_compute(parser)
     parser.set_defaults(compile="on")
     return parser
@@ -300,8 +303,21 @@ def table(results: dict[str, dict]) -> str:
     return markdown_table(("work", "plain, s", "engine, s", "ratio", "spread", "first call, s"), rows)
 
 
+def show(path: Path) -> None:
+    """Print the table of a JSON file, and where it was measured."""
+    content = read_json(path, "--show")
+    try:
+        print(f"{path}: {content['flags']['model']}, ipc {content['flags']['ipc']}")
+        print(table(content["results"]))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"--show: {path} is not a file that benchmark.py wrote ({error} is missing)") from None
+    print(json.dumps(content["about"]))
+
+
 def main(args: argparse.Namespace) -> None:
     """Measure, print the table, and write the JSON where asked."""
+    if args.show:
+        return show(Path(args.show))
     bench = Bench(args)
     results = {}
     for work in WORKS:

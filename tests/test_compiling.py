@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch._inductor.exc import InductorError
 
 from networks import get_network
-from utils.compiling import COSTS_CPU, SAVES_CPU, activations, choose_compile, helps_on_cpu
+from utils.compiling import COSTS_CPU, SAVES_CPU, choose_compile, helps_on_cpu
 from utils.devices import Compute
 from utils.errors import UserError
 from utils.rng import generator
@@ -21,16 +21,10 @@ def network(name="ConvNetW32"):
     return get_network(name, 3, 10, (32, 32), generator(0))
 
 
-def test_activations_by_hand():
-    """Three convolutions of 32 channels, each after a pooling that halves the sides."""
-    assert activations(network(), (3, 32, 32)) == 32 * (32 * 32 + 16 * 16 + 8 * 8)
-    assert activations(network("MLP"), (3, 32, 32)) == 0
-
-
 @pytest.mark.parametrize("what", COSTS_CPU)
 def test_auto_compiles_where_the_time_comes_back(what, monkeypatch):
     monkeypatch.setattr("utils.compiling.shutil.which", lambda name: "/usr/bin/" + name)
-    breakeven = COSTS_CPU[what] * torch.get_num_threads() / SAVES_CPU / activations(network(), (3, 32, 32))
+    breakeven = COSTS_CPU[what] * torch.get_num_threads() / SAVES_CPU / (32 * (32 * 32 + 16 * 16 + 8 * 8))
     for share, expected in ((0.9, False), (1.1, True)):
         compiled, why = choose_compile("auto", CPU, network(), (3, 32, 32), share * breakeven, 1, what)
         assert compiled is expected

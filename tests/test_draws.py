@@ -9,7 +9,7 @@ from utils import draws, rng
 from utils.augment import DSA, DSA_ENTRIES
 from utils.draws import IterationDraws
 from utils.methods import GradientMatching, MatchSettings
-from utils.outliers import Corruption, PseudoOutliers, corrupt
+from utils.outliers import Corruption, PseudoOutliers, corrupt, draw_corruption
 from utils.rng import generator, noise, tensors_of
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))
@@ -84,7 +84,7 @@ def test_drawn_ahead_is_drawn_in_time(method, monkeypatch):
 @pytest.mark.parametrize(("name", "kind"), [("gauss-speckle", torch.randn), ("uniform-speckle", torch.rand)])
 def test_noise_of_a_draw_depends_on_its_seed_alone(tiny_real, name, kind):
     images = tiny_real.images_train / 255
-    drawn = PseudoOutliers(tiny_real, (name,)).choose(0, 40, generator(2)).corruption
+    drawn = draw_corruption(name, tuple(images.shape), generator(2), torch.device("cuda"))
     assert isinstance(drawn.drawn, int)
     n = kind(images.shape, generator=torch.Generator().manual_seed(drawn.drawn))
     torch.testing.assert_close(drawn(images), (images + images * n).clamp(0, 1))

@@ -2,7 +2,8 @@
 
 Every augmentation is "draw parameters", then "apply parameters". A draw with one set of parameters, applied to the real
 and to the synthetic batch, is the Siamese rule of Zhao & Bilen (ICML 2021, eq. 4); a draw with as many sets as there
-are images is the plain use in network training. Draws are made on the CPU, so they are the same on every device.
+are images is the plain use in network training. Draws are made on the CPU, so they are the same on every device (but
+for DC's noise).
 """
 
 import math
@@ -208,18 +209,21 @@ def apply_by_part(images: torch.Tensor, transforms: Sequence[Callable], lengths:
     if None in entries:
         return torch.cat([t(x) for t, x in zip(transforms, images.split(list(lengths)), strict=True)])
     distinct = list(dict.fromkeys(entries))
+    if len(distinct) == 1:
+        params = torch.cat([_for_each(t.params, n) for t, n in zip(transforms, lengths, strict=True)])
+        return Transform(distinct[0], params)(images)
     order = sorted(range(len(entries)), key=lambda part: distinct.index(entries[part]))
     starts = [0, *accumulate(lengths)]
     where = torch.cat([torch.arange(starts[part], starts[part + 1]) for part in order])
     there, back = send_together([where, where.argsort()], images.device)
-    images = images[there] if len(distinct) > 1 else images
+    images = images[there]
     done = []
     for entry in distinct:
         parts = [part for part in order if entries[part] == entry]
         params = torch.cat([_for_each(transforms[part].params, lengths[part]) for part in parts])
         done.append(Transform(entry, params)(images[: len(params)]))
         images = images[len(params) :]
-    return torch.cat(done)[back] if len(distinct) > 1 else done[0]
+    return torch.cat(done)[back]
 
 
 def _for_each(params: torch.Tensor, n: int) -> torch.Tensor:

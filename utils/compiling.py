@@ -14,33 +14,22 @@ from networks.convnet import ConvNet
 
 from . import interrupts
 from .errors import UserError
+from .parts import convolution_outputs
 
 PAYS_CUDA = 500  # matching steps, or hundreds of training epochs, from which compiling pays on a GPU
-# measured on two cores, CPU: seconds that compiling takes, and seconds that it saves for each output of a convolution
-# that an image brings about on its way forth and back
+# measured on two cores of a CPU: seconds that compiling takes, and seconds times threads that it saves for each output
+# of a convolution that an image brings about on its way there and back
 COSTS_CPU = {"matching": 75.0, "training": 12.0, "testing": 3.0}
-SAVES_CPU = 2e-9 * 2
+SAVES_CPU = 2 * 2e-9
 
 
 def helps_on_cpu(net: nn.Module) -> bool:
     """Whether compiled code is faster for this network on a CPU.
 
     It is for ConvNets that pool, 1.2 to 2 times. LeNet, AlexNet and VGG train more slowly (their poolings and their
-    convolutions of many channels on few pixels), ResNets and an MLP as fast.
+    convolutions of many channels on few pixels); ResNets, an MLP and a ConvNet without pooling do not gain.
     """
     return isinstance(net, ConvNet) and any(isinstance(m, (nn.AvgPool2d, nn.MaxPool2d)) for m in net.modules())
-
-
-def activations(net: nn.Module, image_shape: tuple[int, ...]) -> int:
-    """Outputs of all convolutions of `net` for one image `[C, H, W]`."""
-    counts: list[int] = []
-    convolutions = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
-    hooks = [m.register_forward_hook(lambda m, x, out: counts.append(out.numel())) for m in convolutions]
-    with torch.no_grad():
-        net(torch.zeros(2, *image_shape, device=next(net.parameters()).device))
-    for hook in hooks:
-        hook.remove()
-    return sum(counts) // 2
 
 
 def choose_compile(
@@ -50,7 +39,7 @@ def choose_compile(
     compiling takes.
 
     Args:
-        passes: images that go through `net` forth and back; one that only goes forth is half of one.
+        passes: images that go through `net` there and back in this process; one that only goes there is half of one.
         steps: matching steps, or the like.
         what: of `COSTS_CPU`.
     Raises:
@@ -67,7 +56,7 @@ def choose_compile(
         return False, "auto: there is no C++ compiler"
     if not helps_on_cpu(net):
         return False, "auto: it does not make this network faster on a CPU"
-    saves = passes * activations(net, image_shape) * SAVES_CPU / torch.get_num_threads()
+    saves = passes * sum(convolution_outputs(net, image_shape)) * SAVES_CPU / torch.get_num_threads()
     return saves > COSTS_CPU[what], f"auto: would save about {saves:.0f} s and cost {COSTS_CPU[what]:.0f}"
 
 

@@ -16,6 +16,7 @@ from . import distributed
 from .compiling import Compiled, choose_compile, helps_on_cpu
 from .datasets import RealData
 from .errors import UserError
+from .parts import Parts, in_parts
 from .rng import generator
 
 PRECISIONS = ("tf32", "fp32", "bf16")
@@ -63,13 +64,16 @@ class Compute:
 
     def embedding(self, example: nn.Module) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
         """A function of a network and images to `net.embed(images)`; compiled once for all networks like `example`."""
+        parts = Parts(example)
         if not self.compiled:
-            return lambda net, images: net.embed(images)
+            return lambda net, images: in_parts(net.embed, images, parts.forward(images))
         shell = _Embedding(example)
         compiled = self.function(lambda images, state: functional_call(shell, state, (images,)))
 
         def embed(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
-            return compiled(images, dict(_Embedding(net).state_dict())).clone()  # a CUDA graph writes there again
+            state = dict(_Embedding(net).state_dict())
+            # a CUDA graph writes there again, so what it gives is copied
+            return in_parts(lambda part: compiled(part, state).clone(), images, parts.forward(images))
 
         return embed
 
@@ -113,9 +117,8 @@ def choose_device(text: str, deterministic: bool = False) -> torch.device:
 
 
 def set_precision(precision: str, device: torch.device) -> None:
-    """On CUDA, allow TF32 in matrix products and convolutions for `tf32` (and under `bf16`), forbid it for `fp32`; on a
-    CPU they are in float32 always."""
-    tf32 = precision != "fp32" and device.type == "cuda"
+    """Allow TF32 in matrix products and convolutions for `tf32` on CUDA; elsewhere they are in float32."""
+    tf32 = precision == "tf32" and device.type == "cuda"
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
 

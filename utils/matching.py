@@ -20,6 +20,7 @@ from .augment import apply_by_slot
 from .devices import Compute
 from .errors import UserError
 from .losses import uniform_cross_entropy
+from .parts import Parts
 from .rng import send
 
 EPSILON = 1e-6
@@ -87,6 +88,7 @@ class Matcher:
 
     def __init__(self, net: nn.Module, loss: SlotLoss, metric: str, compute: Compute, batched: bool | None = None):
         self.net, self.loss, self.metric = net, loss, metric
+        self.parts = Parts(net)
         self.real_loss = compute.function(lambda images, slot: loss(net(images), slot))
         self.compiled_side = replace(compute, precision="fp32").function(self._losses_and_gradient)
         # the second derivative of a layer norm under vmap is wrong in PyTorch (seen in 2.14): a test compares them
@@ -119,23 +121,36 @@ class Matcher:
             real = {s: self.real_gradient(transforms[s](real_batch(s)), number[s]) for s in number}
             targets = [torch.stack(parameter) for parameter in zip(*(real[s] for s in chunk), strict=True)]
             part = self._match(images_syn[index], [transforms[s] for s in chunk], index, targets)
-            losses[index], gradient[index] = part
+            mine = index[: len(number)]  # what a chunk was filled up with stands behind
+            losses[mine], gradient[mine] = (values[: len(number)] for values in part)
         distributed.sum_(losses, gradient)
         return losses, gradient
 
     def real_gradient(self, images: torch.Tensor, slot: torch.Tensor) -> list[torch.Tensor]:
-        """Gradient of the loss on real images with respect to all parameters, in parameter order."""
+        """Gradient of the loss on real images with respect to all parameters, in parameter order.
+
+        On a CPU it is the mean of those of equal parts (BatchNorm is frozen here, so the images are independent).
+        """
+        count = self.parts.backward(images)
+        total = self._part_gradient(images[: len(images) // count], slot)
+        for part in images.chunk(count)[1:]:
+            for sum_, g in zip(total, self._part_gradient(part, slot), strict=True):
+                sum_ += g
+        return [g / count for g in total] if count > 1 else total
+
+    def _part_gradient(self, images: torch.Tensor, slot: torch.Tensor) -> list[torch.Tensor]:
         grads = torch.autograd.grad(self.real_loss(images, slot), list(self.net.parameters()))
-        return [g.float() if g.dtype == torch.bfloat16 else g.clone() for g in grads]
+        return [g.float() if g.dtype == torch.bfloat16 else g.clone() for g in grads]  # a CUDA graph writes there again
 
     def _match(
         self, images: torch.Tensor, transforms: Sequence[Augmentation], index: torch.Tensor, targets: list[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses and image gradient of one chunk of slots; `targets`: by parameter, `[slots, …]`."""
         images = images.detach().requires_grad_()
-        if self.batched is None and self.ways[0] == "batched" and not batching_pays(images):
-            self.ways.pop(0)
         while len(self.ways) > 1:
+            if self.batched is None and self.ways[0] == "batched" and not batching_pays(images):
+                self.ways.pop(0)
+                continue
             try:
                 return self._match_by(self.ways[0], images, transforms, index, targets)
             except (RuntimeError, NotImplementedError, UserError) as error:

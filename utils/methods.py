@@ -63,7 +63,6 @@ class GradientMatching:
         net = get_network(settings.model, real.channel, real.num_classes, real.im_size, generator(settings.seed))
         self.net = net.to(self.device)
         self.matchers = [Matcher(self.net, loss, settings.metric, compute) for loss in (class_loss, outlier_loss)]
-        self.has_batchnorm = any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
         labels = torch.arange(real.num_classes, device=self.device)
         self.labels = labels.repeat_interleave(settings.ipc)
         training = TrainSettings(

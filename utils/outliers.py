@@ -136,8 +136,8 @@ NOISES = {"gauss-speckle": torch.randn, "uniform-speckle": torch.rand}  # a numb
 
 @dataclass(frozen=True)
 class Corruption(Draw):
-    """One draw of a corruption for a batch: its name, and what is random in it, if anything is. Of noise `drawn` is
-    the seed, and the noise itself is drawn where the images are."""
+    """One draw of a corruption for a batch: its name, and what is random in it, if anything is. For a GPU `drawn` is
+    the seed of noise, and the noise itself is drawn there."""
 
     name: str
     drawn: torch.Tensor | int | None
@@ -169,9 +169,9 @@ def corrupt(images: torch.Tensor, name: str, generator: torch.Generator | None =
     return Corruption(name, CORRUPTIONS[name][0](tuple(images.shape), generator))(images)
 
 
-def draw_corruption(name: str, shape: Shape, generator: torch.Generator) -> Corruption:
-    """What is random in the corruption `name` (of `CORRUPTIONS`) of a batch of `shape` `[N, C, H, W]`."""
-    if name in NOISES:
+def draw_corruption(name: str, shape: Shape, generator: torch.Generator, device: torch.device) -> Corruption:
+    """What is random in the corruption `name` (of `CORRUPTIONS`) of a batch of `shape` `[N, C, H, W]` on `device`."""
+    if name in NOISES and device.type != "cpu":
         return Corruption(name, draw_seed(generator))
     return Corruption(name, CORRUPTIONS[name][0](shape, generator))
 
@@ -223,7 +223,8 @@ class PseudoOutliers(_Source):
         """Draw `n` (or as many as there are) different training images of any class, and how they are corrupted."""
         index = distinct(len(self.real.images_train), n, generator)
         shape = (len(index), *self.real.images_train.shape[1:])
-        return OutlierBatch(index, draw_corruption(self.corruptions[slot % len(self.corruptions)], shape, generator))
+        name = self.corruptions[slot % len(self.corruptions)]
+        return OutlierBatch(index, draw_corruption(name, shape, generator, self.real.device))
 
     def batch(self, drawn: OutlierBatch) -> torch.Tensor:
         """The training images that were drawn, corrupted and normalised."""

@@ -106,7 +106,7 @@ class PlainMatching(GradientMatching):
             self.net, images, lambda slot: batch(drawn[slot].real), transforms, bool(which), self.settings.metric
         )
         self.optimizers[which].step()
-        return torch.tensor(losses)
+        return torch.tensor(losses, device=images.device)
 
     def _train_network(self, epochs: list[list[Batch]]) -> None:
         optimizer = torch.optim.SGD(self.net.parameters(), lr=self.settings.lr_net)

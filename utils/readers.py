@@ -376,7 +376,7 @@ def conform(images: torch.Tensor, channel: int, im_size: tuple[int, int]) -> tor
     """
     images = unit_images(images)
     if images.shape[1] == 3 and channel == 1:
-        images = (images * images.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+        images = 0.299 * images[:, :1] + 0.587 * images[:, 1:2] + 0.114 * images[:, 2:]
     elif images.shape[1] == 1 and channel == 3:
         images = images.expand(-1, 3, -1, -1)
     if tuple(images.shape[2:]) != tuple(im_size):

@@ -67,10 +67,14 @@ def run_stage1(args: argparse.Namespace, make_outliers: Callable[[RealData], Out
 
 def _settings(args: argparse.Namespace) -> DistillSettings:
     flags = {k: v for k, v in vars(args).items() if k != "resume"}
-    last_only = args.eval_mode not in ("S", "SS")
     return DistillSettings(
-        args.method, args.model, args.ipc, args.num_exp, args.Iteration, args.eval_interval, last_only, flags
+        args.method, args.model, args.ipc, args.num_exp, args.Iteration, args.eval_interval, _last_only(args), flags
     )
+
+
+def _last_only(args: argparse.Namespace) -> bool:
+    """Whether only the last images are evaluated."""
+    return args.eval_mode not in ("S", "SS")
 
 
 def _training(args: argparse.Namespace, match: MatchSettings) -> dict[str, TrainSettings]:
@@ -91,10 +95,9 @@ def _compute(
     matched = steps * real.num_classes * (match.batch_real + match.batch_oe * (kinds - 1))
     per_epoch = kinds * real.num_classes * match.ipc
     trained = args.num_exp * args.Iteration * (match.outer_loop - 1) * match.inner_loop * per_epoch
-    last_only = args.eval_mode not in ("S", "SS")
-    evaluations = args.num_exp * args.num_eval * (1 if last_only else 1 + -(-args.Iteration // args.eval_interval))
+    evaluations = 1 if _last_only(args) else 1 + -(-args.Iteration // args.eval_interval)
     each = next(iter(training.values())).epochs * per_epoch + len(real.images_test) / 2
-    passes = matched + trained + evaluations * each
+    passes = matched + trained + args.num_exp * evaluations * args.num_eval * each
     return choose_compute(args.compile, args.precision, real.device, args.model, real, passes, steps, "matching")
 
 

@@ -11,6 +11,7 @@ from networks import initialize
 from .augment import DC, DSA, apply_by_part, identity
 from .devices import Compute
 from .losses import joint_loss
+from .parts import Parts
 from .rng import Draw, generator, send_draws
 from .synthetic import SyntheticSet
 
@@ -60,6 +61,8 @@ class Trainer:
 
     def __init__(self, net: nn.Module, settings: TrainSettings, compute: Compute | None = None):
         self.net, self.settings = net, settings
+        self.parts = Parts(net)
+        self.has_batchnorm = any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
         compute = compute or Compute()
         self.loss = compute.function(lambda images, labels, weight: joint_loss(net(images), labels, weight))
         self.forward = replace(compute, precision="fp32").function(net) if compute.compiled else None
@@ -138,7 +141,8 @@ class Trainer:
 
     def predict(self, images: torch.Tensor) -> torch.Tensor:
         """Logits `[N, num_classes]` of images `[N, C, H, W]`, in evaluation mode."""
-        return predict(self.net, images, TEST_BATCH, self.forward)
+        batch = TEST_BATCH // self.parts.forward(images[:TEST_BATCH])
+        return predict(self.net, images, batch, self.forward)
 
     def accuracy(self, images: torch.Tensor, labels: torch.Tensor) -> float:
         """Fraction of test images `[N, C, H, W]` that the network classifies as their label."""
@@ -146,10 +150,27 @@ class Trainer:
 
     def _step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         self.optimizer.zero_grad(set_to_none=True)  # before a recorded CUDA graph writes there again
-        loss = self.loss(images, labels, self.settings.lambda_oe)
-        loss.backward()
+        parts = self._in_parts(images, labels)
+        losses = []
+        for some_images, some_labels in parts:
+            loss = self.loss(some_images, some_labels, self.settings.lambda_oe)
+            (loss / len(parts) if len(parts) > 1 else loss).backward()
+            losses.append(loss.detach().clone())  # a recorded CUDA graph would overwrite it
         self.optimizer.step()
-        return loss.detach().clone()  # a recorded CUDA graph would overwrite it
+        return torch.stack(losses).mean() if len(losses) > 1 else losses[0]
+
+    def _in_parts(self, images: torch.Tensor, labels: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """A batch in equal parts, each with its share of images and of outliers: the mean of their losses is the loss.
+
+        BatchNorm wants the batch whole.
+        """
+        n = len(labels)
+        count = 1 if self.has_batchnorm else self.parts.backward(images, n, len(images) - n)
+        if count == 1:
+            return [(images, labels)]
+        both = zip(images[:n].chunk(count), images[n:].chunk(count), strict=True) if len(images) > n else None
+        parts = map(torch.cat, both) if both else images.chunk(count)
+        return list(zip(parts, labels.chunk(count), strict=True))
 
     def train(
         self,
