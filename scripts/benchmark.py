@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shlex
 import subprocess
@@ -40,6 +41,7 @@ from utils.datasets import RealData, load_dataset
 from utils.devices import choose_compute, choose_device, set_keep_freed_memory
 from utils.entry import run_script
 from utils.errors import UserError
+from utils.evaluation import EvalSettings, Evaluator
 from utils.files import save_text
 from utils.flags import Parser, count, one_of
 from utils.matching import Matcher, class_loss, outlier_loss
@@ -49,13 +51,15 @@ from utils.ood_report import markdown_table
 from utils.outliers import DEFAULT_CORRUPTIONS, PseudoOutliers
 from utils.readers import read_json
 from utils.rng import generator
+from utils.runs import RunFolder
 from utils.synthetic import SyntheticSet
 from utils.training import Trainer, TrainSettings
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))
 STARTUP_SHARE = 20  # the textbook start-up is measured on a 20th of the images
 SLOTS = 10
-WORKS = ("startup", "matching", "iteration", "epoch", "evaluation", "stage2", "stage3", "memory")
+WORKS = ("startup", "matching", "iteration", "epoch", "test", "evaluation", "stage2", "stage3", "memory")
+EVALUATED = 2  # networks of `evaluation`
 
 
 def get_args_parser() -> Parser:
@@ -83,10 +87,9 @@ class Bench:
     """Everything that the measurements share."""
 
     def __init__(self, args: argparse.Namespace):
-        self.device = choose_device(args.device)
+        self.device = choose_device(args.device, args.deterministic)
         self.args, self.ipc, self.batch, self.repeats = args, args.ipc, args.batch_real, args.repeats
         self.slots = min(args.slots, SLOTS)
-        self.peak_gb = 0.0
         self.folder = tempfile.TemporaryDirectory()
         rng = np.random.default_rng(0)
         self.npz = Path(self.folder.name) / "cifar10.npz"
@@ -114,11 +117,7 @@ class Bench:
         for repeat in range(self.repeats + 1):
             for name, work in (("plain", slow), ("engine", fast)):
                 set_keep_freed_memory(name == "engine")
-                if self.device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
                 seconds = self._seconds(work) * (scale if name == "plain" else 1)
-                if self.device.type == "cuda" and name == "engine":
-                    self.peak_gb = max(self.peak_gb, torch.cuda.max_memory_allocated() / 1e9)
                 if repeat:
                     times[name].append(seconds)
                 else:
@@ -143,7 +142,8 @@ class Bench:
     # --- the works ---------------------------------------------------------------------------------------------------
 
     def startup(self) -> dict:
-        """From the file to the first batch of pseudo-outliers."""
+        """From the file to all that the first update needs: data that are read, checked and sorted, images to start
+        from, and a batch of pseudo-outliers."""
         images = self.real.images_train[: 50_000 // STARTUP_SHARE].cpu()
         labels = self.real.labels_train.cpu()
 
@@ -153,7 +153,11 @@ class Bench:
 
         def fast() -> None:
             real = load_dataset("CIFAR10", self.folder.name).to(self.device)
-            PseudoOutliers(real).draw(0, self.batch, generator(0))
+            real.fingerprint()
+            outliers = PseudoOutliers(real)
+            settings = MatchSettings(self.args.model, self.ipc, init="real")
+            GradientMatching(real, outliers, settings, self.compute).start(0)
+            outliers.draw(0, self.batch, generator(0))
 
         return self.measure(slow, fast, STARTUP_SHARE)
 
@@ -226,7 +230,7 @@ class Bench:
         real = self.real
         return DataLoader(plain.ImageByImage(real.images_test, real.labels_test, real.mean, real.std), 256)
 
-    def evaluation(self) -> dict:
+    def test(self) -> dict:
         """Accuracy on 10,000 test images."""
         loader = self._plain_loader()
         real = self.real
@@ -235,6 +239,21 @@ class Bench:
             lambda: plain.test_accuracy(self.net, loader),
             lambda: trainer.accuracy(real.test_images, real.labels_test),
         )
+
+    def evaluation(self) -> dict:
+        """Two networks of 50 epochs each, tested: a share of stage 1's evaluation."""
+        loader = self._plain_loader()
+        run = RunFolder.create(self.folder.name, "evaluation")
+        run.speaks = False
+        settings = EvalSettings(EVALUATED, {self.args.model: self.settings}, 0)
+        evaluator = Evaluator(self.real, settings, run, self.compute)
+
+        def slow() -> None:
+            for _ in range(EVALUATED):
+                self._plain_epochs(50)
+                plain.test_accuracy(self.net, loader)
+
+        return self.measure(slow, lambda: evaluator.evaluate(self.synthetic, 0, 0, {}, lambda: None))
 
     def stage2(self) -> dict:
         """Fifty epochs and a test: a twentieth of stage 2's 1000 epochs with tests every 50."""
@@ -258,16 +277,17 @@ class Bench:
         return self.measure(lambda: plain.msp_scores(self.net, loader), lambda: scorer(self.real.test_images, 256))
 
     def memory(self) -> float:
-        """Peak memory, in GB: resident, of a short `main_poe.py` in a process of its own; on a GPU what is allocated
-        there while the engine works."""
-        if self.device.type == "cuda":
-            return self.peak_gb
+        """Peak memory, in GB, of a short `main_poe.py` in a process of its own: resident, or reserved on the GPU."""
         args, folder = self.args, self.folder.name
         flags = f"--dataset CIFAR10 --model {args.model} --ipc {args.ipc} --batch_real {args.batch_real} --init real"
         flags += " --method DSA --dsa_strategy " + "_".join(STRATEGY.strategy)
         flags += " --Iteration 1 --outer_loop 2 --inner_loop 1 --num_exp 1 --num_eval 1 --epoch_eval_train 1"
-        flags += f" --data_path {folder} --save_path {folder}/out --device {args.device} --compile {args.compile}"
-        subprocess.run([sys.executable, ROOT / "main_poe.py", *flags.split()], check=True, stdout=subprocess.DEVNULL)
+        flags += f" --data_path {folder} --save_path {folder}/out --device {args.device}"
+        flags += f" --compile {args.compile} --precision {args.precision}"
+        command = [sys.executable, ROOT / "main_poe.py", *flags.split()]
+        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        if self.device.type == "cuda":
+            return float(re.search(r"peak GPU memory: (\S+) GB", out)[1])
         return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
 
 

@@ -1,19 +1,23 @@
 #!/usr/bin/env bash
 # What only a GPU can show: the tests on CUDA, a short distillation, the benchmark; then one summary.
-#   bash scripts/gpu_check.sh                 # everything; or some of: tests distil benchmark
-#   bash scripts/gpu_check.sh distil          # for machines on which a command may not take long
-# PYTHON=python3.12 chooses the interpreter; it must have the requirements, and pytest for the tests.
+#   bash scripts/gpu_check.sh                 # everything
+#   bash scripts/gpu_check.sh tests distil    # some of: tests distil benchmark_w32 benchmark_convnet all_tests
+# PYTHON=python3.12 chooses the interpreter; it must have the requirements, pytest for `tests`, and for `all_tests` all of
+# requirements-dev.txt.
 # Logs and JSON go to assets/results/ (OUT=DIR: elsewhere).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 out=${OUT:-assets/results}
 parts=("$@")
-[ $# = 0 ] && parts=(tests distil benchmark)
+[ $# = 0 ] && parts=(tests distil benchmark_w32 benchmark_convnet all_tests)
 for part in "${parts[@]}"; do
     case $part in
-    tests | distil | benchmark) ;;
-    *) echo "gpu_check: unknown part $part; accepted: tests, distil, benchmark" >&2; exit 2 ;;
+    tests | distil | benchmark_w32 | benchmark_convnet | all_tests) ;;
+    *)
+        echo "gpu_check: unknown part $part; accepted: tests distil benchmark_w32 benchmark_convnet all_tests" >&2
+        exit 2
+        ;;
     esac
 done
 name=$("$python" -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "")')
@@ -36,19 +40,25 @@ augment="--dsa_strategy color_crop_cutout_scale_rotate"
 work=$(mktemp -d)
 tests() {
     step "the engine on CUDA" env TRUSTDD_TEST_DEVICE=cuda "$python" -m pytest -q tests/test_engine.py tests/test_together.py
-    step "all tests" "$python" -m pytest -q tests
+}
+all_tests() { # those that compare bit for bit, and several processes, want the CPU
+    step "all tests, on the CPU" env CUDA_VISIBLE_DEVICES= "$python" -m pytest -q tests
 }
 distil() {
     local loops="--init real --num_exp 1 --num_eval 2 --epoch_eval_train 200"
     step "stage 1" "$python" main_poe.py $common $augment $loops --Iteration 100 --save_path "$work/1"
-    step "stage 1, compiled" "$python" main_poe.py $common $augment $loops --Iteration 20 --compile on --save_path "$work/compiled"
+    step "stage 1, compiled" "$python" main_poe.py $common $augment $loops --Iteration 20 --outer_loop 3 --inner_loop 3 --compile on --save_path "$work/compiled"
     step "stage 2" "$python" train_model_synthetic_oe.py $common $augment --num_eval 2 --epoch_eval_train 200 --load_path "$work/1" --save_path "$work/2"
     step "stage 3" "$python" test_ood_model_syn.py $common --num_exp 2 --is_load_best --ood_sets patches uniform --load_path "$work/2" --save_path "$work/3"
 }
-benchmark() {
+benchmark_w32() {
     step "benchmark, ConvNetW32, ipc 2" "$python" scripts/benchmark.py --device cuda --out "$out/benchmark-$name-w32-ipc2.json"
-    step "benchmark, ConvNet, ipc 10" "$python" scripts/benchmark.py --device cuda --model ConvNet --ipc 10 --out "$out/benchmark-$name-convnet-ipc10.json"
 }
+benchmark_convnet() {
+    step "benchmark, ConvNet, ipc 10" "$python" scripts/benchmark.py --device cuda --model ConvNet --ipc 10 --repeats 2 --out "$out/benchmark-$name-convnet-ipc10.json"
+}
+log=$out/gpu_check-$name-$(IFS=-; echo "${parts[*]}").log
+[ $# = 0 ] && log=$out/gpu_check-$name.log
 {
     nvidia-smi || true
     for part in "${parts[@]}"; do $part; done
@@ -57,6 +67,6 @@ benchmark() {
     for json in "$out/benchmark-$name"-*.json; do
         [ -e "$json" ] && "$python" scripts/benchmark.py --show "$json"
     done
-} 2>&1 | tee "$out/gpu_check-$name.log"
+} 2>&1 | tee "$log"
 rm -rf "$work"
-grep -q '^== summary.* 0 failed$' "$out/gpu_check-$name.log"
+grep -q '^== summary.* 0 failed$' "$log"

@@ -22,7 +22,7 @@ from utils.ood_detectors import Scorer
 from utils.outliers import OutlierPool, PseudoOutliers
 from utils.rng import generator, packed, tensors_of, with_tensors
 from utils.synthetic import SyntheticSet
-from utils.training import Trainer, TrainSettings, predict
+from utils.training import Trainer, TrainSettings
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))
 NORMS = ["ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetW32", "ConvNetGN"]
@@ -136,10 +136,11 @@ def test_a_network_that_cannot_be_batched_falls_back(monkeypatch):
 )
 def test_compiled_engine_equals_the_textbook(norm, outliers, metric, dtype, tolerance, monkeypatch):
     """Five slots in compiled chunks of two, the last of them filled up."""
+    dsa = metric == "ours"
     narrow = lambda *args: ConvNet(3, 5, (16, 16), width=8, depth=1, norm=norm)  # noqa: E731
     monkeypatch.setitem(networks._NETWORKS, "narrow", narrow)
     monkeypatch.setattr("utils.matching.CHUNK_IMAGES", 4)
-    matcher = compare("narrow", dtype, outliers, metric, tolerance, batched=None, compute=COMPILED)
+    matcher = compare("narrow", dtype, outliers, metric, tolerance, dsa, batched=None, compute=COMPILED)
     assert matcher.ways[0] == ("slot by slot" if norm == "layer" else "compiled")
 
 
@@ -151,7 +152,7 @@ def test_what_is_compiled_equals_the_textbook(name, metric, monkeypatch):
     monkeypatch.setattr("utils.matching.CHUNK_IMAGES", 4)
     for with_outliers in (False, True):
         matcher = compare(
-            name, torch.float64, with_outliers, metric, 1e-8, batched=None, compute=Compute(compiled=True)
+            name, torch.float64, with_outliers, metric, 1e-9, not with_outliers, None, Compute(compiled=True)
         )
         assert matcher.ways[0] == "compiled"
 
@@ -336,12 +337,11 @@ def test_bf16_is_near_and_matching_stays_in_float32():
     )
     expected, _ = plain.match_slots(net, synthetic, real.__getitem__, transforms, False, "ours")
     assert losses.dtype == gradient.dtype == torch.float32
-    assert not torch.equal(losses, torch.tensor(expected, device=DEVICE))
-    assert relative(losses, torch.tensor(expected, device=DEVICE)) < 0.02
+    assert 1e-5 < relative(losses, torch.tensor(expected, device=DEVICE)) < 0.02  # rounding of float32 is below
 
 
 @pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_training_equals_eager(tiny_real):
+def test_compiled_training_equals_eager(tiny_real, monkeypatch):
     g = torch.arange(12)
     synthetic = SyntheticSet(tiny_real.train_batch(g), tiny_real.labels_train[g], tiny_real.train_batch(g + 12))
     settings = TrainSettings(3, batch=6, augmentation=STRATEGY)
@@ -350,7 +350,9 @@ def test_compiled_training_equals_eager(tiny_real):
     for epoch in range(3):
         losses = [t.epoch(synthetic, generator(epoch)).item() for t in trainers]
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    outs = [predict(net, tiny_real.test_images) for net in nets]
+    monkeypatch.setattr("utils.training.TEST_BATCH", 4)  # of six images
+    outs = [trainer.predict(tiny_real.test_images) for trainer in trainers]
+    assert outs[0].shape == (6, 3)
     torch.testing.assert_close(*outs, atol=1e-3, rtol=1e-3)
 
 

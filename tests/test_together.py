@@ -1,6 +1,8 @@
 """Networks trained at once are those that are trained one after another."""
 
 import os
+import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -19,6 +21,8 @@ from utils.training import Trainer, TrainSettings
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))
 DEVICE = torch.device(os.environ.get("TRUSTDD_TEST_DEVICE", "cpu"))  # scripts/gpu_check.sh sets cuda
+COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
+COMPILED = Compute(compiled=True, on_cuda=DEVICE.type == "cuda")
 
 
 @pytest.fixture
@@ -58,6 +62,38 @@ def test_at_once_is_one_by_one(tiny_real, name, augmentation):
         torch.testing.assert_close(results[0][index], results[1][index], atol=1e-9, rtol=1e-9)
     torch.testing.assert_close(losses[0].view(3, 2).T, losses[1], atol=1e-9, rtol=1e-9)
     assert not torch.allclose(results[1][2], results[1][5])
+
+
+@pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_at_once_is_one_by_one(tiny_real):
+    net = get_network("MLP", 3, 3, (16, 16), generator(0)).double().to(DEVICE)
+    found = []
+    for trainer in (
+        Trainer(net, TrainSettings(2, batch=5, augmentation=STRATEGY)),
+        Together(net, TrainSettings(2, batch=6, augmentation=STRATEGY), COMPILED),
+        Trainer(net, TrainSettings(2, batch=6, augmentation=STRATEGY)),
+    ):
+        keys = {0: ("a", 0), 1: ("a", 1)}
+        networks = trainer.networks(synthetic_set(tiny_real), 1, keys)
+        found.append(torch.stack([trainer.predict(tiny_real.test_images.double()).float() for _ in networks]))
+    torch.testing.assert_close(found[1], found[2], atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(found[0], found[2])
+
+
+def test_what_cannot_be_trained_at_once_is_trained_one_by_one(tiny_real, monkeypatch):
+    net = get_network("MLP", 3, 3, (16, 16), generator(0)).double().to(DEVICE)
+    settings = TrainSettings(2, augmentation=STRATEGY)
+    found = []
+    for kind in (Trainer, Together):
+        trainer = kind(net, settings)
+        if kind is Together:
+            monkeypatch.setattr(trainer, "loss", lambda *args: torch.zeros(2) @ torch.zeros(3))
+        networks = trainer.networks(synthetic_set(tiny_real), 1, {0: ("a",), 3: ("b",)})
+        context = pytest.warns(UserWarning, match="one after another, not at once") if found else nullcontext()
+        with context:
+            found.append({index: trainer.predict(tiny_real.test_images.double()) for index in networks})
+    assert list(found[1]) == [0, 3]
+    assert all(torch.equal(found[0][index], found[1][index]) for index in found[0])
 
 
 def test_without_outliers_and_without_networks(tiny_real):

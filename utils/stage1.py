@@ -59,10 +59,13 @@ def run_stage1(args: argparse.Namespace, make_outliers: Callable[[RealData], Out
         run.update_args(vars(args))
     if args.tensorboard and run.speaks:
         run.scalars = Scalars(run.path, run.metrics())
-    if not restored:
-        for line in _notices(args, tuple(training), outliers, compute):
-            run.log(line)
+    for line in [] if restored else _notices(args, tuple(training), outliers):
+        run.log(line)
+    processes = f", {distributed.world()} processes" if distributed.world() > 1 else ""
+    run.log(f"computing: {compute}{processes}")
     distillation.run_all()
+    if device.type == "cuda":
+        run.log(f"peak GPU memory: {torch.cuda.max_memory_reserved() / 1e9:.2f} GB")
 
 
 def _settings(args: argparse.Namespace) -> DistillSettings:
@@ -92,12 +95,14 @@ def _compute(
 ) -> Compute:
     """How the device computes, given how long the run is. `kinds`: 2 with outliers, else 1."""
     steps = args.num_exp * args.Iteration * match.outer_loop
-    matched = steps * real.num_classes * (match.batch_real + match.batch_oe * (kinds - 1))
+    per_class = min(match.batch_real, len(real.images_train) // real.num_classes)
+    matched = steps * real.num_classes * (per_class + match.batch_oe * (kinds - 1))
     per_epoch = kinds * real.num_classes * match.ipc
     trained = args.num_exp * args.Iteration * (match.outer_loop - 1) * match.inner_loop * per_epoch
     evaluations = 1 if _last_only(args) else 1 + -(-args.Iteration // args.eval_interval)
-    each = next(iter(training.values())).epochs * per_epoch + len(real.images_test) / 2
-    passes = matched + trained + args.num_exp * evaluations * args.num_eval * each
+    each = sum(t.epochs * per_epoch + len(real.images_test) / 2 for t in training.values())
+    spread = matched + args.num_exp * evaluations * args.num_eval * each  # over processes
+    passes = spread / distributed.world() + trained
     return choose_compute(args.compile, args.precision, real.device, args.model, real, passes, steps, "matching")
 
 
@@ -146,13 +151,11 @@ def _match_settings(args: argparse.Namespace) -> MatchSettings:
     )  # fmt: skip
 
 
-def _notices(args: argparse.Namespace, models: tuple[str, ...], outliers: Outliers, compute: Compute) -> list[str]:
+def _notices(args: argparse.Namespace, models: tuple[str, ...], outliers: Outliers) -> list[str]:
     """What the user should know before the run starts."""
     lines = [loops_of(args)[2], outliers.notice if outliers else ""]
     if args.method == "DC" and args.dsa_strategy:
         lines.append(f"--dsa_strategy {args.dsa_strategy} is not used by --method DC")
     if args.eval_mode == "S" and models != (args.model,):
         lines.append(f"--eval_mode S evaluates {models[0]} instead of {args.model}; --eval_mode SS keeps BatchNorm")
-    processes = f", {distributed.world()} processes" if distributed.world() > 1 else ""
-    lines.append(f"computing: {compute}{processes}")
     return [line for line in lines if line]

@@ -4,6 +4,7 @@ One network on a few small images does not keep a GPU busy, nor do the small pro
 stacked and go through `torch.func`; the result is that of `Trainer` on one network after another, to rounding.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 
@@ -13,7 +14,9 @@ from torch.func import functional_call, vmap
 
 from networks import initialize
 
+from . import interrupts
 from .devices import Compute, forward_flops
+from .errors import UserError
 from .losses import joint_loss
 from .rng import generator
 from .synthetic import SyntheticSet
@@ -54,7 +57,8 @@ class Together(Trainer):
     def __init__(self, net: nn.Module, settings: TrainSettings, compute: Compute | None = None):
         self.stacked = {name: p.detach()[None].clone().requires_grad_() for name, p in net.named_parameters()}
         super().__init__(net, settings, compute)
-        self.loss = (compute or Compute()).function(self._losses)
+        self.compute = compute or Compute()
+        self.loss = self.compute.function(self._losses)
 
     def networks(
         self,
@@ -63,19 +67,39 @@ class Together(Trainer):
         keys: Mapping[int, tuple],
         after_epoch: Callable[[int, torch.Tensor], None] | None = None,
     ) -> Iterator[int]:
-        """As `Trainer.networks`, but all are trained before the first is given."""
+        """As `Trainer.networks`, but all are trained before the first is given.
+
+        What cannot be trained so, for want of memory, say, is trained one after another.
+        """
         if not keys:
             return
+        try:
+            self._train_all(synthetic, seed, keys, after_epoch)
+        except (RuntimeError, NotImplementedError, UserError) as error:
+            if interrupts.received():  # a terminal's Ctrl-C ended the compiler, too
+                raise
+            reason = " ".join(str(error).split())[:160]
+            warnings.warn(f"networks are trained one after another, not at once, because {reason}", stacklevel=2)
+            yield from Trainer(self.net, self.settings, self.compute).networks(synthetic, seed, keys, after_epoch)
+            return
+        for position, index in enumerate(keys):
+            for name, p in self.net.named_parameters():
+                p.detach().copy_(self.stacked[name].detach()[position])
+            yield index
+
+    def _train_all(
+        self,
+        synthetic: SyntheticSet,
+        seed: int,
+        keys: Mapping[int, tuple],
+        after_epoch: Callable[[int, torch.Tensor], None] | None,
+    ) -> None:
         weights = []
         for key in keys.values():
             initialize(self.net, generator(seed, *key))
             weights.append({name: p.detach().clone() for name, p in self.net.named_parameters()})
         self.stacked = {name: torch.stack([w[name] for w in weights]).requires_grad_() for name in weights[0]}
         self.train(synthetic, seed, tuple(keys.values()), after_epoch)
-        for position, index in enumerate(keys):
-            for name, p in self.net.named_parameters():
-                p.detach().copy_(self.stacked[name].detach()[position])
-            yield index
 
     def draw_epochs(
         self, synthetic: SyntheticSet, generators: Sequence[Sequence[torch.Generator]]

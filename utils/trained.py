@@ -74,7 +74,8 @@ def run_stage2(args: argparse.Namespace, with_outliers: bool) -> None:
         )
     steps = args.num_eval * settings.epochs
     tested = args.num_eval * -(-settings.epochs // TEST_INTERVAL) * len(real.images_test)
-    passes = steps * len(synthetic.images) * (2 if with_outliers else 1) + tested / 2
+    trained = steps * len(synthetic.images) * (2 if with_outliers else 1)
+    passes = (trained + tested / 2) / distributed.world()
     compute = choose_compute(args.compile, args.precision, device, args.model, real, passes, steps, "training")
     net = get_network(args.model, real.channel, real.num_classes, real.im_size, generator(args.seed)).to(device)
     inputs = {
