@@ -6,9 +6,9 @@ from torch import nn
 from utils.errors import UserError, unknown_name
 
 from . import convnet, resnet, small, vgg
-from .common import initialize
+from .common import has_batchnorm, initialize
 
-__all__ = ["MODEL_NAMES", "get_network", "initialize"]
+__all__ = ["MODEL_NAMES", "get_network", "has_batchnorm", "initialize"]
 
 _NETWORKS = {**convnet.NETWORKS, **small.NETWORKS, **vgg.NETWORKS, **resnet.NETWORKS}
 MODEL_NAMES = tuple(_NETWORKS)

@@ -35,6 +35,11 @@ def channel_norm(name: str, channels: int) -> nn.Module:
     return nn.BatchNorm2d(channels) if name == "batch" else nn.GroupNorm(channels, channels)
 
 
+def has_batchnorm(net: nn.Module) -> bool:
+    """Whether what `net` gives for an image depends, in training mode, on the other images of the batch."""
+    return any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
+
+
 @torch.no_grad()
 def initialize(net: nn.Module, generator: torch.Generator) -> nn.Module:
     """Draw every parameter of `net` anew, in place, from `generator` (CPU) with PyTorch's default distributions.

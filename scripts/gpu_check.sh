@@ -9,16 +9,13 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 out=${OUT:-assets/results}
-parts=("$@")
-[ $# = 0 ] && parts=(tests distil benchmark_w32 benchmark_convnet all_tests)
+all=(tests distil benchmark_w32 benchmark_convnet all_tests)
+parts=("${@:-${all[@]}}")
 for part in "${parts[@]}"; do
-    case $part in
-    tests | distil | benchmark_w32 | benchmark_convnet | all_tests) ;;
-    *)
-        echo "gpu_check: unknown part $part; accepted: tests distil benchmark_w32 benchmark_convnet all_tests" >&2
+    if [[ " ${all[*]} " != *" $part "* ]]; then
+        echo "gpu_check: unknown part $part; accepted: ${all[*]}" >&2
         exit 2
-        ;;
-    esac
+    fi
 done
 name=$("$python" -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "")')
 if [ -z "$name" ]; then
@@ -57,8 +54,7 @@ benchmark_w32() {
 benchmark_convnet() {
     step "benchmark, ConvNet, ipc 10" "$python" scripts/benchmark.py --device cuda --model ConvNet --ipc 10 --repeats 2 --out "$out/benchmark-$name-convnet-ipc10.json"
 }
-log=$out/gpu_check-$name-$(IFS=-; echo "${parts[*]}").log
-[ $# = 0 ] && log=$out/gpu_check-$name.log
+log=$out/gpu_check-$name${*:+-$(IFS=-; echo "$*")}.log
 {
     nvidia-smi || true
     for part in "${parts[@]}"; do $part; done

@@ -1,6 +1,8 @@
 """Shared fixtures: small data, and scripts run as users run them."""
 
 import importlib
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from utils.datasets import RealData, load_dataset  # noqa: E402
+from utils.devices import Compute  # noqa: E402
 from utils.entry import run_script  # noqa: E402
+
+DEVICE = torch.device(os.environ.get("TRUSTDD_TEST_DEVICE", "cpu"))  # scripts/gpu_check.sh sets cuda
+COMPILED = Compute(compiled=True, on_cuda=DEVICE.type == "cuda")
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler on a CPU"
+)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,13 @@ from torch._inductor.exc import InductorError
 from networks import get_network
 from utils.compiling import COSTS_CPU, SAVES_CPU, choose_compile, helps_on_cpu
 from utils.devices import Compute
+from utils.distill import DistillSettings
+from utils.draws import MatchSettings
 from utils.errors import UserError
+from utils.evaluation import EvalSettings
 from utils.rng import generator
+from utils.stage1 import passes_of
+from utils.training import TrainSettings
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -107,3 +113,21 @@ def test_a_damaged_cache_of_compiled_code(failures, message, monkeypatch, tmp_pa
         assert len(calls) == failures + 1
     assert library.exists() == (failures == 0)
     assert (os.environ["TORCHINDUCTOR_CACHE_DIR"] == "before") == (failures < 2)
+
+
+def test_passes_of_a_run_by_hand(digits, monkeypatch):
+    """Three experiments of 10 iterations with four matching steps and 5 epochs after three of them; evaluated at 0, 4,
+    8 and 10 with two networks of 7 epochs."""
+    run = DistillSettings("DSA", "ConvNet", 2, 3, 10, 4, False, {})
+    match = MatchSettings("ConvNet", 2, batch_real=64, batch_oe=32, outer_loop=4, inner_loop=5)
+    evaluation = EvalSettings(2, {"ConvNet": TrainSettings(7)}, 1)
+    tests = len(digits.images_test) / 2
+    matched, trained, evaluated = 120 * 10 * (64 + 32), 30 * 3 * 5 * 40, 3 * 4 * 2 * (7 * 40 + tests)
+    assert passes_of(run, match, evaluation, digits, True) == matched + trained + evaluated
+    monkeypatch.setattr("utils.distributed.world", lambda: 4)
+    assert passes_of(run, match, evaluation, digits, True) == (matched + evaluated) / 4 + trained
+    monkeypatch.setattr("utils.distributed.world", lambda: 1)
+    last = replace(run, eval_last_only=True)
+    plain = passes_of(last, replace(match, batch_real=10**6), evaluation, digits, False)
+    per_class = len(digits.images_train) // 10
+    assert plain == 120 * 10 * per_class + 30 * 3 * 5 * 20 + 3 * 2 * (7 * 20 + tests)

@@ -7,8 +7,8 @@ import torch
 
 from utils import draws, rng
 from utils.augment import DSA, DSA_ENTRIES
-from utils.draws import IterationDraws
-from utils.methods import GradientMatching, MatchSettings
+from utils.draws import IterationDraws, MatchSettings
+from utils.methods import GradientMatching
 from utils.outliers import Corruption, PseudoOutliers, corrupt, draw_corruption
 from utils.rng import generator, noise, tensors_of
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, needs_compiler
 
 from utils.checkpoints import Checkpointer
 from utils.datasets import load_dataset
@@ -133,6 +134,27 @@ def same_tensors(a: object, b: object) -> bool:
 
 def load(path) -> dict:
     return torch.load(path, weights_only=True)
+
+
+@needs_compiler
+def test_compiled_distillation_ends_with_the_same_bits(processes, tmp_path):
+    """Killed once, between its first iteration and its last."""
+    flags = f"{NETWORK} --init real --num_exp 1 --num_eval 1 --epoch_eval_train 5 --Iteration 8 --compile on"
+    flags += " --batch_real 8 --outer_loop 2 --inner_loop 2 --checkpoint_interval 1 --save_path one"
+    flags = flags.split()
+    results = []
+    for name in ("whole", "killed"):
+        (cwd := tmp_path / name).mkdir()
+        if name == "killed":
+            processes.start(cwd, "main.py", flags, ["fsync", 20])
+            assert processes.wait() == -signal.SIGKILL
+            flags = ["--resume", run_folder(cwd).relative_to(cwd)]
+        printed = processes.run(cwd, "main.py", flags)
+        assert "torch.compile on" in printed
+        results.append(load(next(run_folder(cwd).glob("res_*.pt"))))
+    assert re.search("resumed at experiment 0, iteration [1-7]", printed)
+    assert same_tensors(*(r["data"] for r in results))
+    assert results[0]["accs_all_exps"] == results[1]["accs_all_exps"]
 
 
 def test_killed_distillation_ends_with_the_same_bits(processes, whole, tmp_path):

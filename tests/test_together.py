@@ -1,11 +1,10 @@
 """Networks trained at once are those that are trained one after another."""
 
-import os
-import shutil
 from contextlib import nullcontext
 
 import pytest
 import torch
+from conftest import COMPILED, DEVICE, needs_compiler
 from torch import nn
 
 from networks import get_network
@@ -20,9 +19,6 @@ from utils.together import Together, training_together_pays
 from utils.training import Trainer, TrainSettings
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))
-DEVICE = torch.device(os.environ.get("TRUSTDD_TEST_DEVICE", "cpu"))  # scripts/gpu_check.sh sets cuda
-COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
-COMPILED = Compute(compiled=True, on_cuda=DEVICE.type == "cuda")
 
 
 @pytest.fixture
@@ -64,7 +60,7 @@ def test_at_once_is_one_by_one(tiny_real, name, augmentation):
     assert not torch.allclose(results[1][2], results[1][5])
 
 
-@pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler on a CPU")
+@needs_compiler
 def test_compiled_at_once_is_one_by_one(tiny_real):
     net = get_network("MLP", 3, 3, (16, 16), generator(0)).double().to(DEVICE)
     found = []
@@ -93,6 +89,7 @@ def test_what_cannot_be_trained_at_once_is_trained_one_by_one(tiny_real, monkeyp
         with context:
             found.append({index: trainer.predict(tiny_real.test_images.double()) for index in networks})
     assert list(found[1]) == [0, 3]
+    assert list(trainer.networks(synthetic_set(tiny_real), 1, {1: ("c",)})) == [1]  # it is not tried again
     assert all(torch.equal(found[0][index], found[1][index]) for index in found[0])
 
 

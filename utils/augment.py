@@ -63,6 +63,7 @@ def cutout(images: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
     centre = send(centre, images.device)
 
     def outside(length: int, middle: torch.Tensor) -> torch.Tensor:
+        """Which positions of a side are not in the square, `[n, length]`."""
         side = _cutout_side(length)
         first = middle.unsqueeze(1) - side // 2
         position = torch.arange(length, device=images.device)
@@ -209,9 +210,6 @@ def apply_by_part(images: torch.Tensor, transforms: Sequence[Callable], lengths:
     if None in entries:
         return torch.cat([t(x) for t, x in zip(transforms, images.split(list(lengths)), strict=True)])
     distinct = list(dict.fromkeys(entries))
-    if len(distinct) == 1:
-        params = torch.cat([_for_each(t.params, n) for t, n in zip(transforms, lengths, strict=True)])
-        return Transform(distinct[0], params)(images)
     order = sorted(range(len(entries)), key=lambda part: distinct.index(entries[part]))
     starts = [0, *accumulate(lengths)]
     where = torch.cat([torch.arange(starts[part], starts[part + 1]) for part in order])

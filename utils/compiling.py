@@ -16,7 +16,7 @@ from . import interrupts
 from .errors import UserError
 from .parts import convolution_outputs
 
-PAYS_CUDA = 500  # matching steps, or hundreds of training epochs, from which compiling pays on a GPU
+PAYS_CUDA = 500  # steps from which compiling is thought to pay on a GPU (not measured yet)
 # measured on two cores of a CPU: seconds that compiling takes, and seconds times threads that it saves for each output
 # of a convolution that an image brings about on its way there and back
 COSTS_CPU = {"matching": 75.0, "training": 12.0, "testing": 3.0}
@@ -40,7 +40,7 @@ def choose_compile(
 
     Args:
         passes: images that go through `net` there and back in this process; one that only goes there is half of one.
-        steps: matching steps, or the like.
+        steps: matching steps, training epochs or test batches of the run.
         what: of `COSTS_CPU`.
     Raises:
         UserError: for `on` without a C++ compiler on a CPU.

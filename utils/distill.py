@@ -233,6 +233,7 @@ class Distillation:
         at = self.at
 
         def is_before(line: dict) -> bool:
+            """Whether a line of `metrics.jsonl` will not be written again."""
             position = (line["experiment"], line["iteration"])
             done = at.evaluated if "model" in line else True
             return position < (at.exp, at.iteration) or (position == (at.exp, at.iteration) and done)

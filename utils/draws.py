@@ -1,21 +1,74 @@
-"""What is random in an iteration of gradient matching: drawn at once on the host, and sent to the device together."""
+"""What is random in network training and in an iteration of gradient matching: drawn on the host, sent together."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from . import distributed
-from .augment import DSA, Transform
+from .augment import DC, DSA, Transform
 from .datasets import RealData
 from .outliers import OutlierBatch, OutlierPool, PseudoOutliers
 from .rng import Draw, generator, send_draws, tensors_of
 from .synthetic import SyntheticSet
-from .training import Batch, Trainer
 
 BATCHNORM_IMAGES = 16
 DRAWN_NUMBERS = 2**25  # that are drawn and sent together: a quarter of a gigabyte of indices
+
+
+@dataclass(frozen=True)
+class MatchSettings:
+    """What gradient matching needs to know."""
+
+    model: str
+    ipc: int
+    seed: int = 1
+    lr_img: float = 0.1
+    lr_net: float = 0.01
+    batch_real: int = 256
+    batch_oe: int = 256
+    batch_train: int = 256
+    lambda_oe: float = 0.5
+    metric: str = "ours"
+    init: str = "noise"
+    outer_loop: int = 1
+    inner_loop: int = 1
+    dsa: DSA | None = None
+
+
+@dataclass(frozen=True)
+class Batch(Draw):
+    """What is random in one batch: the images and the outliers that it takes, and how they are augmented."""
+
+    index: torch.Tensor
+    transform: Draw | None
+    index_oe: torch.Tensor | None
+    transform_oe: Draw | None
+
+    @property
+    def count(self) -> int:
+        """How many images and outliers."""
+        return len(self.index) + (0 if self.index_oe is None else len(self.index_oe))
+
+
+def draw_epoch(synthetic: SyntheticSet, batch: int, augmentation: DSA | DC | None, g: torch.Generator) -> list[Batch]:
+    """What is random in one pass over a synthetic set in batches of `batch`; of the set only the sizes matter."""
+
+    def transform(index: torch.Tensor | None) -> Draw | None:
+        """How the images of `index` are augmented."""
+        if augmentation is None or index is None or not len(index):
+            return None
+        return augmentation.draw(len(index), tuple(synthetic.images.shape[2:]), g)
+
+    order = torch.randperm(len(synthetic.images), generator=g)
+    outliers = synthetic.images_oe
+    order_oe = None if outliers is None else torch.randperm(len(outliers), generator=g)
+    batches = []
+    for start in range(0, len(order), batch):
+        index = order[start : start + batch]
+        index_oe = None if order_oe is None else order_oe[start : start + batch]
+        batches.append(Batch(index, transform(index), index_oe, transform(index_oe)))
+    return batches
 
 
 @dataclass(frozen=True)
@@ -41,27 +94,17 @@ class StepDraw(Draw):
 class IterationDraws:
     """Draws for the iterations of gradient matching, each from a generator of its own key.
 
-    Args:
-        dsa: the Siamese augmentation of the matching.
-        batches: how many real images, and how many outliers, a slot takes.
-        loops: outer loop and inner loop.
-        trainer: trains the network between the steps.
+    `has_batchnorm`: whether images for BatchNorm's statistics are drawn.
     """
 
     def __init__(
         self,
         real: RealData,
         outliers: OutlierPool | PseudoOutliers | None,
-        dsa: DSA | None,
-        seed: int,
-        batches: tuple[int, int],
-        loops: tuple[int, int],
-        trainer: Trainer,
+        settings: MatchSettings,
+        has_batchnorm: bool,
     ):
-        self.real, self.outliers, self.dsa, self.seed, self.trainer = real, outliers, dsa, seed, trainer
-        self.batch_real, self.batch_oe = batches
-        self.outer_loop, self.inner_loop = loops
-        self.has_batchnorm = any(isinstance(m, nn.BatchNorm2d) for m in trainer.net.modules())
+        self.real, self.outliers, self.settings, self.has_batchnorm = real, outliers, settings, has_batchnorm
         self.ahead: tuple[tuple[int, int], list[StepDraw]] | None = None
 
     def choose(self, slot: int, n: int, g: torch.Generator) -> torch.Tensor:
@@ -71,7 +114,7 @@ class IterationDraws:
 
     def generator(self, exp: int, *key: int | str) -> torch.Generator:
         """The generator of a draw in experiment `exp`."""
-        return generator(self.seed, "match", exp, *key)
+        return generator(self.settings.seed, "match", exp, *key)
 
     def steps(self, exp: int, it: int, synthetic: SyntheticSet) -> Iterator[StepDraw]:
         """The draws of every outer step of an iteration, on the device of the data.
@@ -80,7 +123,7 @@ class IterationDraws:
         will be trained on; only its sizes matter.
         """
         outer = 0
-        while outer < self.outer_loop:
+        while outer < self.settings.outer_loop:
             if not outer and self.ahead is not None and self.ahead[0] == (exp, it):
                 part = self.ahead[1]
             else:
@@ -97,7 +140,7 @@ class IterationDraws:
         """The draws of the outer steps from `first` on, as many as are drawn together."""
         part = [self._step(exp, it, first, synthetic)]
         size = sum(t.numel() for t in tensors_of(part))
-        last = min(self.outer_loop, first + max(1, DRAWN_NUMBERS // max(1, size)))
+        last = min(self.settings.outer_loop, first + max(1, DRAWN_NUMBERS // max(1, size)))
         part += [self._step(exp, it, outer, synthetic) for outer in range(first + 1, last)]
         return send_draws(part, self.real.device)
 
@@ -111,15 +154,16 @@ class IterationDraws:
         )
 
     def _images(self, exp: int, it: int, outer: int, slot: int) -> SlotDraw:
-        index = self.choose(slot, self.batch_real, self.generator(exp, "real", it, outer, slot))
+        index = self.choose(slot, self.settings.batch_real, self.generator(exp, "real", it, outer, slot))
         return SlotDraw(index, self._siamese(exp, "siamese", it, outer, slot))
 
     def _outliers(self, exp: int, it: int, outer: int, slot: int) -> SlotDraw:
-        batch = self.outliers.choose(slot, self.batch_oe, self.generator(exp, "real oe", it, outer, slot))
+        batch = self.outliers.choose(slot, self.settings.batch_oe, self.generator(exp, "real oe", it, outer, slot))
         return SlotDraw(batch, self._siamese(exp, "siamese oe", it, outer, slot))
 
     def _siamese(self, *key: int | str) -> Transform | None:
-        return None if self.dsa is None else self.dsa.draw(1, self.real.im_size, self.generator(*key))
+        dsa = self.settings.dsa
+        return None if dsa is None else dsa.draw(1, self.real.im_size, self.generator(*key))
 
     def _batchnorm(self, exp: int, it: int, outer: int) -> torch.Tensor:
         """16 images of each class."""
@@ -127,9 +171,9 @@ class IterationDraws:
         key = ("batchnorm", it, outer)
         return torch.cat([self.choose(c, BATCHNORM_IMAGES, self.generator(exp, *key, c)) for c in slots])
 
-    def _epochs(self, exp: int, it: int, outer: int, synthetic: SyntheticSet) -> Sequence[list[Batch]]:
+    def _epochs(self, exp: int, it: int, outer: int, synthetic: SyntheticSet) -> list[list[Batch]]:
         """The epochs behind this step; none behind the last. Rank 0 trains for all processes."""
-        if outer == self.outer_loop - 1 or distributed.rank():
+        if outer == self.settings.outer_loop - 1 or distributed.rank():
             return []
-        g = self.generator(exp, "inner", it, outer)
-        return self.trainer.draw_epochs(synthetic, [g] * self.inner_loop)
+        s, g = self.settings, self.generator(exp, "inner", it, outer)
+        return [draw_epoch(synthetic, s.batch_train, s.dsa, g) for _ in range(s.inner_loop)]

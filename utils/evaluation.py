@@ -110,6 +110,7 @@ class Evaluator:
         """Train and test a network for each of `keys`; returns the measures of each."""
 
         def after_epoch(epoch: int, loss: torch.Tensor) -> None:
+            """Show the progress, and stop after a signal."""
             progress.step(loss=loss.mean())
             if interrupts.received() and distributed.world() == 1:  # several processes stop together, after the network
                 raise Interrupted(interrupts.received())

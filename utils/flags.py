@@ -60,6 +60,7 @@ def one_of(what: str, accepted: Iterable[str]) -> Callable[[str], str]:
     accepted = tuple(accepted)
 
     def check(text: str) -> str:
+        """`text`, if it is accepted."""
         if text not in accepted:
             raise argparse.ArgumentTypeError(unknown_name(what, text, accepted))
         return text
@@ -71,6 +72,7 @@ def count(least: int) -> Callable[[str], int]:
     """A type for whole numbers of at least `least`."""
 
     def check(text: str) -> int:
+        """`text` as a number, if it is accepted."""
         try:
             value = int(text)
         except ValueError:
@@ -86,6 +88,7 @@ def number(least: float, exclusive: bool = False) -> Callable[[str], float]:
     """A type for finite numbers from `least` on (above it if `exclusive`)."""
 
     def check(text: str) -> float:
+        """`text` as a number, if it is accepted."""
         try:
             value = float(text)
         except ValueError:

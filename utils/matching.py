@@ -132,8 +132,9 @@ class Matcher:
         On a CPU it is the mean of those of equal parts (BatchNorm is frozen here, so the images are independent).
         """
         count = self.parts.backward(images)
-        total = self._part_gradient(images[: len(images) // count], slot)
-        for part in images.chunk(count)[1:]:
+        first, *rest = images.chunk(count)
+        total = self._part_gradient(first, slot)
+        for part in rest:
             for sum_, g in zip(total, self._part_gradient(part, slot), strict=True):
                 sum_ += g
         return [g / count for g in total] if count > 1 else total

@@ -1,7 +1,6 @@
 """Gradient matching as a method of stage 1: what one iteration does to the synthetic images and outliers."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -9,38 +8,18 @@ from torch import nn
 from networks import get_network, initialize
 
 from . import distributed
-from .augment import DSA, identity
+from .augment import identity
 from .datasets import RealData
 from .devices import Compute
-from .draws import IterationDraws, SlotDraw, StepDraw
+from .draws import Batch, IterationDraws, MatchSettings, SlotDraw, StepDraw
 from .errors import UserError
 from .matching import Matcher, class_loss, outlier_loss
 from .outliers import OutlierPool, PseudoOutliers
 from .rng import generator
 from .synthetic import SyntheticSet
-from .training import Batch, Trainer, TrainSettings
+from .training import Trainer, TrainSettings
 
 MOMENTUM_IMG = 0.5
-
-
-@dataclass(frozen=True)
-class MatchSettings:
-    """What gradient matching needs to know."""
-
-    model: str
-    ipc: int
-    seed: int = 1
-    lr_img: float = 0.1
-    lr_net: float = 0.01
-    batch_real: int = 256
-    batch_oe: int = 256
-    batch_train: int = 256
-    lambda_oe: float = 0.5
-    metric: str = "ours"
-    init: str = "noise"
-    outer_loop: int = 1
-    inner_loop: int = 1
-    dsa: DSA | None = None
 
 
 class GradientMatching:
@@ -69,8 +48,7 @@ class GradientMatching:
             1, settings.lr_net, settings.batch_train, settings.lambda_oe, settings.dsa, momentum=0.0, weight_decay=0.0
         )
         self.trainer = Trainer(self.net, training, compute)
-        batches, loops = (settings.batch_real, settings.batch_oe), (settings.outer_loop, settings.inner_loop)
-        self.draws = IterationDraws(real, outliers, settings.dsa, settings.seed, batches, loops, self.trainer)
+        self.draws = IterationDraws(real, outliers, settings, self.trainer.has_batchnorm)
         self._check_init()
 
     def _check_init(self) -> None:

@@ -233,6 +233,7 @@ class OODSource:
         source = "test images" if other is None else "the other CIFAR"
 
         def load(name: str) -> torch.Tensor:
+            """A random subset under the corruption `name`, normalised."""
             images = unit_images(self.real.images_test) if other is None else other
             g = generator(self.seed, "validation", name)
             chosen = images[torch.randperm(len(images), generator=g)[: self.limit]].to(self.real.device)

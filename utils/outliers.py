@@ -99,21 +99,13 @@ def geometric_mean(images: torch.Tensor, partner: torch.Tensor) -> torch.Tensor:
 Shape = tuple[int, ...]
 
 
-def _no_draw(shape: Shape, g: torch.Generator | None) -> None:
+def _no_draw(shape: Shape, generator: torch.Generator | None) -> None:
     return None
 
 
-def _draw_gauss(shape: Shape, g: torch.Generator | None) -> torch.Tensor:
-    return torch.randn(shape, generator=g)
-
-
-def _draw_uniform(shape: Shape, g: torch.Generator | None) -> torch.Tensor:
-    return torch.rand(shape, generator=g)
-
-
-def _draw_partner(shape: Shape, g: torch.Generator | None) -> torch.Tensor:
+def _draw_partner(shape: Shape, generator: torch.Generator | None) -> torch.Tensor:
     """For each image the index of another image of the batch (of itself in a batch of one)."""
-    ring = torch.randperm(shape[0], generator=g)
+    ring = torch.randperm(shape[0], generator=generator)
     partner = torch.empty_like(ring)
     partner[ring] = ring.roll(1)
     return partner
@@ -124,14 +116,14 @@ CORRUPTIONS: dict[str, tuple[Callable, Callable]] = {
     "invert": (_no_draw, invert),
     "pixelate": (_no_draw, pixelate),
     "rgb-ghost": (_no_draw, rgb_ghost),
-    "gauss-speckle": (_draw_gauss, speckle),
-    "uniform-speckle": (_draw_uniform, speckle),
+    "gauss-speckle": (torch.randn, speckle),
+    "uniform-speckle": (torch.rand, speckle),
     "avg-mean": (_draw_partner, average),
     "geo-mean": (_draw_partner, geometric_mean),
 }
 
 
-NOISES = {"gauss-speckle": torch.randn, "uniform-speckle": torch.rand}  # a number for each pixel
+NOISES = (torch.randn, torch.rand)  # a number for each pixel
 
 
 @dataclass(frozen=True)
@@ -143,12 +135,11 @@ class Corruption(Draw):
     drawn: torch.Tensor | int | None
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        apply = CORRUPTIONS[self.name][1]
+        kind, apply = CORRUPTIONS[self.name]
         if self.drawn is None:
             return apply(images)
         if isinstance(self.drawn, int):
-            drawn = noise(NOISES[self.name], images.shape, self.drawn, images.device)
-            return apply(images, drawn.to(images.dtype))
+            return apply(images, noise(kind, images.shape, self.drawn, images.device).to(images.dtype))
         return apply(images, send(self.drawn, images.device))
 
 
@@ -166,14 +157,15 @@ def corrupt(images: torch.Tensor, name: str, generator: torch.Generator | None =
     """
     if name not in CORRUPTIONS:
         raise UserError(unknown_name("corruption", name, CORRUPTIONS))
-    return Corruption(name, CORRUPTIONS[name][0](tuple(images.shape), generator))(images)
+    return Corruption(name, CORRUPTIONS[name][0](tuple(images.shape), generator=generator))(images)
 
 
 def draw_corruption(name: str, shape: Shape, generator: torch.Generator, device: torch.device) -> Corruption:
     """What is random in the corruption `name` (of `CORRUPTIONS`) of a batch of `shape` `[N, C, H, W]` on `device`."""
-    if name in NOISES and device.type != "cpu":
+    draw = CORRUPTIONS[name][0]
+    if draw in NOISES and device.type != "cpu":
         return Corruption(name, draw_seed(generator))
-    return Corruption(name, CORRUPTIONS[name][0](shape, generator))
+    return Corruption(name, draw(shape, generator=generator))
 
 
 def distinct(total: int, n: int, generator: torch.Generator) -> torch.Tensor:

@@ -41,6 +41,7 @@ def match_slots(
     parameters = list(net.parameters())
 
     def loss_of(images: torch.Tensor, slot: int) -> torch.Tensor:
+        """Cross-entropy to the slot's class, or for outliers to the uniform distribution."""
         logits = net(images)
         if outliers:
             uniform = torch.full_like(logits, 1 / logits.shape[1])

@@ -331,6 +331,7 @@ def read_images(paths: Sequence[Path], channel: int, im_size: tuple[int, int], f
     images = np.empty((len(paths), height, width, channel), np.uint8)
 
     def decode(index: int) -> None:
+        """Read one file into its place in `images`."""
         from PIL import Image
 
         path = paths[index]

@@ -77,13 +77,18 @@ def with_tensors(draws: AnyDraws, tensors: Iterator[torch.Tensor]) -> AnyDraws:
     parts = {key: with_tensors(part, tensors) for key, part in _parts(draws).items()}
     if isinstance(draws, Draw):
         return replace(draws, **parts)
-    return list(parts.values()) if isinstance(draws, list) else parts if isinstance(draws, dict) else draws
+    if isinstance(draws, list):
+        return list(parts.values())
+    return parts if isinstance(draws, dict) else draws
 
 
 def _parts(draws: object) -> dict:
+    """What is in a `Draw`, a list or a dict, by name, position or key; nothing in anything else."""
     if isinstance(draws, Draw):
         return {f.name: getattr(draws, f.name) for f in fields(draws)}
-    return dict(enumerate(draws)) if isinstance(draws, list) else draws if isinstance(draws, dict) else {}
+    if isinstance(draws, list):
+        return dict(enumerate(draws))
+    return draws if isinstance(draws, dict) else {}
 
 
 def send_draws(draws: AnyDraws, device: torch.device) -> AnyDraws:

@@ -41,16 +41,19 @@ def run_stage1(args: argparse.Namespace, make_outliers: Callable[[RealData], Out
     outliers = make_outliers(real)
     args.load_path = args.load_path and os.path.abspath(args.load_path)  # a run may be resumed from another folder
     start = [] if args.resume else load_start(args.load_path, real, args.ipc, outliers is not None)
-    compute = _compute(args, match, training, real, 1 if outliers is None else 2)
+    settings = _settings(args)
+    evaluation = EvalSettings(args.num_eval, training, args.seed, _eval_ood(args, real))
+    passes = passes_of(settings, match, evaluation, real, outliers is not None)
+    steps = args.num_exp * args.Iteration * match.outer_loop
+    compute = choose_compute(args.compile, args.precision, device, args.model, real, passes, steps, "matching")
     method = GradientMatching(real, outliers, match, compute, start)
     if args.tensorboard:
         require_tensorboard()
-    evaluation = EvalSettings(args.num_eval, training, args.seed, _eval_ood(args, real))
     inputs = _inputs(real, outliers, evaluation.ood) | _start_inputs(start)
     run = _run_folder(args, match, real, inputs)
     evaluator = Evaluator(real, evaluation, run, compute)
     checkpointer = Checkpointer(run, interval=args.checkpoint_interval)
-    distillation = Distillation(method, evaluator, _settings(args), run, checkpointer)
+    distillation = Distillation(method, evaluator, settings, run, checkpointer)
     restored = bool(args.resume) and distillation.restore()
     if args.resume and distillation.starts_another:
         method.initial = load_start(args.load_path, real, args.ipc, outliers is not None)
@@ -59,10 +62,8 @@ def run_stage1(args: argparse.Namespace, make_outliers: Callable[[RealData], Out
         run.update_args(vars(args))
     if args.tensorboard and run.speaks:
         run.scalars = Scalars(run.path, run.metrics())
-    for line in [] if restored else _notices(args, tuple(training), outliers):
+    for line in _notices(args, tuple(training), outliers, compute, resumed=restored):
         run.log(line)
-    processes = f", {distributed.world()} processes" if distributed.world() > 1 else ""
-    run.log(f"computing: {compute}{processes}")
     distillation.run_all()
     if device.type == "cuda":
         run.log(f"peak GPU memory: {torch.cuda.max_memory_reserved() / 1e9:.2f} GB")
@@ -70,14 +71,10 @@ def run_stage1(args: argparse.Namespace, make_outliers: Callable[[RealData], Out
 
 def _settings(args: argparse.Namespace) -> DistillSettings:
     flags = {k: v for k, v in vars(args).items() if k != "resume"}
+    last_only = args.eval_mode not in ("S", "SS")
     return DistillSettings(
-        args.method, args.model, args.ipc, args.num_exp, args.Iteration, args.eval_interval, _last_only(args), flags
+        args.method, args.model, args.ipc, args.num_exp, args.Iteration, args.eval_interval, last_only, flags
     )
-
-
-def _last_only(args: argparse.Namespace) -> bool:
-    """Whether only the last images are evaluated."""
-    return args.eval_mode not in ("S", "SS")
 
 
 def _training(args: argparse.Namespace, match: MatchSettings) -> dict[str, TrainSettings]:
@@ -90,20 +87,20 @@ def _training(args: argparse.Namespace, match: MatchSettings) -> dict[str, Train
     }
 
 
-def _compute(
-    args: argparse.Namespace, match: MatchSettings, training: dict[str, TrainSettings], real: RealData, kinds: int
-) -> Compute:
-    """How the device computes, given how long the run is. `kinds`: 2 with outliers, else 1."""
-    steps = args.num_exp * args.Iteration * match.outer_loop
+def passes_of(
+    run: DistillSettings, match: MatchSettings, evaluation: EvalSettings, real: RealData, with_outliers: bool
+) -> float:
+    """How many images a run sends through networks there and back, in this process; a tested image is half of one."""
+    kinds = 2 if with_outliers else 1
     per_class = min(match.batch_real, len(real.images_train) // real.num_classes)
+    steps = run.num_exp * run.iterations * match.outer_loop
     matched = steps * real.num_classes * (per_class + match.batch_oe * (kinds - 1))
     per_epoch = kinds * real.num_classes * match.ipc
-    trained = args.num_exp * args.Iteration * (match.outer_loop - 1) * match.inner_loop * per_epoch
-    evaluations = 1 if _last_only(args) else 1 + -(-args.Iteration // args.eval_interval)
-    each = sum(t.epochs * per_epoch + len(real.images_test) / 2 for t in training.values())
-    spread = matched + args.num_exp * evaluations * args.num_eval * each  # over processes
-    passes = spread / distributed.world() + trained
-    return choose_compute(args.compile, args.precision, real.device, args.model, real, passes, steps, "matching")
+    trained = run.num_exp * run.iterations * (match.outer_loop - 1) * match.inner_loop * per_epoch  # by rank 0
+    times = 1 if run.eval_last_only else 1 + -(-run.iterations // run.eval_interval)
+    network = sum(t.epochs * per_epoch + len(real.images_test) / 2 for t in evaluation.training.values())
+    evaluated = run.num_exp * times * evaluation.num_networks * network
+    return (matched + evaluated) / distributed.world() + trained
 
 
 def _inputs(real: RealData, outliers: Outliers, ood: dict[str, torch.Tensor]) -> dict[str, str]:
@@ -151,11 +148,17 @@ def _match_settings(args: argparse.Namespace) -> MatchSettings:
     )  # fmt: skip
 
 
-def _notices(args: argparse.Namespace, models: tuple[str, ...], outliers: Outliers) -> list[str]:
-    """What the user should know before the run starts."""
+def _notices(
+    args: argparse.Namespace, models: tuple[str, ...], outliers: Outliers, compute: Compute, resumed: bool
+) -> list[str]:
+    """What the user should know before the run starts; of a resumed one only what may be another than before."""
+    processes = f", {distributed.world()} processes" if distributed.world() > 1 else ""
+    computing = f"computing: {compute}{processes}"
+    if resumed:
+        return [computing]
     lines = [loops_of(args)[2], outliers.notice if outliers else ""]
     if args.method == "DC" and args.dsa_strategy:
         lines.append(f"--dsa_strategy {args.dsa_strategy} is not used by --method DC")
     if args.eval_mode == "S" and models != (args.model,):
         lines.append(f"--eval_mode S evaluates {models[0]} instead of {args.model}; --eval_mode SS keeps BatchNorm")
-    return [line for line in lines if line]
+    return [line for line in lines if line] + [computing]

@@ -5,22 +5,23 @@ stacked and go through `torch.func`; the result is that of `Trainer` on one netw
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 import torch
 from torch import nn
 from torch.func import functional_call, vmap
 
-from networks import initialize
+from networks import has_batchnorm, initialize
 
 from . import interrupts
 from .devices import Compute, forward_flops
+from .draws import Batch
 from .errors import UserError
 from .losses import joint_loss
 from .rng import generator
 from .synthetic import SyntheticSet
-from .training import Batch, Trainer, TrainSettings
+from .training import Trainer, TrainSettings
 
 TOGETHER_PIXELS_CPU = 40 * 8 * 8  # of one step of one network with convolutions
 TOGETHER_FLOPS_CUDA = 2e10  # of one step of one network: a tenth of a millisecond of a device's arithmetic
@@ -37,7 +38,7 @@ def training_together_pays(net: nn.Module, images: tuple[int, ...], compute: Com
     as fast, ConvNetD2 on 20 images of 8×8 1.5 times, ConvNetW32 on 20 of 32×32 0.9 times). On CUDA, not measured yet,
     while a step is too small to fill the device. Networks with BatchNorm keep running statistics, and go alone.
     """
-    if any(isinstance(m, nn.BatchNorm2d) for m in net.modules()):
+    if has_batchnorm(net):
         return False
     if compute.on_cuda:
         return 3 * images[0] * forward_flops(net, tuple(images[1:])) <= TOGETHER_FLOPS_CUDA
@@ -58,6 +59,7 @@ class Together(Trainer):
         self.stacked = {name: p.detach()[None].clone().requires_grad_() for name, p in net.named_parameters()}
         super().__init__(net, settings, compute)
         self.compute = compute or Compute()
+        self.one_by_one: Trainer | None = None  # trains instead, once it turned out that it does not go at once
         self.loss = self.compute.function(self._losses)
 
     def networks(
@@ -71,41 +73,37 @@ class Together(Trainer):
 
         What cannot be trained so, for want of memory, say, is trained one after another.
         """
-        if not keys:
-            return
-        try:
-            self._train_all(synthetic, seed, keys, after_epoch)
-        except (RuntimeError, NotImplementedError, UserError) as error:
-            if interrupts.received():  # a terminal's Ctrl-C ended the compiler, too
-                raise
-            reason = " ".join(str(error).split())[:160]
-            warnings.warn(f"networks are trained one after another, not at once, because {reason}", stacklevel=2)
-            yield from Trainer(self.net, self.settings, self.compute).networks(synthetic, seed, keys, after_epoch)
+        if keys and self.one_by_one is None:
+            self.stacked = self._fresh(seed, keys.values())
+            try:
+                self.train(synthetic, seed, tuple(keys.values()), after_epoch)
+            except (RuntimeError, UserError) as error:
+                if interrupts.received():  # a terminal's Ctrl-C ended the compiler, too
+                    raise
+                reason = " ".join(str(error).split())[:160]
+                warnings.warn(f"networks are trained one after another, not at once, because {reason}", stacklevel=2)
+                self.one_by_one = Trainer(self.net, self.settings, self.compute)
+        if self.one_by_one is not None:
+            yield from self.one_by_one.networks(synthetic, seed, keys, after_epoch)
             return
         for position, index in enumerate(keys):
             for name, p in self.net.named_parameters():
                 p.detach().copy_(self.stacked[name].detach()[position])
             yield index
 
-    def _train_all(
-        self,
-        synthetic: SyntheticSet,
-        seed: int,
-        keys: Mapping[int, tuple],
-        after_epoch: Callable[[int, torch.Tensor], None] | None,
-    ) -> None:
+    def _fresh(self, seed: int, keys: Iterable[tuple]) -> dict[str, torch.Tensor]:
+        """The weights of a fresh network for each key, by parameter, `[networks, …]`."""
         weights = []
-        for key in keys.values():
+        for key in keys:
             initialize(self.net, generator(seed, *key))
             weights.append({name: p.detach().clone() for name, p in self.net.named_parameters()})
-        self.stacked = {name: torch.stack([w[name] for w in weights]).requires_grad_() for name in weights[0]}
-        self.train(synthetic, seed, tuple(keys.values()), after_epoch)
+        return {name: torch.stack([w[name] for w in weights]).requires_grad_() for name in weights[0]}
 
     def draw_epochs(
         self, synthetic: SyntheticSet, generators: Sequence[Sequence[torch.Generator]]
     ) -> list[list[list[Batch]]]:
         """As that of `Trainer`, where an entry of `generators` has one for each network: by epoch, step and network."""
-        epochs = [[self._draw(synthetic, g) for g in of_epoch] for of_epoch in generators]
+        epochs = [super(Together, self).draw_epochs(synthetic, of_epoch) for of_epoch in generators]
         return [list(map(list, zip(*of_epoch, strict=True))) for of_epoch in epochs]
 
     def epochs(self, synthetic: SyntheticSet, drawn: Sequence[list[list[Batch]]]) -> Iterator[torch.Tensor]:

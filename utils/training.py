@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from networks import initialize
+from networks import has_batchnorm, initialize
 
 from .augment import DC, DSA, apply_by_part, identity
 from .devices import Compute
+from .draws import Batch, draw_epoch
 from .losses import joint_loss
 from .parts import Parts
 from .rng import Draw, generator, send_draws
@@ -36,21 +37,6 @@ class TrainSettings:
     weight_decay: float = 5e-4
 
 
-@dataclass(frozen=True)
-class Batch(Draw):
-    """What is random in one batch: the images and the outliers that it takes, and how they are augmented."""
-
-    index: torch.Tensor
-    transform: Draw | None
-    index_oe: torch.Tensor | None
-    transform_oe: Draw | None
-
-    @property
-    def count(self) -> int:
-        """How many images and outliers."""
-        return len(self.index) + (0 if self.index_oe is None else len(self.index_oe))
-
-
 class Trainer:
     """Trains one network on synthetic sets; its optimizer starts anew at each `restart`.
 
@@ -62,7 +48,7 @@ class Trainer:
     def __init__(self, net: nn.Module, settings: TrainSettings, compute: Compute | None = None):
         self.net, self.settings = net, settings
         self.parts = Parts(net)
-        self.has_batchnorm = any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+        self.has_batchnorm = has_batchnorm(net)
         compute = compute or Compute()
         self.loss = compute.function(lambda images, labels, weight: joint_loss(net(images), labels, weight))
         self.forward = replace(compute, precision="fp32").function(net) if compute.compiled else None
@@ -79,11 +65,11 @@ class Trainer:
         """What the optimizer updates."""
         return list(self.net.parameters())
 
-    def draw_epochs(self, synthetic: SyntheticSet, generators: Sequence[torch.Generator]) -> list[list["Batch"]]:
+    def draw_epochs(self, synthetic: SyntheticSet, generators: Sequence[torch.Generator]) -> list[list[Batch]]:
         """What is random in one pass over a synthetic set for each generator."""
-        return [self._draw(synthetic, g) for g in generators]
+        return [draw_epoch(synthetic, self.settings.batch, self.settings.augmentation, g) for g in generators]
 
-    def epochs(self, synthetic: SyntheticSet, drawn: Sequence[list["Batch"]]) -> Iterator[torch.Tensor]:
+    def epochs(self, synthetic: SyntheticSet, drawn: Sequence[list[Batch]]) -> Iterator[torch.Tensor]:
         """One pass over the synthetic set for each entry of `drawn` (of `draw_epochs`, on the device); gives the mean
         loss of its batches, a scalar on the device.
 
@@ -99,9 +85,7 @@ class Trainer:
         drawn = send_draws(self.draw_epochs(synthetic, [g]), synthetic.images.device)
         return next(self.epochs(synthetic, drawn))
 
-    def _inputs(
-        self, synthetic: SyntheticSet, batches: Sequence["Batch"]
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _inputs(self, synthetic: SyntheticSet, batches: Sequence[Batch]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Augmented images and outliers `[n, C, H, W]` and labels of each batch.
 
         The set does not change meanwhile, so many batches are augmented at once.
@@ -119,25 +103,6 @@ class Trainer:
                 outliers = _augmented(synthetic.images_oe, index_oe, [b.transform_oe for b in block])
                 images = map(torch.cat, zip(images, outliers, strict=True))
             yield from zip(images, labels, strict=True)
-
-    def _draw(self, synthetic: SyntheticSet, g: torch.Generator) -> list["Batch"]:
-        """What is random in one epoch."""
-        order = torch.randperm(len(synthetic.images), generator=g)
-        outliers = synthetic.images_oe
-        order_oe = None if outliers is None else torch.randperm(len(outliers), generator=g)
-        batches = []
-        for start in range(0, len(order), self.settings.batch):
-            part = slice(start, start + self.settings.batch)
-            transform = self._transform(order[part], synthetic, g)
-            index_oe = None if order_oe is None else order_oe[part]
-            batches.append(Batch(order[part], transform, index_oe, self._transform(index_oe, synthetic, g)))
-        return batches
-
-    def _transform(self, index: torch.Tensor | None, synthetic: SyntheticSet, g: torch.Generator) -> Draw | None:
-        augmentation = self.settings.augmentation
-        if augmentation is None or index is None or not len(index):
-            return None
-        return augmentation.draw(len(index), tuple(synthetic.images.shape[2:]), g)
 
     def predict(self, images: torch.Tensor) -> torch.Tensor:
         """Logits `[N, num_classes]` of images `[N, C, H, W]`, in evaluation mode."""
@@ -168,8 +133,7 @@ class Trainer:
         count = 1 if self.has_batchnorm else self.parts.backward(images, n, len(images) - n)
         if count == 1:
             return [(images, labels)]
-        both = zip(images[:n].chunk(count), images[n:].chunk(count), strict=True) if len(images) > n else None
-        parts = map(torch.cat, both) if both else images.chunk(count)
+        parts = map(torch.cat, zip(images[:n].chunk(count), images[n:].chunk(count), strict=True))
         return list(zip(parts, labels.chunk(count), strict=True))
 
     def train(
