@@ -6,11 +6,11 @@
 
 import argparse
 
-from utils import arguments
-from utils.entry import run_script
-from utils.flags import Parser
-from utils.resume import add_resume
-from utils.stage1 import run_stage1
+from utils.core.parser import Parser
+from utils.runs.resume import add_resume
+from utils.stages import arguments
+from utils.stages.distill import run_stage1
+from utils.stages.entry import run_script
 
 
 def get_args_parser() -> Parser:

@@ -6,12 +6,12 @@
 
 import argparse
 
-from utils import arguments
-from utils.entry import run_script
-from utils.flags import Parser
-from utils.outliers import load_outlier_pool
-from utils.resume import add_resume
-from utils.stage1 import run_stage1
+from utils.core.parser import Parser
+from utils.data.outliers import load_outlier_pool
+from utils.runs.resume import add_resume
+from utils.stages import arguments
+from utils.stages.distill import run_stage1
+from utils.stages.entry import run_script
 
 
 def get_args_parser() -> Parser:

@@ -6,10 +6,10 @@
 
 import argparse
 
-from utils import arguments
-from utils.entry import run_script
-from utils.flags import Parser
-from utils.ood_report import run_stage3
+from utils.core.parser import Parser
+from utils.stages import arguments
+from utils.stages.entry import run_script
+from utils.stages.test import run_stage3
 
 
 def get_args_parser() -> Parser:

@@ -6,11 +6,11 @@
 
 import argparse
 
-from utils import arguments
-from utils.entry import run_script
-from utils.flags import Parser
-from utils.resume import add_resume
-from utils.trained import run_stage2
+from utils.core.parser import Parser
+from utils.runs.resume import add_resume
+from utils.stages import arguments
+from utils.stages.entry import run_script
+from utils.stages.train import run_stage2
 
 
 def get_args_parser() -> Parser:

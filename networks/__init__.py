@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from utils.errors import UserError, unknown_name
+from utils.core.errors import UserError, unknown_name
 
 from . import convnet, resnet, small, vgg
 from .common import has_batchnorm, initialize

@@ -1,4 +1,4 @@
-"""Measure the engine beside the textbook loop (`utils/plain.py`): same process, same inputs, alternating.
+"""Measure the engine beside the textbook loop (`utils/textbook.py`): same process, same inputs, alternating.
 
     python scripts/benchmark.py                                  # ConvNetW32, ipc 2: about three minutes on two cores
     python scripts/benchmark.py --model ConvNet --ipc 10 --repeats 1 --works iteration            # twenty minutes there
@@ -34,26 +34,26 @@ import torch
 from torch.utils.data import DataLoader
 
 from networks import get_network
-from utils import plain
-from utils.arguments import add_compute, loops_of
-from utils.augment import DSA, DSA_ENTRIES
-from utils.datasets import RealData, load_dataset
-from utils.devices import choose_compute, choose_device, set_keep_freed_memory
-from utils.entry import run_script
-from utils.errors import UserError
-from utils.evaluation import EvalSettings, Evaluator
-from utils.files import save_text
-from utils.flags import Parser, count, one_of
-from utils.matching import Matcher, class_loss, outlier_loss
-from utils.methods import GradientMatching, MatchSettings
-from utils.ood_detectors import Scorer
-from utils.ood_report import markdown_table
-from utils.outliers import DEFAULT_CORRUPTIONS, PseudoOutliers
-from utils.readers import read_json
-from utils.rng import generator
-from utils.runs import RunFolder
-from utils.synthetic import SyntheticSet
-from utils.training import Trainer, TrainSettings
+from tests import textbook
+from utils.compute.device import choose_compute, choose_device, set_keep_freed_memory
+from utils.core.errors import UserError
+from utils.core.parser import Parser, count, one_of
+from utils.core.rng import generator
+from utils.data.augment import DSA, DSA_ENTRIES
+from utils.data.datasets import RealData, load_dataset
+from utils.data.outliers import DEFAULT_CORRUPTIONS, PseudoOutliers
+from utils.data.synthetic import SyntheticSet
+from utils.files.atomic import save_text
+from utils.files.torch_files import read_json
+from utils.methods.gradient_matching import GradientMatching, MatchSettings
+from utils.methods.matcher import Matcher, class_loss, outlier_loss
+from utils.ood.detectors import Scorer
+from utils.runs.run_folder import RunFolder
+from utils.stages.arguments import add_compute, loops_of
+from utils.stages.entry import run_script
+from utils.stages.test import markdown_table
+from utils.training.evaluator import EvalSettings, Evaluator
+from utils.training.trainer import Trainer, TrainSettings
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))
 STARTUP_SHARE = 20  # the textbook start-up is measured on a 20th of the images
@@ -147,8 +147,8 @@ class Bench:
         labels = self.real.labels_train.cpu()
 
         def slow() -> None:
-            whole, _ = plain.read_all(plain.ImageByImage(images, labels, self.real.mean, self.real.std))
-            plain.corrupt_all(whole.clamp(0, 1), DEFAULT_CORRUPTIONS)
+            whole, _ = textbook.read_all(textbook.ImageByImage(images, labels, self.real.mean, self.real.std))
+            textbook.corrupt_all(whole.clamp(0, 1), DEFAULT_CORRUPTIONS)
 
         def fast() -> None:
             real = load_dataset("CIFAR10", self.folder.name).to(self.device)
@@ -177,7 +177,7 @@ class Bench:
 
         def slow() -> None:
             for which, batch in enumerate((images_of, outliers_of)):
-                plain.match_slots(self.net, sets[which], batch, transforms, bool(which), "ours")
+                textbook.match_slots(self.net, sets[which], batch, transforms, bool(which), "ours")
 
         def fast() -> None:
             for which, batch in enumerate((images_of, outliers_of)):
@@ -195,7 +195,7 @@ class Bench:
         )  # fmt: skip
         methods = [
             kind(self.real, PseudoOutliers(self.real), settings, self.compute)
-            for kind in (plain.PlainMatching, GradientMatching)
+            for kind in (textbook.PlainMatching, GradientMatching)
         ]
         for method in methods:
             method.start(0)
@@ -212,7 +212,7 @@ class Bench:
         drawer = Trainer(self.net, self.settings)
         for epoch in range(epochs):
             (batches,) = drawer.draw_epochs(self.synthetic, [generator(0, epoch)])
-            plain.train_epoch(self.net, optimizer, self.synthetic, batches, self.settings.lambda_oe)
+            textbook.train_epoch(self.net, optimizer, self.synthetic, batches, self.settings.lambda_oe)
 
     def epoch(self) -> dict:
         """One epoch of network training on images and outliers (mean of ten)."""
@@ -227,7 +227,7 @@ class Bench:
 
     def _plain_loader(self) -> DataLoader:
         real = self.real
-        return DataLoader(plain.ImageByImage(real.images_test, real.labels_test, real.mean, real.std), 256)
+        return DataLoader(textbook.ImageByImage(real.images_test, real.labels_test, real.mean, real.std), 256)
 
     def test(self) -> dict:
         """Accuracy on 10,000 test images."""
@@ -235,7 +235,7 @@ class Bench:
         real = self.real
         trainer = Trainer(self.net, self.settings, self.compute)
         return self.measure(
-            lambda: plain.test_accuracy(self.net, loader),
+            lambda: textbook.test_accuracy(self.net, loader),
             lambda: trainer.accuracy(real.test_images, real.labels_test),
         )
 
@@ -250,7 +250,7 @@ class Bench:
         def slow() -> None:
             for _ in range(EVALUATED):
                 self._plain_epochs(50)
-                plain.test_accuracy(self.net, loader)
+                textbook.test_accuracy(self.net, loader)
 
         return self.measure(slow, lambda: evaluator.evaluate(self.synthetic, 0, 0, {}, lambda: None))
 
@@ -261,7 +261,7 @@ class Bench:
 
         def slow() -> None:
             self._plain_epochs(50)
-            plain.test_accuracy(self.net, loader)
+            textbook.test_accuracy(self.net, loader)
 
         def fast() -> None:
             trainer.train(self.synthetic, 0, ())
@@ -273,7 +273,7 @@ class Bench:
         """Scores of 10,000 images."""
         loader = self._plain_loader()
         scorer = Scorer(self.net, ["msp"], 1.0, self.real.std, self.compute.embedding(self.net))
-        return self.measure(lambda: plain.msp_scores(self.net, loader), lambda: scorer(self.real.test_images, 256))
+        return self.measure(lambda: textbook.msp_scores(self.net, loader), lambda: scorer(self.real.test_images, 256))
 
     def memory(self) -> float:
         """Peak memory, in GB, of a short `main_poe.py` in a process of its own: resident, or reserved on the GPU."""

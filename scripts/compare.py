@@ -10,13 +10,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.compare import Row, Run, comparison_rows, find_runs, latex, markdown, plot_comparison, table_csv
-from utils.entry import run_script
-from utils.errors import UserError
-from utils.files import save_text
-from utils.flags import Parser, one_of
-from utils.html import comparison_page
-from utils.ood_metrics import MEASURES
+from utils.core.errors import UserError
+from utils.core.parser import Parser, one_of
+from utils.files.atomic import save_text
+from utils.ood.measures import MEASURES
+from utils.report.compare import Row, Run, comparison_rows, find_runs, latex, markdown, plot_comparison, table_csv
+from utils.report.page import comparison_page
+from utils.stages.entry import run_script
 
 
 def get_args_parser() -> Parser:

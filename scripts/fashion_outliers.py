@@ -11,11 +11,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.datasets import load_dataset
-from utils.entry import run_script
-from utils.errors import UserError
-from utils.files import atomic_write
-from utils.flags import Parser
+from utils.core.errors import UserError
+from utils.core.parser import Parser
+from utils.data.datasets import load_dataset
+from utils.files.atomic import atomic_write
+from utils.stages.entry import run_script
 
 
 def get_args_parser() -> Parser:

@@ -13,9 +13,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from utils.datasets import RealData, load_dataset  # noqa: E402
-from utils.devices import Compute  # noqa: E402
-from utils.entry import run_script  # noqa: E402
+from utils.compute.device import Compute  # noqa: E402
+from utils.data.datasets import RealData, load_dataset  # noqa: E402
+from utils.stages.entry import run_script  # noqa: E402
 
 DEVICE = torch.device(os.environ.get("TRUSTDD_TEST_DEVICE", "cpu"))  # scripts/gpu_check.sh sets cuda
 COMPILED = Compute(compiled=True, on_cuda=DEVICE.type == "cuda")

@@ -30,19 +30,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main_poe
 from networks import get_network
-from utils.checkpoints import Checkpointer
-from utils.datasets import RealData, load_dataset
-from utils.devices import Compute
-from utils.distill import Distillation, DistillSettings
-from utils.errors import UserError
-from utils.evaluation import EvalSettings, Evaluator
-from utils.methods import GradientMatching, MatchSettings
-from utils.outliers import PseudoOutliers, read_image_pool
-from utils.rng import generator
-from utils.runs import RunFolder
-from utils.synthetic import SyntheticSet, load_synthetic, save_synthetic
-from utils.trained import load_trained
-from utils.training import TrainSettings
+from utils.compute.device import Compute
+from utils.core.errors import UserError
+from utils.core.rng import generator
+from utils.data.datasets import RealData, load_dataset
+from utils.data.outliers import PseudoOutliers, read_image_pool
+from utils.data.synthetic import SyntheticSet, load_synthetic, save_synthetic
+from utils.methods.gradient_matching import GradientMatching, MatchSettings
+from utils.runs.checkpoints import Checkpointer
+from utils.runs.run_folder import RunFolder
+from utils.stages.distillation import Distillation, DistillSettings
+from utils.stages.train import load_trained
+from utils.training.evaluator import EvalSettings, Evaluator
+from utils.training.trainer import TrainSettings
 
 SHAPE = (3, 16, 16)
 CANARY = "canary"

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from utils import augment
-from utils.augment import DC, DSA, DSA_ENTRIES, apply_by_slot, bilinear, parse_strategy
-from utils.errors import UserError
-from utils.rng import generator
+from utils.core.errors import UserError
+from utils.core.rng import generator
+from utils.data import augment
+from utils.data.augment import DC, DSA, DSA_ENTRIES, apply_by_slot, bilinear, parse_strategy
 
 FULL = tuple(DSA_ENTRIES)
 SIZE = (12, 10)

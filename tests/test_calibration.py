@@ -10,8 +10,8 @@ from scipy.special import softmax
 from sklearn.metrics import brier_score_loss, log_loss
 from torchmetrics.classification import MulticlassCalibrationError
 
-from utils.calibration import calibration, confidence_and_correct, reliability
-from utils.ood_metrics import aurc, error_detection
+from utils.ood.calibration import calibration, confidence_and_correct, reliability
+from utils.ood.measures import aurc, error_detection
 
 CASES = [
     ("random", lambda g: g.normal(scale=2, size=(300, 7))),

@@ -15,8 +15,8 @@ import main_poe
 import test_ood_model_syn
 import train_model_synthetic_no_oe
 import train_model_synthetic_oe
-from utils.arguments import loops_of
-from utils.entry import run_script
+from utils.stages.arguments import loops_of
+from utils.stages.entry import run_script
 
 SCRIPTS = {
     "main.py": stage1,
@@ -100,7 +100,7 @@ def test_the_documented_lines_parse(name):
 
 
 def test_given_scores_are_never_dropped():
-    from utils.ood_report import _scores
+    from utils.stages.test import _scores
 
     assert _scores(None, False) == ("msp",)
     assert _scores(None, True) == ("xent",)

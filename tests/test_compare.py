@@ -12,13 +12,13 @@ from PIL import Image
 
 from networks import get_network
 from test_ood_model_syn import get_args_parser
-from utils.compare import Run, comparison_rows, find_runs, latex, markdown, plot_comparison, pooled, table_csv
-from utils.errors import UserError
-from utils.html import comparison_page
-from utils.ood_metrics import MEASURES
-from utils.ood_report import Results, load_results, report_text
-from utils.rng import generator
-from utils.synthetic import SyntheticSet, save_synthetic
+from utils.core.errors import UserError
+from utils.core.rng import generator
+from utils.data.synthetic import SyntheticSet, save_synthetic
+from utils.ood.measures import MEASURES
+from utils.report.compare import Run, comparison_rows, find_runs, latex, markdown, plot_comparison, pooled, table_csv
+from utils.report.page import comparison_page
+from utils.stages.test import Results, load_results, report_text
 
 RUN = "DSA/Digits/ConvNetD1/1/20260101-000000"
 

@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from torch._inductor.exc import InductorError
 
 from networks import get_network
-from utils.compiling import COSTS_CPU, SAVES_CPU, choose_compile, helps_on_cpu
-from utils.devices import Compute
-from utils.distill import DistillSettings
-from utils.draws import MatchSettings
-from utils.errors import UserError
-from utils.evaluation import EvalSettings
-from utils.rng import generator
-from utils.stage1 import passes_of
-from utils.training import TrainSettings
+from utils.compute.compiling import COSTS_CPU, SAVES_CPU, choose_compile, helps_on_cpu
+from utils.compute.device import Compute
+from utils.core.errors import UserError
+from utils.core.rng import generator
+from utils.stages.distill import passes_of
+from utils.stages.distillation import DistillSettings
+from utils.training.draws import MatchSettings
+from utils.training.evaluator import EvalSettings
+from utils.training.trainer import TrainSettings
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -29,7 +29,7 @@ def network(name="ConvNetW32"):
 
 @pytest.mark.parametrize("what", COSTS_CPU)
 def test_auto_compiles_where_the_time_comes_back(what, monkeypatch):
-    monkeypatch.setattr("utils.compiling.shutil.which", lambda name: "/usr/bin/" + name)
+    monkeypatch.setattr("utils.compute.compiling.shutil.which", lambda name: "/usr/bin/" + name)
     breakeven = COSTS_CPU[what] * torch.get_num_threads() / SAVES_CPU / (32 * (32 * 32 + 16 * 16 + 8 * 8))
     for share, expected in ((0.9, False), (1.1, True)):
         compiled, why = choose_compile("auto", CPU, network(), (3, 32, 32), share * breakeven, 1, what)
@@ -49,7 +49,7 @@ def test_auto_compiles_where_the_time_comes_back(what, monkeypatch):
     ],
 )
 def test_networks_that_compiling_does_not_help_on_a_cpu(name, helps, monkeypatch):
-    monkeypatch.setattr("utils.compiling.shutil.which", lambda name: "/usr/bin/" + name)
+    monkeypatch.setattr("utils.compute.compiling.shutil.which", lambda name: "/usr/bin/" + name)
     net = network(name)
     assert helps_on_cpu(net) is helps
     assert choose_compile("auto", CPU, net, (3, 32, 32), 1e15, 1, "training")[0] is helps
@@ -64,7 +64,7 @@ def test_networks_that_compiling_does_not_help_on_a_cpu(name, helps, monkeypatch
 
 
 def test_without_a_compiler(monkeypatch):
-    monkeypatch.setattr("utils.compiling.shutil.which", lambda name: None)
+    monkeypatch.setattr("utils.compute.compiling.shutil.which", lambda name: None)
     compiled, why = choose_compile("auto", CPU, network(), (3, 32, 32), 1e15, 1, "training")
     assert not compiled
     assert str(Compute(compiled, why=why)) == "torch.compile off (auto: there is no C++ compiler), fp32"
@@ -124,9 +124,9 @@ def test_passes_of_a_run_by_hand(digits, monkeypatch):
     tests = len(digits.images_test) / 2
     matched, trained, evaluated = 120 * 10 * (64 + 32), 30 * 3 * 5 * 40, 3 * 4 * 2 * (7 * 40 + tests)
     assert passes_of(run, match, evaluation, digits, True) == matched + trained + evaluated
-    monkeypatch.setattr("utils.distributed.world", lambda: 4)
+    monkeypatch.setattr("utils.compute.distributed.world", lambda: 4)
     assert passes_of(run, match, evaluation, digits, True) == (matched + evaluated) / 4 + trained
-    monkeypatch.setattr("utils.distributed.world", lambda: 1)
+    monkeypatch.setattr("utils.compute.distributed.world", lambda: 1)
     last = replace(run, eval_last_only=True)
     plain = passes_of(last, replace(match, batch_real=10**6), evaluation, digits, False)
     per_class = len(digits.images_train) // 10

@@ -12,8 +12,8 @@ from scipy.io import savemat
 from sklearn.datasets import load_digits
 from torchvision import datasets as tv
 
-from utils.datasets import SPECS, load_dataset, load_test_images
-from utils.errors import UserError
+from utils.core.errors import UserError
+from utils.data.datasets import SPECS, load_dataset, load_test_images
 
 G = np.random.default_rng(0)
 

@@ -15,7 +15,7 @@ from conftest import ROOT
 
 import main_poe
 import train_model_synthetic_oe
-from utils.synthetic import load_synthetic
+from utils.data.synthetic import load_synthetic
 
 NETWORK = "--dataset Digits --model ConvNetD1 --ipc 2 --method DSA --dsa_strategy color_crop_cutout_scale_rotate"
 TRAINING = f"{NETWORK} --num_eval 3 --epoch_eval_train 20 --seed 3".split()

@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from utils import draws, rng
-from utils.augment import DSA, DSA_ENTRIES
-from utils.draws import IterationDraws, MatchSettings
-from utils.methods import GradientMatching
-from utils.outliers import Corruption, PseudoOutliers, corrupt, draw_corruption
-from utils.rng import generator, noise, tensors_of
+from utils.core import rng
+from utils.core.rng import generator, noise, tensors_of
+from utils.data.augment import DSA, DSA_ENTRIES
+from utils.data.outliers import Corruption, PseudoOutliers, corrupt, draw_corruption
+from utils.methods.gradient_matching import GradientMatching
+from utils.training import draws
+from utils.training.draws import IterationDraws, MatchSettings
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))
 SETTINGS = MatchSettings("ConvNetBN", 2, batch_real=4, batch_oe=5, dsa=STRATEGY, outer_loop=4, inner_loop=3)
@@ -33,7 +34,7 @@ def equal(a, b) -> bool:
 
 
 def test_every_draw_has_its_key(method):
-    """By hand: the generators of `utils.rng`, one for each thing that is random."""
+    """By hand: the generators of `utils.core.rng`, one for each thing that is random."""
     steps = list(method.draws.steps(0, 7, method.synthetic()))
     assert [len(step.epochs) for step in steps] == [3, 3, 3, 0]
     for outer, step in enumerate(steps):

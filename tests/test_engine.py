@@ -1,4 +1,4 @@
-"""The fast engine against the textbook loop of `utils/plain.py`."""
+"""The fast engine against the textbook loop of `utils/textbook.py`."""
 
 from dataclasses import replace
 from itertools import chain, product
@@ -12,16 +12,19 @@ from torch import nn
 import networks
 from networks import get_network
 from networks.convnet import ConvNet
-from utils import augment, datasets, matching, outliers, plain, rng
-from utils.augment import DC, DSA, DSA_ENTRIES, identity
-from utils.devices import Compute, forward_flops, set_precision
-from utils.matching import METRICS, Matcher, chunks, class_loss, outlier_loss
-from utils.methods import GradientMatching, MatchSettings
-from utils.ood_detectors import Scorer
-from utils.outliers import OutlierPool, PseudoOutliers
-from utils.rng import generator, packed, tensors_of, with_tensors
-from utils.synthetic import SyntheticSet
-from utils.training import Trainer, TrainSettings, predict
+from tests import textbook
+from utils.compute.device import Compute, forward_flops, set_precision
+from utils.core import rng
+from utils.core.rng import generator, packed, tensors_of, with_tensors
+from utils.data import augment, datasets, outliers
+from utils.data.augment import DC, DSA, DSA_ENTRIES, identity
+from utils.data.outliers import OutlierPool, PseudoOutliers
+from utils.data.synthetic import SyntheticSet
+from utils.methods import matcher
+from utils.methods.gradient_matching import GradientMatching, MatchSettings
+from utils.methods.matcher import METRICS, Matcher, chunks, class_loss, outlier_loss
+from utils.ood.detectors import Scorer
+from utils.training.trainer import Trainer, TrainSettings, predict
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))
 NORMS = ["ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetW32", "ConvNetGN"]
@@ -60,7 +63,7 @@ def compare(name, dtype, outliers, metric, tolerance, dsa=True, batched=True, co
     loss = outlier_loss if outliers else class_loss
     matcher = Matcher(net, loss, metric, compute or Compute(), batched)
     losses, gradient = matcher(synthetic, real.__getitem__, transforms)
-    expected_losses, expected = plain.match_slots(net, synthetic, real.__getitem__, transforms, outliers, metric)
+    expected_losses, expected = textbook.match_slots(net, synthetic, real.__getitem__, transforms, outliers, metric)
     assert relative(losses, torch.tensor(expected_losses, dtype=dtype, device=DEVICE)) < tolerance
     assert relative(gradient, expected) < tolerance
     return matcher
@@ -91,7 +94,7 @@ def test_other_families(name):
     g = generator(1)
     synthetic, real = (torch.randn(3, n, 3, 32, 32, generator=g, dtype=torch.float64) for n in (1, 2))
     losses, gradient = Matcher(net, class_loss, "ours", Compute(), True)(synthetic, real.__getitem__, [identity] * 3)
-    expected = plain.match_slots(net, synthetic, real.__getitem__, [identity] * 3, False, "ours")
+    expected = textbook.match_slots(net, synthetic, real.__getitem__, [identity] * 3, False, "ours")
     assert relative(losses, torch.tensor(expected[0], dtype=torch.float64)) < 1e-9
     assert relative(gradient, expected[1]) < 1e-8
 
@@ -116,7 +119,7 @@ def test_a_network_that_cannot_be_batched_falls_back(monkeypatch):
     with pytest.warns(UserWarning, match="more slowly: not batched, because"):
         _, gradient = matcher(synthetic, real.__getitem__, transforms)
     assert matcher.ways == ["slot by slot"]
-    expected = plain.match_slots(net, synthetic, real.__getitem__, transforms, False, "ours")
+    expected = textbook.match_slots(net, synthetic, real.__getitem__, transforms, False, "ours")
     assert relative(gradient, expected[1]) < 1e-9
 
 
@@ -136,7 +139,7 @@ def test_compiled_engine_equals_the_textbook(norm, outliers, metric, dtype, tole
     """Five slots in compiled chunks of two, the last of them filled up."""
     narrow = lambda *args: ConvNet(3, 5, (16, 16), width=8, depth=1, norm=norm)  # noqa: E731
     monkeypatch.setitem(networks._NETWORKS, "narrow", narrow)
-    monkeypatch.setattr("utils.matching.CHUNK_IMAGES", 4)
+    monkeypatch.setattr("utils.methods.matcher.CHUNK_IMAGES", 4)
     matcher = compare("narrow", dtype, outliers, metric, tolerance, dsa, batched=None, compute=COMPILED)
     assert matcher.ways[0] == ("slot by slot" if norm == "layer" else "compiled")
 
@@ -145,8 +148,8 @@ def test_compiled_engine_equals_the_textbook(norm, outliers, metric, dtype, tole
 @pytest.mark.parametrize("metric", METRICS)
 def test_what_is_compiled_equals_the_textbook(name, metric, monkeypatch):
     """The function that is compiled, before it is, on chunks of which the last is filled up."""
-    monkeypatch.setattr("utils.devices.Compute.function", lambda self, function: function)
-    monkeypatch.setattr("utils.matching.CHUNK_IMAGES", 4)
+    monkeypatch.setattr("utils.compute.device.Compute.function", lambda self, function: function)
+    monkeypatch.setattr("utils.methods.matcher.CHUNK_IMAGES", 4)
     for with_outliers, dsa in product((False, True), (False, True)):
         matcher = compare(name, torch.float64, with_outliers, metric, 1e-9, dsa, None, Compute(compiled=True))
         assert matcher.ways[0] == "compiled"
@@ -163,7 +166,7 @@ def test_what_cannot_be_compiled_goes_on_eagerly(monkeypatch):
     with pytest.warns(UserWarning, match="more slowly: not compiled, because no such kernel"):
         _, gradient = matcher(synthetic, real.__getitem__, transforms)
     assert matcher.ways == ["batched", "slot by slot"]
-    expected = plain.match_slots(net, synthetic, real.__getitem__, transforms, False, "ours")
+    expected = textbook.match_slots(net, synthetic, real.__getitem__, transforms, False, "ours")
     assert relative(gradient, expected[1]) < 1e-9
 
 
@@ -183,7 +186,7 @@ def test_chunks_are_all_slots_in_equal_parts(count, size, fill):
 def test_chunks_do_not_change_the_result(batched, monkeypatch):
     net, synthetic, real, transforms = problem("ConvNetW32", torch.float64)
     whole = Matcher(net, class_loss, "ours", Compute(), batched)(synthetic, real.__getitem__, transforms)
-    monkeypatch.setattr("utils.matching.CHUNK_IMAGES", 4)
+    monkeypatch.setattr("utils.methods.matcher.CHUNK_IMAGES", 4)
     parts = Matcher(net, class_loss, "ours", Compute(), batched)(synthetic, real.__getitem__, transforms)
     assert relative(parts[1], whole[1]) < 1e-12
     assert torch.allclose(parts[0], whole[0])
@@ -204,7 +207,7 @@ def test_an_iteration_reads_nothing_back_and_sends_draws_together(tiny_real, nam
     """Meta tensors have no values, so an iteration on them proves that the host never waits for one."""
     sgd, sent = torch.optim.SGD, []
     monkeypatch.setattr(torch.optim, "SGD", lambda *args, fused=None, **kwargs: sgd(*args, **kwargs))
-    for module in (rng, augment, outliers, datasets, matching):
+    for module in (rng, augment, outliers, datasets, matcher):
         monkeypatch.setattr(module, "send", lambda t, device: (sent.append(t.device != device), t.to(device))[1])
     monkeypatch.setattr(outliers, "noise", lambda kind, shape, seed, device: kind(shape, device=device))
     counts = []
@@ -251,7 +254,7 @@ def test_the_textbook_that_the_benchmark_measures_does_the_same(tiny_real, name,
         name, 2, batch_real=8, batch_oe=8, init="real", dsa=STRATEGY, outer_loop=3, inner_loop=2, batch_train=4
     )
     found = []
-    for kind in (GradientMatching, plain.PlainMatching):
+    for kind in (GradientMatching, textbook.PlainMatching):
         method = kind(tiny, PseudoOutliers(tiny) if outliers else None, settings)
         method.net.double()
         method.start(0)
@@ -265,20 +268,20 @@ def test_the_textbook_that_the_benchmark_measures_does_the_same(tiny_real, name,
 def test_plain_tests_are_the_engines(tiny_real):
     """Accuracy and scores by the benchmark's loops."""
     net = get_network("ConvNetW32", 3, 3, (16, 16), generator(0)).eval().to(DEVICE)
-    dataset = plain.ImageByImage(tiny_real.images_test, tiny_real.labels_test, tiny_real.mean, tiny_real.std)
-    images, labels = plain.read_all(dataset)
+    dataset = textbook.ImageByImage(tiny_real.images_test, tiny_real.labels_test, tiny_real.mean, tiny_real.std)
+    images, labels = textbook.read_all(dataset)
     images, labels = images.to(DEVICE), labels.to(DEVICE)
     torch.testing.assert_close(images, tiny_real.test_images)
     assert torch.equal(labels, tiny_real.labels_test)
     loader = torch.utils.data.DataLoader(dataset, 4)
     trainer = Trainer(net, TrainSettings(1))
-    assert plain.test_accuracy(net, loader) == pytest.approx(trainer.accuracy(images, labels))
+    assert textbook.test_accuracy(net, loader) == pytest.approx(trainer.accuracy(images, labels))
     scores = Scorer(net, ["msp"], 1.0, tiny_real.std)(images, 4)[1]["msp"]
-    np.testing.assert_allclose(plain.msp_scores(net, loader), scores, atol=1e-5)
+    np.testing.assert_allclose(textbook.msp_scores(net, loader), scores, atol=1e-5)
 
 
 def textbook_iteration(method, s):
-    """One iteration of `method` with `plain.match_slots` and plain SGD steps written out; returns the mean losses."""
+    """One iteration of `method` with `textbook.match_slots` and plain SGD steps; returns the mean losses."""
     from networks import initialize
 
     initialize(method.net, method.draws.generator(0, "network", 0))
@@ -297,7 +300,7 @@ def textbook_iteration(method, s):
                 g = method.draws.generator(0, "real", 0, outer, slot)
                 return method.real.train_batch(method.draws.choose(slot, 8, g))
 
-            losses, gradient = plain.match_slots(method.net, images, batch, transforms, bool(which), "ours")
+            losses, gradient = textbook.match_slots(method.net, images, batch, transforms, bool(which), "ours")
             sums[which] += sum(losses) / 9
             with torch.no_grad():
                 velocity[which] = 0.5 * velocity[which] + gradient
@@ -315,7 +318,7 @@ def textbook_epoch(method, s, g):
     order, order_oe = (torch.randperm(6, generator=g) for _ in range(2))
     batches = [synthetic.images[order], synthetic.images_oe[order_oe]]
     if s.dsa:
-        batches = [plain.augment_images(b, s.dsa.draw(6, (16, 16), g)) for b in batches]
+        batches = [textbook.augment_images(b, s.dsa.draw(6, (16, 16), g)) for b in batches]
     logits = [method.net(b) for b in batches]
     loss = nn.functional.cross_entropy(logits[0], synthetic.labels[order])
     loss = loss - s.lambda_oe * logits[1].log_softmax(1).mean(1).mean()
@@ -330,7 +333,7 @@ def test_bf16_is_near_and_matching_stays_in_float32():
     losses, gradient = Matcher(net, class_loss, "ours", Compute(precision="bf16"))(
         synthetic, real.__getitem__, transforms
     )
-    expected, _ = plain.match_slots(net, synthetic, real.__getitem__, transforms, False, "ours")
+    expected, _ = textbook.match_slots(net, synthetic, real.__getitem__, transforms, False, "ours")
     assert losses.dtype == gradient.dtype == torch.float32
     assert 1e-5 < relative(losses, torch.tensor(expected, device=DEVICE)) < 0.02  # rounding of float32 is below
 
@@ -345,7 +348,7 @@ def test_compiled_training_equals_eager(tiny_real, monkeypatch):
     for epoch in range(3):
         losses = [t.epoch(synthetic, generator(epoch)).item() for t in trainers]
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    monkeypatch.setattr("utils.training.TEST_BATCH", 4)  # of six images
+    monkeypatch.setattr("utils.training.trainer.TEST_BATCH", 4)  # of six images
     outs = [trainer.predict(tiny_real.test_images) for trainer in trainers]
     assert outs[0].shape == (6, 3)
     torch.testing.assert_close(*outs, atol=1e-3, rtol=1e-3)

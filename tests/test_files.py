@@ -8,11 +8,11 @@ import pytest
 import torch
 from conftest import ROOT
 
-from utils.errors import UserError
-from utils.files import append_line, atomic_write, save_pt
-from utils.rng import generator
-from utils.runs import RunFolder, find_run_folder
-from utils.synthetic import SyntheticSet, load_synthetic, result_name, save_synthetic
+from utils.core.errors import UserError
+from utils.core.rng import generator
+from utils.data.synthetic import SyntheticSet, load_synthetic, result_name, save_synthetic
+from utils.files.atomic import append_line, atomic_write, save_pt
+from utils.runs.run_folder import RunFolder, find_run_folder
 
 
 def synthetic(seed=0, oe=True) -> SyntheticSet:
@@ -125,7 +125,8 @@ def test_a_line_that_does_not_fit_leaves_no_part(tmp_path, monkeypatch):
     append_line(path, "first")
     code = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     code += "resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20)); "
-    code += f"from pathlib import Path; from utils.files import append_line; append_line(Path({str(path)!r}), 'x' * 50)"
+    code += "from pathlib import Path; from utils.files.atomic import append_line"
+    code += f"; append_line(Path({str(path)!r}), 'x' * 50)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "UserError: cannot write" in done.stderr
     assert path.read_text() == "first\n"

@@ -24,15 +24,15 @@ from PIL import Image
 from test_datasets import write_mnist
 
 from networks import get_network
-from utils.datasets import NotThere, load_dataset
-from utils.errors import UserError
-from utils.flags import count, number, one_of
-from utils.ood_datasets import OODSource
-from utils.outliers import distinct, read_image_pool
-from utils.readers import conform, free_memory, list_images, read_images, read_npy, read_npz, read_pt
-from utils.rng import generator
-from utils.synthetic import SyntheticSet, load_synthetic, save_synthetic
-from utils.trained import load_trained
+from utils.core.errors import UserError
+from utils.core.parser import count, number, one_of
+from utils.core.rng import generator
+from utils.data.datasets import NotThere, load_dataset
+from utils.data.outliers import distinct, read_image_pool
+from utils.data.synthetic import SyntheticSet, load_synthetic, save_synthetic
+from utils.files.torch_files import conform, free_memory, list_images, read_images, read_npy, read_npz, read_pt
+from utils.ood.sets import OODSource
+from utils.stages.train import load_trained
 
 MEMORY = 1 << 30
 
@@ -478,7 +478,7 @@ def test_folders_are_decoded_for_the_chosen_images_only(digits, tmp_path, monkey
     for value in range(50):
         picture(tmp_path / "mine" / f"{value:02}.png", 5 * value)
     decoded = []
-    monkeypatch.setattr("utils.ood_datasets.read_images", lambda p, *a: decoded.append(p) or read_images(p, *a))
+    monkeypatch.setattr("utils.ood.sets.read_images", lambda p, *a: decoded.append(p) or read_images(p, *a))
     out = source(digits, tmp_path).find(["mine"])[0][0].load()
     chosen = torch.randperm(50, generator=generator(1, "ood", "mine"))[:20]
     assert [[int(p.stem) for p in paths] for paths in decoded] == [chosen.tolist()]
@@ -507,7 +507,7 @@ def test_nothing_is_fetched_when_a_set_cannot_be_had(digits, tmp_path, monkeypat
         fetched.append(name)
         raise NotThere(f"{name}: no network")
 
-    monkeypatch.setattr("utils.ood_datasets._fetch_pytorch_ood", fetch)
+    monkeypatch.setattr("utils.ood.sets._fetch_pytorch_ood", fetch)
     names = ["Textures", "iSUN", "gaussian"]
     found, missing = source(digits, tmp_path, download=True).find(names, skip_missing=False)
     assert (fetched, [s.name for s in found], list(missing)) == ([], ["gaussian"], ["iSUN"])

@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from networks import get_network
-from utils.augment import DSA, identity, parse_strategy
-from utils.devices import Compute
-from utils.errors import UserError
-from utils.losses import joint_loss, uniform_cross_entropy
-from utils.matching import METRICS, Matcher, class_loss, match_loss, outlier_loss
-from utils.methods import GradientMatching, MatchSettings
-from utils.outliers import PseudoOutliers
-from utils.rng import generator
+from utils.compute.device import Compute
+from utils.core.errors import UserError
+from utils.core.rng import generator
+from utils.data.augment import DSA, identity, parse_strategy
+from utils.data.outliers import PseudoOutliers
+from utils.methods.gradient_matching import GradientMatching, MatchSettings
+from utils.methods.matcher import METRICS, Matcher, class_loss, match_loss, outlier_loss
+from utils.training.losses import joint_loss, uniform_cross_entropy
 
 STRATEGY = DSA(parse_strategy("color_crop_cutout_flip_scale_rotate"))
 

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from networks import MODEL_NAMES, get_network, initialize
-from utils.errors import UserError
-from utils.rng import generator
+from utils.core.errors import UserError
+from utils.core.rng import generator
 
 # counts for 3×32×32 and ten classes, as published for these architectures
 COUNTS = {

@@ -13,13 +13,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from networks import get_network
 from networks.convnet import ConvNet
-from utils.errors import UserError
-from utils.ood_detectors import ALL_SCORES, DETECTORS, FitSet, Scorer, feature_map_shape, last_layer, require_library
-from utils.ood_metrics import ood_measures
-from utils.ood_scores import SCORES
-from utils.rng import generator
-from utils.synthetic import SyntheticSet
-from utils.training import Trainer, TrainSettings, predict
+from utils.core.errors import UserError
+from utils.core.rng import generator
+from utils.data.synthetic import SyntheticSet
+from utils.ood.detectors import ALL_SCORES, DETECTORS, FitSet, Scorer, feature_map_shape, last_layer, require_library
+from utils.ood.measures import ood_measures
+from utils.ood.scores import SCORES
+from utils.training.trainer import Trainer, TrainSettings, predict
 
 
 def fit_set(digits, per_class):

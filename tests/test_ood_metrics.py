@@ -6,8 +6,8 @@ import torch
 from scipy.special import logsumexp, softmax
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score
 
-from utils.ood_metrics import error_detection, fpr_at_recall, ood_measures
-from utils.ood_scores import SCORES
+from utils.ood.measures import error_detection, fpr_at_recall, ood_measures
+from utils.ood.scores import SCORES
 
 
 def brute_fpr(positive, scores, recall=0.95):

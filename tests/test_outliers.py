@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from utils.errors import UserError
-from utils.outliers import (
+from utils.core.errors import UserError
+from utils.core.rng import generator
+from utils.data.outliers import (
     CORRUPTIONS,
     DEFAULT_CORRUPTIONS,
     OutlierPool,
@@ -14,8 +15,7 @@ from utils.outliers import (
     corrupt,
     load_outlier_pool,
 )
-from utils.readers import conform
-from utils.rng import generator
+from utils.files.torch_files import conform
 
 
 def images(n=6, c=3, h=32, w=32) -> torch.Tensor:

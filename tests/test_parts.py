@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from networks import get_network
-from utils import parts
-from utils.devices import Compute
-from utils.matching import Matcher, class_loss
-from utils.parts import Parts, convolution_outputs, equal_parts, in_parts
-from utils.rng import generator
-from utils.synthetic import SyntheticSet
-from utils.training import Trainer, TrainSettings
+from utils.compute import cpu_batches as parts
+from utils.compute.cpu_batches import Parts, convolution_outputs, equal_parts, in_parts
+from utils.compute.device import Compute
+from utils.core.rng import generator
+from utils.data.synthetic import SyntheticSet
+from utils.methods.matcher import Matcher, class_loss
+from utils.training.trainer import Trainer, TrainSettings
 
 
 def test_outputs_of_convolutions_by_hand():

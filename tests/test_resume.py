@@ -17,13 +17,13 @@ import pytest
 import torch
 from conftest import ROOT, needs_compiler
 
-from utils.checkpoints import Checkpointer
-from utils.datasets import load_dataset
-from utils.errors import UserError
-from utils.flags import Parser
-from utils.outliers import load_outlier_pool
-from utils.resume import resume_command
-from utils.runs import RunFolder
+from utils.core.errors import UserError
+from utils.core.parser import Parser
+from utils.data.datasets import load_dataset
+from utils.data.outliers import load_outlier_pool
+from utils.runs.checkpoints import Checkpointer
+from utils.runs.resume import resume_command
+from utils.runs.run_folder import RunFolder
 
 KILLS = int(os.environ.get("TRUSTDD_KILLS", "5"))  # of each kind, in each stage
 NETWORK = "--dataset Digits --model MLP --ipc 1 --method DSA --dsa_strategy color_crop_cutout_scale_rotate"
@@ -337,7 +337,7 @@ def test_start_images_from_a_folder_elsewhere(whole, in_process, refused, tmp_pa
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
-    code = "import os, signal, sys; sys.path.insert(0, sys.argv[1]); from utils.files import save_text; "
+    code = "import os, signal, sys; sys.path.insert(0, sys.argv[1]); from utils.files.atomic import save_text; "
     code += "os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL); from pathlib import Path; "
     code += "save_text(Path('checkpoint.txt'), 'x')"
     subprocess.run([sys.executable, "-c", code, str(ROOT)], cwd=tmp_path)

@@ -13,19 +13,19 @@ from sklearn.metrics import roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from networks import get_network
-from utils.augment import DSA, parse_strategy
-from utils.devices import Compute
-from utils.evaluation import EvalSettings, Evaluator
-from utils.methods import GradientMatching, MatchSettings
-from utils.ood_datasets import DRAWN, OODSource, default_sets
-from utils.ood_metrics import MEASURES
-from utils.outliers import corrupt
-from utils.readers import conform
-from utils.rng import generator
-from utils.runs import RunFolder
-from utils.synthetic import SyntheticSet, load_synthetic
-from utils.trained import is_checkpoint_epoch, load_trained
-from utils.training import Trainer, TrainSettings, accuracy, predict
+from utils.compute.device import Compute
+from utils.core.rng import generator
+from utils.data.augment import DSA, parse_strategy
+from utils.data.outliers import corrupt
+from utils.data.synthetic import SyntheticSet, load_synthetic
+from utils.files.torch_files import conform
+from utils.methods.gradient_matching import GradientMatching, MatchSettings
+from utils.ood.measures import MEASURES
+from utils.ood.sets import DRAWN, OODSource, default_sets
+from utils.runs.run_folder import RunFolder
+from utils.stages.train import is_checkpoint_epoch, load_trained
+from utils.training.evaluator import EvalSettings, Evaluator
+from utils.training.trainer import Trainer, TrainSettings, accuracy, predict
 
 STRATEGY = "color_crop_cutout_scale_rotate"
 COMMON = ["--dataset", "Digits", "--model", "ConvNetD1", "--ipc", 1, "--method", "DSA"]

@@ -8,15 +8,15 @@ from conftest import COMPILED, DEVICE, needs_compiler
 from torch import nn
 
 from networks import get_network
-from utils import evaluation
-from utils.augment import DC, DC_ENTRIES, DSA, DSA_ENTRIES, apply_by_slot
-from utils.devices import Compute
-from utils.evaluation import EvalSettings, Evaluator
-from utils.rng import generator
-from utils.runs import RunFolder
-from utils.synthetic import SyntheticSet
-from utils.together import Together, training_together_pays
-from utils.training import Trainer, TrainSettings
+from utils.compute.device import Compute
+from utils.core.rng import generator
+from utils.data.augment import DC, DC_ENTRIES, DSA, DSA_ENTRIES, apply_by_slot
+from utils.data.synthetic import SyntheticSet
+from utils.runs.run_folder import RunFolder
+from utils.training import evaluator as evaluator_module
+from utils.training.evaluator import EvalSettings, Evaluator
+from utils.training.stacked import Together, training_together_pays
+from utils.training.trainer import Trainer, TrainSettings
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))
 
@@ -138,7 +138,7 @@ def test_evaluation_at_once(tiny_real, tmp_path, monkeypatch):
     """Three networks in stage 1's evaluation: as alone, and saved once, when all are trained."""
     found = []
     for pays in (True, False):
-        monkeypatch.setattr(evaluation, "training_together_pays", lambda *args, pays=pays: pays)
+        monkeypatch.setattr(evaluator_module, "training_together_pays", lambda *args, pays=pays: pays)
         run = RunFolder.create(str(tmp_path), "DC", "tiny", "MLP", 4)
         ood = {"noise": torch.randn(20, 3, 16, 16, generator=generator(3)).to(DEVICE)}
         settings = EvalSettings(3, {"MLP": TrainSettings(5, lr=0.001)}, 1, ood)

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from utils.datasets import load_dataset
-from utils.entry import run_script
+from utils.data.datasets import load_dataset
+from utils.stages.entry import run_script
 
 SCRIPTS = {name: importlib.import_module(name) for name in ("main", "main_poe", "train_model_synthetic_oe")}
 

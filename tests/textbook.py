@@ -1,0 +1,164 @@
+"""The textbook way of every stage, one class and one image at a time: what the tests and the benchmark compare with.
+
+Nothing else uses it. It computes the same as the fast code, from the same draws.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from utils.data.augment import Transform, identity
+from utils.data.outliers import corrupt
+from utils.data.synthetic import SyntheticSet
+from utils.methods.gradient_matching import GradientMatching
+from utils.methods.matcher import match_loss
+from utils.training.draws import SlotDraw
+from utils.training.trainer import Batch
+
+
+def augment_images(images: torch.Tensor, transform: Callable) -> torch.Tensor:
+    """Apply a DSA draw image by image."""
+    if not isinstance(transform, Transform):
+        return transform(images)
+    shared = len(transform.params) == 1
+    rows = [transform.params if shared else transform.params[i : i + 1] for i in range(len(images))]
+    return torch.cat([Transform(transform.entry, row)(images[i : i + 1]) for i, row in enumerate(rows)])
+
+
+def match_slots(
+    net: nn.Module,
+    images_syn: torch.Tensor,
+    real_batch: Callable[[int], torch.Tensor],
+    transforms: Sequence[Callable],
+    outliers: bool,
+    metric: str,
+) -> tuple[list[float], torch.Tensor]:
+    """Losses of all slots and the gradient of their sum, one slot after another, with autograd throughout."""
+    parameters = list(net.parameters())
+
+    def loss_of(images: torch.Tensor, slot: int) -> torch.Tensor:
+        """Cross-entropy to the slot's class, or for outliers to the uniform distribution."""
+        logits = net(images)
+        if outliers:
+            uniform = torch.full_like(logits, 1 / logits.shape[1])
+            return -(uniform * F.log_softmax(logits, dim=1)).sum(dim=1).mean()
+        return nn.CrossEntropyLoss()(logits, torch.tensor([slot] * len(images), device=images.device))
+
+    images_syn = images_syn.detach().clone().requires_grad_()
+    total: torch.Tensor | float = 0.0
+    losses = []
+    for slot, transform in enumerate(transforms):
+        real = augment_images(real_batch(slot), transform)
+        target = [g.detach().clone() for g in torch.autograd.grad(loss_of(real, slot), parameters)]
+        synthetic = augment_images(images_syn[slot], transform)
+        found = torch.autograd.grad(loss_of(synthetic, slot), parameters, create_graph=True)
+        loss = match_loss(found, target, metric)
+        losses.append(loss.item())
+        total = total + loss
+    return losses, torch.autograd.grad(total, images_syn)[0]
+
+
+def train_epoch(
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    synthetic: SyntheticSet,
+    batches: Sequence[Batch],
+    lambda_oe: float,
+) -> float:
+    """One epoch through `DataLoader`s, augmented image by image, the loss read at every step.
+
+    `batches`: which images, and which augmentation, each step takes (`Trainer.draw_epochs`).
+    """
+    net.train()
+    labelled = TensorDataset(synthetic.images, synthetic.labels)
+    loader = DataLoader(labelled, batch_sampler=[b.index.tolist() for b in batches])
+    others = None
+    if synthetic.images_oe is not None:
+        sampler = [b.index_oe.tolist() for b in batches]
+        others = iter(DataLoader(TensorDataset(synthetic.images_oe), batch_sampler=sampler))
+    total = 0.0
+    for (x, y), drawn in zip(loader, batches, strict=True):
+        x = augment_images(x, drawn.transform or identity)
+        if others is not None:
+            (outliers,) = next(others)
+            x = torch.cat([x, augment_images(outliers, drawn.transform_oe or identity)])
+        logits = net(x)
+        loss = nn.CrossEntropyLoss()(logits[: len(y)], y)
+        if others is not None:
+            rest = logits[len(y) :]
+            loss = loss + lambda_oe * (rest.logsumexp(1) - rest.mean(1)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += loss.item()
+    return total / len(batches)
+
+
+class PlainMatching(GradientMatching):
+    """Gradient matching with the same draws, by the textbook's loops."""
+
+    def _update(self, which: int, images: torch.Tensor, batch: Callable, drawn: dict[int, SlotDraw]) -> torch.Tensor:
+        transforms = [drawn[slot].transform or identity for slot in drawn]
+        losses, images.grad = match_slots(
+            self.net, images, lambda slot: batch(drawn[slot].real), transforms, bool(which), self.settings.metric
+        )
+        self.optimizers[which].step()
+        return torch.tensor(losses, device=images.device)
+
+    def _train_network(self, epochs: list[list[Batch]]) -> None:
+        optimizer = torch.optim.SGD(self.net.parameters(), lr=self.settings.lr_net)
+        for batches in epochs:
+            train_epoch(self.net, optimizer, self.synthetic(), batches, self.settings.lambda_oe)
+
+
+class ImageByImage(Dataset):
+    """uint8 images `[N, C, H, W]`, kept on the CPU, that are scaled and normalised one by one as they are asked for."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor, mean: Sequence[float], std: Sequence[float]):
+        self.images, self.labels = images.cpu(), labels.cpu()
+        self.mean, self.std = (torch.tensor(v).view(-1, 1, 1) for v in (mean, std))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return (self.images[index].float() / 255 - self.mean) / self.std, int(self.labels[index])
+
+
+def read_all(dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """Collect a data set image by image in Python, as the published scripts do at every start."""
+    images, labels = [], []
+    for index in range(len(dataset)):
+        image, label = dataset[index]
+        images.append(image.unsqueeze(0))
+        labels.append(label)
+    return torch.cat(images), torch.tensor(labels)
+
+
+def corrupt_all(images: torch.Tensor, corruptions: Sequence[str]) -> list[torch.Tensor]:
+    """One corrupted copy of all images `[N, C, H, W]` per corruption, image by image."""
+    return [torch.cat([corrupt(images[i : i + 1], name) for i in range(len(images))]) for name in corruptions]
+
+
+@torch.no_grad()
+def test_accuracy(net: nn.Module, loader: DataLoader) -> float:
+    """Fraction of right predictions, counted batch by batch."""
+    net.eval()
+    device = next(net.parameters()).device
+    right, total = 0, 0
+    for x, y in loader:
+        right += (net(x.to(device)).argmax(1) == y.to(device)).sum().item()
+        total += len(y)
+    return right / total
+
+
+@torch.no_grad()
+def msp_scores(net: nn.Module, loader: DataLoader) -> np.ndarray:
+    """Minus the largest softmax probability of every image, batch by batch."""
+    net.eval()
+    device = next(net.parameters()).device
+    return np.concatenate([-F.softmax(net(x.to(device)), dim=1).cpu().numpy().max(axis=1) for x, _ in loader])

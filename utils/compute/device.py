@@ -1,0 +1,164 @@
+"""Choosing and preparing the device, and how it computes."""
+
+import ctypes
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from networks import get_network
+from utils.compute import distributed
+from utils.compute.compiling import Compiled, choose_compile, helps_on_cpu
+from utils.compute.cpu_batches import Parts, in_parts
+from utils.core.errors import UserError
+from utils.core.rng import generator
+from utils.data.datasets import RealData
+
+PRECISIONS = ("tf32", "fp32", "bf16")
+
+
+class _Embedding(nn.Module):
+    """`net.embed` as a module of its own."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.net.embed(images)
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a device computes; what is computed does not depend on it.
+
+    `compiled`: matching, network training and testing go through `torch.compile`. `precision`: `bf16` runs real
+    gradients and network training under autocast; the matching itself stays in float32. `why`: why `--compile auto`
+    chose so; empty where the user did.
+    """
+
+    compiled: bool = False
+    precision: str = "fp32"
+    on_cuda: bool = False
+    why: str = ""
+
+    def __str__(self) -> str:
+        return f"torch.compile {'on' if self.compiled else 'off'}{self.why and f' ({self.why})'}, {self.precision}"
+
+    def of(self, net: nn.Module) -> "Compute":
+        """How `net` is computed, where it may be another network than this was chosen for."""
+        leaves_out = self.compiled and self.why and not self.on_cuda and not helps_on_cpu(net)
+        return replace(self, compiled=False) if leaves_out else self
+
+    def function(self, function: Callable) -> Callable:
+        """`function` as it is computed: under autocast, compiled, or both."""
+        wrapped = self._autocast(function) if self.precision == "bf16" else function
+        if not self.compiled:
+            return wrapped
+        return Compiled(wrapped, "reduce-overhead" if self.on_cuda else None)  # which records CUDA graphs
+
+    def embedding(self, example: nn.Module) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
+        """A function of a network and images to `net.embed(images)`; compiled once for all networks like `example`."""
+        parts = Parts(example)
+        if not self.compiled:
+            return lambda net, images: in_parts(net.embed, images, parts.forward(images))
+        shell = _Embedding(example)
+        compiled = self.function(lambda images, state: functional_call(shell, state, (images,)))
+
+        def embed(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
+            state = dict(_Embedding(net).state_dict())
+            # a CUDA graph writes there again, so what it gives is copied
+            return in_parts(lambda part: compiled(part, state).clone(), images, parts.forward(images))
+
+        return embed
+
+    @staticmethod
+    def _autocast(function: Callable) -> Callable:
+        def under_autocast(images: torch.Tensor, *rest: object) -> torch.Tensor:
+            with torch.autocast(images.device.type, torch.bfloat16):
+                return function(images, *rest)
+
+        return under_autocast
+
+
+def choose_device(text: str, deterministic: bool = False) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N` as a device, prepared; a `UserError` where there is no such device.
+
+    `deterministic` chooses operations that give the same bits at every run on CUDA; on the CPU they do anyway.
+
+    Under `torchrun` each process of a machine takes a GPU of its own, and all join the process group.
+    """
+    if text == "auto":
+        text = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {text}: unknown device. Accepted: auto, cpu, cuda, cuda:N")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", distributed.local_rank())
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise UserError(f"--device {text}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+    else:
+        set_keep_freed_memory(True)
+    distributed.start(device.type)
+    return device
+
+
+def set_precision(precision: str, device: torch.device) -> None:
+    """Allow TF32 in matrix products and convolutions for `tf32` on CUDA; elsewhere they are in float32."""
+    tf32 = precision == "tf32" and device.type == "cuda"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+
+
+def choose_compute(
+    compile_flag: str,
+    precision: str,
+    device: torch.device,
+    model: str,
+    real: RealData,
+    passes: float,
+    steps: int,
+    what: str,
+) -> Compute:
+    """The `Compute` of a run; `passes`, `steps` and `what` say how long it is, see `choose_compile`."""
+    set_precision(precision, device)
+    net = get_network(model, real.channel, real.num_classes, real.im_size, generator(0)).eval()
+    shape = (real.channel, *real.im_size)
+    compiled, why = choose_compile(compile_flag, device, net, shape, passes, steps, what)
+    if device.type == "cpu" and precision == "tf32":
+        precision = "fp32"
+    return Compute(compiled, precision, device.type == "cuda", why)
+
+
+def forward_flops(net: nn.Module, image_shape: tuple[int, ...]) -> int:
+    """Floating-point operations of one image through `net`."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(torch.zeros(2, *image_shape, device=next(net.parameters()).device))
+    return counter.get_total_flops() // 2
+
+
+def set_keep_freed_memory(keep: bool) -> None:
+    """Let glibc reuse freed memory instead of returning it to the system and faulting it in again at every step.
+
+    Activations of a CPU run are large, so by default each is mapped and unmapped anew; that costs about a third of the
+    time. Other C libraries have no `mallopt`, and nothing happens.
+    """
+    m_trim_threshold, m_mmap_max = -1, -4
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    mallopt(m_mmap_max, 0 if keep else 65536)
+    mallopt(m_trim_threshold, 2**31 - 1 if keep else 128 * 1024)

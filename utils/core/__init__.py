@@ -1,0 +1,1 @@
+"""What everything else stands on: one-line errors, the argument parser, keyed random generators."""

@@ -1,0 +1,100 @@
+"""The argument parser of the scripts, and the types that check the values of flags."""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+from utils.core.errors import said_once, unknown_name
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that takes `-` and `_` alike in the names of flags, and answers errors in one line.
+
+    `complete(parser, namespace, given)`, where it is set, has the last word; `given` are the flags that were given.
+    """
+
+    complete: Callable | None = None
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        self.add_argument("--is_parallel", nargs="?", action=_Refused, help=argparse.SUPPRESS)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
+        """As argparse does, after spelling every flag with `_`."""
+        args = sys.argv[1:] if args is None else args
+        words = [_underscored(a) for a in args]
+        namespace, rest = super().parse_known_args(words, namespace)
+        del namespace.is_parallel
+        if self.complete is not None and not rest:
+            missing = argparse.Namespace(**dict.fromkeys(vars(namespace), _NOT_GIVEN))
+            seen = vars(super().parse_known_args(words, missing)[0])
+            given = {name: value for name, value in seen.items() if name in namespace and value is not _NOT_GIVEN}
+            namespace = self.complete(self, namespace, given)
+            vars(namespace).pop("is_parallel", None)
+        return namespace, rest
+
+    def error(self, message: str) -> None:
+        """One line on stderr, exit status 2."""
+        sys.exit(said_once(self.prog, f"{message} (see --help)"))
+
+
+_NOT_GIVEN = object()
+
+
+class _Refused(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.error("--is_parallel: gone; several processes or GPUs are started with torchrun instead")
+
+
+def _underscored(argument: str) -> str:
+    """`--dsa-strategy=x-y` to `--dsa_strategy=x-y`; anything but a long flag stays as it is."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    return "--" + name.replace("-", "_") + equals + value
+
+
+def one_of(what: str, accepted: Iterable[str]) -> Callable[[str], str]:
+    """A type for names; its error lists what is accepted and points at the nearest."""
+    accepted = tuple(accepted)
+
+    def check(text: str) -> str:
+        """`text`, if it is accepted."""
+        if text not in accepted:
+            raise argparse.ArgumentTypeError(unknown_name(what, text, accepted))
+        return text
+
+    return check
+
+
+def count(least: int) -> Callable[[str], int]:
+    """A type for whole numbers of at least `least`."""
+
+    def check(text: str) -> int:
+        """`text` as a number, if it is accepted."""
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return value
+
+    return check
+
+
+def number(least: float, exclusive: bool = False) -> Callable[[str], float]:
+    """A type for finite numbers from `least` on (above it if `exclusive`)."""
+
+    def check(text: str) -> float:
+        """`text` as a number, if it is accepted."""
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value < least or (exclusive and value == least):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {'above' if exclusive else 'from'} {least:g}")
+        return value
+
+    return check

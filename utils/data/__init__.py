@@ -1,0 +1,1 @@
+"""Data: real images, augmentation, corruptions, sources of outliers, and the synthetic set."""

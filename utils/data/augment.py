@@ -1,0 +1,304 @@
+"""Differentiable Siamese augmentation (DSA) and the augmentation of plain gradient matching (DC).
+
+Every augmentation is "draw parameters", then "apply parameters". A draw with one set of parameters, applied to the real
+and to the synthetic batch, is the Siamese rule of Zhao & Bilen (ICML 2021, eq. 4); a draw with as many sets as there
+are images is the plain use in network training. Draws are made on the CPU, so they are the same on every device (but
+for DC's noise).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+
+from utils.core.errors import UserError, unknown_name
+from utils.core.rng import Draw, draw_seed, noise, send, send_together
+
+Size = tuple[int, int]
+
+BRIGHTNESS, SATURATION, CONTRAST = 1.0, 2.0, 0.5
+CROP_RATIO, CUTOUT_RATIO, SCALE_RATIO, ROTATE_DEGREES = 0.125, 0.5, 1.2, 15.0
+
+
+def _per_image(values: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """`[n]` (n = 1 or N) as `[n, 1, 1, 1]` with the type and device of `images`."""
+    return send(values, images.device).to(images.dtype).view(-1, 1, 1, 1)
+
+
+def color(images: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Brightness, then saturation, then contrast. `u`: `[n, 3]` in [0, 1)."""
+    brightness, saturation, contrast = (_per_image(column, images) for column in u.unbind(1))
+    images = images + (brightness - 0.5) * BRIGHTNESS
+    mean = images.mean(1, keepdim=True)
+    images = (images - mean) * (saturation * SATURATION) + mean
+    mean = images.mean((1, 2, 3), keepdim=True)
+    return (images - mean) * (contrast + CONTRAST) + mean
+
+
+def shift(images: torch.Tensor, offset: torch.Tensor, fill: torch.Tensor | None = None) -> torch.Tensor:
+    """Output pixel (r, c) is input pixel (r + dr, c + dc), zero (or `fill`) beyond the border.
+
+    `offset`: int64 `[n, 2]`, rows then columns; `fill`: broadcastable to the images.
+    """
+    if len(offset) == 1 and offset.device.type == "cpu" and fill is None:  # on a GPU reading it would synchronise
+        rows, cols = offset[0].tolist()
+        return F.pad(images, (-cols, cols, -rows, rows))
+    height, width = images.shape[2:]
+    offset = send(offset, images.device)
+    row = torch.arange(height, device=images.device) + offset[:, :1]
+    col = torch.arange(width, device=images.device) + offset[:, 1:]
+    inside = ((row >= 0) & (row < height)).unsqueeze(2) & ((col >= 0) & (col < width)).unsqueeze(1)
+    index = (row.clamp(0, height - 1) * width).unsqueeze(2) + col.clamp(0, width - 1).unsqueeze(1)
+    index = index.view(len(offset), 1, -1).expand(len(images), images.shape[1], -1)
+    moved = images.flatten(2).gather(2, index).view_as(images)
+    return torch.where(inside.unsqueeze(1), moved, images.new_zeros(()) if fill is None else fill)
+
+
+def cutout(images: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
+    """Zero a square around `centre` (int64 `[n, 2]`, rows then columns), clipped at the border."""
+    height, width = images.shape[2:]
+    centre = send(centre, images.device)
+
+    def outside(length: int, middle: torch.Tensor) -> torch.Tensor:
+        """Which positions of a side are not in the square, `[n, length]`."""
+        side = _cutout_side(length)
+        first = middle.unsqueeze(1) - side // 2
+        position = torch.arange(length, device=images.device)
+        return (position < first) | (position >= first + side)
+
+    keep = outside(height, centre[:, 0]).unsqueeze(2) | outside(width, centre[:, 1]).unsqueeze(1)
+    return images * keep.unsqueeze(1).to(images.dtype)
+
+
+def _cutout_side(length: int) -> int:
+    return int(length * CUTOUT_RATIO + 0.5)
+
+
+def flip(images: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Mirror left-right where `u` (`[n]`) < 0.5."""
+    return torch.where(_per_image(u, images) < 0.5, images.flip(3), images)
+
+
+def affine(images: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
+    """Sample at `theta` (`[n, 2, 3]`, from output to input in [-1, 1]): bilinear, zeros outside, align_corners true."""
+    theta = send(theta, images.device).to(images.dtype).expand(len(images), 2, 3)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=True)
+    if images.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return bilinear(images, grid)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+
+
+def bilinear(images: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    """`grid_sample` (bilinear, zeros outside, align_corners true) by gathering the four neighbours of each point.
+
+    The gradient of torch's own adds up in no fixed order on CUDA.
+
+    Args:
+        images: `[N, C, H, W]`; grid: `[N, H', W', 2]`, x then y in [-1, 1].
+    """
+    height, width = images.shape[2:]
+    x, y = (grid[..., 0] + 1) / 2 * (width - 1), (grid[..., 1] + 1) / 2 * (height - 1)
+    out = images.new_zeros(())
+    for column, weight_x in ((x.floor(), 1 - (x - x.floor())), (x.floor() + 1, x - x.floor())):
+        for row, weight_y in ((y.floor(), 1 - (y - y.floor())), (y.floor() + 1, y - y.floor())):
+            inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+            index = (row.clamp(0, height - 1) * width + column.clamp(0, width - 1)).long().flatten(1)
+            index = index.unsqueeze(1).expand(-1, images.shape[1], -1)
+            values = images.flatten(2).gather(2, index).view(*images.shape[:2], *grid.shape[1:3])
+            out = out + values * (weight_x * weight_y * inside).unsqueeze(1)
+    return out
+
+
+def _scale_theta(factors: torch.Tensor) -> torch.Tensor:
+    """`[n, 2]` factors of x and y to `[n, 2, 3]`."""
+    return F.pad(torch.diag_embed(factors), (0, 1))
+
+
+def _rotate_theta(angle: torch.Tensor) -> torch.Tensor:
+    """`[n]` angles in radians to `[n, 2, 3]`."""
+    cos, sin = angle.cos(), angle.sin()
+    rows = torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], 1)
+    return F.pad(rows, (0, 1))
+
+
+def _draw_color(n: int, size: Size, g: torch.Generator) -> torch.Tensor:
+    return torch.rand(n, 3, generator=g)
+
+
+def _draw_crop(n: int, size: Size, g: torch.Generator) -> torch.Tensor:
+    limits = [int(side * CROP_RATIO + 0.5) for side in size]
+    return torch.stack([torch.randint(-s, s + 1, (n,), generator=g) for s in limits], 1)
+
+
+def _draw_cutout(n: int, size: Size, g: torch.Generator) -> torch.Tensor:
+    # the centre of a square of even side lies between pixels, so there is one more of them
+    return torch.stack([torch.randint(0, side + 1 - _cutout_side(side) % 2, (n,), generator=g) for side in size], 1)
+
+
+def _draw_flip(n: int, size: Size, g: torch.Generator) -> torch.Tensor:
+    return torch.rand(n, generator=g)
+
+
+def _draw_scale(n: int, size: Size, g: torch.Generator) -> torch.Tensor:
+    return _scale_theta(torch.rand(n, 2, generator=g) * (SCALE_RATIO - 1 / SCALE_RATIO) + 1 / SCALE_RATIO)
+
+
+def _draw_rotate(n: int, size: Size, g: torch.Generator) -> torch.Tensor:
+    return _rotate_theta((torch.rand(n, generator=g) - 0.5) * 2 * math.radians(ROTATE_DEGREES))
+
+
+_Draw = Callable[[int, Size, torch.Generator], torch.Tensor]
+DSA_ENTRIES: dict[str, tuple[_Draw, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]] = {
+    "color": (_draw_color, color),
+    "crop": (_draw_crop, shift),
+    "cutout": (_draw_cutout, cutout),
+    "flip": (_draw_flip, flip),
+    "scale": (_draw_scale, affine),
+    "rotate": (_draw_rotate, affine),
+}
+
+
+def parse_strategy(text: str, entries: Sequence[str] = tuple(DSA_ENTRIES)) -> tuple[str, ...]:
+    """Split a `_`-joined strategy; raise a `UserError` for an entry that is not among `entries`."""
+    parts = tuple(text.split("_"))
+    for part in parts:
+        if part not in entries:
+            raise UserError(f"--dsa_strategy {text}: " + unknown_name("entry", part, entries))
+    return parts
+
+
+@dataclass(frozen=True)
+class Transform(Draw):
+    """One draw of DSA: an entry and its parameters, `[1, …]` (Siamese) or `[N, …]` (one set per image).
+
+    Calling it on images `[N, C, H, W]` applies it; it is differentiable in the images.
+    """
+
+    entry: str
+    params: torch.Tensor
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return DSA_ENTRIES[self.entry][1](images, self.params)
+
+
+@dataclass(frozen=True)
+class DSA:
+    """The augmentation of a strategy. `draw` picks one entry uniformly and draws `n` sets of its parameters."""
+
+    strategy: tuple[str, ...]
+
+    def draw(self, n: int, im_size: Size, generator: torch.Generator) -> Transform:
+        """Return a `Transform`: n = 1 for the Siamese use, n = batch size for network training."""
+        entry = self.strategy[int(torch.randint(len(self.strategy), (1,), generator=generator))]
+        return Transform(entry, DSA_ENTRIES[entry][0](n, im_size, generator))
+
+
+def apply_by_part(images: torch.Tensor, transforms: Sequence[Callable], lengths: Sequence[int]) -> torch.Tensor:
+    """Apply each transform to its part of the images; the parts follow one another.
+
+    Parts whose draws are of the same entry go through one call: on a GPU, and for few images, the calls are the cost.
+
+    Args:
+        images: `[N, C, H, W]`.
+        transforms: one for each part; a draw has parameters for all images of its part, or for each.
+        lengths: images of each part; their sum is N.
+    """
+    entries = [t.entry if isinstance(t, Transform) else None for t in transforms]
+    if None in entries:
+        return torch.cat([t(x) for t, x in zip(transforms, images.split(list(lengths)), strict=True)])
+    distinct = list(dict.fromkeys(entries))
+    order = sorted(range(len(entries)), key=lambda part: distinct.index(entries[part]))
+    starts = [0, *accumulate(lengths)]
+    where = torch.cat([torch.arange(starts[part], starts[part + 1]) for part in order])
+    there, back = send_together([where, where.argsort()], images.device)
+    images = images[there]
+    done = []
+    for entry in distinct:
+        parts = [part for part in order if entries[part] == entry]
+        params = torch.cat([_for_each(transforms[part].params, lengths[part]) for part in parts])
+        done.append(Transform(entry, params)(images[: len(params)]))
+        images = images[len(params) :]
+    return torch.cat(done)[back]
+
+
+def _for_each(params: torch.Tensor, n: int) -> torch.Tensor:
+    """Parameters `[1 or n, …]` as `[n, …]`."""
+    return params.expand(n, *params.shape[1:])
+
+
+def apply_by_slot(images: torch.Tensor, transforms: Sequence[Callable]) -> torch.Tensor:
+    """Apply `transforms[s]` to `images[s]`; images `[S, n, C, H, W]`."""
+    slots, n = images.shape[:2]
+    return apply_by_part(images.flatten(0, 1), transforms, [n] * slots).view_as(images)
+
+
+def identity(images: torch.Tensor) -> torch.Tensor:
+    """No augmentation."""
+    return images
+
+
+# --- DC: used when an evaluation network is trained, never in the matching -------------------------------------------
+
+DC_ENTRIES = ("crop", "scale", "rotate", "noise")
+DC_CROP, DC_SCALE, DC_ROTATE_DEGREES, DC_NOISE = 4, 0.2, 45.0, 0.001
+
+
+@dataclass(frozen=True)
+class DCTransform(Draw):
+    """One draw of DC's augmentation for N images: which entry each takes (`[N]`), and the parameters of all entries."""
+
+    strategy: tuple[str, ...]
+    choice: torch.Tensor
+    offset: torch.Tensor
+    theta_scale: torch.Tensor
+    theta_rotate: torch.Tensor
+    noise_seed: int
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        mean = images.mean((2, 3), keepdim=True)
+        results = {
+            "crop": lambda: shift(images, self.offset, mean),
+            "scale": lambda: affine(images - mean, self.theta_scale) + mean,
+            "rotate": lambda: affine(images - mean, self.theta_rotate) + mean,
+            "noise": lambda: images + DC_NOISE * self._noise(images),
+        }
+        out = images
+        choice = _per_image(self.choice, images)
+        for index, entry in enumerate(self.strategy):
+            out = torch.where(choice == index, results[entry](), out)
+        return out
+
+    def _noise(self, images: torch.Tensor) -> torch.Tensor:
+        return noise(torch.randn, images.shape, self.noise_seed, images.device).to(images.dtype)
+
+
+@dataclass(frozen=True)
+class DC:
+    """DC's augmentation (Zhao et al., ICLR 2021): per image one of the entries, uniformly; the padding is the mean."""
+
+    strategy: tuple[str, ...]
+
+    def draw(self, n: int, im_size: Size, generator: torch.Generator) -> DCTransform:
+        """Return the transform of a batch of `n` images."""
+        factors = 1 + DC_SCALE * (2 * torch.rand(n, 2, generator=generator) - 1)
+        angle = math.radians(DC_ROTATE_DEGREES) * (2 * torch.rand(n, generator=generator) - 1)
+        return DCTransform(
+            self.strategy,
+            torch.randint(len(self.strategy), (n,), generator=generator),
+            torch.randint(-DC_CROP, DC_CROP + 1, (n, 2), generator=generator),
+            _scale_theta(1 / factors),
+            _rotate_theta(angle),
+            draw_seed(generator),
+        )
+
+
+def dc_augmentation(dataset: str, model_eval: str) -> DC | None:
+    """The augmentation with which method DC evaluates `model_eval` on `dataset`, None for none."""
+    if dataset == "MNIST":
+        return DC(parse_strategy("crop_scale_rotate", DC_ENTRIES))
+    if model_eval == "ConvNetBN":
+        return DC(parse_strategy("crop_noise", DC_ENTRIES))
+    return None

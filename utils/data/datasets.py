@@ -1,0 +1,400 @@
+"""Real data as whole tensors: read once, kept as uint8, normalised where they are used."""
+
+import os
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils.core.errors import UserError, unknown_name
+from utils.core.rng import send
+from utils.files.atomic import fingerprint
+from utils.files.torch_files import (
+    PLAIN_INTEGERS,
+    check_file,
+    check_link,
+    images_to_nchw,
+    list_images,
+    read_images,
+    read_npz,
+    read_pt,
+    unit_images,
+)
+
+
+class NotThere(UserError):
+    """A data set that could be fetched is not on the disk, or its download failed; nothing there is damaged."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is known of a named data set: image shape, classes and normalisation (None: computed)."""
+
+    channel: int
+    side: int
+    num_classes: int
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+
+
+def _of_255(*values: float) -> tuple[float, ...]:
+    return tuple(v / 255 for v in values)
+
+
+SPECS = {
+    "MNIST": Spec(1, 28, 10, (0.1307,), (0.3081,)),
+    "FashionMNIST": Spec(1, 28, 10, (0.2861,), (0.3530,)),
+    "SVHN": Spec(3, 32, 10, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+    "CIFAR10": Spec(3, 32, 10, _of_255(125.3, 123.0, 113.9), _of_255(63.0, 62.1, 66.7)),
+    "CIFAR100": Spec(3, 32, 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "TinyImageNet": Spec(3, 64, 200, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "Digits": Spec(1, 8, 10, None, None),
+}
+DATASET_NAMES = (*SPECS, "ImageFolder", "npz")
+NPZ_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
+
+
+@dataclass(frozen=True)
+class RealData:
+    """A classification data set in memory.
+
+    `images_train`, `images_test`: `[N, C, H, W]`, uint8 (or float32 in [0, 1]); `labels_*`: int64 `[N]` in
+    0..num_classes-1; `mean`, `std`: per channel, of pixels scaled to [0, 1].
+    """
+
+    name: str
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    images_train: torch.Tensor
+    labels_train: torch.Tensor
+    images_test: torch.Tensor
+    labels_test: torch.Tensor
+
+    @property
+    def channel(self) -> int:
+        """Number of channels."""
+        return self.images_train.shape[1]
+
+    @property
+    def im_size(self) -> tuple[int, int]:
+        """Height and width."""
+        return tuple(self.images_train.shape[2:])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors live."""
+        return self.images_train.device
+
+    @cached_property
+    def _scale(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple(torch.tensor(v, device=self.device).view(1, -1, 1, 1) for v in (self.mean, self.std))
+
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
+        """Images in [0, 1] to zero mean and unit deviation per channel."""
+        mean, std = self._scale
+        return (images - mean) / std
+
+    def denormalize(self, images: torch.Tensor) -> torch.Tensor:
+        """The inverse of `normalize`, clipped to [0, 1]."""
+        mean, std = self._scale
+        return (images * std + mean).clamp(0, 1)
+
+    def unit_train(self, indices: torch.Tensor) -> torch.Tensor:
+        """Training images of these indices in [0, 1], float32."""
+        return unit_images(self.images_train[send(indices, self.device)])
+
+    def train_batch(self, indices: torch.Tensor) -> torch.Tensor:
+        """Training images of these indices, normalised."""
+        return self.normalize(self.unit_train(indices))
+
+    @cached_property
+    def test_images(self) -> torch.Tensor:
+        """All test images, normalised once, float32 `[N, C, H, W]`."""
+        return self.normalize(unit_images(self.images_test))
+
+    @cached_property
+    def class_indices(self) -> tuple[torch.Tensor, ...]:
+        """For each class the indices of its training images, on the CPU (draws are made there)."""
+        labels = self.labels_train.cpu()
+        order = labels.argsort(stable=True)
+        return order.split(labels.bincount(minlength=self.num_classes).tolist())
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the images and labels."""
+        return fingerprint((self.images_train, self.labels_train, self.images_test, self.labels_test))
+
+    def to(self, device: torch.device | str) -> "RealData":
+        """The same data on `device`."""
+        names = ("images_train", "labels_train", "images_test", "labels_test")
+        return replace(self, **{n: getattr(self, n).to(device, non_blocking=True) for n in names})
+
+
+def load_dataset(name: str, data_path: str | Path, im_size: int | None = None, download: bool = True) -> RealData:
+    """Load a data set as whole CPU tensors.
+
+    Args:
+        name: one of `DATASET_NAMES`.
+        data_path: the folder of the data; the file itself for `npz`, the folder of `train/` for `ImageFolder`.
+            `<data_path>/<name in lower case>.npz` is used instead of a download where it exists.
+        im_size: side of the images, `ImageFolder` only (default 64).
+        download: fetch a missing set through torchvision.
+    Raises:
+        UserError: for an unknown name, missing files, or arrays of a wrong type, shape or label range.
+    """
+    if name not in DATASET_NAMES:
+        raise UserError(unknown_name("dataset", name, DATASET_NAMES))
+    if im_size is not None and name != "ImageFolder":
+        raise UserError(f"--im_size: only ImageFolder takes it; {name} has its own size")
+    data_path = Path(data_path)
+    if name == "npz":
+        return _checked(name, None, _read_npz_set(data_path, "--data_path"), data_path)
+    if name == "ImageFolder":
+        return _checked(name, None, _read_folders(data_path, im_size or 64), data_path)
+    local = data_path / f"{name.lower()}.npz"
+    if local.is_file():
+        arrays, source = _read_npz_set(local, "--data_path"), local
+    else:
+        read = {"Digits": _read_digits, "TinyImageNet": _read_tinyimagenet}.get(name)
+        arrays = read(data_path) if read else _read_torchvision(name, data_path, download)
+        source = data_path
+    return _checked(name, SPECS[name], arrays, source)
+
+
+Arrays = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _checked(name: str, spec: Spec | None, arrays: Arrays, source: Path) -> RealData:
+    """Check shapes and labels, fill in what `spec` leaves open, and make the `RealData`."""
+    images, labels, images_test, labels_test = arrays
+    where = f"--data_path: {source}"
+    if images.shape[1:] != images_test.shape[1:]:
+        raise UserError(
+            f"{where}: training images are {_shape(images)} and test images {_shape(images_test)}; they must agree"
+        )
+    if spec and tuple(images.shape[1:]) != (spec.channel, spec.side, spec.side):
+        raise UserError(
+            f"{where}: images are {_shape(images)}; {name} has {spec.channel}x{spec.side}x{spec.side}. "
+            "Use --dataset npz for other data"
+        )
+    for part, values, of in (("train", labels, images), ("test", labels_test, images_test)):
+        if len(values) != len(of) or not len(of):
+            raise UserError(
+                f"{where}: {len(of)} {part} images and {len(values)} labels; there must be as many, and some"
+            )
+    num_classes = spec.num_classes if spec else int(labels.max()) + 1
+    if num_classes > len(labels):  # before anything is counted: a label may claim billions of classes
+        raise UserError(
+            f"{where}: {len(labels)} train labels cannot be of {num_classes} classes; each class needs one at least"
+        )
+    for part, values in (("train", labels), ("test", labels_test)):
+        if values.min() < 0 or values.max() >= num_classes:
+            found = f"{int(values.min())}..{int(values.max())}"
+            raise UserError(f"{where}: {part} labels are {found}; they must be 0..{num_classes - 1}")
+    empty = (labels.bincount(minlength=num_classes) == 0).nonzero().flatten().tolist()
+    if empty or num_classes < 2:
+        raise UserError(f"{where}: needs two classes or more, each with training images; none in {empty[:10]}")
+    mean, std = (spec.mean, spec.std) if spec and spec.mean else _moments(images)
+    return RealData(name, num_classes, mean, std, images, labels, images_test, labels_test)
+
+
+def _shape(images: torch.Tensor) -> str:
+    return "x".join(map(str, images.shape[1:]))
+
+
+def _moments(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of the pixels in [0, 1], in float64, chunk by chunk."""
+    total = sum(unit_images(part).double().sum((0, 2, 3)) for part in images.split(1000))
+    count = images.numel() // images.shape[1]
+    mean = (total / count).view(1, -1, 1, 1)
+    squares = sum(((unit_images(part).double() - mean) ** 2).sum((0, 2, 3)) for part in images.split(1000))
+    std = (squares / count).sqrt().clamp_min(1e-6)
+    return tuple(mean.flatten().tolist()), tuple(std.tolist())
+
+
+def _read_npz_set(path: Path, flag: str) -> Arrays:
+    train_images, train_labels, test_images, test_labels = read_npz(path, NPZ_KEYS, flag)
+    return (
+        images_to_nchw(train_images, path, flag).contiguous(),
+        _labels(train_labels, path, flag),
+        images_to_nchw(test_images, path, flag).contiguous(),
+        _labels(test_labels, path, flag),
+    )
+
+
+def _labels(array: np.ndarray, path: Path, flag: str) -> torch.Tensor:
+    """int64 `[N]` from integers `[N]` or, as in MedMNIST, `[N, 1]`."""
+    if array.dtype.kind not in "iu" or array.ndim not in (1, 2) or (array.ndim == 2 and array.shape[1] != 1):
+        raise UserError(
+            f"{flag}: {path} has labels {array.dtype} {list(array.shape)}; they must be integers [N] or [N, 1]"
+        )
+    return torch.from_numpy(array.reshape(-1).astype(np.int64))
+
+
+def _read_digits(_: Path) -> Arrays:
+    """scikit-learn's 8×8 digits; a fifth of them, stratified, is the test set."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images / 16).float().unsqueeze(1)
+    labels = torch.from_numpy(digits.target.astype(np.int64))
+    train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=digits.target, random_state=0)
+    return images[train], labels[train], images[test], labels[test]
+
+
+def _read_tinyimagenet(data_path: Path) -> Arrays:
+    path = data_path / "tinyimagenet.pt"
+    if not path.is_file():
+        raise UserError(f"--data_path: {path} is not there; TinyImageNet is read from that file (see README, Data)")
+    data = read_pt(path, "--data_path")
+    accepted = (
+        "it must hold the keys classes, images_train, labels_train, images_val and labels_val: images uint8 "
+        "[N, 3, 64, 64], labels integers [N]"
+    )
+    keys = ("images_train", "labels_train", "images_val", "labels_val")
+    if not isinstance(data, dict) or not all(isinstance(data.get(key), torch.Tensor) for key in keys):
+        raise UserError(f"--data_path: {path} lacks tensors; {accepted}")
+    arrays = tuple(data[key].detach() for key in keys)
+    for key, array in zip(keys, arrays, strict=True):
+        of_images = array.dtype == torch.uint8 and array.ndim == 4 and tuple(array.shape[1:]) == (3, 64, 64)
+        of_labels = array.dtype in PLAIN_INTEGERS and array.ndim == 1
+        if not (of_images if key.startswith("images") else of_labels):
+            found = f"{array.dtype} {list(array.shape[:8])}".removeprefix("torch.")
+            raise UserError(f"--data_path: {path} has {key} {found}; {accepted}")
+    return arrays[0], arrays[1].long(), arrays[2], arrays[3].long()
+
+
+def _read_torchvision(name: str, root: Path, download: bool, flag: str = "--data_path") -> Arrays:
+    try:
+        parts = _open_torchvision(name, root, False)
+    except Exception as error:
+        parts = _fetch(name, root, flag) if download else None
+        if parts is None:
+            raise NotThere(_how_to_get(name, root, f"not there ({_one_line(error)})", flag)) from None
+    return tuple(t for part in parts for t in _whole_tensors(part))
+
+
+def _open_torchvision(name: str, root: Path, download: bool) -> list:
+    """The training and the test part, as torchvision reads them."""
+    from torchvision import datasets
+
+    make = getattr(datasets, name)
+    if name == "SVHN":
+        return [make(root, split=split, download=download) for split in ("train", "test")]
+    return [make(root, train=train, download=download) for train in (True, False)]
+
+
+def _fetch(name: str, root: Path, flag: str) -> list:
+    """Download into a temporary folder, then move it all to `root`: a failure leaves nothing half-made there."""
+    print(f"{name} is not in {root}; downloading it through torchvision", flush=True)
+    made = [p for p in (root, *root.parents) if not p.exists()]
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as folder:
+            there = Path(folder)
+            _link_archives(name, root, there)
+            parts = _open_torchvision(name, there, True)
+            for path in [p for p in there.rglob("*") if p.is_file() and not p.is_symlink()]:
+                goal = root / path.relative_to(there)
+                goal.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, goal)
+            return parts
+    except Exception as error:
+        for path in made:
+            with suppress(OSError):  # another process may have put something there
+                path.rmdir()
+        found = f"not there, and its download failed ({_one_line(error)})"
+        raise NotThere(_how_to_get(name, root, found, flag)) from None
+
+
+def _link_archives(name: str, root: Path, there: Path) -> None:
+    """Let torchvision find archives that are in `root` already, so that it only fetches what is missing."""
+    for pattern in _ARCHIVES[name]:
+        for path in root.glob(pattern):
+            link = there / path.relative_to(root)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path.resolve())
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join((str(error) or type(error).__name__).split())[:80]
+
+
+_FILES = {
+    "MNIST": "MNIST/raw/*-ubyte (the four unpacked files)",
+    "FashionMNIST": "FashionMNIST/raw/*-ubyte (the four unpacked files)",
+    "SVHN": "train_32x32.mat and test_32x32.mat",
+    "CIFAR10": "cifar-10-batches-py/ (cifar-10-python.tar.gz, unpacked)",
+    "CIFAR100": "cifar-100-python/ (cifar-100-python.tar.gz, unpacked)",
+}
+
+
+_ARCHIVES = {
+    "MNIST": ("MNIST/raw/*.gz",),
+    "FashionMNIST": ("FashionMNIST/raw/*.gz",),
+    "SVHN": ("*_32x32.mat",),
+    "CIFAR10": ("cifar-10-python.tar.gz",),
+    "CIFAR100": ("cifar-100-python.tar.gz",),
+}
+
+
+def _how_to_get(name: str, data_path: Path, found: str, flag: str) -> str:
+    return (
+        f"{flag} {data_path}: {name} is {found}. Put {_FILES[name]} into {data_path}, "
+        f"or {name.lower()}.npz with the keys {', '.join(NPZ_KEYS)}"
+    )
+
+
+def _whole_tensors(part: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images `[N, C, H, W]` uint8 and labels int64 `[N]` of a torchvision data set, without a loop over images."""
+    images = torch.as_tensor(part.data)
+    labels = torch.as_tensor(part.labels if hasattr(part, "labels") else part.targets).long()
+    if images.ndim == 3:
+        images = images.unsqueeze(1)
+    elif images.shape[-1] == 3 and images.shape[1] != 3:
+        images = images.permute(0, 3, 1, 2).contiguous()
+    return images, labels
+
+
+def _read_folders(data_path: Path, side: int) -> Arrays:
+    """`train/<class>/*` and `test/<class>/*` (or `val/`); classes are the sorted names of the folders of `train/`."""
+    train = data_path / "train"
+    test = next((data_path / n for n in ("test", "val") if (data_path / n).is_dir()), data_path / "test")
+    for folder in (train, test):
+        if not folder.is_dir():
+            raise UserError(f"--data_path: {folder} is not there; ImageFolder reads train/<class>/* and test/<class>/*")
+    classes = sorted(p.name for p in train.iterdir() if p.is_dir())
+    extra = sorted(p.name for p in test.iterdir() if p.is_dir() and p.name not in classes)
+    if len(classes) < 2 or extra:
+        raise UserError(
+            f"--data_path: {train} has {len(classes)} classes; {test} has others: {', '.join(extra) or 'none'}"
+        )
+    parts: list[torch.Tensor] = []
+    tree = data_path.resolve()
+    for folder in (train, test):
+        check_link(folder, tree, "--data_path")
+        there = [(label, folder / c) for label, c in enumerate(classes) if os.path.lexists(folder / c)]
+        found = [(p, label) for label, place in there for p in list_images(place, tree, "--data_path")]
+        if not found:
+            raise UserError(f"--data_path: no images below {folder}")
+        parts.append(read_images([p for p, _ in found], 3, (side, side), "--data_path"))
+        parts.append(torch.tensor([label for _, label in found]))
+    return tuple(parts)
+
+
+def load_test_images(name: str, root: Path, download: bool, flag: str = "--data_path") -> torch.Tensor:
+    """The test images alone of a torchvision set, uint8 `[N, C, H, W]`: CIFAR and SVHN serve as OOD sets, too.
+
+    Raises:
+        UserError: naming `flag` when they are not in `root` and may not or cannot be fetched.
+    """
+    local = root / f"{name.lower()}.npz"
+    if local.is_file():
+        (images,) = read_npz(check_file(local, flag), ["test_images"], flag)
+        return images_to_nchw(images, local, flag).contiguous()
+    return _read_torchvision(name, root, download, flag)[2]

@@ -1,0 +1,172 @@
+"""The synthetic set: what distillation makes and network training reads."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from utils.core.errors import UserError
+from utils.data.datasets import RealData
+from utils.files.atomic import save_pt
+from utils.files.torch_files import PLAIN_INTEGERS, PLAIN_TENSORS, read_pt
+from utils.runs.run_folder import VERSION
+
+
+@dataclass(frozen=True)
+class SyntheticSet:
+    """Distilled images, sorted by class, and (OE, POE) as many distilled outliers.
+
+    `images`, `images_oe`: float32 `[num_classes·ipc, C, H, W]`, normalised; `labels`: int64 `[num_classes·ipc]`.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    images_oe: torch.Tensor | None = None
+
+    def to(self, device: torch.device | str) -> "SyntheticSet":
+        """The same set on `device`."""
+        oe = None if self.images_oe is None else self.images_oe.to(device)
+        return SyntheticSet(self.images.to(device), self.labels.to(device), oe)
+
+    def detached_copy(self) -> "SyntheticSet":
+        """A copy that later updates do not change."""
+        oe = None if self.images_oe is None else self.images_oe.detach().clone()
+        return SyntheticSet(self.images.detach().clone(), self.labels, oe)
+
+    def detached_cpu(self) -> "SyntheticSet":
+        """A copy on the CPU that later updates do not change."""
+        return self.detached_copy().to("cpu")
+
+    def without_outliers(self) -> "SyntheticSet":
+        """The labelled images alone."""
+        return SyntheticSet(self.images, self.labels)
+
+
+def result_name(method: str, dataset: str, model: str, ipc: int) -> str:
+    """The file name of a distilled set."""
+    return f"res_{method}_{dataset}_{model}_{ipc}ipc.pt"
+
+
+def save_synthetic(
+    path: Path, sets: Sequence[SyntheticSet], accs: dict[str, list[float]], real: RealData, about: dict
+) -> None:
+    """Write the distilled sets of all experiments so far, in the layout of the published code.
+
+    `about` (plain values) is stored beside, with the normalisation, so that the file explains itself.
+    """
+    content: dict = {"data": [[s.images, s.labels] for s in sets], "accs_all_exps": accs}
+    if sets and sets[0].images_oe is not None:
+        content["data_oe"] = [[s.images_oe, torch.zeros_like(s.labels)] for s in sets]
+    normalisation = {"mean": list(real.mean), "std": list(real.std)}
+    content |= {"normalisation": normalisation, "dataset": real.name, "num_classes": real.num_classes}
+    save_pt(path, content | {"about": about, "version": VERSION})
+
+
+def load_synthetic(
+    path: str | Path, exp_idx: int = 0, real: RealData | None = None, what: str = "distilled set"
+) -> SyntheticSet:
+    """Read one experiment of a distilled set, also one that the published code wrote.
+
+    Args:
+        path: a `res_….pt` file.
+        exp_idx: which experiment.
+        real: the data set it must fit in image shape and class count, if given.
+        what: how the message calls a file that cannot be read, e.g. the flag that names it.
+    Raises:
+        UserError: when the file is damaged, not a distilled set, of other data, or has no such experiment.
+    """
+    path = Path(path)
+    content = read_pt(path, what)
+    if not isinstance(content, dict) or not isinstance(content.get("data"), list):
+        raise UserError(f"{path} is no distilled set: it has no list 'data'. Give the res_….pt file of stage 1")
+    if not 0 <= exp_idx < len(content["data"]):
+        raise UserError(f"--exp_idx {exp_idx}: {path} holds {len(content['data'])} experiments, counted from 0")
+    images, labels = _pair(content["data"], exp_idx, path)
+    images_oe = None
+    if "data_oe" in content:
+        if not isinstance(content["data_oe"], list) or exp_idx >= len(content["data_oe"]):
+            raise UserError(f"{path} is no distilled set: its 'data_oe' has no experiment {exp_idx}")
+        images_oe, _ = _pair(content["data_oe"], exp_idx, path)
+        if images_oe.shape[1:] != images.shape[1:]:
+            raise UserError(f"{path} is damaged: images and outliers differ in shape")
+    if real is not None:
+        _check_fits(images, labels, real, path, content)
+    return SyntheticSet(images, labels, images_oe)
+
+
+def _pair(entries: list, index: int, path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and labels of one experiment, checked."""
+    entry = entries[index]
+    if not isinstance(entry, (list, tuple)) or len(entry) != 2 or not all(isinstance(t, torch.Tensor) for t in entry):
+        raise UserError(f"{path} is no distilled set: experiment {index} is not a pair of images and labels")
+    images, labels = (t.detach() for t in entry)
+    kinds = images.dtype in PLAIN_TENSORS and labels.dtype in PLAIN_INTEGERS
+    if not kinds or images.ndim != 4 or labels.shape != images.shape[:1] or not images.numel():
+        raise UserError(
+            f"{path} is no distilled set: images {list(images.shape[:8])} {images.dtype}, labels "
+            f"{list(labels.shape[:8])} {labels.dtype}; they must be floating [N, C, H, W] and integers [N]"
+        )
+    images, labels = images.float(), labels.long()
+    if not torch.isfinite(images).all() or labels.min() < 0:
+        raise UserError(f"{path} is damaged: images must be finite and labels whole numbers from 0")
+    return images, labels
+
+
+def _check_fits(images: torch.Tensor, labels: torch.Tensor, real: RealData, path: Path, content: dict) -> None:
+    """Check that a set is of the data `real`: name, image shape, exactly its classes, and its normalisation."""
+    dataset = content.get("dataset", real.name)
+    classes = len(labels.unique())
+    shape = (real.channel, *real.im_size)
+    if dataset != real.name or tuple(images.shape[1:]) != shape or classes != real.num_classes:
+        raise UserError(
+            f"--dataset {real.name}: {path} was distilled from {str(dataset)[:40] if isinstance(dataset, str) else '?'}"
+            f" ({classes} classes, images {'x'.join(map(str, images.shape[1:]))}), not from {real.num_classes} "
+            f"classes of {'x'.join(map(str, shape))}"
+        )
+    if int(labels.max()) != classes - 1:
+        raise UserError(
+            f"--dataset {real.name}: {path} has the labels {int(labels.min())}..{int(labels.max())}; they must be all "
+            f"of 0..{classes - 1}"
+        )
+    if "normalisation" in content and not _same_normalisation(content["normalisation"], real):
+        raise UserError(
+            f"--dataset {real.name}: {path} was distilled from other data: the mean and deviation stored in it are not "
+            "those of the data set. Give the data that it was distilled from (--data_path)"
+        )
+
+
+def _same_normalisation(stored: object, real: RealData) -> bool:
+    """Whether the stored mean and deviation are those of `real`, to float32 rounding."""
+    if not isinstance(stored, dict):
+        return False
+    pairs = ((stored.get("mean"), real.mean), (stored.get("std"), real.std))
+    return all(
+        isinstance(have, (list, tuple))
+        and len(have) == len(want)
+        and all(isinstance(a, float) and math.isclose(a, b, rel_tol=1e-5) for a, b in zip(have, want, strict=True))
+        for have, want in pairs
+    )
+
+
+def load_start(path: str | None, real: RealData, ipc: int, with_outliers: bool) -> list[SyntheticSet]:
+    """All experiments of a distilled set to start another distillation from; none without a path.
+
+    Raises:
+        UserError: when the set does not fit, or lacks the outliers that are to be distilled.
+    """
+    if path is None:
+        return []
+    sets = [load_synthetic(path, 0, real, "--load_path")]
+    more = range(1, len(read_pt(Path(path), "--load_path")["data"]))
+    sets += [load_synthetic(path, i, real, "--load_path") for i in more]
+    for one in sets:
+        order = torch.arange(real.num_classes).repeat_interleave(ipc)
+        if not torch.equal(one.labels, order):
+            raise UserError(f"--load_path: {path} does not have {ipc} images of each class, in order; give its --ipc")
+        if with_outliers and (one.images_oe is None or one.images_oe.shape != one.images.shape):
+            raise UserError(
+                f"--load_path: {path} has no outliers to start from; give a set of main_oe.py or main_poe.py"
+            )
+    return sets

@@ -1,0 +1,1 @@
+"""The distillation methods of stage 1."""

@@ -1,0 +1,240 @@
+"""Matching of gradients (DC: Zhao et al., ICLR 2021; DSA: Zhao & Bilen, ICML 2021), for images and for outliers.
+
+The real gradients are taken slot by slot: batching them would turn the weight gradients into grouped convolutions,
+which are slower. The synthetic side, which is differentiated twice, goes through `torch.func` for many slots at once
+where that is faster; written with `torch.func` alone it can be compiled, too, which an outer backward pass through it
+could not. `utils/textbook.py` has the textbook loop that all are tested against.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call, grad, grad_and_value, vmap
+
+from utils.compute import distributed
+from utils.compute.cpu_batches import Parts
+from utils.compute.device import Compute
+from utils.core.errors import UserError
+from utils.core.rng import send
+from utils.data.augment import apply_by_slot
+from utils.runs import signals
+from utils.training.losses import uniform_cross_entropy
+
+EPSILON = 1e-6
+METRICS = ("ours", "mse", "cos")
+BATCHED_PIXELS_CPU = 5 * 32 * 32  # of one slot's synthetic images, where they are not compiled
+CHUNK_IMAGES = 128  # synthetic images that are differentiated twice at once: bounds the memory
+
+
+def match_loss(
+    grads_syn: Sequence[torch.Tensor], grads_real: Sequence[torch.Tensor], metric: str = "ours"
+) -> torch.Tensor:
+    """Distance of two gradients of the same network.
+
+    Args:
+        grads_syn, grads_real: the gradients of all parameters, in parameter order.
+        metric: `ours`: over parameters of two or more dimensions, rows = output units,
+            `Σ_rows (1 - <a,b> / (|a||b| + 1e-6))` (DC, eq. 9 and appendix); `mse`: squared distance, and `cos`: one
+            minus the cosine, of the concatenation of all parameters.
+    Returns:
+        A scalar, differentiable in both.
+    """
+    if metric == "ours":
+        terms = [_row_distance(a, b) for a, b in zip(grads_syn, grads_real, strict=True) if a.ndim > 1]
+        return torch.stack(terms).sum()
+    a, b = (torch.cat([g.flatten() for g in grads]) for grads in (grads_syn, grads_real))
+    if metric == "mse":
+        return (a - b).square().sum()
+    if metric == "cos":
+        return 1 - (a * b).sum() / (a.norm() * b.norm() + EPSILON)
+    raise ValueError(f"unknown metric {metric!r}")
+
+
+def _row_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    a, b = a.flatten(1), b.flatten(1)
+    return (1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + EPSILON)).sum()
+
+
+SlotLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Augmentation = Callable[[torch.Tensor], torch.Tensor]
+Params = dict[str, torch.Tensor]
+
+
+def class_loss(logits: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of a batch `[n, num_classes]` whose images are all of class `slot` (int64 scalar)."""
+    return F.cross_entropy(logits, slot.expand(len(logits)))
+
+
+def outlier_loss(logits: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy to uniform; all slots have the same."""
+    return uniform_cross_entropy(logits)
+
+
+class Matcher:
+    """Matching losses of a network, and their gradients with respect to synthetic images.
+
+    Args:
+        net: the network; its weights may change between calls.
+        loss: the training loss of a slot's batch.
+        metric: one of `METRICS`.
+        batched: whether the synthetic side takes many slots at once; None chooses.
+
+    `ways`: how the synthetic side is computed, fastest first. A network that cannot be compiled or batched is found out
+    at the first call, and goes the next way from then on.
+    """
+
+    def __init__(self, net: nn.Module, loss: SlotLoss, metric: str, compute: Compute, batched: bool | None = None):
+        self.net, self.loss, self.metric = net, loss, metric
+        self.parts = Parts(net)
+        self.real_loss = compute.function(lambda images, slot: loss(net(images), slot))
+        self.compiled_side = replace(compute, precision="fp32").function(self._losses_and_gradient)
+        # the second derivative of a layer norm under vmap is wrong in PyTorch (seen in 2.14): a test compares them
+        self.batched = False if any(isinstance(m, nn.LayerNorm) for m in net.modules()) else batched
+        self.ways = ["batched", "slot by slot"] if self.batched is not False else ["slot by slot"]
+        if compute.compiled and self.batched is not False:
+            self.ways.insert(0, "compiled")
+
+    def __call__(
+        self,
+        images_syn: torch.Tensor,
+        real_batch: Callable[[int], torch.Tensor],
+        transforms: Sequence[Augmentation] | Mapping[int, Augmentation],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Match all slots; under `torchrun` each process takes some of them.
+
+        Args:
+            images_syn: `[slots, ipc, C, H, W]`.
+            real_batch: gives the real images `[n, C, H, W]` of a slot.
+            transforms: by slot, applied to its real and to its synthetic images alike (the Siamese rule).
+        Returns:
+            the losses `[slots]`, and the gradient of their sum with respect to `images_syn`; the same on all processes.
+        """
+        losses = images_syn.new_zeros(len(images_syn))
+        gradient = torch.zeros_like(images_syn)
+        size = max(1, CHUNK_IMAGES // images_syn.shape[1])
+        for chunk in chunks(list(distributed.mine(len(images_syn))), size, fill=self.ways[0] == "compiled"):
+            index = send(torch.tensor(chunk), images_syn.device)
+            number = dict(zip(chunk, index, strict=True))
+            real = {s: self.real_gradient(transforms[s](real_batch(s)), number[s]) for s in number}
+            targets = [torch.stack(parameter) for parameter in zip(*(real[s] for s in chunk), strict=True)]
+            part = self._match(images_syn[index], [transforms[s] for s in chunk], index, targets)
+            mine = index[: len(number)]  # what a chunk was filled up with stands behind
+            losses[mine], gradient[mine] = (values[: len(number)] for values in part)
+        distributed.sum_(losses, gradient)
+        return losses, gradient
+
+    def real_gradient(self, images: torch.Tensor, slot: torch.Tensor) -> list[torch.Tensor]:
+        """Gradient of the loss on real images with respect to all parameters, in parameter order.
+
+        On a CPU it is the mean of those of equal parts (BatchNorm is frozen here, so the images are independent).
+        """
+        count = self.parts.backward(images)
+        first, *rest = images.chunk(count)
+        total = self._part_gradient(first, slot)
+        for part in rest:
+            for sum_, g in zip(total, self._part_gradient(part, slot), strict=True):
+                sum_ += g
+        return [g / count for g in total] if count > 1 else total
+
+    def _part_gradient(self, images: torch.Tensor, slot: torch.Tensor) -> list[torch.Tensor]:
+        grads = torch.autograd.grad(self.real_loss(images, slot), list(self.net.parameters()))
+        return [g.float() if g.dtype == torch.bfloat16 else g.clone() for g in grads]  # a CUDA graph writes there again
+
+    def _match(
+        self, images: torch.Tensor, transforms: Sequence[Augmentation], index: torch.Tensor, targets: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses and image gradient of one chunk of slots; `targets`: by parameter, `[slots, …]`."""
+        images = images.detach().requires_grad_()
+        while len(self.ways) > 1:
+            if self.batched is None and self.ways[0] == "batched" and not batching_pays(images):
+                self.ways.pop(0)
+                continue
+            try:
+                return self._match_by(self.ways[0], images, transforms, index, targets)
+            except (RuntimeError, NotImplementedError, UserError) as error:
+                if signals.received():  # a terminal's Ctrl-C ended the compiler, too
+                    raise
+                reason = " ".join(str(error).split())[:160]
+                warnings.warn(
+                    f"matching goes on, but more slowly: not {self.ways.pop(0)}, because {reason}", stacklevel=2
+                )
+        return self._match_by(self.ways[0], images, transforms, index, targets)
+
+    def _match_by(
+        self,
+        way: str,
+        images: torch.Tensor,
+        transforms: Sequence[Augmentation],
+        index: torch.Tensor,
+        targets: list[torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if way == "slot by slot":
+            slots = zip(transforms, images, index, *targets, strict=True)
+            losses = torch.stack([self._slot_loss(t(x), slot, target) for t, x, slot, *target in slots])
+            return losses.detach(), torch.autograd.grad(losses.sum(), images)[0]
+        augmented = apply_by_slot(images, transforms)
+        if way == "compiled":
+            direction, losses = self.compiled_side(augmented.detach(), index, self._params(), targets)
+            return losses, torch.autograd.grad(augmented, images, direction)[0]
+        losses = self._losses(augmented, index, self._params(), targets)
+        return losses.detach(), torch.autograd.grad(losses.sum(), images)[0]
+
+    def _slot_loss(self, images: torch.Tensor, slot: torch.Tensor, target: Sequence[torch.Tensor]) -> torch.Tensor:
+        loss = self.loss(self.net(images), slot)
+        found = torch.autograd.grad(loss, list(self.net.parameters()), create_graph=True)
+        return match_loss(found, target, self.metric)
+
+    def _params(self) -> Params:
+        return {name: p.detach() for name, p in self.net.named_parameters()}
+
+    def _pure_slot_loss(
+        self, params: Params, images: torch.Tensor, slot: torch.Tensor, target: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """`_slot_loss` for `torch.func`."""
+        found = grad(lambda p: self.loss(functional_call(self.net, p, (images,)), slot))(params)
+        return match_loss(list(found.values()), target, self.metric)
+
+    def _losses(
+        self, images: torch.Tensor, index: torch.Tensor, params: Params, targets: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """Losses of augmented images `[slots, ipc, C, H, W]`."""
+        return vmap(lambda x, slot, *target: self._pure_slot_loss(params, x, slot, target))(images, index, *targets)
+
+    def _losses_and_gradient(
+        self, images: torch.Tensor, index: torch.Tensor, params: Params, targets: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradient of the losses with respect to augmented images, and the losses: as fast as `_losses` and a backward
+        pass only if compiled."""
+
+        def one(images: torch.Tensor, slot: torch.Tensor, *target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return grad_and_value(lambda x: self._pure_slot_loss(params, x, slot, target))(images)
+
+        return vmap(one)(images, index, *targets)
+
+
+def chunks(slots: list[int], size: int, fill: bool) -> list[list[int]]:
+    """`slots` in as few parts as possible of at most `size`, of equal length as far as that goes.
+
+    With `fill` a shorter last part is filled up with its own first slot, which then is computed more than once, with
+    the same result: compiled code is made for one length.
+    """
+    if not slots:
+        return []
+    length = -(-len(slots) // -(-len(slots) // size))
+    parts = [slots[i : i + length] for i in range(0, len(slots), length)]
+    return [part + part[:1] * (length - len(part)) for part in parts] if fill else parts
+
+
+def batching_pays(images: torch.Tensor) -> bool:
+    """Whether the synthetic side of `images` `[slots, ipc, C, H, W]` is faster with all slots at once.
+
+    On CUDA it is bound by launches, so it is. On a CPU it is where the images are few or small; beyond that the grouped
+    convolutions are slower than those of one slot (a tenth for ConvNet at ipc 10).
+    """
+    if images.device.type == "cuda":
+        return True
+    return images.shape[1] * images.shape[3] * images.shape[4] <= BATCHED_PIXELS_CPU

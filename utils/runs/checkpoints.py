@@ -1,0 +1,59 @@
+"""Checkpoints: how a run is saved while it goes on, so that it can be resumed."""
+
+import time
+
+from utils.core.errors import UserError
+from utils.files.atomic import save_pt
+from utils.files.torch_files import read_pt
+from utils.runs.run_folder import RunFolder
+
+MOST_SECONDS = 600  # between two checkpoints, where there is a moment to save
+
+
+class Checkpointer:
+    """Saves and loads the state of a run, or of one of its networks.
+
+    The newest state is `<name>.pt`. The one before stays as `<name>-previous.pt`, so that at every moment, also while
+    one is being written, there is a complete one.
+    """
+
+    def __init__(self, run: RunFolder, name: str = "checkpoint", interval: int = 50):
+        self.run, self.interval = run, interval
+        self.path, self.previous = run.path / f"{name}.pt", run.path / f"{name}-previous.pt"
+        self.saved = time.monotonic()
+
+    def due(self, count: int) -> bool:
+        """Whether to save after `count` steps: at every multiple of the interval, and after ten minutes."""
+        return count % self.interval == 0 or self.late()
+
+    def late(self) -> bool:
+        """Whether the last save is ten minutes ago."""
+        return time.monotonic() - self.saved > MOST_SECONDS
+
+    def save(self, state: dict) -> None:
+        """Write plain values and tensors."""
+        save_pt(self.path, state, keep=self.previous)
+        self.saved = time.monotonic()
+
+    def load(self) -> dict | None:
+        """The newest state that can be read; None where none was saved.
+
+        Raises:
+            UserError: when there are checkpoints, and none can be read.
+        """
+        there = [path for path in (self.path, self.previous) if path.exists()]
+        for path in there:
+            try:
+                state = read_pt(path, "--resume", check_crc=True)
+                if isinstance(state, dict):
+                    return state
+                reason = f"{path} is no checkpoint"
+            except UserError as error:
+                reason = str(error)
+            self.run.log(f"{reason}; trying the checkpoint before it")
+        if there:
+            raise UserError(
+                f"--resume: no checkpoint in {self.run.path} can be read: {', '.join(p.name for p in there)}. "
+                "Delete them to start this run from its beginning"
+            )
+        return None

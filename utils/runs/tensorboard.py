@@ -1,0 +1,47 @@
+"""Curves for TensorBoard, an optional package."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from utils.core.errors import UserError
+from utils.files.atomic import remove_files
+
+
+def require_tensorboard() -> None:
+    """Raise a `UserError` if TensorBoard is not installed."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError:
+        raise UserError("--tensorboard: needs the package tensorboard: pip install tensorboard") from None
+
+
+class Scalars:
+    """Writes the numbers of `metrics.jsonl` as TensorBoard events into `folder`.
+
+    `before`: the lines that are there already; they are written anew, in place of earlier events.
+    """
+
+    def __init__(self, folder: Path, before: Sequence[dict] = ()):
+        from torch.utils.tensorboard import SummaryWriter
+
+        remove_files(folder, "events.out.tfevents.*")
+        self.writer = SummaryWriter(str(folder))
+        for line in before:
+            self._add(line)
+        self.writer.flush()
+
+    def add(self, line: dict) -> None:
+        """One line: every number of it, and the mean of every list, at its iteration and under its experiment."""
+        self._add(line)
+        self.writer.flush()
+
+    def _add(self, line: dict) -> None:
+        step, group = line["iteration"], f"experiment{line['experiment']}"
+        prefix = f"{group}/{line['model']}/" if "model" in line else f"{group}/"
+        for name, value in line.items():
+            if name in ("iteration", "experiment"):
+                continue
+            if isinstance(value, list) and None not in value:
+                value = sum(value) / len(value)
+            if isinstance(value, (int, float)):
+                self.writer.add_scalar(prefix + name, value, step)

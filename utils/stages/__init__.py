@@ -1,0 +1,1 @@
+"""The three stages, from their flags to their runs; what the scripts at the top call."""

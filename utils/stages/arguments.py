@@ -1,0 +1,371 @@
+"""Flags shared by the scripts, in groups."""
+
+import argparse
+from collections.abc import Sequence
+
+from networks import MODEL_NAMES
+from utils.compute.device import PRECISIONS
+from utils.core.errors import UserError
+from utils.core.parser import Parser, count, number, one_of
+from utils.data.augment import DSA, DSA_ENTRIES, parse_strategy
+from utils.data.datasets import DATASET_NAMES
+from utils.data.outliers import CORRUPTIONS, DEFAULT_CORRUPTIONS
+from utils.methods.matcher import METRICS
+from utils.ood.detectors import ALL_SCORES, DETECTORS
+from utils.ood.scores import SCORES
+from utils.runs.run_folder import STAGE1_ROOTS, STAGE2_ROOTS
+
+METHODS = ("DC", "DSA")
+LOOPS = {1: (1, 1), 2: (1, 1), 5: (10, 50), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
+
+
+def _strategy(text: str) -> str | None:
+    if text in ("None", "none", ""):
+        return None
+    try:
+        parse_strategy(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error).split(": ", 1)[1]) from None
+    return text
+
+
+def add_common(parser: Parser) -> None:
+    """What every stage takes: the data, the network, the method, the seed and the device."""
+    group = parser.add_argument_group("common")
+    group.add_argument(
+        "--method",
+        type=one_of("method", METHODS),
+        default="DC",
+        help="DC: gradient matching; DSA: the same under siamese augmentation, better from ipc 2 on",
+    )
+    _add_data(group)
+    group.add_argument(
+        "--model",
+        type=one_of("model", MODEL_NAMES),
+        default="ConvNet",
+        help="the network; ConvNetW32 is the one for a laptop",
+    )
+    group.add_argument("--ipc", type=count(1), default=1, help="synthetic images per class")
+    group.add_argument(
+        "--seed", type=int, default=1, help="fixes everything random; change it for another independent run"
+    )
+    group.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda or cuda:N")
+
+
+def _add_data(group: argparse._ArgumentGroup) -> None:
+    """The data set, where it is, and what may be fetched."""
+    group.add_argument(
+        "--dataset",
+        type=one_of("dataset", DATASET_NAMES),
+        default="CIFAR10",
+        help=f"one of {', '.join(DATASET_NAMES)}; npz and ImageFolder read your own data",
+    )
+    group.add_argument(
+        "--data_path",
+        default="data",
+        help="folder of the real data (with --dataset npz: the file); change it to share one copy between clones",
+    )
+    group.add_argument(
+        "--download",
+        choices=("none", "data", "all"),
+        nargs="?",
+        const="all",
+        default="data",
+        help="what may be fetched when it is not on disk: nothing, the data set, or outlier and OOD sets, too (large)",
+    )
+    group.add_argument(
+        "--im_size",
+        type=count(1),
+        default=None,
+        help="side of the images with --dataset ImageFolder (64 when left out)",
+    )
+
+
+def add_compute(parser: Parser, training: bool = True) -> None:
+    """How the device computes; the results are the same to rounding. `training`: gradients are taken, too."""
+    group = parser.add_argument_group("speed")
+    group.add_argument(
+        "--compile",
+        type=one_of("choice", ("auto", "on", "off")),
+        default="auto",
+        help="torch.compile; auto: where the run is long enough to win the time of compiling back",
+    )
+    if not training:
+        return
+    group.add_argument(
+        "--precision",
+        type=one_of("precision", PRECISIONS),
+        default="tf32",
+        help="tf32 and fp32 differ on CUDA only; bf16 runs real gradients and network training under autocast",
+    )
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same bits at every run on CUDA, too, at some cost of time; on the CPU that is so without it",
+    )
+
+
+def add_training(parser: Parser, num_eval: int) -> None:
+    """How networks are trained on a synthetic set."""
+    group = parser.add_argument_group("network training")
+    group.add_argument(
+        "--num_eval",
+        type=count(1),
+        default=num_eval,
+        help="fresh networks per evaluation; fewer are faster, more give a steadier mean",
+    )
+    group.add_argument(
+        "--epoch_eval_train",
+        type=count(1),
+        default=None,
+        help="epochs of one training; left out: 1000 with augmentation, else 300. Lower it for a quick look",
+    )
+    group.add_argument("--lr_net", type=number(0, exclusive=True), default=0.01, help="learning rate of the networks")
+    group.add_argument(
+        "--batch_train", type=count(1), default=256, help="batch of network training (of InD images, and of outliers)"
+    )
+    group.add_argument(
+        "--dsa_strategy",
+        type=_strategy,
+        default=None,
+        help=f"`_`-joined list of {', '.join(DSA_ENTRIES)}; leave out flip for digits and letters",
+    )
+
+
+def add_outlier_weight(parser: Parser) -> None:
+    """The weight of the outliers in network training."""
+    parser.add_argument(
+        "--lambda_oe",
+        type=number(0),
+        default=0.5,
+        help="weight of the outlier loss in network training; 0 trains as if there were none",
+    )
+
+
+def add_stage1(parser: Parser, save_path: str) -> None:
+    """All flags of a stage-1 script without outliers."""
+    add_common(parser)
+    add_training(parser, num_eval=20)
+    add_compute(parser)
+    group = parser.add_argument_group("distillation")
+    _add_loop(group)
+    _add_matching(group)
+    _add_trust(group)
+    group.add_argument("--save_path", default=save_path, help="where run folders are made")
+    group.add_argument(
+        "--load_path",
+        default=None,
+        help="a res_….pt to start the images (and outliers) from, instead of --init; for going on with other flags",
+    )
+
+
+def _add_loop(group: argparse._ArgumentGroup) -> None:
+    """What is repeated, and how often."""
+    group.add_argument(
+        "--eval_mode",
+        type=one_of("evaluation mode", ("S", "SS", "M", "B", "W", "D", "A", "P", "N")),
+        default="S",
+        help="which networks evaluate: S the same without BatchNorm, SS exactly the same, M several "
+        "architectures, B BatchNorm ones, W widths, D depths, A activations, P poolings, N norms",
+    )
+    group.add_argument("--num_exp", type=count(1), default=5, help="independent distillations")
+    group.add_argument("--Iteration", type=count(0), default=1000, help="updates of the synthetic images")
+    group.add_argument(
+        "--eval_interval",
+        type=count(1),
+        default=500,
+        help="updates between two evaluations; the last update is always evaluated",
+    )
+
+
+def _add_trust(group: argparse._ArgumentGroup) -> None:
+    """What evaluations tell beside the accuracy, and how a run can be watched."""
+    group.add_argument(
+        "--eval_ood",
+        nargs="+",
+        default=None,
+        metavar="SET",
+        help="evaluations also report the AUROC (score msp) on these OOD sets: any of stage 3, e.g. patches gaussian",
+    )
+    group.add_argument("--ood_path", default="data/ood", help="where the sets of --eval_ood are")
+    group.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="also write TensorBoard events into the run folder (needs tensorboard)",
+    )
+
+
+def _add_matching(group: argparse._ArgumentGroup) -> None:
+    """What a matching step does."""
+    group.add_argument(
+        "--lr_img", type=number(0, exclusive=True), default=0.1, help="learning rate of the synthetic images"
+    )
+    group.add_argument(
+        "--batch_real", type=count(1), default=256, help="real images per class and step; lower it when memory is short"
+    )
+    group.add_argument(
+        "--init",
+        type=one_of("initialisation", ("noise", "real")),
+        default="noise",
+        help="noise or real images; real converges faster",
+    )
+    group.add_argument("--dis_metric", type=one_of("metric", METRICS), default="ours", help="distance of gradients")
+    group.add_argument(
+        "--outer_loop", type=count(1), default=None, help="matching steps per iteration; left out: by ipc, as published"
+    )
+    group.add_argument(
+        "--inner_loop",
+        type=count(0),
+        default=None,
+        help="epochs of network training between two matching steps; left out: by ipc, as published",
+    )
+
+
+def add_outliers(parser: Parser) -> None:
+    """What OE and POE share in stage 1."""
+    group = parser.add_argument_group("outliers")
+    group.add_argument("--batch_oe", type=count(1), default=256, help="outliers per slot and step")
+    add_outlier_weight(parser)
+
+
+def add_oe(parser: Parser) -> None:
+    """The pool of outlier exposure."""
+    group = parser.add_argument_group("outlier exposure")
+    group.add_argument(
+        "--oe_data_path",
+        default="data/300K_random_images.npy",
+        help="the pool: .npy (uint8 NHWC), .npz (key images), or a folder of images",
+    )
+    group.add_argument(
+        "--num_oe_per_class",
+        type=count(1),
+        default=10000,
+        help="outliers reserved for each class slot; slices shrink by themselves if the pool is small",
+    )
+
+
+def add_poe(parser: Parser) -> None:
+    """The corruptions of pseudo-outlier exposure."""
+    parser.add_argument(
+        "--corruptions",
+        nargs="+",
+        type=one_of("corruption", CORRUPTIONS),
+        default=list(DEFAULT_CORRUPTIONS),
+        help="slot c takes number c modulo their count; one alone is an ablation",
+    )
+
+
+def add_stage2(parser: Parser, save_path: str) -> None:
+    """All flags of a stage-2 script without outliers."""
+    add_common(parser)
+    add_training(parser, num_eval=5)
+    add_compute(parser)
+    add_folder(parser, save_path, STAGE1_ROOTS)
+    parser.add_argument("--exp_idx", type=count(0), default=0, help="which experiment of the distilled set to train on")
+
+
+def add_stage3(parser: Parser) -> None:
+    """All flags of the stage-3 script."""
+    add_common(parser)
+    add_compute(parser, training=False)
+    add_folder(parser, "result-test-ood-synthetic", STAGE2_ROOTS)
+    group = parser.add_argument_group("test")
+    group.add_argument(
+        "--batch_test", type=count(1), default=256, help="images per forward pass; lower it when memory is short"
+    )
+    group.add_argument("--num_exp", type=count(1), default=5, help="how many of the trained networks to test")
+    group.add_argument(
+        "--is_load_best", action="store_true", help="test the best checkpoints instead of those of --epoch_train"
+    )
+    group.add_argument(
+        "--epoch_train",
+        type=count(1),
+        default=1000,
+        help="which epoch's checkpoints to test; --is_load_best tests the best instead",
+    )
+    _add_ood_sets(parser.add_argument_group("OOD sets"))
+    _add_scores(parser.add_argument_group("scores"))
+
+
+def _add_ood_sets(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--ood_path",
+        default="data/ood",
+        help="folder of OOD sets: <name>/ (images), <name>.npz (key images) or <name>.npy",
+    )
+    group.add_argument(
+        "--ood_sets",
+        nargs="+",
+        default=None,
+        help="which sets, in order; left out: those of the paper. gaussian uniform rademacher blob patches "
+        "need no files",
+    )
+    group.add_argument(
+        "--skip_missing", action="store_true", help="go on without sets that are missing, and name them in the table"
+    )
+    group.add_argument(
+        "--num_ood_ratio",
+        type=count(1),
+        default=1,
+        help="take at most (test images // ratio) images of each set; raise it for a quick look",
+    )
+    group.add_argument(
+        "-v", "--validate", action="store_true", help="also test on validation outliers, for choosing hyperparameters"
+    )
+
+
+def _add_scores(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--score",
+        nargs="+",
+        type=one_of("score", ALL_SCORES),
+        default=None,
+        help=f"msp when left out; one or more of {', '.join(SCORES)}; or, with the package pytorch-ood, "
+        f"of {', '.join(DETECTORS)}. Those "
+        "of logits or features cost nothing more; odin, mahalanobis_odin and the grad ones need passes of their own",
+    )
+    group.add_argument(
+        "--fit_on",
+        type=one_of("fitting set", ("distilled", "real")),
+        default="distilled",
+        help="what detectors are fitted on: the distilled set behind the networks, or the real training set. knn, "
+        "mahalanobis and their kind want more images than a small ipc gives",
+    )
+    group.add_argument("--T", type=number(0, exclusive=True), default=1.0, help="temperature of --score energy")
+    group.add_argument("-x", "--use_xent", action="store_true", help="adds xent to --score")
+
+
+def add_folder(parser: Parser, save_path: str, searched: Sequence[str]) -> None:
+    """How stages 2 and 3 find what the stage before wrote."""
+    group = parser.add_argument_group("files")
+    group.add_argument("--folder", default=None, help="name of the run folder to read; left out: the newest that fits")
+    group.add_argument(
+        "--load_path", default=None, help=f"root to look for --folder in; left out: {', '.join(searched)}"
+    )
+    group.add_argument(
+        "--is_load_oe", action="store_true", help="look only where runs with outliers (OE, POE) are written"
+    )
+    group.add_argument("--save_path", default=save_path, help="where run folders are made")
+
+
+def dsa_of(args: argparse.Namespace) -> DSA | None:
+    """The siamese augmentation that the flags ask for.
+
+    Raises:
+        UserError: for method DSA without a strategy.
+    """
+    if args.method == "DC":
+        return None
+    if args.dsa_strategy is None:
+        raise UserError("--method DSA needs --dsa_strategy, e.g. color_crop_cutout_flip_scale_rotate")
+    return DSA(parse_strategy(args.dsa_strategy))
+
+
+def loops_of(args: argparse.Namespace) -> tuple[int, int, str]:
+    """Outer and inner loop, as given, else by ipc as published; and a line for the log where a rule gave them."""
+    outer, inner = LOOPS.get(args.ipc, (args.ipc, max(1, round(500 / args.ipc))))
+    notice = "" if args.ipc in LOOPS else f"ipc {args.ipc} has no published loops: outer {outer}, inner {inner} by rule"
+    given = (args.outer_loop, args.inner_loop)
+    if None not in given:
+        notice = ""
+    return given[0] if given[0] is not None else outer, given[1] if given[1] is not None else inner, notice

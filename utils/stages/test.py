@@ -1,0 +1,352 @@
+"""Stage 3: accuracy, calibration, error detection and OOD detection of trained networks, as tables, files and plots."""
+
+import argparse
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from utils.compute.device import choose_compute, choose_device
+from utils.core.errors import UserError
+from utils.data.datasets import RealData, load_dataset
+from utils.data.synthetic import load_synthetic
+from utils.files.atomic import save_text
+from utils.files.torch_files import read_json
+from utils.ood.calibration import CALIBRATION_MEASURES, Reliability, calibration, confidence_and_correct, reliability
+from utils.ood.detectors import FitSet, Scorer, need_fitting, require_library
+from utils.ood.measures import ERROR_MEASURES, MEASURES, error_detection, ood_measures
+from utils.ood.sets import OODSet, OODSource, default_sets
+from utils.report.plots import save_distilled, save_reliability, save_roc_curves, save_score_histograms
+from utils.runs.lineage import distilled_pictures, distilled_set_of
+from utils.runs.run_folder import STAGE2_ROOTS, RunFolder, find_run_folder
+from utils.stages.train import checkpoint_name, load_trained
+
+NETWORK_MEASURES = (*ERROR_MEASURES, *CALIBRATION_MEASURES)
+
+
+@dataclass
+class Results:
+    """What stage 3 measured.
+
+    `errors`: one dict of `NETWORK_MEASURES` per network. `rows`: one dict per network, OOD set and score, with the keys
+    `network`, `set`, `score` and `MEASURES`; NaN where a score was not finite. `missing`: OOD sets that were skipped.
+    """
+
+    errors: list[dict[str, float]] = field(default_factory=list)
+    rows: list[dict] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    def sets(self) -> list[str]:
+        """Names of the measured sets, in order."""
+        return list(dict.fromkeys(row["set"] for row in self.rows))
+
+    def scores(self) -> list[str]:
+        """Names of the scores, in order."""
+        return list(dict.fromkeys(row["score"] for row in self.rows))
+
+    def per_network(self, name: str | None, score: str, measure: str) -> list[float]:
+        """One value per network: of one set, or (name None) the mean over the OOD sets without the validation ones."""
+        values: dict[int, list[float]] = {}
+        for row in self.rows:
+            wanted = row["set"] == name if name else not row["set"].startswith("val:")
+            if wanted and row["score"] == score:
+                values.setdefault(row["network"], []).append(row[measure])
+        return [float(np.mean(v)) for v in values.values()]
+
+    def of_networks(self, measure: str) -> list[float]:
+        """One value per network of one of `NETWORK_MEASURES`; NaN where an older report lacks it."""
+        return [e.get(measure, math.nan) for e in self.errors]
+
+
+@dataclass
+class Measured:
+    """What the plots show, beside the results: `in_scores[score]`, one `[N]` per network; `out_scores[score][set]`, one
+    `[M]` per network; and the reliability of all networks' predictions together."""
+
+    in_scores: dict[str, list[np.ndarray]]
+    out_scores: dict[str, dict[str, list[np.ndarray]]]
+    reliability: Reliability
+
+
+def run_stage3(args: argparse.Namespace) -> Results:
+    """Everything that the stage-3 script does after parsing."""
+    device = choose_device(args.device)
+    scores = _scores(args.score, args.use_xent)
+    if args.T != 1.0 and "energy" not in scores:
+        raise UserError(f"--T {args.T:g}: only --score energy has a temperature; leave --T out or add energy")
+    require_library(scores)
+    folder = _find_networks(args)
+    which = "best" if args.is_load_best else f"epoch{args.epoch_train}"
+    _check_enough(folder, args.dataset, args.model, args.num_exp, which)
+    real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none").to(device)
+    sets, missing = _find_sets(_source(args, real), args)
+    fit = _fit_set(args.fit_on, folder, real) if need_fitting(scores) else None
+    nets = [load_trained(folder, args.model, real, index, which) for index in range(args.num_exp)]
+    example = real.test_images[:2]
+    most = args.num_exp * (len(sets) + 1) * len(real.images_test)
+    steps = most // args.batch_test
+    compute = choose_compute(args.compile, "fp32", device, args.model, real, most / 2, steps, "testing")
+    embed = compute.embedding(nets[0])
+    scorers = [Scorer(net, scores, args.T, real.std, embed).prepare(example, fit, args.batch_test) for net in nets]
+
+    run = RunFolder.create(args.save_path, args.method, args.dataset, args.model, args.ipc, name=folder.name)
+    run.save_args(vars(args), networks=str(folder.resolve()), device=str(device))
+    run.log(f"run folder: {run.path}")
+    run.log(f"networks: {folder}, {args.num_exp} × {which}")
+    run.log(f"computing: {compute}")
+    if fit is not None:
+        run.log(f"{', '.join(need_fitting(scores))}: fitted on the {fit.name}, {len(fit.labels)} images")
+    results, measured = measure(scorers, real, sets, scores, args.batch_test, run)
+    results.missing = list(missing)
+    write_report(results, scores, run, {"networks": str(folder), "flags": vars(args)})
+    draw_plots(run, results, measured, folder)
+    return results
+
+
+def _scores(given: Sequence[str] | None, use_xent: bool) -> tuple[str, ...]:
+    """The scores that were given, and xent where it was asked for; msp when nothing was."""
+    names = [*(given or ()), *(["xent"] if use_xent else [])]
+    return tuple(dict.fromkeys(names or ["msp"]))
+
+
+def _source(args: argparse.Namespace, real: RealData) -> OODSource:
+    limit = len(real.images_test) // args.num_ood_ratio
+    if not limit:
+        raise UserError(
+            f"--num_ood_ratio {args.num_ood_ratio}: nothing is left of {len(real.images_test)} test images; lower it"
+        )
+    return OODSource(real, Path(args.ood_path), Path(args.data_path), args.download == "all", limit, args.seed)
+
+
+def _fit_set(which: str, networks: Path, real: RealData) -> FitSet:
+    """The images that detectors are fitted on: the real training set, or the distilled set behind the networks."""
+    if which == "real":
+        return FitSet("real training set", real.labels_train, real.train_batch)
+    try:
+        path, exp_idx = distilled_set_of(networks)
+        synthetic = load_synthetic(path, exp_idx, real).to(real.device)
+    except UserError as error:
+        raise UserError(f"--fit_on distilled: {error}. Use --fit_on real") from None
+    return FitSet("distilled set", synthetic.labels, lambda index: synthetic.images[index])
+
+
+def _find_networks(args: argparse.Namespace) -> Path:
+    """The stage-2 folder that the flags name: under `--load_path`, else under the roots of stage 2."""
+    if args.load_path is not None:
+        roots: Sequence[str] = [args.load_path]
+    else:
+        roots = STAGE2_ROOTS[1:] if args.is_load_oe else STAGE2_ROOTS
+    holds = checkpoint_name(args.dataset, args.model, 0, "*")
+    return find_run_folder(roots, (args.method, args.dataset, args.model, args.ipc), args.folder, holds, "--load_path")
+
+
+def _check_enough(folder: Path, dataset: str, model: str, wanted: int, which: str) -> None:
+    def there(index: int) -> bool:
+        return (folder / checkpoint_name(dataset, model, index, which)).is_file()
+
+    if all(map(there, range(wanted))):
+        return
+    has = sum(map(there, range(10_000)))
+    files = checkpoint_name(dataset, model, 0, which)
+    other = sorted({p.stem.rsplit("_", 1)[1] for p in folder.glob(checkpoint_name(dataset, model, 0, "*"))})
+    raise UserError(
+        f"--num_exp {wanted}: {folder} has {has} networks of the kind {files} (its first has: {', '.join(other)}). "
+        "Lower --num_exp, choose another checkpoint with --is_load_best or --epoch_train, or train more in stage 2"
+    )
+
+
+def _find_sets(source: OODSource, args: argparse.Namespace) -> tuple[list[OODSet], dict[str, str]]:
+    names = args.ood_sets or default_sets(args.dataset)
+    missing: dict[str, str] = {}
+    if args.skip_missing:
+        sets, missing = source.find(list(dict.fromkeys(names)), skip_missing=True)
+    else:
+        sets = source.find_all(names, "--ood_sets (--skip_missing goes on without what is missing)")
+    if args.validate:
+        try:
+            sets += source.validation(source.other_cifar())
+        except UserError as error:
+            if not args.skip_missing:
+                raise
+            missing["validation outliers"] = str(error)
+    if not sets:
+        raise UserError("--ood_sets: none is there. Sets that need no files: gaussian uniform rademacher blob patches")
+    return sets, missing
+
+
+def measure(
+    scorers: Sequence[Scorer],
+    real: RealData,
+    sets: Sequence[OODSet],
+    scores: Sequence[str],
+    batch: int,
+    run: RunFolder,
+) -> tuple[Results, Measured]:
+    """Accuracy, calibration and error detection on the test images, and every score on every OOD set, for every
+    network; and the scores themselves."""
+    results = Results()
+    labels = real.labels_test.cpu().numpy()
+    in_scores: dict[str, list[np.ndarray]] = {name: [] for name in scores}
+    confidence, correct = [], []
+    for scorer in scorers:
+        logits, values = scorer(real.test_images, batch)
+        if not np.isfinite(logits).all():
+            raise UserError(f"--folder: network {len(results.errors)} has outputs that are not finite; train it again")
+        results.errors.append(error_detection(logits, labels) | calibration(logits, labels))
+        for kept, new in zip((confidence, correct), confidence_and_correct(logits, labels), strict=True):
+            kept.append(new)
+        for name in scores:
+            in_scores[name].append(values[name])
+    bins = reliability(np.concatenate(confidence), np.concatenate(correct))
+    measured = Measured(in_scores, {name: {} for name in scores}, bins)
+    with run.progress(len(sets), "OOD sets") as progress:
+        for ood in sets:
+            images = ood.load()
+            for index, scorer in enumerate(scorers):
+                values = scorer(images, batch)[1]
+                for name in scores:
+                    measured.out_scores[name].setdefault(ood.name, []).append(values[name])
+                    measures = _measures(in_scores[name][index], values[name], f"{name}, {ood.name}, {index}", run)
+                    results.rows.append({"network": index, "set": ood.name, "score": name, **measures})
+            progress.step()
+    return results, measured
+
+
+def _measures(in_scores: np.ndarray, out_scores: np.ndarray, what: str, run: RunFolder) -> dict[str, float]:
+    """The measures; NaN for scores that are not finite, which must not end a long run."""
+    if np.isfinite(in_scores).all() and np.isfinite(out_scores).all():
+        return ood_measures(in_scores, out_scores)
+    run.log(f"not finite, so without measures (score, set, network): {what}")
+    return dict.fromkeys(MEASURES, math.nan)
+
+
+def draw_plots(run: RunFolder, results: Results, measured: Measured, networks: Path) -> None:
+    """Score histograms and ROC curves of each score, the reliability diagram, and the distilled images if they can be
+    followed: `scores_<score>.png`, `roc_<score>.png`, `reliability.png`, `distilled.png`."""
+    try:
+        for score, out_scores in measured.out_scores.items():
+            finite = _finite(measured.in_scores[score], out_scores)
+            if finite:
+                first = {name: values[0] for name, values in finite.items()}
+                save_score_histograms(run.path / f"scores_{score}.png", score, measured.in_scores[score][0], first)
+                save_roc_curves(run.path / f"roc_{score}.png", score, measured.in_scores[score], finite)
+        save_reliability(run.path / "reliability.png", measured.reliability)
+        pictures = distilled_pictures(networks)
+        if pictures:
+            save_distilled(run.path / "distilled.png", pictures)
+    except ImportError:
+        run.log("no plots: matplotlib is not installed (pip install matplotlib)")
+        return
+    run.log("plots: " + ", ".join(sorted(path.name for path in run.path.glob("*.png"))))
+
+
+def _finite(in_scores: Sequence[np.ndarray], out_scores: dict[str, list[np.ndarray]]) -> dict[str, list[np.ndarray]]:
+    """The sets on which the score of every network is finite; none if it is not on the test images."""
+    if not all(np.isfinite(values).all() for values in in_scores):
+        return {}
+    return {n: values for n, values in out_scores.items() if all(np.isfinite(v).all() for v in values)}
+
+
+def mean_std(values: Sequence[float], scale: float = 100, digits: int = 2) -> str:
+    """`mean ± std` of `scale` times the values, in percent by default; a dash where nothing is defined."""
+    defined = [v for v in values if not math.isnan(v)]
+    if not defined:
+        return "-"
+    return f"{scale * np.mean(defined):.{digits}f} ± {scale * np.std(defined):.{digits}f}"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table whose columns line up in plain text, too."""
+    table = [list(header), *map(list, rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in table]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def report_text(results: Results, scores: Sequence[str]) -> str:
+    """The report: accuracy and calibration, error detection, then a table per score; mean ± std over networks."""
+    accuracy = mean_std([1 - e for e in results.of_networks("error")])
+    ece = mean_std(results.of_networks("ece"))
+    nll, brier = (mean_std(results.of_networks(m), scale=1, digits=4) for m in ("nll", "brier"))
+    errors = [mean_std(results.of_networks(m)) for m in ERROR_MEASURES]
+    parts = [
+        f"{len(results.errors)} networks; mean ± std over networks, in percent (NLL in nats, Brier in [0, 2]).",
+        "## Accuracy and calibration",
+        markdown_table(("accuracy", "ECE", "NLL", "Brier"), [(accuracy, ece, nll, brier)]),
+        "## Error detection (wrong predictions are positives)",
+        markdown_table(("error rate", "AUROC", "AUPR", "FPR95", "AURC"), [errors]),
+    ]
+    header = ("OOD set", "FPR(IN)95", "FPR(OUT)95", "AUROC", "AUPR(IN)", "AUPR(OUT)")
+    for score in scores:
+        names = results.sets()
+        first_validation = next((i for i, n in enumerate(names) if n.startswith("val:")), len(names))
+        rows = [_row(results, name, name, score) for name in names]
+        if first_validation:
+            rows.insert(first_validation, _row(results, "mean", None, score))
+        rows += [[name, *["missing"] * len(MEASURES)] for name in results.missing]
+        parts += [f"## OOD detection, score {score}", markdown_table(header, rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _row(results: Results, title: str, name: str | None, score: str) -> list[str]:
+    return [title, *(mean_std(results.per_network(name, score, m)) for m in MEASURES)]
+
+
+def write_report(results: Results, scores: Sequence[str], run: RunFolder, about: dict) -> None:
+    """Write `results.json`, `results.csv` and `report.md`, and log the report."""
+    text = report_text(results, scores)
+    for line in text.splitlines():
+        run.log(line)
+    save_text(run.path / "report.md", text)
+    content = {"about": about, "errors": results.errors, "rows": results.rows, "missing": results.missing}
+    save_text(run.path / "results.json", json.dumps(_without_nan(content), indent=1) + "\n")
+    save_text(run.path / "results.csv", results_csv(results))
+    run.log(f"results: {run.path / 'results.json'}, results.csv, report.md")
+
+
+def results_csv(results: Results) -> str:
+    """A row per network, OOD set and score; the measures of the network on the test images are repeated in each."""
+    repeated = {"accuracy": "error", "aurc": "aurc"} | {m: m for m in CALIBRATION_MEASURES}
+    table = io.StringIO()
+    writer = csv.DictWriter(table, ["network", "set", "score", *MEASURES, *repeated])
+    writer.writeheader()
+    for row in results.rows:
+        of_network = results.errors[row["network"]]
+        more = {column: of_network.get(m, math.nan) for column, m in repeated.items()}
+        writer.writerow(row | more | {"accuracy": 1 - of_network["error"]})
+    return table.getvalue()
+
+
+def _without_nan(value: object) -> object:
+    """JSON has no NaN: null in its place."""
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def load_results(folder: Path) -> Results:
+    """Read `results.json` of a stage-3 folder back.
+
+    Raises:
+        UserError: when it is damaged or is not what stage 3 writes.
+    """
+    path = folder / "results.json"
+    try:
+        content = read_json(path, "results", most=64 << 20)
+        errors, rows = ([_with_nan(row) for row in content[key]] for key in ("errors", "rows"))
+        for row in rows:
+            _ = errors[row["network"]]["error"], row["set"], row["score"], [row[m] for m in MEASURES]
+        return Results(errors, rows, list(content["missing"]))
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        raise UserError(f"{path} is damaged, or is not what test_ood_model_syn.py writes; run it again") from None
+
+
+def _with_nan(row: dict) -> dict:
+    return {k: math.nan if v is None else v for k, v in row.items()}

@@ -1,0 +1,1 @@
+"""Training and testing networks on a synthetic set."""

@@ -1,0 +1,137 @@
+"""Several networks of one kind trained at once on a synthetic set, each from its own weights and draws.
+
+One network on a few small images does not keep a GPU busy, nor do the small products of an MLP a CPU. The weights are
+stacked and go through `torch.func`; the result is that of `Trainer` on one network after another, to rounding.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+
+import torch
+from torch import nn
+from torch.func import functional_call, vmap
+
+from networks import has_batchnorm, initialize
+from utils.compute.device import Compute, forward_flops
+from utils.core.errors import UserError
+from utils.core.rng import generator
+from utils.data.synthetic import SyntheticSet
+from utils.runs import signals
+from utils.training.draws import Batch
+from utils.training.losses import joint_loss
+from utils.training.trainer import Trainer, TrainSettings
+
+TOGETHER_PIXELS_CPU = 40 * 8 * 8  # of one step of one network with convolutions
+TOGETHER_FLOPS_CUDA = 2e10  # of one step of one network: a tenth of a millisecond of a device's arithmetic
+
+
+def training_together_pays(net: nn.Module, images: tuple[int, ...], compute: Compute) -> bool:
+    """Whether several networks train faster at once than one after another.
+
+    Args:
+        images: shape `[N, C, H, W]` of what one step of one network takes.
+
+    On a CPU it is so for networks without convolutions, and for others on very few pixels where nothing is compiled:
+    several convolutions at once are a grouped one, which is slower (measured with five networks: MLP 1.2 to 2.2 times
+    as fast, ConvNetD2 on 20 images of 8×8 1.5 times, ConvNetW32 on 20 of 32×32 0.9 times). On CUDA, not measured yet,
+    while a step is too small to fill the device. Networks with BatchNorm keep running statistics, and go alone.
+    """
+    if has_batchnorm(net):
+        return False
+    if compute.on_cuda:
+        return 3 * images[0] * forward_flops(net, tuple(images[1:])) <= TOGETHER_FLOPS_CUDA
+    if not any(isinstance(m, nn.Conv2d) for m in net.modules()):
+        return True
+    return not compute.compiled and images[0] * images[2] * images[3] <= TOGETHER_PIXELS_CPU
+
+
+class Together(Trainer):
+    """Trains networks like `net` at once; `net` itself is where they are tested.
+
+    As `Trainer`, but where that has a key, a generator or a loss, this has one for each network.
+    """
+
+    at_once = True
+
+    def __init__(self, net: nn.Module, settings: TrainSettings, compute: Compute | None = None):
+        self.stacked = {name: p.detach()[None].clone().requires_grad_() for name, p in net.named_parameters()}
+        super().__init__(net, settings, compute)
+        self.compute = compute or Compute()
+        self.one_by_one: Trainer | None = None  # trains instead, once it turned out that it does not go at once
+        self.loss = self.compute.function(self._losses)
+
+    def networks(
+        self,
+        synthetic: SyntheticSet,
+        seed: int,
+        keys: Mapping[int, tuple],
+        after_epoch: Callable[[int, torch.Tensor], None] | None = None,
+    ) -> Iterator[int]:
+        """As `Trainer.networks`, but all are trained before the first is given.
+
+        What cannot be trained so, for want of memory, say, is trained one after another.
+        """
+        if keys and self.one_by_one is None:
+            self.stacked = self._fresh(seed, keys.values())
+            try:
+                self.train(synthetic, seed, tuple(keys.values()), after_epoch)
+            except (RuntimeError, UserError) as error:
+                if signals.received():  # a terminal's Ctrl-C ended the compiler, too
+                    raise
+                reason = " ".join(str(error).split())[:160]
+                warnings.warn(f"networks are trained one after another, not at once, because {reason}", stacklevel=2)
+                self.one_by_one = Trainer(self.net, self.settings, self.compute)
+        if self.one_by_one is not None:
+            yield from self.one_by_one.networks(synthetic, seed, keys, after_epoch)
+            return
+        for position, index in enumerate(keys):
+            for name, p in self.net.named_parameters():
+                p.detach().copy_(self.stacked[name].detach()[position])
+            yield index
+
+    def _fresh(self, seed: int, keys: Iterable[tuple]) -> dict[str, torch.Tensor]:
+        """The weights of a fresh network for each key, by parameter, `[networks, …]`."""
+        weights = []
+        for key in keys:
+            initialize(self.net, generator(seed, *key))
+            weights.append({name: p.detach().clone() for name, p in self.net.named_parameters()})
+        return {name: torch.stack([w[name] for w in weights]).requires_grad_() for name in weights[0]}
+
+    def draw_epochs(
+        self, synthetic: SyntheticSet, generators: Sequence[Sequence[torch.Generator]]
+    ) -> list[list[list[Batch]]]:
+        """As that of `Trainer`, where an entry of `generators` has one for each network: by epoch, step and network."""
+        epochs = [super(Together, self).draw_epochs(synthetic, of_epoch) for of_epoch in generators]
+        return [list(map(list, zip(*of_epoch, strict=True))) for of_epoch in epochs]
+
+    def epochs(self, synthetic: SyntheticSet, drawn: Sequence[list[list[Batch]]]) -> Iterator[torch.Tensor]:
+        """As that of `Trainer`; gives the networks' mean losses."""
+        inputs = self._inputs(synthetic, [batch for of_epoch in drawn for step in of_epoch for batch in step])
+        for of_epoch in drawn:
+            self.net.train()
+            steps = [map(torch.stack, zip(*islice(inputs, len(step)), strict=True)) for step in of_epoch]
+            yield torch.stack([self._step(*of_all) for of_all in steps]).mean(0)
+
+    def _trained(self) -> list[torch.Tensor]:
+        return list(self.stacked.values())
+
+    def _generator(self, seed: int, key: tuple[tuple, ...], epoch: int) -> list[torch.Generator]:
+        return [generator(seed, *of_net, "epoch", epoch) for of_net in key]
+
+    def _losses(
+        self, images: torch.Tensor, labels: torch.Tensor, weight: float, params: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """Losses `[networks]` of images `[networks, n, C, H, W]`."""
+
+        def one(images: torch.Tensor, labels: torch.Tensor, params: dict[str, torch.Tensor]) -> torch.Tensor:
+            return joint_loss(functional_call(self.net, params, (images,)), labels, weight)
+
+        return vmap(one)(images, labels, params)
+
+    def _step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = self.loss(images, labels, self.settings.lambda_oe, self.stacked)
+        losses.sum().backward()
+        self.optimizer.step()
+        return losses.detach().clone()

@@ -1,0 +1,243 @@
+"""Training networks on a synthetic set, and testing them."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from networks import has_batchnorm, initialize
+from utils.compute.cpu_batches import Parts
+from utils.compute.device import Compute
+from utils.core.rng import Draw, generator, send_draws
+from utils.data.augment import DC, DSA, apply_by_part, identity
+from utils.data.synthetic import SyntheticSet
+from utils.training.draws import Batch, draw_epoch
+from utils.training.losses import joint_loss
+
+TEST_BATCH = 250
+DRAWN_EPOCHS = 50  # that are drawn together
+AUGMENTED_CPU, AUGMENTED_CUDA = 2**20, 2**25  # numbers in the images that are augmented together
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How a network is trained on a synthetic set.
+
+    The learning rate drops to a tenth, with fresh momentum, after half the epochs (section 4.1 of the DC paper).
+    """
+
+    epochs: int
+    lr: float = 0.01
+    batch: int = 256
+    lambda_oe: float = 0.5
+    augmentation: DSA | DC | None = None
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+
+
+class Trainer:
+    """Trains one network on synthetic sets; its optimizer starts anew at each `restart`.
+
+    `at_once`: whether `networks` trains all before it gives the first.
+    """
+
+    at_once = False
+
+    def __init__(self, net: nn.Module, settings: TrainSettings, compute: Compute | None = None):
+        self.net, self.settings = net, settings
+        self.parts = Parts(net)
+        self.has_batchnorm = has_batchnorm(net)
+        compute = compute or Compute()
+        self.loss = compute.function(lambda images, labels, weight: joint_loss(net(images), labels, weight))
+        self.forward = replace(compute, precision="fp32").function(net) if compute.compiled else None
+        self.restart(settings.lr)
+
+    def restart(self, lr: float) -> None:
+        """A fresh SGD with learning rate `lr`, without momentum from before."""
+        s = self.settings
+        self.optimizer = torch.optim.SGD(
+            self._trained(), lr=lr, momentum=s.momentum, weight_decay=s.weight_decay, fused=True
+        )
+
+    def _trained(self) -> list[torch.Tensor]:
+        """What the optimizer updates."""
+        return list(self.net.parameters())
+
+    def draw_epochs(self, synthetic: SyntheticSet, generators: Sequence[torch.Generator]) -> list[list[Batch]]:
+        """What is random in one pass over a synthetic set for each generator."""
+        return [draw_epoch(synthetic, self.settings.batch, self.settings.augmentation, g) for g in generators]
+
+    def epochs(self, synthetic: SyntheticSet, drawn: Sequence[list[Batch]]) -> Iterator[torch.Tensor]:
+        """One pass over the synthetic set for each entry of `drawn` (of `draw_epochs`, on the device); gives the mean
+        loss of its batches, a scalar on the device.
+
+        An InD batch and a batch of outliers, each augmented on its own, go through the network in one forward pass.
+        """
+        inputs = self._inputs(synthetic, [batch for batches in drawn for batch in batches])
+        for batches in drawn:
+            self.net.train()
+            yield torch.stack([self._step(*next(inputs)) for _ in batches]).mean()
+
+    def epoch(self, synthetic: SyntheticSet, g: torch.Generator) -> torch.Tensor:
+        """One pass over the synthetic set; returns the mean loss of its batches."""
+        drawn = send_draws(self.draw_epochs(synthetic, [g]), synthetic.images.device)
+        return next(self.epochs(synthetic, drawn))
+
+    def _inputs(self, synthetic: SyntheticSet, batches: Sequence[Batch]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Augmented images and outliers `[n, C, H, W]` and labels of each batch.
+
+        The set does not change meanwhile, so many batches are augmented at once.
+        """
+        device = synthetic.images.device
+        largest = max(b.count for b in batches) * synthetic.images[0].numel()
+        per_block = max(1, (AUGMENTED_CUDA if device.type == "cuda" else AUGMENTED_CPU) // largest)
+        for first in range(0, len(batches), per_block):
+            block = batches[first : first + per_block]
+            index = [b.index for b in block]
+            images = _augmented(synthetic.images, index, [b.transform for b in block])
+            labels = synthetic.labels[torch.cat(index)].split([len(i) for i in index])
+            if block[0].index_oe is not None:
+                index_oe = [b.index_oe for b in block]
+                outliers = _augmented(synthetic.images_oe, index_oe, [b.transform_oe for b in block])
+                images = map(torch.cat, zip(images, outliers, strict=True))
+            yield from zip(images, labels, strict=True)
+
+    def predict(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits `[N, num_classes]` of images `[N, C, H, W]`, in evaluation mode."""
+        batch = TEST_BATCH // self.parts.forward(images[:TEST_BATCH])
+        return predict(self.net, images, batch, self.forward)
+
+    def accuracy(self, images: torch.Tensor, labels: torch.Tensor) -> float:
+        """Fraction of test images `[N, C, H, W]` that the network classifies as their label."""
+        return accuracy_of(self.predict(images), labels)
+
+    def _step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        self.optimizer.zero_grad(set_to_none=True)  # before a recorded CUDA graph writes there again
+        parts = self._in_parts(images, labels)
+        losses = []
+        for some_images, some_labels in parts:
+            loss = self.loss(some_images, some_labels, self.settings.lambda_oe)
+            (loss / len(parts) if len(parts) > 1 else loss).backward()
+            losses.append(loss.detach().clone())  # a recorded CUDA graph would overwrite it
+        self.optimizer.step()
+        return torch.stack(losses).mean() if len(losses) > 1 else losses[0]
+
+    def _in_parts(self, images: torch.Tensor, labels: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """A batch in equal parts, each with its share of images and of outliers: the mean of their losses is the loss.
+
+        BatchNorm wants the batch whole.
+        """
+        n = len(labels)
+        count = 1 if self.has_batchnorm else self.parts.backward(images, n, len(images) - n)
+        if count == 1:
+            return [(images, labels)]
+        parts = map(torch.cat, zip(images[:n].chunk(count), images[n:].chunk(count), strict=True))
+        return list(zip(parts, labels.chunk(count), strict=True))
+
+    def train(
+        self,
+        synthetic: SyntheticSet,
+        seed: int,
+        key: tuple,
+        after_epoch: Callable[[int, torch.Tensor], None] | None = None,
+        first_epoch: int = 0,
+    ) -> torch.Tensor:
+        """Train the network in place for `settings.epochs` epochs; returns the mean loss of the last.
+
+        Args:
+            seed, key: every epoch draws from `generator(seed, *key, "epoch", epoch)`.
+            after_epoch: called with the number of epochs done and the mean loss.
+            first_epoch: how many are done already; the optimizer goes on as it is.
+        """
+        epochs, lr = self.settings.epochs, self.settings.lr
+        if not first_epoch:
+            self.restart(lr)
+        half = epochs // 2
+        loss = torch.zeros(())
+        for first in range(first_epoch, epochs, DRAWN_EPOCHS):
+            block = range(first, min(first + DRAWN_EPOCHS, epochs))
+            drawn = self.draw_epochs(synthetic, [self._generator(seed, key, epoch) for epoch in block])
+            losses = self.epochs(synthetic, send_draws(drawn, synthetic.images.device))
+            for epoch in block:
+                if epoch and epoch == half:
+                    self.restart(lr * 0.1)
+                loss = next(losses)
+                if after_epoch is not None:
+                    after_epoch(epoch + 1, loss)
+        return loss
+
+    def networks(
+        self,
+        synthetic: SyntheticSet,
+        seed: int,
+        keys: Mapping[int, tuple],
+        after_epoch: Callable[[int, torch.Tensor], None] | None = None,
+    ) -> Iterator[int]:
+        """Train a fresh network for each key, which keys its weights and its epochs; gives the number of each while
+        `net` is that network."""
+        for index, key in keys.items():
+            initialize(self.net, generator(seed, *key))
+            self.train(synthetic, seed, key, after_epoch)
+            yield index
+
+    def _generator(self, seed: int, key: tuple, epoch: int) -> torch.Generator:
+        return generator(seed, *key, "epoch", epoch)
+
+    def state_dict(self) -> dict:
+        """The network, and the momentum of its parameters."""
+        momentum = [self.optimizer.state[p].get("momentum_buffer") for p in self.net.parameters()]
+        return {"net": dict(self.net.state_dict()), "momentum": momentum}
+
+    def load_state_dict(self, state: dict, epoch: int) -> None:
+        """Go on from the `state_dict` after `epoch` epochs.
+
+        Raises:
+            ValueError, RuntimeError, KeyError: when it is not of this network.
+        """
+        self.net.load_state_dict(dict(state["net"]))
+        self.restart(self.settings.lr * (0.1 if epoch > self.settings.epochs // 2 else 1))
+        for parameter, momentum in zip(self.net.parameters(), state["momentum"], strict=True):
+            if momentum is None:
+                continue
+            if momentum.shape != parameter.shape or momentum.dtype != parameter.dtype:
+                raise ValueError("momentum of another shape than its parameter")
+            self.optimizer.state[parameter]["momentum_buffer"] = momentum.to(parameter.device).clone()
+
+
+def _augmented(
+    images: torch.Tensor, index: Sequence[torch.Tensor], transforms: Sequence[Draw | None]
+) -> Sequence[torch.Tensor]:
+    """`transform(images[index])` for each of both."""
+    lengths = [len(i) for i in index]
+    return apply_by_part(images[torch.cat(list(index))], [t or identity for t in transforms], lengths).split(lengths)
+
+
+@torch.no_grad()
+def predict(
+    net: nn.Module, images: torch.Tensor, batch: int = TEST_BATCH, forward: Callable | None = None
+) -> torch.Tensor:
+    """Logits `[N, num_classes]` of all images `[N, C, H, W]`, in evaluation mode; a last partial batch counts, too.
+
+    `forward` is a compiled `net`, if there is one. It sees batches of one size only: the last is filled up with zeros.
+    """
+    net.eval()
+    if forward is None:
+        return torch.cat([net(part) for part in images.split(batch)])
+    return torch.cat([forward(filled_up(part, batch)).float().clone() for part in images.split(batch)])[: len(images)]
+
+
+def filled_up(images: torch.Tensor, batch: int) -> torch.Tensor:
+    """Images `[n, C, H, W]` and zeros behind them, `[batch, C, H, W]`: compiled code is made for one size."""
+    missing = batch - len(images)
+    return torch.cat([images, images.new_zeros(missing, *images.shape[1:])]) if missing else images
+
+
+def accuracy(net: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
+    """Fraction of images classified as their label."""
+    return accuracy_of(predict(net, images), labels)
+
+
+def accuracy_of(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Fraction of rows of `logits` `[N, num_classes]` whose largest is that of their label."""
+    return (logits.argmax(1) == labels).float().mean().item()
