@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from utils.compute.transfer import send_together
 from utils.core.errors import UserError
-from utils.core.rng import send_together
 
 
 def feature_size(name: str, im_size: tuple[int, int], along: Callable[[int], int]) -> tuple[int, int]:

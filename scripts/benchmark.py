@@ -40,18 +40,19 @@ from utils.core.errors import UserError
 from utils.core.parser import Parser, count, one_of
 from utils.core.rng import generator
 from utils.data.augment import DSA, DSA_ENTRIES
+from utils.data.corruptions import DEFAULT_CORRUPTIONS
 from utils.data.datasets import RealData, load_dataset
-from utils.data.outliers import DEFAULT_CORRUPTIONS, PseudoOutliers
+from utils.data.outliers import PseudoOutliers
 from utils.data.synthetic import SyntheticSet
 from utils.files.atomic import save_text
-from utils.files.torch_files import read_json
+from utils.files.text_files import read_json
 from utils.methods.gradient_matching import GradientMatching, MatchSettings
 from utils.methods.matcher import Matcher, class_loss, outlier_loss
 from utils.ood.detectors import Scorer
+from utils.report.tables import markdown_table
 from utils.runs.run_folder import RunFolder
 from utils.stages.arguments import add_compute, loops_of
 from utils.stages.entry import run_script
-from utils.stages.test import markdown_table
 from utils.training.evaluator import EvalSettings, Evaluator
 from utils.training.trainer import Trainer, TrainSettings
 

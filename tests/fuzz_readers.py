@@ -40,8 +40,8 @@ from utils.methods.gradient_matching import GradientMatching, MatchSettings
 from utils.runs.checkpoints import Checkpointer
 from utils.runs.run_folder import RunFolder
 from utils.stages.distillation import Distillation, DistillSettings
-from utils.stages.train import load_trained
 from utils.training.evaluator import EvalSettings, Evaluator
+from utils.training.saved import load_trained
 from utils.training.trainer import TrainSettings
 
 SHAPE = (3, 16, 16)

@@ -18,7 +18,8 @@ from utils.data.synthetic import SyntheticSet, save_synthetic
 from utils.ood.measures import MEASURES
 from utils.report.compare import Run, comparison_rows, find_runs, latex, markdown, plot_comparison, pooled, table_csv
 from utils.report.page import comparison_page
-from utils.stages.test import Results, load_results, report_text
+from utils.report.results import Results, load_results
+from utils.report.tables import report_text
 
 RUN = "DSA/Digits/ConvNetD1/1/20260101-000000"
 

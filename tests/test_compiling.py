@@ -14,9 +14,9 @@ from utils.compute.compiling import COSTS_CPU, SAVES_CPU, choose_compile, helps_
 from utils.compute.device import Compute
 from utils.core.errors import UserError
 from utils.core.rng import generator
+from utils.methods.match_draws import MatchSettings
 from utils.stages.distill import passes_of
 from utils.stages.distillation import DistillSettings
-from utils.training.draws import MatchSettings
 from utils.training.evaluator import EvalSettings
 from utils.training.trainer import TrainSettings
 

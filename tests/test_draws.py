@@ -5,13 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from utils.compute.transfer import tensors_of
 from utils.core import rng
-from utils.core.rng import generator, noise, tensors_of
+from utils.core.rng import generator, noise
 from utils.data.augment import DSA, DSA_ENTRIES
-from utils.data.outliers import Corruption, PseudoOutliers, corrupt, draw_corruption
+from utils.data.corruptions import Corruption, corrupt, draw_corruption
+from utils.data.outliers import PseudoOutliers
 from utils.methods.gradient_matching import GradientMatching
+from utils.methods.match_draws import IterationDraws, MatchSettings
 from utils.training import draws
-from utils.training.draws import IterationDraws, MatchSettings
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))
 SETTINGS = MatchSettings("ConvNetBN", 2, batch_real=4, batch_oe=5, dsa=STRATEGY, outer_loop=4, inner_loop=3)

@@ -14,15 +14,17 @@ from networks import get_network
 from networks.convnet import ConvNet
 from tests import textbook
 from utils.compute.device import Compute, forward_flops, set_precision
+from utils.compute.transfer import packed, tensors_of, with_tensors
 from utils.core import rng
-from utils.core.rng import generator, packed, tensors_of, with_tensors
+from utils.core.rng import generator
 from utils.data import augment, datasets, outliers
 from utils.data.augment import DC, DSA, DSA_ENTRIES, identity
 from utils.data.outliers import OutlierPool, PseudoOutliers
 from utils.data.synthetic import SyntheticSet
 from utils.methods import matcher
+from utils.methods.distances import METRICS
 from utils.methods.gradient_matching import GradientMatching, MatchSettings
-from utils.methods.matcher import METRICS, Matcher, chunks, class_loss, outlier_loss
+from utils.methods.matcher import Matcher, chunks, class_loss, outlier_loss
 from utils.ood.detectors import Scorer
 from utils.training.trainer import Trainer, TrainSettings, predict
 

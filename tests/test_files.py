@@ -12,7 +12,8 @@ from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.synthetic import SyntheticSet, load_synthetic, result_name, save_synthetic
 from utils.files.atomic import append_line, atomic_write, save_pt
-from utils.runs.run_folder import RunFolder, find_run_folder
+from utils.runs.lineage import find_run_folder
+from utils.runs.run_folder import RunFolder
 
 
 def synthetic(seed=0, oe=True) -> SyntheticSet:

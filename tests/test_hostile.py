@@ -27,12 +27,15 @@ from networks import get_network
 from utils.core.errors import UserError
 from utils.core.parser import count, number, one_of
 from utils.core.rng import generator
-from utils.data.datasets import NotThere, load_dataset
+from utils.data.datasets import load_dataset
+from utils.data.download import NotThere
 from utils.data.outliers import distinct, read_image_pool
 from utils.data.synthetic import SyntheticSet, load_synthetic, save_synthetic
-from utils.files.torch_files import conform, free_memory, list_images, read_images, read_npy, read_npz, read_pt
+from utils.files.arrays import free_memory, read_npy, read_npz
+from utils.files.images import conform, list_images, read_images
+from utils.files.torch_files import read_pt
 from utils.ood.sets import OODSource
-from utils.stages.train import load_trained
+from utils.training.saved import load_trained
 
 MEMORY = 1 << 30
 
@@ -507,7 +510,7 @@ def test_nothing_is_fetched_when_a_set_cannot_be_had(digits, tmp_path, monkeypat
         fetched.append(name)
         raise NotThere(f"{name}: no network")
 
-    monkeypatch.setattr("utils.ood.sets._fetch_pytorch_ood", fetch)
+    monkeypatch.setattr("utils.data.download._fetch_pytorch_ood", fetch)
     names = ["Textures", "iSUN", "gaussian"]
     found, missing = source(digits, tmp_path, download=True).find(names, skip_missing=False)
     assert (fetched, [s.name for s in found], list(missing)) == ([], ["gaussian"], ["iSUN"])

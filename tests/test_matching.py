@@ -14,8 +14,9 @@ from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.augment import DSA, identity, parse_strategy
 from utils.data.outliers import PseudoOutliers
+from utils.methods.distances import METRICS, match_loss
 from utils.methods.gradient_matching import GradientMatching, MatchSettings
-from utils.methods.matcher import METRICS, Matcher, class_loss, match_loss, outlier_loss
+from utils.methods.matcher import Matcher, class_loss, outlier_loss
 from utils.training.losses import joint_loss, uniform_cross_entropy
 
 STRATEGY = DSA(parse_strategy("color_crop_cutout_flip_scale_rotate"))

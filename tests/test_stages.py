@@ -16,15 +16,15 @@ from networks import get_network
 from utils.compute.device import Compute
 from utils.core.rng import generator
 from utils.data.augment import DSA, parse_strategy
-from utils.data.outliers import corrupt
+from utils.data.corruptions import corrupt
 from utils.data.synthetic import SyntheticSet, load_synthetic
-from utils.files.torch_files import conform
+from utils.files.images import conform
 from utils.methods.gradient_matching import GradientMatching, MatchSettings
 from utils.ood.measures import MEASURES
 from utils.ood.sets import DRAWN, OODSource, default_sets
 from utils.runs.run_folder import RunFolder
-from utils.stages.train import is_checkpoint_epoch, load_trained
 from utils.training.evaluator import EvalSettings, Evaluator
+from utils.training.saved import is_checkpoint_epoch, load_trained
 from utils.training.trainer import Trainer, TrainSettings, accuracy, predict
 
 STRATEGY = "color_crop_cutout_scale_rotate"

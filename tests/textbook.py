@@ -12,11 +12,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from utils.data.augment import Transform, identity
-from utils.data.outliers import corrupt
+from utils.data.corruptions import corrupt
 from utils.data.synthetic import SyntheticSet
+from utils.methods.distances import match_loss
 from utils.methods.gradient_matching import GradientMatching
-from utils.methods.matcher import match_loss
-from utils.training.draws import SlotDraw
+from utils.methods.match_draws import SlotDraw
 from utils.training.trainer import Batch
 
 

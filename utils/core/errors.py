@@ -50,3 +50,13 @@ def said(prog: str, message: object) -> int:
     where = f"process {os.environ.get('RANK')}: " if several() else ""
     print(f"{prog}: error: {where}{' '.join(str(message).split())}", file=sys.stderr, flush=True)
     return 2
+
+
+def _short(value: object, most: int = 160) -> str:
+    """One printable line of at most `most` characters."""
+    line = " ".join(str(value).split())
+    return "".join(c if c.isprintable() else "?" for c in line[:most])
+
+
+def _first_line(error: Exception) -> str:
+    return _short((str(error).strip() or type(error).__name__).splitlines()[0])

@@ -14,8 +14,9 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 
+from utils.compute.transfer import Draw, send, send_together
 from utils.core.errors import UserError, unknown_name
-from utils.core.rng import Draw, draw_seed, noise, send, send_together
+from utils.core.rng import draw_seed, noise
 
 Size = tuple[int, int]
 

@@ -1,8 +1,6 @@
 """Real data as whole tensors: read once, kept as uint8, normalised where they are used."""
 
 import os
-import tempfile
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,24 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from utils.compute.transfer import send
 from utils.core.errors import UserError, unknown_name
-from utils.core.rng import send
-from utils.files.atomic import fingerprint
-from utils.files.torch_files import (
-    PLAIN_INTEGERS,
-    check_file,
-    check_link,
-    images_to_nchw,
-    list_images,
-    read_images,
-    read_npz,
-    read_pt,
-    unit_images,
-)
-
-
-class NotThere(UserError):
-    """A data set that could be fetched is not on the disk, or its download failed; nothing there is damaged."""
+from utils.data.download import NPZ_KEYS, _read_torchvision
+from utils.files.arrays import images_to_nchw, read_npz
+from utils.files.images import check_link, list_images, read_images, unit_images
+from utils.files.text_files import check_file
+from utils.files.torch_files import PLAIN_INTEGERS, fingerprint, read_pt
 
 
 @dataclass(frozen=True)
@@ -55,7 +42,6 @@ SPECS = {
     "Digits": Spec(1, 8, 10, None, None),
 }
 DATASET_NAMES = (*SPECS, "ImageFolder", "npz")
-NPZ_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 @dataclass(frozen=True)
@@ -267,98 +253,6 @@ def _read_tinyimagenet(data_path: Path) -> Arrays:
             found = f"{array.dtype} {list(array.shape[:8])}".removeprefix("torch.")
             raise UserError(f"--data_path: {path} has {key} {found}; {accepted}")
     return arrays[0], arrays[1].long(), arrays[2], arrays[3].long()
-
-
-def _read_torchvision(name: str, root: Path, download: bool, flag: str = "--data_path") -> Arrays:
-    try:
-        parts = _open_torchvision(name, root, False)
-    except Exception as error:
-        parts = _fetch(name, root, flag) if download else None
-        if parts is None:
-            raise NotThere(_how_to_get(name, root, f"not there ({_one_line(error)})", flag)) from None
-    return tuple(t for part in parts for t in _whole_tensors(part))
-
-
-def _open_torchvision(name: str, root: Path, download: bool) -> list:
-    """The training and the test part, as torchvision reads them."""
-    from torchvision import datasets
-
-    make = getattr(datasets, name)
-    if name == "SVHN":
-        return [make(root, split=split, download=download) for split in ("train", "test")]
-    return [make(root, train=train, download=download) for train in (True, False)]
-
-
-def _fetch(name: str, root: Path, flag: str) -> list:
-    """Download into a temporary folder, then move it all to `root`: a failure leaves nothing half-made there."""
-    print(f"{name} is not in {root}; downloading it through torchvision", flush=True)
-    made = [p for p in (root, *root.parents) if not p.exists()]
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as folder:
-            there = Path(folder)
-            _link_archives(name, root, there)
-            parts = _open_torchvision(name, there, True)
-            for path in [p for p in there.rglob("*") if p.is_file() and not p.is_symlink()]:
-                goal = root / path.relative_to(there)
-                goal.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, goal)
-            return parts
-    except Exception as error:
-        for path in made:
-            with suppress(OSError):  # another process may have put something there
-                path.rmdir()
-        found = f"not there, and its download failed ({_one_line(error)})"
-        raise NotThere(_how_to_get(name, root, found, flag)) from None
-
-
-def _link_archives(name: str, root: Path, there: Path) -> None:
-    """Let torchvision find archives that are in `root` already, so that it only fetches what is missing."""
-    for pattern in _ARCHIVES[name]:
-        for path in root.glob(pattern):
-            link = there / path.relative_to(root)
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(path.resolve())
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join((str(error) or type(error).__name__).split())[:80]
-
-
-_FILES = {
-    "MNIST": "MNIST/raw/*-ubyte (the four unpacked files)",
-    "FashionMNIST": "FashionMNIST/raw/*-ubyte (the four unpacked files)",
-    "SVHN": "train_32x32.mat and test_32x32.mat",
-    "CIFAR10": "cifar-10-batches-py/ (cifar-10-python.tar.gz, unpacked)",
-    "CIFAR100": "cifar-100-python/ (cifar-100-python.tar.gz, unpacked)",
-}
-
-
-_ARCHIVES = {
-    "MNIST": ("MNIST/raw/*.gz",),
-    "FashionMNIST": ("FashionMNIST/raw/*.gz",),
-    "SVHN": ("*_32x32.mat",),
-    "CIFAR10": ("cifar-10-python.tar.gz",),
-    "CIFAR100": ("cifar-100-python.tar.gz",),
-}
-
-
-def _how_to_get(name: str, data_path: Path, found: str, flag: str) -> str:
-    return (
-        f"{flag} {data_path}: {name} is {found}. Put {_FILES[name]} into {data_path}, "
-        f"or {name.lower()}.npz with the keys {', '.join(NPZ_KEYS)}"
-    )
-
-
-def _whole_tensors(part: object) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images `[N, C, H, W]` uint8 and labels int64 `[N]` of a torchvision data set, without a loop over images."""
-    images = torch.as_tensor(part.data)
-    labels = torch.as_tensor(part.labels if hasattr(part, "labels") else part.targets).long()
-    if images.ndim == 3:
-        images = images.unsqueeze(1)
-    elif images.shape[-1] == 3 and images.shape[1] != 3:
-        images = images.permute(0, 3, 1, 2).contiguous()
-    return images, labels
 
 
 def _read_folders(data_path: Path, side: int) -> Arrays:

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from utils.core.errors import UserError
+from utils.core.version import VERSION
 from utils.data.datasets import RealData
 from utils.files.atomic import save_pt
 from utils.files.torch_files import PLAIN_INTEGERS, PLAIN_TENSORS, read_pt
-from utils.runs.run_folder import VERSION
 
 
 @dataclass(frozen=True)

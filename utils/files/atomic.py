@@ -1,10 +1,8 @@
 """Files that last: written whole or not at all, logs that reach the disk at once, folders with one owner."""
 
-import hashlib
 import os
-import socket
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -14,7 +12,6 @@ import torch
 from utils.core.errors import UserError
 
 _UNFINISHED = ".unfinished"
-_MOST_LINES = 256 << 20  # bytes of a text file that is read
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], None], keep: Path | None = None) -> None:
@@ -78,35 +75,6 @@ def append_line(path: Path, line: str) -> None:
         raise UserError(f"cannot write {path}: {error}. Free space or choose another --save_path") from None
 
 
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file; none where there is no file.
-
-    Raises:
-        UserError: when it cannot be read, or has more than 256 MiB.
-    """
-    if not os.path.lexists(path):
-        return []
-    try:
-        return read_bytes(path, _MOST_LINES).decode(errors="replace").splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error}. Move it away") from None
-
-
-def read_bytes(path: Path, most: int) -> bytes:
-    """All of a regular file of at most `most` bytes.
-
-    Raises:
-        OSError: when it is something else, cannot be read, or is larger.
-    """
-    if not os.path.isfile(path):
-        raise OSError("it is no regular file")
-    with open(path, "rb") as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise OSError("it is too large")
-    return data
-
-
 def remove_files(folder: Path, pattern: str) -> None:
     """Take away the regular files of `folder` that match.
 
@@ -129,41 +97,3 @@ def remove_unfinished(folder: Path) -> None:
 def _open_itself(path: str, flags: int) -> int:
     """For `open`: neither through a link, which could lead anywhere, nor waiting for the other end of a pipe."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o644)
-
-
-def fingerprint(tensors: Iterable[torch.Tensor | None]) -> str:
-    """SHA-256 of the types, shapes and values of tensors, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        if tensor is None:
-            digest.update(b"none")
-        else:
-            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy())
-    return digest.hexdigest()
-
-
-class RunLock:
-    """Held as long as the process lives, however it dies, by whoever writes into a run folder."""
-
-    def __init__(self, folder: Path):
-        try:
-            import fcntl
-        except ImportError:  # no such locks on this system
-            return
-        try:
-            path = folder / ".lock"
-            self.file = open(path, "a+", encoding="utf-8", opener=_open_itself)  # noqa: SIM115 - as long as the process lives
-        except OSError as error:
-            raise UserError(f"cannot write into {folder}: {error}. Choose another --save_path") from None
-        try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.file.seek(0)
-            owner = self.file.read(200).strip() or "another process"
-            self.file.close()
-            raise UserError(f"--resume: {folder} is a live run of {owner}; wait for it, or stop it first") from None
-        with suppress(OSError):  # who it is helps the reader of the message; on a full disk there is none
-            self.file.truncate(0)
-            self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            self.file.flush()

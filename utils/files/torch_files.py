@@ -1,32 +1,23 @@
 """Reading what others wrote: arrays, tensors and image folders. Nothing is ever unpickled."""
 
+import hashlib
 import io
-import json
 import logging
 import os
 import pickletools
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from threading import Lock
 from typing import BinaryIO
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from utils.core.errors import UserError
-from utils.files.atomic import read_bytes
+from utils.core.errors import UserError, _first_line, _short
+from utils.files.arrays import MAX_PACKED
+from utils.files.text_files import check_file
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".gif", ".tif", ".tiff"}
-IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP", "GIF", "TIFF")  # PIL would hand others to outside programs
-MAX_PIXELS = 40_000_000  # one decoded image, up to 20 bytes each on the way; larger ones are refused
-LARGE_PIXELS = 2_000_000  # larger ones are decoded one at a time, to bound the memory
-DECODERS = 8  # threads
-MAX_PACKED = 256 << 20  # bytes of compressed arrays that are unpacked whatever their ratio
-MAX_RATIO = 100  # above that: packed images seldom reach 10
 MAX_PICKLE = 4 << 20  # bytes that describe the tensors of a `.pt`, without their values
 PLAIN_TENSORS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PLAIN_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -69,31 +60,6 @@ _STORED_GLOBALS = {
     *(f"torch {kind}Storage" for kind in _KINDS),
     *(f"torch Complex{kind}Storage" for kind in ("Float", "Double")),
 }
-
-
-def check_file(path: Path, flag: str) -> Path:
-    """Return `path` if it is a regular file; raise a `UserError` that names `flag` otherwise."""
-    path = Path(path)
-    if not os.path.isfile(path):  # unlike Path.is_file, false also for names that are too long
-        there = "not a file" if os.path.lexists(path) else "not there"
-        raise UserError(f"{flag}: {path} is {there}; give an existing file")
-    return path
-
-
-def read_json(path: Path, what: str, most: int = 1 << 20) -> dict:
-    """The JSON object in a file of at most `most` bytes.
-
-    Raises:
-        UserError: when the file is missing, damaged, too large, or holds anything else.
-    """
-    path = check_file(path, what)
-    try:
-        value = json.loads(read_bytes(path, most))
-        if not isinstance(value, dict):
-            raise ValueError("it holds no object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{what}: {path} is damaged: {_first_line(error)}") from None
-    return value
 
 
 def read_pt(path: Path, what: str, check_crc: bool = False) -> object:
@@ -197,189 +163,13 @@ def _tensors(value: object) -> Iterator[torch.Tensor]:
             todo += item
 
 
-def read_npy(path: Path, flag: str) -> np.ndarray:
-    """Memory-map a `.npy` array (copy-on-write). Raises `UserError` for anything but a plain array."""
-    path = check_file(path, flag)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return np.lib.format.open_memmap(path, mode="c")
-    except Exception as error:
-        raise UserError(f"{flag}: cannot read {path} as a .npy array: {_first_line(error)}") from None
-
-
-def read_npz(path: Path, keys: Sequence[str], flag: str) -> list[np.ndarray]:
-    """Read the arrays `keys` of an `.npz` file. Raises `UserError` naming the missing key or the damage."""
-    path = check_file(path, flag)
-    try:
-        with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            names = archive.namelist()
-            for key in keys:
-                if f"{key}.npy" not in names:
-                    has = ", ".join(sorted(n.removesuffix(".npy") for n in names)[:10]) or "nothing"
-                    raise UserError(
-                        f"{flag}: {path} has no key {key!r}; it needs {', '.join(keys)} and has {_short(has)}"
-                    )
-            members = [archive.getinfo(f"{key}.npy") for key in keys]
-            _check_sizes(members, path.stat().st_size)
-            return [_read_member(archive, member) for member in members]
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{flag}: cannot read {path} as an .npz file: {_first_line(error)}") from None
-
-
-def _check_sizes(members: Sequence[zipfile.ZipInfo], size: int) -> None:
-    """Refuse members that claim more than the file can hold, or than there is memory."""
-    unpacked, packed = sum(m.file_size for m in members), sum(m.compress_size for m in members)
-    if packed > size or any(m.compress_type == zipfile.ZIP_STORED and m.file_size > size for m in members):
-        raise ValueError("an array claims more bytes than the file has")
-    if unpacked > MAX_PACKED and unpacked > MAX_RATIO * packed:
-        raise ValueError(f"its arrays claim {unpacked} bytes, packed into {packed}: no images are like that")
-    if unpacked > free_memory():
-        raise ValueError(f"its arrays need {unpacked >> 20} MB of memory and {free_memory() >> 20} MB are free")
-
-
-def free_memory() -> int:
-    """Bytes of memory that a process can still take without swapping; where that is not known, a large number."""
-    try:
-        with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        return 1 << 62
-
-
-def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
-    """One array, after its header is compared with its size: a false header cannot make numpy allocate."""
-    with archive.open(info) as member:
-        version = np.lib.format.read_magic(member)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(member)
-        if dtype.hasobject:
-            raise ValueError(f"{info.filename} holds Python objects")
-        claimed = int(np.prod([int(s) for s in shape], dtype=object)) * dtype.itemsize
-        if min(shape, default=0) < 0 or claimed != info.file_size - member.tell():
-            raise ValueError(f"{info.filename} claims {claimed} bytes and has {info.file_size - member.tell()}")
-    with archive.open(info) as member:
-        array = np.lib.format.read_array(member, allow_pickle=False)
-        if member.read(1):  # also makes zipfile compare the checksum of what was read
-            raise ValueError(f"{info.filename} has more bytes than its header says")
-        return array
-
-
-def _short(value: object, most: int = 160) -> str:
-    """One printable line of at most `most` characters."""
-    line = " ".join(str(value).split())
-    return "".join(c if c.isprintable() else "?" for c in line[:most])
-
-
-def _first_line(error: Exception) -> str:
-    return _short((str(error).strip() or type(error).__name__).splitlines()[0])
-
-
-def images_to_nchw(array: np.ndarray, path: Path, flag: str) -> torch.Tensor:
-    """uint8 `[N, H, W]`, `[N, H, W, 1]` or `[N, H, W, 3]` as a uint8 tensor `[N, C, H, W]` (a view where possible)."""
-    shape_ok = array.ndim == 3 or (array.ndim == 4 and array.shape[3] in (1, 3))
-    if array.dtype != np.uint8 or not shape_ok or 0 in array.shape:
-        raise UserError(
-            f"{flag}: {path} holds {array.dtype} {list(array.shape)}; it must be uint8 [N, H, W], [N, H, W, "
-            "1] or [N, H, W, 3]"
-        )
-    images = torch.from_numpy(array)
-    return images.unsqueeze(1) if array.ndim == 3 else images.permute(0, 3, 1, 2)
-
-
-def list_images(folder: Path, tree: Path | None = None, flag: str = "") -> list[Path]:
-    """All image files below `folder`, at any depth, sorted by name.
-
-    Args:
-        folder: where to look. Links to folders below it are not followed.
-        tree: links must stay inside it; left out: `folder`.
-        flag: what the message names.
-    Raises:
-        UserError: for a link that is broken or leads out of `tree`, and for a folder that cannot be read.
-    """
-    tree = (tree or folder).resolve()
-    try:
-        check_link(folder, tree, flag)
-        named = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        for path in named:
-            if path.is_symlink():
-                check_link(path, tree, flag)
-        return [p for p in named if p.is_file()]
-    except (OSError, RuntimeError) as error:  # RuntimeError: a circle of links
-        raise UserError(f"{flag}: cannot list {folder}: {_first_line(error)}") from None
-
-
-def check_link(path: Path, tree: Path, flag: str) -> None:
-    """Raise a `UserError` if `path` is broken or, its links followed, lies outside the resolved folder `tree`."""
-    if not os.path.exists(path):
-        raise UserError(f"{flag}: {path} is a broken link; mend or remove it")
-    if not path.resolve().is_relative_to(tree):
-        raise UserError(f"{flag}: {path} is a link that leads out of {tree}; put the files themselves there")
-
-
-def read_images(paths: Sequence[Path], channel: int, im_size: tuple[int, int], flag: str) -> torch.Tensor:
-    """Decode image files to uint8 `[N, channel, H, W]`: shorter side resized, centre cropped. Threads decode.
-
-    Raises:
-        UserError: naming the first file that is damaged, of another kind, or of too many pixels.
-    """
-    height, width = im_size
-    one_large = Lock()
-    images = np.empty((len(paths), height, width, channel), np.uint8)
-
-    def decode(index: int) -> None:
-        """Read one file into its place in `images`."""
-        from PIL import Image
-
-        path = paths[index]
-        try:
-            with path.open("rb") as file, Image.open(file, formats=IMAGE_FORMATS) as image:
-                pixels = image.width * image.height
-                if pixels > MAX_PIXELS:
-                    raise ValueError(f"{image.width}x{image.height} pixels are too many")
-                if pixels > LARGE_PIXELS:
-                    with one_large:
-                        fitted = _fitted(image, channel, (width, height))
-                else:
-                    fitted = _fitted(image, channel, (width, height))
-        except Exception as error:
-            raise UserError(f"{flag}: cannot read the image {path}: {_first_line(error)}. Mend or remove it") from None
-        images[index] = np.asarray(fitted, dtype=np.uint8).reshape(height, width, channel)
-
-    with warnings.catch_warnings(), ThreadPoolExecutor(DECODERS) as pool:
-        warnings.simplefilter("ignore")
-        for _ in pool.map(decode, range(len(paths))):
-            pass
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-
-
-def _fitted(image: "PIL.Image.Image", channel: int, size: tuple[int, int]) -> "PIL.Image.Image":  # noqa: F821
-    from PIL import Image, ImageOps
-
-    mode = "L" if channel == 1 else "RGB"
-    converted = image if image.mode == mode else image.convert(mode)  # convert always copies
-    return ImageOps.fit(converted, size, Image.Resampling.BILINEAR)
-
-
-def unit_images(images: torch.Tensor) -> torch.Tensor:
-    """Pixels in [0, 1] as float32: uint8 is divided by 255, float is taken as it is."""
-    return images.float().div_(255) if images.dtype == torch.uint8 else images
-
-
-def conform(images: torch.Tensor, channel: int, im_size: tuple[int, int]) -> torch.Tensor:
-    """Bring images `[N, C, H, W]` to float32 [0, 1] with `channel` channels and size `im_size`.
-
-    Three channels become one by the luma weights of ITU-R 601; one becomes three by repetition; sizes change by
-    antialiased bilinear interpolation.
-    """
-    images = unit_images(images)
-    if images.shape[1] == 3 and channel == 1:
-        images = 0.299 * images[:, :1] + 0.587 * images[:, 1:2] + 0.114 * images[:, 2:]
-    elif images.shape[1] == 1 and channel == 3:
-        images = images.expand(-1, 3, -1, -1)
-    if tuple(images.shape[2:]) != tuple(im_size):
-        images = F.interpolate(images, tuple(im_size), mode="bilinear", antialias=True, align_corners=False)
-    return images.clamp(0, 1)
+def fingerprint(tensors: Iterable[torch.Tensor | None]) -> str:
+    """SHA-256 of the types, shapes and values of tensors, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        if tensor is None:
+            digest.update(b"none")
+        else:
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()

@@ -14,8 +14,9 @@ from utils.data.augment import identity
 from utils.data.datasets import RealData
 from utils.data.outliers import OutlierPool, PseudoOutliers
 from utils.data.synthetic import SyntheticSet
+from utils.methods.match_draws import IterationDraws, MatchSettings, SlotDraw, StepDraw
 from utils.methods.matcher import Matcher, class_loss, outlier_loss
-from utils.training.draws import Batch, IterationDraws, MatchSettings, SlotDraw, StepDraw
+from utils.training.draws import Batch
 from utils.training.trainer import Trainer, TrainSettings
 
 MOMENTUM_IMG = 0.5

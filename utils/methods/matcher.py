@@ -18,45 +18,15 @@ from torch.func import functional_call, grad, grad_and_value, vmap
 from utils.compute import distributed
 from utils.compute.cpu_batches import Parts
 from utils.compute.device import Compute
+from utils.compute.transfer import send
 from utils.core.errors import UserError
-from utils.core.rng import send
 from utils.data.augment import apply_by_slot
+from utils.methods.distances import match_loss
 from utils.runs import signals
 from utils.training.losses import uniform_cross_entropy
 
-EPSILON = 1e-6
-METRICS = ("ours", "mse", "cos")
 BATCHED_PIXELS_CPU = 5 * 32 * 32  # of one slot's synthetic images, where they are not compiled
 CHUNK_IMAGES = 128  # synthetic images that are differentiated twice at once: bounds the memory
-
-
-def match_loss(
-    grads_syn: Sequence[torch.Tensor], grads_real: Sequence[torch.Tensor], metric: str = "ours"
-) -> torch.Tensor:
-    """Distance of two gradients of the same network.
-
-    Args:
-        grads_syn, grads_real: the gradients of all parameters, in parameter order.
-        metric: `ours`: over parameters of two or more dimensions, rows = output units,
-            `Σ_rows (1 - <a,b> / (|a||b| + 1e-6))` (DC, eq. 9 and appendix); `mse`: squared distance, and `cos`: one
-            minus the cosine, of the concatenation of all parameters.
-    Returns:
-        A scalar, differentiable in both.
-    """
-    if metric == "ours":
-        terms = [_row_distance(a, b) for a, b in zip(grads_syn, grads_real, strict=True) if a.ndim > 1]
-        return torch.stack(terms).sum()
-    a, b = (torch.cat([g.flatten() for g in grads]) for grads in (grads_syn, grads_real))
-    if metric == "mse":
-        return (a - b).square().sum()
-    if metric == "cos":
-        return 1 - (a * b).sum() / (a.norm() * b.norm() + EPSILON)
-    raise ValueError(f"unknown metric {metric!r}")
-
-
-def _row_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    a, b = a.flatten(1), b.flatten(1)
-    return (1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + EPSILON)).sum()
 
 
 SlotLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -11,20 +11,14 @@ from scipy.ndimage import gaussian_filter
 
 from utils.core.errors import UserError, unknown_name
 from utils.core.rng import generator
-from utils.data.datasets import NotThere, RealData, load_test_images
-from utils.data.outliers import corrupt, read_image_pool
-from utils.files.torch_files import conform, list_images, read_images, unit_images
+from utils.data.corruptions import corrupt
+from utils.data.datasets import RealData, load_test_images
+from utils.data.download import FROM_PYTORCH_OOD, NotThere, _fetch_pytorch_ood
+from utils.data.outliers import read_image_pool
+from utils.files.images import conform, list_images, read_images, unit_images
 
 PAPER_SETS = ("Textures", "Places365", "TinyImageNet_resize", "LSUN_resize", "iSUN")
 FROM_TORCHVISION = ("CIFAR10", "CIFAR100", "SVHN")
-FROM_PYTORCH_OOD = {  # class and arguments in pytorch_ood.dataset.img
-    "Textures": ("Textures", {}),
-    "Places365": ("Places365", {}),
-    "TinyImageNet_resize": ("TinyImageNetResize", {}),
-    "TinyImageNet_crop": ("TinyImageNetCrop", {}),
-    "LSUN_resize": ("LSUNResize", {}),
-    "LSUN_crop": ("LSUNCrop", {}),
-}
 VALIDATION = ("avg-mean", "geo-mean", "jigsaw", "gauss-speckle", "pixelate", "rgb-ghost", "invert")
 ARRAY_SUFFIXES = (".npz", ".npy")
 
@@ -258,15 +252,3 @@ class OODSource:
             return load_test_images(name, self.data_path, self.download)
         except UserError as error:
             raise UserError(f"--validate needs {name}: {error}; or put {name}.npz into {self.ood_path}") from None
-
-
-def _fetch_pytorch_ood(name: str, root: Path) -> Sequence:
-    try:
-        from pytorch_ood.dataset import img
-    except ImportError:
-        raise UserError(f"{name} is fetched by pytorch-ood: pip install pytorch-ood") from None
-    cls, kwargs = FROM_PYTORCH_OOD[name]
-    try:
-        return getattr(img, cls)(root=str(root), download=True, **kwargs)
-    except Exception as error:  # a failed download, a failed checksum, a full disk
-        raise UserError(f"{name} could not be fetched by pytorch-ood: {str(error)[:120]}") from None

@@ -11,9 +11,11 @@ import numpy as np
 import torch
 
 from utils.core.errors import UserError
+from utils.report.pictures import distilled_pictures
 from utils.report.plots import BarPanel, save_comparison
-from utils.runs.lineage import distilled_pictures, read_about, sources_of
-from utils.stages.test import Results, load_results, markdown_table, mean_std
+from utils.report.results import Results, load_results
+from utils.report.tables import markdown_table, mean_std
+from utils.runs.lineage import read_about, sources_of
 
 STRIP = 20
 RESULTS = "results.json"

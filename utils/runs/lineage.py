@@ -1,14 +1,11 @@
 """From results back to what they were made from: stage 3's folder names its networks, stage 2's its distilled set."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from utils.core.errors import UserError
-from utils.data.datasets import SPECS
-from utils.data.synthetic import load_synthetic
-from utils.files.torch_files import read_json, read_pt
+from utils.files.text_files import read_json
 from utils.runs.run_folder import ARGS
 
 
@@ -45,35 +42,43 @@ def sources_of(results: Path) -> list[Path]:
     return [Path(p).resolve() for p in (networks, about.get("distilled_set")) if isinstance(p, str)]
 
 
-def distilled_pictures(networks: Path) -> list[tuple[str, torch.Tensor]]:
-    """The distilled images and outliers behind a stage-2 folder, to look at.
+STAGE1_ROOTS = ("result", "result-oe", "result-poe")
 
-    Returns:
-        Titles and images `[num_classes, ipc, C, H, W]` in [0, 1]; nothing if they cannot be followed.
+
+STAGE2_ROOTS = ("result-model-synthetic-no-oe", "result-model-synthetic-oe")
+
+
+def find_run_folder(
+    roots: Sequence[str | Path], parts: Sequence[str | int], folder: str | None, holds: str, flag_roots: str
+) -> Path:
+    """Find a run folder that an earlier stage wrote.
+
+    Args:
+        roots: the save paths to look under.
+        parts: method, dataset, model and ipc, the sub-folders of a root.
+        folder: its name; None takes the newest one.
+        holds: a glob pattern of a file that the folder must hold.
+        flag_roots: how the message names the place that was searched, e.g. `--load_path`.
+    Raises:
+        UserError: when there is none, or when several roots have one of that name.
     """
-    try:
-        path, exp_idx = distilled_set_of(networks)
-        synthetic = load_synthetic(path, exp_idx)
-        mean, std = _normalisation(read_pt(path, "distilled set"), read_about(networks))
-    except (UserError, KeyError):
-        return []
-    order = synthetic.labels.argsort(stable=True)
-    classes = int(synthetic.labels.max()) + 1
-    parts = [("distilled images", synthetic.images[order])]
-    if synthetic.images_oe is not None:
-        parts.append(("distilled outliers", synthetic.images_oe))
-    shown = [(title, (images * std + mean).clamp(0, 1)) for title, images in parts if len(images) % classes == 0]
-    return [(title, images.unflatten(0, (classes, -1))) for title, images in shown]
+    if folder is not None and (Path(folder).name != folder or folder in ("", ".", "..")):
+        raise UserError(f"--folder: {folder!r} is not the name of a folder; give the name alone, e.g. 20230206-232257")
+    places = [Path(root).joinpath(*map(str, parts)) for root in roots]
+    named = [place / folder for place in places] if folder else [p for place in places for p in _folders(place)]
+    there = [path for path in named if path.is_dir()]
+    found = [path for path in there if any(path.glob(holds))]
+    where = ", ".join(map(str, places))
+    if not found:
+        what = f"--folder: no {folder}" if folder else "no run folder"
+        bare = f" ({', '.join(map(str, there[:3]))} has no {holds})" if there else ""
+        raise UserError(f"{what} under {where}{bare}. Run the stage before, or give {flag_roots} and --folder")
+    if folder and len(found) > 1:
+        raise UserError(
+            f"--folder: {folder} is there {len(found)} times: {', '.join(map(str, found))}. Give {flag_roots}"
+        )
+    return max(found, key=lambda path: (path.stat().st_mtime, path.name))
 
 
-def _normalisation(content: dict, about: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation `[1, C, 1, 1]`: the file's own, or (published files have none) those of its data set."""
-    if "normalisation" in content:
-        values = (content["normalisation"]["mean"], content["normalisation"]["std"])
-    else:
-        spec = SPECS[about["flags"]["dataset"]]
-        if spec.mean is None:
-            raise KeyError("normalisation")
-        values = (spec.mean, spec.std)
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in values)
-    return mean, std
+def _folders(place: Path) -> list[Path]:
+    return [p for p in place.iterdir() if p.is_dir()] if place.is_dir() else []

@@ -9,7 +9,7 @@ from pathlib import Path
 from utils.compute import distributed
 from utils.core.errors import UserError
 from utils.core.parser import Parser
-from utils.files.torch_files import read_json
+from utils.files.text_files import read_json
 from utils.runs.run_folder import ARGS
 
 MAY_CHANGE = (

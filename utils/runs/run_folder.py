@@ -2,29 +2,23 @@
 
 import json
 import math
-import platform
+import os
 import shlex
-import subprocess
+import socket
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
-
-import torch
 
 from utils.compute import distributed
 from utils.core.errors import UserError
-from utils.files.atomic import RunLock, append_line, read_lines, remove_unfinished, save_text
-from utils.files.torch_files import read_json
+from utils.core.version import git_commit, versions
+from utils.files.atomic import _open_itself, append_line, remove_unfinished, save_text
+from utils.files.text_files import read_json, read_lines
+from utils.runs.progress import LOG_EVERY, Progress
 from utils.runs.tensorboard import Scalars
 
-VERSION = 1
-STAGE1_ROOTS = ("result", "result-oe", "result-poe")
-STAGE2_ROOTS = ("result-model-synthetic-no-oe", "result-model-synthetic-oe")
-LOG_EVERY = 10
 ARGS = "args.json"
 METRICS = "metrics.jsonl"
 
@@ -154,114 +148,27 @@ def _finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class Progress:
-    """Counts the steps of a loop and shows the mean of each value since it was last shown.
+class RunLock:
+    """Held as long as the process lives, however it dies, by whoever writes into a run folder."""
 
-    Values may be tensors on any device: they are added up there, and read only when they are shown.
-    """
-
-    def __init__(self, run: RunFolder, total: int, what: str, start: int, every: int):
-        self.run, self.total, self.what, self.count, self.first = run, total, what, start, start
-        self.every = every
-        self.began = time.monotonic()
-        self.sums: dict[str, torch.Tensor | float] = {}
-        self.summed = 0
-        self.noted = ""
-        self.bar = None
-        if sys.stderr.isatty() and run.speaks:
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=total, desc=what, initial=start, leave=False, dynamic_ncols=True)
-
-    def step(self, **values: torch.Tensor | float) -> None:
-        """Count one step."""
-        self.count += 1
-        self.summed += 1
-        self.sums = {name: value + self.sums.get(name, 0) for name, value in values.items()}
-        if self.bar is not None:
-            self.bar.update()
-        if self.count % self.every == 0 or self.count == self.total:
-            self._show()
-
-    def _show(self) -> None:
-        text = "  ".join(f"{name} {float(total) / self.summed:.4f}" for name, total in self.sums.items())
-        rate = (time.monotonic() - self.began) / (self.count - self.first)
-        line = f"{self.what}: {self.count}/{self.total}  {text}  left {(self.total - self.count) * rate:.0f} s"
-        self.sums, self.summed = {}, 0
-        if self.bar is not None:
-            self.bar.set_postfix_str("  ".join(filter(None, (text, self.noted))))
-            self.run.log_file_only(line)
-        else:
-            self.run.log(line)
-
-    def note(self, text: str) -> None:
-        """Show `text` on the bar from now on."""
-        self.noted = text
-        if self.bar is not None:
-            self.bar.set_postfix_str(text)
-
-    def close(self) -> None:
-        """Take the bar off the terminal."""
-        if self.bar is not None:
-            self.bar.close()
-
-
-def versions() -> dict[str, str | int | None]:
-    """Versions of this program and of what its numbers depend on."""
-    libraries = {name: metadata.version(name) for name in ("torch", "torchvision", "numpy")}
-    return {"trustdd": VERSION, "python": platform.python_version(), **libraries, "cuda": torch.version.cuda}
-
-
-def git_commit() -> str | None:
-    """The commit of this code, with `+changes` where files differ from it; None where git does not know."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--exclude=*",
-        "--abbrev=40",
-        "--dirty=+changes",
-    ]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, stdin=subprocess.DEVNULL)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip() or None if found.returncode == 0 else None
-
-
-def find_run_folder(
-    roots: Sequence[str | Path], parts: Sequence[str | int], folder: str | None, holds: str, flag_roots: str
-) -> Path:
-    """Find a run folder that an earlier stage wrote.
-
-    Args:
-        roots: the save paths to look under.
-        parts: method, dataset, model and ipc, the sub-folders of a root.
-        folder: its name; None takes the newest one.
-        holds: a glob pattern of a file that the folder must hold.
-        flag_roots: how the message names the place that was searched, e.g. `--load_path`.
-    Raises:
-        UserError: when there is none, or when several roots have one of that name.
-    """
-    if folder is not None and (Path(folder).name != folder or folder in ("", ".", "..")):
-        raise UserError(f"--folder: {folder!r} is not the name of a folder; give the name alone, e.g. 20230206-232257")
-    places = [Path(root).joinpath(*map(str, parts)) for root in roots]
-    named = [place / folder for place in places] if folder else [p for place in places for p in _folders(place)]
-    there = [path for path in named if path.is_dir()]
-    found = [path for path in there if any(path.glob(holds))]
-    where = ", ".join(map(str, places))
-    if not found:
-        what = f"--folder: no {folder}" if folder else "no run folder"
-        bare = f" ({', '.join(map(str, there[:3]))} has no {holds})" if there else ""
-        raise UserError(f"{what} under {where}{bare}. Run the stage before, or give {flag_roots} and --folder")
-    if folder and len(found) > 1:
-        raise UserError(
-            f"--folder: {folder} is there {len(found)} times: {', '.join(map(str, found))}. Give {flag_roots}"
-        )
-    return max(found, key=lambda path: (path.stat().st_mtime, path.name))
-
-
-def _folders(place: Path) -> list[Path]:
-    return [p for p in place.iterdir() if p.is_dir()] if place.is_dir() else []
+    def __init__(self, folder: Path):
+        try:
+            import fcntl
+        except ImportError:  # no such locks on this system
+            return
+        try:
+            path = folder / ".lock"
+            self.file = open(path, "a+", encoding="utf-8", opener=_open_itself)  # noqa: SIM115 - as long as the process lives
+        except OSError as error:
+            raise UserError(f"cannot write into {folder}: {error}. Choose another --save_path") from None
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.file.seek(0)
+            owner = self.file.read(200).strip() or "another process"
+            self.file.close()
+            raise UserError(f"--resume: {folder} is a live run of {owner}; wait for it, or stop it first") from None
+        with suppress(OSError):  # who it is helps the reader of the message; on a full disk there is none
+            self.file.truncate(0)
+            self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            self.file.flush()

@@ -8,12 +8,12 @@ from utils.compute.device import PRECISIONS
 from utils.core.errors import UserError
 from utils.core.parser import Parser, count, number, one_of
 from utils.data.augment import DSA, DSA_ENTRIES, parse_strategy
+from utils.data.corruptions import CORRUPTIONS, DEFAULT_CORRUPTIONS
 from utils.data.datasets import DATASET_NAMES
-from utils.data.outliers import CORRUPTIONS, DEFAULT_CORRUPTIONS
-from utils.methods.matcher import METRICS
+from utils.methods.distances import METRICS
 from utils.ood.detectors import ALL_SCORES, DETECTORS
 from utils.ood.scores import SCORES
-from utils.runs.run_folder import STAGE1_ROOTS, STAGE2_ROOTS
+from utils.runs.lineage import STAGE1_ROOTS, STAGE2_ROOTS
 
 METHODS = ("DC", "DSA")
 LOOPS = {1: (1, 1), 2: (1, 1), 5: (10, 50), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}

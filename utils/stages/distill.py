@@ -14,7 +14,7 @@ from utils.core.rng import generator
 from utils.data.datasets import RealData, load_dataset
 from utils.data.outliers import OutlierPool, PseudoOutliers
 from utils.data.synthetic import SyntheticSet, load_start
-from utils.files.atomic import fingerprint
+from utils.files.torch_files import fingerprint
 from utils.methods.gradient_matching import GradientMatching, MatchSettings
 from utils.ood.sets import OODSource
 from utils.runs.checkpoints import Checkpointer

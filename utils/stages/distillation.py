@@ -13,8 +13,9 @@ from utils.methods.gradient_matching import GradientMatching
 from utils.report.plots import save_curves, save_grid
 from utils.runs import signals
 from utils.runs.checkpoints import Checkpointer
+from utils.runs.progress import Progress
 from utils.runs.resume import resume_command
-from utils.runs.run_folder import Progress, RunFolder
+from utils.runs.run_folder import RunFolder
 from utils.training.evaluator import Evaluator, Found, mean_std
 
 

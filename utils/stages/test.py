@@ -1,12 +1,9 @@
 """Stage 3: accuracy, calibration, error detection and OOD detection of trained networks, as tables, files and plots."""
 
 import argparse
-import csv
-import io
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,61 +13,17 @@ from utils.core.errors import UserError
 from utils.data.datasets import RealData, load_dataset
 from utils.data.synthetic import load_synthetic
 from utils.files.atomic import save_text
-from utils.files.torch_files import read_json
-from utils.ood.calibration import CALIBRATION_MEASURES, Reliability, calibration, confidence_and_correct, reliability
+from utils.ood.calibration import calibration, confidence_and_correct, reliability
 from utils.ood.detectors import FitSet, Scorer, need_fitting, require_library
-from utils.ood.measures import ERROR_MEASURES, MEASURES, error_detection, ood_measures
+from utils.ood.measures import MEASURES, error_detection, ood_measures
 from utils.ood.sets import OODSet, OODSource, default_sets
+from utils.report.pictures import distilled_pictures
 from utils.report.plots import save_distilled, save_reliability, save_roc_curves, save_score_histograms
-from utils.runs.lineage import distilled_pictures, distilled_set_of
-from utils.runs.run_folder import STAGE2_ROOTS, RunFolder, find_run_folder
-from utils.stages.train import checkpoint_name, load_trained
-
-NETWORK_MEASURES = (*ERROR_MEASURES, *CALIBRATION_MEASURES)
-
-
-@dataclass
-class Results:
-    """What stage 3 measured.
-
-    `errors`: one dict of `NETWORK_MEASURES` per network. `rows`: one dict per network, OOD set and score, with the keys
-    `network`, `set`, `score` and `MEASURES`; NaN where a score was not finite. `missing`: OOD sets that were skipped.
-    """
-
-    errors: list[dict[str, float]] = field(default_factory=list)
-    rows: list[dict] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-
-    def sets(self) -> list[str]:
-        """Names of the measured sets, in order."""
-        return list(dict.fromkeys(row["set"] for row in self.rows))
-
-    def scores(self) -> list[str]:
-        """Names of the scores, in order."""
-        return list(dict.fromkeys(row["score"] for row in self.rows))
-
-    def per_network(self, name: str | None, score: str, measure: str) -> list[float]:
-        """One value per network: of one set, or (name None) the mean over the OOD sets without the validation ones."""
-        values: dict[int, list[float]] = {}
-        for row in self.rows:
-            wanted = row["set"] == name if name else not row["set"].startswith("val:")
-            if wanted and row["score"] == score:
-                values.setdefault(row["network"], []).append(row[measure])
-        return [float(np.mean(v)) for v in values.values()]
-
-    def of_networks(self, measure: str) -> list[float]:
-        """One value per network of one of `NETWORK_MEASURES`; NaN where an older report lacks it."""
-        return [e.get(measure, math.nan) for e in self.errors]
-
-
-@dataclass
-class Measured:
-    """What the plots show, beside the results: `in_scores[score]`, one `[N]` per network; `out_scores[score][set]`, one
-    `[M]` per network; and the reliability of all networks' predictions together."""
-
-    in_scores: dict[str, list[np.ndarray]]
-    out_scores: dict[str, dict[str, list[np.ndarray]]]
-    reliability: Reliability
+from utils.report.results import Measured, Results, _without_nan, results_csv
+from utils.report.tables import report_text
+from utils.runs.lineage import STAGE2_ROOTS, distilled_set_of, find_run_folder
+from utils.runs.run_folder import RunFolder
+from utils.training.saved import checkpoint_name, load_trained
 
 
 def run_stage3(args: argparse.Namespace) -> Results:
@@ -252,51 +205,6 @@ def _finite(in_scores: Sequence[np.ndarray], out_scores: dict[str, list[np.ndarr
     return {n: values for n, values in out_scores.items() if all(np.isfinite(v).all() for v in values)}
 
 
-def mean_std(values: Sequence[float], scale: float = 100, digits: int = 2) -> str:
-    """`mean ± std` of `scale` times the values, in percent by default; a dash where nothing is defined."""
-    defined = [v for v in values if not math.isnan(v)]
-    if not defined:
-        return "-"
-    return f"{scale * np.mean(defined):.{digits}f} ± {scale * np.std(defined):.{digits}f}"
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table whose columns line up in plain text, too."""
-    table = [list(header), *map(list, rows)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in table]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
-
-
-def report_text(results: Results, scores: Sequence[str]) -> str:
-    """The report: accuracy and calibration, error detection, then a table per score; mean ± std over networks."""
-    accuracy = mean_std([1 - e for e in results.of_networks("error")])
-    ece = mean_std(results.of_networks("ece"))
-    nll, brier = (mean_std(results.of_networks(m), scale=1, digits=4) for m in ("nll", "brier"))
-    errors = [mean_std(results.of_networks(m)) for m in ERROR_MEASURES]
-    parts = [
-        f"{len(results.errors)} networks; mean ± std over networks, in percent (NLL in nats, Brier in [0, 2]).",
-        "## Accuracy and calibration",
-        markdown_table(("accuracy", "ECE", "NLL", "Brier"), [(accuracy, ece, nll, brier)]),
-        "## Error detection (wrong predictions are positives)",
-        markdown_table(("error rate", "AUROC", "AUPR", "FPR95", "AURC"), [errors]),
-    ]
-    header = ("OOD set", "FPR(IN)95", "FPR(OUT)95", "AUROC", "AUPR(IN)", "AUPR(OUT)")
-    for score in scores:
-        names = results.sets()
-        first_validation = next((i for i, n in enumerate(names) if n.startswith("val:")), len(names))
-        rows = [_row(results, name, name, score) for name in names]
-        if first_validation:
-            rows.insert(first_validation, _row(results, "mean", None, score))
-        rows += [[name, *["missing"] * len(MEASURES)] for name in results.missing]
-        parts += [f"## OOD detection, score {score}", markdown_table(header, rows)]
-    return "\n\n".join(parts) + "\n"
-
-
-def _row(results: Results, title: str, name: str | None, score: str) -> list[str]:
-    return [title, *(mean_std(results.per_network(name, score, m)) for m in MEASURES)]
-
-
 def write_report(results: Results, scores: Sequence[str], run: RunFolder, about: dict) -> None:
     """Write `results.json`, `results.csv` and `report.md`, and log the report."""
     text = report_text(results, scores)
@@ -307,46 +215,3 @@ def write_report(results: Results, scores: Sequence[str], run: RunFolder, about:
     save_text(run.path / "results.json", json.dumps(_without_nan(content), indent=1) + "\n")
     save_text(run.path / "results.csv", results_csv(results))
     run.log(f"results: {run.path / 'results.json'}, results.csv, report.md")
-
-
-def results_csv(results: Results) -> str:
-    """A row per network, OOD set and score; the measures of the network on the test images are repeated in each."""
-    repeated = {"accuracy": "error", "aurc": "aurc"} | {m: m for m in CALIBRATION_MEASURES}
-    table = io.StringIO()
-    writer = csv.DictWriter(table, ["network", "set", "score", *MEASURES, *repeated])
-    writer.writeheader()
-    for row in results.rows:
-        of_network = results.errors[row["network"]]
-        more = {column: of_network.get(m, math.nan) for column, m in repeated.items()}
-        writer.writerow(row | more | {"accuracy": 1 - of_network["error"]})
-    return table.getvalue()
-
-
-def _without_nan(value: object) -> object:
-    """JSON has no NaN: null in its place."""
-    if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(v) for v in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def load_results(folder: Path) -> Results:
-    """Read `results.json` of a stage-3 folder back.
-
-    Raises:
-        UserError: when it is damaged or is not what stage 3 writes.
-    """
-    path = folder / "results.json"
-    try:
-        content = read_json(path, "results", most=64 << 20)
-        errors, rows = ([_with_nan(row) for row in content[key]] for key in ("errors", "rows"))
-        for row in rows:
-            _ = errors[row["network"]]["error"], row["set"], row["score"], [row[m] for m in MEASURES]
-        return Results(errors, rows, list(content["missing"]))
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-        raise UserError(f"{path} is damaged, or is not what test_ood_model_syn.py writes; run it again") from None
-
-
-def _with_nan(row: dict) -> dict:
-    return {k: math.nan if v is None else v for k, v in row.items()}

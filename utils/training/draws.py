@@ -1,39 +1,12 @@
 """What is random in network training and in an iteration of gradient matching: drawn on the host, sent together."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from utils.compute import distributed
-from utils.core.rng import Draw, generator, send_draws, tensors_of
-from utils.data.augment import DC, DSA, Transform
-from utils.data.datasets import RealData
-from utils.data.outliers import OutlierBatch, OutlierPool, PseudoOutliers
+from utils.compute.transfer import Draw
+from utils.data.augment import DC, DSA
 from utils.data.synthetic import SyntheticSet
-
-BATCHNORM_IMAGES = 16
-DRAWN_NUMBERS = 2**25  # that are drawn and sent together: a quarter of a gigabyte of indices
-
-
-@dataclass(frozen=True)
-class MatchSettings:
-    """What gradient matching needs to know."""
-
-    model: str
-    ipc: int
-    seed: int = 1
-    lr_img: float = 0.1
-    lr_net: float = 0.01
-    batch_real: int = 256
-    batch_oe: int = 256
-    batch_train: int = 256
-    lambda_oe: float = 0.5
-    metric: str = "ours"
-    init: str = "noise"
-    outer_loop: int = 1
-    inner_loop: int = 1
-    dsa: DSA | None = None
 
 
 @dataclass(frozen=True)
@@ -69,111 +42,3 @@ def draw_epoch(synthetic: SyntheticSet, batch: int, augmentation: DSA | DC | Non
         index_oe = None if order_oe is None else order_oe[start : start + batch]
         batches.append(Batch(index, transform(index), index_oe, transform(index_oe)))
     return batches
-
-
-@dataclass(frozen=True)
-class SlotDraw(Draw):
-    """What is random in the matching of one slot: which real images (or outliers) it takes, and the augmentation that
-    they share with the synthetic ones."""
-
-    real: torch.Tensor | OutlierBatch
-    transform: Transform | None
-
-
-@dataclass(frozen=True)
-class StepDraw(Draw):
-    """What is random in one outer step: by slot, for the images and for the outliers; the images that set BatchNorm's
-    statistics (int64 `[n]`); the epochs of network training that follow."""
-
-    images: dict[int, SlotDraw]
-    outliers: dict[int, SlotDraw]
-    batchnorm: torch.Tensor | None
-    epochs: list[list[Batch]]
-
-
-class IterationDraws:
-    """Draws for the iterations of gradient matching, each from a generator of its own key.
-
-    `has_batchnorm`: whether images for BatchNorm's statistics are drawn.
-    """
-
-    def __init__(
-        self,
-        real: RealData,
-        outliers: OutlierPool | PseudoOutliers | None,
-        settings: MatchSettings,
-        has_batchnorm: bool,
-    ):
-        self.real, self.outliers, self.settings, self.has_batchnorm = real, outliers, settings, has_batchnorm
-        self.ahead: tuple[tuple[int, int], list[StepDraw]] | None = None
-
-    def choose(self, slot: int, n: int, g: torch.Generator) -> torch.Tensor:
-        """Indices of `n` different training images of a class, or of all if there are fewer."""
-        indices = self.real.class_indices[slot]
-        return indices[torch.randperm(len(indices), generator=g)[:n]]
-
-    def generator(self, exp: int, *key: int | str) -> torch.Generator:
-        """The generator of a draw in experiment `exp`."""
-        return generator(self.settings.seed, "match", exp, *key)
-
-    def steps(self, exp: int, it: int, synthetic: SyntheticSet) -> Iterator[StepDraw]:
-        """The draws of every outer step of an iteration, on the device of the data.
-
-        They are drawn and sent together, in as few parts as `DRAWN_NUMBERS` allows. `synthetic` is what the network
-        will be trained on; only its sizes matter.
-        """
-        outer = 0
-        while outer < self.settings.outer_loop:
-            if not outer and self.ahead is not None and self.ahead[0] == (exp, it):
-                part = self.ahead[1]
-            else:
-                part = self._part(exp, it, outer, synthetic)
-            self.ahead = None
-            yield from part
-            outer += len(part)
-
-    def look_ahead(self, exp: int, it: int, synthetic: SyntheticSet) -> None:
-        """Draw for an iteration to come: on a GPU, while the device is still at work on the one before."""
-        self.ahead = ((exp, it), self._part(exp, it, 0, synthetic))
-
-    def _part(self, exp: int, it: int, first: int, synthetic: SyntheticSet) -> list[StepDraw]:
-        """The draws of the outer steps from `first` on, as many as are drawn together."""
-        part = [self._step(exp, it, first, synthetic)]
-        size = sum(t.numel() for t in tensors_of(part))
-        last = min(self.settings.outer_loop, first + max(1, DRAWN_NUMBERS // max(1, size)))
-        part += [self._step(exp, it, outer, synthetic) for outer in range(first + 1, last)]
-        return send_draws(part, self.real.device)
-
-    def _step(self, exp: int, it: int, outer: int, synthetic: SyntheticSet) -> StepDraw:
-        slots = distributed.mine(self.real.num_classes)
-        return StepDraw(
-            {slot: self._images(exp, it, outer, slot) for slot in slots},
-            {slot: self._outliers(exp, it, outer, slot) for slot in slots if self.outliers is not None},
-            self._batchnorm(exp, it, outer) if self.has_batchnorm else None,
-            self._epochs(exp, it, outer, synthetic),
-        )
-
-    def _images(self, exp: int, it: int, outer: int, slot: int) -> SlotDraw:
-        index = self.choose(slot, self.settings.batch_real, self.generator(exp, "real", it, outer, slot))
-        return SlotDraw(index, self._siamese(exp, "siamese", it, outer, slot))
-
-    def _outliers(self, exp: int, it: int, outer: int, slot: int) -> SlotDraw:
-        batch = self.outliers.choose(slot, self.settings.batch_oe, self.generator(exp, "real oe", it, outer, slot))
-        return SlotDraw(batch, self._siamese(exp, "siamese oe", it, outer, slot))
-
-    def _siamese(self, *key: int | str) -> Transform | None:
-        dsa = self.settings.dsa
-        return None if dsa is None else dsa.draw(1, self.real.im_size, self.generator(*key))
-
-    def _batchnorm(self, exp: int, it: int, outer: int) -> torch.Tensor:
-        """16 images of each class."""
-        slots = range(self.real.num_classes)
-        key = ("batchnorm", it, outer)
-        return torch.cat([self.choose(c, BATCHNORM_IMAGES, self.generator(exp, *key, c)) for c in slots])
-
-    def _epochs(self, exp: int, it: int, outer: int, synthetic: SyntheticSet) -> list[list[Batch]]:
-        """The epochs behind this step; none behind the last. Rank 0 trains for all processes."""
-        if outer == self.settings.outer_loop - 1 or distributed.rank():
-            return []
-        s, g = self.settings, self.generator(exp, "inner", it, outer)
-        return [draw_epoch(synthetic, s.batch_train, s.dsa, g) for _ in range(s.inner_loop)]

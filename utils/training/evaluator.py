@@ -17,7 +17,8 @@ from utils.data.synthetic import SyntheticSet
 from utils.ood.measures import ood_measures
 from utils.ood.scores import msp
 from utils.runs import signals
-from utils.runs.run_folder import Progress, RunFolder
+from utils.runs.progress import Progress
+from utils.runs.run_folder import RunFolder
 from utils.training.stacked import Together, training_together_pays
 from utils.training.trainer import Trainer, TrainSettings, accuracy_of
 

@@ -9,7 +9,8 @@ from torch import nn
 from networks import has_batchnorm, initialize
 from utils.compute.cpu_batches import Parts
 from utils.compute.device import Compute
-from utils.core.rng import Draw, generator, send_draws
+from utils.compute.transfer import Draw, send_draws
+from utils.core.rng import generator
 from utils.data.augment import DC, DSA, apply_by_part, identity
 from utils.data.synthetic import SyntheticSet
 from utils.training.draws import Batch, draw_epoch

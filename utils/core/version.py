@@ -1,0 +1,35 @@
+"""Versions of this program and of the libraries that its numbers depend on."""
+
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+VERSION = 1
+
+
+def versions() -> dict[str, str | int | None]:
+    """Versions of this program and of what its numbers depend on."""
+    libraries = {name: metadata.version(name) for name in ("torch", "torchvision", "numpy")}
+    return {"trustdd": VERSION, "python": platform.python_version(), **libraries, "cuda": torch.version.cuda}
+
+
+def git_commit() -> str | None:
+    """The commit of this code, with `+changes` where files differ from it; None where git does not know."""
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--exclude=*",
+        "--abbrev=40",
+        "--dirty=+changes",
+    ]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None if found.returncode == 0 else None

@@ -1,0 +1,159 @@
+"""Corruptions that turn training images into pseudo-outliers (POE); images are `[N, C, H, W]` in [0, 1]."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from utils.compute.transfer import Draw, send
+from utils.core.errors import UserError, unknown_name
+from utils.core.rng import draw_seed, noise
+
+PIXELATE = 0.2
+
+
+DEFAULT_CORRUPTIONS = ("jigsaw", "invert", "pixelate", "gauss-speckle")
+
+
+def jigsaw(images: torch.Tensor) -> torch.Tensor:
+    """Rearrange the quarters; a last odd row or column stays where it is."""
+    height, width = images.shape[2:]
+    half, half_w = height // 2, width // 2
+    quarter, quarter_w = height // 4, width // 4
+    bottom, right = 2 * half, 2 * half_w
+    a, b = images[..., quarter:half, :half_w], images[..., :quarter, :half_w]
+    d, e = images[..., half:bottom, :half_w], images[..., half:bottom, half_w:right]
+    f, g = images[..., :half, half_w + quarter_w : right], images[..., :half, half_w : half_w + quarter_w]
+    upper = torch.cat([torch.cat([a, b], 2), d], 3)
+    lower = torch.cat([e, torch.cat([f, g], 3)], 3)
+    out = images.clone()
+    out[..., :bottom, :right] = torch.cat([upper, lower], 2)
+    return out
+
+
+def invert(images: torch.Tensor) -> torch.Tensor:
+    """Channels 1 and 2 become 1-x, channel 0 stays; one-channel images become 1-x."""
+    if images.shape[1] == 1:
+        return 1 - images
+    return torch.cat([images[:, :1], 1 - images[:, 1:]], 1)
+
+
+def _box_weights(length: int, out: int) -> torch.Tensor:
+    """`[out, length]`: the averaging weights of PIL's box filter, which takes whole pixels by their centres."""
+    scale = length / out
+    support = 0.5 * max(scale, 1.0)
+    weights = torch.zeros(out, length)
+    for i in range(out):
+        centre = (i + 0.5) * scale
+        first, last = max(int(centre - support + 0.5), 0), min(int(centre + support + 0.5), length)
+        weights[i, first:last] = 1 / (last - first)
+    return weights
+
+
+def pixelate(images: torch.Tensor) -> torch.Tensor:
+    """Box-average down to a fifth of the size, then nearest up again (`PIL.Image.BOX` twice)."""
+
+    down_up = [_pixelate_weights(side, images.dtype, images.device) for side in images.shape[2:]]
+    return down_up[0] @ images @ down_up[1].T
+
+
+@lru_cache
+def _pixelate_weights(length: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`[length, length]`: down to a fifth and up again, along one side."""
+    small = max(int(PIXELATE * length), 1)
+    return (_box_weights(small, length) @ _box_weights(length, small)).to(device, dtype)
+
+
+def rgb_ghost(images: torch.Tensor) -> torch.Tensor:
+    """Channels (1 mirrored left-right, 2, 0); one channel: mirrored."""
+    if images.shape[1] == 1:
+        return images.flip(3)
+    return torch.stack([images[:, 1].flip(2), images[:, 2], images[:, 0]], 1)
+
+
+def speckle(images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Add noise (of the images' shape) in proportion to each pixel; clipped to [0, 1]."""
+    return (images + images * noise).clamp(0, 1)
+
+
+def average(images: torch.Tensor, partner: torch.Tensor) -> torch.Tensor:
+    """The arithmetic mean of each image and its partner (int64 `[N]`)."""
+    return (images + images[partner]) / 2
+
+
+def geometric_mean(images: torch.Tensor, partner: torch.Tensor) -> torch.Tensor:
+    """The geometric mean of each image and its partner (int64 `[N]`)."""
+    return (images * images[partner]).sqrt()
+
+
+Shape = tuple[int, ...]
+
+
+def _no_draw(shape: Shape, generator: torch.Generator | None) -> None:
+    return None
+
+
+def _draw_partner(shape: Shape, generator: torch.Generator | None) -> torch.Tensor:
+    """For each image the index of another image of the batch (of itself in a batch of one)."""
+    ring = torch.randperm(shape[0], generator=generator)
+    partner = torch.empty_like(ring)
+    partner[ring] = ring.roll(1)
+    return partner
+
+
+CORRUPTIONS: dict[str, tuple[Callable, Callable]] = {
+    "jigsaw": (_no_draw, jigsaw),
+    "invert": (_no_draw, invert),
+    "pixelate": (_no_draw, pixelate),
+    "rgb-ghost": (_no_draw, rgb_ghost),
+    "gauss-speckle": (torch.randn, speckle),
+    "uniform-speckle": (torch.rand, speckle),
+    "avg-mean": (_draw_partner, average),
+    "geo-mean": (_draw_partner, geometric_mean),
+}
+
+
+NOISES = (torch.randn, torch.rand)  # a number for each pixel
+
+
+@dataclass(frozen=True)
+class Corruption(Draw):
+    """One draw of a corruption for a batch: its name, and what is random in it, if anything is. For a GPU `drawn` is
+    the seed of noise, and the noise itself is drawn there."""
+
+    name: str
+    drawn: torch.Tensor | int | None
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        kind, apply = CORRUPTIONS[self.name]
+        if self.drawn is None:
+            return apply(images)
+        if isinstance(self.drawn, int):
+            return apply(images, noise(kind, images.shape, self.drawn, images.device).to(images.dtype))
+        return apply(images, send(self.drawn, images.device))
+
+
+def corrupt(images: torch.Tensor, name: str, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Corrupt a batch of images.
+
+    Args:
+        images: `[N, C, H, W]` in [0, 1], one or three channels.
+        name: one of `CORRUPTIONS`.
+        generator: a CPU generator for the random ones; without it torch's global one.
+    Returns:
+        Images of the same shape in [0, 1]; the input is not changed.
+    Raises:
+        UserError: for an unknown name.
+    """
+    if name not in CORRUPTIONS:
+        raise UserError(unknown_name("corruption", name, CORRUPTIONS))
+    return Corruption(name, CORRUPTIONS[name][0](tuple(images.shape), generator=generator))(images)
+
+
+def draw_corruption(name: str, shape: Shape, generator: torch.Generator, device: torch.device) -> Corruption:
+    """What is random in the corruption `name` (of `CORRUPTIONS`) of a batch of `shape` `[N, C, H, W]` on `device`."""
+    draw = CORRUPTIONS[name][0]
+    if draw in NOISES and device.type != "cpu":
+        return Corruption(name, draw_seed(generator))
+    return Corruption(name, draw(shape, generator=generator))

@@ -1,0 +1,45 @@
+"""The distilled images and outliers behind results, to look at."""
+
+from pathlib import Path
+
+import torch
+
+from utils.core.errors import UserError
+from utils.data.datasets import SPECS
+from utils.data.synthetic import load_synthetic
+from utils.files.torch_files import read_pt
+from utils.runs.lineage import distilled_set_of, read_about
+
+
+def distilled_pictures(networks: Path) -> list[tuple[str, torch.Tensor]]:
+    """The distilled images and outliers behind a stage-2 folder, to look at.
+
+    Returns:
+        Titles and images `[num_classes, ipc, C, H, W]` in [0, 1]; nothing if they cannot be followed.
+    """
+    try:
+        path, exp_idx = distilled_set_of(networks)
+        synthetic = load_synthetic(path, exp_idx)
+        mean, std = _normalisation(read_pt(path, "distilled set"), read_about(networks))
+    except (UserError, KeyError):
+        return []
+    order = synthetic.labels.argsort(stable=True)
+    classes = int(synthetic.labels.max()) + 1
+    parts = [("distilled images", synthetic.images[order])]
+    if synthetic.images_oe is not None:
+        parts.append(("distilled outliers", synthetic.images_oe))
+    shown = [(title, (images * std + mean).clamp(0, 1)) for title, images in parts if len(images) % classes == 0]
+    return [(title, images.unflatten(0, (classes, -1))) for title, images in shown]
+
+
+def _normalisation(content: dict, about: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation `[1, C, 1, 1]`: the file's own, or (published files have none) those of its data set."""
+    if "normalisation" in content:
+        values = (content["normalisation"]["mean"], content["normalisation"]["std"])
+    else:
+        spec = SPECS[about["flags"]["dataset"]]
+        if spec.mean is None:
+            raise KeyError("normalisation")
+        values = (spec.mean, spec.std)
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in values)
+    return mean, std

@@ -1,0 +1,103 @@
+"""What stage 3 measured, and the files that hold it."""
+
+import csv
+import io
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from utils.core.errors import UserError
+from utils.files.text_files import read_json
+from utils.ood.calibration import CALIBRATION_MEASURES, Reliability
+from utils.ood.measures import ERROR_MEASURES, MEASURES
+
+NETWORK_MEASURES = (*ERROR_MEASURES, *CALIBRATION_MEASURES)
+
+
+@dataclass
+class Results:
+    """What stage 3 measured.
+
+    `errors`: one dict of `NETWORK_MEASURES` per network. `rows`: one dict per network, OOD set and score, with the keys
+    `network`, `set`, `score` and `MEASURES`; NaN where a score was not finite. `missing`: OOD sets that were skipped.
+    """
+
+    errors: list[dict[str, float]] = field(default_factory=list)
+    rows: list[dict] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    def sets(self) -> list[str]:
+        """Names of the measured sets, in order."""
+        return list(dict.fromkeys(row["set"] for row in self.rows))
+
+    def scores(self) -> list[str]:
+        """Names of the scores, in order."""
+        return list(dict.fromkeys(row["score"] for row in self.rows))
+
+    def per_network(self, name: str | None, score: str, measure: str) -> list[float]:
+        """One value per network: of one set, or (name None) the mean over the OOD sets without the validation ones."""
+        values: dict[int, list[float]] = {}
+        for row in self.rows:
+            wanted = row["set"] == name if name else not row["set"].startswith("val:")
+            if wanted and row["score"] == score:
+                values.setdefault(row["network"], []).append(row[measure])
+        return [float(np.mean(v)) for v in values.values()]
+
+    def of_networks(self, measure: str) -> list[float]:
+        """One value per network of one of `NETWORK_MEASURES`; NaN where an older report lacks it."""
+        return [e.get(measure, math.nan) for e in self.errors]
+
+
+@dataclass
+class Measured:
+    """What the plots show, beside the results: `in_scores[score]`, one `[N]` per network; `out_scores[score][set]`, one
+    `[M]` per network; and the reliability of all networks' predictions together."""
+
+    in_scores: dict[str, list[np.ndarray]]
+    out_scores: dict[str, dict[str, list[np.ndarray]]]
+    reliability: Reliability
+
+
+def results_csv(results: Results) -> str:
+    """A row per network, OOD set and score; the measures of the network on the test images are repeated in each."""
+    repeated = {"accuracy": "error", "aurc": "aurc"} | {m: m for m in CALIBRATION_MEASURES}
+    table = io.StringIO()
+    writer = csv.DictWriter(table, ["network", "set", "score", *MEASURES, *repeated])
+    writer.writeheader()
+    for row in results.rows:
+        of_network = results.errors[row["network"]]
+        more = {column: of_network.get(m, math.nan) for column, m in repeated.items()}
+        writer.writerow(row | more | {"accuracy": 1 - of_network["error"]})
+    return table.getvalue()
+
+
+def _without_nan(value: object) -> object:
+    """JSON has no NaN: null in its place."""
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def load_results(folder: Path) -> Results:
+    """Read `results.json` of a stage-3 folder back.
+
+    Raises:
+        UserError: when it is damaged or is not what stage 3 writes.
+    """
+    path = folder / "results.json"
+    try:
+        content = read_json(path, "results", most=64 << 20)
+        errors, rows = ([_with_nan(row) for row in content[key]] for key in ("errors", "rows"))
+        for row in rows:
+            _ = errors[row["network"]]["error"], row["set"], row["score"], [row[m] for m in MEASURES]
+        return Results(errors, rows, list(content["missing"]))
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        raise UserError(f"{path} is damaged, or is not what test_ood_model_syn.py writes; run it again") from None
+
+
+def _with_nan(row: dict) -> dict:
+    return {k: math.nan if v is None else v for k, v in row.items()}

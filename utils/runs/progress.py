@@ -1,0 +1,64 @@
+"""The progress of a loop: a bar on a terminal, lines in a log elsewhere."""
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from utils.runs.run_folder import RunFolder
+
+LOG_EVERY = 10
+
+
+class Progress:
+    """Counts the steps of a loop and shows the mean of each value since it was last shown.
+
+    Values may be tensors on any device: they are added up there, and read only when they are shown.
+    """
+
+    def __init__(self, run: "RunFolder", total: int, what: str, start: int, every: int):
+        self.run, self.total, self.what, self.count, self.first = run, total, what, start, start
+        self.every = every
+        self.began = time.monotonic()
+        self.sums: dict[str, torch.Tensor | float] = {}
+        self.summed = 0
+        self.noted = ""
+        self.bar = None
+        if sys.stderr.isatty() and run.speaks:
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, desc=what, initial=start, leave=False, dynamic_ncols=True)
+
+    def step(self, **values: torch.Tensor | float) -> None:
+        """Count one step."""
+        self.count += 1
+        self.summed += 1
+        self.sums = {name: value + self.sums.get(name, 0) for name, value in values.items()}
+        if self.bar is not None:
+            self.bar.update()
+        if self.count % self.every == 0 or self.count == self.total:
+            self._show()
+
+    def _show(self) -> None:
+        text = "  ".join(f"{name} {float(total) / self.summed:.4f}" for name, total in self.sums.items())
+        rate = (time.monotonic() - self.began) / (self.count - self.first)
+        line = f"{self.what}: {self.count}/{self.total}  {text}  left {(self.total - self.count) * rate:.0f} s"
+        self.sums, self.summed = {}, 0
+        if self.bar is not None:
+            self.bar.set_postfix_str("  ".join(filter(None, (text, self.noted))))
+            self.run.log_file_only(line)
+        else:
+            self.run.log(line)
+
+    def note(self, text: str) -> None:
+        """Show `text` on the bar from now on."""
+        self.noted = text
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+
+    def close(self) -> None:
+        """Take the bar off the terminal."""
+        if self.bar is not None:
+            self.bar.close()

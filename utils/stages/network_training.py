@@ -1,0 +1,172 @@
+"""Training the networks of stage 2 one after another: tests, checkpoints, resuming."""
+
+import torch
+
+from networks import initialize
+from utils.compute import distributed
+from utils.core.errors import Interrupted, OwnError, UserError
+from utils.core.rng import generator
+from utils.data.datasets import RealData
+from utils.data.synthetic import SyntheticSet
+from utils.files.atomic import save_pt
+from utils.runs import signals
+from utils.runs.checkpoints import Checkpointer
+from utils.runs.progress import LOG_EVERY
+from utils.runs.resume import resume_command
+from utils.runs.run_folder import RunFolder
+from utils.training.evaluator import mean_std
+from utils.training.saved import checkpoint_name, is_checkpoint_epoch
+from utils.training.trainer import Trainer, accuracy_of
+
+TEST_INTERVAL = 50
+
+
+class NetworkTraining:
+    """Trains networks one after another; under `torchrun` each process trains some of them and writes their files.
+
+    `resumes`: go on from the checkpoints in `run`, of which each network has its own.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        real: RealData,
+        synthetic: SyntheticSet,
+        trainer: Trainer,
+        seed: int,
+        run: RunFolder,
+        resumes: bool = False,
+    ):
+        self.model, self.real, self.synthetic, self.trainer = model, real, synthetic, trainer
+        self.seed, self.run, self.resumes = seed, run, resumes
+
+    def train_all(self, num_networks: int, interval: int = 50) -> list[float]:
+        """Train all networks, and return their best tested accuracies.
+
+        Raises:
+            Interrupted: after a signal; the network in training is saved.
+            UserError: when a training diverges.
+        """
+        indices = distributed.mine(num_networks)
+        keepers = {i: _Keeper(self, i, Checkpointer(self.run, f"checkpoint_network{i}", interval)) for i in indices}
+        try:
+            with signals.catch():
+                if self.resumes:
+                    self._restore(keepers)
+                for keeper in keepers.values():
+                    if not keeper.done:
+                        self._train(keeper)
+                results = distributed.gather({i: (keeper.best, keeper.newest) for i, keeper in keepers.items()})
+        except Interrupted:
+            self.run.log("stopped; to go on:")
+            self.run.log(resume_command(self.run.path))
+            raise
+        except UserError as error:
+            raise OwnError(error) from None
+        best, last = zip(*results.values(), strict=True)
+        self.run.log(f"accuracy over {num_networks} networks: best {mean_std(best)}, last epoch {mean_std(last)}")
+        return list(best)
+
+    def _restore(self, keepers: dict[int, "_Keeper"]) -> None:
+        for keeper in keepers.values():
+            keeper.restore()
+        epochs = distributed.gather({i: keeper.epoch for i, keeper in keepers.items()})
+        if all(epoch == self.trainer.settings.epochs for epoch in epochs.values()):
+            self.run.log(f"{self.run.path} is finished: all networks are trained")
+        self.run.keep_metrics(lambda line: line["epoch"] <= epochs[line["network"]])
+        distributed.barrier()  # nobody appends before that
+
+    def _train(self, keeper: "_Keeper") -> None:
+        key = ("network", keeper.index)
+        if keeper.state is None:
+            initialize(self.trainer.net, generator(self.seed, *key))
+        else:
+            self.trainer.load_state_dict(keeper.state, keeper.epoch)
+        what = f"network {keeper.index}"
+        with self.run.progress(self.trainer.settings.epochs, what, keeper.epoch, TEST_INTERVAL) as progress:
+
+            def after_epoch(epoch: int, loss: torch.Tensor) -> None:
+                progress.step(loss=loss)
+                keeper.after_epoch(epoch, loss)
+
+            self.trainer.train(self.synthetic, self.seed, key, after_epoch, keeper.epoch)
+        self.run.log(f"{what}: best tested accuracy {100 * keeper.best:.2f} % (epoch {keeper.best_epoch})")
+
+
+class _Keeper:
+    """Tests a network while it trains, and writes its checkpoints: those for stage 3, and that to resume from."""
+
+    def __init__(self, training: NetworkTraining, index: int, checkpointer: Checkpointer):
+        self.training, self.index, self.checkpointer = training, index, checkpointer
+        self.trainer, self.real, self.run = training.trainer, training.real, training.run
+        self.epochs = epochs = self.trainer.settings.epochs
+        self.first = min(100, epochs // 2)
+        self.best, self.best_epoch, self.newest, self.epoch = -1.0, 0, float("nan"), 0
+        self.state: dict | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether the network is trained."""
+        return self.epoch == self.epochs
+
+    def after_epoch(self, epoch: int, loss: torch.Tensor) -> None:
+        """Test every 50 epochs and after the last; keep the best from `first` on, and the epochs that are kept anyway.
+        Save when it is time, and when a signal came."""
+        tests = epoch % TEST_INTERVAL == 0 or epoch == self.epochs
+        saves = tests or self.checkpointer.due(epoch) or signals.received()
+        self.epoch = epoch
+        if saves or epoch % LOG_EVERY == 0:
+            self._must_be_finite(loss, "its loss is")
+        if tests:
+            self._test(loss.item())
+        if is_checkpoint_epoch(epoch, self.epochs):
+            self._save(f"epoch{epoch}")
+        if saves:
+            self.checkpointer.save(self._position() | ({} if self.done else {"state": self.trainer.state_dict()}))
+        if signals.received() and not self.done:
+            raise Interrupted(signals.received())
+
+    def _test(self, loss: float) -> None:
+        logits = self.trainer.predict(self.real.test_images)
+        self._must_be_finite(logits, "its outputs are")
+        self.newest = accuracy_of(logits, self.real.labels_test)
+        self.run.metric(network=self.index, epoch=self.epoch, loss=loss, accuracy=self.newest)
+        if self.epoch >= self.first and self.newest > self.best:
+            self.best, self.best_epoch = self.newest, self.epoch
+            self._save("best")
+
+    def _must_be_finite(self, values: torch.Tensor, what: str) -> None:
+        if not torch.isfinite(values).all():
+            raise UserError(
+                f"--lr_net {self.trainer.settings.lr:g}: network {self.index} diverged by epoch {self.epoch}: {what} "
+                "not finite. Lower --lr_net"
+            )
+
+    def _save(self, which: str) -> None:
+        state = {name: tensor.cpu() for name, tensor in self.trainer.net.state_dict().items()}
+        save_pt(self.run.path / checkpoint_name(self.real.name, self.training.model, self.index, which), state)
+
+    def _position(self) -> dict:
+        return {"epoch": self.epoch, "best": self.best, "best_epoch": self.best_epoch, "newest": self.newest}
+
+    def restore(self) -> None:
+        """Take over the newest checkpoint, if there is one.
+
+        Raises:
+            UserError: when it is not of this run.
+        """
+        saved = self.checkpointer.load()
+        if saved is None:
+            return
+        try:
+            self.epoch, self.best_epoch = int(saved["epoch"]), int(saved["best_epoch"])
+            self.best, self.newest = float(saved["best"]), float(saved["newest"])
+            if not 0 <= self.epoch <= self.epochs:
+                raise ValueError(f"epoch {self.epoch}")
+            self.state = saved.get("state")
+            if not self.done:
+                self.trainer.load_state_dict(self.state, self.epoch)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:100]
+            raise UserError(f"--resume: {self.checkpointer.path} is not of this run: {reason}") from None
+        self.run.log(f"network {self.index}: resumed at epoch {self.epoch}")

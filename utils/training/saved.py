@@ -1,0 +1,50 @@
+"""The checkpoints of trained networks that stage 2 writes and stage 3 reads: their names, and loading them."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from networks import get_network
+from utils.core.errors import UserError
+from utils.core.rng import generator
+from utils.data.datasets import RealData
+from utils.files.torch_files import read_pt
+from utils.training.trainer import TEST_BATCH, predict
+
+CHECKPOINT_INTERVAL = 200
+
+
+def checkpoint_name(dataset: str, model: str, index: int, which: str) -> str:
+    """File name of network `index`; `which` is `best` or `epoch<e>`."""
+    return f"syn_trained_{dataset}_{model}_exp{index}_{which}.pt"
+
+
+def is_checkpoint_epoch(epoch: int, epochs: int) -> bool:
+    """Whether `epoch` (1 … epochs) is kept: the last, and multiples of 200 at or past three fifths."""
+    return epoch == epochs or (epoch % CHECKPOINT_INTERVAL == 0 and 5 * epoch >= 3 * epochs)
+
+
+def load_trained(folder: Path, model: str, real: RealData, index: int, which: str) -> nn.Module:
+    """Network `index` of a stage-2 folder, on the device of `real`, in evaluation mode.
+
+    Raises:
+        UserError: when the checkpoint is missing, damaged, or of another network or data set.
+    """
+    path = folder / checkpoint_name(real.name, model, index, which)
+    state = read_pt(path, "--folder")
+    net = get_network(model, real.channel, real.num_classes, real.im_size, generator(0))
+    plain = isinstance(state, dict) and all(isinstance(k, str) for k in state)
+    if not plain or not all(isinstance(v, torch.Tensor) and not v.is_complex() for v in state.values()):
+        raise UserError(f"--folder: {path} is no state dict; give a folder that stage 2 wrote")
+    try:
+        net.load_state_dict(dict(state))  # a copy: the versions that a file attaches to it are not needed
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"--model {model}: {path} does not fit it: {reason}") from None
+    if not all(torch.isfinite(v).all() for v in net.state_dict().values()):
+        raise UserError(f"--folder: {path} holds NaN or infinite weights; train it again")
+    net = net.to(real.device).eval()
+    if not torch.isfinite(predict(net, real.test_images[:TEST_BATCH])).all():
+        raise UserError(f"--folder: {path} holds weights so large that its outputs are not finite; train it again")
+    return net
