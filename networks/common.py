@@ -6,7 +6,6 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from utils.compute.transfer import send_together
 from utils.core.errors import UserError
 
 
@@ -36,7 +35,7 @@ def channel_norm(name: str, channels: int) -> nn.Module:
 
 
 def has_batchnorm(net: nn.Module) -> bool:
-    """Whether what `net` gives for an image depends, in training mode, on the other images of the batch."""
+    """Whether `net` has BatchNorm: in training mode its output for an image depends on the rest of the batch."""
     return any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
 
 
@@ -50,13 +49,14 @@ def initialize(net: nn.Module, generator: torch.Generator) -> nn.Module:
     parameters, draws = [], []
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
-            fan_in = module.weight[0].numel()
-            bound = 1 / math.sqrt(fan_in)  # kaiming_uniform_ with a = sqrt(5) has this very bound
-            mine = [p for p in (module.weight, module.bias) if p is not None]
-            parameters += mine
-            draws += [torch.empty(p.shape).uniform_(-bound, bound, generator=generator) for p in mine]
+            bound = 1 / math.sqrt(module.weight[0].numel())  # kaiming_uniform_ with a = sqrt(5) has this very bound
+            for parameter in filter(lambda p: p is not None, (module.weight, module.bias)):
+                parameters.append(parameter)
+                draws.append(torch.empty(parameter.numel()).uniform_(-bound, bound, generator=generator))
         elif isinstance(module, (nn.GroupNorm, nn.LayerNorm, nn.BatchNorm2d)):
             module.reset_parameters()
-    for parameter, draw in zip(parameters, send_together(draws, parameters[0].device), strict=True):
-        parameter.copy_(draw)
+    device, flat = parameters[0].device, torch.cat(draws)  # one transfer for all
+    flat = flat.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else flat.to(device)
+    for parameter, draw in zip(parameters, flat.split([len(d) for d in draws]), strict=True):
+        parameter.copy_(draw.view_as(parameter))
     return net

@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader
 
 from networks import get_network
 from tests import textbook
+from utils.compute.compiling import Workload
 from utils.compute.device import choose_compute, choose_device, set_keep_freed_memory
 from utils.core.errors import UserError
 from utils.core.parser import Parser, count, one_of
@@ -46,15 +47,15 @@ from utils.data.outliers import PseudoOutliers
 from utils.data.synthetic import SyntheticSet
 from utils.files.atomic import save_text
 from utils.files.text_files import read_json
-from utils.methods.gradient_matching import GradientMatching, MatchSettings
+from utils.methods.gradient_matching import GradientMatching, MatchSettings, published_loops
 from utils.methods.matcher import Matcher, class_loss, outlier_loss
 from utils.ood.detectors import Scorer
 from utils.report.tables import markdown_table
 from utils.runs.run_folder import RunFolder
-from utils.stages.arguments import add_compute, loops_of
+from utils.stages.arguments import add_compute
 from utils.stages.entry import run_script
 from utils.training.evaluator import EvalSettings, Evaluator
-from utils.training.trainer import Trainer, TrainSettings
+from utils.training.trainer import Trainer, TrainSettings, accuracy_of
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))
 STARTUP_SHARE = 20  # the textbook start-up is measured on a 20th of the images
@@ -100,10 +101,9 @@ class Bench:
         np.savez(Path(self.folder.name) / "cifar10.npz", **arrays)
         self.real: RealData = load_dataset("CIFAR10", self.folder.name).to(self.device)
         self.net = get_network(args.model, 3, 10, (32, 32), generator(0)).to(self.device)
-        long = (math.inf, sys.maxsize)  # a run long enough for `--compile auto` to compile what it speeds up
-        self.compute = choose_compute(
-            args.compile, args.precision, self.device, args.model, self.real, *long, "matching"
-        )
+        long = Workload(math.inf, sys.maxsize, "matching")  # `--compile auto` then compiles what it speeds up
+        example = get_network(args.model, 3, 10, (32, 32), generator(0)).eval()
+        self.compute = choose_compute(args.compile, args.precision, self.device, example, (3, 32, 32), long)
         shape = (10 * args.ipc, 3, 32, 32)
         images = [torch.randn(shape, generator=generator(i)).to(self.device) for i in (1, 2)]
         labels = torch.arange(10, device=self.device).repeat_interleave(args.ipc)
@@ -189,7 +189,9 @@ class Bench:
     def iteration(self) -> dict:
         """A whole iteration of POE: a fresh network, and for each outer step what is random, the matching of images and
         outliers, and the epochs of network training behind it."""
-        outer, inner, _ = loops_of(self.args)
+        loops = published_loops(self.ipc)
+        given = (self.args.outer_loop, self.args.inner_loop)
+        outer, inner = (rule if flag is None else flag for flag, rule in zip(given, loops, strict=True))
         settings = MatchSettings(
             self.args.model, self.ipc, batch_real=self.batch, batch_oe=self.batch, outer_loop=outer, inner_loop=inner,
             dsa=STRATEGY,
@@ -237,14 +239,14 @@ class Bench:
         trainer = Trainer(self.net, self.settings, self.compute)
         return self.measure(
             lambda: textbook.test_accuracy(self.net, loader),
-            lambda: trainer.accuracy(real.test_images, real.labels_test),
+            lambda: accuracy_of(trainer.predict(real.test_images), real.labels_test),
         )
 
     def evaluation(self) -> dict:
         """Two networks of 50 epochs each, tested: a share of stage 1's evaluation."""
         loader = self._plain_loader()
         run = RunFolder.create(self.folder.name, "evaluation")
-        run.speaks = False
+        run.is_main = False
         settings = EvalSettings(EVALUATED, {self.args.model: self.settings}, 0)
         evaluator = Evaluator(self.real, settings, run, self.compute)
 
@@ -266,7 +268,7 @@ class Bench:
 
         def fast() -> None:
             trainer.train(self.synthetic, 0, ())
-            trainer.accuracy(self.real.test_images, self.real.labels_test)
+            accuracy_of(trainer.predict(self.real.test_images), self.real.labels_test)
 
         return self.measure(slow, fast)
 

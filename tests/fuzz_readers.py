@@ -146,7 +146,7 @@ def _small_run(folder: Path, real: RealData) -> Distillation:
     """A distillation of one update that could be resumed in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     run = RunFolder(folder)
-    run.speaks = False
+    run.is_main = False
     settings = MatchSettings("MLP", 1, batch_real=2, batch_oe=2)
     method = GradientMatching(real, PseudoOutliers(real), settings)
     evaluator = Evaluator(real, EvalSettings(1, {"MLP": TrainSettings(1)}, 1), run, Compute())
@@ -164,10 +164,10 @@ def _checkpoints(real: RealData) -> list[bytes]:
     with tempfile.TemporaryDirectory() as folder:
         run = _small_run(Path(folder), real)
         run.run.log_file_only = lambda message: None
-        run.at.found = {"MLP": {0: {"accuracy": 0.5}}}
+        run.state.measures = {"MLP": {0: {"accuracy": 0.5}}}
         run.method.start(0)
-        run.at.started = True
         run.method.iterate(0)
+        run.state.method = run.method.state_dict()
         run.save()
         valid = run.checkpointer.path.read_bytes()
     content = torch.load(io.BytesIO(valid), weights_only=True)

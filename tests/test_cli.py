@@ -15,7 +15,7 @@ import main_poe
 import test_ood_model_syn
 import train_model_synthetic_no_oe
 import train_model_synthetic_oe
-from utils.stages.arguments import loops_of
+from utils.methods import METHODS, MethodInputs
 from utils.stages.entry import run_script
 
 SCRIPTS = {
@@ -107,9 +107,11 @@ def test_given_scores_are_never_dropped():
     assert _scores(["mls", "energy"], True) == ("mls", "energy", "xent")
 
 
-def test_loops_by_ipc():
+def test_loops_by_ipc(digits):
     def loops(*flags):
-        return loops_of(stage1.get_args_parser().parse_args(list(flags)))
+        flags = vars(stage1.get_args_parser().parse_args(list(flags)))
+        method = METHODS["DC"].build(MethodInputs(digits, None, flags | {"model": "MLP"}))
+        return method.settings.outer_loop, method.settings.inner_loop, " ".join(method.notices)
 
     assert loops("--ipc", "1")[:2] == (1, 1)
     assert loops("--ipc", "10") == (10, 50, "")

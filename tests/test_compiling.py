@@ -1,21 +1,37 @@
-"""Where `torch.compile` is used, and a damaged cache of what it made."""
+"""When `torch.compile` is used, and what happens when it fails."""
 
 import inspect
 import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, needs_compiler
 from torch._inductor.exc import InductorError
 
 from networks import get_network
-from utils.compute.compiling import COSTS_CPU, SAVES_CPU, choose_compile, helps_on_cpu
+from utils.compute import compiling
+from utils.compute.compiling import (
+    COMPILE_SECONDS,
+    SAVED_SECONDS,
+    Compiled,
+    Workload,
+    choose_compile,
+    faster_on_cpu,
+    remove_fresh_cache,
+)
 from utils.compute.device import Compute
 from utils.core.errors import UserError
 from utils.core.rng import generator
+from utils.data.outliers import PseudoOutliers
+from utils.methods import MethodInputs
+from utils.methods.gradient_matching import image_passes
 from utils.methods.match_draws import MatchSettings
-from utils.stages.distill import passes_of
+from utils.stages.distill import total_workload
 from utils.stages.distillation import DistillSettings
 from utils.training.evaluator import EvalSettings
 from utils.training.trainer import TrainSettings
@@ -27,14 +43,15 @@ def network(name="ConvNetW32"):
     return get_network(name, 3, 10, (32, 32), generator(0))
 
 
-@pytest.mark.parametrize("what", COSTS_CPU)
+@pytest.mark.parametrize("what", COMPILE_SECONDS)
 def test_auto_compiles_where_the_time_comes_back(what, monkeypatch):
     monkeypatch.setattr("utils.compute.compiling.shutil.which", lambda name: "/usr/bin/" + name)
-    breakeven = COSTS_CPU[what] * torch.get_num_threads() / SAVES_CPU / (32 * (32 * 32 + 16 * 16 + 8 * 8))
+    monkeypatch.setattr("utils.compute.compiling.compiler_failure", lambda name: "")
+    breakeven = COMPILE_SECONDS[what] * torch.get_num_threads() / SAVED_SECONDS / (32 * (32 * 32 + 16 * 16 + 8 * 8))
     for share, expected in ((0.9, False), (1.1, True)):
-        compiled, why = choose_compile("auto", CPU, network(), (3, 32, 32), share * breakeven, 1, what)
+        compiled, why = choose_compile("auto", CPU, network(), (3, 32, 32), Workload(share * breakeven, 1, what))
         assert compiled is expected
-        assert f"cost {COSTS_CPU[what]:.0f}" in why
+        assert f"costs {COMPILE_SECONDS[what]:.0f} s" in why
 
 
 @pytest.mark.parametrize(
@@ -50,26 +67,27 @@ def test_auto_compiles_where_the_time_comes_back(what, monkeypatch):
 )
 def test_networks_that_compiling_does_not_help_on_a_cpu(name, helps, monkeypatch):
     monkeypatch.setattr("utils.compute.compiling.shutil.which", lambda name: "/usr/bin/" + name)
+    monkeypatch.setattr("utils.compute.compiling.compiler_failure", lambda name: "")
     net = network(name)
-    assert helps_on_cpu(net) is helps
-    assert choose_compile("auto", CPU, net, (3, 32, 32), 1e15, 1, "training")[0] is helps
-    assert choose_compile("on", CPU, net, (3, 32, 32), 0, 1, "training") == (True, "")
-    assert choose_compile("off", CPU, net, (3, 32, 32), 1e15, 1, "training") == (False, "")
-    assert choose_compile("auto", CUDA, net, (3, 32, 32), 0, 500, "training")[0]
-    assert not choose_compile("auto", CUDA, net, (3, 32, 32), 1e15, 499, "training")[0]
+    assert faster_on_cpu(net) is helps
+    assert choose_compile("auto", CPU, net, (3, 32, 32), Workload(1e15, 1, "training"))[0] is helps
+    assert choose_compile("on", CPU, net, (3, 32, 32), Workload(0, 1, "training")) == (True, "")
+    assert choose_compile("off", CPU, net, (3, 32, 32), Workload(1e15, 1, "training")) == (False, "")
+    assert choose_compile("auto", CUDA, net, (3, 32, 32), Workload(0, 500, "training"))[0]
+    assert not choose_compile("auto", CUDA, net, (3, 32, 32), Workload(1e15, 499, "training"))[0]
     chosen = Compute(compiled=True, why="auto: it pays")
-    assert chosen.of(net).compiled is helps
-    assert Compute(compiled=True).of(net).compiled  # the user did
-    assert Compute(compiled=True, on_cuda=True, why="auto: it pays").of(net).compiled
+    assert chosen.for_network(net).compiled is helps
+    assert Compute(compiled=True).for_network(net).compiled  # the user did
+    assert Compute(compiled=True, on_cuda=True, why="auto: it pays").for_network(net).compiled
 
 
 def test_without_a_compiler(monkeypatch):
     monkeypatch.setattr("utils.compute.compiling.shutil.which", lambda name: None)
-    compiled, why = choose_compile("auto", CPU, network(), (3, 32, 32), 1e15, 1, "training")
+    compiled, why = choose_compile("auto", CPU, network(), (3, 32, 32), Workload(1e15, 1, "training"))
     assert not compiled
     assert str(Compute(compiled, why=why)) == "torch.compile off (auto: there is no C++ compiler), fp32"
     with pytest.raises(UserError, match=r"--compile on: .*install g"):
-        choose_compile("on", CPU, network(), (3, 32, 32), 0, 1, "training")
+        choose_compile("on", CPU, network(), (3, 32, 32), Workload(0, 1, "training"))
 
 
 def test_compiled_code_gets_images_in_channels_last_order(monkeypatch):
@@ -85,9 +103,11 @@ def test_compiled_code_gets_images_in_channels_last_order(monkeypatch):
     assert seen[1][0] is by_slot
 
 
-@pytest.mark.parametrize(("failures", "message"), [(0, None), (1, None), (2, None), (3, "--compile: .* off")])
-def test_a_damaged_cache_of_compiled_code(failures, message, monkeypatch, tmp_path):
-    """The named library is removed, then a fresh cache is taken, then it is said."""
+@pytest.mark.parametrize("required", [False, True])
+@pytest.mark.parametrize("failures", [0, 1, 2, 3])
+def test_a_compilation_that_fails(failures, required, monkeypatch, tmp_path):
+    """The named library is removed, then a fresh cache is used, then the compiler counts as not working: an error for
+    `--compile on`, one warning for `auto`, after which functions run as they are."""
     library = tmp_path / "torchinductor_x" / "a.so"
     library.parent.mkdir()
     library.write_bytes(b"")
@@ -103,16 +123,65 @@ def test_a_damaged_cache_of_compiled_code(failures, message, monkeypatch, tmp_pa
         return compiled
 
     monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(Compiled, "failed", False)
+    monkeypatch.setattr(compiling, "_fresh_cache", None)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "before")
-    function = Compute(compiled=True).function(lambda x: x + 1)
-    if message:
-        with pytest.raises(UserError, match=message):
-            function(torch.ones(1))
-    else:
-        assert function(torch.ones(1)) == 2
+    functions = [Compiled(lambda x: x + 1, None, required) for _ in range(2)]
+    if failures < 3:
+        assert functions[0](torch.ones(1)) == 2
         assert len(calls) == failures + 1
+    elif required:
+        with pytest.raises(UserError, match=r"--compile on: .*file too short.* --compile off"):
+            functions[0](torch.ones(1))
+    else:
+        with pytest.warns(UserWarning, match="file too short") as warned:
+            assert [f(torch.ones(1)) for f in functions] == [2, 2]
+        assert len(warned) == 1
+        assert len(calls) == 3  # the second does not try again
     assert library.exists() == (failures == 0)
-    assert (os.environ["TORCHINDUCTOR_CACHE_DIR"] == "before") == (failures < 2)
+    cache = os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    assert (cache == "before") == (failures < 2)
+    remove_fresh_cache()
+    assert not Path(cache).exists()
+
+
+@needs_compiler
+@pytest.mark.parametrize("flag", ["auto", "on"])
+def test_a_compiler_that_fails_does_not_end_a_run(flag, run_with_broken_compiler):
+    """A script that exits with 1 in the compiler's place."""
+    done = run_with_broken_compiler(flag)
+    if flag == "on":
+        assert done.returncode == 2
+        assert len(done.stderr.strip().splitlines()) == 1
+        assert "--compile on: c++ fails: this compiler is broken" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("nothing is compiled: c++ fails: this compiler is broken") == 1
+
+
+@pytest.fixture
+def run_with_broken_compiler(tmp_path):
+    """Distil in a process whose C++ compiler is a script that fails; `auto` is made to choose to compile."""
+
+    def run(flag):
+        folder = tmp_path / "bin"
+        folder.mkdir()
+        for name in ("c++", "g++", "clang++"):
+            path = folder / name
+            path.write_text("#!/bin/sh\necho 'this compiler is broken' >&2\nexit 1\n")
+            path.chmod(0o755)
+        flags = "--dataset Digits --model ConvNetD1 --ipc 1 --method DSA --dsa_strategy crop_scale --num_exp 1"
+        flags += " --num_eval 1 --epoch_eval_train 2 --Iteration 1 --batch_real 16"
+        code = "import sys; from utils.compute import compiling; compiling.COMPILE_SECONDS = dict.fromkeys("
+        code += "compiling.COMPILE_SECONDS, 0.0); import main; from utils.stages.entry import run_script; "
+        code += "run_script(lambda: main.main(main.get_args_parser().parse_args()), 'main.py')"
+        env = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "CXX": ""}
+        env |= {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+        env.pop("CXX")
+        command = [sys.executable, "-c", code, *flags.split(), "--compile", flag]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=env)
+
+    return run
 
 
 def test_passes_of_a_run_by_hand(digits, monkeypatch):
@@ -121,13 +190,20 @@ def test_passes_of_a_run_by_hand(digits, monkeypatch):
     run = DistillSettings("DSA", "ConvNet", 2, 3, 10, 4, False, {})
     match = MatchSettings("ConvNet", 2, batch_real=64, batch_oe=32, outer_loop=4, inner_loop=5)
     evaluation = EvalSettings(2, {"ConvNet": TrainSettings(7)}, 1)
-    tests = len(digits.images_test) / 2
+
+    def passes(run, match, outliers):
+        iteration = Workload(image_passes(match, digits, outliers is not None), match.outer_loop, "matching")
+        total = total_workload(iteration, run, evaluation, MethodInputs(digits, outliers, {}))
+        assert (total.steps, total.kind) == (120, "matching")
+        return total.passes
+
+    outliers, tests = PseudoOutliers(digits), len(digits.images_test) / 2
     matched, trained, evaluated = 120 * 10 * (64 + 32), 30 * 3 * 5 * 40, 3 * 4 * 2 * (7 * 40 + tests)
-    assert passes_of(run, match, evaluation, digits, True) == matched + trained + evaluated
-    monkeypatch.setattr("utils.compute.distributed.world", lambda: 4)
-    assert passes_of(run, match, evaluation, digits, True) == (matched + evaluated) / 4 + trained
-    monkeypatch.setattr("utils.compute.distributed.world", lambda: 1)
+    assert passes(run, match, outliers) == pytest.approx(matched + trained + evaluated)
+    monkeypatch.setattr("utils.compute.distributed.world_size", lambda: 4)
+    assert passes(run, match, outliers) == pytest.approx((matched + evaluated) / 4 + trained)
+    monkeypatch.setattr("utils.compute.distributed.world_size", lambda: 1)
     last = replace(run, eval_last_only=True)
-    plain = passes_of(last, replace(match, batch_real=10**6), evaluation, digits, False)
     per_class = len(digits.images_train) // 10
-    assert plain == 120 * 10 * per_class + 30 * 3 * 5 * 20 + 3 * 2 * (7 * 20 + tests)
+    expected = 120 * 10 * per_class + 30 * 3 * 5 * 20 + 3 * 2 * (7 * 20 + tests)
+    assert passes(last, replace(match, batch_real=10**6), None) == pytest.approx(expected)

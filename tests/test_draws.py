@@ -5,15 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from utils.compute.transfer import tensors_of
-from utils.core import rng
+from utils.compute import transfer
+from utils.compute.transfer import Draw, tensors_of
 from utils.core.rng import generator, noise
 from utils.data.augment import DSA, DSA_ENTRIES
 from utils.data.corruptions import Corruption, corrupt, draw_corruption
 from utils.data.outliers import PseudoOutliers
+from utils.methods import match_draws
 from utils.methods.gradient_matching import GradientMatching
 from utils.methods.match_draws import IterationDraws, MatchSettings
-from utils.training import draws
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))
 SETTINGS = MatchSettings("ConvNetBN", 2, batch_real=4, batch_oe=5, dsa=STRATEGY, outer_loop=4, inner_loop=3)
@@ -32,7 +32,7 @@ def equal(a, b) -> bool:
         return torch.equal(a, b)
     if isinstance(a, (list, tuple, dict)):
         return len(a) == len(b) and all(equal(a[k], b[k]) for k in (a if isinstance(a, dict) else range(len(a))))
-    return equal(vars(a), vars(b)) if isinstance(a, rng.Draw) else a == b
+    return equal(vars(a), vars(b)) if isinstance(a, Draw) else a == b
 
 
 def test_every_draw_has_its_key(method):
@@ -63,12 +63,13 @@ def test_every_draw_has_its_key(method):
 
 def test_one_transfer_of_each_type_for_an_iteration(method, monkeypatch):
     sent = []
-    monkeypatch.setattr(rng, "send", lambda t, device: (sent.append(t.dtype), t)[1])
-    monkeypatch.setattr(rng, "send_together", lambda ts, device: rng.packed(ts, lambda t: rng.send(t, device)))
+    monkeypatch.setattr(transfer, "send", lambda t, device: (sent.append(t.dtype), t)[1])
+    together = lambda ts, device: transfer.packed(ts, lambda t: transfer.send(t, device))  # noqa: E731
+    monkeypatch.setattr(transfer, "send_together", together)
     whole = list(method.draws.steps(0, 0, method.synthetic()))
     assert sorted(map(str, sent)) == ["torch.float32", "torch.int64"]
     sent.clear()
-    monkeypatch.setattr(draws, "DRAWN_NUMBERS", 2 * sum(t.numel() for t in tensors_of(whole[0])))
+    monkeypatch.setattr(match_draws, "DRAWN_NUMBERS", 2 * sum(t.numel() for t in tensors_of(whole[0])))
     assert equal(list(method.draws.steps(0, 0, method.synthetic())), whole)
     assert len(sent) > 2
 

@@ -13,20 +13,20 @@ import networks
 from networks import get_network
 from networks.convnet import ConvNet
 from tests import textbook
+from utils.compute import transfer
 from utils.compute.device import Compute, forward_flops, set_precision
 from utils.compute.transfer import packed, tensors_of, with_tensors
-from utils.core import rng
 from utils.core.rng import generator
-from utils.data import augment, datasets, outliers
+from utils.data import augment, corruptions, datasets, outliers
 from utils.data.augment import DC, DSA, DSA_ENTRIES, identity
 from utils.data.outliers import OutlierPool, PseudoOutliers
 from utils.data.synthetic import SyntheticSet
 from utils.methods import matcher
 from utils.methods.distances import METRICS
 from utils.methods.gradient_matching import GradientMatching, MatchSettings
-from utils.methods.matcher import Matcher, chunks, class_loss, outlier_loss
+from utils.methods.matcher import Matcher, Strategy, chunks, class_loss, outlier_loss
 from utils.ood.detectors import Scorer
-from utils.training.trainer import Trainer, TrainSettings, predict
+from utils.training.trainer import Trainer, TrainSettings, accuracy_of, predict
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))
 NORMS = ["ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetW32", "ConvNetGN"]
@@ -78,7 +78,7 @@ def compare(name, dtype, outliers, metric, tolerance, dsa=True, batched=True, co
 def test_engine_equals_the_textbook_in_float64(name, metric, outliers, dsa):
     for batched in (True, False):
         matcher = compare(name, torch.float64, outliers, metric, 1e-9, dsa, batched)
-        assert matcher.ways[0] == ("batched" if batched and name != "ConvNetLN" else "slot by slot")
+        assert matcher.strategies[0].value == ("batched" if batched and name != "ConvNetLN" else "slot by slot")
 
 
 @pytest.mark.parametrize("name", NORMS)
@@ -118,9 +118,9 @@ def test_a_network_that_cannot_be_batched_falls_back(monkeypatch):
     embed = net.embed
     monkeypatch.setattr(net, "embed", lambda x: Unbatchable.apply(embed(x)))
     matcher = Matcher(net, class_loss, "ours", Compute(), True)
-    with pytest.warns(UserWarning, match="more slowly: not batched, because"):
+    with pytest.warns(UserWarning, match="more slowly: not batched"):
         _, gradient = matcher(synthetic, real.__getitem__, transforms)
-    assert matcher.ways == ["slot by slot"]
+    assert matcher.strategies == [Strategy.BY_SLOT]
     expected = textbook.match_slots(net, synthetic, real.__getitem__, transforms, False, "ours")
     assert relative(gradient, expected[1]) < 1e-9
 
@@ -143,7 +143,7 @@ def test_compiled_engine_equals_the_textbook(norm, outliers, metric, dtype, tole
     monkeypatch.setitem(networks._NETWORKS, "narrow", narrow)
     monkeypatch.setattr("utils.methods.matcher.CHUNK_IMAGES", 4)
     matcher = compare("narrow", dtype, outliers, metric, tolerance, dsa, batched=None, compute=COMPILED)
-    assert matcher.ways[0] == ("slot by slot" if norm == "layer" else "compiled")
+    assert matcher.strategies[0].value == ("slot by slot" if norm == "layer" else "compiled")
 
 
 @pytest.mark.parametrize("name", ["ConvNetNN", "ConvNetBN", "ConvNetW32", "ConvNetGN", "ConvNetMP", "ConvNetASwish"])
@@ -154,7 +154,7 @@ def test_what_is_compiled_equals_the_textbook(name, metric, monkeypatch):
     monkeypatch.setattr("utils.methods.matcher.CHUNK_IMAGES", 4)
     for with_outliers, dsa in product((False, True), (False, True)):
         matcher = compare(name, torch.float64, with_outliers, metric, 1e-9, dsa, None, Compute(compiled=True))
-        assert matcher.ways[0] == "compiled"
+        assert matcher.strategies[0] is Strategy.COMPILED
 
 
 def test_what_cannot_be_compiled_goes_on_eagerly(monkeypatch):
@@ -165,9 +165,9 @@ def test_what_cannot_be_compiled_goes_on_eagerly(monkeypatch):
     matcher = Matcher(net, class_loss, "ours", Compute(compiled=True))
     monkeypatch.setattr(matcher, "compiled_side", fails)
     monkeypatch.setattr(matcher, "real_loss", lambda images, slot: class_loss(net(images), slot))
-    with pytest.warns(UserWarning, match="more slowly: not compiled, because no such kernel"):
+    with pytest.warns(UserWarning, match="more slowly: not compiled: no such kernel"):
         _, gradient = matcher(synthetic, real.__getitem__, transforms)
-    assert matcher.ways == ["batched", "slot by slot"]
+    assert matcher.strategies == [Strategy.BATCHED, Strategy.BY_SLOT]
     expected = textbook.match_slots(net, synthetic, real.__getitem__, transforms, False, "ours")
     assert relative(gradient, expected[1]) < 1e-9
 
@@ -209,9 +209,9 @@ def test_an_iteration_reads_nothing_back_and_sends_draws_together(tiny_real, nam
     """Meta tensors have no values, so an iteration on them proves that the host never waits for one."""
     sgd, sent = torch.optim.SGD, []
     monkeypatch.setattr(torch.optim, "SGD", lambda *args, fused=None, **kwargs: sgd(*args, **kwargs))
-    for module in (rng, augment, outliers, datasets, matcher):
+    for module in (transfer, augment, corruptions, outliers, datasets, matcher):
         monkeypatch.setattr(module, "send", lambda t, device: (sent.append(t.device != device), t.to(device))[1])
-    monkeypatch.setattr(outliers, "noise", lambda kind, shape, seed, device: kind(shape, device=device))
+    monkeypatch.setattr(corruptions, "noise", lambda kind, shape, seed, device: kind(shape, device=device))
     counts = []
     for classes in (3, 6):
         real = on_meta(tiny_real, classes)
@@ -277,7 +277,7 @@ def test_plain_tests_are_the_engines(tiny_real):
     assert torch.equal(labels, tiny_real.labels_test)
     loader = torch.utils.data.DataLoader(dataset, 4)
     trainer = Trainer(net, TrainSettings(1))
-    assert textbook.test_accuracy(net, loader) == pytest.approx(trainer.accuracy(images, labels))
+    assert textbook.test_accuracy(net, loader) == pytest.approx(accuracy_of(trainer.predict(images), labels))
     scores = Scorer(net, ["msp"], 1.0, tiny_real.std)(images, 4)[1]["msp"]
     np.testing.assert_allclose(textbook.msp_scores(net, loader), scores, atol=1e-5)
 
@@ -300,7 +300,7 @@ def textbook_iteration(method, s):
                 if which:
                     return method.outliers.draw(slot, 8, method.draws.generator(0, "real oe", 0, outer, slot))
                 g = method.draws.generator(0, "real", 0, outer, slot)
-                return method.real.train_batch(method.draws.choose(slot, 8, g))
+                return method.real.train_batch(method.real.choose(slot, 8, g))
 
             losses, gradient = textbook.match_slots(method.net, images, batch, transforms, bool(which), "ours")
             sums[which] += sum(losses) / 9

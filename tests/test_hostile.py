@@ -510,7 +510,7 @@ def test_nothing_is_fetched_when_a_set_cannot_be_had(digits, tmp_path, monkeypat
         fetched.append(name)
         raise NotThere(f"{name}: no network")
 
-    monkeypatch.setattr("utils.data.download._fetch_pytorch_ood", fetch)
+    monkeypatch.setattr("utils.ood.sets.fetch_pytorch_ood", fetch)
     names = ["Textures", "iSUN", "gaussian"]
     found, missing = source(digits, tmp_path, download=True).find(names, skip_missing=False)
     assert (fetched, [s.name for s in found], list(missing)) == ([], ["gaussian"], ["iSUN"])

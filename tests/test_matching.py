@@ -162,7 +162,7 @@ def test_batchnorm_is_frozen_for_matching(tiny_real):
     method.iterate(0)
     norms = [m for m in method.net.modules() if isinstance(m, nn.BatchNorm2d)]
     assert all(not m.training and m.num_batches_tracked == 1 for m in norms)
-    chosen = [method.draws.choose(c, 16, method.draws.generator(0, "batchnorm", 0, 0, c)) for c in range(3)]
+    chosen = [method.real.choose(c, 16, method.draws.generator(0, "batchnorm", 0, 0, c)) for c in range(3)]
     images = tiny_real.train_batch(torch.cat(chosen))
     expected = 0.1 * method.net.features[0](images).mean((0, 2, 3))
     torch.testing.assert_close(norms[0].running_mean, expected, atol=1e-5, rtol=1e-4)

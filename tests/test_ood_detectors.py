@@ -133,6 +133,7 @@ def test_one_pass_serves_all_scores_of_logits_and_features(digits, trained, nois
     passes = []
     names = [n for n in ALL_SCORES if n in SCORES or (DETECTORS[n].takes != "images" and n != "openmax")]
     scorer = Scorer(trained[0], names, 1.0, digits.std).prepare(noise[:2], fit_set(digits, 2), 64)
+    scorer(noise, 64)  # also decides into how many parts a batch is split
     hook = trained[0].features.register_forward_hook(lambda *_: passes.append(1))
     try:
         scores = scorer(noise, 64)[1]

@@ -5,7 +5,7 @@ import torch
 
 from networks import get_network
 from utils.compute import cpu_batches as parts
-from utils.compute.cpu_batches import Parts, convolution_outputs, equal_parts, in_parts
+from utils.compute.cpu_batches import BatchSplitter, convolution_outputs, equal_parts, in_parts
 from utils.compute.device import Compute
 from utils.core.rng import generator
 from utils.data.synthetic import SyntheticSet
@@ -42,11 +42,11 @@ def test_parts_fit(monkeypatch):
     net = get_network("ConvNetW32", 3, 10, (16, 16), generator(0))  # its largest output: 32 · 16 · 16 for each image
     monkeypatch.setattr(parts, "BACKWARD", 4 * 8192)
     monkeypatch.setattr(parts, "FORWARD", 8 * 8192)
-    cut = Parts(net)
+    cut = BatchSplitter(net)
     images = torch.zeros(16, 3, 16, 16)
     assert (cut.backward(images), cut.forward(images), cut.backward(images, 12, 4)) == (4, 2, 4)
     assert cut.backward(images.to("meta")) == 1
-    assert Parts(get_network("MLP", 3, 10, (16, 16), generator(0))).backward(images) == 1
+    assert BatchSplitter(get_network("MLP", 3, 10, (16, 16), generator(0))).backward(images) == 1
     assert in_parts(lambda x: x + 1, images, 4).shape == images.shape
 
 
@@ -65,7 +65,7 @@ def test_training_and_matching_in_parts(name, width, tiny_real, monkeypatch):
         logits = trainer.predict(tiny_real.test_images.double())
         matcher = Matcher(net.eval(), class_loss, "ours", Compute())
         gradient = matcher.real_gradient(tiny_real.train_batch(torch.arange(12)).double(), torch.tensor(1))
-        count = matcher.parts.backward(synthetic.images)
+        count = matcher.splitter.backward(synthetic.images)
         seen.append([*losses, logits, *gradient])
     assert count > 1
     for whole, cut in zip(*seen, strict=True):

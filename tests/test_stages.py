@@ -17,15 +17,17 @@ from utils.compute.device import Compute
 from utils.core.rng import generator
 from utils.data.augment import DSA, parse_strategy
 from utils.data.corruptions import corrupt
+from utils.data.download import FROM_PYTORCH_OOD
 from utils.data.synthetic import SyntheticSet, load_synthetic
 from utils.files.images import conform
 from utils.methods.gradient_matching import GradientMatching, MatchSettings
+from utils.ood.drawn import DRAWN
 from utils.ood.measures import MEASURES
-from utils.ood.sets import DRAWN, OODSource, default_sets
+from utils.ood.sets import FROM_TORCHVISION, OODSource, validation_sets
 from utils.runs.run_folder import RunFolder
 from utils.training.evaluator import EvalSettings, Evaluator
 from utils.training.saved import is_checkpoint_epoch, load_trained
-from utils.training.trainer import Trainer, TrainSettings, accuracy, predict
+from utils.training.trainer import Trainer, TrainSettings, accuracy_of, predict
 
 STRATEGY = "color_crop_cutout_scale_rotate"
 COMMON = ["--dataset", "Digits", "--model", "ConvNetD1", "--ipc", 1, "--method", "DSA"]
@@ -136,7 +138,9 @@ def test_auroc_of_evaluations_by_scikit_learn(digits, tmp_path):
     confidence = [predict(net, x).double().softmax(1).amax(1).numpy() for x in (digits.test_images, ood.load())]
     expected = roc_auc_score(np.repeat([0, 1], [len(c) for c in confidence]), -np.concatenate(confidence))
     assert found["MLP"][0]["auroc patches"] == pytest.approx(expected, abs=1e-9)
-    assert found["MLP"][0]["accuracy"] == pytest.approx(accuracy(net, digits.test_images, digits.labels_test))
+    assert found["MLP"][0]["accuracy"] == pytest.approx(
+        accuracy_of(predict(net, digits.test_images), digits.labels_test)
+    )
 
 
 def test_same_seed_same_bits_in_all_stages(in_process, tmp_path):
@@ -195,7 +199,7 @@ def test_distilled_images_beat_the_real_ones_they_started_from(digits):
         for synthetic in (before, method.synthetic()):
             net = get_network("ConvNetD1", 1, 10, (8, 8), generator(seed, "net"))
             Trainer(net, training).train(synthetic, seed, ("train",))
-            accs.append(accuracy(net, digits.test_images, digits.labels_test))
+            accs.append(accuracy_of(predict(net, digits.test_images), digits.labels_test))
         gains.append(accs[1] - accs[0])
     assert min(gains) > 0
     assert sum(gains) / 3 > 0.05
@@ -214,7 +218,7 @@ def test_outliers_make_networks_unconfident_on_them(digits):
         synthetic = SyntheticSet(digits.train_batch(images), labels, oe)
         Trainer(net, TrainSettings(150, augmentation=DSA_SETTINGS)).train(synthetic, 1, ("t",))
         confidence.append(predict(net, held_out).softmax(1).amax(1).mean().item())
-        accs.append(accuracy(net, digits.test_images, digits.labels_test))
+        accs.append(accuracy_of(predict(net, digits.test_images), digits.labels_test))
     assert confidence[1] < confidence[0] - 0.2
     assert accs[1] > accs[0] - 0.1
 
@@ -327,7 +331,7 @@ def test_local_ood_sets_are_seeded_subsets(digits, tmp_path):
 
 def test_validation_outliers_of_the_test_images(digits, tmp_path):
     source = OODSource(digits, tmp_path, tmp_path, False, 360, 1)
-    sets = {s.name: s.load() for s in source.validation(source.other_cifar())}
+    sets = {s.name: s.load() for s in validation_sets(source)}
     assert set(sets) == {
         f"val:{n}" for n in ["avg-mean", "geo-mean", "jigsaw", "gauss-speckle", "pixelate", "rgb-ghost", "invert"]
     }
@@ -335,10 +339,14 @@ def test_validation_outliers_of_the_test_images(digits, tmp_path):
     assert torch.allclose(sets["val:invert"].flatten().sort().values, expected.flatten().sort().values, atol=1e-5)
 
 
-def test_default_ood_sets():
-    assert default_sets("CIFAR10")[-1] == "CIFAR100"
-    assert default_sets("Digits")[-1] == "CIFAR10"
-    assert len(default_sets("SVHN")) == 6
+def test_default_ood_sets_can_all_be_had(digits, tmp_path):
+    """Libraries fetch each of them; iSUN, which none has, is among them only where it is on the disk."""
+    source = OODSource(digits, tmp_path, tmp_path, False, 20, 1)
+    assert source.default_names()[-1] == "CIFAR10"
+    assert set(source.default_names()) <= {*FROM_TORCHVISION, *FROM_PYTORCH_OOD}
+    assert replace(source, real=replace(digits, name="CIFAR10")).default_names()[-1] == "CIFAR100"
+    np.savez(tmp_path / "iSUN.npz", images=np.zeros((30, 8, 8), np.uint8))
+    assert "iSUN" in source.default_names()
 
 
 def test_a_run_that_diverges_stops_loudly(refused, tmp_path):

@@ -15,7 +15,7 @@ from utils.data.synthetic import SyntheticSet
 from utils.runs.run_folder import RunFolder
 from utils.training import evaluator as evaluator_module
 from utils.training.evaluator import EvalSettings, Evaluator
-from utils.training.stacked import Together, training_together_pays
+from utils.training.stacked import StackedTrainer, stacking_is_faster
 from utils.training.trainer import Trainer, TrainSettings
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))
@@ -45,7 +45,7 @@ def test_at_once_is_one_by_one(tiny_real, name, augmentation):
     nets = [get_network(name, 3, 3, (16, 16), generator(0)).double().to(DEVICE) for _ in range(2)]
     keys = {2: ("a", 2), 5: ("a", 5), 6: ("b", 6)}
     results, losses = [], []
-    for kind, net in zip((Trainer, Together), nets, strict=True):
+    for kind, net in zip((Trainer, StackedTrainer), nets, strict=True):
         trainer = kind(net, settings)
         found = {}
         seen = []
@@ -66,7 +66,7 @@ def test_compiled_at_once_is_one_by_one(tiny_real):
     found = []
     for trainer in (
         Trainer(net, TrainSettings(2, batch=5, augmentation=STRATEGY)),
-        Together(net, TrainSettings(2, batch=6, augmentation=STRATEGY), COMPILED),
+        StackedTrainer(net, TrainSettings(2, batch=6, augmentation=STRATEGY), COMPILED),
         Trainer(net, TrainSettings(2, batch=6, augmentation=STRATEGY)),
     ):
         keys = {0: ("a", 0), 1: ("a", 1)}
@@ -80,12 +80,12 @@ def test_what_cannot_be_trained_at_once_is_trained_one_by_one(tiny_real, monkeyp
     net = get_network("MLP", 3, 3, (16, 16), generator(0)).double().to(DEVICE)
     settings = TrainSettings(2, augmentation=STRATEGY)
     found = []
-    for kind in (Trainer, Together):
+    for kind in (Trainer, StackedTrainer):
         trainer = kind(net, settings)
-        if kind is Together:
+        if kind is StackedTrainer:
             monkeypatch.setattr(trainer, "loss", lambda *args: torch.zeros(2) @ torch.zeros(3))
         networks = trainer.networks(synthetic_set(tiny_real), 1, {0: ("a",), 3: ("b",)})
-        context = pytest.warns(UserWarning, match="one after another, not at once") if found else nullcontext()
+        context = pytest.warns(UserWarning, match="one after another, not simultaneously") if found else nullcontext()
         with context:
             found.append({index: trainer.predict(tiny_real.test_images.double()) for index in networks})
     assert list(found[1]) == [0, 3]
@@ -97,7 +97,7 @@ def test_without_outliers_and_without_networks(tiny_real):
     net = get_network("MLP", 3, 3, (16, 16), generator(0)).double().to(DEVICE)
     synthetic = synthetic_set(tiny_real, outliers=False)
     found = []
-    for kind in (Trainer, Together):
+    for kind in (Trainer, StackedTrainer):
         trainer = kind(net, TrainSettings(2, augmentation=STRATEGY))
         (index,) = trainer.networks(synthetic, 1, {7: ("k",)})
         assert index == 7
@@ -131,14 +131,14 @@ def test_slots_with_draws_of_their_own(n):
 )
 def test_where_it_is_done(name, images, compute, pays):
     net = get_network(name, *images[1:2], 10, images[2:], generator(0))
-    assert training_together_pays(net, images, compute) is pays
+    assert stacking_is_faster(net, images, compute) is pays
 
 
 def test_evaluation_at_once(tiny_real, tmp_path, monkeypatch):
     """Three networks in stage 1's evaluation: as alone, and saved once, when all are trained."""
     found = []
     for pays in (True, False):
-        monkeypatch.setattr(evaluator_module, "training_together_pays", lambda *args, pays=pays: pays)
+        monkeypatch.setattr(evaluator_module, "stacking_is_faster", lambda *args, pays=pays: pays)
         run = RunFolder.create(str(tmp_path), "DC", "tiny", "MLP", 4)
         ood = {"noise": torch.randn(20, 3, 16, 16, generator=generator(3)).to(DEVICE)}
         settings = EvalSettings(3, {"MLP": TrainSettings(5, lr=0.001)}, 1, ood)

@@ -1,4 +1,4 @@
-"""The textbook way of every stage, one class and one image at a time: what the tests and the benchmark compare with.
+"""The textbook way of every stage, one class and one image at a time, for comparison in tests and in the benchmark.
 
 Nothing else uses it. It computes the same as the fast code, from the same draws.
 """
@@ -17,7 +17,8 @@ from utils.data.synthetic import SyntheticSet
 from utils.methods.distances import match_loss
 from utils.methods.gradient_matching import GradientMatching
 from utils.methods.match_draws import SlotDraw
-from utils.training.trainer import Batch
+from utils.methods.matcher import Matcher
+from utils.training.draws import Batch
 
 
 def augment_images(images: torch.Tensor, transform: Callable) -> torch.Tensor:
@@ -101,12 +102,14 @@ def train_epoch(
 class PlainMatching(GradientMatching):
     """Gradient matching with the same draws, by the textbook's loops."""
 
-    def _update(self, which: int, images: torch.Tensor, batch: Callable, drawn: dict[int, SlotDraw]) -> torch.Tensor:
+    def _update(
+        self, matcher: Matcher, images: torch.Tensor, batch: Callable, drawn: dict[int, SlotDraw]
+    ) -> torch.Tensor:
         transforms = [drawn[slot].transform or identity for slot in drawn]
+        outliers, metric = matcher is self.matcher_oe, self.settings.metric
         losses, images.grad = match_slots(
-            self.net, images, lambda slot: batch(drawn[slot].real), transforms, bool(which), self.settings.metric
+            self.net, images, lambda slot: batch(drawn[slot].real), transforms, outliers, metric
         )
-        self.optimizers[which].step()
         return torch.tensor(losses, device=images.device)
 
     def _train_network(self, epochs: list[list[Batch]]) -> None:

@@ -1,4 +1,4 @@
-"""Batches on a CPU in parts, so that what a layer gives stays in the cache while the next one reads it."""
+"""Batches on a CPU in parts, so that the output of a layer is still in the cache when the next layer reads it."""
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -6,13 +6,13 @@ from copy import deepcopy
 import torch
 from torch import nn
 
-# numbers in the largest output of a convolution; measured on a CPU with 2 MB of second-level cache for each core:
-# ConvNet 0.85 of the time there and back, 0.8 of that of a test
+# The most numbers that a convolution may put out for one part. Measured on a CPU with 2 MB of second-level cache per
+# core: ConvNet needs 0.85 of the time for forward and backward, 0.8 of the time for a test.
 BACKWARD, FORWARD = 2**22, 2**23
 
 
 def convolution_outputs(net: nn.Module, image_shape: Sequence[int]) -> list[int]:
-    """How many numbers each convolution of `net` gives for one image `[C, H, W]`."""
+    """How many numbers each convolution of `net` puts out for one image `[C, H, W]`."""
     shadow = deepcopy(net).eval()
     counts: list[int] = []
     for module in shadow.modules():
@@ -24,23 +24,26 @@ def convolution_outputs(net: nn.Module, image_shape: Sequence[int]) -> list[int]
 
 
 def equal_parts(lengths: Sequence[int], least: int) -> int:
-    """Into how many parts, `least` or up to twice as many, all lengths can be cut evenly; 1 where they cannot."""
+    """The smallest number of parts, from `least` to twice that, that divides all lengths evenly; 1 if there is none."""
     return next((k for k in range(least, 2 * least + 1) if all(n % k == 0 for n in lengths)), 1)
 
 
-class Parts:
-    """Says into how many equal parts a batch goes through `net`; 1 on any other device than a CPU."""
+class BatchSplitter:
+    """Decides into how many equal parts a batch for `net` is split; 1 on any other device than a CPU."""
 
     def __init__(self, net: nn.Module):
         self.net = net
         self.largest: dict[tuple[int, ...], int] = {}
 
     def backward(self, images: torch.Tensor, *lengths: int) -> int:
-        """For images `[N, C, H, W]` that go there and back; all `lengths` (N if none is given) are cut evenly."""
+        """Number of parts for a forward and backward pass of images `[N, C, H, W]`.
+
+        It divides all `lengths` evenly; left out, N.
+        """
         return self._count(images, BACKWARD, lengths or (len(images),))
 
     def forward(self, images: torch.Tensor) -> int:
-        """For images `[N, C, H, W]` that only go there."""
+        """Number of parts for a forward pass of images `[N, C, H, W]`."""
         return self._count(images, FORWARD, (len(images),))
 
     def _count(self, images: torch.Tensor, most: int, lengths: Sequence[int]) -> int:
@@ -53,5 +56,11 @@ class Parts:
 
 
 def in_parts(function: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, count: int) -> torch.Tensor:
-    """`function` of the images, `count` equal parts one after another."""
+    """`function` of the images, computed for `count` equal parts one after another and joined."""
     return function(images) if count == 1 else torch.cat([function(part) for part in images.chunk(count)])
+
+
+def padded_to(images: torch.Tensor, batch: int) -> torch.Tensor:
+    """Images `[n, C, H, W]` followed by zeros, `[batch, C, H, W]`: compiled code is made for one batch size."""
+    missing = batch - len(images)
+    return torch.cat([images, images.new_zeros(missing, *images.shape[1:])]) if missing else images

@@ -8,15 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
 
-from networks import get_network
 from utils.compute import distributed
-from utils.compute.compiling import Compiled, choose_compile, helps_on_cpu
-from utils.compute.cpu_batches import Parts, in_parts
-from utils.core.errors import UserError
-from utils.core.rng import generator
-from utils.data.datasets import RealData
+from utils.compute.compiling import Compiled, Workload, choose_compile, faster_on_cpu
+from utils.compute.cpu_batches import BatchSplitter, in_parts
+from utils.core.errors import UserError, under_torchrun
 
 PRECISIONS = ("tf32", "fp32", "bf16")
 
@@ -34,11 +30,11 @@ class _Embedding(nn.Module):
 
 @dataclass(frozen=True)
 class Compute:
-    """How a device computes; what is computed does not depend on it.
+    """How a device computes; the results do not depend on it, but for rounding.
 
     `compiled`: matching, network training and testing go through `torch.compile`. `precision`: `bf16` runs real
     gradients and network training under autocast; the matching itself stays in float32. `why`: why `--compile auto`
-    chose so; empty where the user did.
+    chose so; empty where the user chose.
     """
 
     compiled: bool = False
@@ -49,30 +45,34 @@ class Compute:
     def __str__(self) -> str:
         return f"torch.compile {'on' if self.compiled else 'off'}{self.why and f' ({self.why})'}, {self.precision}"
 
-    def of(self, net: nn.Module) -> "Compute":
-        """How `net` is computed, where it may be another network than this was chosen for."""
-        leaves_out = self.compiled and self.why and not self.on_cuda and not helps_on_cpu(net)
-        return replace(self, compiled=False) if leaves_out else self
+    def for_network(self, net: nn.Module) -> "Compute":
+        """The same for another network: without compiling if `auto` chose that and it would slow `net` down."""
+        slower = self.compiled and self.why and not self.on_cuda and not faster_on_cpu(net)
+        return replace(self, compiled=False) if slower else self
 
     def function(self, function: Callable) -> Callable:
-        """`function` as it is computed: under autocast, compiled, or both."""
+        """`function` under autocast, compiled, or both, as this says; or as it is."""
         wrapped = self._autocast(function) if self.precision == "bf16" else function
         if not self.compiled:
             return wrapped
-        return Compiled(wrapped, "reduce-overhead" if self.on_cuda else None)  # which records CUDA graphs
+        mode = "reduce-overhead" if self.on_cuda else None  # which records CUDA graphs
+        return Compiled(wrapped, mode, required=not self.why)
 
     def embedding(self, example: nn.Module) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
-        """A function of a network and images to `net.embed(images)`; compiled once for all networks like `example`."""
-        parts = Parts(example)
+        """A function of a network and images that returns `net.embed(images)`.
+
+        It is compiled once, for all networks of the kind of `example`.
+        """
+        splitter = BatchSplitter(example)
         if not self.compiled:
-            return lambda net, images: in_parts(net.embed, images, parts.forward(images))
+            return lambda net, images: in_parts(net.embed, images, splitter.forward(images))
         shell = _Embedding(example)
         compiled = self.function(lambda images, state: functional_call(shell, state, (images,)))
 
         def embed(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
             state = dict(_Embedding(net).state_dict())
-            # a CUDA graph writes there again, so what it gives is copied
-            return in_parts(lambda part: compiled(part, state).clone(), images, parts.forward(images))
+            # a CUDA graph writes into the same memory at its next call, so the result is copied
+            return in_parts(lambda part: compiled(part, state).clone(), images, splitter.forward(images))
 
         return embed
 
@@ -88,9 +88,10 @@ class Compute:
 def choose_device(text: str, deterministic: bool = False) -> torch.device:
     """`auto`, `cpu`, `cuda` or `cuda:N` as a device, prepared; a `UserError` where there is no such device.
 
-    `deterministic` chooses operations that give the same bits at every run on CUDA; on the CPU they do anyway.
-
     Under `torchrun` each process of a machine takes a GPU of its own, and all join the process group.
+
+    Args:
+        deterministic: choose operations that return the same bits at every run on CUDA; on the CPU they always do.
     """
     if text == "auto":
         text = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,6 +101,8 @@ def choose_device(text: str, deterministic: bool = False) -> torch.device:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {text}: unknown device. Accepted: auto, cpu, cuda, cuda:N")
+    if device.type == "cuda" and device.index is not None and under_torchrun():
+        raise UserError(f"--device {text}: under torchrun each process takes a GPU of its own; use --device cuda")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", distributed.local_rank())
     if device.type == "cuda" and device.index >= torch.cuda.device_count():
@@ -126,24 +129,29 @@ def choose_compute(
     compile_flag: str,
     precision: str,
     device: torch.device,
-    model: str,
-    real: RealData,
-    passes: float,
-    steps: int,
-    what: str,
+    net: nn.Module,
+    image_shape: tuple[int, ...],
+    workload: Workload,
 ) -> Compute:
-    """The `Compute` of a run; `passes`, `steps` and `what` say how long it is, see `choose_compile`."""
+    """The `Compute` of a run.
+
+    Args:
+        compile_flag, precision: the flags `--compile` and `--precision`.
+        net: a network of the kind that the run trains or tests, on the CPU; image_shape: `(C, H, W)`.
+    Raises:
+        UserError: for `--compile on` where nothing can be compiled.
+    """
     set_precision(precision, device)
-    net = get_network(model, real.channel, real.num_classes, real.im_size, generator(0)).eval()
-    shape = (real.channel, *real.im_size)
-    compiled, why = choose_compile(compile_flag, device, net, shape, passes, steps, what)
+    compiled, why = choose_compile(compile_flag, device, net, image_shape, workload)
     if device.type == "cpu" and precision == "tf32":
         precision = "fp32"
     return Compute(compiled, precision, device.type == "cuda", why)
 
 
 def forward_flops(net: nn.Module, image_shape: tuple[int, ...]) -> int:
-    """Floating-point operations of one image through `net`."""
+    """Floating-point operations of one image `(C, H, W)` that goes forward through `net`."""
+    from torch.utils.flop_counter import FlopCounterMode
+
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(torch.zeros(2, *image_shape, device=next(net.parameters()).device))
     return counter.get_total_flops() // 2
@@ -153,7 +161,7 @@ def set_keep_freed_memory(keep: bool) -> None:
     """Let glibc reuse freed memory instead of returning it to the system and faulting it in again at every step.
 
     Activations of a CPU run are large, so by default each is mapped and unmapped anew; that costs about a third of the
-    time. Other C libraries have no `mallopt`, and nothing happens.
+    time. On other C libraries, which have no `mallopt`, this does nothing.
     """
     m_trim_threshold, m_mmap_max = -1, -4
     try:

@@ -3,27 +3,27 @@
 import atexit
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from utils.core.errors import UserError
+from utils.core.errors import UserError, one_line, under_torchrun
 
 TIMEOUT = timedelta(hours=2)  # rank 0 may train evaluation networks for long while others wait
 
 
 def start(device_type: str) -> None:
     """Join the process group that `torchrun` prepared: NCCL for GPUs, gloo for CPUs. Without `torchrun` do nothing."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+    if not under_torchrun() or dist.is_initialized():
         return
     try:
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=TIMEOUT)
         atexit.register(stop)
     except Exception as error:
-        raise UserError(
-            f"torchrun: the processes cannot reach each other: {str(error).splitlines()[0][:160]}"
-        ) from None
+        raise UserError(f"torchrun: the processes cannot reach each other: {one_line(error)}") from None
 
 
 def stop() -> None:
@@ -33,25 +33,31 @@ def stop() -> None:
 
 
 def leave(status: int) -> None:
-    """End this process, one of several, at once.
+    """End this process, one of several, without the usual shutdown of Python and its libraries.
 
-    Python and its libraries are not taken down one by one: a thread of gloo that still held a Python object then would
-    abort the process after its work is done (about one run in a hundred).
+    A thread of gloo that still holds a Python object during that shutdown would abort the process after its work is
+    done (seen in about one run in a hundred). A process that was interrupted does not wait for the others, either.
     """
-    stop()
+    if status < 128:
+        stop()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
-def world() -> int:
+def world_size() -> int:
     """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Number of this process; 0 writes files and speaks."""
+    """Number of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """Whether this process is rank 0, the one that writes the files of a run and prints."""
+    return rank() == 0
 
 
 def local_rank() -> int:
@@ -59,54 +65,65 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def mine(count: int) -> range:
+def own_share(count: int) -> range:
     """The indices below `count` that this process works on; every index belongs to one process."""
-    return range(rank(), count, world())
+    return range(rank(), count, world_size())
 
 
 def sum_(*tensors: torch.Tensor) -> None:
     """Replace each tensor by its sum over processes, in place."""
-    if world() > 1:
+    if world_size() > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)
 
 
 def broadcast_(*tensors: torch.Tensor) -> None:
     """Replace each tensor by that of rank 0, in place."""
-    if world() > 1:
+    if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
 
 
-def same(value: object) -> object:
-    """The plain value of rank 0."""
-    if world() == 1:
+def from_main(value: object) -> object:
+    """The plain value of rank 0, on every process."""
+    if world_size() == 1:
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
-def largest(value: int) -> int:
-    """The largest of the processes' values."""
-    if world() == 1:
-        return value
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    box = torch.tensor([value], device=device)
-    dist.all_reduce(box, dist.ReduceOp.MAX)
-    return int(box.item())
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Rank 0 runs the block first, e.g. to download a file; the others wait and then run it, too.
+
+    Raises:
+        UserError: on the other processes when the block failed on rank 0.
+    """
+    if not is_main():
+        if from_main(None):
+            raise UserError("the first process failed; its message says why")
+        yield
+        return
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        from_main(failed)
 
 
 def barrier() -> None:
-    """Go on when every process is here."""
-    largest(0)
+    """Return when every process has called this."""
+    if world_size() > 1:
+        dist.all_reduce(torch.zeros(1, device="cuda" if dist.get_backend() == "nccl" else "cpu"))
 
 
 def gather(values: dict[int, object]) -> dict[int, object]:
-    """Plain values by index, each known to one process, together and in order, on every process."""
+    """The plain values by index of all processes, joined and in order, on every process."""
     parts: list = [values]
-    if world() > 1:
-        parts = [None] * world()
+    if world_size() > 1:
+        parts = [None] * world_size()
         dist.all_gather_object(parts, values)
     joined = {i: v for part in parts for i, v in part.items()}
     return dict(sorted(joined.items()))

@@ -11,8 +11,19 @@ class UserError(ValueError):
     """A wrong flag, file or data set. The message is one line that says what was found and what to do."""
 
 
-class OwnError(UserError):
-    """What went wrong in this process of several alone, so that it must say it itself."""
+class RankError(UserError):
+    """An error of one process among several. That process prints it, whichever rank it has."""
+
+
+class Interrupted(BaseException):
+    """A signal asked the run to stop; `number` is the signal's.
+
+    Like `KeyboardInterrupt` it is not an `Exception`, so that no library that is at work swallows it.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
 
 
 def unknown_name(what: str, name: str, accepted: Iterable[str]) -> str:
@@ -24,39 +35,24 @@ def unknown_name(what: str, name: str, accepted: Iterable[str]) -> str:
     return f"unknown {what} {name!r}{hint} Accepted: {', '.join(accepted)}"
 
 
-class Interrupted(Exception):
-    """A signal asked the run to stop.
-
-    `number`: the signal's; `between_steps`: whether the state of the run is whole.
-    """
-
-    def __init__(self, number: int, between_steps: bool = True):
-        super().__init__(signal.Signals(number).name)
-        self.number, self.between_steps = number, between_steps
+def one_line(value: object, most: int = 160) -> str:
+    """A value or an error as one printable line of at most `most` characters; the type of an error without text."""
+    text = " ".join(str(value).split()) or type(value).__name__
+    return "".join(c if c.isprintable() else "?" for c in text[:most])
 
 
-def several() -> bool:
+def under_torchrun() -> bool:
     """Whether `torchrun` started this process as one of several."""
     return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
-def said_once(prog: str, message: object) -> int:
-    """Print an error line, under `torchrun` by the first process alone; returns the exit status."""
-    return said(prog, message) if os.environ.get("RANK", "0") == "0" else 2
-
-
-def said(prog: str, message: object) -> int:
-    """Print an error line; returns the exit status."""
-    where = f"process {os.environ.get('RANK')}: " if several() else ""
+def print_error(prog: str, message: object) -> int:
+    """Print an error as one line on stderr; returns the exit status, 2."""
+    where = f"process {os.environ.get('RANK')}: " if under_torchrun() else ""
     print(f"{prog}: error: {where}{' '.join(str(message).split())}", file=sys.stderr, flush=True)
     return 2
 
 
-def _short(value: object, most: int = 160) -> str:
-    """One printable line of at most `most` characters."""
-    line = " ".join(str(value).split())
-    return "".join(c if c.isprintable() else "?" for c in line[:most])
-
-
-def _first_line(error: Exception) -> str:
-    return _short((str(error).strip() or type(error).__name__).splitlines()[0])
+def print_error_once(prog: str, message: object) -> int:
+    """As `print_error`, but under `torchrun` only the first process prints."""
+    return print_error(prog, message) if os.environ.get("RANK", "0") == "0" else 2

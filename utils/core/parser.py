@@ -5,7 +5,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
-from utils.core.errors import said_once, unknown_name
+from utils.core.errors import print_error_once, unknown_name
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         """One line on stderr, exit status 2."""
-        sys.exit(said_once(self.prog, f"{message} (see --help)"))
+        sys.exit(print_error_once(self.prog, f"{message} (see --help)"))
 
 
 _NOT_GIVEN = object()

@@ -1,4 +1,4 @@
-"""Keyed random generators: what is drawn depends on the seed and on what it is drawn for, on nothing else."""
+"""Keyed random generators: a draw depends on the seed and on its key, which says what it is for."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ def draw_seed(g: torch.Generator) -> int:
 
 
 def noise(kind: Callable[..., torch.Tensor], shape: Sequence[int], seed: int, device: torch.device) -> torch.Tensor:
-    """`kind` (`torch.randn` or `torch.rand`) of `shape`, drawn on `device`, where it depends on `seed` alone.
+    """`kind` (`torch.randn` or `torch.rand`) of `shape`, drawn on `device` from `seed` alone.
 
     For draws that are too large to be made on the CPU and sent; they differ between kinds of devices.
     """

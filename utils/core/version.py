@@ -7,27 +7,19 @@ from pathlib import Path
 
 import torch
 
-VERSION = 1
+VERSION = 1  # stored in what the stages write
 
 
 def versions() -> dict[str, str | int | None]:
-    """Versions of this program and of what its numbers depend on."""
+    """Version of this program, of Python, and of the libraries; `cuda` is None in builds without it."""
     libraries = {name: metadata.version(name) for name in ("torch", "torchvision", "numpy")}
     return {"trustdd": VERSION, "python": platform.python_version(), **libraries, "cuda": torch.version.cuda}
 
 
 def git_commit() -> str | None:
     """The commit of this code, with `+changes` where files differ from it; None where git does not know."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--exclude=*",
-        "--abbrev=40",
-        "--dirty=+changes",
-    ]
+    folder = str(Path(__file__).parent)
+    command = ["git", "-C", folder, "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+changes"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=10, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.SubprocessError):

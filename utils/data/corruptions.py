@@ -11,8 +11,6 @@ from utils.core.errors import UserError, unknown_name
 from utils.core.rng import draw_seed, noise
 
 PIXELATE = 0.2
-
-
 DEFAULT_CORRUPTIONS = ("jigsaw", "invert", "pixelate", "gauss-speckle")
 
 
@@ -53,9 +51,14 @@ def _box_weights(length: int, out: int) -> torch.Tensor:
 
 def pixelate(images: torch.Tensor) -> torch.Tensor:
     """Box-average down to a fifth of the size, then nearest up again (`PIL.Image.BOX` twice)."""
+    dtype = product_dtype(images.dtype, images.device)
+    rows, columns = (_pixelate_weights(side, dtype, images.device) for side in images.shape[2:])
+    return (rows @ images.to(dtype) @ columns.T).to(images.dtype)
 
-    down_up = [_pixelate_weights(side, images.dtype, images.device) for side in images.shape[2:]]
-    return down_up[0] @ images @ down_up[1].T
+
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type in which matrix products keep the precision of float32: on CUDA TF32 would round it to 10 bits."""
+    return torch.float64 if device.type == "cuda" and dtype == torch.float32 else dtype
 
 
 @lru_cache

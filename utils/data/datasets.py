@@ -10,7 +10,7 @@ import torch
 
 from utils.compute.transfer import send
 from utils.core.errors import UserError, unknown_name
-from utils.data.download import NPZ_KEYS, _read_torchvision
+from utils.data.download import NPZ_KEYS, read_torchvision
 from utils.files.arrays import images_to_nchw, read_npz
 from utils.files.images import check_link, list_images, read_images, unit_images
 from utils.files.text_files import check_file
@@ -110,6 +110,11 @@ class RealData:
         order = labels.argsort(stable=True)
         return order.split(labels.bincount(minlength=self.num_classes).tolist())
 
+    def choose(self, label: int, n: int, generator: torch.Generator) -> torch.Tensor:
+        """Indices of `n` different training images of a class, or of all if there are fewer; int64, on the CPU."""
+        indices = self.class_indices[label]
+        return indices[torch.randperm(len(indices), generator=generator)[:n]]
+
     def fingerprint(self) -> str:
         """SHA-256 of the images and labels."""
         return fingerprint((self.images_train, self.labels_train, self.images_test, self.labels_test))
@@ -117,7 +122,7 @@ class RealData:
     def to(self, device: torch.device | str) -> "RealData":
         """The same data on `device`."""
         names = ("images_train", "labels_train", "images_test", "labels_test")
-        return replace(self, **{n: getattr(self, n).to(device, non_blocking=True) for n in names})
+        return replace(self, **{n: send(getattr(self, n), torch.device(device)) for n in names})
 
 
 def load_dataset(name: str, data_path: str | Path, im_size: int | None = None, download: bool = True) -> RealData:
@@ -146,7 +151,7 @@ def load_dataset(name: str, data_path: str | Path, im_size: int | None = None, d
         arrays, source = _read_npz_set(local, "--data_path"), local
     else:
         read = {"Digits": _read_digits, "TinyImageNet": _read_tinyimagenet}.get(name)
-        arrays = read(data_path) if read else _read_torchvision(name, data_path, download)
+        arrays = read(data_path) if read else read_torchvision(name, data_path, download)
         source = data_path
     return _checked(name, SPECS[name], arrays, source)
 
@@ -291,4 +296,4 @@ def load_test_images(name: str, root: Path, download: bool, flag: str = "--data_
     if local.is_file():
         (images,) = read_npz(check_file(local, flag), ["test_images"], flag)
         return images_to_nchw(images, local, flag).contiguous()
-    return _read_torchvision(name, root, download, flag)[2]
+    return read_torchvision(name, root, download, flag)[2]

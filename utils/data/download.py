@@ -1,32 +1,72 @@
-"""Data sets through torchvision and pytorch-ood: opened where they are, or fetched whole."""
+"""Data sets of torchvision and pytorch-ood: opened where they are, or fetched whole.
+
+A fetch goes into a temporary folder first, so that an interrupted one leaves nothing that looks complete. Under
+`torchrun` the first process fetches while the others wait.
+"""
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from utils.core.errors import UserError
+from utils.compute import distributed
+from utils.core.errors import UserError, one_line
 
-Arrays = tuple
+NPZ_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
+TINYIMAGES = "300K_random_images.npy"
+FROM_PYTORCH_OOD = {  # class and arguments in pytorch_ood.dataset.img
+    "Textures": ("Textures", {}),
+    "Places365": ("Places365", {}),
+    "TinyImageNet_resize": ("TinyImageNetResize", {}),
+    "TinyImageNet_crop": ("TinyImageNetCrop", {}),
+    "LSUN_resize": ("LSUNResize", {}),
+    "LSUN_crop": ("LSUNCrop", {}),
+}
+_UNPACKED_FILES = {
+    "MNIST": "MNIST/raw/*-ubyte (the four unpacked files)",
+    "FashionMNIST": "FashionMNIST/raw/*-ubyte (the four unpacked files)",
+    "SVHN": "train_32x32.mat and test_32x32.mat",
+    "CIFAR10": "cifar-10-batches-py/ (cifar-10-python.tar.gz, unpacked)",
+    "CIFAR100": "cifar-100-python/ (cifar-100-python.tar.gz, unpacked)",
+}
+_ARCHIVES = {
+    "MNIST": ("MNIST/raw/*.gz",),
+    "FashionMNIST": ("FashionMNIST/raw/*.gz",),
+    "SVHN": ("*_32x32.mat",),
+    "CIFAR10": ("cifar-10-python.tar.gz",),
+    "CIFAR100": ("cifar-100-python.tar.gz",),
+}
 
 
 class NotThere(UserError):
     """A data set that could be fetched is not on the disk, or its download failed; nothing there is damaged."""
 
 
-NPZ_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
+def read_torchvision(name: str, root: Path, download: bool, flag: str = "--data_path") -> tuple[torch.Tensor, ...]:
+    """Training and test images (uint8 `[N, C, H, W]`) and labels (int64 `[N]`) of a torchvision data set.
 
+    torchvision compares the MD5 sums of what it downloads, and of CIFAR's files whenever it opens them; only then does
+    it unpickle those.
 
-def _read_torchvision(name: str, root: Path, download: bool, flag: str = "--data_path") -> Arrays:
-    try:
-        parts = _open_torchvision(name, root, False)
-    except Exception as error:
-        parts = _fetch(name, root, flag) if download else None
-        if parts is None:
-            raise NotThere(_how_to_get(name, root, f"not there ({_one_line(error)})", flag)) from None
+    Args:
+        root: its folder; download: fetch what is missing there.
+        flag: the flag that names the folder, for the message.
+    Returns:
+        `images_train, labels_train, images_test, labels_test`.
+    Raises:
+        NotThere: when the set is not there and may not or cannot be fetched.
+    """
+    with distributed.main_first():
+        try:
+            parts = _open_torchvision(name, root, False)
+        except Exception as error:
+            if not download:
+                found = f"not there ({one_line(error, 80)})"
+                raise NotThere(_how_to_get(name, root, found, flag)) from None
+            parts = _fetch_torchvision(name, root, flag)
     return tuple(t for part in parts for t in _whole_tensors(part))
 
 
@@ -40,63 +80,48 @@ def _open_torchvision(name: str, root: Path, download: bool) -> list:
     return [make(root, train=train, download=download) for train in (True, False)]
 
 
-def _fetch(name: str, root: Path, flag: str) -> list:
-    """Download into a temporary folder, then move it all to `root`: a failure leaves nothing half-made there."""
+def _fetch_torchvision(name: str, root: Path, flag: str) -> list:
     print(f"{name} is not in {root}; downloading it through torchvision", flush=True)
-    made = [p for p in (root, *root.parents) if not p.exists()]
+
+    def fetch(folder: Path) -> list:
+        """Both parts, fetched into `folder`; archives that `root` has already are not fetched again."""
+        for pattern in _ARCHIVES[name]:
+            for path in root.glob(pattern):
+                link = folder / path.relative_to(root)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(path.resolve())
+        return _open_torchvision(name, folder, True)
+
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as folder:
-            there = Path(folder)
-            _link_archives(name, root, there)
-            parts = _open_torchvision(name, there, True)
-            for path in [p for p in there.rglob("*") if p.is_file() and not p.is_symlink()]:
-                goal = root / path.relative_to(there)
-                goal.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, goal)
-            return parts
+        return _fetch_into(root, fetch)
     except Exception as error:
-        for path in made:
-            with suppress(OSError):  # another process may have put something there
-                path.rmdir()
-        found = f"not there, and its download failed ({_one_line(error)})"
+        found = f"not there, and its download failed ({one_line(error, 80)})"
         raise NotThere(_how_to_get(name, root, found, flag)) from None
 
 
-def _link_archives(name: str, root: Path, there: Path) -> None:
-    """Let torchvision find archives that are in `root` already, so that it only fetches what is missing."""
-    for pattern in _ARCHIVES[name]:
-        for path in root.glob(pattern):
-            link = there / path.relative_to(root)
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(path.resolve())
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join((str(error) or type(error).__name__).split())[:80]
-
-
-_FILES = {
-    "MNIST": "MNIST/raw/*-ubyte (the four unpacked files)",
-    "FashionMNIST": "FashionMNIST/raw/*-ubyte (the four unpacked files)",
-    "SVHN": "train_32x32.mat and test_32x32.mat",
-    "CIFAR10": "cifar-10-batches-py/ (cifar-10-python.tar.gz, unpacked)",
-    "CIFAR100": "cifar-100-python/ (cifar-100-python.tar.gz, unpacked)",
-}
-
-
-_ARCHIVES = {
-    "MNIST": ("MNIST/raw/*.gz",),
-    "FashionMNIST": ("FashionMNIST/raw/*.gz",),
-    "SVHN": ("*_32x32.mat",),
-    "CIFAR10": ("cifar-10-python.tar.gz",),
-    "CIFAR100": ("cifar-100-python.tar.gz",),
-}
+def _fetch_into(root: Path, fetch: Callable[[Path], object]) -> object:
+    """Call `fetch` with a temporary folder, move what it wrote there to `root`, and return its result."""
+    made = [p for p in (root, *root.parents) if not p.exists()]
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as name:
+            folder = Path(name)
+            result = fetch(folder)
+            for path in [p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()]:
+                goal = root / path.relative_to(folder)
+                goal.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, goal)
+            return result
+    except BaseException:
+        for path in made:
+            with suppress(OSError):  # another process may have put something there
+                path.rmdir()
+        raise
 
 
 def _how_to_get(name: str, data_path: Path, found: str, flag: str) -> str:
     return (
-        f"{flag} {data_path}: {name} is {found}. Put {_FILES[name]} into {data_path}, "
+        f"{flag} {data_path}: {name} is {found}. Put {_UNPACKED_FILES[name]} into {data_path}, "
         f"or {name.lower()}.npz with the keys {', '.join(NPZ_KEYS)}"
     )
 
@@ -112,38 +137,45 @@ def _whole_tensors(part: object) -> tuple[torch.Tensor, torch.Tensor]:
     return images, labels
 
 
-TINYIMAGES = "300K_random_images.npy"
+def fetch_tinyimages(path: Path) -> None:
+    """Fetch 300K Random Images (Hendrycks et al.) to `path` through pytorch-ood, which compares the MD5 sum.
+
+    Raises:
+        UserError: without pytorch-ood, and when the download fails.
+    """
+    with distributed.main_first():
+        if path.exists():  # the first process has fetched it
+            return
+        try:
+            from pytorch_ood.dataset.img import TinyImages300k
+        except ImportError:
+            raise UserError(f"--oe_data_path: {path} is fetched by pytorch-ood: pip install pytorch-ood") from None
+        try:
+            _fetch_into(path.parent, lambda folder: TinyImages300k(root=str(folder), download=True))
+        except Exception as error:
+            reason = one_line(error, 120)
+            raise UserError(f"--oe_data_path: {path} could not be fetched by pytorch-ood: {reason}") from None
 
 
-def _fetch_tinyimages(path: Path) -> None:
-    """Fetch 300K Random Images (Hendrycks et al.) to `path` through pytorch-ood, which checks the md5 sum."""
-    try:
-        from pytorch_ood.dataset.img import TinyImages300k
-    except ImportError:
-        raise UserError(f"--oe_data_path: {path} is fetched by pytorch-ood: pip install pytorch-ood") from None
-    try:
-        TinyImages300k(root=str(path.parent), download=True)
-    except Exception as error:
-        raise UserError(f"--oe_data_path: {path} could not be fetched by pytorch-ood: {str(error)[:120]}") from None
+def fetch_pytorch_ood(name: str, root: Path) -> Sequence:
+    """The OOD set `name` of `FROM_PYTORCH_OOD` as pytorch-ood's data set, fetched into `root` unless it is there.
 
-
-FROM_PYTORCH_OOD = {  # class and arguments in pytorch_ood.dataset.img
-    "Textures": ("Textures", {}),
-    "Places365": ("Places365", {}),
-    "TinyImageNet_resize": ("TinyImageNetResize", {}),
-    "TinyImageNet_crop": ("TinyImageNetCrop", {}),
-    "LSUN_resize": ("LSUNResize", {}),
-    "LSUN_crop": ("LSUNCrop", {}),
-}
-
-
-def _fetch_pytorch_ood(name: str, root: Path) -> Sequence:
+    Raises:
+        UserError: without pytorch-ood, and when the download or its checksum fails.
+    """
     try:
         from pytorch_ood.dataset import img
     except ImportError:
         raise UserError(f"{name} is fetched by pytorch-ood: pip install pytorch-ood") from None
     cls, kwargs = FROM_PYTORCH_OOD[name]
-    try:
-        return getattr(img, cls)(root=str(root), download=True, **kwargs)
-    except Exception as error:  # a failed download, a failed checksum, a full disk
-        raise UserError(f"{name} could not be fetched by pytorch-ood: {str(error)[:120]}") from None
+    make = getattr(img, cls)
+    with distributed.main_first():
+        try:
+            return make(root=str(root), download=False, **kwargs)
+        except Exception:  # not there
+            pass
+        try:
+            _fetch_into(root, lambda folder: make(root=str(folder), download=True, **kwargs))
+            return make(root=str(root), download=False, **kwargs)
+        except Exception as error:
+            raise UserError(f"{name} could not be fetched by pytorch-ood: {one_line(error, 120)}") from None

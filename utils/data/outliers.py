@@ -1,10 +1,6 @@
-"""Where outliers come from: a pool of real images (OE), or corrupted training images (POE).
+"""Sources of outliers: a pool of real images (OE), or corrupted training images (POE)."""
 
-An outlier source has `choose(slot, n, generator)`, which draws what is random in `n` outliers of one class slot,
-`batch(drawn)`, which makes those outliers, normalised `[n, C, H, W]`, `draw(slot, n, generator)`, both at once, and
-`notice`, a line for the log or "".
-"""
-
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +12,7 @@ from utils.core.errors import UserError
 from utils.core.rng import generator as keyed_generator
 from utils.data.corruptions import DEFAULT_CORRUPTIONS, Corruption, draw_corruption
 from utils.data.datasets import RealData
-from utils.data.download import TINYIMAGES, _fetch_tinyimages
+from utils.data.download import TINYIMAGES, fetch_tinyimages
 from utils.files.arrays import images_to_nchw, read_npy, read_npz
 from utils.files.images import conform, list_images, read_images
 from utils.files.torch_files import fingerprint
@@ -25,8 +21,8 @@ from utils.files.torch_files import fingerprint
 def distinct(total: int, n: int, generator: torch.Generator) -> torch.Tensor:
     """`n` different indices below `total` (all of them if there are no more) in random order, int64 `[min(n, total)]`.
 
-    Few of many are drawn with repetition until there are enough, repetitions left out: the first `n` different ones
-    are as likely in every order, and nothing of length `total` is made.
+    A few of many are drawn with repetition until enough different ones are there; that needs no memory of length
+    `total`, and every order is equally likely.
     """
     if 4 * n >= total:
         return torch.randperm(total, generator=generator)[:n]
@@ -46,16 +42,30 @@ class OutlierBatch(Draw):
     corruption: Corruption | None = None
 
 
-class _Source:
-    """What both sources share."""
+class OutlierSource(ABC):
+    """Where the outliers of the class slots come from; `notice` is a line for the log, or empty."""
+
+    notice: str
+
+    @abstractmethod
+    def choose(self, slot: int, n: int, generator: torch.Generator) -> OutlierBatch:
+        """Draw what is random in `n` different outliers of a slot, or in as many as there are."""
+
+    @abstractmethod
+    def batch(self, drawn: OutlierBatch) -> torch.Tensor:
+        """The outliers that were drawn, normalised `[n, C, H, W]`, on the device of the real data."""
 
     def draw(self, slot: int, n: int, generator: torch.Generator) -> torch.Tensor:
-        """`n` (or as many as there are) different outliers of a slot, normalised `[n, C, H, W]`."""
+        """`choose`, then `batch`."""
         return self.batch(self.choose(slot, n, generator))
+
+    def fingerprint(self) -> str | None:
+        """SHA-256 of the images that are read beside the real data; None where there are none."""
+        return None
 
 
 @dataclass(frozen=True)
-class PseudoOutliers(_Source):
+class PseudoOutliers(OutlierSource):
     """POE: slot c serves training images under corruption `c mod len(corruptions)`.
 
     Only the drawn batch is corrupted.
@@ -78,7 +88,7 @@ class PseudoOutliers(_Source):
 
 
 @dataclass(frozen=True)
-class OutlierPool(_Source):
+class OutlierPool(OutlierSource):
     """OE: disjoint random slices of a pool of images, one for each class slot.
 
     `images`: uint8 `[N, C, H, W]`, possibly memory-mapped; `slices`: int64 `[num_classes, per_slot]` into it.
@@ -99,7 +109,7 @@ class OutlierPool(_Source):
         return self.real.normalize(conform(images, self.real.channel, self.real.im_size))
 
     def fingerprint(self) -> str:
-        """SHA-256 of the images of all slices."""
+        """SHA-256 of the images of all slices, in their order."""
         return fingerprint(self.images[indices.to(self.images.device)] for indices in self.slices)
 
 
@@ -135,7 +145,7 @@ def load_outlier_pool(
                 f"--oe_data_path: {path} is not there; give a .npy (uint8 NHWC), an .npz (key images) or a folder of "
                 f"images, or let --download all fetch {TINYIMAGES} (pip install pytorch-ood)"
             )
-        _fetch_tinyimages(path)
+        fetch_tinyimages(path)
     images = read_image_pool(path, real.channel, real.im_size, "--oe_data_path")
     fits = len(images) // real.num_classes
     if not fits:

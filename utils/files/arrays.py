@@ -8,12 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.core.errors import UserError, _first_line, _short
+from utils.core.errors import UserError, one_line
 from utils.files.text_files import check_file
 
 MAX_PACKED = 256 << 20  # bytes of compressed arrays that are unpacked whatever their ratio
-
-
 MAX_RATIO = 100  # above that: packed images seldom reach 10
 
 
@@ -25,7 +23,7 @@ def read_npy(path: Path, flag: str) -> np.ndarray:
             warnings.simplefilter("ignore")
             return np.lib.format.open_memmap(path, mode="c")
     except Exception as error:
-        raise UserError(f"{flag}: cannot read {path} as a .npy array: {_first_line(error)}") from None
+        raise UserError(f"{flag}: cannot read {path} as a .npy array: {one_line(error)}") from None
 
 
 def read_npz(path: Path, keys: Sequence[str], flag: str) -> list[np.ndarray]:
@@ -39,7 +37,7 @@ def read_npz(path: Path, keys: Sequence[str], flag: str) -> list[np.ndarray]:
                 if f"{key}.npy" not in names:
                     has = ", ".join(sorted(n.removesuffix(".npy") for n in names)[:10]) or "nothing"
                     raise UserError(
-                        f"{flag}: {path} has no key {key!r}; it needs {', '.join(keys)} and has {_short(has)}"
+                        f"{flag}: {path} has no key {key!r}; it needs {', '.join(keys)} and has {one_line(has)}"
                     )
             members = [archive.getinfo(f"{key}.npy") for key in keys]
             _check_sizes(members, path.stat().st_size)
@@ -47,7 +45,7 @@ def read_npz(path: Path, keys: Sequence[str], flag: str) -> list[np.ndarray]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{flag}: cannot read {path} as an .npz file: {_first_line(error)}") from None
+        raise UserError(f"{flag}: cannot read {path} as an .npz file: {one_line(error)}") from None
 
 
 def _check_sizes(members: Sequence[zipfile.ZipInfo], size: int) -> None:

@@ -1,4 +1,4 @@
-"""Files that last: written whole or not at all, logs that reach the disk at once, folders with one owner."""
+"""Writing files that last: whole or not at all, through no link, and on the disk before anyone relies on them."""
 
 import os
 import tempfile
@@ -53,8 +53,10 @@ def save_text(path: Path, text: str) -> None:
     atomic_write(path, lambda file: file.write(text.encode()))
 
 
-def append_line(path: Path, line: str) -> None:
-    """Append a line, whole or not at all, and flush it to the disk.
+def append_line(path: Path, line: str, sync: bool = True) -> None:
+    """Append a line, whole or not at all; with `sync` it is on the disk when this returns.
+
+    Without `sync` the line survives the end of this process, but not a power cut in the next seconds.
 
     Raises:
         UserError: when the disk is full or the folder is read-only.
@@ -62,11 +64,12 @@ def append_line(path: Path, line: str) -> None:
     data = (line + "\n").encode(errors="replace")
     written = 0
     try:
-        with open(path, "ab", buffering=0, opener=_open_itself) as file:
+        with open(path, "ab", buffering=0, opener=open_no_link) as file:
             try:
                 while written < len(data):  # a disk that runs full takes a part
                     written += file.write(data[written:])
-                os.fsync(file.fileno())
+                if sync:
+                    os.fsync(file.fileno())
             except OSError:
                 with suppress(OSError):
                     file.truncate(file.seek(0, os.SEEK_END) - written)
@@ -75,8 +78,14 @@ def append_line(path: Path, line: str) -> None:
         raise UserError(f"cannot write {path}: {error}. Free space or choose another --save_path") from None
 
 
+def sync_file(path: Path) -> None:
+    """Flush to the disk what was appended to a file; nothing where there is no such file."""
+    with suppress(FileNotFoundError), open(path, "rb", opener=open_no_link) as file, suppress(OSError):
+        os.fsync(file.fileno())
+
+
 def remove_files(folder: Path, pattern: str) -> None:
-    """Take away the regular files of `folder` that match.
+    """Remove the regular files of `folder` that match a glob pattern.
 
     Raises:
         UserError: when one cannot be removed.
@@ -90,10 +99,10 @@ def remove_files(folder: Path, pattern: str) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Take away what `atomic_write` left in `folder` when its process was killed; for the owner of the folder."""
+    """Remove what `atomic_write` left in `folder` when its process was killed; for the folder's owner only."""
     remove_files(folder, f".*{_UNFINISHED}")
 
 
-def _open_itself(path: str, flags: int) -> int:
-    """For `open`: neither through a link, which could lead anywhere, nor waiting for the other end of a pipe."""
+def open_no_link(path: str, flags: int) -> int:
+    """An `opener` for `open`: it refuses links, which could lead anywhere, and never waits for a pipe's other end."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o644)

@@ -1,5 +1,6 @@
 """Reading image files: listing folders safely, decoding to one size, and pixels in [0, 1]."""
 
+import logging
 import os
 import warnings
 from collections.abc import Sequence
@@ -11,21 +12,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from utils.core.errors import UserError, _first_line
+from utils.core.errors import UserError, one_line
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".gif", ".tif", ".tiff"}
-
-
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP", "GIF", "TIFF")  # PIL would hand others to outside programs
-
-
 MAX_PIXELS = 40_000_000  # one decoded image, up to 20 bytes each on the way; larger ones are refused
-
-
 LARGE_PIXELS = 2_000_000  # larger ones are decoded one at a time, to bound the memory
-
-
 DECODERS = 8  # threads
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # its complaints about damaged images are in our error
 
 
 def list_images(folder: Path, tree: Path | None = None, flag: str = "") -> list[Path]:
@@ -47,7 +42,7 @@ def list_images(folder: Path, tree: Path | None = None, flag: str = "") -> list[
                 check_link(path, tree, flag)
         return [p for p in named if p.is_file()]
     except (OSError, RuntimeError) as error:  # RuntimeError: a circle of links
-        raise UserError(f"{flag}: cannot list {folder}: {_first_line(error)}") from None
+        raise UserError(f"{flag}: cannot list {folder}: {one_line(error)}") from None
 
 
 def check_link(path: Path, tree: Path, flag: str) -> None:
@@ -84,7 +79,7 @@ def read_images(paths: Sequence[Path], channel: int, im_size: tuple[int, int], f
                 else:
                     fitted = _fitted(image, channel, (width, height))
         except Exception as error:
-            raise UserError(f"{flag}: cannot read the image {path}: {_first_line(error)}. Mend or remove it") from None
+            raise UserError(f"{flag}: cannot read the image {path}: {one_line(error)}. Mend or remove it") from None
         images[index] = np.asarray(fitted, dtype=np.uint8).reshape(height, width, channel)
 
     with warnings.catch_warnings(), ThreadPoolExecutor(DECODERS) as pool:

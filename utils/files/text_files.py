@@ -1,10 +1,12 @@
-"""Reading text and JSON files, and the check that a path is a regular file."""
+"""Reading text and JSON files of bounded size, and the check that a path is a regular file."""
 
 import json
 import os
 from pathlib import Path
 
-from utils.core.errors import UserError, _first_line
+from utils.core.errors import UserError, one_line
+
+MAX_TEXT = 256 << 20  # bytes of a text file
 
 
 def check_file(path: Path, flag: str) -> Path:
@@ -14,39 +16,6 @@ def check_file(path: Path, flag: str) -> Path:
         there = "not a file" if os.path.lexists(path) else "not there"
         raise UserError(f"{flag}: {path} is {there}; give an existing file")
     return path
-
-
-def read_json(path: Path, what: str, most: int = 1 << 20) -> dict:
-    """The JSON object in a file of at most `most` bytes.
-
-    Raises:
-        UserError: when the file is missing, damaged, too large, or holds anything else.
-    """
-    path = check_file(path, what)
-    try:
-        value = json.loads(read_bytes(path, most))
-        if not isinstance(value, dict):
-            raise ValueError("it holds no object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{what}: {path} is damaged: {_first_line(error)}") from None
-    return value
-
-
-_MOST_LINES = 256 << 20  # bytes of a text file that is read
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file; none where there is no file.
-
-    Raises:
-        UserError: when it cannot be read, or has more than 256 MiB.
-    """
-    if not os.path.lexists(path):
-        return []
-    try:
-        return read_bytes(path, _MOST_LINES).decode(errors="replace").splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error}. Move it away") from None
 
 
 def read_bytes(path: Path, most: int) -> bytes:
@@ -62,3 +31,33 @@ def read_bytes(path: Path, most: int) -> bytes:
     if len(data) > most:
         raise OSError("it is too large")
     return data
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file; an empty list where there is no file.
+
+    Raises:
+        UserError: when it cannot be read, or has more than 256 MiB.
+    """
+    if not os.path.lexists(path):
+        return []
+    try:
+        return read_bytes(path, MAX_TEXT).decode(errors="replace").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}. Move it away") from None
+
+
+def read_json(path: Path, what: str, most: int = 1 << 20) -> dict:
+    """The JSON object in a file of at most `most` bytes.
+
+    Raises:
+        UserError: when the file is missing, damaged, too large, or holds anything else.
+    """
+    path = check_file(path, what)
+    try:
+        value = json.loads(read_bytes(path, most))
+        if not isinstance(value, dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{what}: {path} is damaged: {one_line(error)}") from None
+    return value

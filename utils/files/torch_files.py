@@ -1,8 +1,7 @@
-"""Reading what others wrote: arrays, tensors and image folders. Nothing is ever unpickled."""
+"""Reading `.pt` files without unpickling them, and fingerprints of tensors."""
 
 import hashlib
 import io
-import logging
 import os
 import pickletools
 import warnings
@@ -14,16 +13,13 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from utils.core.errors import UserError, _first_line, _short
+from utils.core.errors import UserError, one_line
 from utils.files.arrays import MAX_PACKED
 from utils.files.text_files import check_file
 
 MAX_PICKLE = 4 << 20  # bytes that describe the tensors of a `.pt`, without their values
 PLAIN_TENSORS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PLAIN_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-
-
-logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it says of damaged images is in the error
 
 
 class _NumberType:
@@ -82,7 +78,7 @@ def read_pt(path: Path, what: str, check_crc: bool = False) -> object:
             _check_tensors(value, path.stat().st_size)
             return value
     except Exception as error:  # a damaged file can fail in any way inside the reader
-        reason = _first_line(error)
+        reason = one_line(error)
         if "Weights only load failed" in str(error):
             reason = _FOREIGN
         raise UserError(f"{what}: cannot read {path}: {reason}. Write it again with the stage that makes it") from None
@@ -144,7 +140,7 @@ def _check_tensors(value: object, size: int) -> None:
             raise ValueError(f"it holds a {tensor.layout} tensor on {tensor.device}; only dense ones are read")
         stored = tensor.untyped_storage().nbytes()
         if stored > size or tensor.numel() * tensor.element_size() > stored:
-            raise ValueError(f"a tensor claims the shape {_short(list(tensor.shape))} and has {stored} bytes")
+            raise ValueError(f"a tensor claims the shape {one_line(list(tensor.shape))} and has {stored} bytes")
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:

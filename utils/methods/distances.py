@@ -5,8 +5,6 @@ from collections.abc import Sequence
 import torch
 
 EPSILON = 1e-6
-
-
 METRICS = ("ours", "mse", "cos")
 
 

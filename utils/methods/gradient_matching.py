@@ -1,96 +1,61 @@
-"""Gradient matching as a method of stage 1: what one iteration does to the synthetic images and outliers."""
+"""Gradient matching: DC (Zhao et al., ICLR 2021) and DSA (Zhao & Bilen, ICML 2021), with and without outliers.
+
+One iteration takes a fresh random network. At each outer step the synthetic images of every class are moved so that
+their gradient on the network's weights comes closer to that of real images of the class, then the outliers likewise;
+between two steps the network is trained on the synthetic set.
+"""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from networks import get_network, initialize
 from utils.compute import distributed
+from utils.compute.compiling import Workload
 from utils.compute.device import Compute
-from utils.core.errors import UserError
+from utils.core.parser import count, one_of
 from utils.core.rng import generator
 from utils.data.augment import identity
 from utils.data.datasets import RealData
-from utils.data.outliers import OutlierPool, PseudoOutliers
-from utils.data.synthetic import SyntheticSet
+from utils.data.outliers import OutlierSource
+from utils.data.synthetic import LearnableSet, SyntheticSet
+from utils.methods import Flag, MethodEntry, MethodInputs, register
+from utils.methods.distances import METRICS
 from utils.methods.match_draws import IterationDraws, MatchSettings, SlotDraw, StepDraw
 from utils.methods.matcher import Matcher, class_loss, outlier_loss
 from utils.training.draws import Batch
 from utils.training.trainer import Trainer, TrainSettings
 
-MOMENTUM_IMG = 0.5
+# outer and inner loop by images per class, as published
+LOOPS = {1: (1, 1), 2: (1, 1), 5: (10, 50), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
 
 
-class GradientMatching:
-    """The synthetic images of one experiment and what updates them in one iteration.
-
-    The stage-1 loop needs no more of a method than `start`, `iterate`, `synthetic` and the two of its state.
-    """
+class GradientMatching(LearnableSet):
+    """The synthetic images of one experiment, and the iterations that update them by gradient matching."""
 
     def __init__(
         self,
         real: RealData,
-        outliers: OutlierPool | PseudoOutliers | None,
+        outliers: OutlierSource | None,
         settings: MatchSettings,
         compute: Compute | None = None,
         initial: Sequence[SyntheticSet] = (),
     ):
+        s = settings
+        super().__init__(real, outliers, ipc=s.ipc, seed=s.seed, init=s.init, lr_img=s.lr_img, initial=initial)
         compute = compute or Compute()
-        self.real, self.outliers, self.settings, self.initial = real, outliers, settings, initial
-        self.device = real.device
-        net = get_network(settings.model, real.channel, real.num_classes, real.im_size, generator(settings.seed))
+        self.settings = s
+        net = get_network(s.model, real.channel, real.num_classes, real.im_size, generator(s.seed))
         self.net = net.to(self.device)
-        self.matchers = [Matcher(self.net, loss, settings.metric, compute) for loss in (class_loss, outlier_loss)]
-        labels = torch.arange(real.num_classes, device=self.device)
-        self.labels = labels.repeat_interleave(settings.ipc)
-        training = TrainSettings(
-            1, settings.lr_net, settings.batch_train, settings.lambda_oe, settings.dsa, momentum=0.0, weight_decay=0.0
-        )
+        self.matcher = Matcher(self.net, class_loss, s.metric, compute)
+        self.matcher_oe = Matcher(self.net, outlier_loss, s.metric, compute)
+        training = TrainSettings(1, s.lr_net, s.batch_train, s.lambda_oe, s.dsa, momentum=0.0, weight_decay=0.0)
         self.trainer = Trainer(self.net, training, compute)
-        self.draws = IterationDraws(real, outliers, settings, self.trainer.has_batchnorm)
-        self._check_init()
-
-    def _check_init(self) -> None:
-        smallest = min(len(i) for i in self.real.class_indices)
-        if self.settings.init == "real" and smallest < self.settings.ipc:
-            raise UserError(
-                f"--ipc {self.settings.ipc}: the smallest class of {self.real.name} has {smallest} training "
-                "images, and "
-                "--init real takes that many of each; lower --ipc or use --init noise"
-            )
-
-    def start(self, exp: int) -> None:
-        """Initialise the synthetic images of experiment `exp`: noise, or real images and real outliers."""
-        self.exp = exp
-        self.image_syn = self._initial(
-            "images", lambda slot, n, g: self.real.train_batch(self.draws.choose(slot, n, g))
-        )
-        self.optimizers = [self._optimizer(self.image_syn)]
-        self.image_oe = None
-        if self.outliers is not None:
-            self.image_oe = self._initial("outliers", self.outliers.draw)
-            self.optimizers.append(self._optimizer(self.image_oe))
-
-    def _initial(self, what: str, draw: Callable[[int, int, torch.Generator], torch.Tensor]) -> torch.Tensor:
-        """`[num_classes, ipc, C, H, W]`."""
-        s, shape = self.settings, (self.real.channel, *self.real.im_size)
-        if self.initial:
-            start = self.initial[self.exp % len(self.initial)]
-            images = start.images if what == "images" else start.images_oe
-            return images.to(self.device).clone().view(self.real.num_classes, s.ipc, *shape)
-        slots = []
-        for slot in range(self.real.num_classes):
-            g = self.draws.generator(self.exp, "initial", what, slot)
-            if s.init == "noise":
-                slots.append(torch.randn(s.ipc, *shape, generator=g).to(self.device))
-                continue
-            batch = draw(slot, s.ipc, g)
-            slots.append(batch[torch.arange(s.ipc) % len(batch)])  # a small slice of outliers may have fewer
-        return torch.stack(slots)
-
-    def _optimizer(self, images: torch.Tensor) -> torch.optim.Optimizer:
-        return torch.optim.SGD([images.requires_grad_()], lr=self.settings.lr_img, momentum=MOMENTUM_IMG)
+        self.draws = IterationDraws(real, outliers, s, self.trainer.has_batchnorm)
+        self.about = {"outer_loop": s.outer_loop, "inner_loop": s.inner_loop}
+        self.notices: list[str] = []
 
     def iterate(self, it: int) -> dict[str, torch.Tensor]:
         """One iteration on a fresh random network; returns the matching losses `[slots]`, means over outer steps."""
@@ -107,7 +72,7 @@ class GradientMatching:
 
     def _train_network(self, epochs: list[list[Batch]]) -> None:
         """Epochs on the synthetic set; rank 0 trains, and the others take over its weights."""
-        if distributed.rank() == 0:
+        if distributed.is_main():
             for _ in self.trainer.epochs(self.synthetic(), epochs):
                 pass
         distributed.broadcast_(*(t.detach() for t in self.net.state_dict().values()))
@@ -117,19 +82,22 @@ class GradientMatching:
         self.net.train()
         if drawn.batchnorm is not None:
             self._set_batchnorm(drawn.batchnorm)
-        losses = [self._update(0, self.image_syn, self.real.train_batch, drawn.images)]
+        losses = [self._update(self.matcher, self.image_syn, self.real.train_batch, drawn.images)]
+        self.optimizers[0].step()
         if self.outliers is not None:
-            losses.append(self._update(1, self.image_oe, self.outliers.batch, drawn.outliers))
+            losses.append(self._update(self.matcher_oe, self.image_oe, self.outliers.batch, drawn.outliers))
+            self.optimizers[1].step()
         return torch.stack(losses)
 
-    def _update(self, which: int, images: torch.Tensor, batch: Callable, drawn: dict[int, SlotDraw]) -> torch.Tensor:
-        """One step of the images (`which` 0) or of the outliers (1); returns the losses of the slots.
+    def _update(
+        self, matcher: Matcher, images: torch.Tensor, batch: Callable, drawn: dict[int, SlotDraw]
+    ) -> torch.Tensor:
+        """Set the gradient of the images or of the outliers; returns the losses of the slots.
 
-        `batch` makes a slot's real batch, on the device, of what was drawn for it.
+        `batch` makes a slot's real batch, on the device, from what was drawn for it.
         """
         transforms = {slot: draw.transform or identity for slot, draw in drawn.items()}
-        losses, images.grad = self.matchers[which](images.detach(), lambda slot: batch(drawn[slot].real), transforms)
-        self.optimizers[which].step()
+        losses, images.grad = matcher(images.detach(), lambda slot: batch(drawn[slot].real), transforms)
         return losses
 
     def _set_batchnorm(self, index: torch.Tensor) -> None:
@@ -140,37 +108,67 @@ class GradientMatching:
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
 
-    def state_dict(self) -> dict:
-        """What the next iterations depend on, beside the settings: images, outliers and their momentum, on the CPU."""
-        images = [self.image_syn] if self.image_oe is None else [self.image_syn, self.image_oe]
-        momentum = [o.state[i].get("momentum_buffer") for o, i in zip(self.optimizers, images, strict=True)]
-        return {
-            "images": [i.detach().cpu().clone() for i in images],
-            "momentum": [None if m is None else m.cpu().clone() for m in momentum],
-        }
 
-    def load_state_dict(self, exp: int, state: dict) -> None:
-        """Go on in experiment `exp` from a `state_dict`.
+def published_loops(ipc: int) -> tuple[int, int]:
+    """Outer and inner loop as published for `ipc`, else by rule: outer = ipc, inner = 500 / ipc, at least 1."""
+    return LOOPS.get(ipc, (ipc, max(1, round(500 / ipc))))
 
-        Raises:
-            ValueError: when its images are not of this shape, or with outliers where there are none.
-        """
-        shape = (self.real.num_classes, self.settings.ipc, self.real.channel, *self.real.im_size)
-        count = 1 if self.outliers is None else 2
-        for tensors in (state["images"], [m for m in state["momentum"] if m is not None]):
-            if any(tuple(t.shape) != shape or t.dtype != torch.float32 for t in tensors):
-                raise ValueError(f"images of another shape than {'x'.join(map(str, shape))}")
-        if not len(state["images"]) == len(state["momentum"]) == count:
-            raise ValueError(f"{len(state['images'])} sets of images instead of {count}")
-        self.exp = exp
-        images = [t.to(self.device).clone() for t in state["images"]]  # a file's may overlap in memory
-        self.image_syn, self.image_oe = images[0], images[1] if count == 2 else None
-        self.optimizers = [self._optimizer(i) for i in images]
-        for optimizer, image, momentum in zip(self.optimizers, images, state["momentum"], strict=True):
-            if momentum is not None:
-                optimizer.state[image]["momentum_buffer"] = momentum.to(self.device).clone()
 
-    def synthetic(self) -> SyntheticSet:
-        """The current synthetic set (views of the images that later iterations update)."""
-        oe = None if self.image_oe is None else self.image_oe.detach().flatten(0, 1)
-        return SyntheticSet(self.image_syn.detach().flatten(0, 1), self.labels, oe)
+def match_settings(inputs: MethodInputs) -> MatchSettings:
+    """The settings that the flags ask for."""
+    f = inputs.flags
+    outer, inner = published_loops(f["ipc"])
+    return MatchSettings(
+        model=f["model"],
+        ipc=f["ipc"],
+        seed=f["seed"],
+        lr_img=f["lr_img"],
+        lr_net=f["lr_net"],
+        batch_real=f["batch_real"],
+        batch_oe=f.get("batch_oe", 0),
+        batch_train=f["batch_train"],
+        lambda_oe=f.get("lambda_oe", 0.0),
+        metric=f["dis_metric"],
+        init=f["init"],
+        outer_loop=outer if f["outer_loop"] is None else f["outer_loop"],
+        inner_loop=inner if f["inner_loop"] is None else f["inner_loop"],
+        dsa=inputs.augmentation,
+    )
+
+
+def image_passes(settings: MatchSettings, real: RealData, with_outliers: bool) -> float:
+    """How many images one iteration sends forward and backward through the network in this process."""
+    s, kinds = settings, 2 if with_outliers else 1
+    per_class = min(s.batch_real, len(real.images_train) // real.num_classes)
+    matched = s.outer_loop * real.num_classes * (per_class + s.batch_oe * (kinds - 1))
+    trained = (s.outer_loop - 1) * s.inner_loop * kinds * real.num_classes * s.ipc  # by rank 0
+    return matched / distributed.world_size() + trained
+
+
+def _build(inputs: MethodInputs) -> GradientMatching:
+    settings = match_settings(inputs)
+    method = GradientMatching(inputs.real, inputs.outliers, settings, inputs.compute, inputs.initial)
+    if settings.ipc not in LOOPS and None in (inputs.flags["outer_loop"], inputs.flags["inner_loop"]):
+        loops = f"outer {settings.outer_loop}, inner {settings.inner_loop}"
+        method.notices.append(f"ipc {settings.ipc} has no published loops: {loops} by rule")
+    return method
+
+
+def _workload(inputs: MethodInputs) -> Workload:
+    settings = match_settings(inputs)
+    passes = image_passes(settings, inputs.real, inputs.outliers is not None)
+    return Workload(passes, settings.outer_loop, "matching")
+
+
+FLAGS = (
+    Flag("dis_metric", one_of("metric", METRICS), "ours", "distance of gradients"),
+    Flag("outer_loop", count(1), None, "matching steps per iteration; left out: by ipc, as published"),
+    Flag(
+        "inner_loop", count(0), None, "epochs of network training between two matching steps; left out: by ipc, as "
+        "published",
+    ),
+)  # fmt: skip
+_DC = MethodEntry("DC", "gradient matching", _build, _workload, FLAGS, "unused")
+register(_DC)
+register(replace(_DC, name="DSA", help="gradient matching under Siamese augmentation, better from ipc 2 on",
+                 augmentation="required"))  # fmt: skip

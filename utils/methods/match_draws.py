@@ -10,19 +10,17 @@ from utils.compute.transfer import Draw, send_draws, tensors_of
 from utils.core.rng import generator
 from utils.data.augment import DSA, Transform
 from utils.data.datasets import RealData
-from utils.data.outliers import OutlierBatch, OutlierPool, PseudoOutliers
+from utils.data.outliers import OutlierBatch, OutlierSource
 from utils.data.synthetic import SyntheticSet
 from utils.training.draws import Batch, draw_epoch
 
-BATCHNORM_IMAGES = 16
-
-
+BATCHNORM_IMAGES = 16  # of each class
 DRAWN_NUMBERS = 2**25  # that are drawn and sent together: a quarter of a gigabyte of indices
 
 
 @dataclass(frozen=True)
 class MatchSettings:
-    """What gradient matching needs to know."""
+    """The settings of gradient matching; each is described at the flag of its name."""
 
     model: str
     ipc: int
@@ -42,8 +40,11 @@ class MatchSettings:
 
 @dataclass(frozen=True)
 class SlotDraw(Draw):
-    """What is random in the matching of one slot: which real images (or outliers) it takes, and the augmentation that
-    they share with the synthetic ones."""
+    """What is random in the matching of one slot.
+
+    `real`: which real images (int64 `[n]`) or outliers it takes; `transform`: the augmentation that is applied to them
+    and to the synthetic ones alike.
+    """
 
     real: torch.Tensor | OutlierBatch
     transform: Transform | None
@@ -51,8 +52,11 @@ class SlotDraw(Draw):
 
 @dataclass(frozen=True)
 class StepDraw(Draw):
-    """What is random in one outer step: by slot, for the images and for the outliers; the images that set BatchNorm's
-    statistics (int64 `[n]`); the epochs of network training that follow."""
+    """What is random in one outer step.
+
+    `images`, `outliers`: by slot; `batchnorm`: the training images (int64 `[n]`) that set BatchNorm's statistics;
+    `epochs`: the network training that follows.
+    """
 
     images: dict[int, SlotDraw]
     outliers: dict[int, SlotDraw]
@@ -69,17 +73,12 @@ class IterationDraws:
     def __init__(
         self,
         real: RealData,
-        outliers: OutlierPool | PseudoOutliers | None,
+        outliers: OutlierSource | None,
         settings: MatchSettings,
         has_batchnorm: bool,
     ):
         self.real, self.outliers, self.settings, self.has_batchnorm = real, outliers, settings, has_batchnorm
         self.ahead: tuple[tuple[int, int], list[StepDraw]] | None = None
-
-    def choose(self, slot: int, n: int, g: torch.Generator) -> torch.Tensor:
-        """Indices of `n` different training images of a class, or of all if there are fewer."""
-        indices = self.real.class_indices[slot]
-        return indices[torch.randperm(len(indices), generator=g)[:n]]
 
     def generator(self, exp: int, *key: int | str) -> torch.Generator:
         """The generator of a draw in experiment `exp`."""
@@ -88,8 +87,8 @@ class IterationDraws:
     def steps(self, exp: int, it: int, synthetic: SyntheticSet) -> Iterator[StepDraw]:
         """The draws of every outer step of an iteration, on the device of the data.
 
-        They are drawn and sent together, in as few parts as `DRAWN_NUMBERS` allows. `synthetic` is what the network
-        will be trained on; only its sizes matter.
+        They are drawn and sent together, in as few parts as `DRAWN_NUMBERS` allows. Of `synthetic`, on which the
+        network will be trained, only the sizes matter.
         """
         outer = 0
         while outer < self.settings.outer_loop:
@@ -102,7 +101,7 @@ class IterationDraws:
             outer += len(part)
 
     def look_ahead(self, exp: int, it: int, synthetic: SyntheticSet) -> None:
-        """Draw for an iteration to come: on a GPU, while the device is still at work on the one before."""
+        """Draw for a later iteration; on a GPU, while the device still computes the one before."""
         self.ahead = ((exp, it), self._part(exp, it, 0, synthetic))
 
     def _part(self, exp: int, it: int, first: int, synthetic: SyntheticSet) -> list[StepDraw]:
@@ -114,7 +113,7 @@ class IterationDraws:
         return send_draws(part, self.real.device)
 
     def _step(self, exp: int, it: int, outer: int, synthetic: SyntheticSet) -> StepDraw:
-        slots = distributed.mine(self.real.num_classes)
+        slots = distributed.own_share(self.real.num_classes)
         return StepDraw(
             {slot: self._images(exp, it, outer, slot) for slot in slots},
             {slot: self._outliers(exp, it, outer, slot) for slot in slots if self.outliers is not None},
@@ -123,7 +122,7 @@ class IterationDraws:
         )
 
     def _images(self, exp: int, it: int, outer: int, slot: int) -> SlotDraw:
-        index = self.choose(slot, self.settings.batch_real, self.generator(exp, "real", it, outer, slot))
+        index = self.real.choose(slot, self.settings.batch_real, self.generator(exp, "real", it, outer, slot))
         return SlotDraw(index, self._siamese(exp, "siamese", it, outer, slot))
 
     def _outliers(self, exp: int, it: int, outer: int, slot: int) -> SlotDraw:
@@ -138,11 +137,11 @@ class IterationDraws:
         """16 images of each class."""
         slots = range(self.real.num_classes)
         key = ("batchnorm", it, outer)
-        return torch.cat([self.choose(c, BATCHNORM_IMAGES, self.generator(exp, *key, c)) for c in slots])
+        return torch.cat([self.real.choose(c, BATCHNORM_IMAGES, self.generator(exp, *key, c)) for c in slots])
 
     def _epochs(self, exp: int, it: int, outer: int, synthetic: SyntheticSet) -> list[list[Batch]]:
-        """The epochs behind this step; none behind the last. Rank 0 trains for all processes."""
-        if outer == self.settings.outer_loop - 1 or distributed.rank():
+        """The epochs after this step; none after the last. Rank 0 trains for all processes."""
+        if outer == self.settings.outer_loop - 1 or not distributed.is_main():
             return []
         s, g = self.settings, self.generator(exp, "inner", it, outer)
         return [draw_epoch(synthetic, s.batch_train, s.dsa, g) for _ in range(s.inner_loop)]

@@ -1,14 +1,15 @@
-"""Matching of gradients (DC: Zhao et al., ICLR 2021; DSA: Zhao & Bilen, ICML 2021), for images and for outliers.
+"""Matching losses of all class slots and their gradient with respect to the synthetic images or outliers.
 
 The real gradients are taken slot by slot: batching them would turn the weight gradients into grouped convolutions,
 which are slower. The synthetic side, which is differentiated twice, goes through `torch.func` for many slots at once
-where that is faster; written with `torch.func` alone it can be compiled, too, which an outer backward pass through it
-could not. `utils/textbook.py` has the textbook loop that all are tested against.
+where that is faster. Written with `torch.func` alone it can be compiled, too, as an outer backward pass could not be.
+The tests compare all of it with the plain loop of `tests/textbook.py`.
 """
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from enum import Enum
 
 import torch
 import torch.nn.functional as F
@@ -16,17 +17,17 @@ from torch import nn
 from torch.func import functional_call, grad, grad_and_value, vmap
 
 from utils.compute import distributed
-from utils.compute.cpu_batches import Parts
+from utils.compute.compiling import Compiled
+from utils.compute.cpu_batches import BatchSplitter
 from utils.compute.device import Compute
 from utils.compute.transfer import send
-from utils.core.errors import UserError
+from utils.core.errors import UserError, one_line
 from utils.data.augment import apply_by_slot
 from utils.methods.distances import match_loss
-from utils.runs import signals
 from utils.training.losses import uniform_cross_entropy
 
-BATCHED_PIXELS_CPU = 5 * 32 * 32  # of one slot's synthetic images, where they are not compiled
-CHUNK_IMAGES = 128  # synthetic images that are differentiated twice at once: bounds the memory
+BATCHED_PIXELS_CPU = 5 * 32 * 32  # the most in one slot's synthetic images for which batching the slots is faster
+CHUNK_IMAGES = 128  # synthetic images that are differentiated twice together; it bounds the memory
 
 
 SlotLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -40,8 +41,16 @@ def class_loss(logits: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
 
 
 def outlier_loss(logits: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy to uniform; all slots have the same."""
+    """Cross-entropy to the uniform distribution, the same for all slots."""
     return uniform_cross_entropy(logits)
+
+
+class Strategy(Enum):
+    """How the synthetic side is computed."""
+
+    COMPILED = "compiled"
+    BATCHED = "batched"
+    BY_SLOT = "slot by slot"
 
 
 class Matcher:
@@ -51,22 +60,24 @@ class Matcher:
         net: the network; its weights may change between calls.
         loss: the training loss of a slot's batch.
         metric: one of `METRICS`.
-        batched: whether the synthetic side takes many slots at once; None chooses.
+        batched: whether the synthetic side takes many slots together; None chooses.
 
-    `ways`: how the synthetic side is computed, fastest first. A network that cannot be compiled or batched is found out
-    at the first call, and goes the next way from then on.
+    `strategies`: those that are still open, fastest first. When one fails at its first call, because the network cannot
+    be compiled or batched, the next one is used from then on.
     """
 
     def __init__(self, net: nn.Module, loss: SlotLoss, metric: str, compute: Compute, batched: bool | None = None):
         self.net, self.loss, self.metric = net, loss, metric
-        self.parts = Parts(net)
+        self.splitter = BatchSplitter(net)
         self.real_loss = compute.function(lambda images, slot: loss(net(images), slot))
         self.compiled_side = replace(compute, precision="fp32").function(self._losses_and_gradient)
         # the second derivative of a layer norm under vmap is wrong in PyTorch (seen in 2.14): a test compares them
         self.batched = False if any(isinstance(m, nn.LayerNorm) for m in net.modules()) else batched
-        self.ways = ["batched", "slot by slot"] if self.batched is not False else ["slot by slot"]
-        if compute.compiled and self.batched is not False:
-            self.ways.insert(0, "compiled")
+        self.strategies = [Strategy.BY_SLOT]
+        if self.batched is not False:
+            self.strategies.insert(0, Strategy.BATCHED)
+            if compute.compiled:
+                self.strategies.insert(0, Strategy.COMPILED)
 
     def __call__(
         self,
@@ -78,7 +89,7 @@ class Matcher:
 
         Args:
             images_syn: `[slots, ipc, C, H, W]`.
-            real_batch: gives the real images `[n, C, H, W]` of a slot.
+            real_batch: returns the real images `[n, C, H, W]` of a slot.
             transforms: by slot, applied to its real and to its synthetic images alike (the Siamese rule).
         Returns:
             the losses `[slots]`, and the gradient of their sum with respect to `images_syn`; the same on all processes.
@@ -86,14 +97,16 @@ class Matcher:
         losses = images_syn.new_zeros(len(images_syn))
         gradient = torch.zeros_like(images_syn)
         size = max(1, CHUNK_IMAGES // images_syn.shape[1])
-        for chunk in chunks(list(distributed.mine(len(images_syn))), size, fill=self.ways[0] == "compiled"):
+        for chunk in chunks(
+            list(distributed.own_share(len(images_syn))), size, pad=self.strategies[0] is Strategy.COMPILED
+        ):
             index = send(torch.tensor(chunk), images_syn.device)
             number = dict(zip(chunk, index, strict=True))
             real = {s: self.real_gradient(transforms[s](real_batch(s)), number[s]) for s in number}
             targets = [torch.stack(parameter) for parameter in zip(*(real[s] for s in chunk), strict=True)]
             part = self._match(images_syn[index], [transforms[s] for s in chunk], index, targets)
-            mine = index[: len(number)]  # what a chunk was filled up with stands behind
-            losses[mine], gradient[mine] = (values[: len(number)] for values in part)
+            own = index[: len(number)]  # without the repeated slots that pad a chunk
+            losses[own], gradient[own] = (values[: len(number)] for values in part)
         distributed.sum_(losses, gradient)
         return losses, gradient
 
@@ -102,7 +115,7 @@ class Matcher:
 
         On a CPU it is the mean of those of equal parts (BatchNorm is frozen here, so the images are independent).
         """
-        count = self.parts.backward(images)
+        count = self.splitter.backward(images)
         first, *rest = images.chunk(count)
         total = self._part_gradient(first, slot)
         for part in rest:
@@ -112,42 +125,46 @@ class Matcher:
 
     def _part_gradient(self, images: torch.Tensor, slot: torch.Tensor) -> list[torch.Tensor]:
         grads = torch.autograd.grad(self.real_loss(images, slot), list(self.net.parameters()))
-        return [g.float() if g.dtype == torch.bfloat16 else g.clone() for g in grads]  # a CUDA graph writes there again
+        return [g.float() if g.dtype == torch.bfloat16 else g.clone() for g in grads]  # a CUDA graph overwrites it
 
     def _match(
         self, images: torch.Tensor, transforms: Sequence[Augmentation], index: torch.Tensor, targets: list[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses and image gradient of one chunk of slots; `targets`: by parameter, `[slots, …]`."""
         images = images.detach().requires_grad_()
-        while len(self.ways) > 1:
-            if self.batched is None and self.ways[0] == "batched" and not batching_pays(images):
-                self.ways.pop(0)
+        while len(self.strategies) > 1:
+            strategy = self.strategies[0]
+            if not self._worthwhile(strategy, images):
+                self.strategies.pop(0)
                 continue
             try:
-                return self._match_by(self.ways[0], images, transforms, index, targets)
+                return self._match_by(strategy, images, transforms, index, targets)
             except (RuntimeError, NotImplementedError, UserError) as error:
-                if signals.received():  # a terminal's Ctrl-C ended the compiler, too
-                    raise
-                reason = " ".join(str(error).split())[:160]
-                warnings.warn(
-                    f"matching goes on, but more slowly: not {self.ways.pop(0)}, because {reason}", stacklevel=2
-                )
-        return self._match_by(self.ways[0], images, transforms, index, targets)
+                self.strategies.pop(0)
+                reason = one_line(error)
+                warnings.warn(f"matching continues, but more slowly: not {strategy.value}: {reason}", stacklevel=2)
+        return self._match_by(self.strategies[0], images, transforms, index, targets)
+
+    def _worthwhile(self, strategy: Strategy, images: torch.Tensor) -> bool:
+        """Whether a strategy is faster than the next; the compiled one is not once the compiler has failed."""
+        if strategy is Strategy.COMPILED:
+            return not (Compiled.failed and isinstance(self.compiled_side, Compiled))
+        return self.batched is not None or batching_is_faster(images)
 
     def _match_by(
         self,
-        way: str,
+        strategy: Strategy,
         images: torch.Tensor,
         transforms: Sequence[Augmentation],
         index: torch.Tensor,
         targets: list[torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if way == "slot by slot":
+        if strategy is Strategy.BY_SLOT:
             slots = zip(transforms, images, index, *targets, strict=True)
             losses = torch.stack([self._slot_loss(t(x), slot, target) for t, x, slot, *target in slots])
             return losses.detach(), torch.autograd.grad(losses.sum(), images)[0]
         augmented = apply_by_slot(images, transforms)
-        if way == "compiled":
+        if strategy is Strategy.COMPILED:
             direction, losses = self.compiled_side(augmented.detach(), index, self._params(), targets)
             return losses, torch.autograd.grad(augmented, images, direction)[0]
         losses = self._losses(augmented, index, self._params(), targets)
@@ -186,24 +203,24 @@ class Matcher:
         return vmap(one)(images, index, *targets)
 
 
-def chunks(slots: list[int], size: int, fill: bool) -> list[list[int]]:
-    """`slots` in as few parts as possible of at most `size`, of equal length as far as that goes.
+def chunks(slots: list[int], size: int, pad: bool) -> list[list[int]]:
+    """`slots` in as few parts as possible of at most `size`, of equal length as far as possible.
 
-    With `fill` a shorter last part is filled up with its own first slot, which then is computed more than once, with
-    the same result: compiled code is made for one length.
+    With `pad` a shorter last part is padded with its own first slot, which is then computed more than once, with the
+    same result: compiled code is made for one length.
     """
     if not slots:
         return []
     length = -(-len(slots) // -(-len(slots) // size))
     parts = [slots[i : i + length] for i in range(0, len(slots), length)]
-    return [part + part[:1] * (length - len(part)) for part in parts] if fill else parts
+    return [part + part[:1] * (length - len(part)) for part in parts] if pad else parts
 
 
-def batching_pays(images: torch.Tensor) -> bool:
-    """Whether the synthetic side of `images` `[slots, ipc, C, H, W]` is faster with all slots at once.
+def batching_is_faster(images: torch.Tensor) -> bool:
+    """Whether the synthetic side of `images` `[slots, ipc, C, H, W]` is faster with all slots together.
 
-    On CUDA it is bound by launches, so it is. On a CPU it is where the images are few or small; beyond that the grouped
-    convolutions are slower than those of one slot (a tenth for ConvNet at ipc 10).
+    On CUDA it is bound by launches, so it is. On a CPU it is for few or small images; beyond that the grouped
+    convolutions are slower than those of one slot (by a tenth for ConvNet at ipc 10).
     """
     if images.device.type == "cuda":
         return True

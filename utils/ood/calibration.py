@@ -8,13 +8,6 @@ BINS = 15
 CALIBRATION_MEASURES = ("ece", "nll", "brier")
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Log-probabilities `[N, K]` in float64, from logits `[N, K]`."""
-    logits = np.asarray(logits, dtype=np.float64)
-    shifted = logits - logits.max(1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-
-
 @dataclass(frozen=True)
 class Reliability:
     """What a reliability diagram shows: for each bin of confidence, arrays `[bins]`.
@@ -55,8 +48,10 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -
 
 def confidence_and_correct(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The largest probability of each prediction, float64 `[N]`, and whether it is right, bool `[N]`."""
+    from scipy.special import log_softmax
+
     logits = np.asarray(logits, dtype=np.float64)
-    return np.exp(log_softmax(logits).max(1)), logits.argmax(1) == labels
+    return np.exp(log_softmax(logits, 1).max(1)), logits.argmax(1) == labels
 
 
 def calibration(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -69,7 +64,9 @@ def calibration(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         2017); `nll`: mean negative log-likelihood of the label in nats; `brier`: squared distance of the probabilities
         from the one-hot label, summed over classes and averaged over images, in [0, 2] (Brier 1950; not halved).
     """
-    log_probabilities = log_softmax(logits)
+    from scipy.special import log_softmax
+
+    log_probabilities = log_softmax(np.asarray(logits, dtype=np.float64), 1)
     rows = np.arange(len(labels))
     wanted = np.zeros_like(log_probabilities)
     wanted[rows, labels] = 1

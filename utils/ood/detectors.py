@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from utils.core.errors import UserError
+from utils.compute.cpu_batches import BatchSplitter, in_parts, padded_to
+from utils.core.errors import UserError, one_line
 from utils.ood.scores import SCORES
-from utils.training.trainer import filled_up
 
 INSTALL = "pip install pytorch-ood"
 LAST_LAYERS = ("classifier", "fc", "fc_3")
@@ -167,7 +167,7 @@ class Scorer:
     """Every score of one network. One forward pass serves the scores of logits and features; those of images come with
     passes and gradients of their own.
 
-    `embed`: a compiled `net.embed`, if there is one (`Compute.embedding`); it sees batches of one size only.
+    `embed`: a compiled `net.embed`, if there is one (`Compute.embedding`); its batches are padded to one size.
     """
 
     def __init__(
@@ -179,7 +179,8 @@ class Scorer:
         embed: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None,
     ):
         self.net, self.scores, self.temperature, self.std = net.eval(), tuple(scores), temperature, std
-        self.embed = embed or (lambda net, images: net.embed(images))
+        self.embed = embed
+        self.splitter = BatchSplitter(net)
         self.head = last_layer(net)
         self.detectors: dict[str, Any] = {}
 
@@ -255,7 +256,7 @@ class Scorer:
         try:
             function(*inputs)
         except (ValueError, RuntimeError, AssertionError, IndexError) as error:
-            reason = " ".join(str(error).split())[:160] or type(error).__name__
+            reason = one_line(error)
             raise UserError(f"--score {name}: {what}: {reason}. Try the other --fit_on, or leave it out") from None
 
     def _of_detector(self, name: str, images: torch.Tensor) -> torch.Tensor:
@@ -276,6 +277,11 @@ class Scorer:
             values = features.unflatten(1, self.map_shape)
         return getattr(self.detectors[name], _PREDICT[takes])(values).detach()
 
+    def _features(self, images: torch.Tensor, batch: int) -> torch.Tensor:
+        if self.embed is None:
+            return in_parts(self.net.embed, images, self.splitter.forward(images))
+        return self.embed(self.net, padded_to(images, batch))[: len(images)]
+
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, batch: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Logits float64 `[N, num_classes]` and every score float64 `[N]` of images `[N, C, H, W]`; a last partial
@@ -283,7 +289,7 @@ class Scorer:
         logits: list[torch.Tensor] = []
         scores: dict[str, list[torch.Tensor]] = {name: [] for name in self.scores}
         for part in images.split(batch):
-            features = self.embed(self.net, filled_up(part, batch))[: len(part)]
+            features = self._features(part, batch)
             logits.append(self.head(features))
             for name, values in scores.items():
                 values.append(self._score(name, part, features, logits[-1]))

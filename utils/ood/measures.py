@@ -5,7 +5,6 @@ score; IN measures take in-distribution as positive, with minus the score. AUROC
 """
 
 import numpy as np
-from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from utils.ood.calibration import confidence_and_correct
 
@@ -24,6 +23,8 @@ def fpr_at_recall(positive: np.ndarray, scores: np.ndarray, recall: float = RECA
         The rate in [0, 1]. Of several thresholds with the same recall the one with the larger rate counts; at recall 1
         the one with the smallest (the convention of the Outlier Exposure code).
     """
+    from sklearn.metrics import roc_curve
+
     fpr, tpr, _ = roc_curve(positive, scores, drop_intermediate=False)
     fpr, tpr = fpr[1:], tpr[1:]  # the first point is above every score
     first_full = np.argmax(tpr == 1)
@@ -44,6 +45,8 @@ def ood_measures(in_scores: np.ndarray, out_scores: np.ndarray) -> dict[str, flo
     Raises:
         ValueError: for empty or non-finite scores.
     """
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
     in_scores, out_scores = (np.asarray(s, dtype=np.float64).ravel() for s in (in_scores, out_scores))
     scores = np.concatenate([in_scores, out_scores])
     if not len(in_scores) or not len(out_scores) or not np.isfinite(scores).all():
@@ -83,6 +86,8 @@ def error_detection(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         `error` (the error rate); `auroc`, `aupr`, `fpr` (at 95 % recall) with wrong predictions as positives and minus
         the maximum softmax as score, NaN where all predictions are right or all wrong; `aurc`, always defined.
     """
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
     confidence, correct = confidence_and_correct(logits, labels)
     wrong, scores = ~correct, -confidence
     measures = {"error": float(wrong.mean()), "aurc": aurc(wrong, scores)}

@@ -21,8 +21,10 @@ def energy(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
 
 
 def xent(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """`mean_k z - logsumexp z`, the negative cross-entropy to uniform (Hendrycks et al., ICLR 2019): 0 "
-    "would be most uniform."""
+    """`mean_k z - logsumexp z`, the negative cross-entropy to uniform (Hendrycks et al., ICLR 2019).
+
+    Its largest value, `-log K` for K classes, is that of the uniform distribution.
+    """
     return logits.mean(1) - logits.logsumexp(1)
 
 

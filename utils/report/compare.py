@@ -15,11 +15,10 @@ from utils.report.pictures import distilled_pictures
 from utils.report.plots import BarPanel, save_comparison
 from utils.report.results import Results, load_results
 from utils.report.tables import markdown_table, mean_std
-from utils.runs.lineage import read_about, sources_of
+from utils.runs.lineage import args_or_nothing, sources_of
 
 STRIP = 20
 RESULTS = "results.json"
-
 TITLES = {
     "fpr_in": "FPR(IN)95 ↓",
     "fpr_out": "FPR(OUT)95 ↓",
@@ -236,6 +235,6 @@ def plot_comparison(path: Path, runs: Sequence[Run]) -> None:
 
 def _strips(run: Run) -> list[tuple[str, torch.Tensor]]:
     """One image per class, and one outlier per slot, of the distilled set behind a run; none if it is gone."""
-    networks = read_about(run.folders[0]).get("networks")
+    networks = args_or_nothing(run.folders[0]).get("networks")
     pictures = distilled_pictures(Path(networks)) if isinstance(networks, str) else []
     return [(f"{run.name}: {title}, one per class", images[:STRIP, 0]) for title, images in pictures]

@@ -8,19 +8,19 @@ from utils.core.errors import UserError
 from utils.data.datasets import SPECS
 from utils.data.synthetic import load_synthetic
 from utils.files.torch_files import read_pt
-from utils.runs.lineage import distilled_set_of, read_about
+from utils.runs.lineage import args_or_nothing, distilled_set_of
 
 
 def distilled_pictures(networks: Path) -> list[tuple[str, torch.Tensor]]:
     """The distilled images and outliers behind a stage-2 folder, to look at.
 
     Returns:
-        Titles and images `[num_classes, ipc, C, H, W]` in [0, 1]; nothing if they cannot be followed.
+        Titles and images `[num_classes, ipc, C, H, W]` in [0, 1]; nothing if the set is gone or unknown.
     """
     try:
         path, exp_idx = distilled_set_of(networks)
         synthetic = load_synthetic(path, exp_idx)
-        mean, std = _normalisation(read_pt(path, "distilled set"), read_about(networks))
+        mean, std = _normalisation(read_pt(path, "distilled set"), args_or_nothing(networks))
     except (UserError, KeyError):
         return []
     order = synthetic.labels.argsort(stable=True)

@@ -29,8 +29,7 @@ class BarPanel:
 
 
 def save_grid(path: Path, images: torch.Tensor, per_row: int) -> None:
-    """Write images `[N, C, H, W]` in [0, 1] as a PNG grid with `per_row` columns; tiny images are enlarged "
-    "(nearest)."""
+    """Write images `[N, C, H, W]` in [0, 1] as a PNG grid with `per_row` columns; tiny images are enlarged."""
     from torchvision.utils import make_grid, save_image
 
     factor = max(1, -(-SMALLEST_SIDE // images.shape[-1]))

@@ -2,7 +2,9 @@
 
 import csv
 import io
+import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,8 +12,9 @@ import numpy as np
 
 from utils.core.errors import UserError
 from utils.files.text_files import read_json
-from utils.ood.calibration import CALIBRATION_MEASURES, Reliability
+from utils.ood.calibration import CALIBRATION_MEASURES, Reliability, reliability
 from utils.ood.measures import ERROR_MEASURES, MEASURES
+from utils.ood.network_scores import NetworkScores
 
 NETWORK_MEASURES = (*ERROR_MEASURES, *CALIBRATION_MEASURES)
 
@@ -52,12 +55,36 @@ class Results:
 
 @dataclass
 class Measured:
-    """What the plots show, beside the results: `in_scores[score]`, one `[N]` per network; `out_scores[score][set]`, one
-    `[M]` per network; and the reliability of all networks' predictions together."""
+    """What the plots show beside the results.
+
+    `in_scores[score]`: one `[N]` per network; `out_scores[score][set]`: one `[M]` per network; `reliability`: of the
+    predictions of all networks together.
+    """
 
     in_scores: dict[str, list[np.ndarray]]
     out_scores: dict[str, dict[str, list[np.ndarray]]]
     reliability: Reliability
+
+
+def results_of(networks: Sequence[NetworkScores]) -> tuple[Results, Measured]:
+    """The results of stage 3 from the scores of its networks, of which there is at least one."""
+    sets, scores = list(networks[0].out_scores), list(networks[0].in_scores)
+    rows = [
+        {"network": index, "set": name, "score": score, **network.measures[name][score]}
+        for name in sets
+        for index, network in enumerate(networks)
+        for score in scores
+    ]
+    bins = reliability(*(np.concatenate([getattr(n, what) for n in networks]) for what in ("confidence", "correct")))
+    in_scores = {score: [n.in_scores[score] for n in networks] for score in scores}
+    out_scores = {score: {name: [n.out_scores[name][score] for n in networks] for name in sets} for score in scores}
+    return Results([n.errors for n in networks], rows), Measured(in_scores, out_scores, bins)
+
+
+def results_json(results: Results, about: dict) -> str:
+    """The results and plain values about them; JSON has no NaN, so null takes its place."""
+    content = {"about": about, "errors": results.errors, "rows": results.rows, "missing": results.missing}
+    return json.dumps(_without_nan(content), indent=1) + "\n"
 
 
 def results_csv(results: Results) -> str:
@@ -74,7 +101,6 @@ def results_csv(results: Results) -> str:
 
 
 def _without_nan(value: object) -> object:
-    """JSON has no NaN: null in its place."""
     if isinstance(value, dict):
         return {k: _without_nan(v) for k, v in value.items()}
     if isinstance(value, list):

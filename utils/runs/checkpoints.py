@@ -1,13 +1,24 @@
-"""Checkpoints: how a run is saved while it goes on, so that it can be resumed."""
+"""Checkpoints: the state of a run, saved while it runs, so that it can be resumed."""
 
 import time
+
+import torch
 
 from utils.core.errors import UserError
 from utils.files.atomic import save_pt
 from utils.files.torch_files import read_pt
 from utils.runs.run_folder import RunFolder
 
-MOST_SECONDS = 600  # between two checkpoints, where there is a moment to save
+MOST_SECONDS = 600  # between two checkpoints
+
+
+def on_cpu(state: object) -> object:
+    """Nested dicts and lists of plain values and tensors, with the tensors on the CPU."""
+    if isinstance(state, torch.Tensor):
+        return state.cpu()
+    if isinstance(state, dict):
+        return {key: on_cpu(value) for key, value in state.items()}
+    return [on_cpu(value) for value in state] if isinstance(state, (list, tuple)) else state
 
 
 class Checkpointer:
@@ -27,12 +38,13 @@ class Checkpointer:
         return count % self.interval == 0 or self.late()
 
     def late(self) -> bool:
-        """Whether the last save is ten minutes ago."""
+        """Whether the last checkpoint is ten minutes old."""
         return time.monotonic() - self.saved > MOST_SECONDS
 
     def save(self, state: dict) -> None:
-        """Write plain values and tensors."""
-        save_pt(self.path, state, keep=self.previous)
+        """Write plain values and tensors (moved to the CPU)."""
+        self.run.sync()
+        save_pt(self.path, on_cpu(state), keep=self.previous)
         self.saved = time.monotonic()
 
     def load(self) -> dict | None:

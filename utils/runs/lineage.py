@@ -1,4 +1,7 @@
-"""From results back to what they were made from: stage 3's folder names its networks, stage 2's its distilled set."""
+"""Which run belongs to which: finding the folder of the stage before, and following results back to their sources.
+
+Stage 3's `args.json` names the folder of its networks, stage 2's the distilled set.
+"""
 
 import os
 from collections.abc import Sequence
@@ -8,43 +11,7 @@ from utils.core.errors import UserError
 from utils.files.text_files import read_json
 from utils.runs.run_folder import ARGS
 
-
-def read_about(folder: Path) -> dict:
-    """What a run folder's `args.json` says; empty where there is none or it is no JSON object."""
-    try:
-        return read_json(folder / ARGS, "--folder")
-    except UserError:
-        return {}
-
-
-def distilled_set_of(networks: Path) -> tuple[Path, int]:
-    """The distilled set that the networks of a stage-2 folder were trained on, and which experiment of it.
-
-    Raises:
-        UserError: when the folder does not say so, or the file is gone.
-    """
-    about = read_about(networks)
-    path, flags = about.get("distilled_set"), about.get("flags")
-    if not isinstance(path, str):
-        raise UserError(f"{networks} does not say which distilled set its networks were trained on")
-    exp_idx = flags.get("exp_idx", 0) if isinstance(flags, dict) else 0
-    if not os.path.isfile(path):
-        raise UserError(f"{networks} was trained on {path}, which is gone")
-    return Path(path), exp_idx if isinstance(exp_idx, int) else 0
-
-
-def sources_of(results: Path) -> list[Path]:
-    """What a stage-3 folder was made from, as far as it can be told: its networks' folder and its distilled set."""
-    networks = read_about(results).get("networks")
-    if not isinstance(networks, str):
-        return []
-    about = read_about(Path(networks))
-    return [Path(p).resolve() for p in (networks, about.get("distilled_set")) if isinstance(p, str)]
-
-
 STAGE1_ROOTS = ("result", "result-oe", "result-poe")
-
-
 STAGE2_ROOTS = ("result-model-synthetic-no-oe", "result-model-synthetic-oe")
 
 
@@ -82,3 +49,36 @@ def find_run_folder(
 
 def _folders(place: Path) -> list[Path]:
     return [p for p in place.iterdir() if p.is_dir()] if place.is_dir() else []
+
+
+def args_or_nothing(folder: Path) -> dict:
+    """The content of a run folder's `args.json`; empty where there is none or it is no JSON object."""
+    try:
+        return read_json(folder / ARGS, "--folder")
+    except UserError:
+        return {}
+
+
+def distilled_set_of(networks: Path) -> tuple[Path, int]:
+    """The distilled set that the networks of a stage-2 folder were trained on, and which experiment of it.
+
+    Raises:
+        UserError: when the folder does not say so, or the file is gone.
+    """
+    about = args_or_nothing(networks)
+    path, flags = about.get("distilled_set"), about.get("flags")
+    if not isinstance(path, str):
+        raise UserError(f"{networks} does not say which distilled set its networks were trained on")
+    exp_idx = flags.get("exp_idx", 0) if isinstance(flags, dict) else 0
+    if not os.path.isfile(path):
+        raise UserError(f"{networks} was trained on {path}, which is gone")
+    return Path(path), exp_idx if isinstance(exp_idx, int) else 0
+
+
+def sources_of(results: Path) -> list[Path]:
+    """What a stage-3 folder was made from, as far as that is known: its networks' folder, and the distilled set."""
+    networks = args_or_nothing(results).get("networks")
+    if not isinstance(networks, str):
+        return []
+    about = args_or_nothing(Path(networks))
+    return [Path(p).resolve() for p in (networks, about.get("distilled_set")) if isinstance(p, str)]

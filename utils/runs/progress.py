@@ -2,31 +2,42 @@
 
 import sys
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 
-if TYPE_CHECKING:
-    from utils.runs.run_folder import RunFolder
-
-LOG_EVERY = 10
+LOG_EVERY = 10  # steps
 
 
 class Progress:
     """Counts the steps of a loop and shows the mean of each value since it was last shown.
 
     Values may be tensors on any device: they are added up there, and read only when they are shown.
+
+    Args:
+        log: prints a line and logs it; log_file_only: logs it.
+        start: how many steps are done already; every: steps between two lines.
+        with_bar: whether this process may draw a bar.
     """
 
-    def __init__(self, run: "RunFolder", total: int, what: str, start: int, every: int):
-        self.run, self.total, self.what, self.count, self.first = run, total, what, start, start
-        self.every = every
+    def __init__(
+        self,
+        log: Callable[[str], None],
+        log_file_only: Callable[[str], None],
+        total: int,
+        what: str,
+        start: int = 0,
+        every: int = LOG_EVERY,
+        with_bar: bool = True,
+    ):
+        self.log, self.log_file_only = log, log_file_only
+        self.total, self.what, self.count, self.first, self.every = total, what, start, start, every
         self.began = time.monotonic()
         self.sums: dict[str, torch.Tensor | float] = {}
         self.summed = 0
         self.noted = ""
         self.bar = None
-        if sys.stderr.isatty() and run.speaks:
+        if with_bar and sys.stderr.isatty():
             from tqdm import tqdm
 
             self.bar = tqdm(total=total, desc=what, initial=start, leave=False, dynamic_ncols=True)
@@ -48,9 +59,9 @@ class Progress:
         self.sums, self.summed = {}, 0
         if self.bar is not None:
             self.bar.set_postfix_str("  ".join(filter(None, (text, self.noted))))
-            self.run.log_file_only(line)
+            self.log_file_only(line)
         else:
-            self.run.log(line)
+            self.log(line)
 
     def note(self, text: str) -> None:
         """Show `text` on the bar from now on."""
@@ -59,6 +70,6 @@ class Progress:
             self.bar.set_postfix_str(text)
 
     def close(self) -> None:
-        """Take the bar off the terminal."""
+        """Remove the bar from the terminal."""
         if self.bar is not None:
             self.bar.close()

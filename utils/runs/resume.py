@@ -1,4 +1,4 @@
-"""Going on with a run: its arguments come from its folder, and how its command is said."""
+"""Resuming an interrupted run: its flags come from its folder, and the shell line that resumes it."""
 
 import argparse
 import os
@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 
 from utils.compute import distributed
-from utils.core.errors import UserError
+from utils.core.errors import UserError, one_line
 from utils.core.parser import Parser
-from utils.files.text_files import read_json
-from utils.runs.run_folder import ARGS
+from utils.runs.run_folder import ARGS, read_args
 
 MAY_CHANGE = (
     "device", "data_path", "oe_data_path", "ood_path", "load_path", "folder", "download", "checkpoint_interval",
@@ -20,21 +19,22 @@ NOT_STORED = ("resume", "help", "is_parallel")
 
 
 def add_resume(parser: Parser, steps: str) -> None:
-    """The flags of a stage that can be resumed, behind all others; `steps` names what its interval counts."""
+    """Add the flags of a stage that can be resumed, after all others; `steps`: what its checkpoint interval counts."""
     group = parser.add_argument_group("checkpoints")
     group.add_argument(
         "--checkpoint_interval",
         type=_interval,
         default=50,
-        help=f"{steps} between two checkpoints; lower it where jobs are killed often. Ten minutes are never exceeded",
+        help=f"{steps} between two checkpoints; lower it where jobs are killed often. One is also written when ten "
+        "minutes have passed",
     )
     known = {action.dest for action in parser._actions}
     group.add_argument(
         "--resume",
         default=None,
         metavar="FOLDER",
-        help="run folder to go on with, or latest: the newest under --save_path. The flags come from the folder; of "
-        f"others only {', '.join('--' + name for name in MAY_CHANGE if name in known)} may differ",
+        help="run folder to resume, or latest: the newest under --save_path. The flags come from the folder; only "
+        f"{', '.join('--' + name for name in MAY_CHANGE if name in known)} may differ",
     )
     parser.complete = resumed
 
@@ -46,7 +46,7 @@ def _interval(text: str) -> int:
 
 
 def resumed(parser: Parser, args: argparse.Namespace, given: dict) -> argparse.Namespace:
-    """The arguments of the run that `--resume` names, checked like flags; as they are where nothing is resumed.
+    """The arguments of the run that `--resume` names, checked like flags; `args` itself where nothing is resumed.
 
     Args:
         given: the flags that were on the command line.
@@ -88,8 +88,8 @@ def _command_line(flags: dict, parser: Parser, folder: Path) -> list[str]:
         values = [str(v) for v in value] if isinstance(value, list) else []
         fits = name in known and (isinstance(value, list) == (known[name] == "+"))
         if not fits or any(v.startswith("-") for v in values):
-            said = f"--{name}={value}"
-            raise UserError(f"--resume: {folder / ARGS} has what {parser.prog} does not know: {said[:160]}")
+            flag = one_line(f"--{name}={value}")
+            raise UserError(f"--resume: {folder / ARGS} has a flag that {parser.prog} does not know: {flag}")
         if isinstance(value, list):
             words += [f"--{name}", *values]
         else:
@@ -98,7 +98,7 @@ def _command_line(flags: dict, parser: Parser, folder: Path) -> list[str]:
 
 
 def _latest(root: Path, script: str) -> Path:
-    """The run folder of this script under `root` that was written to last."""
+    """The run folder of this script under `root` that was last written to."""
     found = []
     try:
         folders = [path.parent for path in root.rglob(ARGS)]
@@ -113,21 +113,6 @@ def _latest(root: Path, script: str) -> Path:
     if not found:
         raise UserError(f"--resume latest: no run of {script} under {root}; give the folder, or --save_path")
     return max(found)[1]
-
-
-def read_args(folder: Path) -> dict:
-    """What a run folder's `args.json` says, with at least `script` and `flags`.
-
-    Raises:
-        UserError: when there is none, or it is damaged.
-    """
-    path = Path(folder) / ARGS
-    if not os.path.isfile(path):
-        raise UserError(f"--resume: {folder} is no run folder: it has no file {ARGS}. Give the folder of a run")
-    about = read_json(path, "--resume")
-    if not isinstance(about.get("flags"), dict) or not isinstance(about.get("script"), str):
-        raise UserError(f"--resume: {path} is damaged: it has no flags. Give the folder of another run")
-    return about
 
 
 def check_inputs(folder: Path, inputs: dict[str, str]) -> None:
@@ -147,10 +132,21 @@ def check_inputs(folder: Path, inputs: dict[str, str]) -> None:
 
 
 def resume_command(folder: Path) -> str:
-    """The shell line that goes on with a run, with the interpreter and the script as they were called."""
-    if distributed.world() > 1:
-        start = ["torchrun", "--standalone", "--nproc_per_node", str(distributed.world())]
-    else:
-        start = [sys.orig_argv[0]]
+    """The shell line that resumes a run, with the interpreter and the script as they were called.
+
+    Of a run over several machines it is the line for this machine, with its `--node_rank`.
+    """
+    start = ["torchrun", *_launcher_flags()] if distributed.world_size() > 1 else [sys.orig_argv[0]]
     where = [f"--resume={folder}"] if str(folder).startswith("-") else ["--resume", str(folder)]
     return shlex.join([*start, sys.argv[0], *where])
+
+
+def _launcher_flags() -> list[str]:
+    """The flags of torchrun that start as many processes on as many machines, from what it put into the environment."""
+    env = os.environ
+    machines, here = int(env.get("GROUP_WORLD_SIZE", "1")), env.get("LOCAL_WORLD_SIZE", str(distributed.world_size()))
+    if machines == 1:
+        return ["--standalone", "--nproc_per_node", here]
+    rendezvous = ["--master_addr", env.get("MASTER_ADDR", "HOST"), "--master_port", env.get("MASTER_PORT", "29500")]
+    rank = ["--node_rank", env.get("GROUP_RANK", "0")]
+    return ["--nnodes", str(machines), "--nproc_per_node", here, *rank, *rendezvous]

@@ -1,4 +1,4 @@
-"""Run folders: where they are, how files get into them, what is logged and how progress is shown."""
+"""Run folders: how they are made and locked, and what is written into them: logs, metrics, arguments."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import os
 import shlex
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -14,13 +15,14 @@ from pathlib import Path
 from utils.compute import distributed
 from utils.core.errors import UserError
 from utils.core.version import git_commit, versions
-from utils.files.atomic import _open_itself, append_line, remove_unfinished, save_text
+from utils.files.atomic import append_line, open_no_link, remove_unfinished, save_text, sync_file
 from utils.files.text_files import read_json, read_lines
 from utils.runs.progress import LOG_EVERY, Progress
-from utils.runs.tensorboard import Scalars
+from utils.runs.tensorboard import TensorBoardWriter
 
 ARGS = "args.json"
 METRICS = "metrics.jsonl"
+SYNC_SECONDS = 1.0  # between two flushes of a log to the disk
 
 
 class RunFolder:
@@ -28,11 +30,12 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        self.speaks = distributed.rank() == 0
-        self.lock = RunLock(self.path) if self.speaks else None
-        if self.speaks:
+        self.is_main = distributed.is_main()
+        self.lock = RunLock(self.path) if self.is_main else None
+        if self.is_main:
             remove_unfinished(self.path)
-        self.scalars: Scalars | None = None  # set where --tensorboard is given
+        self.tensorboard: TensorBoardWriter | None = None  # set where --tensorboard is given
+        self.synced: dict[str, float] = {}  # when each file that lines are appended to was last flushed to the disk
 
     @classmethod
     def create(cls, root: str | Path, *parts: str | int, name: str | None = None) -> "RunFolder":
@@ -41,8 +44,8 @@ class RunFolder:
         A name that is taken gets a suffix: `-2`, `-3`, ….
         """
         parent = Path(root).joinpath(*map(str, parts))
-        path = cls._make(parent, name) if distributed.rank() == 0 else None
-        return cls(distributed.same(path))
+        path = cls._make(parent, name) if distributed.is_main() else None
+        return cls(distributed.from_main(path))
 
     @staticmethod
     def _make(parent: Path, name: str | None) -> Path:
@@ -61,35 +64,60 @@ class RunFolder:
             raise UserError(f"--save_path: cannot make a folder in {parent}: {error}") from None
 
     def log(self, message: str) -> None:
-        """Print a line, and append it with the time to `logs.txt`."""
-        if self.speaks:
+        """Print a line, and append it with the time to `logs.txt`. Only rank 0 does so."""
+        if self.is_main:
             print(message, flush=True)
         self.log_file_only(message)
 
+    def log_own(self, message: str) -> None:
+        """As `log`, for what this process alone knows: every rank does so."""
+        if self.is_main:
+            self.log(message)
+            return
+        message = f"process {distributed.rank()}: {message}"
+        print(message, flush=True)
+        self._append_log(message)
+
     def log_file_only(self, message: str) -> None:
-        """Append a line with the time to `logs.txt`."""
-        if self.speaks:
-            append_line(self.path / "logs.txt", f"[{datetime.now():%Y-%m-%d %H:%M:%S}] {message}")
+        """Append a line with the time to `logs.txt`. Only rank 0 does so."""
+        if self.is_main:
+            self._append_log(message)
+
+    def _append_log(self, message: str) -> None:
+        self._append("logs.txt", f"[{datetime.now():%Y-%m-%d %H:%M:%S}] {message}")
+
+    def _append(self, name: str, line: str) -> None:
+        """Append a line to a file of the folder; flush the file to the disk at most once a second."""
+        now = time.monotonic()
+        sync = now - self.synced.get(name, -SYNC_SECONDS) >= SYNC_SECONDS
+        append_line(self.path / name, line, sync)
+        if sync:
+            self.synced[name] = now
+
+    def sync(self) -> None:
+        """Flush the lines that were appended to the disk, before something relies on them, e.g. a checkpoint."""
+        for name in self.synced:
+            sync_file(self.path / name)
 
     def metric(self, **values: object) -> None:
         """Append an object with the time to `metrics.jsonl`; numbers that are not finite become null."""
         plain = {k: [_finite(x) for x in v] if isinstance(v, list) else _finite(v) for k, v in values.items()}
         line = {"time": datetime.now().isoformat(timespec="milliseconds"), **plain}
-        append_line(self.path / METRICS, json.dumps(line))
-        if self.scalars is not None:
-            self.scalars.add(plain)
+        self._append(METRICS, json.dumps(line))
+        if self.tensorboard is not None:
+            self.tensorboard.add(plain)
 
     def metrics(self) -> list[dict]:
-        """The lines of `metrics.jsonl`, without what a crash damaged."""
+        """The lines of `metrics.jsonl`, without any that a crash damaged."""
         return [json.loads(line) for line in self._kept_lines(lambda line: True)]
 
     def keep_metrics(self, keep: Callable[[dict], bool]) -> None:
-        """Take out of `metrics.jsonl` what a resumed run will write again, and a last line that a crash cut off."""
-        if self.speaks:
+        """Remove from `metrics.jsonl` what a resumed run will write again, and a last line that was cut off."""
+        if self.is_main:
             save_text(self.path / METRICS, "".join(line + "\n" for line in self._kept_lines(keep)))
 
     def _kept_lines(self, keep: Callable[[dict], bool]) -> list[str]:
-        """The lines of `metrics.jsonl` that are whole and that `keep` wants."""
+        """The lines of `metrics.jsonl` that are whole and for which `keep` is true."""
         kept = []
         for line in read_lines(self.path / METRICS):
             with suppress(ValueError, TypeError, KeyError, RecursionError):
@@ -99,30 +127,30 @@ class RunFolder:
         return kept
 
     def save_args(self, flags: dict, **more: object) -> None:
-        """Write the flags of the run to `args` (JSON, as the published code does), and to `args.json` with them what
-        the result depends on, and `more`."""
-        if not self.speaks:
+        """Write the flags to `args` (JSON, as the published code does), and to `args.json` with all that the result
+        depends on and `more`."""
+        if not self.is_main:
             return
         save_text(self.path / "args", json.dumps(flags, indent=1, default=str) + "\n")
         about = {"script": Path(sys.argv[0]).name, "command": shlex.join(sys.orig_argv), "flags": flags}
         about |= {"started": datetime.now().isoformat(timespec="seconds"), "git_commit": git_commit()}
-        about |= {"versions": versions(), "processes": distributed.world(), **more}
+        about |= {"versions": versions(), "processes": distributed.world_size(), **more}
         save_text(self.path / ARGS, json.dumps(about, indent=1, default=str) + "\n")
 
     def update_args(self, flags: dict, **more: object) -> None:
-        """Write to `args.json` what changed when the run was resumed, and by which command it was."""
-        if not self.speaks:
+        """Write to `args.json` by which command the run was resumed, and what changed."""
+        if not self.is_main:
             return
-        about = read_json(self.path / ARGS, "--resume")
+        about = read_args(self.path)
         resumed = about.get("resumed") if isinstance(about.get("resumed"), list) else []
         now = {"command": shlex.join(sys.orig_argv), "at": datetime.now().isoformat(timespec="seconds")}
         about |= {"flags": flags | {"resume": None}, "resumed": [*resumed, now | {"git_commit": git_commit()}], **more}
         save_text(self.path / ARGS, json.dumps(about, indent=1, default=str) + "\n")
 
     @contextmanager
-    def progress(self, total: int, what: str, start: int = 0, every: int = LOG_EVERY) -> Iterator["Progress"]:
+    def progress(self, total: int, what: str, start: int = 0, every: int = LOG_EVERY) -> Iterator[Progress]:
         """Show the progress of a loop: a bar on a terminal, else a log line every `every` steps."""
-        progress = Progress(self, total, what, start, every)
+        progress = Progress(self.log, self.log_file_only, total, what, start, every, with_bar=self.is_main)
         try:
             yield progress
         finally:
@@ -148,8 +176,23 @@ def _finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def read_args(folder: Path) -> dict:
+    """The content of a run folder's `args.json`, with at least `script` and `flags`.
+
+    Raises:
+        UserError: when there is none, or it is damaged.
+    """
+    path = Path(folder) / ARGS
+    if not os.path.isfile(path):
+        raise UserError(f"--resume: {folder} is no run folder: it has no file {ARGS}. Give the folder of a run")
+    about = read_json(path, "--resume")
+    if not isinstance(about.get("flags"), dict) or not isinstance(about.get("script"), str):
+        raise UserError(f"--resume: {path} is damaged: it has no flags. Give the folder of another run")
+    return about
+
+
 class RunLock:
-    """Held as long as the process lives, however it dies, by whoever writes into a run folder."""
+    """The lock of whoever writes into a run folder; it is released when the process ends, however it ends."""
 
     def __init__(self, folder: Path):
         try:
@@ -158,7 +201,7 @@ class RunLock:
             return
         try:
             path = folder / ".lock"
-            self.file = open(path, "a+", encoding="utf-8", opener=_open_itself)  # noqa: SIM115 - as long as the process lives
+            self.file = open(path, "a+", encoding="utf-8", opener=open_no_link)  # noqa: SIM115 - as long as the process lives
         except OSError as error:
             raise UserError(f"cannot write into {folder}: {error}. Choose another --save_path") from None
         try:

@@ -1,14 +1,28 @@
-"""Stopping a run from outside: the first SIGINT or SIGTERM lets the current step end, a second one ends all at once."""
+"""Stopping a run from outside: what SIGINT (Ctrl-C) and SIGTERM (what schedulers send) do.
+
+The first signal gives the run `GRACE` seconds to reach a point at which it saves by itself: the end of an iteration or
+of an epoch. If it does not, `Interrupted` is raised in the middle of the computation, inside the blocks that
+`interruptible` marks; the state that is saved then is the one from before the block. A second signal ends the process
+without saving. Repeats within `REPEAT` seconds count as one: torchrun passes on a signal that its processes have
+received already.
+"""
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from utils.compute import distributed
 from utils.core.errors import Interrupted, UserError
 
-_received = 0
+GRACE = 1.5  # seconds
+REPEAT = 5.0  # seconds
+
+_received = 0  # number of the first signal
+_received_at = 0.0
+_interruptible = False
+_overdue = False  # whether the grace is over
 
 
 def received() -> int:
@@ -17,41 +31,98 @@ def received() -> int:
 
 
 def check() -> None:
-    """Raise `Interrupted` on every process if one of them got a signal. Under `torchrun` all must call it."""
-    number = distributed.largest(_received)
-    if number:
-        raise Interrupted(number)
+    """Raise `Interrupted` if this process got a signal. Called where the state of the run is whole."""
+    if _received:
+        raise Interrupted(_received)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Mark a long computation after which the state from before it can still be saved.
+
+    Raises:
+        Interrupted: inside the block, once a signal has come and the grace is over.
+    """
+    global _interruptible
+    _interruptible = True
+    try:
+        _raise_if_overdue()
+        yield
+    finally:
+        _interruptible = False
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Inside `interruptible`: mark a part that must run to its end, such as the writing of files."""
+    global _interruptible
+    before, _interruptible = _interruptible, False
+    try:
+        yield
+    finally:
+        _interruptible = before
+    _raise_if_overdue()
 
 
 @contextmanager
 def catch() -> Iterator[None]:
-    """Note SIGINT and SIGTERM instead of dying of them; the second of them ends the process at once.
+    """Handle SIGINT and SIGTERM as this module describes while the block runs.
 
     Raises:
-        Interrupted: instead of an error that came after a signal.
+        Interrupted: also in place of an error that came after a signal, e.g. of a compiler that Ctrl-C ended, too, or
+            of a process that waited for one that has stopped.
     """
-    global _received
-    _received = 0
-    before = {number: signal.signal(number, _note) for number in (signal.SIGINT, signal.SIGTERM)}
+    _reset()
+    handlers = {signal.SIGINT: _note, signal.SIGTERM: _note}
+    if hasattr(signal, "SIGALRM"):
+        handlers[signal.SIGALRM] = _grace_is_over
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
-    except (Interrupted, UserError):
+    except UserError:
         raise
     except Exception:
         if not _received:
             raise
-        raise Interrupted(_received, between_steps=False) from None  # a terminal's Ctrl-C also ends compilers at work
+        raise Interrupted(_received) from None
     finally:
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
-        _received = 0
+        _reset()
+
+
+def _reset() -> None:
+    global _received, _received_at, _interruptible, _overdue
+    _received, _received_at, _interruptible, _overdue = 0, 0.0, False, False
 
 
 def _note(number: int, frame: object) -> None:
-    global _received
+    """The handler of SIGINT and SIGTERM."""
+    global _received, _received_at
+    now = time.monotonic()
     if _received:
-        os._exit(128 + number)
-    _received = number
-    if distributed.rank() == 0:
+        if now - _received_at > REPEAT:
+            os._exit(128 + number)
+        return
+    _received, _received_at = number, now
+    if distributed.is_main():
         name = signal.Signals(number).name
-        os.write(2, f"\n{name}: stopping after this step; a second signal stops at once, without saving\n".encode())
+        os.write(2, f"\n{name}: stopping and saving; another signal after {REPEAT:.0f} s ends at once\n".encode())
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, GRACE)
+    else:
+        _grace_is_over(number, frame)
+
+
+def _grace_is_over(number: int, frame: object) -> None:
+    """The handler of the timer."""
+    global _overdue
+    _overdue = True
+    _raise_if_overdue()
+
+
+def _raise_if_overdue() -> None:
+    if _overdue and _interruptible:
+        raise Interrupted(_received)

@@ -15,7 +15,7 @@ def require_tensorboard() -> None:
         raise UserError("--tensorboard: needs the package tensorboard: pip install tensorboard") from None
 
 
-class Scalars:
+class TensorBoardWriter:
     """Writes the numbers of `metrics.jsonl` as TensorBoard events into `folder`.
 
     `before`: the lines that are there already; they are written anew, in place of earlier events.
@@ -31,7 +31,7 @@ class Scalars:
         self.writer.flush()
 
     def add(self, line: dict) -> None:
-        """One line: every number of it, and the mean of every list, at its iteration and under its experiment."""
+        """Write one line: each number, and the mean of each list, at its iteration and under its experiment."""
         self._add(line)
         self.writer.flush()
 

@@ -7,16 +7,13 @@ from networks import MODEL_NAMES
 from utils.compute.device import PRECISIONS
 from utils.core.errors import UserError
 from utils.core.parser import Parser, count, number, one_of
-from utils.data.augment import DSA, DSA_ENTRIES, parse_strategy
+from utils.data.augment import DSA_ENTRIES, parse_strategy
 from utils.data.corruptions import CORRUPTIONS, DEFAULT_CORRUPTIONS
 from utils.data.datasets import DATASET_NAMES
-from utils.methods.distances import METRICS
+from utils.methods import METHODS, add_method_flags
 from utils.ood.detectors import ALL_SCORES, DETECTORS
 from utils.ood.scores import SCORES
 from utils.runs.lineage import STAGE1_ROOTS, STAGE2_ROOTS
-
-METHODS = ("DC", "DSA")
-LOOPS = {1: (1, 1), 2: (1, 1), 5: (10, 50), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
 
 
 def _strategy(text: str) -> str | None:
@@ -36,7 +33,7 @@ def add_common(parser: Parser) -> None:
         "--method",
         type=one_of("method", METHODS),
         default="DC",
-        help="DC: gradient matching; DSA: the same under siamese augmentation, better from ipc 2 on",
+        help="; ".join(f"{entry.name}: {entry.help}" for entry in METHODS.values()),
     )
     _add_data(group)
     group.add_argument(
@@ -149,7 +146,7 @@ def add_stage1(parser: Parser, save_path: str) -> None:
     add_compute(parser)
     group = parser.add_argument_group("distillation")
     _add_loop(group)
-    _add_matching(group)
+    _add_updates(group)
     _add_trust(group)
     group.add_argument("--save_path", default=save_path, help="where run folders are made")
     group.add_argument(
@@ -195,8 +192,8 @@ def _add_trust(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_matching(group: argparse._ArgumentGroup) -> None:
-    """What a matching step does."""
+def _add_updates(group: argparse._ArgumentGroup) -> None:
+    """What one update does."""
     group.add_argument(
         "--lr_img", type=number(0, exclusive=True), default=0.1, help="learning rate of the synthetic images"
     )
@@ -209,16 +206,7 @@ def _add_matching(group: argparse._ArgumentGroup) -> None:
         default="noise",
         help="noise or real images; real converges faster",
     )
-    group.add_argument("--dis_metric", type=one_of("metric", METRICS), default="ours", help="distance of gradients")
-    group.add_argument(
-        "--outer_loop", type=count(1), default=None, help="matching steps per iteration; left out: by ipc, as published"
-    )
-    group.add_argument(
-        "--inner_loop",
-        type=count(0),
-        default=None,
-        help="epochs of network training between two matching steps; left out: by ipc, as published",
-    )
+    add_method_flags(group)
 
 
 def add_outliers(parser: Parser) -> None:
@@ -346,26 +334,3 @@ def add_folder(parser: Parser, save_path: str, searched: Sequence[str]) -> None:
         "--is_load_oe", action="store_true", help="look only where runs with outliers (OE, POE) are written"
     )
     group.add_argument("--save_path", default=save_path, help="where run folders are made")
-
-
-def dsa_of(args: argparse.Namespace) -> DSA | None:
-    """The siamese augmentation that the flags ask for.
-
-    Raises:
-        UserError: for method DSA without a strategy.
-    """
-    if args.method == "DC":
-        return None
-    if args.dsa_strategy is None:
-        raise UserError("--method DSA needs --dsa_strategy, e.g. color_crop_cutout_flip_scale_rotate")
-    return DSA(parse_strategy(args.dsa_strategy))
-
-
-def loops_of(args: argparse.Namespace) -> tuple[int, int, str]:
-    """Outer and inner loop, as given, else by ipc as published; and a line for the log where a rule gave them."""
-    outer, inner = LOOPS.get(args.ipc, (args.ipc, max(1, round(500 / args.ipc))))
-    notice = "" if args.ipc in LOOPS else f"ipc {args.ipc} has no published loops: outer {outer}, inner {inner} by rule"
-    given = (args.outer_loop, args.inner_loop)
-    if None not in given:
-        notice = ""
-    return given[0] if given[0] is not None else outer, given[1] if given[1] is not None else inner, notice

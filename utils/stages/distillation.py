@@ -1,22 +1,24 @@
-"""The loop of stage 1: distil, evaluate, save; its checkpoints."""
+"""The loop of stage 1: iterate, evaluate, save. It knows a method by the protocol of `utils/methods` alone."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from utils.compute import distributed
-from utils.core.errors import Interrupted, UserError
+from utils.core.errors import Interrupted, UserError, one_line
 from utils.data.synthetic import SyntheticSet, result_name, save_synthetic
-from utils.methods.gradient_matching import GradientMatching
+from utils.methods import Method
 from utils.report.plots import save_curves, save_grid
+from utils.report.tables import mean_std
 from utils.runs import signals
 from utils.runs.checkpoints import Checkpointer
 from utils.runs.progress import Progress
 from utils.runs.resume import resume_command
 from utils.runs.run_folder import RunFolder
-from utils.training.evaluator import Evaluator, Found, mean_std
+from utils.stages.distill_state import DistillState
+from utils.training.evaluator import Evaluator
 
 
 @dataclass(frozen=True)
@@ -33,28 +35,53 @@ class DistillSettings:
     flags: dict
 
 
-@dataclass
-class Position:
-    """How far a distillation is: `iteration` updates of experiment `exp` are done.
+class ResultFiles:
+    """The files of a run that hold its results: distilled sets, pictures and curves. Only rank 0 writes."""
 
-    `found`: measures of the networks evaluated at this point; `finished`, `accs`: what came of the experiments before.
-    """
+    def __init__(self, run: RunFolder, settings: DistillSettings, evaluator: Evaluator):
+        self.run, self.settings, self.real = run, settings, evaluator.real
+        self.path: Path = run.path / result_name(settings.method, self.real.name, settings.model, settings.ipc)
 
-    exp: int = 0
-    iteration: int = 0
-    started: bool = False
-    evaluated: bool = False
-    found: Found = field(default_factory=dict)
-    finished: list[SyntheticSet] = field(default_factory=list)
-    accs: dict[str, list[float]] = field(default_factory=dict)
+    def save(self, state: DistillState, current: SyntheticSet) -> None:
+        """Write the distilled sets so far, of which `current` is the newest, and pictures of that one."""
+        if not distributed.is_main():
+            return
+        sets = [*state.finished, current.detached_cpu()]
+        save_synthetic(self.path, sets, state.all_accs(), self.real, self._about(state))
+        s = self.settings
+        for prefix, images in (("vis", sets[-1].images), ("vis_oe", sets[-1].images_oe)):
+            if images is not None:
+                point = f"exp{state.exp}_iter{state.iteration}"
+                name = f"{prefix}_{s.method}_{self.real.name}_{s.model}_{s.ipc}ipc_{point}.png"
+                shown = self.real.denormalize(images.to(self.real.device)).cpu()
+                save_grid(self.run.path / name, shown, s.ipc)
+
+    def save_last_finite(self, state: DistillState, before: SyntheticSet) -> Path:
+        """Write the images from before an update that diverged; returns the path."""
+        path = self.path.with_name(self.path.stem + "_last_finite.pt")
+        if distributed.is_main():
+            save_synthetic(path, [before.detached_cpu()], {}, self.real, self._about(state))
+        return path
+
+    def draw_curves(self) -> None:
+        """The losses and measures of the run over its iterations, as `curves.png`."""
+        if not distributed.is_main():
+            return
+        try:
+            save_curves(self.run.path / "curves.png", self.run.metrics())
+        except ImportError:
+            self.run.log("no curves.png: matplotlib is not installed (pip install matplotlib)")
+
+    def _about(self, state: DistillState) -> dict:
+        return {"iteration": state.iteration, "experiment": state.exp, "flags": self.settings.flags}
 
 
 class Distillation:
-    """All experiments of a run. Its state is saved at the checkpoints, and when a signal stops it."""
+    """All experiments of a run. Its state is saved at checkpoints, and when a signal stops it."""
 
     def __init__(
         self,
-        method: GradientMatching,
+        method: Method,
         evaluator: Evaluator,
         settings: DistillSettings,
         run: RunFolder,
@@ -62,8 +89,8 @@ class Distillation:
     ):
         self.method, self.evaluator, self.settings, self.run = method, evaluator, settings, run
         self.checkpointer = checkpointer
-        self.real = evaluator.real
-        self.at = Position()
+        self.files = ResultFiles(run, settings, evaluator)
+        self.state = DistillState()
 
     def run_all(self) -> None:
         """Distil, evaluate and save as the settings say; log the mean accuracies at the end.
@@ -73,225 +100,159 @@ class Distillation:
             UserError: when a run diverges.
         """
         s = self.settings
-        if self.at.exp >= s.num_exp:
+        if self.state.exp >= s.num_exp:
             self.run.log(f"{self.run.path} is finished: all {s.num_exp} experiments are done")
         try:
             with signals.catch():
-                while self.at.exp < s.num_exp:
+                while self.state.exp < s.num_exp:
                     self._experiment()
-        except Interrupted as stopped:
-            if stopped.between_steps:
-                self.save()
-            self.run.log(f"stopped at experiment {self.at.exp}, iteration {self.at.iteration}; to go on:")
+        except Interrupted:
+            self.save()
+            self.run.log(f"stopped at experiment {self.state.exp}, iteration {self.state.iteration}; to resume:")
             self.run.log(resume_command(self.run.path))
             raise
-        for model, values in self.at.accs.items():
-            self.run.log(f"{model}: accuracy {mean_std(values)} ({len(values)} networks, {s.num_exp} experiments)")
-        self._draw_curves()
-        self.run.log(f"distilled set: {self._result}")
-
-    def _draw_curves(self) -> None:
-        """The losses and measures of the run over its iterations, as `curves.png`."""
-        if distributed.rank():
-            return
-        try:
-            save_curves(self.run.path / "curves.png", self.run.metrics())
-        except ImportError:
-            self.run.log("no curves.png: matplotlib is not installed (pip install matplotlib)")
+        except RuntimeError:
+            if distributed.world_size() > 1:  # another process has died, and this one waited for it
+                self.save()
+            raise
+        for model, values in self.state.accs.items():
+            self.run.log(f"{model}: accuracy {mean_std(values)} % ({len(values)} networks, {s.num_exp} experiments)")
+        self.files.draw_curves()
+        self.run.log(f"distilled set: {self.files.path}")
 
     @property
     def starts_another(self) -> bool:
         """Whether an experiment is still to be started."""
-        return self.at.exp + self.at.started < self.settings.num_exp
-
-    @property
-    def _result(self) -> Path:
-        s = self.settings
-        return self.run.path / result_name(s.method, self.real.name, s.model, s.ipc)
+        return self.state.exp + (self.state.method is not None) < self.settings.num_exp
 
     def _experiment(self) -> None:
-        """Experiment `at.exp`, from wherever it is."""
-        s, at = self.settings, self.at
-        if not at.started:
-            self.method.start(at.exp)
-            at.started = True
-        with self.run.progress(s.iterations, f"exp {at.exp}", start=at.iteration) as progress:
+        """The experiment `state.exp`, from wherever it is."""
+        s, state = self.settings, self.state
+        if state.method is None:
+            self.method.start(state.exp)
+            state.method = self.method.state_dict()
+        with self.run.progress(s.iterations, f"exp {state.exp}", start=state.iteration) as progress:
             while True:
-                last = at.iteration == s.iterations
-                if last or (at.iteration % s.eval_interval == 0 and not s.eval_last_only):
+                last = state.iteration == s.iterations
+                if last or (state.iteration % s.eval_interval == 0 and not s.eval_last_only):
                     self._evaluate(progress)
+                signals.check()
                 if last:
                     break
                 progress.step(**self._iterate())
-                if self.checkpointer.due(at.iteration):
+                if self.checkpointer.due(state.iteration):
                     self.save()
-                signals.check()
-        accs = _joined(at.accs, at.found)
-        finished = [*at.finished, self.method.synthetic().detached_cpu()]
-        self.at = Position(at.exp + 1, finished=finished, accs=accs)
+        finished = [*state.finished, self.method.synthetic().detached_cpu()]
+        self.state = DistillState(state.exp + 1, finished=finished, accs=state.all_accs())
         self.save()
 
     def _iterate(self) -> dict[str, float]:
-        """One update; returns the mean losses over slots."""
-        at = self.at
+        """One update; returns the mean losses over slots. The state moves on only when the update is whole."""
+        state = self.state
         before = self.method.synthetic().detached_copy()
-        losses = self.method.iterate(at.iteration)
-        problem = not_finite(losses, self.method.synthetic())
+        with signals.interruptible():
+            losses = self.method.iterate(state.iteration)
+            problem = not_finite(losses, self.method.synthetic())
+            after = self.method.state_dict()
         if problem:
             self._stop_diverged(problem, before)
-        at.iteration += 1
-        at.found, at.evaluated = {}, False
+        state.iteration, state.method, state.measures, state.evaluated = state.iteration + 1, after, {}, False
         means = {name: value.mean().item() for name, value in losses.items()}
-        if not distributed.rank():
-            self.run.metric(experiment=at.exp, iteration=at.iteration, **means)
+        if distributed.is_main():
+            self.run.metric(experiment=state.exp, iteration=state.iteration, **means)
         return means
 
     def _stop_diverged(self, problem: str, before: SyntheticSet) -> None:
         """Save the images as they were before this update, and raise."""
         flags = self.settings.flags
-        path = self._result.with_name(self._result.stem + "_last_finite.pt")
-        if not distributed.rank():
-            about = {"iteration": self.at.iteration, "experiment": self.at.exp, "flags": flags}
-            save_synthetic(path, [before.detached_cpu()], {}, self.real, about)
+        path = self.files.save_last_finite(self.state, before)
         raise UserError(
-            f"--lr_img {flags['lr_img']:g}: experiment {self.at.exp} diverged in iteration {self.at.iteration}: "
+            f"--lr_img {flags['lr_img']:g}: experiment {self.state.exp} diverged in iteration {self.state.iteration}: "
             f"{problem} not finite (--lr_net {flags['lr_net']:g}). Lower --lr_img or --lr_net; --load_path {path} "
             "starts from the last finite images"
         )
 
     def _evaluate(self, progress: Progress) -> None:
         """Evaluate at this point, unless that is done; save the distilled set and a picture."""
-        at = self.at
-        if at.evaluated:
+        state = self.state
+        if state.evaluated:
             return
 
         def after_network() -> None:
             if self.checkpointer.late():
                 self.save()
 
-        self.evaluator.evaluate(self.method.synthetic(), at.exp, at.iteration, at.found, after_network)
-        for model, networks in at.found.items():
+        self.evaluator.evaluate(self.method.synthetic(), state.exp, state.iteration, state.measures, after_network)
+        for model, networks in state.measures.items():
             measures = {name: [m[name] for m in networks.values()] for name in next(iter(networks.values()))}
             what = f"{len(networks)} networks, {self.evaluator.settings.training[model].epochs} epochs"
             values = {name.replace("auroc", "AUROC"): v for name, v in measures.items()}
-            found = ", ".join(f"{name} {mean_std(v)}" for name, v in values.items())
-            self.run.log(f"exp {at.exp} iteration {at.iteration}: {model} {found} ({what})")
+            shown = ", ".join(f"{name} {mean_std(v)} %" for name, v in values.items())
+            self.run.log(f"exp {state.exp} iteration {state.iteration}: {model} {shown} ({what})")
             progress.note(f"{model}: " + ", ".join(f"{name} {100 * np.mean(v):.1f}" for name, v in values.items()))
-            if not distributed.rank():
-                self.run.metric(experiment=at.exp, iteration=at.iteration, model=model, **measures)
-        at.evaluated = True
-        self._save_result()
+            if distributed.is_main():
+                self.run.metric(experiment=state.exp, iteration=state.iteration, model=model, **measures)
+        state.evaluated = True
+        self.files.save(state, self.method.synthetic())
         self.save()
-
-    def _save_result(self) -> None:
-        """Write the distilled sets so far and a picture of the newest."""
-        if distributed.rank():
-            return
-        s, at = self.settings, self.at
-        sets = [*at.finished, self.method.synthetic().detached_cpu()]
-        about = {"iteration": at.iteration, "experiment": at.exp, "flags": s.flags}
-        save_synthetic(self._result, sets, _joined(at.accs, at.found), self.real, about)
-        for prefix, images in (("vis", sets[-1].images), ("vis_oe", sets[-1].images_oe)):
-            if images is not None:
-                name = f"{prefix}_{s.method}_{self.real.name}_{s.model}_{s.ipc}ipc_exp{at.exp}_iter{at.iteration}.png"
-                shown = self.real.denormalize(images.to(self.real.device)).cpu()
-                save_grid(self.run.path / name, shown, s.ipc)
 
     def save(self) -> None:
         """Write a checkpoint."""
-        if distributed.rank():
-            return
-        at = self.at
-        self.checkpointer.save(
-            {
-                "exp": at.exp,
-                "iteration": at.iteration,
-                "started": at.started,
-                "evaluated": at.evaluated,
-                "found": at.found,
-                "finished": [[s.images, s.images_oe] for s in at.finished],
-                "accs": at.accs,
-                "method": self.method.state_dict() if at.started else {},
-            }
-        )
+        if distributed.is_main():
+            self.checkpointer.save(self.state.to_dict())
 
     def restore(self) -> bool:
-        """Go back to the newest checkpoint; False where the run was killed before its first.
+        """Return to the newest checkpoint; False where the run was killed before its first.
 
         Raises:
             UserError: when the checkpoint is not of this run.
         """
-        state = self.checkpointer.load()
+        content = self.checkpointer.load()
         distributed.barrier()  # nobody saves before everybody has read
-        if state is None:
+        if content is None:
             self.run.log("resumed: killed before its first checkpoint, so from the beginning")
             self.run.keep_metrics(lambda line: False)
             return False
         try:
-            self._restore(state)
+            self._restore(content)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:100]
+            reason = one_line(error, 100)
             raise UserError(f"--resume: the checkpoint in {self.run.path} is not of this run: {reason}") from None
-        at = self.at
+        state = self.state
 
         def is_before(line: dict) -> bool:
             """Whether a line of `metrics.jsonl` will not be written again."""
             position = (line["experiment"], line["iteration"])
-            done = at.evaluated if "model" in line else True
-            return position < (at.exp, at.iteration) or (position == (at.exp, at.iteration) and done)
+            done = state.evaluated if "model" in line else True
+            return position < (state.exp, state.iteration) or (position == (state.exp, state.iteration) and done)
 
         self.run.keep_metrics(is_before)
-        self.run.log(f"resumed at experiment {at.exp}, iteration {at.iteration}")
+        self.run.log(f"resumed at experiment {state.exp}, iteration {state.iteration}")
         return True
 
-    def _restore(self, state: dict) -> None:
-        exp, iteration = int(state["exp"]), int(state["iteration"])
-        if not (0 <= exp <= self.settings.num_exp and 0 <= iteration <= self.settings.iterations):
-            raise ValueError(f"experiment {exp}, iteration {iteration}")
-        if state["started"]:
-            self.method.load_state_dict(exp, state["method"])
-        finished = [self._finished(*images) for images in state["finished"]]
-        found = {
-            model: {int(i): {str(name): float(v) for name, v in measures.items()} for i, measures in networks.items()}
-            for model, networks in state["found"].items()
-        }
-        accs = {model: [float(a) for a in values] for model, values in state["accs"].items()}
-        known = set(self.evaluator.models)
-        if len(finished) != exp or set(found) - known or set(accs) - known:
-            raise ValueError(f"{len(finished)} finished experiments, networks {', '.join(map(str, [*found, *accs]))}")
-        if any("accuracy" not in measures for networks in found.values() for measures in networks.values()):
-            raise ValueError("networks without an accuracy")
-        self.at = Position(exp, iteration, bool(state["started"]), bool(state["evaluated"]), found, finished, accs)
-
-    def _finished(self, images: torch.Tensor, images_oe: torch.Tensor | None) -> SyntheticSet:
-        """The set of a finished experiment, checked."""
-        shape = (len(self.method.labels), self.real.channel, *self.real.im_size)
-        tensors = [images] if self.method.outliers is None else [images, images_oe]
-        if any(tuple(t.shape) != shape or t.dtype != torch.float32 or not torch.isfinite(t).all() for t in tensors):
-            raise ValueError("a finished set of another shape, or not finite")
-        if self.method.outliers is None and images_oe is not None:
-            raise ValueError("a finished set with outliers")
-        return SyntheticSet(images, self.method.labels.cpu(), images_oe)
-
-
-def _joined(accs: dict[str, list[float]], found: Found) -> dict[str, list[float]]:
-    """Accuracies by model, those of `found` behind those before."""
-    return {model: accs.get(model, []) + [m["accuracy"] for m in found[model].values()] for model in found}
+    def _restore(self, content: dict) -> None:
+        real, labels = self.evaluator.real, self.method.labels.cpu()
+        images = torch.empty(len(labels), real.channel, *real.im_size)
+        example = SyntheticSet(images, labels, None if self.method.outliers is None else images)
+        s = self.settings
+        self.state = DistillState.from_dict(content, s.num_exp, s.iterations, self.evaluator.models, example)
+        if self.state.method is not None:
+            self.method.load_state_dict(self.state.exp, self.state.method)
 
 
 def not_finite(losses: dict[str, torch.Tensor], synthetic: SyntheticSet) -> str:
-    """What is no longer finite, and in which slots; empty if all is.
+    """Names what is no longer finite, and in which slots; empty if all is finite.
 
     Args:
-        losses: by name, one per slot.
+        losses: by name, each with an entry per slot, or one.
         synthetic: the images after the update.
     """
     values = {**losses, "images": synthetic.images.flatten(1).abs().amax(1)}
     if synthetic.images_oe is not None:
         values["outliers"] = synthetic.images_oe.flatten(1).abs().amax(1)
-    if torch.isfinite(torch.cat(list(values.values()))).all():  # one synchronisation
+    if torch.isfinite(torch.cat([v.flatten() for v in values.values()])).all():  # one synchronisation
         return ""
-    bad = {name: (~torch.isfinite(v)).nonzero().flatten() for name, v in values.items()}
+    bad = {name: (~torch.isfinite(v.flatten())).nonzero().flatten() for name, v in values.items()}
     slots = {name: (synthetic.labels[i] if name in ("images", "outliers") else i).tolist() for name, i in bad.items()}
     parts = [f"{name} of slot {', '.join(map(str, sorted(set(s))))}" for name, s in slots.items() if s]
     return " and ".join(parts)

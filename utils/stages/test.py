@@ -1,25 +1,24 @@
 """Stage 3: accuracy, calibration, error detection and OOD detection of trained networks, as tables, files and plots."""
 
 import argparse
-import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from utils.compute import distributed
+from utils.compute.compiling import Workload
 from utils.compute.device import choose_compute, choose_device
 from utils.core.errors import UserError
 from utils.data.datasets import RealData, load_dataset
 from utils.data.synthetic import load_synthetic
 from utils.files.atomic import save_text
-from utils.ood.calibration import calibration, confidence_and_correct, reliability
 from utils.ood.detectors import FitSet, Scorer, need_fitting, require_library
-from utils.ood.measures import MEASURES, error_detection, ood_measures
-from utils.ood.sets import OODSet, OODSource, default_sets
+from utils.ood.network_scores import score_networks
+from utils.ood.sets import OODSet, OODSource, validation_sets
 from utils.report.pictures import distilled_pictures
 from utils.report.plots import save_distilled, save_reliability, save_roc_curves, save_score_histograms
-from utils.report.results import Measured, Results, _without_nan, results_csv
+from utils.report.results import Measured, Results, results_csv, results_json, results_of
 from utils.report.tables import report_text
 from utils.runs.lineage import STAGE2_ROOTS, distilled_set_of, find_run_folder
 from utils.runs.run_folder import RunFolder
@@ -27,7 +26,7 @@ from utils.training.saved import checkpoint_name, load_trained
 
 
 def run_stage3(args: argparse.Namespace) -> Results:
-    """Everything that the stage-3 script does after parsing."""
+    """Everything that the stage-3 script does after parsing; under `torchrun` each process tests some networks."""
     device = choose_device(args.device)
     scores = _scores(args.score, args.use_xent)
     if args.T != 1.0 and "energy" not in scores:
@@ -39,30 +38,49 @@ def run_stage3(args: argparse.Namespace) -> Results:
     real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none").to(device)
     sets, missing = _find_sets(_source(args, real), args)
     fit = _fit_set(args.fit_on, folder, real) if need_fitting(scores) else None
-    nets = [load_trained(folder, args.model, real, index, which) for index in range(args.num_exp)]
-    example = real.test_images[:2]
-    most = args.num_exp * (len(sets) + 1) * len(real.images_test)
-    steps = most // args.batch_test
-    compute = choose_compute(args.compile, "fp32", device, args.model, real, most / 2, steps, "testing")
-    embed = compute.embedding(nets[0])
-    scorers = [Scorer(net, scores, args.T, real.std, embed).prepare(example, fit, args.batch_test) for net in nets]
-
+    scorers, computing = _scorers(args, real, folder, which, scores, fit, len(sets))
     run = RunFolder.create(args.save_path, args.method, args.dataset, args.model, args.ipc, name=folder.name)
     run.save_args(vars(args), networks=str(folder.resolve()), device=str(device))
-    run.log(f"run folder: {run.path}")
-    run.log(f"networks: {folder}, {args.num_exp} × {which}")
-    run.log(f"computing: {compute}")
+    lines = [f"run folder: {run.path}", f"networks: {folder}, {args.num_exp} × {which}", f"computing: {computing}"]
     if fit is not None:
-        run.log(f"{', '.join(need_fitting(scores))}: fitted on the {fit.name}, {len(fit.labels)} images")
-    results, measured = measure(scorers, real, sets, scores, args.batch_test, run)
+        lines.append(f"{', '.join(need_fitting(scores))}: fitted on the {fit.name}, {len(fit.labels)} images")
+    for line in lines:
+        run.log(line)
+    batch = min(args.batch_test, len(real.images_test))  # no set is larger
+    results, measured = results_of(score_networks(scorers, real, sets, batch, run))
     results.missing = list(missing)
-    write_report(results, scores, run, {"networks": str(folder), "flags": vars(args)})
-    draw_plots(run, results, measured, folder)
+    if run.is_main:
+        _write_report(results, scores, run, {"networks": str(folder), "flags": vars(args)})
+        _draw_plots(run, measured, folder)
     return results
 
 
+def _scorers(
+    args: argparse.Namespace,
+    real: RealData,
+    folder: Path,
+    which: str,
+    scores: Sequence[str],
+    fit: FitSet | None,
+    num_sets: int,
+) -> tuple[dict[int, Scorer], str]:
+    """The scorers of this process, by number of the network, and a description of how they compute."""
+    own = distributed.own_share(args.num_exp)
+    nets = {index: load_trained(folder, args.model, real, index, which) for index in own}
+    example = load_trained(folder, args.model, real, 0, which).cpu() if not nets else next(iter(nets.values()))
+    images = len(own) * (num_sets + 1) * len(real.images_test)
+    workload = Workload(images / 2, images // args.batch_test, "testing")
+    shape = (real.channel, *real.im_size)
+    compute = choose_compute(args.compile, "fp32", real.device, example, shape, workload)
+    embed = compute.embedding(example) if compute.compiled else None
+    scorers = {index: Scorer(net, scores, args.T, real.std, embed) for index, net in nets.items()}
+    for scorer in scorers.values():
+        scorer.prepare(real.test_images[:2], fit, args.batch_test)
+    return scorers, str(compute)
+
+
 def _scores(given: Sequence[str] | None, use_xent: bool) -> tuple[str, ...]:
-    """The scores that were given, and xent where it was asked for; msp when nothing was."""
+    """The scores that were given, and xent with `--use_xent`; msp if there is none."""
     names = [*(given or ()), *(["xent"] if use_xent else [])]
     return tuple(dict.fromkeys(names or ["msp"]))
 
@@ -73,7 +91,14 @@ def _source(args: argparse.Namespace, real: RealData) -> OODSource:
         raise UserError(
             f"--num_ood_ratio {args.num_ood_ratio}: nothing is left of {len(real.images_test)} test images; lower it"
         )
-    return OODSource(real, Path(args.ood_path), Path(args.data_path), args.download == "all", limit, args.seed)
+    return OODSource(
+        real=real,
+        ood_path=Path(args.ood_path),
+        data_path=Path(args.data_path),
+        download=args.download == "all",
+        limit=limit,
+        seed=args.seed,
+    )
 
 
 def _fit_set(which: str, networks: Path, real: RealData) -> FitSet:
@@ -114,7 +139,7 @@ def _check_enough(folder: Path, dataset: str, model: str, wanted: int, which: st
 
 
 def _find_sets(source: OODSource, args: argparse.Namespace) -> tuple[list[OODSet], dict[str, str]]:
-    names = args.ood_sets or default_sets(args.dataset)
+    names = args.ood_sets or source.default_names()
     missing: dict[str, str] = {}
     if args.skip_missing:
         sets, missing = source.find(list(dict.fromkeys(names)), skip_missing=True)
@@ -122,7 +147,7 @@ def _find_sets(source: OODSource, args: argparse.Namespace) -> tuple[list[OODSet
         sets = source.find_all(names, "--ood_sets (--skip_missing goes on without what is missing)")
     if args.validate:
         try:
-            sets += source.validation(source.other_cifar())
+            sets += validation_sets(source)
         except UserError as error:
             if not args.skip_missing:
                 raise
@@ -132,55 +157,8 @@ def _find_sets(source: OODSource, args: argparse.Namespace) -> tuple[list[OODSet
     return sets, missing
 
 
-def measure(
-    scorers: Sequence[Scorer],
-    real: RealData,
-    sets: Sequence[OODSet],
-    scores: Sequence[str],
-    batch: int,
-    run: RunFolder,
-) -> tuple[Results, Measured]:
-    """Accuracy, calibration and error detection on the test images, and every score on every OOD set, for every
-    network; and the scores themselves."""
-    results = Results()
-    labels = real.labels_test.cpu().numpy()
-    in_scores: dict[str, list[np.ndarray]] = {name: [] for name in scores}
-    confidence, correct = [], []
-    for scorer in scorers:
-        logits, values = scorer(real.test_images, batch)
-        if not np.isfinite(logits).all():
-            raise UserError(f"--folder: network {len(results.errors)} has outputs that are not finite; train it again")
-        results.errors.append(error_detection(logits, labels) | calibration(logits, labels))
-        for kept, new in zip((confidence, correct), confidence_and_correct(logits, labels), strict=True):
-            kept.append(new)
-        for name in scores:
-            in_scores[name].append(values[name])
-    bins = reliability(np.concatenate(confidence), np.concatenate(correct))
-    measured = Measured(in_scores, {name: {} for name in scores}, bins)
-    with run.progress(len(sets), "OOD sets") as progress:
-        for ood in sets:
-            images = ood.load()
-            for index, scorer in enumerate(scorers):
-                values = scorer(images, batch)[1]
-                for name in scores:
-                    measured.out_scores[name].setdefault(ood.name, []).append(values[name])
-                    measures = _measures(in_scores[name][index], values[name], f"{name}, {ood.name}, {index}", run)
-                    results.rows.append({"network": index, "set": ood.name, "score": name, **measures})
-            progress.step()
-    return results, measured
-
-
-def _measures(in_scores: np.ndarray, out_scores: np.ndarray, what: str, run: RunFolder) -> dict[str, float]:
-    """The measures; NaN for scores that are not finite, which must not end a long run."""
-    if np.isfinite(in_scores).all() and np.isfinite(out_scores).all():
-        return ood_measures(in_scores, out_scores)
-    run.log(f"not finite, so without measures (score, set, network): {what}")
-    return dict.fromkeys(MEASURES, math.nan)
-
-
-def draw_plots(run: RunFolder, results: Results, measured: Measured, networks: Path) -> None:
-    """Score histograms and ROC curves of each score, the reliability diagram, and the distilled images if they can be
-    followed: `scores_<score>.png`, `roc_<score>.png`, `reliability.png`, `distilled.png`."""
+def _draw_plots(run: RunFolder, measured: Measured, networks: Path) -> None:
+    """Write `scores_<score>.png`, `roc_<score>.png`, `reliability.png`, and, if the set is there, `distilled.png`."""
     try:
         for score, out_scores in measured.out_scores.items():
             finite = _finite(measured.in_scores[score], out_scores)
@@ -205,13 +183,12 @@ def _finite(in_scores: Sequence[np.ndarray], out_scores: dict[str, list[np.ndarr
     return {n: values for n, values in out_scores.items() if all(np.isfinite(v).all() for v in values)}
 
 
-def write_report(results: Results, scores: Sequence[str], run: RunFolder, about: dict) -> None:
+def _write_report(results: Results, scores: Sequence[str], run: RunFolder, about: dict) -> None:
     """Write `results.json`, `results.csv` and `report.md`, and log the report."""
     text = report_text(results, scores)
     for line in text.splitlines():
         run.log(line)
     save_text(run.path / "report.md", text)
-    content = {"about": about, "errors": results.errors, "rows": results.rows, "missing": results.missing}
-    save_text(run.path / "results.json", json.dumps(_without_nan(content), indent=1) + "\n")
+    save_text(run.path / "results.json", results_json(results, about))
     save_text(run.path / "results.csv", results_csv(results))
     run.log(f"results: {run.path / 'results.json'}, results.csv, report.md")

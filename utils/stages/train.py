@@ -9,18 +9,20 @@ import torch
 
 from networks import get_network
 from utils.compute import distributed
-from utils.compute.device import choose_compute, choose_device
+from utils.compute.compiling import Workload
+from utils.compute.device import Compute, choose_compute, choose_device
 from utils.core.errors import UserError
 from utils.core.rng import generator
-from utils.data.datasets import load_dataset
-from utils.data.synthetic import load_synthetic, result_name
+from utils.data.datasets import RealData, load_dataset
+from utils.data.synthetic import SyntheticSet, load_synthetic, result_name
 from utils.files.torch_files import fingerprint
+from utils.methods import augmentation_of
+from utils.report.tables import mean_std
 from utils.runs.lineage import STAGE1_ROOTS, find_run_folder
-from utils.runs.resume import check_inputs, read_args
-from utils.runs.run_folder import RunFolder
-from utils.stages.arguments import dsa_of
-from utils.stages.network_training import TEST_INTERVAL, NetworkTraining
+from utils.runs.resume import check_inputs
+from utils.runs.run_folder import RunFolder, read_args
 from utils.training.evaluator import training_of
+from utils.training.network_training import TEST_INTERVAL, NetworkTraining
 from utils.training.trainer import Trainer, TrainSettings
 
 
@@ -42,10 +44,10 @@ def find_distilled(args: argparse.Namespace, with_outliers: bool) -> Path:
 def run_stage2(args: argparse.Namespace, with_outliers: bool) -> None:
     """Everything that a stage-2 script does after parsing."""
     device = choose_device(args.device, args.deterministic)
-    dsa = dsa_of(args)
+    augmentation = augmentation_of(args.method, args.dsa_strategy)
     lambda_oe = args.lambda_oe if with_outliers else 0.0
     settings = training_of(
-        args.model, args.dataset, dsa, args.epoch_eval_train, args.lr_net, args.batch_train, lambda_oe
+        args.model, args.dataset, augmentation, args.epoch_eval_train, args.lr_net, args.batch_train, lambda_oe
     )
     path = _resumed_set(args) or find_distilled(args, with_outliers)
     real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none").to(device)
@@ -57,11 +59,7 @@ def run_stage2(args: argparse.Namespace, with_outliers: bool) -> None:
             f"--folder: {path} holds no outliers. Give a folder of main_oe.py or main_poe.py (--is_load_oe looks only "
             "there), or use train_model_synthetic_no_oe.py"
         )
-    steps = args.num_eval * settings.epochs
-    tested = args.num_eval * -(-settings.epochs // TEST_INTERVAL) * len(real.images_test)
-    trained = steps * len(synthetic.images) * (2 if with_outliers else 1)
-    passes = (trained + tested / 2) / distributed.world()
-    compute = choose_compute(args.compile, args.precision, device, args.model, real, passes, steps, "training")
+    compute = _choose_compute(args, settings, real, synthetic)
     net = get_network(args.model, real.channel, real.num_classes, real.im_size, generator(args.seed)).to(device)
     inputs = {
         "data_path": real.fingerprint(),
@@ -71,11 +69,24 @@ def run_stage2(args: argparse.Namespace, with_outliers: bool) -> None:
     run.log(f"computing: {compute}")
     trainer = Trainer(net, settings, compute)
     training = NetworkTraining(args.model, real, synthetic.to(device), trainer, args.seed, run, bool(args.resume))
-    training.train_all(args.num_eval, args.checkpoint_interval)
+    best, last = zip(*training.train_all(args.num_eval, args.checkpoint_interval), strict=True)
+    run.log(f"accuracy over {args.num_eval} networks: best {mean_std(best)} %, last epoch {mean_std(last)} %")
+
+
+def _choose_compute(
+    args: argparse.Namespace, settings: TrainSettings, real: RealData, synthetic: SyntheticSet
+) -> Compute:
+    """How the device computes, from how long the run is; a tested image counts half a pass."""
+    steps = args.num_eval * settings.epochs
+    tested = args.num_eval * -(-settings.epochs // TEST_INTERVAL) * len(real.images_test)
+    trained = steps * len(synthetic.images) * (1 if synthetic.images_oe is None else 2)
+    workload = Workload((trained + tested / 2) / distributed.world_size(), steps, "training")
+    net = get_network(args.model, real.channel, real.num_classes, real.im_size, generator(0)).eval()
+    return choose_compute(args.compile, args.precision, real.device, net, (real.channel, *real.im_size), workload)
 
 
 def _resumed_set(args: argparse.Namespace) -> Path | None:
-    """The distilled set of the run that is resumed; None where there is none, or flags say that it was moved."""
+    """The distilled set of the run that is resumed; None where there is none, or flags name its new place."""
     if not args.resume:
         return None
     about = read_args(Path(args.resume))
@@ -84,8 +95,8 @@ def _resumed_set(args: argparse.Namespace) -> Path | None:
     path = about.get("distilled_set")
     if not isinstance(path, str) or not os.path.isfile(path):
         raise UserError(
-            f"--resume: the distilled set of {args.resume} is gone: {str(path)[:200]}. Put it back, or say by "
-            "--load_path and --folder where it is now"
+            f"--resume: the distilled set of {args.resume} is gone: {str(path)[:200]}. Put it back, or "
+            "give its place now with --load_path and --folder"
         )
     return Path(path)
 

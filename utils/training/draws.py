@@ -1,17 +1,20 @@
-"""What is random in network training and in an iteration of gradient matching: drawn on the host, sent together."""
+"""Batches of network training: what is random in them is drawn on the host, then many are augmented together."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from utils.compute.transfer import Draw
-from utils.data.augment import DC, DSA
+from utils.data.augment import DC, DSA, apply_by_part, identity
 from utils.data.synthetic import SyntheticSet
+
+AUGMENTED_CPU, AUGMENTED_CUDA = 2**20, 2**25  # numbers in the images that are augmented together
 
 
 @dataclass(frozen=True)
 class Batch(Draw):
-    """What is random in one batch: the images and the outliers that it takes, and how they are augmented."""
+    """What is random in one batch: which images and outliers it takes (int64 `[n]`), and how they are augmented."""
 
     index: torch.Tensor
     transform: Draw | None
@@ -42,3 +45,31 @@ def draw_epoch(synthetic: SyntheticSet, batch: int, augmentation: DSA | DC | Non
         index_oe = None if order_oe is None else order_oe[start : start + batch]
         batches.append(Batch(index, transform(index), index_oe, transform(index_oe)))
     return batches
+
+
+def augmented_batches(synthetic: SyntheticSet, batches: Sequence[Batch]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Augmented images followed by augmented outliers, `[n, C, H, W]`, and the labels of the images, of each batch.
+
+    The set must not change meanwhile: many batches are augmented together.
+    """
+    device = synthetic.images.device
+    largest = max(b.count for b in batches) * synthetic.images[0].numel()
+    per_block = max(1, (AUGMENTED_CUDA if device.type == "cuda" else AUGMENTED_CPU) // largest)
+    for first in range(0, len(batches), per_block):
+        block = batches[first : first + per_block]
+        index = [b.index for b in block]
+        images = _augmented(synthetic.images, index, [b.transform for b in block])
+        labels = synthetic.labels[torch.cat(index)].split([len(i) for i in index])
+        if block[0].index_oe is not None:
+            index_oe = [b.index_oe for b in block]
+            outliers = _augmented(synthetic.images_oe, index_oe, [b.transform_oe for b in block])
+            images = map(torch.cat, zip(images, outliers, strict=True))
+        yield from zip(images, labels, strict=True)
+
+
+def _augmented(
+    images: torch.Tensor, index: Sequence[torch.Tensor], transforms: Sequence[Draw | None]
+) -> Sequence[torch.Tensor]:
+    """`transform(images[index])` for each pair."""
+    lengths = [len(i) for i in index]
+    return apply_by_part(images[torch.cat(list(index))], [t or identity for t in transforms], lengths).split(lengths)

@@ -1,64 +1,65 @@
-"""Several networks of one kind trained at once on a synthetic set, each from its own weights and draws.
+"""Several networks of one kind trained simultaneously on a synthetic set, each from its own weights and draws.
 
 One network on a few small images does not keep a GPU busy, nor do the small products of an MLP a CPU. The weights are
-stacked and go through `torch.func`; the result is that of `Trainer` on one network after another, to rounding.
+stacked and go through `torch.func`; the result equals that of `Trainer` on one network after another, to rounding.
 """
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from itertools import islice
 
 import torch
 from torch import nn
-from torch.func import functional_call, vmap
+from torch.func import functional_call, stack_module_state, vmap
 
 from networks import has_batchnorm, initialize
 from utils.compute.device import Compute, forward_flops
-from utils.core.errors import UserError
+from utils.core.errors import UserError, one_line
 from utils.core.rng import generator
 from utils.data.synthetic import SyntheticSet
-from utils.runs import signals
-from utils.training.draws import Batch
+from utils.training.draws import Batch, augmented_batches
 from utils.training.losses import joint_loss
 from utils.training.trainer import Trainer, TrainSettings
 
-TOGETHER_PIXELS_CPU = 40 * 8 * 8  # of one step of one network with convolutions
-TOGETHER_FLOPS_CUDA = 2e10  # of one step of one network: a tenth of a millisecond of a device's arithmetic
+STACKED_PIXELS_CPU = 40 * 8 * 8  # the most in one step of one network with convolutions
+STACKED_FLOPS_CUDA = 2e10  # the most in one step of one network: a tenth of a millisecond of a device's arithmetic
 
 
-def training_together_pays(net: nn.Module, images: tuple[int, ...], compute: Compute) -> bool:
-    """Whether several networks train faster at once than one after another.
+def stacking_is_faster(net: nn.Module, images: tuple[int, ...], compute: Compute) -> bool:
+    """Whether several networks train faster simultaneously than one after another.
 
     Args:
-        images: shape `[N, C, H, W]` of what one step of one network takes.
+        images: shape `[N, C, H, W]` of the images in one step of one network.
 
     On a CPU it is so for networks without convolutions, and for others on very few pixels where nothing is compiled:
-    several convolutions at once are a grouped one, which is slower (measured with five networks: MLP 1.2 to 2.2 times
-    as fast, ConvNetD2 on 20 images of 8×8 1.5 times, ConvNetW32 on 20 of 32×32 0.9 times). On CUDA, not measured yet,
-    while a step is too small to fill the device. Networks with BatchNorm keep running statistics, and go alone.
+    stacked convolutions become a grouped one, which is slower (measured with five networks: MLP 1.2 to 2.2 times as
+    fast, ConvNetD2 on 20 images of 8×8 1.5 times, ConvNetW32 on 20 of 32×32 0.9 times). On CUDA, not measured yet, it
+    is taken to be so while a step is too small to fill the device. Networks with BatchNorm, which keep running
+    statistics, are never stacked.
     """
     if has_batchnorm(net):
         return False
     if compute.on_cuda:
-        return 3 * images[0] * forward_flops(net, tuple(images[1:])) <= TOGETHER_FLOPS_CUDA
+        return 3 * images[0] * forward_flops(net, tuple(images[1:])) <= STACKED_FLOPS_CUDA
     if not any(isinstance(m, nn.Conv2d) for m in net.modules()):
         return True
-    return not compute.compiled and images[0] * images[2] * images[3] <= TOGETHER_PIXELS_CPU
+    return not compute.compiled and images[0] * images[2] * images[3] <= STACKED_PIXELS_CPU
 
 
-class Together(Trainer):
-    """Trains networks like `net` at once; `net` itself is where they are tested.
+class StackedTrainer(Trainer):
+    """Trains networks like `net` simultaneously; each is copied into `net` to be tested.
 
     As `Trainer`, but where that has a key, a generator or a loss, this has one for each network.
     """
 
-    at_once = True
+    trains_simultaneously = True
 
     def __init__(self, net: nn.Module, settings: TrainSettings, compute: Compute | None = None):
         self.stacked = {name: p.detach()[None].clone().requires_grad_() for name, p in net.named_parameters()}
         super().__init__(net, settings, compute)
         self.compute = compute or Compute()
-        self.one_by_one: Trainer | None = None  # trains instead, once it turned out that it does not go at once
+        self.one_by_one: Trainer | None = None  # trains instead, once stacking has failed
         self.loss = self.compute.function(self._losses)
 
     def networks(
@@ -68,20 +69,18 @@ class Together(Trainer):
         keys: Mapping[int, tuple],
         after_epoch: Callable[[int, torch.Tensor], None] | None = None,
     ) -> Iterator[int]:
-        """As `Trainer.networks`, but all are trained before the first is given.
+        """As `Trainer.networks`, but all are trained before the first is yielded.
 
-        What cannot be trained so, for want of memory, say, is trained one after another.
+        If that fails, e.g. for lack of memory, they are trained one after another.
         """
         if keys and self.one_by_one is None:
             self.stacked = self._fresh(seed, keys.values())
             try:
                 self.train(synthetic, seed, tuple(keys.values()), after_epoch)
             except (RuntimeError, UserError) as error:
-                if signals.received():  # a terminal's Ctrl-C ended the compiler, too
-                    raise
-                reason = " ".join(str(error).split())[:160]
-                warnings.warn(f"networks are trained one after another, not at once, because {reason}", stacklevel=2)
-                self.one_by_one = Trainer(self.net, self.settings, self.compute)
+                reason = one_line(error)
+                warnings.warn(f"networks are trained one after another, not simultaneously: {reason}", stacklevel=2)
+                self._fall_back()
         if self.one_by_one is not None:
             yield from self.one_by_one.networks(synthetic, seed, keys, after_epoch)
             return
@@ -92,22 +91,28 @@ class Together(Trainer):
 
     def _fresh(self, seed: int, keys: Iterable[tuple]) -> dict[str, torch.Tensor]:
         """The weights of a fresh network for each key, by parameter, `[networks, …]`."""
-        weights = []
-        for key in keys:
-            initialize(self.net, generator(seed, *key))
-            weights.append({name: p.detach().clone() for name, p in self.net.named_parameters()})
-        return {name: torch.stack([w[name] for w in weights]).requires_grad_() for name in weights[0]}
+        nets = [initialize(deepcopy(self.net), generator(seed, *key)) for key in keys]
+        return stack_module_state(nets)[0]
+
+    def _fall_back(self) -> None:
+        """Train one network after another from now on; what the stacked ones hold in memory is released."""
+        self.stacked, self.loss = {}, None
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer = None
+        self.one_by_one = Trainer(self.net, self.settings, self.compute)
+        if self.compute.on_cuda:
+            torch.cuda.empty_cache()
 
     def draw_epochs(
         self, synthetic: SyntheticSet, generators: Sequence[Sequence[torch.Generator]]
     ) -> list[list[list[Batch]]]:
         """As that of `Trainer`, where an entry of `generators` has one for each network: by epoch, step and network."""
-        epochs = [super(Together, self).draw_epochs(synthetic, of_epoch) for of_epoch in generators]
+        epochs = [super(StackedTrainer, self).draw_epochs(synthetic, of_epoch) for of_epoch in generators]
         return [list(map(list, zip(*of_epoch, strict=True))) for of_epoch in epochs]
 
     def epochs(self, synthetic: SyntheticSet, drawn: Sequence[list[list[Batch]]]) -> Iterator[torch.Tensor]:
-        """As that of `Trainer`; gives the networks' mean losses."""
-        inputs = self._inputs(synthetic, [batch for of_epoch in drawn for step in of_epoch for batch in step])
+        """As that of `Trainer`; yields the networks' mean losses `[networks]`."""
+        inputs = augmented_batches(synthetic, [batch for of_epoch in drawn for step in of_epoch for batch in step])
         for of_epoch in drawn:
             self.net.train()
             steps = [map(torch.stack, zip(*islice(inputs, len(step)), strict=True)) for step in of_epoch]

@@ -7,18 +7,17 @@ import torch
 from torch import nn
 
 from networks import has_batchnorm, initialize
-from utils.compute.cpu_batches import Parts
+from utils.compute.cpu_batches import BatchSplitter, padded_to
 from utils.compute.device import Compute
-from utils.compute.transfer import Draw, send_draws
+from utils.compute.transfer import send_draws
 from utils.core.rng import generator
-from utils.data.augment import DC, DSA, apply_by_part, identity
+from utils.data.augment import DC, DSA
 from utils.data.synthetic import SyntheticSet
-from utils.training.draws import Batch, draw_epoch
+from utils.training.draws import Batch, augmented_batches, draw_epoch
 from utils.training.losses import joint_loss
 
 TEST_BATCH = 250
 DRAWN_EPOCHS = 50  # that are drawn together
-AUGMENTED_CPU, AUGMENTED_CUDA = 2**20, 2**25  # numbers in the images that are augmented together
 
 
 @dataclass(frozen=True)
@@ -38,16 +37,16 @@ class TrainSettings:
 
 
 class Trainer:
-    """Trains one network on synthetic sets; its optimizer starts anew at each `restart`.
+    """Trains one network on synthetic sets.
 
-    `at_once`: whether `networks` trains all before it gives the first.
+    `trains_simultaneously`: whether `networks` trains all networks before it yields the first.
     """
 
-    at_once = False
+    trains_simultaneously = False
 
     def __init__(self, net: nn.Module, settings: TrainSettings, compute: Compute | None = None):
         self.net, self.settings = net, settings
-        self.parts = Parts(net)
+        self.splitter = BatchSplitter(net)
         self.has_batchnorm = has_batchnorm(net)
         compute = compute or Compute()
         self.loss = compute.function(lambda images, labels, weight: joint_loss(net(images), labels, weight))
@@ -55,14 +54,14 @@ class Trainer:
         self.restart(settings.lr)
 
     def restart(self, lr: float) -> None:
-        """A fresh SGD with learning rate `lr`, without momentum from before."""
+        """Start a fresh SGD with learning rate `lr` and without momentum."""
         s = self.settings
         self.optimizer = torch.optim.SGD(
             self._trained(), lr=lr, momentum=s.momentum, weight_decay=s.weight_decay, fused=True
         )
 
     def _trained(self) -> list[torch.Tensor]:
-        """What the optimizer updates."""
+        """The parameters that the optimizer updates."""
         return list(self.net.parameters())
 
     def draw_epochs(self, synthetic: SyntheticSet, generators: Sequence[torch.Generator]) -> list[list[Batch]]:
@@ -70,12 +69,12 @@ class Trainer:
         return [draw_epoch(synthetic, self.settings.batch, self.settings.augmentation, g) for g in generators]
 
     def epochs(self, synthetic: SyntheticSet, drawn: Sequence[list[Batch]]) -> Iterator[torch.Tensor]:
-        """One pass over the synthetic set for each entry of `drawn` (of `draw_epochs`, on the device); gives the mean
-        loss of its batches, a scalar on the device.
+        """One pass over the synthetic set for each entry of `drawn` (of `draw_epochs`, on the device).
 
-        An InD batch and a batch of outliers, each augmented on its own, go through the network in one forward pass.
+        Yields the mean loss of the batches of each pass, a scalar on the device. An InD batch and a batch of
+        outliers, each augmented on its own, go through the network in one forward pass.
         """
-        inputs = self._inputs(synthetic, [batch for batches in drawn for batch in batches])
+        inputs = augmented_batches(synthetic, [batch for batches in drawn for batch in batches])
         for batches in drawn:
             self.net.train()
             yield torch.stack([self._step(*next(inputs)) for _ in batches]).mean()
@@ -85,36 +84,13 @@ class Trainer:
         drawn = send_draws(self.draw_epochs(synthetic, [g]), synthetic.images.device)
         return next(self.epochs(synthetic, drawn))
 
-    def _inputs(self, synthetic: SyntheticSet, batches: Sequence[Batch]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Augmented images and outliers `[n, C, H, W]` and labels of each batch.
-
-        The set does not change meanwhile, so many batches are augmented at once.
-        """
-        device = synthetic.images.device
-        largest = max(b.count for b in batches) * synthetic.images[0].numel()
-        per_block = max(1, (AUGMENTED_CUDA if device.type == "cuda" else AUGMENTED_CPU) // largest)
-        for first in range(0, len(batches), per_block):
-            block = batches[first : first + per_block]
-            index = [b.index for b in block]
-            images = _augmented(synthetic.images, index, [b.transform for b in block])
-            labels = synthetic.labels[torch.cat(index)].split([len(i) for i in index])
-            if block[0].index_oe is not None:
-                index_oe = [b.index_oe for b in block]
-                outliers = _augmented(synthetic.images_oe, index_oe, [b.transform_oe for b in block])
-                images = map(torch.cat, zip(images, outliers, strict=True))
-            yield from zip(images, labels, strict=True)
-
     def predict(self, images: torch.Tensor) -> torch.Tensor:
         """Logits `[N, num_classes]` of images `[N, C, H, W]`, in evaluation mode."""
-        batch = TEST_BATCH // self.parts.forward(images[:TEST_BATCH])
+        batch = TEST_BATCH // self.splitter.forward(images[:TEST_BATCH])
         return predict(self.net, images, batch, self.forward)
 
-    def accuracy(self, images: torch.Tensor, labels: torch.Tensor) -> float:
-        """Fraction of test images `[N, C, H, W]` that the network classifies as their label."""
-        return accuracy_of(self.predict(images), labels)
-
     def _step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        self.optimizer.zero_grad(set_to_none=True)  # before a recorded CUDA graph writes there again
+        self.optimizer.zero_grad(set_to_none=True)  # before a recorded CUDA graph overwrites the gradients
         parts = self._in_parts(images, labels)
         losses = []
         for some_images, some_labels in parts:
@@ -130,7 +106,7 @@ class Trainer:
         BatchNorm wants the batch whole.
         """
         n = len(labels)
-        count = 1 if self.has_batchnorm else self.parts.backward(images, n, len(images) - n)
+        count = 1 if self.has_batchnorm else self.splitter.backward(images, n, len(images) - n)
         if count == 1:
             return [(images, labels)]
         parts = map(torch.cat, zip(images[:n].chunk(count), images[n:].chunk(count), strict=True))
@@ -149,7 +125,7 @@ class Trainer:
         Args:
             seed, key: every epoch draws from `generator(seed, *key, "epoch", epoch)`.
             after_epoch: called with the number of epochs done and the mean loss.
-            first_epoch: how many are done already; the optimizer goes on as it is.
+            first_epoch: how many are done already; the optimizer continues as it is.
         """
         epochs, lr = self.settings.epochs, self.settings.lr
         if not first_epoch:
@@ -175,8 +151,10 @@ class Trainer:
         keys: Mapping[int, tuple],
         after_epoch: Callable[[int, torch.Tensor], None] | None = None,
     ) -> Iterator[int]:
-        """Train a fresh network for each key, which keys its weights and its epochs; gives the number of each while
-        `net` is that network."""
+        """Train a fresh network for each key, which keys its weights and its epochs.
+
+        Yields the number of each network while `net` is that network.
+        """
         for index, key in keys.items():
             initialize(self.net, generator(seed, *key))
             self.train(synthetic, seed, key, after_epoch)
@@ -191,7 +169,7 @@ class Trainer:
         return {"net": dict(self.net.state_dict()), "momentum": momentum}
 
     def load_state_dict(self, state: dict, epoch: int) -> None:
-        """Go on from the `state_dict` after `epoch` epochs.
+        """Continue from the `state_dict` after `epoch` epochs.
 
         Raises:
             ValueError, RuntimeError, KeyError: when it is not of this network.
@@ -206,37 +184,18 @@ class Trainer:
             self.optimizer.state[parameter]["momentum_buffer"] = momentum.to(parameter.device).clone()
 
 
-def _augmented(
-    images: torch.Tensor, index: Sequence[torch.Tensor], transforms: Sequence[Draw | None]
-) -> Sequence[torch.Tensor]:
-    """`transform(images[index])` for each of both."""
-    lengths = [len(i) for i in index]
-    return apply_by_part(images[torch.cat(list(index))], [t or identity for t in transforms], lengths).split(lengths)
-
-
 @torch.no_grad()
 def predict(
     net: nn.Module, images: torch.Tensor, batch: int = TEST_BATCH, forward: Callable | None = None
 ) -> torch.Tensor:
     """Logits `[N, num_classes]` of all images `[N, C, H, W]`, in evaluation mode; a last partial batch counts, too.
 
-    `forward` is a compiled `net`, if there is one. It sees batches of one size only: the last is filled up with zeros.
+    `forward` is a compiled `net`, if there is one. Its batches all have one size: the last is padded with zeros.
     """
     net.eval()
     if forward is None:
         return torch.cat([net(part) for part in images.split(batch)])
-    return torch.cat([forward(filled_up(part, batch)).float().clone() for part in images.split(batch)])[: len(images)]
-
-
-def filled_up(images: torch.Tensor, batch: int) -> torch.Tensor:
-    """Images `[n, C, H, W]` and zeros behind them, `[batch, C, H, W]`: compiled code is made for one size."""
-    missing = batch - len(images)
-    return torch.cat([images, images.new_zeros(missing, *images.shape[1:])]) if missing else images
-
-
-def accuracy(net: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
-    """Fraction of images classified as their label."""
-    return accuracy_of(predict(net, images), labels)
+    return torch.cat([forward(padded_to(part, batch)).float().clone() for part in images.split(batch)])[: len(images)]
 
 
 def accuracy_of(logits: torch.Tensor, labels: torch.Tensor) -> float:

@@ -1,10 +1,10 @@
-"""Training the networks of stage 2 one after another: tests, checkpoints, resuming."""
+"""The loop of stage 2: networks are trained one after another, tested on the way, and kept as checkpoints."""
 
 import torch
 
 from networks import initialize
 from utils.compute import distributed
-from utils.core.errors import Interrupted, OwnError, UserError
+from utils.core.errors import Interrupted, RankError, UserError, one_line
 from utils.core.rng import generator
 from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet
@@ -14,17 +14,16 @@ from utils.runs.checkpoints import Checkpointer
 from utils.runs.progress import LOG_EVERY
 from utils.runs.resume import resume_command
 from utils.runs.run_folder import RunFolder
-from utils.training.evaluator import mean_std
 from utils.training.saved import checkpoint_name, is_checkpoint_epoch
 from utils.training.trainer import Trainer, accuracy_of
 
-TEST_INTERVAL = 50
+TEST_INTERVAL = 50  # epochs
 
 
 class NetworkTraining:
     """Trains networks one after another; under `torchrun` each process trains some of them and writes their files.
 
-    `resumes`: go on from the checkpoints in `run`, of which each network has its own.
+    `resumes`: continue from the checkpoints in `run`, of which each network has its own.
     """
 
     def __init__(
@@ -40,61 +39,65 @@ class NetworkTraining:
         self.model, self.real, self.synthetic, self.trainer = model, real, synthetic, trainer
         self.seed, self.run, self.resumes = seed, run, resumes
 
-    def train_all(self, num_networks: int, interval: int = 50) -> list[float]:
-        """Train all networks, and return their best tested accuracies.
+    def train_all(self, num_networks: int, interval: int = 50) -> list[tuple[float, float]]:
+        """Train all networks; returns the best tested and the last accuracy of each, fractions.
 
+        Args:
+            interval: epochs between two checkpoints.
         Raises:
             Interrupted: after a signal; the network in training is saved.
             UserError: when a training diverges.
         """
-        indices = distributed.mine(num_networks)
-        keepers = {i: _Keeper(self, i, Checkpointer(self.run, f"checkpoint_network{i}", interval)) for i in indices}
+        indices = distributed.own_share(num_networks)
+        networks = [
+            NetworkCheckpoints(self, i, Checkpointer(self.run, f"checkpoint_network{i}", interval)) for i in indices
+        ]
         try:
             with signals.catch():
                 if self.resumes:
-                    self._restore(keepers)
-                for keeper in keepers.values():
-                    if not keeper.done:
-                        self._train(keeper)
-                results = distributed.gather({i: (keeper.best, keeper.newest) for i, keeper in keepers.items()})
+                    self._restore(networks)
+                for network in networks:
+                    if not network.done:
+                        self._train(network)
+                results = distributed.gather({n.index: (n.best, n.newest) for n in networks})
         except Interrupted:
-            self.run.log("stopped; to go on:")
+            self.run.log("stopped; to resume:")
             self.run.log(resume_command(self.run.path))
             raise
         except UserError as error:
-            raise OwnError(error) from None
-        best, last = zip(*results.values(), strict=True)
-        self.run.log(f"accuracy over {num_networks} networks: best {mean_std(best)}, last epoch {mean_std(last)}")
-        return list(best)
+            raise RankError(error) from None
+        return list(results.values())
 
-    def _restore(self, keepers: dict[int, "_Keeper"]) -> None:
-        for keeper in keepers.values():
-            keeper.restore()
-        epochs = distributed.gather({i: keeper.epoch for i, keeper in keepers.items()})
+    def _restore(self, networks: list["NetworkCheckpoints"]) -> None:
+        for network in networks:
+            network.restore()
+        epochs = distributed.gather({network.index: network.epoch for network in networks})
         if all(epoch == self.trainer.settings.epochs for epoch in epochs.values()):
             self.run.log(f"{self.run.path} is finished: all networks are trained")
         self.run.keep_metrics(lambda line: line["epoch"] <= epochs[line["network"]])
         distributed.barrier()  # nobody appends before that
 
-    def _train(self, keeper: "_Keeper") -> None:
-        key = ("network", keeper.index)
-        if keeper.state is None:
+    def _train(self, network: "NetworkCheckpoints") -> None:
+        key = ("network", network.index)
+        if network.state is None:
             initialize(self.trainer.net, generator(self.seed, *key))
         else:
-            self.trainer.load_state_dict(keeper.state, keeper.epoch)
-        what = f"network {keeper.index}"
-        with self.run.progress(self.trainer.settings.epochs, what, keeper.epoch, TEST_INTERVAL) as progress:
+            self.trainer.load_state_dict(network.state, network.epoch)
+        what = f"network {network.index}"
+        with self.run.progress(self.trainer.settings.epochs, what, network.epoch, TEST_INTERVAL) as progress:
 
             def after_epoch(epoch: int, loss: torch.Tensor) -> None:
-                progress.step(loss=loss)
-                keeper.after_epoch(epoch, loss)
+                with signals.uninterrupted():
+                    progress.step(loss=loss)
+                    network.after_epoch(epoch, loss)
 
-            self.trainer.train(self.synthetic, self.seed, key, after_epoch, keeper.epoch)
-        self.run.log(f"{what}: best tested accuracy {100 * keeper.best:.2f} % (epoch {keeper.best_epoch})")
+            with signals.interruptible():
+                self.trainer.train(self.synthetic, self.seed, key, after_epoch, network.epoch)
+        self.run.log_own(f"{what}: best tested accuracy {100 * network.best:.2f} % (epoch {network.best_epoch})")
 
 
-class _Keeper:
-    """Tests a network while it trains, and writes its checkpoints: those for stage 3, and that to resume from."""
+class NetworkCheckpoints:
+    """Tests a network while it trains, and writes its checkpoints: those for stage 3, and the one to resume from."""
 
     def __init__(self, training: NetworkTraining, index: int, checkpointer: Checkpointer):
         self.training, self.index, self.checkpointer = training, index, checkpointer
@@ -110,32 +113,38 @@ class _Keeper:
         return self.epoch == self.epochs
 
     def after_epoch(self, epoch: int, loss: torch.Tensor) -> None:
-        """Test every 50 epochs and after the last; keep the best from `first` on, and the epochs that are kept anyway.
-        Save when it is time, and when a signal came."""
+        """Test every 50 epochs and after the last; keep the best from `first` on, and the epochs of stage 3.
+
+        Saves when a checkpoint is due, and after a signal.
+
+        Raises:
+            Interrupted: after a signal.
+            UserError: when the training has diverged.
+        """
         tests = epoch % TEST_INTERVAL == 0 or epoch == self.epochs
         saves = tests or self.checkpointer.due(epoch) or signals.received()
         self.epoch = epoch
         if saves or epoch % LOG_EVERY == 0:
-            self._must_be_finite(loss, "its loss is")
+            self._check_finite(loss, "its loss is")
         if tests:
             self._test(loss.item())
         if is_checkpoint_epoch(epoch, self.epochs):
             self._save(f"epoch{epoch}")
         if saves:
             self.checkpointer.save(self._position() | ({} if self.done else {"state": self.trainer.state_dict()}))
-        if signals.received() and not self.done:
-            raise Interrupted(signals.received())
+        if not self.done:
+            signals.check()
 
     def _test(self, loss: float) -> None:
         logits = self.trainer.predict(self.real.test_images)
-        self._must_be_finite(logits, "its outputs are")
+        self._check_finite(logits, "its outputs are")
         self.newest = accuracy_of(logits, self.real.labels_test)
         self.run.metric(network=self.index, epoch=self.epoch, loss=loss, accuracy=self.newest)
         if self.epoch >= self.first and self.newest > self.best:
             self.best, self.best_epoch = self.newest, self.epoch
             self._save("best")
 
-    def _must_be_finite(self, values: torch.Tensor, what: str) -> None:
+    def _check_finite(self, values: torch.Tensor, what: str) -> None:
         if not torch.isfinite(values).all():
             raise UserError(
                 f"--lr_net {self.trainer.settings.lr:g}: network {self.index} diverged by epoch {self.epoch}: {what} "
@@ -143,6 +152,7 @@ class _Keeper:
             )
 
     def _save(self, which: str) -> None:
+        """Write the network for stage 3; `which` is `best` or `epoch<e>`."""
         state = {name: tensor.cpu() for name, tensor in self.trainer.net.state_dict().items()}
         save_pt(self.run.path / checkpoint_name(self.real.name, self.training.model, self.index, which), state)
 
@@ -167,6 +177,6 @@ class _Keeper:
             if not self.done:
                 self.trainer.load_state_dict(self.state, self.epoch)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:100]
+            reason = one_line(error, 100)
             raise UserError(f"--resume: {self.checkpointer.path} is not of this run: {reason}") from None
-        self.run.log(f"network {self.index}: resumed at epoch {self.epoch}")
+        self.run.log_own(f"network {self.index}: resumed at epoch {self.epoch}")
