@@ -10,6 +10,7 @@
 #   STAGE1 STAGE2 STAGE3  further flags of a stage, e.g. STAGE1="--batch_real 64"
 #   OUTLIERS POE        further flags of main_oe.py and main_poe.py, and of main_poe.py alone, e.g. OUTLIERS="--batch_oe 64"
 #   LAMBDA              --lambda_oe
+#   DOWNLOAD            what may be fetched, as --download: none, data (the data set) or all; left out: the stages' default
 #   OUT                 where everything goes
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -27,6 +28,7 @@ LAMBDA=${LAMBDA:-0.5}
 STAGE1=${STAGE1:-}
 STAGE2=${STAGE2:-}
 STAGE3=${STAGE3:-}
+DOWNLOAD=${DOWNLOAD:-}
 OUTLIERS=${OUTLIERS:-}
 POE=${POE:-}
 
@@ -81,8 +83,11 @@ measure() {
 
 # The whole table: $OUT/ipc<n>/<kind>/seed<s>/{1-distilled,2-networks,3-ood}, and the comparison of the kinds for each ipc.
 table() {
-    COMMON="--dataset $DATASET --data_path $DATA --model $MODEL --method DSA"
-    local ipc kind seed dir
+    COMMON="--dataset $DATASET --data_path $DATA --model $MODEL --method DSA${DOWNLOAD:+ --download $DOWNLOAD}"
+    local ipc kind seed dir pool=""
+    if [[ " $KINDS " == *" oe "* ]]; then pool="--oe_data_path $OE_DATA"; fi
+    "$PYTHON" scripts/check_inputs.py --dataset "$DATASET" --data_path "$DATA" --ood_path "$OOD" --ood_sets $OOD_SETS \
+        $pool ${DOWNLOAD:+--download $DOWNLOAD}
     for ipc in $IPC; do
         for seed in $SEEDS; do
             for kind in $KINDS; do

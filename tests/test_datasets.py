@@ -3,6 +3,7 @@
 import hashlib
 import pickle
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torchvision import datasets as tv
 
 from utils.core.errors import UserError
 from utils.data.datasets import SPECS, load_dataset, load_test_images
+from utils.data.download import fetch_pytorch_ood
 
 G = np.random.default_rng(0)
 
@@ -247,3 +249,46 @@ def test_failed_download_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", refuse)
     with pytest.raises(UserError, match=r"its download failed \(no network\)"):
         load_dataset("CIFAR10", tmp_path)
+
+
+@pytest.mark.parametrize("error", [OSError("no network"), KeyboardInterrupt()])
+def test_an_interrupted_fetch_leaves_nothing(tmp_path, monkeypatch, error):
+    """Half a file is in the temporary folder only, and that is gone."""
+    root = tmp_path / "data"
+
+    def half(url, root, **kwargs):
+        (Path(root) / "cifar-10-python.tar.gz").write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", half)
+    with pytest.raises((UserError, KeyboardInterrupt)):
+        load_dataset("CIFAR10", root)
+    assert not root.exists()
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_sets_of_pytorch_ood_are_fetched_whole(tmp_path, monkeypatch, fails):
+    from pytorch_ood.dataset import img
+
+    class Stand:
+        """A data set that keeps a file in its root."""
+
+        def __init__(self, root, download):
+            self.path = Path(root) / "textures" / "all.bin"
+            if download:
+                self.path.parent.mkdir(parents=True)
+                self.path.write_bytes(b"half" if fails else b"whole")
+                if fails:
+                    raise OSError("no network")
+            if not self.path.exists():
+                raise RuntimeError("not there")
+
+    monkeypatch.setattr(img, "Textures", Stand)
+    if fails:
+        with pytest.raises(UserError, match="Textures could not be fetched by pytorch-ood: no network"):
+            fetch_pytorch_ood("Textures", tmp_path / "ood")
+        assert not (tmp_path / "ood").exists()
+    else:
+        assert fetch_pytorch_ood("Textures", tmp_path / "ood").path == tmp_path / "ood/textures/all.bin"
+        monkeypatch.setattr("utils.data.download._fetch_into", None)  # it is not fetched again
+        assert fetch_pytorch_ood("Textures", tmp_path / "ood").path.read_bytes() == b"whole"

@@ -14,13 +14,16 @@ import torch
 from conftest import ROOT
 
 import main_poe
+import test_ood_model_syn
 import train_model_synthetic_oe
 from utils.data.synthetic import load_synthetic
+from utils.runs.resume import resume_command
 
 NETWORK = "--dataset Digits --model ConvNetD1 --ipc 2 --method DSA --dsa_strategy color_crop_cutout_scale_rotate"
 TRAINING = f"{NETWORK} --num_eval 3 --epoch_eval_train 20 --seed 3".split()
 MATCHING = "--init real --num_exp 1 --batch_real 32 --batch_oe 32 --outer_loop 2 --inner_loop 2"
 FLAGS = TRAINING + MATCHING.split()
+RESULTS = "result-test-ood-synthetic"
 
 
 def start(folder, processes, script, *flags):
@@ -155,3 +158,78 @@ def test_a_signal_stops_every_process_and_saves(tmp_path):
     *_, command = out.strip().splitlines()
     assert command.startswith("torchrun --standalone --nproc_per_node 2 ")
     assert torch.load(found(tmp_path, "checkpoint.pt")[0], weights_only=True)["evaluated"] in (True, False)
+
+
+PROGRAM = """
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from utils.compute import distributed
+from utils.compute.device import choose_device
+from utils.core.errors import UserError
+from utils.runs.run_folder import RunFolder
+from utils.stages.entry import run_script
+
+def main():
+    try:
+        choose_device("cuda:0")
+    except UserError as error:
+        print("refused:", error, flush=True)
+    choose_device("cpu")
+    with distributed.main_first():
+        if not Path("fetched").exists():  # only the first process finds nothing
+            time.sleep(0.5)
+            print("fetching", flush=True)
+            Path("fetched").write_text("whole")
+    try:
+        with distributed.main_first():
+            if distributed.is_main():
+                raise UserError("no network")
+    except UserError as error:
+        print(distributed.rank(), error, flush=True)
+    run = RunFolder.create("runs", name="a")
+    run.log("common")
+    run.log_own("own")
+
+run_script(main, "program.py")
+"""
+
+
+def test_what_one_process_does_for_all(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM.format(root=str(ROOT)))
+    process = start(tmp_path, 2, tmp_path / "program.py")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out.count("fetching") == 1
+    assert "0 no network" in out
+    assert "1 the first process failed" in out
+    assert out.count("refused: --device cuda:0: under torchrun each process takes a GPU of its own") == 2
+    lines = [line.split("] ", 1)[1] for line in (tmp_path / "runs/a/logs.txt").read_text().splitlines()]
+    assert sorted(lines) == ["common", "own", "process 1: own"]
+
+
+def test_stage_3_on_two_processes(runs, tmp_path):
+    """Three networks over two processes: the files of one."""
+    flags = "--dataset Digits --model ConvNetD1 --ipc 2 --method DSA --num_exp 3 --is_load_best --ood_sets patches blob"
+    shutil.copytree(runs[2], tmp_path / "two")
+    process = start(tmp_path / "two", 2, "test_ood_model_syn.py", *flags.split(), "--score", "msp", "energy")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, f"{out}\n{err}"
+    assert out.count("results: ") == 1
+    run_alone(tmp_path / "two", test_ood_model_syn, *flags.split(), "--score", "msp", "energy", "--save_path", "alone")
+    a, b = (json.loads(found(tmp_path / "two" / d, "results.json")[0].read_text()) for d in (RESULTS, "alone"))
+    assert [row["network"] for row in a["rows"]] == [row["network"] for row in b["rows"]]
+    for x, y in zip(a["rows"] + a["errors"], b["rows"] + b["errors"], strict=True):
+        assert x == pytest.approx(y)
+
+
+def test_the_line_that_resumes_a_run_over_several_machines(monkeypatch):
+    monkeypatch.setattr("utils.compute.distributed.world_size", lambda: 8)
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    torchrun = {"GROUP_WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1"}
+    for name, value in (torchrun | {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}).items():
+        monkeypatch.setenv(name, value)
+    expected = "torchrun --nnodes 2 --nproc_per_node 4 --node_rank 1 --master_addr node0 --master_port 29500"
+    assert resume_command(Path("run")) == f"{expected} main.py --resume run"
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
+    assert resume_command(Path("run")) == "torchrun --standalone --nproc_per_node 4 main.py --resume run"

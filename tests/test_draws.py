@@ -9,7 +9,7 @@ from utils.compute import transfer
 from utils.compute.transfer import Draw, tensors_of
 from utils.core.rng import generator, noise
 from utils.data.augment import DSA, DSA_ENTRIES
-from utils.data.corruptions import Corruption, corrupt, draw_corruption
+from utils.data.corruptions import Corruption, corrupt, draw_corruption, product_dtype
 from utils.data.outliers import PseudoOutliers
 from utils.methods import match_draws
 from utils.methods.gradient_matching import GradientMatching
@@ -96,3 +96,29 @@ def test_noise_of_a_draw_depends_on_its_seed_alone(tiny_real, name, kind):
     assert not torch.equal(drawn(images), replace(drawn, drawn=drawn.drawn + 1)(images))
     assert equal(Corruption(name, n)(images), corrupt(images, name, torch.Generator().manual_seed(drawn.drawn)))
     assert noise(kind, (2, 3), 5, torch.device("cpu")).shape == (2, 3)
+
+
+def test_tensors_in_tuples_are_sent_too():
+    draws = {"a": (torch.tensor([1]), [torch.tensor([2.0])]), "b": "text"}
+    assert [t.item() for t in tensors_of(draws)] == [1, 2]
+    sent = transfer.with_tensors(draws, iter([torch.tensor([3]), torch.tensor([4.0])]))
+    assert isinstance(sent["a"], tuple)
+    assert [t.item() for t in tensors_of(sent)] == [3, 4]
+    assert sent["b"] == "text"
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cpu", True), ("cuda", False)])
+def test_only_towards_a_gpu_the_host_does_not_wait(device, waits, monkeypatch):
+    """Towards the CPU it would read numbers that are not there yet."""
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **kwargs: (asked.append(kwargs), self)[1])
+    transfer.send(torch.zeros(1), torch.device(device))
+    assert asked == ([{}] if waits else [{"non_blocking": True}])
+
+
+def test_matrix_products_of_corruptions_keep_float32_on_cuda():
+    """TF32 has ten bits: `pixelate` would then differ from PIL by more than 1/255."""
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert product_dtype(torch.float32, cuda) == torch.float64
+    assert product_dtype(torch.float32, cpu) == torch.float32

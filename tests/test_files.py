@@ -1,5 +1,6 @@
 """Distilled sets, run folders, atomic files: round trips, published layouts, damage."""
 
+import os
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.synthetic import SyntheticSet, load_synthetic, result_name, save_synthetic
 from utils.files.atomic import append_line, atomic_write, save_pt
+from utils.runs.checkpoints import Checkpointer
 from utils.runs.lineage import find_run_folder
 from utils.runs.run_folder import RunFolder
 
@@ -174,3 +176,19 @@ def test_keyed_generators():
     many = torch.stack([torch.rand(50, generator=generator(7, i)) for i in range(2000)])
     assert abs(many.mean() - 0.5) < 0.01
     assert torch.corrcoef(many[:, :2].T)[0, 1].abs() < 0.07
+
+
+def test_metrics_are_flushed_once_a_second_and_before_a_checkpoint(tmp_path, monkeypatch):
+    synced, now = [], [100.0]
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.fstat(file).st_ino), fsync(file))[1])
+    monkeypatch.setattr("utils.runs.run_folder.time.monotonic", lambda: now[0])
+    run = RunFolder(tmp_path)
+    for step in range(100):
+        now[0] += 0.025
+        run.metric(iteration=step)
+    assert len(synced) == 3  # in 2.5 seconds
+    assert len(run.metrics()) == 100
+    Checkpointer(run).save({"a": 1})
+    metrics = os.stat(tmp_path / "metrics.jsonl").st_ino
+    assert synced[3] == metrics  # before the checkpoint relies on them

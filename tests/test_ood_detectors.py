@@ -180,3 +180,24 @@ def test_an_older_library_is_told_of(monkeypatch):
     monkeypatch.delattr(library, "NCI")
     with pytest.raises(UserError, match=r"--score nci: this version of pytorch-ood"):
         require_library(("nci",))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_only_compiled_code_sees_padded_batches(digits, trained, noise, compiled):
+    """And a batch larger than any set is no larger than the largest set, in stage 3."""
+    seen = []
+
+    def embed(net, images):
+        seen.append(len(images))
+        return net.embed(images)
+
+    net = trained[0]
+    hook = net.features[0].register_forward_hook(lambda module, x, out: seen.append(len(out)))
+    scorer = Scorer(net, ["msp"], 1.0, digits.std, embed if compiled else None)
+    scorer.splitter.largest = {tuple(noise.shape[1:]): 0}
+    try:
+        logits, _ = scorer(noise, 20_000)
+    finally:
+        hook.remove()
+    assert {*seen} == ({20_000} if compiled else {len(noise)})
+    np.testing.assert_allclose(logits, predict(net, noise).double().numpy(), atol=1e-5)

@@ -4,6 +4,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -16,6 +17,10 @@ import main_poe
 import test_ood_model_syn
 import train_model_synthetic_no_oe
 import train_model_synthetic_oe
+from utils.core.errors import UserError
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import check_inputs
 
 PARSERS = {
     "main.py": stage1,
@@ -26,6 +31,7 @@ PARSERS = {
     "test_ood_model_syn.py": test_ood_model_syn,
 }
 STAND_IN = """#!/usr/bin/env bash
+if [ "$1" = scripts/check_inputs.py ]; then printf '%q ' "$@" > "$NOTES.checked"; exit "${CHECK_STATUS:-0}"; fi
 printf '%q ' "$@" >> "$NOTES"; echo >> "$NOTES"
 while [ $# -gt 0 ]; do
     if [ "$1" = --save_path ]; then mkdir -p "$2/run" && touch "$2/run/args.json"; fi
@@ -165,6 +171,33 @@ def test_the_line_to_try_a_script(script, table, tmp_path):
     for words in commands:
         if words[0] in PARSERS:
             PARSERS[words[0]].get_args_parser().parse_args(words[1:])
+
+
+def test_inputs_are_checked_before_the_first_stage(table, tmp_path):
+    status, commands = table("cifar10.sh", CHECK_STATUS="2", DOWNLOAD="all", OE_DATA="pool.npy")
+    assert (status, commands) == (2, [])
+    words = shlex.split((tmp_path / "notes.checked").read_text())
+    args = check_inputs.get_args_parser().parse_args(words[1:])
+    assert (args.dataset, args.oe_data_path, args.download) == ("CIFAR10", "pool.npy", "all")
+    assert args.ood_sets == ["Textures", "Places365", "TinyImageNet_resize", "LSUN_resize", "CIFAR100"]
+    status, commands = table("cifar10.sh", DOWNLOAD="all", KINDS="plain", IPC="1", SEEDS="1")
+    assert status == 0
+    assert all(w[w.index("--download") + 1] == "all" for w in commands if w[0] in PARSERS)
+    assert "--oe_data_path" not in (tmp_path / "notes.checked").read_text()
+
+
+def test_all_missing_inputs_are_listed_together(tmp_path, capsys):
+    np.savez(tmp_path / "mine.npz", images=np.zeros((3, 32, 32, 3), np.uint8))
+    flags = ["--dataset", "CIFAR10", "--data_path", tmp_path, "--download", "none", "--ood_path", tmp_path]
+    flags += ["--oe_data_path", tmp_path / "pool.npy", "--ood_sets", "Textures", "mine", "gaussian"]
+    args = check_inputs.get_args_parser().parse_args(list(map(str, flags)))
+    with pytest.raises(UserError) as error:
+        check_inputs.main(args)
+    text = str(error.value)
+    assert text.startswith("3 inputs are missing. ")
+    assert all(name in text for name in ("CIFAR10 is not there", "pool.npy is not there", "--ood_sets Textures"))
+    args = check_inputs.get_args_parser().parse_args(["--dataset", "Digits", "--ood_sets", "gaussian"])
+    check_inputs.main(args)
 
 
 def test_an_unknown_kind(table):

@@ -91,6 +91,7 @@ def test_what_cannot_be_trained_at_once_is_trained_one_by_one(tiny_real, monkeyp
     assert list(found[1]) == [0, 3]
     assert list(trainer.networks(synthetic_set(tiny_real), 1, {1: ("c",)})) == [1]  # it is not tried again
     assert all(torch.equal(found[0][index], found[1][index]) for index in found[0])
+    assert (trainer.stacked, trainer.optimizer, trainer.loss) == ({}, None, None)  # their memory is released
 
 
 def test_without_outliers_and_without_networks(tiny_real):
