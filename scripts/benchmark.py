@@ -79,7 +79,7 @@ def get_args_parser() -> Parser:
     parser.add_argument("--works", nargs="+", type=one_of("work", WORKS), default=list(WORKS), help="what to measure")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--out", default=None, help="JSON file to write")
-    parser.add_argument("--show", default=None, metavar="JSON", help="show what it says, and measure nothing")
+    parser.add_argument("--show", default=None, metavar="JSON", help="show its table, and measure nothing")
     add_compute(parser)
     parser.set_defaults(compile="on")
     return parser

@@ -122,8 +122,10 @@ NOISES = (torch.randn, torch.rand)  # a number for each pixel
 
 @dataclass(frozen=True)
 class Corruption(Draw):
-    """One draw of a corruption for a batch: its name, and what is random in it, if anything is. For a GPU `drawn` is
-    the seed of noise, and the noise itself is drawn there."""
+    """One draw of a corruption for a batch.
+
+    `drawn`: what is random in it, if anything; for noise on a GPU the seed, from which it is drawn there.
+    """
 
     name: str
     drawn: torch.Tensor | int | None

@@ -161,7 +161,7 @@ def load_outlier_pool(
         per_slot = fits
     order = torch.randperm(len(images), generator=keyed_generator(seed, "outlier slices"))
     slices = order[: real.num_classes * per_slot].view(real.num_classes, per_slot)
-    if real.device.type == "cuda":  # the whole of what is used lives beside the real data
+    if real.device.type == "cuda":  # all that is used is kept beside the real data
         images = images[slices.flatten()].to(real.device)
         slices = torch.arange(slices.numel()).view_as(slices)
     return OutlierPool(real, images, slices, notice)

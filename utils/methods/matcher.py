@@ -1,7 +1,7 @@
 """Matching losses of all class slots and their gradient with respect to the synthetic images or outliers.
 
 The real gradients are taken slot by slot: batching them would turn the weight gradients into grouped convolutions,
-which are slower. The synthetic side, which is differentiated twice, goes through `torch.func` for many slots at once
+which are slower. The synthetic side, which is differentiated twice, goes through `torch.func` for many slots together
 where that is faster. Written with `torch.func` alone it can be compiled, too, as an outer backward pass could not be.
 The tests compare all of it with the plain loop of `tests/textbook.py`.
 """

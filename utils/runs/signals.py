@@ -109,7 +109,9 @@ def _note(number: int, frame: object) -> None:
     _received, _received_at = number, now
     if distributed.is_main():
         name = signal.Signals(number).name
-        os.write(2, f"\n{name}: stopping and saving; another signal after {REPEAT:.0f} s ends at once\n".encode())
+        os.write(
+            2, f"\n{name}: stopping and saving; another signal after {REPEAT:.0f} s ends without saving\n".encode()
+        )
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_REAL, GRACE)
     else:

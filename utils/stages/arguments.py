@@ -40,7 +40,7 @@ def add_common(parser: Parser) -> None:
         "--model",
         type=one_of("model", MODEL_NAMES),
         default="ConvNet",
-        help="the network; ConvNetW32 is the one for a laptop",
+        help="the network; ConvNetW32 suits a laptop",
     )
     group.add_argument("--ipc", type=count(1), default=1, help="synthetic images per class")
     group.add_argument(
@@ -79,13 +79,13 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
 
 
 def add_compute(parser: Parser, training: bool = True) -> None:
-    """How the device computes; the results are the same to rounding. `training`: gradients are taken, too."""
+    """How the device computes; results differ by rounding only. `training`: whether gradients are taken."""
     group = parser.add_argument_group("speed")
     group.add_argument(
         "--compile",
         type=one_of("choice", ("auto", "on", "off")),
         default="auto",
-        help="torch.compile; auto: where the run is long enough to win the time of compiling back",
+        help="torch.compile; auto compiles a run that is expected to save more time than compiling takes",
     )
     if not training:
         return
@@ -98,7 +98,7 @@ def add_compute(parser: Parser, training: bool = True) -> None:
     group.add_argument(
         "--deterministic",
         action="store_true",
-        help="the same bits at every run on CUDA, too, at some cost of time; on the CPU that is so without it",
+        help="the same bits at every run on CUDA, but slower; on the CPU every run has the same bits anyway",
     )
 
 
@@ -109,7 +109,7 @@ def add_training(parser: Parser, num_eval: int) -> None:
         "--num_eval",
         type=count(1),
         default=num_eval,
-        help="fresh networks per evaluation; fewer are faster, more give a steadier mean",
+        help="fresh networks per evaluation; fewer are faster, with more the mean is more reliable",
     )
     group.add_argument(
         "--epoch_eval_train",
@@ -152,7 +152,7 @@ def add_stage1(parser: Parser, save_path: str) -> None:
     group.add_argument(
         "--load_path",
         default=None,
-        help="a res_….pt to start the images (and outliers) from, instead of --init; for going on with other flags",
+        help="a res_….pt to start the images (and outliers) from, instead of --init; to continue with other flags",
     )
 
 
@@ -289,7 +289,7 @@ def _add_ood_sets(group: argparse._ArgumentGroup) -> None:
         "need no files",
     )
     group.add_argument(
-        "--skip_missing", action="store_true", help="go on without sets that are missing, and name them in the table"
+        "--skip_missing", action="store_true", help="test without sets that are missing, and name them in the table"
     )
     group.add_argument(
         "--num_ood_ratio",
@@ -317,7 +317,7 @@ def _add_scores(group: argparse._ArgumentGroup) -> None:
         type=one_of("fitting set", ("distilled", "real")),
         default="distilled",
         help="what detectors are fitted on: the distilled set behind the networks, or the real training set. knn, "
-        "mahalanobis and their kind want more images than a small ipc gives",
+        "mahalanobis and similar ones need more images than a small ipc has",
     )
     group.add_argument("--T", type=number(0, exclusive=True), default=1.0, help="temperature of --score energy")
     group.add_argument("-x", "--use_xent", action="store_true", help="adds xent to --score")

@@ -57,6 +57,6 @@ def _status(main: Callable[[], None], prog: str) -> int:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Python, CUDA and the CPU allocator of PyTorch each say it in their own way."""
+    """Whether an error of Python, of CUDA or of PyTorch's CPU allocator means that memory ran out."""
     is_named = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
     return is_named or "allocate memory" in str(error) or "not enough memory" in str(error)

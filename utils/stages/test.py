@@ -144,7 +144,7 @@ def _find_sets(source: OODSource, args: argparse.Namespace) -> tuple[list[OODSet
     if args.skip_missing:
         sets, missing = source.find(list(dict.fromkeys(names)), skip_missing=True)
     else:
-        sets = source.find_all(names, "--ood_sets (--skip_missing goes on without what is missing)")
+        sets = source.find_all(names, "--ood_sets (--skip_missing tests without the missing ones)")
     if args.validate:
         try:
             sets += validation_sets(source)

@@ -103,7 +103,7 @@ class Trainer:
     def _in_parts(self, images: torch.Tensor, labels: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """A batch in equal parts, each with its share of images and of outliers: the mean of their losses is the loss.
 
-        BatchNorm wants the batch whole.
+        A network with BatchNorm needs the whole batch in one part.
         """
         n = len(labels)
         count = 1 if self.has_batchnorm else self.splitter.backward(images, n, len(images) - n)
