@@ -187,3 +187,23 @@ def test_files_are_written_to_their_end(monkeypatch):
     with pytest.raises(Interrupted):
         work()
     assert done == ["written"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interruption_that_python_swallows_is_repeated(monkeypatch):
+    """What is raised in `__del__` and in callbacks of weak references is ignored; compilers use many of them."""
+    monkeypatch.setattr(signals, "GRACE", 0.01)
+    monkeypatch.setattr(signals, "AGAIN", 0.1)
+
+    class Slow:
+        def __del__(self):
+            time.sleep(0.05)
+
+    def work():
+        with signals.catch(), signals.interruptible():
+            os.kill(os.getpid(), signal.SIGTERM)
+            Slow()
+            time.sleep(60)
+
+    with pytest.raises(Interrupted):
+        work()

@@ -17,6 +17,7 @@ from utils.compute import distributed
 from utils.core.errors import Interrupted, UserError
 
 GRACE = 1.5  # seconds
+AGAIN = 0.5  # seconds between attempts: Python swallows what is raised while it destroys an object
 REPEAT = 5.0  # seconds
 
 _received = 0  # number of the first signal
@@ -113,7 +114,7 @@ def _note(number: int, frame: object) -> None:
             2, f"\n{name}: stopping and saving; another signal after {REPEAT:.0f} s ends without saving\n".encode()
         )
     if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_REAL, GRACE)
+        signal.setitimer(signal.ITIMER_REAL, GRACE, AGAIN)
     else:
         _grace_is_over(number, frame)
 

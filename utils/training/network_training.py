@@ -87,9 +87,8 @@ class NetworkTraining:
         with self.run.progress(self.trainer.settings.epochs, what, network.epoch, TEST_INTERVAL) as progress:
 
             def after_epoch(epoch: int, loss: torch.Tensor) -> None:
-                with signals.uninterrupted():
-                    progress.step(loss=loss)
-                    network.after_epoch(epoch, loss)
+                progress.step(loss=loss)
+                network.after_epoch(epoch, loss)
 
             with signals.interruptible():
                 self.trainer.train(self.synthetic, self.seed, key, after_epoch, network.epoch)
@@ -126,17 +125,19 @@ class NetworkCheckpoints:
         self.epoch = epoch
         if saves or epoch % LOG_EVERY == 0:
             self._check_finite(loss, "its loss is")
-        if tests:
-            self._test(loss.item())
-        if is_checkpoint_epoch(epoch, self.epochs):
-            self._save(f"epoch{epoch}")
-        if saves:
-            self.checkpointer.save(self._position() | ({} if self.done else {"state": self.trainer.state_dict()}))
+        logits = self.trainer.predict(self.real.test_images) if tests else None
+        with signals.uninterrupted():
+            if logits is not None:
+                self._note_test(logits, loss.item())
+            if is_checkpoint_epoch(epoch, self.epochs):
+                self._save(f"epoch{epoch}")
+            if saves:
+                self.checkpointer.save(self._position() | ({} if self.done else {"state": self.trainer.state_dict()}))
         if not self.done:
             signals.check()
 
-    def _test(self, loss: float) -> None:
-        logits = self.trainer.predict(self.real.test_images)
+    def _note_test(self, logits: torch.Tensor, loss: float) -> None:
+        """Log the accuracy on the test images, and keep the network if it is the best so far."""
         self._check_finite(logits, "its outputs are")
         self.newest = accuracy_of(logits, self.real.labels_test)
         self.run.metric(network=self.index, epoch=self.epoch, loss=loss, accuracy=self.newest)
