@@ -45,6 +45,9 @@ def initialize(net: nn.Module, generator: torch.Generator) -> nn.Module:
 
     Convolutions and linear layers: Kaiming uniform with a = sqrt(5), biases uniform in ±1/sqrt(fan_in). Norms: ones and
     zeros; running statistics are reset.
+
+    Raises:
+        TypeError: for parameters of any other module, which would be left as they are.
     """
     parameters, draws = [], []
     for module in net.modules():
@@ -55,6 +58,8 @@ def initialize(net: nn.Module, generator: torch.Generator) -> nn.Module:
                 draws.append(torch.empty(parameter.numel()).uniform_(-bound, bound, generator=generator))
         elif isinstance(module, (nn.GroupNorm, nn.LayerNorm, nn.BatchNorm2d)):
             module.reset_parameters()
+        elif next(module.parameters(recurse=False), None) is not None:
+            raise TypeError(f"networks/common.py: initialize does not know the parameters of {type(module).__name__}")
     device, flat = parameters[0].device, torch.cat(draws)  # one transfer for all
     flat = flat.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else flat.to(device)
     for parameter, draw in zip(parameters, flat.split([len(d) for d in draws]), strict=True):

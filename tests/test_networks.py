@@ -153,3 +153,9 @@ def test_keyed_initialisation(name):
             bound = module.weight[0].numel() ** -0.5
             assert 0.8 * bound < module.weight.abs().max() <= bound
             assert abs(module.weight.std() - bound / 3**0.5) < 0.25 * bound
+
+
+def test_a_module_that_initialize_does_not_know():
+    """Its parameters would stay uninitialised memory."""
+    with pytest.raises(TypeError, match="does not know the parameters of Conv1d"):
+        initialize(nn.Sequential(nn.Linear(2, 2), nn.Conv1d(1, 1, 1)), torch.Generator())

@@ -1,4 +1,4 @@
-"""Errors that a user can mend: one line, exit status 2, no traceback."""
+"""Errors that a user can fix: one line, exit status 2, no traceback."""
 
 import difflib
 import os

@@ -166,7 +166,12 @@ def save_synthetic(
 ) -> None:
     """Write the distilled sets of all experiments so far, in the layout of the published code.
 
-    `about` (plain values) is stored beside, with the normalisation, so that the file explains itself.
+    The file is a dict: `data`, a list of `[images, labels]` per experiment, and with outliers `data_oe`, a list of
+    `[outliers, zeros]` (CPU, float32, normalised; int64); `accs_all_exps`: lists of accuracies by evaluation model. Not
+    in published files: `normalisation` (`mean`, `std`), `dataset`, `num_classes`, `about`, `version`.
+
+    Args:
+        accs: accuracies, fractions; about: plain values that describe the run.
     """
     content: dict = {"data": [[s.images, s.labels] for s in sets], "accs_all_exps": accs}
     if sets and sets[0].images_oe is not None:

@@ -1,4 +1,4 @@
-"""Writing files that last: whole or not at all, through no link, and on the disk before anyone relies on them."""
+"""Atomic, durable writes that never follow links."""
 
 import os
 import tempfile

@@ -1,4 +1,6 @@
-"""What is random in an iteration of gradient matching: drawn on the host, sent together."""
+"""What is random in an iteration of gradient matching: drawn on the CPU, sent in one transfer.
+
+The Siamese rule: a `SlotDraw` has one `transform`, which the matcher applies to the real and to the synthetic batch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

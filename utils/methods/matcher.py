@@ -2,8 +2,8 @@
 
 The real gradients are taken slot by slot: batching them would turn the weight gradients into grouped convolutions,
 which are slower. The synthetic side, which is differentiated twice, goes through `torch.func` for many slots together
-where that is faster. Written with `torch.func` alone it can be compiled, too, as an outer backward pass could not be.
-The tests compare all of it with the plain loop of `tests/textbook.py`.
+where that is faster. Because it uses `torch.func` alone it can also be compiled; a second backward pass by autograd
+could not. The tests compare all of it with the plain loop of `tests/textbook.py`.
 """
 
 import warnings

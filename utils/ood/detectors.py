@@ -1,8 +1,8 @@
-"""All scores of one network: those of `ood_scores`, and the detectors of the optional package pytorch-ood.
+"""All scores of one network: those of `utils/ood/scores.py`, and the detectors of the optional package pytorch-ood.
 
 A detector is here if a classifier is all that it needs, and a labelled set where it is fitted. Left out of pytorch-ood
 are those that need more: a choice of layers (Gram, MultiMahalanobis, NACUE), dropout (MCD), text (MCM), trained weights
-(WeightedEBO); and those that `ood_scores` has itself (MaxSoftmax, MaxLogit, EnergyBased).
+(WeightedEBO); and those that `utils/ood/scores.py` has itself (MaxSoftmax, MaxLogit, EnergyBased).
 """
 
 from collections.abc import Callable, Sequence

@@ -54,7 +54,7 @@ class Results:
 
 
 @dataclass
-class Measured:
+class PlotData:
     """What the plots show beside the results.
 
     `in_scores[score]`: one `[N]` per network; `out_scores[score][set]`: one `[M]` per network; `reliability`: of the
@@ -66,7 +66,7 @@ class Measured:
     reliability: Reliability
 
 
-def results_of(networks: Sequence[NetworkScores]) -> tuple[Results, Measured]:
+def results_of(networks: Sequence[NetworkScores]) -> tuple[Results, PlotData]:
     """The results of stage 3 from the scores of its networks, of which there is at least one."""
     sets, scores = list(networks[0].out_scores), list(networks[0].in_scores)
     rows = [
@@ -78,7 +78,7 @@ def results_of(networks: Sequence[NetworkScores]) -> tuple[Results, Measured]:
     bins = reliability(*(np.concatenate([getattr(n, what) for n in networks]) for what in ("confidence", "correct")))
     in_scores = {score: [n.in_scores[score] for n in networks] for score in scores}
     out_scores = {score: {name: [n.out_scores[name][score] for n in networks] for name in sets} for score in scores}
-    return Results([n.errors for n in networks], rows), Measured(in_scores, out_scores, bins)
+    return Results([n.errors for n in networks], rows), PlotData(in_scores, out_scores, bins)
 
 
 def results_json(results: Results, about: dict) -> str:

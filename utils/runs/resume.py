@@ -1,4 +1,8 @@
-"""Resuming an interrupted run: its flags come from its folder, and the shell line that resumes it."""
+"""Resuming a run: restoring its flags from its folder, comparing its inputs, and the command that resumes it.
+
+The state itself is restored by `utils/stages/distillation.py` (stage 1) and `utils/training/network_training.py` (stage
+2).
+"""
 
 import argparse
 import os

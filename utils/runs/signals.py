@@ -2,9 +2,9 @@
 
 The first signal gives the run `GRACE` seconds to reach a point at which it saves by itself: the end of an iteration or
 of an epoch. If it does not, `Interrupted` is raised in the middle of the computation, inside the blocks that
-`interruptible` marks; the state that is saved then is the one from before the block. A second signal ends the process
-without saving. Repeats within `REPEAT` seconds count as one: torchrun passes on a signal that its processes have
-received already.
+`interruptible` marks. `Distillation.run_all` (stage 1) then saves the state from before the block; stage 2 keeps the
+newest checkpoint of the network. Both print the command that resumes. A later signal ends the process without saving.
+Repeats within `REPEAT` seconds count as one: torchrun passes on a signal that its processes have received already.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Flags shared by the scripts, in groups."""
+"""The flags of the scripts, in groups; those that only some methods use are in the files of `utils/methods`."""
 
 import argparse
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Stage 1 from its flags to its run: what the three main scripts share beside their source of outliers."""
+"""Stage 1 from its flags to its run: all that the three main scripts share apart from their source of outliers."""
 
 import argparse
 import os

@@ -1,11 +1,11 @@
-"""How far a distillation is, what came of it so far, and the checkpoint that holds this."""
+"""Progress and results of a distillation, and their form in a checkpoint."""
 
 from dataclasses import dataclass, field
 
 import torch
 
 from utils.data.synthetic import SyntheticSet
-from utils.training.evaluator import Measures
+from utils.training.evaluator import EvalMeasures
 
 
 @dataclass
@@ -21,7 +21,7 @@ class DistillState:
     iteration: int = 0
     method: dict | None = None
     evaluated: bool = False
-    measures: Measures = field(default_factory=dict)
+    measures: EvalMeasures = field(default_factory=dict)
     finished: list[SyntheticSet] = field(default_factory=list)
     accs: dict[str, list[float]] = field(default_factory=dict)
 

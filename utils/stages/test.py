@@ -18,7 +18,7 @@ from utils.ood.network_scores import score_networks
 from utils.ood.sets import OODSet, OODSource, validation_sets
 from utils.report.pictures import distilled_pictures
 from utils.report.plots import save_distilled, save_reliability, save_roc_curves, save_score_histograms
-from utils.report.results import Measured, Results, results_csv, results_json, results_of
+from utils.report.results import PlotData, Results, results_csv, results_json, results_of
 from utils.report.tables import report_text
 from utils.runs.lineage import STAGE2_ROOTS, distilled_set_of, find_run_folder
 from utils.runs.run_folder import RunFolder
@@ -157,7 +157,7 @@ def _find_sets(source: OODSource, args: argparse.Namespace) -> tuple[list[OODSet
     return sets, missing
 
 
-def _draw_plots(run: RunFolder, measured: Measured, networks: Path) -> None:
+def _draw_plots(run: RunFolder, measured: PlotData, networks: Path) -> None:
     """Write `scores_<score>.png`, `roc_<score>.png`, `reliability.png`, and, if the set is there, `distilled.png`."""
     try:
         for score, out_scores in measured.out_scores.items():

@@ -22,7 +22,7 @@ from utils.training.stacked import StackedTrainer, stacking_is_faster
 from utils.training.trainer import Trainer, TrainSettings, accuracy_of
 
 EVAL_LOG = 500
-Measures = dict[str, dict[int, dict[str, float]]]  # by model and number of the network: accuracy, AUROCs
+EvalMeasures = dict[str, dict[int, dict[str, float]]]  # by model and number of the network: accuracy, AUROCs
 
 EVAL_MODES = {
     "M": ("MLP", "ConvNet", "LeNet", "AlexNet", "VGG11", "ResNet18"),
@@ -76,7 +76,7 @@ class Evaluator:
         self.trainers: dict[str, Trainer] = {}
 
     def evaluate(
-        self, synthetic: SyntheticSet, exp: int, it: int, measures: Measures, after_network: Callable[[], None]
+        self, synthetic: SyntheticSet, exp: int, it: int, measures: EvalMeasures, after_network: Callable[[], None]
     ) -> None:
         """Train and test the networks that `measures` lacks, and add them to it.
 

@@ -1,4 +1,4 @@
-"""Losses of the method."""
+"""The losses of network training: on labelled images, on outliers, on both."""
 
 import torch
 import torch.nn.functional as F

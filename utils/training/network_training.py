@@ -45,7 +45,8 @@ class NetworkTraining:
         Args:
             interval: epochs between two checkpoints.
         Raises:
-            Interrupted: after a signal; the network in training is saved.
+            Interrupted: after a signal; the network in training is saved if its epoch ended in time, else its newest
+                checkpoint counts.
             UserError: when a training diverges.
         """
         indices = distributed.own_share(num_networks)

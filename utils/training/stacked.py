@@ -1,6 +1,6 @@
 """Several networks of one kind trained simultaneously on a synthetic set, each from its own weights and draws.
 
-One network on a few small images does not keep a GPU busy, nor do the small products of an MLP a CPU. The weights are
+One small network keeps no GPU busy, and an MLP not even a CPU. The weights are
 stacked and go through `torch.func`; the result equals that of `Trainer` on one network after another, to rounding.
 """
 
