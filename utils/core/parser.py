@@ -11,12 +11,14 @@ from utils.core.errors import print_error_once, unknown_name
 class Parser(argparse.ArgumentParser):
     """An argument parser that takes `-` and `_` alike in the names of flags, and answers errors in one line.
 
-    `complete(parser, namespace, given)`, where it is set, has the last word; `given` are the flags that were given.
+    `preparations`: functions of the parser and the words of the command line, called before these are parsed.
+    `completions`: functions of the parser, the parsed namespace and the flags that were given (by name), called after;
+    each returns the namespace and the given flags for the next.
     """
 
-    complete: Callable | None = None
-
     def __init__(self, **kwargs):
+        self.preparations: list[Callable[[Parser, list[str]], None]] = []
+        self.completions: list[Callable] = []
         super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
         self.add_argument("--is_parallel", nargs="?", action=_Refused, help=argparse.SUPPRESS)
 
@@ -24,13 +26,16 @@ class Parser(argparse.ArgumentParser):
         """As argparse does, after spelling every flag with `_`."""
         args = sys.argv[1:] if args is None else args
         words = [_underscored(a) for a in args]
+        for prepare in self.preparations:
+            prepare(self, words)
         namespace, rest = super().parse_known_args(words, namespace)
         del namespace.is_parallel
-        if self.complete is not None and not rest:
+        if self.completions and not rest:
             missing = argparse.Namespace(**dict.fromkeys(vars(namespace), _NOT_GIVEN))
             seen = vars(super().parse_known_args(words, missing)[0])
             given = {name: value for name, value in seen.items() if name in namespace and value is not _NOT_GIVEN}
-            namespace = self.complete(self, namespace, given)
+            for complete in self.completions:
+                namespace, given = complete(self, namespace, given)
             vars(namespace).pop("is_parallel", None)
         return namespace, rest
 
@@ -56,8 +61,7 @@ def _underscored(argument: str) -> str:
 
 
 def one_of(what: str, accepted: Iterable[str]) -> Callable[[str], str]:
-    """A type for names; its error lists what is accepted and points at the nearest."""
-    accepted = tuple(accepted)
+    """A type for names; its error lists what is accepted (at that moment) and points at the nearest."""
 
     def check(text: str) -> str:
         """`text`, if it is accepted."""

@@ -9,19 +9,24 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 
 from utils.compute.compiling import Workload
 from utils.compute.device import Compute
-from utils.core.errors import UserError
+from utils.core.errors import UserError, one_line
+from utils.core.parser import Parser, one_of
 from utils.data.augment import DSA, parse_strategy
 from utils.data.datasets import RealData
 from utils.data.outliers import OutlierSource
 from utils.data.synthetic import SyntheticSet
+from utils.files.text_files import check_file
 
-METHOD_MODULES = ("utils.methods.gradient_matching",)
+METHOD_MODULES = ("utils.methods.gradient_matching", "utils.methods.distribution_matching")
 
 
 class Method(Protocol):
@@ -84,8 +89,9 @@ class MethodEntry:
     """A method in the registry.
 
     `help`: what it is, in a few words. `build`: makes it. `workload`: the work of one iteration in this process, by
-    which `--compile auto` decides. `flags`: flags of its own. `augmentation`: whether `--dsa_strategy` is required,
-    may be given, or is not used.
+    which `--compile auto` decides. `flags`: flags of its own. `defaults`: its defaults of flags that all methods have,
+    by name; `unused`: those of them that it does not use. `augmentation`: whether `--dsa_strategy` is required, may be
+    given, or is not used.
     """
 
     name: str
@@ -93,6 +99,8 @@ class MethodEntry:
     build: Callable[[MethodInputs], Method]
     workload: Callable[[MethodInputs], Workload]
     flags: Sequence[Flag] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    unused: Sequence[str] = ()
     augmentation: Literal["required", "optional", "unused"] = "optional"
 
 
@@ -104,16 +112,92 @@ def register(entry: MethodEntry) -> None:
     METHODS[entry.name] = entry
 
 
-def add_method_flags(group: argparse._ArgumentGroup) -> None:
-    """Add the flags of all methods, each once, with the methods that use it in its help."""
+def add_method_flags(parser: Parser, group: argparse._ArgumentGroup) -> None:
+    """Add the flags of all methods, each once, with the names of those that use it; say where their defaults differ."""
     users: dict[Flag, list[str]] = {}
     for entry in METHODS.values():
         for flag in entry.flags:
             users.setdefault(flag, []).append(entry.name)
     for flag, names in users.items():
-        group.add_argument(
-            f"--{flag.name}", type=flag.type, default=flag.default, help=f"{', '.join(names)}: {flag.help}"
-        )
+        _add_flag(group, flag, names)
+    for action in parser._actions:
+        others = [f"{e.name}: {e.defaults[action.dest]}" for e in METHODS.values() if action.dest in e.defaults]
+        if others:
+            action.help = f"{action.help} (left out: {', '.join(others)}; else %(default)s)"
+    parser.completions.append(_complete_flags)
+
+
+def add_method_choice(parser: Parser, group: argparse._ArgumentGroup) -> None:
+    """Add `--method` and `--method_file`."""
+    group.add_argument(
+        "--method",
+        type=one_of("method", METHODS),
+        default="DC",
+        help="; ".join(f"{entry.name}: {entry.help}" for entry in METHODS.values()),
+    )
+    group.add_argument(
+        "--method_file",
+        default=None,
+        help="a Python file that registers a further method (docs/methods.md); it is run, so use only your own",
+    )
+    parser.preparations.append(_load_method_file)
+
+
+def _add_flag(group: argparse._ArgumentGroup, flag: Flag, names: Sequence[str]) -> None:
+    group.add_argument(f"--{flag.name}", type=flag.type, default=flag.default, help=f"{', '.join(names)}: {flag.help}")
+
+
+def _load_method_file(parser: Parser, words: list[str]) -> None:
+    """Run the file that `--method_file` names, which registers a method; add the flags of that to the parser.
+
+    Raises:
+        UserError: when the file is not there, fails, or registers nothing.
+    """
+    named = [w.partition("=")[2] or v for w, v in zip(words, [*words[1:], ""], strict=True)
+             if w.partition("=")[0] == "--method_file"]  # fmt: skip
+    if not named:
+        return
+    path = check_file(Path(named[-1]), "--method_file")
+    before = dict(METHODS)
+    spec = spec_from_file_location("method_file", path, loader=SourceFileLoader("method_file", str(path)))
+    try:
+        spec.loader.exec_module(module_from_spec(spec))
+    except Exception as error:
+        reason = one_line(f"{type(error).__name__}: {error}")
+        raise UserError(f"--method_file: {path} fails: {reason}. Repair it") from None
+    new = [entry for name, entry in METHODS.items() if before.get(name) is not entry]
+    if not new:
+        raise UserError(f"--method_file: {path} registers no method; it must call utils.methods.register")
+    known = {action.dest for action in parser._actions}
+    for entry in new:
+        for flag in entry.flags if "Iteration" in known else ():  # only stage 1 has flags of methods
+            if flag.name not in known:
+                _add_flag(parser.add_argument_group(entry.name), flag, [entry.name])
+
+
+def _complete_flags(
+    parser: Parser, args: argparse.Namespace, given: Mapping[str, Any]
+) -> tuple[argparse.Namespace, Mapping[str, Any]]:
+    """Set the defaults of the method; refuse flags that it does not use, and clear them."""
+    entry = METHODS[args.method]
+    used = {flag.name for flag in entry.flags}
+    users: dict[str, list[str]] = {name: [] for name in entry.unused}
+    for other in METHODS.values():
+        for flag in other.flags:
+            if flag.name not in used:
+                users.setdefault(flag.name, []).append(other.name)
+        for name in entry.unused:
+            if name not in other.unused:
+                users[name].append(other.name)
+    for name, names in users.items():
+        if given.get(name) is not None:
+            parser.error(f"--{name}: --method {entry.name} does not use it; {', '.join(names)} do. Leave it out")
+        if hasattr(args, name):
+            setattr(args, name, None)
+    for name, value in entry.defaults.items():
+        if name not in given and hasattr(args, name):
+            setattr(args, name, value)
+    return args, given
 
 
 def augmentation_of(method: str, dsa_strategy: str | None) -> DSA | None:

@@ -44,7 +44,9 @@ class GradientMatching(LearnableSet):
         initial: Sequence[SyntheticSet] = (),
     ):
         s = settings
-        super().__init__(real, outliers, ipc=s.ipc, seed=s.seed, init=s.init, lr_img=s.lr_img, initial=initial)
+        super().__init__(
+            real, outliers, ipc=s.ipc, seed=s.seed, init=s.init, lr_img=s.lr_img, lr_img_oe=s.lr_img_oe, initial=initial
+        )
         compute = compute or Compute()
         self.settings = s
         net = get_network(s.model, real.channel, real.num_classes, real.im_size, generator(s.seed))
@@ -123,6 +125,7 @@ def match_settings(inputs: MethodInputs) -> MatchSettings:
         ipc=f["ipc"],
         seed=f["seed"],
         lr_img=f["lr_img"],
+        lr_img_oe=f.get("lr_img_oe"),
         lr_net=f["lr_net"],
         batch_real=f["batch_real"],
         batch_oe=f.get("batch_oe", 0),
@@ -168,7 +171,7 @@ FLAGS = (
         "published",
     ),
 )  # fmt: skip
-_DC = MethodEntry("DC", "gradient matching", _build, _workload, FLAGS, "unused")
+_DC = MethodEntry("DC", "gradient matching", _build, _workload, FLAGS, augmentation="unused")
 register(_DC)
 register(replace(_DC, name="DSA", help="gradient matching under Siamese augmentation, better from ipc 2 on",
                  augmentation="required"))  # fmt: skip

@@ -28,6 +28,7 @@ class MatchSettings:
     ipc: int
     seed: int = 1
     lr_img: float = 0.1
+    lr_img_oe: float | None = None
     lr_net: float = 0.01
     batch_real: int = 256
     batch_oe: int = 256
@@ -69,7 +70,8 @@ class StepDraw(Draw):
 class IterationDraws:
     """Draws for the iterations of gradient matching, each from a generator of its own key.
 
-    `has_batchnorm`: whether images for BatchNorm's statistics are drawn.
+    `has_batchnorm`: whether images for BatchNorm's statistics are drawn. `all_slots`: whether every process draws for
+    all slots, instead of for its own.
     """
 
     def __init__(
@@ -78,7 +80,9 @@ class IterationDraws:
         outliers: OutlierSource | None,
         settings: MatchSettings,
         has_batchnorm: bool,
+        all_slots: bool = False,
     ):
+        self.all_slots = all_slots
         self.real, self.outliers, self.settings, self.has_batchnorm = real, outliers, settings, has_batchnorm
         self.ahead: tuple[tuple[int, int], list[StepDraw]] | None = None
 
@@ -115,7 +119,7 @@ class IterationDraws:
         return send_draws(part, self.real.device)
 
     def _step(self, exp: int, it: int, outer: int, synthetic: SyntheticSet) -> StepDraw:
-        slots = distributed.own_share(self.real.num_classes)
+        slots = range(self.real.num_classes) if self.all_slots else distributed.own_share(self.real.num_classes)
         return StepDraw(
             {slot: self._images(exp, it, outer, slot) for slot in slots},
             {slot: self._outliers(exp, it, outer, slot) for slot in slots if self.outliers is not None},

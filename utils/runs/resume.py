@@ -17,7 +17,7 @@ from utils.runs.run_folder import ARGS, read_args
 
 MAY_CHANGE = (
     "device", "data_path", "oe_data_path", "ood_path", "load_path", "folder", "download", "checkpoint_interval",
-    "tensorboard",
+    "tensorboard", "method_file",
 )  # fmt: skip
 NOT_STORED = ("resume", "help", "is_parallel")
 
@@ -40,7 +40,7 @@ def add_resume(parser: Parser, steps: str) -> None:
         help="run folder to resume, or latest: the newest under --save_path. The flags come from the folder; only "
         f"{', '.join('--' + name for name in MAY_CHANGE if name in known)} may differ",
     )
-    parser.complete = resumed
+    parser.completions.insert(0, resumed)
 
 
 def _interval(text: str) -> int:
@@ -49,8 +49,10 @@ def _interval(text: str) -> int:
     return int(text)
 
 
-def resumed(parser: Parser, args: argparse.Namespace, given: dict) -> argparse.Namespace:
-    """The arguments of the run that `--resume` names, checked like flags; `args` itself where nothing is resumed.
+def resumed(parser: Parser, args: argparse.Namespace, given: dict) -> tuple[argparse.Namespace, dict]:
+    """The arguments of the run that `--resume` names, checked like flags, and those that are not left to defaults.
+
+    Without `--resume`, both as they are. A file of code, `--method_file`, is never taken from a run folder.
 
     Args:
         given: the flags that were on the command line.
@@ -58,13 +60,16 @@ def resumed(parser: Parser, args: argparse.Namespace, given: dict) -> argparse.N
         UserError: when there is no such run, it is another script's, or a flag conflicts with it.
     """
     if args.resume is None:
-        return args
+        return args, given
     latest = args.resume == "latest"
     folder = _latest(Path(args.save_path), parser.prog) if latest else Path(args.resume)
     about = read_args(folder)
     if about["script"] != parser.prog:
         raise UserError(f"--resume: {folder} is a run of {about['script']}, not of {parser.prog}; resume it with that")
     stored = about["flags"]
+    code = stored.get("method_file")
+    if code is not None and "method_file" not in given:
+        raise UserError(f"--resume: {folder} was started with --method_file {one_line(code)}; give that file again")
     no_conflict = ("resume", "save_path", *MAY_CHANGE) if latest else ("resume", *MAY_CHANGE)
     for name, value in given.items():
         if name not in no_conflict and stored.get(name) != value:
@@ -75,7 +80,7 @@ def resumed(parser: Parser, args: argparse.Namespace, given: dict) -> argparse.N
     changed = {name: value for name, value in given.items() if name in MAY_CHANGE}
     args = argparse.ArgumentParser.parse_known_args(parser, _command_line(stored | changed, parser, folder))[0]
     args.resume = str(folder)
-    return args
+    return args, {name: value for name, value in (stored | given).items() if value is not None}
 
 
 def _command_line(flags: dict, parser: Parser, folder: Path) -> list[str]:

@@ -10,7 +10,7 @@ from utils.core.parser import Parser, count, number, one_of
 from utils.data.augment import DSA_ENTRIES, parse_strategy
 from utils.data.corruptions import CORRUPTIONS, DEFAULT_CORRUPTIONS
 from utils.data.datasets import DATASET_NAMES
-from utils.methods import METHODS, add_method_flags
+from utils.methods import add_method_choice, add_method_flags
 from utils.ood.detectors import ALL_SCORES, DETECTORS
 from utils.ood.scores import SCORES
 from utils.runs.lineage import STAGE1_ROOTS, STAGE2_ROOTS
@@ -29,12 +29,7 @@ def _strategy(text: str) -> str | None:
 def add_common(parser: Parser) -> None:
     """What every stage takes: the data, the network, the method, the seed and the device."""
     group = parser.add_argument_group("common")
-    group.add_argument(
-        "--method",
-        type=one_of("method", METHODS),
-        default="DC",
-        help="; ".join(f"{entry.name}: {entry.help}" for entry in METHODS.values()),
-    )
+    add_method_choice(parser, group)
     _add_data(group)
     group.add_argument(
         "--model",
@@ -154,6 +149,7 @@ def add_stage1(parser: Parser, save_path: str) -> None:
         default=None,
         help="a res_….pt to start the images (and outliers) from, instead of --init; to continue with other flags",
     )
+    add_method_flags(parser, parser.add_argument_group("methods"))
 
 
 def _add_loop(group: argparse._ArgumentGroup) -> None:
@@ -206,13 +202,18 @@ def _add_updates(group: argparse._ArgumentGroup) -> None:
         default="noise",
         help="noise or real images; real converges faster",
     )
-    add_method_flags(group)
 
 
 def add_outliers(parser: Parser) -> None:
     """What OE and POE share in stage 1."""
     group = parser.add_argument_group("outliers")
     group.add_argument("--batch_oe", type=count(1), default=256, help="outliers per slot and step")
+    group.add_argument(
+        "--lr_img_oe",
+        type=number(0, exclusive=True),
+        default=None,
+        help="learning rate of the synthetic outliers; left out: --lr_img. Lower it if they become noise",
+    )
     add_outlier_weight(parser)
 
 

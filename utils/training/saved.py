@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from networks import get_network
-from utils.core.errors import UserError
+from utils.core.errors import UserError, one_line
 from utils.core.rng import generator
 from utils.data.datasets import RealData
 from utils.files.torch_files import read_pt
@@ -40,7 +40,7 @@ def load_trained(folder: Path, model: str, real: RealData, index: int, which: st
     try:
         net.load_state_dict(dict(state))  # a copy: the versions that a file attaches to it are not needed
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error)
         raise UserError(f"--model {model}: {path} does not fit it: {reason}") from None
     if not all(torch.isfinite(v).all() for v in net.state_dict().values()):
         raise UserError(f"--folder: {path} holds NaN or infinite weights; train it again")
