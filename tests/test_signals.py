@@ -81,8 +81,8 @@ def same(a, b):
     ("owner", "name", "n", "iteration"),
     [
         (GradientMatching, "_matching_step", 5, 1),  # the second outer step of the second iteration
-        (StackedTrainer, "_step", 3, 0),  # in an evaluation, before the first iteration
-        (Trainer, "_step", 6, 1),  # in the training between two matching steps
+        (StackedTrainer, "step", 3, 0),  # in an evaluation, before the first iteration
+        (Trainer, "step", 6, 1),  # in the training between two matching steps
     ],
 )
 def test_a_signal_in_the_middle_saves_the_state_before(tmp_path, monkeypatch, capsys, owner, name, n, iteration):
@@ -108,7 +108,7 @@ def test_a_signal_in_a_long_epoch_of_stage_2(tmp_path, monkeypatch):
     run(train_model_synthetic_oe, [*STAGE2, "--save_path", "whole"])
     with monkeypatch.context() as patch:
         patch.setattr(signals, "GRACE", 0.05)
-        calls_before_a_signal(patch, Trainer, "_step", 37)
+        calls_before_a_signal(patch, Trainer, "step", 37)
         with pytest.raises(Interrupted):
             run(train_model_synthetic_oe, [*STAGE2, "--save_path", "cut"])
     (checkpoint,) = (tmp_path / "cut").rglob("checkpoint_network0.pt")

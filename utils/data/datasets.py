@@ -11,6 +11,7 @@ import torch
 from utils.compute.transfer import send
 from utils.core.errors import UserError, unknown_name
 from utils.data.download import NPZ_KEYS, read_torchvision
+from utils.data.whitening import ZCA, fit_zca
 from utils.files.arrays import images_to_nchw, read_npz
 from utils.files.images import check_link, list_images, read_images, unit_images
 from utils.files.text_files import check_file
@@ -49,7 +50,7 @@ class RealData:
     """A classification data set in memory.
 
     `images_train`, `images_test`: `[N, C, H, W]`, uint8 (or float32 in [0, 1]); `labels_*`: int64 `[N]` in
-    0..num_classes-1; `mean`, `std`: per channel, of pixels scaled to [0, 1].
+    0..num_classes-1; `mean`, `std`: per channel, of pixels scaled to [0, 1]; `zca`: whitening instead of these.
     """
 
     name: str
@@ -60,6 +61,7 @@ class RealData:
     labels_train: torch.Tensor
     images_test: torch.Tensor
     labels_test: torch.Tensor
+    zca: ZCA | None = None
 
     @property
     def channel(self) -> int:
@@ -81,12 +83,16 @@ class RealData:
         return tuple(torch.tensor(v, device=self.device).view(1, -1, 1, 1) for v in (self.mean, self.std))
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
-        """Images in [0, 1] to zero mean and unit deviation per channel."""
+        """Images in [0, 1] to zero mean and unit deviation per channel, or whitened."""
+        if self.zca is not None:
+            return self.zca.whiten(images)
         mean, std = self._scale
         return (images - mean) / std
 
     def denormalize(self, images: torch.Tensor) -> torch.Tensor:
         """The inverse of `normalize`, clipped to [0, 1]."""
+        if self.zca is not None:
+            return self.zca.undo(images).clamp(0, 1)
         mean, std = self._scale
         return (images * std + mean).clamp(0, 1)
 
@@ -122,10 +128,18 @@ class RealData:
     def to(self, device: torch.device | str) -> "RealData":
         """The same data on `device`."""
         names = ("images_train", "labels_train", "images_test", "labels_test")
-        return replace(self, **{n: send(getattr(self, n), torch.device(device)) for n in names})
+        moved = {n: send(getattr(self, n), torch.device(device)) for n in names}
+        return replace(self, **moved, zca=None if self.zca is None else self.zca.to(device))
+
+    def whitened(self) -> "RealData":
+        """The same data with ZCA whitening, fitted on the training images, in place of mean and deviation."""
+        parts = (unit_images(part) for part in self.images_train.split(5000))
+        return replace(self, zca=fit_zca(parts))
 
 
-def load_dataset(name: str, data_path: str | Path, im_size: int | None = None, download: bool = True) -> RealData:
+def load_dataset(
+    name: str, data_path: str | Path, im_size: int | None = None, download: bool = True, zca: bool = False
+) -> RealData:
     """Load a data set as whole CPU tensors.
 
     Args:
@@ -134,9 +148,12 @@ def load_dataset(name: str, data_path: str | Path, im_size: int | None = None, d
             `<data_path>/<name in lower case>.npz` is used instead of a download where it exists.
         im_size: side of the images, `ImageFolder` only (default 64).
         download: fetch a missing set through torchvision.
+        zca: whiten the images instead of normalising them.
     Raises:
         UserError: for an unknown name, missing files, or arrays of a wrong type, shape or label range.
     """
+    if zca:
+        return load_dataset(name, data_path, im_size, download).whitened()
     if name not in DATASET_NAMES:
         raise UserError(unknown_name("dataset", name, DATASET_NAMES))
     if im_size is not None and name != "ImageFolder":

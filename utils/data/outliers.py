@@ -59,6 +59,10 @@ class OutlierSource(ABC):
         """`choose`, then `batch`."""
         return self.batch(self.choose(slot, n, generator))
 
+    @abstractmethod
+    def describe(self) -> dict:
+        """Plain values that tell this source from others: its `kind`, `oe` or `poe`, and what it is made of."""
+
     def fingerprint(self) -> str | None:
         """SHA-256 of the images that are read beside the real data; None where there are none."""
         return None
@@ -74,6 +78,10 @@ class PseudoOutliers(OutlierSource):
     real: RealData
     corruptions: tuple[str, ...] = DEFAULT_CORRUPTIONS
     notice: str = ""
+
+    def describe(self) -> dict:
+        """The corruptions, in the order of the slots."""
+        return {"kind": "poe", "corruptions": list(self.corruptions)}
 
     def choose(self, slot: int, n: int, generator: torch.Generator) -> OutlierBatch:
         """Draw `n` (or as many as there are) different training images of any class, and how they are corrupted."""
@@ -91,13 +99,19 @@ class PseudoOutliers(OutlierSource):
 class OutlierPool(OutlierSource):
     """OE: disjoint random slices of a pool of images, one for each class slot.
 
-    `images`: uint8 `[N, C, H, W]`, possibly memory-mapped; `slices`: int64 `[num_classes, per_slot]` into it.
+    `images`: uint8 `[N, C, H, W]`, possibly memory-mapped; `slices`: int64 `[num_classes, per_slot]` into it; `sample`:
+    fingerprint of some images of the whole pool.
     """
 
     real: RealData
     images: torch.Tensor
     slices: torch.Tensor
     notice: str = ""
+    sample: str = ""
+
+    def describe(self) -> dict:
+        """The fingerprint of some images of the pool."""
+        return {"kind": "oe", "sample": self.sample}
 
     def choose(self, slot: int, n: int, generator: torch.Generator) -> OutlierBatch:
         """Draw `n` (or as many as the slice has) different images of the slot's slice."""
@@ -161,7 +175,8 @@ def load_outlier_pool(
         per_slot = fits
     order = torch.randperm(len(images), generator=keyed_generator(seed, "outlier slices"))
     slices = order[: real.num_classes * per_slot].view(real.num_classes, per_slot)
+    sample = fingerprint([images[:: max(1, len(images) // 100)]])
     if real.device.type == "cuda":  # all that is used is kept beside the real data
         images = images[slices.flatten()].to(real.device)
         slices = torch.arange(slices.numel()).view_as(slices)
-    return OutlierPool(real, images, slices, notice)
+    return OutlierPool(real, images, slices, notice, sample)

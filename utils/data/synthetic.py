@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,22 +20,24 @@ from utils.files.torch_files import PLAIN_INTEGERS, PLAIN_TENSORS, read_pt
 class SyntheticSet:
     """Distilled images, sorted by class, and (OE, POE) as many distilled outliers.
 
-    `images`, `images_oe`: float32 `[num_classes·ipc, C, H, W]`, normalised; `labels`: int64 `[num_classes·ipc]`.
+    `images`, `images_oe`: float32 `[num_classes·ipc, C, H, W]`, normalised; `labels`: int64 `[num_classes·ipc]`;
+    `lr_net`: the learning rate that networks are to be trained with, if it was distilled, too.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     images_oe: torch.Tensor | None = None
+    lr_net: float | None = None
 
     def to(self, device: torch.device | str) -> "SyntheticSet":
         """The same set on `device`."""
         oe = None if self.images_oe is None else self.images_oe.to(device)
-        return SyntheticSet(self.images.to(device), self.labels.to(device), oe)
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device), images_oe=oe)
 
     def detached_copy(self) -> "SyntheticSet":
         """A copy that later updates do not change."""
         oe = None if self.images_oe is None else self.images_oe.detach().clone()
-        return SyntheticSet(self.images.detach().clone(), self.labels, oe)
+        return replace(self, images=self.images.detach().clone(), images_oe=oe)
 
     def detached_cpu(self) -> "SyntheticSet":
         """A copy on the CPU that later updates do not change."""
@@ -43,7 +45,7 @@ class SyntheticSet:
 
     def without_outliers(self) -> "SyntheticSet":
         """The labelled images alone."""
-        return SyntheticSet(self.images, self.labels)
+        return replace(self, images_oe=None)
 
 
 class LearnableSet:
@@ -168,7 +170,8 @@ def save_synthetic(
 
     The file is a dict: `data`, a list of `[images, labels]` per experiment, and with outliers `data_oe`, a list of
     `[outliers, zeros]` (CPU, float32, normalised; int64); `accs_all_exps`: lists of accuracies by evaluation model. Not
-    in published files: `normalisation` (`mean`, `std`), `dataset`, `num_classes`, `about`, `version`.
+    in published files: `normalisation` (`mean`, `std`; with `--zca` also `zca`), `lr_net` (MTT: the learning rate of
+    each experiment), `dataset`, `num_classes`, `about`, `version`.
 
     Args:
         accs: accuracies, fractions; about: plain values that describe the run.
@@ -176,7 +179,11 @@ def save_synthetic(
     content: dict = {"data": [[s.images, s.labels] for s in sets], "accs_all_exps": accs}
     if sets and sets[0].images_oe is not None:
         content["data_oe"] = [[s.images_oe, torch.zeros_like(s.labels)] for s in sets]
-    normalisation = {"mean": list(real.mean), "std": list(real.std)}
+    if any(s.lr_net is not None for s in sets):
+        content["lr_net"] = [s.lr_net for s in sets]
+    normalisation: dict = {"mean": list(real.mean), "std": list(real.std)}
+    if real.zca is not None:
+        normalisation["zca"] = {n: getattr(real.zca, n).cpu() for n in ("mean", "matrix", "inverse")}
     content |= {"normalisation": normalisation, "dataset": real.name, "num_classes": real.num_classes}
     save_pt(path, content | {"about": about, "version": VERSION})
 
@@ -210,7 +217,18 @@ def load_synthetic(
             raise UserError(f"{path} is damaged: images and outliers differ in shape")
     if real is not None:
         _check_fits(images, labels, real, path, content)
-    return SyntheticSet(images, labels, images_oe)
+    return SyntheticSet(images, labels, images_oe, _stored_lr(content, exp_idx, path))
+
+
+def _stored_lr(content: dict, exp_idx: int, path: Path) -> float | None:
+    """The learning rate that is stored for an experiment, if there is one."""
+    stored = content.get("lr_net")
+    if stored is None:
+        return None
+    value = stored[exp_idx] if isinstance(stored, list) and exp_idx < len(stored) else 0
+    if not isinstance(value, float) or not 0 < value < math.inf:
+        raise UserError(f"{path} is damaged: its learning rate must be a positive number for each experiment")
+    return value
 
 
 def _pair(entries: list, index: int, path: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -247,6 +265,10 @@ def _check_fits(images: torch.Tensor, labels: torch.Tensor, real: RealData, path
             f"--dataset {real.name}: {path} has the labels {int(labels.min())}..{int(labels.max())}; they must be all "
             f"of 0..{classes - 1}"
         )
+    stored = content.get("normalisation")
+    if isinstance(stored, dict) and ("zca" in stored) != (real.zca is not None):
+        made = "with" if "zca" in stored else "without"
+        raise UserError(f"--zca: {path} was made {made} it; {'give' if made == 'with' else 'leave out'} --zca")
     if "normalisation" in content and not _same_normalisation(content["normalisation"], real):
         raise UserError(
             f"--dataset {real.name}: {path} was distilled from other data: the mean and deviation stored in it are not "
@@ -257,6 +279,8 @@ def _check_fits(images: torch.Tensor, labels: torch.Tensor, real: RealData, path
 def _same_normalisation(stored: object, real: RealData) -> bool:
     """Whether the stored mean and deviation are those of `real`, to float32 rounding."""
     if not isinstance(stored, dict):
+        return False
+    if ("zca" in stored) != (real.zca is not None):
         return False
     pairs = ((stored.get("mean"), real.mean), (stored.get("std"), real.std))
     return all(

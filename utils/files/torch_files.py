@@ -58,11 +58,12 @@ _STORED_GLOBALS = {
 }
 
 
-def read_pt(path: Path, what: str, check_crc: bool = False) -> object:
+def read_pt(path: Path, what: str, check_crc: bool = False, mmap: bool = False) -> object:
     """Load a `torch.save` file on the CPU without unpickling: dense tensors, plain values and numpy scalars only.
 
     Numpy scalars become plain numbers. What the file would call and allocate is checked before it is loaded; with
-    `check_crc` so are the checksums of all that it holds, which torch does not compare.
+    `check_crc` so are the checksums of all that it holds, which torch does not compare. With `mmap` the numbers stay on
+    the disk until they are used.
 
     Raises:
         UserError: when the file is missing, damaged, or holds anything else. It is not executed.
@@ -74,7 +75,8 @@ def read_pt(path: Path, what: str, check_crc: bool = False) -> object:
             _check_archive(file, check_crc) if file.read(2) == b"PK" else _check_old_format(file)
             file.seek(0)
             with torch.serialization.safe_globals(_NUMPY_SCALARS):
-                value = torch.load(file, map_location="cpu", weights_only=True)
+                source = str(path) if mmap else file
+                value = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
             _check_tensors(value, path.stat().st_size)
             return value
     except Exception as error:  # a damaged file can fail in any way inside the reader

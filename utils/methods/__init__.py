@@ -26,7 +26,11 @@ from utils.data.outliers import OutlierSource
 from utils.data.synthetic import SyntheticSet
 from utils.files.text_files import check_file
 
-METHOD_MODULES = ("utils.methods.gradient_matching", "utils.methods.distribution_matching")
+METHOD_MODULES = (
+    "utils.methods.gradient_matching",
+    "utils.methods.distribution_matching",
+    "utils.methods.trajectory_matching",
+)
 
 
 class Method(Protocol):
@@ -153,8 +157,9 @@ def _load_method_file(parser: Parser, words: list[str]) -> None:
     Raises:
         UserError: when the file is not there, fails, or registers nothing.
     """
-    named = [w.partition("=")[2] or v for w, v in zip(words, [*words[1:], ""], strict=True)
-             if w.partition("=")[0] == "--method_file"]  # fmt: skip
+    flag = "--method_file"
+    named = [word.removeprefix(f"{flag}=") for word in words if word.startswith(f"{flag}=")]
+    named += [words[i + 1] for i, word in enumerate(words[:-1]) if word == flag]
     if not named:
         return
     path = check_file(Path(named[-1]), "--method_file")
@@ -191,7 +196,8 @@ def _complete_flags(
                 users[name].append(other.name)
     for name, names in users.items():
         if given.get(name) is not None:
-            parser.error(f"--{name}: --method {entry.name} does not use it; {', '.join(names)} do. Leave it out")
+            do = "does" if len(names) == 1 else "do"
+            parser.error(f"--{name}: --method {entry.name} does not use it; {', '.join(names)} {do}. Leave it out")
         if hasattr(args, name):
             setattr(args, name, None)
     for name, value in entry.defaults.items():

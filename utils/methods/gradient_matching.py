@@ -26,7 +26,7 @@ from utils.methods.distances import METRICS
 from utils.methods.match_draws import IterationDraws, MatchSettings, SlotDraw, StepDraw
 from utils.methods.matcher import Matcher, class_loss, outlier_loss
 from utils.training.draws import Batch
-from utils.training.trainer import Trainer, TrainSettings
+from utils.training.trainer import LR_NET, Trainer, TrainSettings
 
 # outer and inner loop by images per class, as published
 LOOPS = {1: (1, 1), 2: (1, 1), 5: (10, 50), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
@@ -126,7 +126,7 @@ def match_settings(inputs: MethodInputs) -> MatchSettings:
         seed=f["seed"],
         lr_img=f["lr_img"],
         lr_img_oe=f.get("lr_img_oe"),
-        lr_net=f["lr_net"],
+        lr_net=f["lr_net"] or LR_NET,
         batch_real=f["batch_real"],
         batch_oe=f.get("batch_oe", 0),
         batch_train=f["batch_train"],

@@ -1,5 +1,6 @@
 """The distilled images and outliers behind results, to look at."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from utils.core.errors import UserError
 from utils.data.datasets import SPECS
 from utils.data.synthetic import load_synthetic
+from utils.data.whitening import ZCA
 from utils.files.torch_files import read_pt
 from utils.runs.lineage import args_or_nothing, distilled_set_of
 
@@ -20,26 +22,29 @@ def distilled_pictures(networks: Path) -> list[tuple[str, torch.Tensor]]:
     try:
         path, exp_idx = distilled_set_of(networks)
         synthetic = load_synthetic(path, exp_idx)
-        mean, std = _normalisation(read_pt(path, "distilled set"), args_or_nothing(networks))
-    except (UserError, KeyError):
+        to_unit = _to_unit(read_pt(path, "distilled set"), args_or_nothing(networks))
+    except (UserError, KeyError, TypeError, RuntimeError):
         return []
     order = synthetic.labels.argsort(stable=True)
     classes = int(synthetic.labels.max()) + 1
     parts = [("distilled images", synthetic.images[order])]
     if synthetic.images_oe is not None:
         parts.append(("distilled outliers", synthetic.images_oe))
-    shown = [(title, (images * std + mean).clamp(0, 1)) for title, images in parts if len(images) % classes == 0]
+    shown = [(title, to_unit(images).clamp(0, 1)) for title, images in parts if len(images) % classes == 0]
     return [(title, images.unflatten(0, (classes, -1))) for title, images in shown]
 
 
-def _normalisation(content: dict, about: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation `[1, C, 1, 1]`: the file's own, or (published files have none) those of its data set."""
+def _to_unit(content: dict, about: dict) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The way back to [0, 1]: by what the file stores, or (published files store nothing) by its data set."""
     if "normalisation" in content:
-        values = (content["normalisation"]["mean"], content["normalisation"]["std"])
+        stored = content["normalisation"]
+        if "zca" in stored:
+            return ZCA(**stored["zca"]).undo
+        values = (stored["mean"], stored["std"])
     else:
         spec = SPECS[about["flags"]["dataset"]]
         if spec.mean is None:
             raise KeyError("normalisation")
         values = (spec.mean, spec.std)
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in values)
-    return mean, std
+    return lambda images: images * std + mean

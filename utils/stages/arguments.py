@@ -31,13 +31,18 @@ def add_common(parser: Parser) -> None:
     group = parser.add_argument_group("common")
     add_method_choice(parser, group)
     _add_data(group)
+    _add_network(group)
+    group.add_argument("--ipc", type=count(1), default=1, help="synthetic images per class")
+
+
+def _add_network(group: argparse._ArgumentGroup) -> None:
+    """The network, the seed and the device."""
     group.add_argument(
         "--model",
         type=one_of("model", MODEL_NAMES),
         default="ConvNet",
         help="the network; ConvNetW32 suits a laptop",
     )
-    group.add_argument("--ipc", type=count(1), default=1, help="synthetic images per class")
     group.add_argument(
         "--seed", type=int, default=1, help="fixes everything random; change it for another independent run"
     )
@@ -64,6 +69,11 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         const="all",
         default="data",
         help="what may be fetched when it is not on disk: nothing, the data set, or outlier and OOD sets, too (large)",
+    )
+    group.add_argument(
+        "--zca",
+        action="store_true",
+        help="whiten the images (ZCA, fitted on the training images) instead of normalising them; in all stages alike",
     )
     group.add_argument(
         "--im_size",
@@ -112,7 +122,12 @@ def add_training(parser: Parser, num_eval: int) -> None:
         default=None,
         help="epochs of one training; left out: 1000 with augmentation, else 300. Lower it for a quick look",
     )
-    group.add_argument("--lr_net", type=number(0, exclusive=True), default=0.01, help="learning rate of the networks")
+    group.add_argument(
+        "--lr_net",
+        type=number(0, exclusive=True),
+        default=None,
+        help="learning rate of the networks; left out: that of the distilled set if it has one (MTT), else 0.01",
+    )
     group.add_argument(
         "--batch_train", type=count(1), default=256, help="batch of network training (of InD images, and of outliers)"
     )
@@ -204,16 +219,46 @@ def _add_updates(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def add_outliers(parser: Parser) -> None:
-    """What OE and POE share in stage 1."""
+def add_experts(parser: Parser) -> None:
+    """All flags of `train_experts.py`."""
+    group = parser.add_argument_group("common")
+    _add_data(group)
+    _add_network(group)
+    group = parser.add_argument_group("experts")
+    group.add_argument("--num_experts", type=count(1), default=100, help="trajectories; fewer still work")
+    group.add_argument("--train_epochs", type=count(1), default=50, help="epochs of each; --max_start_epoch needs them")
+    group.add_argument("--lr_teacher", type=number(0, exclusive=True), default=0.01, help="learning rate")
+    group.add_argument("--mom", type=number(0), default=0.0, help="momentum")
+    group.add_argument("--l2", type=number(0), default=0.0, help="weight decay")
+    group.add_argument(
+        "--decay", action="store_true", help="learning rate ×0.1 after epoch train_epochs // 2 + 1, for long trainings"
+    )
+    group.add_argument("--batch_train", type=count(1), default=256, help="images in a batch")
+    group.add_argument("--dsa_strategy", type=_strategy, default=None, help="augmentation; the one of the distillation")
+    group.add_argument("--buffer_path", default="buffers", help="where the trajectories are written")
+    group.add_argument(
+        "--outliers",
+        type=one_of("kind of outliers", ("none", "oe", "poe")),
+        default="none",
+        help="train on outliers, too: oe for main_oe.py, poe for main_poe.py",
+    )
+    add_outliers(parser, distilled=False)
+    add_oe(parser)
+    add_poe(parser)
+    add_compute(parser)
+
+
+def add_outliers(parser: Parser, distilled: bool = True) -> None:
+    """What OE and POE share in stage 1; `distilled`: whether outliers are distilled, too."""
     group = parser.add_argument_group("outliers")
     group.add_argument("--batch_oe", type=count(1), default=256, help="outliers per slot and step")
-    group.add_argument(
-        "--lr_img_oe",
-        type=number(0, exclusive=True),
-        default=None,
-        help="learning rate of the synthetic outliers; left out: --lr_img. Lower it if they become noise",
-    )
+    if distilled:
+        group.add_argument(
+            "--lr_img_oe",
+            type=number(0, exclusive=True),
+            default=None,
+            help="learning rate of the synthetic outliers; left out: --lr_img. Lower it if they become noise",
+        )
     add_outlier_weight(parser)
 
 

@@ -36,7 +36,7 @@ def run_stage1(args: argparse.Namespace, make_outliers: Callable[[RealData], Out
     if args.tensorboard:
         require_tensorboard()
     args.load_path = args.load_path and os.path.abspath(args.load_path)  # a run may be resumed from another folder
-    real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none").to(device)
+    real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none", args.zca).to(device)
     training = _training(args, augmentation, real)
     outliers = make_outliers(real)
     start = [] if args.resume else load_start(args.load_path, real, args.ipc, outliers is not None)
@@ -165,8 +165,12 @@ def _restore(distillation: Distillation, inputs: MethodInputs, load_path: str | 
 def _notices(inputs: MethodInputs, method: Method, models: Sequence[str]) -> list[str]:
     """What the user should know before the run starts; `models`: the networks that evaluate."""
     flags = inputs.flags
+    entry = METHODS[flags["method"]]
     lines = [*method.notices, method.outliers.notice if method.outliers else ""]
-    if flags["dsa_strategy"] and METHODS[flags["method"]].augmentation == "unused":
+    defaults = " ".join(f"--{n} {v}" for n, v in entry.defaults.items() if flags[n] == v)
+    if defaults:
+        lines.append(f"defaults of --method {entry.name}: {defaults}")
+    if flags["dsa_strategy"] and entry.augmentation == "unused":
         lines.append(f"--dsa_strategy {flags['dsa_strategy']} is not used by --method {flags['method']}")
     if flags["eval_mode"] == "S" and tuple(models) != (flags["model"],):
         lines.append(f"--eval_mode S evaluates {models[0]} instead of {flags['model']}; --eval_mode SS keeps BatchNorm")

@@ -40,7 +40,7 @@ class DistillState:
             "started": self.method is not None,
             "evaluated": self.evaluated,
             "found": self.measures,
-            "finished": [[s.images, s.images_oe] for s in self.finished],
+            "finished": [[s.images, s.images_oe, s.lr_net] for s in self.finished],
             "accs": self.accs,
             "method": self.method or {},
         }
@@ -60,7 +60,7 @@ class DistillState:
         exp, iteration = int(content["exp"]), int(content["iteration"])
         if not (0 <= exp <= num_exp and 0 <= iteration <= iterations):
             raise ValueError(f"experiment {exp}, iteration {iteration}")
-        finished = [_checked(images, images_oe, example) for images, images_oe in content["finished"]]
+        finished = [_checked(example, *stored) for stored in content["finished"]]
         measures = {
             model: {int(i): {str(name): float(v) for name, v in values.items()} for i, values in networks.items()}
             for model, networks in content["found"].items()
@@ -75,11 +75,13 @@ class DistillState:
         return cls(exp, iteration, method, bool(content["evaluated"]), measures, finished, accs)
 
 
-def _checked(images: torch.Tensor, images_oe: torch.Tensor | None, example: SyntheticSet) -> SyntheticSet:
+def _checked(
+    example: SyntheticSet, images: torch.Tensor, images_oe: torch.Tensor | None, lr_net: float | None = None
+) -> SyntheticSet:
     """The set of a finished experiment."""
     if (images_oe is None) != (example.images_oe is None):
         raise ValueError("a finished set with outliers where there are none, or without where there are")
     for tensor in (images,) if images_oe is None else (images, images_oe):
         if tensor.shape != example.images.shape or tensor.dtype != torch.float32 or not torch.isfinite(tensor).all():
             raise ValueError("a finished set of another shape, or not finite")
-    return SyntheticSet(images, example.labels, images_oe)
+    return SyntheticSet(images, example.labels, images_oe, None if lr_net is None else float(lr_net))

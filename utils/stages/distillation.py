@@ -165,10 +165,11 @@ class Distillation:
     def _stop_diverged(self, problem: str, before: SyntheticSet) -> None:
         """Save the images as they were before this update, and raise."""
         flags = self.settings.flags
+        lr_net = "" if flags.get("lr_net") is None else f" (--lr_net {flags['lr_net']:g})"
         path = self.files.save_last_finite(self.state, before)
         raise UserError(
             f"--lr_img {flags['lr_img']:g}: experiment {self.state.exp} diverged in iteration {self.state.iteration}: "
-            f"{problem} not finite (--lr_net {flags['lr_net']:g}). Lower --lr_img or --lr_net; --load_path {path} "
+            f"{problem} not finite{lr_net}. Lower --lr_img or --lr_net; --load_path {path} "
             "starts from the last finite images"
         )
 

@@ -35,7 +35,7 @@ def run_stage3(args: argparse.Namespace) -> Results:
     folder = _find_networks(args)
     which = "best" if args.is_load_best else f"epoch{args.epoch_train}"
     _check_enough(folder, args.dataset, args.model, args.num_exp, which)
-    real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none").to(device)
+    real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none", args.zca).to(device)
     sets, missing = _find_sets(_source(args, real), args)
     fit = _fit_set(args.fit_on, folder, real) if need_fitting(scores) else None
     scorers, computing = _scorers(args, real, folder, which, scores, fit, len(sets))

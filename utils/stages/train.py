@@ -23,7 +23,7 @@ from utils.runs.resume import check_inputs
 from utils.runs.run_folder import RunFolder, read_args
 from utils.training.evaluator import training_of
 from utils.training.network_training import TEST_INTERVAL, NetworkTraining
-from utils.training.trainer import Trainer, TrainSettings
+from utils.training.trainer import LR_NET, Trainer, TrainSettings
 
 
 def find_distilled(args: argparse.Namespace, with_outliers: bool) -> Path:
@@ -46,11 +46,8 @@ def run_stage2(args: argparse.Namespace, with_outliers: bool) -> None:
     device = choose_device(args.device, args.deterministic)
     augmentation = augmentation_of(args.method, args.dsa_strategy)
     lambda_oe = args.lambda_oe if with_outliers else 0.0
-    settings = training_of(
-        args.model, args.dataset, augmentation, args.epoch_eval_train, args.lr_net, args.batch_train, lambda_oe
-    )
     path = _resumed_set(args) or find_distilled(args, with_outliers)
-    real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none").to(device)
+    real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none", args.zca).to(device)
     synthetic = load_synthetic(path, args.exp_idx, real)
     if not with_outliers:
         synthetic = synthetic.without_outliers()
@@ -59,6 +56,10 @@ def run_stage2(args: argparse.Namespace, with_outliers: bool) -> None:
             f"--folder: {path} holds no outliers. Give a folder of main_oe.py or main_poe.py (--is_load_oe looks only "
             "there), or use train_model_synthetic_no_oe.py"
         )
+    lr = args.lr_net or synthetic.lr_net or LR_NET
+    settings = training_of(
+        args.model, args.dataset, augmentation, args.epoch_eval_train, lr, args.batch_train, lambda_oe
+    )
     compute = _choose_compute(args, settings, real, synthetic)
     net = get_network(args.model, real.channel, real.num_classes, real.im_size, generator(args.seed)).to(device)
     inputs = {
@@ -117,6 +118,6 @@ def _run_folder(
     run.log(f"run folder: {run.path}")
     if run.path.name != path.parent.name:
         run.log(f"{path.parent.name} has been trained on before; stage 3 finds this run by --folder {run.path.name}")
-    run.log(f"distilled set: {path}, experiment {args.exp_idx}")
+    run.log(f"distilled set: {path}, experiment {args.exp_idx}; learning rate of the networks {settings.lr:g}")
     run.log(f"the best checkpoint is chosen by accuracy on the test set, every {TEST_INTERVAL} epochs")
     return run

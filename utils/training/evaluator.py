@@ -43,7 +43,7 @@ def evaluation_models(mode: str, model: str) -> tuple[str, ...]:
 
 
 def training_of(
-    model: str, dataset: str, dsa: DSA | None, epochs: int | None, lr: float, batch: int, lambda_oe: float
+    model: str, dataset: str, dsa: DSA | None, epochs: int | None, lr: float | None, batch: int, lambda_oe: float
 ) -> TrainSettings:
     """How an evaluation network is trained: with DSA's augmentation, DC's, or none.
 

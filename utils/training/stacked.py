@@ -116,7 +116,7 @@ class StackedTrainer(Trainer):
         for of_epoch in drawn:
             self.net.train()
             steps = [map(torch.stack, zip(*islice(inputs, len(step)), strict=True)) for step in of_epoch]
-            yield torch.stack([self._step(*of_all) for of_all in steps]).mean(0)
+            yield torch.stack([self.step(*of_all) for of_all in steps]).mean(0)
 
     def _trained(self) -> list[torch.Tensor]:
         return list(self.stacked.values())
@@ -134,7 +134,8 @@ class StackedTrainer(Trainer):
 
         return vmap(one)(images, labels, params)
 
-    def _step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """As that of `Trainer`, with a first dimension of networks in all."""
         self.optimizer.zero_grad(set_to_none=True)
         losses = self.loss(images, labels, self.settings.lambda_oe, self.stacked)
         losses.sum().backward()

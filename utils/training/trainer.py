@@ -18,17 +18,19 @@ from utils.training.losses import joint_loss
 
 TEST_BATCH = 250
 DRAWN_EPOCHS = 50  # that are drawn together
+LR_NET = 0.01
 
 
 @dataclass(frozen=True)
 class TrainSettings:
     """How a network is trained on a synthetic set.
 
-    The learning rate drops to a tenth, with fresh momentum, after half the epochs (section 4.1 of the DC paper).
+    The learning rate drops to a tenth, with fresh momentum, after half the epochs (section 4.1 of the DC paper). With
+    `lr` None it is that of the synthetic set if that has one, else 0.01.
     """
 
     epochs: int
-    lr: float = 0.01
+    lr: float | None = LR_NET
     batch: int = 256
     lambda_oe: float = 0.5
     augmentation: DSA | DC | None = None
@@ -51,7 +53,7 @@ class Trainer:
         compute = compute or Compute()
         self.loss = compute.function(lambda images, labels, weight: joint_loss(net(images), labels, weight))
         self.forward = replace(compute, precision="fp32").function(net) if compute.compiled else None
-        self.restart(settings.lr)
+        self.restart(settings.lr or LR_NET)
 
     def restart(self, lr: float) -> None:
         """Start a fresh SGD with learning rate `lr` and without momentum."""
@@ -77,7 +79,7 @@ class Trainer:
         inputs = augmented_batches(synthetic, [batch for batches in drawn for batch in batches])
         for batches in drawn:
             self.net.train()
-            yield torch.stack([self._step(*next(inputs)) for _ in batches]).mean()
+            yield torch.stack([self.step(*next(inputs)) for _ in batches]).mean()
 
     def epoch(self, synthetic: SyntheticSet, g: torch.Generator) -> torch.Tensor:
         """One pass over the synthetic set; returns the mean loss of its batches."""
@@ -89,7 +91,11 @@ class Trainer:
         batch = TEST_BATCH // self.splitter.forward(images[:TEST_BATCH])
         return predict(self.net, images, batch, self.forward)
 
-    def _step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """One update on augmented images followed by outliers `[n, C, H, W]`; returns the loss.
+
+        `labels`: of the images, int64.
+        """
         self.optimizer.zero_grad(set_to_none=True)  # before a recorded CUDA graph overwrites the gradients
         parts = self._in_parts(images, labels)
         losses = []
@@ -127,7 +133,7 @@ class Trainer:
             after_epoch: called with the number of epochs done and the mean loss.
             first_epoch: how many are done already; the optimizer continues as it is.
         """
-        epochs, lr = self.settings.epochs, self.settings.lr
+        epochs, lr = self.settings.epochs, self.settings.lr or synthetic.lr_net or LR_NET
         if not first_epoch:
             self.restart(lr)
         half = epochs // 2
@@ -175,7 +181,7 @@ class Trainer:
             ValueError, RuntimeError, KeyError: when it is not of this network.
         """
         self.net.load_state_dict(dict(state["net"]))
-        self.restart(self.settings.lr * (0.1 if epoch > self.settings.epochs // 2 else 1))
+        self.restart((self.settings.lr or LR_NET) * (0.1 if epoch > self.settings.epochs // 2 else 1))
         for parameter, momentum in zip(self.net.parameters(), state["momentum"], strict=True):
             if momentum is None:
                 continue

@@ -1,0 +1,107 @@
+"""The registry of methods: defaults and flags by method, methods in files of their own."""
+
+import re
+
+import pytest
+from conftest import ROOT
+
+import main as stage1
+import main_poe
+import train_model_synthetic_oe
+from utils.core.errors import UserError
+from utils.methods import METHODS
+
+NETWORK = ["--dataset", "Digits", "--model", "ConvNetD1", "--ipc", "1", "--num_exp", "1", "--num_eval", "1"]
+SHORT = [*NETWORK, "--epoch_eval_train", "3", "--Iteration", "3"]
+
+
+@pytest.fixture(autouse=True)
+def _same_methods_after():
+    before = dict(METHODS)
+    yield
+    METHODS.clear()
+    METHODS.update(before)
+
+
+def parsed(*flags):
+    return stage1.get_args_parser().parse_args(list(map(str, flags)))
+
+
+def test_defaults_of_a_method_hold_where_the_flag_is_not_given():
+    assert (parsed().Iteration, parsed().lr_img, parsed().init) == (1000, 0.1, "noise")
+    dm = parsed("--method", "DM")
+    assert (dm.Iteration, dm.lr_img, dm.init, dm.eval_interval) == (20000, 1.0, "real", 2000)
+    assert parsed("--method", "DM", "--lr_img", 0.1, "--init", "noise").lr_img == 0.1
+    assert parsed("--method", "DM", "--Iteration", 1000).Iteration == 1000  # the default of the others
+    mtt = parsed("--method", "MTT")
+    assert (mtt.Iteration, mtt.lr_img, mtt.eval_interval, mtt.syn_steps) == (5000, 1000.0, 100, 30)
+    assert (dm.syn_steps, dm.dis_metric, mtt.dis_metric, mtt.batch_real) == (None, None, None, None)
+
+
+def test_help_and_log_tell_the_defaults(capsys, in_process):
+    with pytest.raises(SystemExit):
+        parsed("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(left out: DM: 20000, MTT: 5000; else 1000)" in text
+    assert "DC, DSA: distance of gradients" in text
+    out = in_process("main.py", *NETWORK, "--epoch_eval_train", 3, "--method", "DM", "--Iteration", 2)
+    assert "defaults of --method DM: --lr_img 1.0 --init real --eval_interval 2000" in out
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        ("main.py", ["--method", "DM", "--outer_loop", 3], "--outer_loop: --method DM does not use it; DC, DSA do"),
+        ("main.py", ["--method", "DSA", "--syn_steps", 3], "--syn_steps: --method DSA does not use it; MTT does"),
+        (
+            "main.py",
+            ["--method", "MTT", "--batch_real", 3],
+            "--batch_real: --method MTT does not use it; DC, DSA, DM do",
+        ),
+        ("main_poe.py", ["--method", "MTT", "--batch_oe", 3], "--batch_oe: --method MTT does not use it"),
+        ("main.py", ["--method", "MT"], "unknown method 'MT'; did you mean MTT? Accepted: DC, DSA, DM, MTT"),
+        ("main.py", ["--method", "MTT", "--syn_steps", 0], "--syn_steps: '0' is not a whole number of at least 1"),
+    ],
+)
+def test_flags_that_a_method_does_not_use(refused, script, flags, message):
+    assert message in refused(script, *flags)
+
+
+def test_a_method_in_a_file_of_its_own(tmp_path, in_process):
+    """The one that docs/methods.md shows, through all stages, with outliers and resumed."""
+    text = (ROOT / "docs" / "methods.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(code.splitlines()) <= 40
+    path = tmp_path / "my_method.py"
+    path.write_text(code)
+    mine = ["--method", "Mean", "--method_file", path]
+    out = in_process("main_poe.py", *SHORT, *mine, "--power", 2)
+    assert "loss_oe" in out
+    assert "2.0" in (next(tmp_path.glob("result-poe/Mean/Digits/ConvNetD1/1/*/args.json"))).read_text()
+    with pytest.raises(UserError, match=r"was started with --method_file .*my_method.py; give that file again"):
+        main_poe.get_args_parser().parse_args(["--resume", "latest"])
+    assert "is finished" in in_process("main_poe.py", "--resume", "latest", "--method_file", path)
+    two = [*NETWORK[:6], *mine, "--num_eval", 1, "--epoch_eval_train", 5]
+    in_process("train_model_synthetic_oe.py", *two)
+    three = [*NETWORK[:6], *mine, "--num_exp", 1, "--is_load_best", "--ood_sets", "blob"]
+    assert "accuracy" in in_process("test_ood_model_syn.py", *three)
+    assert train_model_synthetic_oe
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (None, "is not there"),
+        ("", "registers no method; it must call utils.methods.register"),
+        ("import nothing_like_it", "fails: ModuleNotFoundError: No module named 'nothing_like_it'. Repair it"),
+        ("1 / 0", "fails: ZeroDivisionError: division by zero"),
+        ("def (", "fails: SyntaxError"),
+    ],
+)
+def test_files_that_are_no_method(refused, tmp_path, code, message):
+    path = tmp_path / "my_method.py"
+    if code is not None:
+        path.write_text(code)
+    error = refused("main.py", "--method", "Mine", "--method_file", path)
+    assert message in error
+    assert "--method_file" in error

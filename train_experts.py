@@ -1,0 +1,70 @@
+"""Before stage 1 with --method MTT: train networks on the real set and keep their parameters after every epoch.
+
+    python train_experts.py --dataset CIFAR10 --model ConvNet --num_experts 100 \
+        --dsa_strategy color_crop_cutout_flip_scale_rotate
+
+The same command again trains what is missing, also after a stop.
+"""
+
+import argparse
+
+from networks import get_network
+from utils.compute.compiling import Workload
+from utils.compute.device import choose_compute, choose_device
+from utils.core.parser import Parser
+from utils.core.rng import generator
+from utils.data.augment import DSA, parse_strategy
+from utils.data.datasets import RealData, load_dataset
+from utils.data.outliers import OutlierSource, PseudoOutliers, load_outlier_pool
+from utils.methods.experts import ExpertSettings, ExpertTraining, describe, expert_folder, open_expert_run
+from utils.stages import arguments
+from utils.stages.entry import run_script
+
+
+def get_args_parser() -> Parser:
+    """The flags of this script."""
+    parser = Parser(description="Train experts for --method MTT.")
+    arguments.add_experts(parser)
+    return parser
+
+
+def make_outliers(args: argparse.Namespace, real: RealData) -> OutlierSource | None:
+    """The source of outliers that `--outliers` names, the same as that of the main script of this kind."""
+    if args.outliers == "oe":
+        fetch = args.download == "all"
+        return load_outlier_pool(args.oe_data_path, real, args.num_oe_per_class, args.seed, fetch)
+    return PseudoOutliers(real, tuple(args.corruptions)) if args.outliers == "poe" else None
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train the experts that are missing in the folder of this network and data set."""
+    device = choose_device(args.device, args.deterministic)
+    real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none", args.zca).to(device)
+    outliers = make_outliers(args, real)
+    settings = ExpertSettings(
+        epochs=args.train_epochs,
+        lr=args.lr_teacher,
+        momentum=args.mom,
+        weight_decay=args.l2,
+        decay=args.decay,
+        batch=args.batch_train,
+        batch_oe=args.batch_oe,
+        lambda_oe=args.lambda_oe,
+        seed=args.seed,
+        augmentation=None if args.dsa_strategy is None else DSA(parse_strategy(args.dsa_strategy)),
+    )
+    net = get_network(args.model, real.channel, real.num_classes, real.im_size, generator(args.seed))
+    steps = args.num_experts * args.train_epochs
+    images = len(real.images_train) * (1 if outliers is None else 1 + args.batch_oe / args.batch_train)
+    workload = Workload(steps * (images + len(real.images_test) / 2), steps, "training")
+    compute = choose_compute(args.compile, args.precision, device, net, (real.channel, *real.im_size), workload)
+    about = describe(real, args.model, outliers) | {"training": settings.about()}
+    run = open_expert_run(expert_folder(args.buffer_path, real, args.model), about)
+    run.log(f"experts: {run.path}")
+    run.log(f"computing: {compute}")
+    ExpertTraining(net.to(device), real, outliers, settings, compute, run).train_all(args.num_experts)
+    run.log(f"{args.num_experts} experts of {args.train_epochs} epochs: {run.path}")
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(get_args_parser().parse_args()), "train_experts.py")

@@ -1,0 +1,277 @@
+"""Expert trajectories for trajectory matching (Cazenavette et al., CVPR 2022): training them, and their files.
+
+An expert is a network trained on the real set; its trajectory is its parameters before the first epoch and after each.
+The files have the published layout: `<buffer_path>/<dataset>[_NO_ZCA]/<model>/replay_buffer_<n>.pt` is a list of
+trajectories, each a list of epochs, each a list of parameter tensors in parameter order, float32 on the CPU.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from networks import initialize
+from utils.compute import distributed
+from utils.compute.device import Compute
+from utils.compute.transfer import send_draws
+from utils.core.errors import UserError
+from utils.core.rng import generator
+from utils.data.augment import DSA, identity
+from utils.data.datasets import RealData
+from utils.data.outliers import OutlierSource
+from utils.files.atomic import save_pt, save_text
+from utils.files.text_files import read_json
+from utils.files.torch_files import read_pt
+from utils.runs import signals
+from utils.runs.run_folder import RunFolder
+from utils.training.trainer import Trainer, TrainSettings, accuracy_of
+
+ABOUT = "experts.json"
+Params = list[torch.Tensor]
+
+
+def expert_folder(buffer_path: str | Path, real: RealData, model: str) -> Path:
+    """The folder of the experts of a network on a data set, named as published."""
+    zca = "" if real.zca is not None else "_NO_ZCA"
+    return Path(buffer_path) / f"{real.name}{zca}" / model
+
+
+def describe(real: RealData, model: str, outliers: OutlierSource | None) -> dict:
+    """What experts must have in common with a distillation: stored in `experts.json`."""
+    return {
+        "dataset": real.name,
+        "model": model,
+        "mean": list(real.mean),
+        "std": list(real.std),
+        "zca": real.zca is not None,
+        "outliers": {"kind": "none"} if outliers is None else outliers.describe(),
+    }
+
+
+def check_about(folder: Path, expected: dict, flag: str) -> None:
+    """Compare `experts.json` with what is expected; published buffers have none, and are taken as they are.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    path = folder / ABOUT
+    if not path.exists():
+        return
+    stored = read_json(path, flag)
+    for name, value in expected.items():
+        if stored.get(name) != value:
+            raise UserError(
+                f"{flag}: the experts in {folder} are of another kind: {name} {json.dumps(stored.get(name))[:120]} "
+                f"instead of {json.dumps(value)[:120]}. Give the {flag} of the right ones"
+            )
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+class ExpertBuffer:
+    """The trajectories in a folder. They stay on the disk: a segment reads two epochs of one of them.
+
+    Args:
+        shapes: of the network's parameters, in order.
+        most: use the first so many experts; None for all.
+    Raises:
+        UserError: when there are none, or they do not fit the network.
+    """
+
+    def __init__(self, folder: Path, shapes: Sequence[torch.Size], most: int | None, how_to_make: str):
+        self.paths = sorted(folder.glob("replay_buffer_*.pt"), key=lambda p: (len(p.name), p.name))
+        if not self.paths:
+            raise UserError(f"--buffer_path: no experts in {folder}; make them: {how_to_make}")
+        self.shapes = [tuple(s) for s in shapes]
+        self.trajectories: list[tuple[Path, list[Params]]] = []
+        for path in self.paths:
+            self.trajectories += [(path, trajectory) for trajectory in self._read(path)]
+            if most is not None and len(self.trajectories) >= most:
+                self.trajectories = self.trajectories[:most]
+                break
+        self.epochs = min(len(trajectory) for _, trajectory in self.trajectories) - 1
+
+    def _read(self, path: Path) -> list[list[Params]]:
+        """The trajectories of a file, memory-mapped and checked by shape."""
+        content = read_pt(path, "--buffer_path", mmap=True)
+        well_formed = isinstance(content, list) and content and all(isinstance(t, list) and t for t in content)
+        if not well_formed or not all(isinstance(epoch, list) for t in content for epoch in t):
+            raise UserError(f"--buffer_path: {path} is no buffer, a list of trajectories; make it again")
+        for trajectory in content:
+            for epoch in trajectory:
+                shapes = [tuple(p.shape) if isinstance(p, torch.Tensor) else None for p in epoch]
+                if shapes != self.shapes:
+                    raise UserError(f"--buffer_path: {path} has experts of another --model or data set")
+        return content
+
+    def segment(self, g: torch.Generator, max_start: int, length: int, device: torch.device) -> tuple[Params, Params]:
+        """The parameters at a random start epoch below `max_start` of a random expert, and `length` epochs later.
+
+        Raises:
+            UserError: when they are not finite.
+        """
+        index = int(torch.randint(len(self.trajectories), (1,), generator=g))
+        start = int(torch.randint(max_start, (1,), generator=g))
+        path, trajectory = self.trajectories[index]
+        ends = []
+        for epoch in (start, start + length):
+            params = [p.detach().to(device, torch.float32, copy=True) for p in trajectory[epoch]]
+            if not all(torch.isfinite(p).all() for p in params):
+                raise UserError(f"--buffer_path: {path} holds NaN or infinite numbers at epoch {epoch}; make it again")
+            ends.append(params)
+        return ends[0], ends[1]
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ExpertSettings:
+    """How experts are trained; `batch_oe`, `lambda_oe`: of the outliers, if there are any.
+
+    `decay`: whether the learning rate drops to a tenth after epoch `epochs // 2 + 1`.
+    """
+
+    epochs: int = 50
+    lr: float = 0.01
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    decay: bool = False
+    batch: int = 256
+    batch_oe: int = 256
+    lambda_oe: float = 0.5
+    seed: int = 1
+    augmentation: DSA | None = None
+
+    def about(self) -> dict:
+        """Plain values for `experts.json`: experts that are trained in several runs must have the same."""
+        strategy = None if self.augmentation is None else list(self.augmentation.strategy)
+        return {**asdict(self), "augmentation": strategy}
+
+
+class ExpertTraining:
+    """Trains experts on the real set, and on real outliers where there is a source of them.
+
+    Under `torchrun` each process trains some. Every epoch is kept in a file of its own until the trajectory is whole,
+    so a killed training resumes.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        real: RealData,
+        outliers: OutlierSource | None,
+        settings: ExpertSettings,
+        compute: Compute,
+        run: RunFolder,
+    ):
+        s = settings
+        self.net, self.real, self.outliers, self.settings, self.run = net, real, outliers, s, run
+        training = TrainSettings(s.epochs, s.lr, s.batch, s.lambda_oe, s.augmentation, s.momentum, s.weight_decay)
+        self.trainer = Trainer(net, training, compute)
+
+    def train_all(self, num_experts: int) -> None:
+        """Train the experts that are missing.
+
+        Raises:
+            Interrupted: after a signal; whole epochs are kept.
+            UserError: when a training diverges.
+        """
+        with signals.catch():
+            for index in distributed.own_share(num_experts):
+                path = self.run.path / f"replay_buffer_{index}.pt"
+                if not path.exists():
+                    self._train(index, path)
+                signals.check()
+            distributed.barrier()
+
+    def _train(self, index: int, path: Path) -> None:
+        s, folder = self.settings, self.run.path / f"unfinished_expert_{index}"
+        folder.mkdir(exist_ok=True)
+        done = self._restore(index, folder)
+        with self.run.progress(s.epochs, f"expert {index}", start=done, every=1) as progress:
+            for epoch in range(done, s.epochs):
+                with signals.interruptible():
+                    loss = self._epoch(index, epoch)
+                    accuracy = accuracy_of(self.trainer.predict(self.real.test_images), self.real.labels_test)
+                if not torch.isfinite(loss):
+                    raise UserError(f"--lr_teacher {s.lr:g}: expert {index} diverged in epoch {epoch}; lower it")
+                save_pt(folder / f"epoch_{epoch + 1}.pt", self.trainer.state_dict())
+                progress.step(loss=loss, accuracy=accuracy)
+                signals.check()
+        states = [read_pt(folder / f"epoch_{e}.pt", "unfinished expert") for e in range(s.epochs + 1)]
+        save_pt(path, [[self._parameters(state["net"]) for state in states]])
+        shutil.rmtree(folder)
+        self.run.log_own(f"expert {index}: test accuracy {100 * accuracy:.2f} %" if done < s.epochs else f"{path}")
+
+    def _parameters(self, state: dict) -> Params:
+        return [state[name].detach().cpu().float().clone() for name, _ in self.net.named_parameters()]
+
+    def _restore(self, index: int, folder: Path) -> int:
+        """Continue from the newest whole epoch in `folder`, or start; returns how many epochs are done."""
+        done = 0
+        while (folder / f"epoch_{done + 1}.pt").exists():
+            done += 1
+        if done and (folder / "epoch_0.pt").exists():
+            self.trainer.load_state_dict(read_pt(folder / f"epoch_{done}.pt", "unfinished expert"), 0)
+            self._set_lr(done)
+            return done
+        initialize(self.net, generator(self.settings.seed, "expert", index))
+        self.trainer.restart(self.settings.lr)
+        save_pt(folder / "epoch_0.pt", self.trainer.state_dict())
+        return 0
+
+    def _set_lr(self, epoch: int) -> None:
+        s = self.settings
+        for group in self.trainer.optimizer.param_groups:
+            group["lr"] = s.lr * (0.1 if s.decay and epoch > s.epochs // 2 else 1.0)
+
+    def _epoch(self, index: int, epoch: int) -> torch.Tensor:
+        """One pass over the training set; returns the mean loss."""
+        s, real = self.settings, self.real
+        g = generator(s.seed, "expert", index, "epoch", epoch)
+        self._set_lr(epoch)
+        self.net.train()
+        losses = []
+        for part in torch.randperm(len(real.images_train), generator=g).split(s.batch):
+            images = self._augmented(real.train_batch(part), g)
+            if self.outliers is not None:
+                images = torch.cat([images, self._augmented(self._outlier_batch(g), g)])
+            losses.append(self.trainer.step(images, real.labels_train[part.to(real.device)]))
+        return torch.stack(losses).mean()
+
+    def _augmented(self, images: torch.Tensor, g: torch.Generator) -> torch.Tensor:
+        augmentation = self.settings.augmentation
+        transform = identity if augmentation is None else augmentation.draw(len(images), self.real.im_size, g)
+        return (transform if augmentation is None else send_draws(transform, images.device))(images)
+
+    def _outlier_batch(self, g: torch.Generator) -> torch.Tensor:
+        """`batch_oe` outliers, as evenly over the slots as possible."""
+        slots, n = self.real.num_classes, self.settings.batch_oe
+        counts = [n // slots + (slot < n % slots) for slot in range(slots)]
+        drawn = [self.outliers.choose(slot, count, g) for slot, count in enumerate(counts) if count]
+        return torch.cat([self.outliers.batch(d) for d in send_draws(drawn, self.real.device)])
+
+
+def open_expert_run(folder: Path, about: dict) -> RunFolder:
+    """The folder of an expert training: a new one, or one with experts of the same kind.
+
+    Raises:
+        UserError: when it cannot be made, or has experts of another kind.
+    """
+    if distributed.is_main():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--buffer_path: cannot make {folder}: {error}") from None
+    distributed.barrier()
+    check_about(folder, about, "--buffer_path")
+    run = RunFolder(folder)
+    if run.is_main:
+        save_text(folder / ABOUT, json.dumps(about, indent=1) + "\n")
+    return run

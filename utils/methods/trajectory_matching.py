@@ -1,0 +1,320 @@
+"""Trajectory matching: MTT (Cazenavette et al., CVPR 2022), with and without outliers.
+
+One iteration takes the parameters of an expert at a random epoch, trains a student from there for a few steps on the
+synthetic set, and moves the images, the outliers and the student's learning rate so that the student ends nearer to
+the parameters that the expert has some epochs later. With outliers, expert and student have the same joint loss.
+
+The published way keeps the graph of all steps in memory. The exact gradient needs that of one step only: the forward
+pass keeps the student's parameters, the backward pass recomputes each step from them, the last one first.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torch.func import functional_call, grad
+
+from networks import get_network
+from utils.compute import distributed
+from utils.compute.compiling import Workload
+from utils.compute.device import Compute
+from utils.compute.transfer import Draw, send_draws
+from utils.core.errors import UserError
+from utils.core.parser import count, number
+from utils.core.rng import generator
+from utils.data.augment import DSA, identity
+from utils.data.datasets import RealData
+from utils.data.outliers import OutlierSource
+from utils.data.synthetic import LearnableSet, SyntheticSet
+from utils.methods import Flag, MethodEntry, MethodInputs, register
+from utils.methods.experts import ExpertBuffer, check_about, describe, expert_folder
+from utils.training.losses import joint_loss
+
+SMALLEST_LR = 1e-6  # the student's learning rate stays above it
+Params = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class TrajectorySettings:
+    """The settings of trajectory matching; each is described at the flag of its name."""
+
+    model: str
+    ipc: int
+    seed: int = 1
+    lr_img: float = 1000.0
+    lr_img_oe: float | None = None
+    lr_teacher: float = 0.01
+    lr_lr: float = 1e-5
+    lambda_oe: float = 0.5
+    init: str = "real"
+    expert_epochs: int = 2
+    syn_steps: int = 30
+    max_start_epoch: int = 15
+    batch_syn: int | None = None
+    dsa: DSA | None = None
+
+
+@dataclass(frozen=True)
+class StudentBatch(Draw):
+    """What is random in one step of the student: which images (int64 `[n]`), and how they are augmented."""
+
+    index: torch.Tensor
+    transform: Draw | None
+
+
+class StudentStep:
+    """Gradients of one step of a student, as pure functions of its parameters and images.
+
+    `gradient(images, labels, weight, params)`: that of the joint loss on the parameters; `images`: augmented ones
+    followed by outliers `[n, C, H, W]`, `labels`: of the former. `backward(images, labels, weight, params, v)`: of
+    `h = <gradient, v>`, the value and its gradients on the images and on the parameters.
+    """
+
+    def __init__(self, net: nn.Module, compute: Compute):
+        self.net = net
+        self.gradient = compute.function(self._gradient)
+        self.backward = replace(compute, precision="fp32").function(self._backward)
+
+    def _gradient(self, images: torch.Tensor, labels: torch.Tensor, weight: float, params: Params) -> Params:
+        return grad(lambda p: joint_loss(functional_call(self.net, p, (images,)), labels, weight))(params)
+
+    def _backward(
+        self, images: torch.Tensor, labels: torch.Tensor, weight: float, params: Params, v: Params
+    ) -> tuple[torch.Tensor, torch.Tensor, Params]:
+        def product(x: torch.Tensor, p: Params) -> tuple[torch.Tensor, torch.Tensor]:
+            found = self._gradient(x, labels, weight, p)
+            h = sum((found[name] * v[name]).sum() for name in v)
+            return h, h.detach()
+
+        (on_images, on_params), h = grad(product, argnums=(0, 1), has_aux=True)(images, params)
+        return h, on_images, on_params
+
+
+class TrajectoryMatching(LearnableSet):
+    """The synthetic images of one experiment, the student's learning rate, and the iterations that update them."""
+
+    def __init__(
+        self,
+        real: RealData,
+        outliers: OutlierSource | None,
+        settings: TrajectorySettings,
+        experts: ExpertBuffer,
+        compute: Compute | None = None,
+        initial: Sequence[SyntheticSet] = (),
+    ):
+        s = settings
+        super().__init__(
+            real, outliers, ipc=s.ipc, seed=s.seed, init=s.init, lr_img=s.lr_img, lr_img_oe=s.lr_img_oe, initial=initial
+        )
+        self.settings, self.experts = s, experts
+        net = get_network(s.model, real.channel, real.num_classes, real.im_size, generator(s.seed))
+        self.net = _without_running_statistics(net).to(self.device).requires_grad_(False)
+        self.names = [name for name, _ in self.net.named_parameters()]
+        self.step = StudentStep(self.net, compute or Compute())
+        self.about: dict[str, object] = {"num_experts": len(experts.trajectories)}
+        self.notices: list[str] = []
+
+    def _hold(self, exp: int, images: torch.Tensor, outliers: torch.Tensor | None) -> None:
+        super()._hold(exp, images, outliers)
+        self.lr_student = torch.tensor(self.settings.lr_teacher, device=self.device, requires_grad=True)
+        self.optimizer_lr = torch.optim.SGD([self.lr_student], lr=self.settings.lr_lr, momentum=self.MOMENTUM)
+
+    def iterate(self, it: int) -> dict[str, torch.Tensor]:
+        """One iteration; returns the matching loss and the student's learning rate, `[1]` each.
+
+        Rank 0 computes it; the other processes take over its gradients.
+        """
+        loss = torch.zeros(1, device=self.device)
+        tensors = [*self._tensors(), self.lr_student]
+        gradients = [torch.zeros_like(t) for t in tensors]
+        if distributed.is_main():
+            g = generator(self.seed, "match", self.exp, "segment", it)
+            s = self.settings
+            start, target = self.experts.segment(g, s.max_start_epoch, s.expert_epochs, self.device)
+            loss, gradients = self._match(start, target, *self._draw(it))
+        distributed.broadcast_(loss, *gradients)
+        for tensor, gradient in zip(tensors, gradients, strict=True):
+            tensor.grad = gradient
+        for optimizer in (*self.optimizers, self.optimizer_lr):
+            optimizer.step()
+        if self.lr_student < SMALLEST_LR:
+            warnings.warn(
+                f"iteration {it}: --lr_lr {self.settings.lr_lr:g} made the student's learning rate "
+                f"{self.lr_student.item():.3g}; it is set to {SMALLEST_LR:g}. Lower --lr_lr",
+                stacklevel=2,
+            )
+            self.lr_student.data.fill_(SMALLEST_LR)
+        return {"loss": loss, "lr_net": self.lr_student.detach().clone()[None]}
+
+    def _draw(self, it: int) -> tuple[list[StudentBatch], list[StudentBatch]]:
+        """The batches of every step of the student: of images, and of outliers."""
+        kinds = ("student", "student oe") if self.image_oe is not None else ("student",)
+        drawn = [self._batches(generator(self.seed, "match", self.exp, kind, it)) for kind in kinds]
+        batches = send_draws(drawn, self.device)
+        return batches[0], batches[1] if len(batches) > 1 else []
+
+    def _batches(self, g: torch.Generator) -> list[StudentBatch]:
+        """A batch for each step, from a random order that is drawn anew when it is used up."""
+        total, batches, order = len(self.labels), [], torch.empty(0, dtype=torch.int64)
+        size = min(self.settings.batch_syn or total, total)
+        for _ in range(self.settings.syn_steps):
+            if not len(order):
+                order = torch.randperm(total, generator=g)
+            index, order = order[:size], order[size:]
+            dsa = self.settings.dsa
+            transform = None if dsa is None else dsa.draw(len(index), self.real.im_size, g)
+            batches.append(StudentBatch(index, transform))
+        return batches
+
+    def _match(
+        self,
+        start: Sequence[torch.Tensor],
+        target: Sequence[torch.Tensor],
+        batches: Sequence[StudentBatch],
+        batches_oe: Sequence[StudentBatch],
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The loss `[1]` and its gradients on the images, the outliers (if there are any) and the learning rate.
+
+        With `v = ∂L/∂θ_N` and then, from the last step to the first, with `h = <∇_θ CE(θ_i; x_i), v>`:
+        `∂L/∂α -= h`, `∂L/∂x_i -= α ∂h/∂x_i`, `v -= α ∂h/∂θ_i`.
+        """
+        lr, weight = self.lr_student.detach(), self.settings.lambda_oe
+        pairs = [(b, batches_oe[i] if batches_oe else None) for i, b in enumerate(batches)]
+        theta = dict(zip(self.names, start, strict=True))
+        goal = dict(zip(self.names, target, strict=True))
+        scale = sum((theta[n] - goal[n]).square().sum() for n in self.names)
+        thetas = []
+        for pair in pairs:
+            images, labels, _ = self._inputs(*pair)
+            thetas.append(theta)
+            found = self.step.gradient(images.detach(), labels, weight, theta)
+            theta = {n: theta[n] - lr * found[n] for n in self.names}
+        loss = sum((theta[n] - goal[n]).square().sum() for n in self.names) / scale
+        v = {n: 2 * (theta[n] - goal[n]) / scale for n in self.names}
+        gradients = [torch.zeros_like(t).flatten(0, 1) for t in self._tensors()]
+        on_lr = torch.zeros_like(lr)
+        for pair, at in zip(reversed(pairs), reversed(thetas), strict=True):
+            images, labels, leaves = self._inputs(*pair)
+            h, on_images, on_params = self.step.backward(images.detach(), labels, weight, at, v)
+            on_lr -= h
+            on_leaves = torch.autograd.grad(images, leaves, on_images)
+            for gradient, batch, on_leaf in zip(gradients, pair, on_leaves, strict=False):
+                gradient.index_add_(0, batch.index, -lr * on_leaf)
+            v = {n: v[n] - lr * on_params[n] for n in self.names}
+        shaped = [g.view(t.shape) for g, t in zip(gradients, self._tensors(), strict=True)]
+        return loss[None], [*shaped, on_lr]
+
+    def _inputs(
+        self, batch: StudentBatch, batch_oe: StudentBatch | None
+    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        """Augmented images followed by outliers, the labels, and the leaves that they were made of."""
+        leaves, parts = [], []
+        for images, drawn in zip(self._tensors(), (batch, batch_oe), strict=False):
+            leaves.append(images.detach().flatten(0, 1)[drawn.index].requires_grad_())
+            parts.append((drawn.transform or identity)(leaves[-1]))
+        return torch.cat(parts), self.labels[batch.index], leaves
+
+    def synthetic(self) -> SyntheticSet:
+        """The current synthetic set, with the student's learning rate."""
+        return replace(super().synthetic(), lr_net=self.lr_student.item())
+
+    def state_dict(self) -> dict:
+        """As that of `LearnableSet`, with the learning rate and its momentum."""
+        momentum = self.optimizer_lr.state[self.lr_student].get("momentum_buffer")
+        lr = {"value": self.lr_student.detach().clone(), "momentum": None if momentum is None else momentum.clone()}
+        return super().state_dict() | {"lr": lr}
+
+    def load_state_dict(self, exp: int, state: dict) -> None:
+        """As that of `LearnableSet`. Raises `ValueError` also for a learning rate that is no positive number."""
+        super().load_state_dict(exp, state)
+        value, momentum = state["lr"]["value"], state["lr"]["momentum"]
+        for tensor in (value, momentum):
+            if tensor is not None and (
+                tensor.shape != () or tensor.dtype != torch.float32 or not torch.isfinite(tensor)
+            ):
+                raise ValueError("a learning rate that is no number")
+        if not value > 0:
+            raise ValueError("a learning rate that is not positive")
+        with torch.no_grad():
+            self.lr_student.copy_(value)
+        if momentum is not None:
+            self.optimizer_lr.state[self.lr_student]["momentum_buffer"] = momentum.to(self.device).clone()
+
+
+def _without_running_statistics(net: nn.Module) -> nn.Module:
+    """Let BatchNorm use the statistics of the batch alone: experts' buffers hold parameters, no running statistics."""
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.track_running_stats = False
+            module.running_mean = module.running_var = module.num_batches_tracked = None
+    return net
+
+
+def trajectory_settings(inputs: MethodInputs) -> TrajectorySettings:
+    """The settings that the flags ask for."""
+    f = inputs.flags
+    same = ("model", "ipc", "seed", "lr_img", "lr_teacher", "lr_lr", "init", "expert_epochs", "syn_steps")
+    names = (*same, "max_start_epoch", "batch_syn")
+    more = {"lr_img_oe": f.get("lr_img_oe"), "lambda_oe": f.get("lambda_oe", 0.0), "dsa": inputs.augmentation}
+    return TrajectorySettings(**{name: f[name] for name in names}, **more)
+
+
+def _build(inputs: MethodInputs) -> TrajectoryMatching:
+    f, real = inputs.flags, inputs.real
+    folder = expert_folder(f["buffer_path"], real, f["model"])
+    net = get_network(f["model"], real.channel, real.num_classes, real.im_size, generator(0))
+    how = _how_to_make(inputs)
+    check_about(folder, describe(real, f["model"], inputs.outliers), "--buffer_path")
+    experts = ExpertBuffer(folder, [p.shape for p in net.parameters()], f["max_experts"], how)
+    last = f["max_start_epoch"] - 1 + f["expert_epochs"]
+    if last > experts.epochs:
+        raise UserError(
+            f"--max_start_epoch {f['max_start_epoch']}: with --expert_epochs {f['expert_epochs']} it needs experts of "
+            f"{last} epochs; those in {folder} have {experts.epochs}. Lower one of them, or train experts for longer"
+        )
+    return TrajectoryMatching(
+        real, inputs.outliers, trajectory_settings(inputs), experts, inputs.compute, inputs.initial
+    )
+
+
+def _how_to_make(inputs: MethodInputs) -> str:
+    """The command that trains the experts that are missing."""
+    f = inputs.flags
+    kind = "none" if inputs.outliers is None else inputs.outliers.describe()["kind"]
+    words = ["python train_experts.py", f"--dataset {f['dataset']}", f"--data_path {f['data_path']}"]
+    words += [f"--model {f['model']}", f"--buffer_path {f['buffer_path']}", f"--outliers {kind}"]
+    words += [f"--dsa_strategy {f['dsa_strategy']}"] if f["dsa_strategy"] else []
+    words += [f"--oe_data_path {f['oe_data_path']}"] if kind == "oe" else []
+    return " ".join([*words, *(["--zca"] if f.get("zca") else [])])
+
+
+def _workload(inputs: MethodInputs) -> Workload:
+    """Each step goes forward and backward once, then twice more for the second derivative."""
+    s, total = trajectory_settings(inputs), inputs.real.num_classes * inputs.flags["ipc"]
+    images = min(s.batch_syn or total, total) * (1 if inputs.outliers is None else 2)
+    return Workload(3.0 * s.syn_steps * images, s.syn_steps, "matching")
+
+
+FLAGS = (
+    Flag("buffer_path", str, "buffers", "folder of the expert trajectories that train_experts.py writes"),
+    Flag("expert_epochs", count(1), 2, "epochs of the expert that the student's steps are to match"),
+    Flag("syn_steps", count(1), 30, "steps of the student; more are slower, the memory stays the same"),
+    Flag("max_start_epoch", count(1), 15, "the student starts at an epoch below this; more for a larger ipc"),
+    Flag("lr_lr", number(0), 1e-5, "learning rate of the student's learning rate; 0 keeps it"),
+    Flag("lr_teacher", number(0, exclusive=True), 0.01, "the student's learning rate at the beginning"),
+    Flag("batch_syn", count(1), None, "synthetic images in a step; left out: all. Lower it when memory is short"),
+    Flag("max_experts", count(1), None, "use the first so many experts; left out: all"),
+)
+register(
+    MethodEntry(
+        "MTT",
+        "matching of training trajectories, needs train_experts.py first",
+        _build,
+        _workload,
+        FLAGS,
+        defaults={"Iteration": 5000, "lr_img": 1000.0, "init": "real", "eval_interval": 100},
+        unused=("batch_real", "batch_oe"),
+    )
+)
