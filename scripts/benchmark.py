@@ -10,58 +10,30 @@ takes longer than the others is mostly compiling.
 
 import argparse
 import json
-import math
 import os
 import platform
-import re
-import resource
 import shlex
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import date
-from itertools import count as count_from
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from benchmark_methods import METHOD_WORKS
+from benchmark_works import SLOTS, WORKS, Bench
 
-from networks import get_network
-from tests import textbook
-from utils.compute.compiling import Workload
-from utils.compute.device import choose_compute, choose_device, set_keep_freed_memory
 from utils.core.errors import UserError
 from utils.core.parser import Parser, count, one_of
-from utils.core.rng import generator
-from utils.data.augment import DSA, DSA_ENTRIES
-from utils.data.corruptions import DEFAULT_CORRUPTIONS
-from utils.data.datasets import RealData, load_dataset
-from utils.data.outliers import PseudoOutliers
-from utils.data.synthetic import SyntheticSet
 from utils.files.atomic import save_text
 from utils.files.text_files import read_json
-from utils.methods.gradient_matching import GradientMatching, MatchSettings, published_loops
-from utils.methods.matcher import Matcher, class_loss, outlier_loss
-from utils.ood.detectors import Scorer
 from utils.report.tables import markdown_table
-from utils.runs.run_folder import RunFolder
 from utils.stages.arguments import add_compute
 from utils.stages.entry import run_script
-from utils.training.evaluator import EvalSettings, Evaluator
-from utils.training.trainer import Trainer, TrainSettings, accuracy_of
 
-STRATEGY = DSA(tuple(DSA_ENTRIES))
-STARTUP_SHARE = 20  # the textbook start-up is measured on a 20th of the images
-SLOTS = 10
-WORKS = ("startup", "matching", "iteration", "epoch", "test", "evaluation", "stage2", "stage3", "memory")
-EVALUATED = 2  # networks of `evaluation`
+ALL_WORKS = (*WORKS, *METHOD_WORKS)
 
 
 def get_args_parser() -> Parser:
@@ -76,221 +48,15 @@ def get_args_parser() -> Parser:
     parser.add_argument("--outer_loop", type=count(1), default=None, help="of an iteration; left out: by ipc")
     parser.add_argument("--inner_loop", type=count(0), default=None, help="of an iteration; left out: by ipc")
     parser.add_argument("--repeats", type=count(1), default=3, help="measurements of each; the median counts")
-    parser.add_argument("--works", nargs="+", type=one_of("work", WORKS), default=list(WORKS), help="what to measure")
+    parser.add_argument(
+        "--works", nargs="+", type=one_of("work", ALL_WORKS), default=list(WORKS), help="what to measure"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--out", default=None, help="JSON file to write")
     parser.add_argument("--show", default=None, metavar="JSON", help="show its table, and measure nothing")
     add_compute(parser)
     parser.set_defaults(compile="on")
     return parser
-
-
-class Bench:
-    """Everything that the measurements share."""
-
-    def __init__(self, args: argparse.Namespace):
-        self.device = choose_device(args.device, args.deterministic)
-        self.args, self.ipc, self.batch, self.repeats = args, args.ipc, args.batch_real, args.repeats
-        self.slots = min(args.slots, SLOTS)
-        self.folder = tempfile.TemporaryDirectory()
-        rng = np.random.default_rng(0)
-        arrays = {}
-        for part, n in (("train", 50_000), ("test", 10_000)):
-            arrays[f"{part}_images"] = rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
-            arrays[f"{part}_labels"] = np.arange(n) % 10
-        np.savez(Path(self.folder.name) / "cifar10.npz", **arrays)
-        self.real: RealData = load_dataset("CIFAR10", self.folder.name).to(self.device)
-        self.net = get_network(args.model, 3, 10, (32, 32), generator(0)).to(self.device)
-        long = Workload(math.inf, sys.maxsize, "matching")  # `--compile auto` then compiles what it speeds up
-        example = get_network(args.model, 3, 10, (32, 32), generator(0)).eval()
-        self.compute = choose_compute(args.compile, args.precision, self.device, example, (3, 32, 32), long)
-        shape = (10 * args.ipc, 3, 32, 32)
-        images = [torch.randn(shape, generator=generator(i)).to(self.device) for i in (1, 2)]
-        labels = torch.arange(10, device=self.device).repeat_interleave(args.ipc)
-        self.synthetic = SyntheticSet(images[0], labels, images[1])
-        self.settings = TrainSettings(50, augmentation=STRATEGY)
-
-    def measure(self, slow: Callable[[], object], fast: Callable[[], object], scale: float = 1.0) -> dict:
-        """Seconds of both, alternating; `scale` multiplies the slow one's. The first call of each is the warm-up."""
-        times: dict[str, list[float]] = {"plain": [], "engine": []}
-        warm = {}
-        for repeat in range(self.repeats + 1):
-            for name, work in (("plain", slow), ("engine", fast)):
-                set_keep_freed_memory(name == "engine")
-                seconds = self._seconds(work) * (scale if name == "plain" else 1)
-                if repeat:
-                    times[name].append(seconds)
-                else:
-                    warm[name] = seconds
-        ratios = [p / e for p, e in zip(times["plain"], times["engine"], strict=True)]
-        return {
-            "plain_s": float(np.median(times["plain"])),
-            "engine_s": float(np.median(times["engine"])),
-            "ratio": float(np.median(ratios)),
-            "ratio_min": min(ratios),
-            "ratio_max": max(ratios),
-            "engine_first_call_s": warm["engine"],
-        }
-
-    def _seconds(self, work: Callable[[], object]) -> float:
-        began = time.perf_counter()
-        work()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
-
-    # --- the works ---------------------------------------------------------------------------------------------------
-
-    def startup(self) -> dict:
-        """From the file to all that the first update needs: data that are read, checked and sorted, images to start
-        from, and a batch of pseudo-outliers."""
-        images = self.real.images_train[: 50_000 // STARTUP_SHARE].cpu()
-        labels = self.real.labels_train.cpu()
-
-        def slow() -> None:
-            whole, _ = textbook.read_all(textbook.ImageByImage(images, labels, self.real.mean, self.real.std))
-            textbook.corrupt_all(whole.clamp(0, 1), DEFAULT_CORRUPTIONS)
-
-        def fast() -> None:
-            real = load_dataset("CIFAR10", self.folder.name).to(self.device)
-            real.fingerprint()
-            outliers = PseudoOutliers(real)
-            settings = MatchSettings(self.args.model, self.ipc, init="real")
-            GradientMatching(real, outliers, settings, self.compute).start(0)
-            outliers.draw(0, self.batch, generator(0))
-
-        return self.measure(slow, fast, STARTUP_SHARE)
-
-    def matching(self) -> dict:
-        """One matching step: the images, then the outliers."""
-        matchers = [Matcher(self.net, loss, "ours", self.compute) for loss in (class_loss, outlier_loss)]
-        transforms = [STRATEGY.draw(1, (32, 32), generator(s)) for s in range(self.slots)]
-        outliers = PseudoOutliers(self.real)
-        sets = [
-            s.view(10, self.ipc, 3, 32, 32)[: self.slots] for s in (self.synthetic.images, self.synthetic.images_oe)
-        ]
-
-        def images_of(slot: int) -> torch.Tensor:
-            return self.real.train_batch(self.real.class_indices[slot][: self.batch])
-
-        def outliers_of(slot: int) -> torch.Tensor:
-            return outliers.draw(slot, self.batch, generator(slot))
-
-        def slow() -> None:
-            for which, batch in enumerate((images_of, outliers_of)):
-                textbook.match_slots(self.net, sets[which], batch, transforms, bool(which), "ours")
-
-        def fast() -> None:
-            for which, batch in enumerate((images_of, outliers_of)):
-                matchers[which](sets[which], batch, transforms)
-
-        return self.measure(slow, fast)
-
-    def iteration(self) -> dict:
-        """A whole iteration of POE: a fresh network, and for each outer step what is random, the matching of images and
-        outliers, and the epochs of network training behind it."""
-        loops = published_loops(self.ipc)
-        given = (self.args.outer_loop, self.args.inner_loop)
-        outer, inner = (rule if flag is None else flag for flag, rule in zip(given, loops, strict=True))
-        settings = MatchSettings(
-            self.args.model, self.ipc, batch_real=self.batch, batch_oe=self.batch, outer_loop=outer, inner_loop=inner,
-            dsa=STRATEGY,
-        )  # fmt: skip
-        methods = [
-            kind(self.real, PseudoOutliers(self.real), settings, self.compute)
-            for kind in (textbook.PlainMatching, GradientMatching)
-        ]
-        for method in methods:
-            method.start(0)
-        numbers = [count_from(0), count_from(0)]
-
-        def work(which: int) -> Callable[[], object]:
-            # the losses are read, as the stage-1 loop does
-            return lambda: methods[which].iterate(next(numbers[which]))["loss"].mean().item()
-
-        return self.measure(work(0), work(1))
-
-    def _plain_epochs(self, epochs: int) -> None:
-        optimizer = torch.optim.SGD(self.net.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
-        drawer = Trainer(self.net, self.settings)
-        for epoch in range(epochs):
-            (batches,) = drawer.draw_epochs(self.synthetic, [generator(0, epoch)])
-            textbook.train_epoch(self.net, optimizer, self.synthetic, batches, self.settings.lambda_oe)
-
-    def epoch(self) -> dict:
-        """One epoch of network training on images and outliers (mean of ten)."""
-        trainer = Trainer(self.net, self.settings, self.compute)
-
-        def fast() -> None:
-            for epoch in range(10):
-                trainer.epoch(self.synthetic, generator(0, epoch))
-
-        result = self.measure(lambda: self._plain_epochs(10), fast)
-        return result | {k: result[k] / 10 for k in ("plain_s", "engine_s")}
-
-    def _plain_loader(self) -> DataLoader:
-        real = self.real
-        return DataLoader(textbook.ImageByImage(real.images_test, real.labels_test, real.mean, real.std), 256)
-
-    def test(self) -> dict:
-        """Accuracy on 10,000 test images."""
-        loader = self._plain_loader()
-        real = self.real
-        trainer = Trainer(self.net, self.settings, self.compute)
-        return self.measure(
-            lambda: textbook.test_accuracy(self.net, loader),
-            lambda: accuracy_of(trainer.predict(real.test_images), real.labels_test),
-        )
-
-    def evaluation(self) -> dict:
-        """Two networks of 50 epochs each, tested: a share of stage 1's evaluation."""
-        loader = self._plain_loader()
-        run = RunFolder.create(self.folder.name, "evaluation")
-        run.is_main = False
-        settings = EvalSettings(EVALUATED, {self.args.model: self.settings}, 0)
-        evaluator = Evaluator(self.real, settings, run, self.compute)
-
-        def slow() -> None:
-            for _ in range(EVALUATED):
-                self._plain_epochs(50)
-                textbook.test_accuracy(self.net, loader)
-
-        return self.measure(slow, lambda: evaluator.evaluate(self.synthetic, 0, 0, {}, lambda: None))
-
-    def stage2(self) -> dict:
-        """Fifty epochs and a test: a twentieth of stage 2's 1000 epochs with tests every 50."""
-        loader = self._plain_loader()
-        trainer = Trainer(self.net, self.settings, self.compute)
-
-        def slow() -> None:
-            self._plain_epochs(50)
-            textbook.test_accuracy(self.net, loader)
-
-        def fast() -> None:
-            trainer.train(self.synthetic, 0, ())
-            accuracy_of(trainer.predict(self.real.test_images), self.real.labels_test)
-
-        return self.measure(slow, fast)
-
-    def stage3(self) -> dict:
-        """Scores of 10,000 images."""
-        loader = self._plain_loader()
-        scorer = Scorer(self.net, ["msp"], 1.0, self.real.std, self.compute.embedding(self.net))
-        return self.measure(lambda: textbook.msp_scores(self.net, loader), lambda: scorer(self.real.test_images, 256))
-
-    def memory(self) -> float:
-        """Peak memory, in GB, of a short `main_poe.py` in a process of its own: resident, or reserved on the GPU."""
-        args, folder = self.args, self.folder.name
-        flags = f"--dataset CIFAR10 --model {args.model} --ipc {args.ipc} --batch_real {args.batch_real} --init real"
-        flags += " --method DSA --dsa_strategy " + "_".join(STRATEGY.strategy)
-        flags += " --Iteration 1 --outer_loop 2 --inner_loop 1 --num_exp 1 --num_eval 1 --epoch_eval_train 1"
-        flags += f" --data_path {folder} --save_path {folder}/out --device {args.device}"
-        flags += f" --compile {args.compile} --precision {args.precision}"
-        command = [sys.executable, ROOT / "main_poe.py", *flags.split()]
-        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        if self.device.type == "cuda":
-            return float(re.search(r"peak GPU memory: (\S+) GB", out)[1])
-        return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
 
 
 def cpu_name() -> str:
@@ -342,9 +108,9 @@ def main(args: argparse.Namespace) -> None:
         return show(Path(args.show))
     bench = Bench(args)
     results = {}
-    for work in WORKS:
+    for work in ALL_WORKS:
         if work in args.works and work != "memory":
-            results[work] = getattr(bench, work)()
+            results[work] = METHOD_WORKS[work](bench) if work in METHOD_WORKS else getattr(bench, work)()
             print(f"{work}: {results[work]['ratio']:.2f}", flush=True)
     about = machine(bench.device) | {"compute": str(bench.compute), "command": shlex.join(sys.argv)}
     about["peak_gb"] = bench.memory() if "memory" in args.works else None

@@ -16,7 +16,10 @@ NETWORKS=${NETWORKS:-3}
 SCORE=${SCORE:-msp mls energy}
 OUT=${OUT:-result-tables/digits}
 OE_DATA=${OE_DATA:-data/oe/FashionMNIST.npz}
-STAGE1=${STAGE1:---batch_real 64 --num_eval 1 --epoch_eval_train 300}
+METHOD=${METHOD:-DSA}
+STAGE1=${STAGE1:---num_eval 1 --epoch_eval_train 300$([ "$METHOD" = MTT ] || echo " --batch_real 64")}
+EXPERTS=${EXPERTS:---num_experts 10 --train_epochs 20 --batch_train 64 --lr_teacher 0.05}
+MTT=${MTT:---syn_steps 20 --max_start_epoch 5 --lr_img 10 --lr_teacher 0.05}
 OOD_SETS=${OOD_SETS:-patches gaussian uniform rademacher blob FashionMNIST}
 . "$(dirname "$0")/table.sh"
 if [[ " $OOD_SETS " == *" FashionMNIST "* && ! -e $OOD/FashionMNIST.npz ]]; then

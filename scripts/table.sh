@@ -3,7 +3,9 @@
 #
 # A script sets DATASET, AUGMENT, OOD_SETS and defaults. Whoever calls it may set, e.g. IPC="1 10" SEEDS="1 2" bash …:
 #   IPC SEEDS KINDS     lists: images per class, seeds, and kinds out of plain oe poe
-#   MODEL ITERATIONS    the network, and the updates of the synthetic images
+#   METHOD              DC, DSA (default), DM or MTT
+#   EXPERTS MTT         of MTT: flags of train_experts.py, and further ones of stage 1, e.g. MTT="--syn_steps 50"
+#   MODEL ITERATIONS    the network, and the updates of the synthetic images (left out: 1000, or the method's default)
 #   NETWORKS EPOCHS     networks trained on each distilled set, and their epochs
 #   SCORE               scores of stage 3
 #   DATA OE_DATA OOD    --data_path, --oe_data_path, --ood_path
@@ -22,7 +24,11 @@ KINDS=${KINDS:-plain oe poe}
 SEEDS=${SEEDS:-1 2 3}
 NETWORKS=${NETWORKS:-5}
 EPOCHS=${EPOCHS:-1000}
-ITERATIONS=${ITERATIONS:-1000}
+METHOD=${METHOD:-DSA}
+if [[ $METHOD == DC || $METHOD == DSA ]]; then ITERATIONS=${ITERATIONS:-1000}; fi
+ITERATIONS=${ITERATIONS:-}
+EXPERTS=${EXPERTS:-}
+MTT=${MTT:-}
 SCORE=${SCORE:-msp}
 LAMBDA=${LAMBDA:-0.5}
 STAGE1=${STAGE1:-}
@@ -57,6 +63,20 @@ stage() {
     mv "$dir/done.new" "$dir/done"
 }
 
+# experts KIND: the experts of MTT for a kind; those that are there are not trained again
+experts() {
+    local kind=$1 outliers=$1 more=""
+    case $kind in
+        plain) outliers=none ;;
+        oe) more="--oe_data_path $OE_DATA --lambda_oe $LAMBDA" ;;
+        poe) more="--lambda_oe $LAMBDA" ;;
+    esac
+    set -- train_experts.py --dataset "$DATASET" --data_path "$DATA" --model "$MODEL" ${DOWNLOAD:+--download $DOWNLOAD} $AUGMENT \
+        --outliers "$outliers" $more --buffer_path "$OUT/buffers/$kind" $EXPERTS
+    echo "\$ $PYTHON $*"
+    "$PYTHON" "$@"
+}
+
 # distil KIND IPC SEED DIR
 distil() {
     local script=main.py more=""
@@ -66,7 +86,11 @@ distil() {
         poe) script=main_poe.py more="--lambda_oe $LAMBDA $OUTLIERS $POE" ;;
         *) echo "KINDS: unknown kind '$1'. Accepted: plain oe poe" >&2; exit 2 ;;
     esac
-    stage "$4" "" $script $COMMON $AUGMENT --ipc "$2" --seed "$3" --init real --num_exp 1 --Iteration "$ITERATIONS" $more $STAGE1
+    if [ "$METHOD" = MTT ]; then
+        experts "$1"
+        more="$more --buffer_path $OUT/buffers/$1 $MTT"
+    fi
+    stage "$4" "" $script $COMMON $AUGMENT --ipc "$2" --seed "$3" --init real --num_exp 1 ${ITERATIONS:+--Iteration $ITERATIONS} $more $STAGE1
 }
 
 # train KIND IPC SEED DISTILLED DIR
@@ -83,7 +107,7 @@ measure() {
 
 # The whole table: $OUT/ipc<n>/<kind>/seed<s>/{1-distilled,2-networks,3-ood}, and the comparison of the kinds for each ipc.
 table() {
-    COMMON="--dataset $DATASET --data_path $DATA --model $MODEL --method DSA${DOWNLOAD:+ --download $DOWNLOAD}"
+    COMMON="--dataset $DATASET --data_path $DATA --model $MODEL --method $METHOD${DOWNLOAD:+ --download $DOWNLOAD}"
     local ipc kind seed dir pool=""
     if [[ " $KINDS " == *" oe "* ]]; then pool="--oe_data_path $OE_DATA"; fi
     "$PYTHON" scripts/check_inputs.py --dataset "$DATASET" --data_path "$DATA" --ood_path "$OOD" --ood_sets $OOD_SETS \

@@ -7,7 +7,7 @@ import torch
 from conftest import COMPILED, DEVICE, needs_compiler
 
 from networks import get_network, initialize
-from tests.textbook import augment_images
+from tests.textbook import PlainDistributionMatching, augment_images
 from utils.compute.device import Compute
 from utils.core.rng import generator
 from utils.data.augment import DSA, DSA_ENTRIES, identity
@@ -135,3 +135,13 @@ def test_processes_share_the_slots(tiny_real, monkeypatch, model):
     else:
         torch.testing.assert_close(parts[0][0] + parts[1][0], losses["loss"])
         torch.testing.assert_close(parts[0][1] + parts[1][1], whole.image_syn.grad)
+
+
+def test_the_textbook_of_the_benchmark(tiny_real):
+    """It computes the same."""
+    method, slots = make(tiny_real), make(tiny_real)
+    slots.__class__ = PlainDistributionMatching
+    for it in range(2):
+        a, b = method.iterate(it), slots.iterate(it)
+        torch.testing.assert_close(a["loss_oe"], b["loss_oe"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(method.image_oe.detach(), slots.image_oe.detach(), rtol=1e-3, atol=1e-4)

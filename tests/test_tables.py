@@ -15,6 +15,7 @@ import main as stage1
 import main_oe
 import main_poe
 import test_ood_model_syn
+import train_experts
 import train_model_synthetic_no_oe
 import train_model_synthetic_oe
 from utils.core.errors import UserError
@@ -29,6 +30,7 @@ PARSERS = {
     "train_model_synthetic_no_oe.py": train_model_synthetic_no_oe,
     "train_model_synthetic_oe.py": train_model_synthetic_oe,
     "test_ood_model_syn.py": test_ood_model_syn,
+    "train_experts.py": train_experts,
 }
 STAND_IN = """#!/usr/bin/env bash
 if [ "$1" = scripts/check_inputs.py ]; then printf '%q ' "$@" > "$NOTES.checked"; exit "${CHECK_STATUS:-0}"; fi
@@ -141,6 +143,23 @@ def test_what_was_stopped_goes_on_with_its_flags(table):
     args = commands[0]
     assert args[args.index("--Iteration") + 1] == "7"  # main.py compares it with what the run was started with
     assert args[args.index("--resume") + 1] == "latest"
+
+
+@pytest.mark.parametrize("method", ["DM", "MTT"])
+def test_other_methods(table, method):
+    settings = {"EXPERTS": "--num_experts 3", "MTT": "--syn_steps 9"}
+    status, commands = table("cifar10.sh", METHOD=method, IPC="1", SEEDS="1", **settings)
+    assert status == 0
+    parsed = [(w[0], PARSERS[w[0]].get_args_parser().parse_args(w[1:])) for w in commands if w[0] in PARSERS]
+    stages = [(name, args) for name, args in parsed if name != "train_experts.py"]
+    assert {args.method for _, args in stages} == {method}
+    mains = [args for name, args in stages if name.startswith("main")]
+    assert {args.Iteration for args in mains} == {20000 if method == "DM" else 5000}
+    experts = [args for name, args in parsed if name == "train_experts.py"]
+    kinds = [(args.outliers, args.num_experts) for args in experts]
+    assert kinds == ([("none", 3), ("oe", 3), ("poe", 3)] if method == "MTT" else [])
+    for before, args in zip(experts, mains, strict=False):
+        assert (args.buffer_path, args.syn_steps) == (before.buffer_path, 9)
 
 
 def test_ablations(table):

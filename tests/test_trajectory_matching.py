@@ -14,14 +14,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import COMPILED, ROOT, needs_compiler
-from torch.func import functional_call
 
 import train_experts
 from networks import get_network, initialize
+from tests.textbook import PlainTrajectoryMatching
 from utils.compute.device import Compute
 from utils.core.errors import Interrupted, UserError
 from utils.core.rng import generator
-from utils.data.augment import DSA, DSA_ENTRIES, identity
+from utils.data.augment import DSA, DSA_ENTRIES
 from utils.data.outliers import PseudoOutliers
 from utils.data.synthetic import load_synthetic
 from utils.methods.experts import ExpertBuffer, ExpertSettings, ExpertTraining, describe, open_expert_run
@@ -58,28 +58,11 @@ def make(real, settings=SETTINGS, outliers=True, dtype=torch.float64, compute=No
 
 
 def full_graph(method, it):
-    """The loss and its gradients on images, outliers and learning rate, with the graph of all steps in memory."""
-    images = [t.detach().clone().flatten(0, 1).requires_grad_() for t in method._tensors()]
-    lr = method.lr_student.detach().clone().requires_grad_()
-    drawn = method._draw(it)
-    start, target = method.experts.segment(None, 0, 0, None)
-    theta = [p.clone().requires_grad_() for p in start]
-    for step, batch in enumerate(drawn[0]):
-        x = (batch.transform or identity)(images[0][batch.index])
-        rest = None
-        if len(images) > 1:
-            other = drawn[1][step]
-            rest = (other.transform or identity)(images[1][other.index])
-        inputs = x if rest is None else torch.cat([x, rest])
-        logits = functional_call(method.net, dict(zip(method.names, theta, strict=True)), (inputs,))
-        loss = F.cross_entropy(logits[: len(x)], method.labels[batch.index])
-        if rest is not None:
-            z = logits[len(x) :]
-            loss = loss + method.settings.lambda_oe * (z.logsumexp(1) - z.mean(1)).mean()
-        theta = [p - lr * g for p, g in zip(theta, torch.autograd.grad(loss, theta, create_graph=True), strict=True)]
-    end = sum(((a - b) ** 2).sum() for a, b in zip(theta, target, strict=True))
-    loss = end / sum(((a - b) ** 2).sum() for a, b in zip(start, target, strict=True))
-    return loss.detach(), torch.autograd.grad(loss, [*images, lr])
+    """The loss and its gradients on images, outliers and learning rate, by the textbook with its whole graph."""
+    loss, gradients = PlainTrajectoryMatching._match(
+        method, *method.experts.segment(None, 0, 0, None), *method._draw(it)
+    )
+    return loss[0], gradients
 
 
 def relative(a, b):

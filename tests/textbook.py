@@ -9,15 +9,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from utils.data.augment import Transform, identity
+from utils.data.augment import DSA, Transform, identity
 from utils.data.corruptions import corrupt
 from utils.data.synthetic import SyntheticSet
 from utils.methods.distances import match_loss
+from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.gradient_matching import GradientMatching
 from utils.methods.match_draws import SlotDraw
 from utils.methods.matcher import Matcher
+from utils.methods.trajectory_matching import StudentBatch, TrajectoryMatching
 from utils.training.draws import Batch
 
 
@@ -116,6 +119,77 @@ class PlainMatching(GradientMatching):
         optimizer = torch.optim.SGD(self.net.parameters(), lr=self.settings.lr_net)
         for batches in epochs:
             train_epoch(self.net, optimizer, self.synthetic(), batches, self.settings.lambda_oe)
+
+
+class PlainDistributionMatching(DistributionMatching):
+    """Distribution matching with the same draws, one class after another; batches are augmented as published."""
+
+    def _update(self, images: torch.Tensor, batch: Callable, drawn: dict[int, SlotDraw]) -> torch.Tensor:
+        leaf = images.detach().clone().requires_grad_()
+        total, losses = torch.zeros(()), []
+        for slot, draw in drawn.items():
+            transform = draw.transform or identity
+            with torch.no_grad():
+                target = self.net.embed(transform(batch(draw.real))).mean(0)
+            loss = ((target - self.net.embed(transform(leaf[slot])).mean(0)) ** 2).sum()
+            losses.append(loss.item())
+            total = total + loss
+        images.grad = torch.autograd.grad(total, leaf)[0]
+        return torch.tensor(losses)
+
+
+class PlainTrajectoryMatching(TrajectoryMatching):
+    """Trajectory matching with the same draws and the graph of all steps in memory, as published."""
+
+    def _match(
+        self,
+        start: Sequence[torch.Tensor],
+        target: Sequence[torch.Tensor],
+        batches: Sequence[StudentBatch],
+        batches_oe: Sequence[StudentBatch],
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        leaves = [t.detach().clone().flatten(0, 1).requires_grad_() for t in self._tensors()]
+        lr = self.lr_student.detach().clone().requires_grad_()
+        theta = [p.clone().requires_grad_() for p in start]
+        for step, batch in enumerate(batches):
+            drawn = [batch, *batches_oe[step : step + 1]]
+            parts = [(d.transform or identity)(x[d.index]) for x, d in zip(leaves, drawn, strict=True)]
+            logits = functional_call(self.net, dict(zip(self.names, theta, strict=True)), (torch.cat(parts),))
+            labels = self.labels[batch.index]
+            loss = F.cross_entropy(logits[: len(labels)], labels)
+            if batches_oe:
+                rest = logits[len(labels) :]
+                loss = loss + self.settings.lambda_oe * (rest.logsumexp(1) - rest.mean(1)).mean()
+            gradients = torch.autograd.grad(loss, theta, create_graph=True)
+            theta = [p - lr * g for p, g in zip(theta, gradients, strict=True)]
+        distance = sum(((a - b) ** 2).sum() for a, b in zip(theta, target, strict=True))
+        loss = distance / sum(((a - b) ** 2).sum() for a, b in zip(start, target, strict=True))
+        *on_images, on_lr = torch.autograd.grad(loss, [*leaves, lr])
+        shaped = [g.view(t.shape) for g, t in zip(on_images, self._tensors(), strict=True)]
+        return loss.detach()[None], [*shaped, on_lr]
+
+
+def train_expert_epoch(
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    augmentation: DSA | None,
+) -> float:
+    """One epoch on the real set through a `DataLoader`, batches of 256 augmented as published; returns the loss."""
+    net.train()
+    total = 0.0
+    loader = DataLoader(TensorDataset(images, labels), 256, shuffle=True)
+    g = torch.Generator().manual_seed(0)
+    for x, y in loader:
+        if augmentation is not None:
+            x = augmentation.draw(len(x), tuple(x.shape[2:]), g)(x)
+        loss = nn.CrossEntropyLoss()(net(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += loss.item()
+    return total / len(loader)
 
 
 class ImageByImage(Dataset):

@@ -1,0 +1,123 @@
+"""What `scripts/benchmark.py` measures of the methods: iterations of DM and of MTT, and an epoch of an expert."""
+
+import multiprocessing
+import resource
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import count as count_from
+
+import torch
+from benchmark_works import STRATEGY, Bench
+
+from networks import get_network, initialize
+from tests import textbook
+from utils.compute.device import Compute, set_keep_freed_memory
+from utils.core.rng import generator
+from utils.data.datasets import RealData
+from utils.data.outliers import PseudoOutliers
+from utils.methods.distribution_matching import DistributionMatching
+from utils.methods.experts import ExpertSettings, ExpertTraining
+from utils.methods.match_draws import MatchSettings
+from utils.methods.trajectory_matching import TrajectoryMatching, TrajectorySettings
+from utils.runs.run_folder import RunFolder
+
+STEPS = 30  # of the student of MTT
+
+
+class RandomEnds:
+    """Stands for the experts of MTT: their content does not change the time."""
+
+    trajectories = ((None, None),)
+
+    def __init__(self, net: torch.nn.Module):
+        weights = []
+        for seed in (1, 2):
+            initialize(net, generator(seed))
+            weights.append([p.detach().clone() for p in net.parameters()])
+        self.start, self.target = weights[0], [a + 0.1 * b for a, b in zip(*weights, strict=True)]
+
+    def segment(self, *_: object) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Always the same two sets of parameters."""
+        return self.start, self.target
+
+
+def _alternating(bench: Bench, methods: list) -> dict:
+    """Iterations of two methods in turn; the losses are read, as the stage-1 loop does."""
+    for method in methods:
+        method.start(0)
+    numbers = [count_from(0), count_from(0)]
+
+    def work(index: int) -> Callable[[], object]:
+        return lambda: methods[index].iterate(next(numbers[index]))["loss"].mean().item()
+
+    return bench.measure(work(0), work(1))
+
+
+def dm(bench: Bench) -> dict:
+    """An iteration of distribution matching, images and outliers (POE)."""
+    settings = MatchSettings(
+        bench.args.model, bench.ipc, batch_real=bench.batch, batch_oe=bench.batch, lr_img=1.0, init="real", dsa=STRATEGY
+    )
+    kinds = (textbook.PlainDistributionMatching, DistributionMatching)
+    return _alternating(
+        bench, [kind(bench.real, PseudoOutliers(bench.real), settings, bench.compute) for kind in kinds]
+    )
+
+
+def _trajectory_matching(kind: type, real: RealData, model: str, ipc: int, compute: Compute) -> TrajectoryMatching:
+    settings = TrajectorySettings(model, ipc, syn_steps=STEPS, dsa=STRATEGY)
+    net = get_network(model, real.channel, real.num_classes, real.im_size).to(real.device)
+    return kind(real, PseudoOutliers(real), settings, RandomEnds(net), compute)
+
+
+def mtt(bench: Bench) -> dict:
+    """An iteration of trajectory matching of 30 steps, images and outliers (POE); `…_gb`: the memory that it takes,
+    uncompiled, in a process of its own."""
+    kinds = (textbook.PlainTrajectoryMatching, TrajectoryMatching)
+    fp32 = replace(bench.compute, precision="fp32")
+    result = _alternating(
+        bench, [_trajectory_matching(k, bench.real, bench.args.model, bench.ipc, fp32) for k in kinds]
+    )
+    peaks = [_peak(kind, bench) for kind in kinds]
+    return result | {"plain_gb": peaks[0], "engine_gb": peaks[1]}
+
+
+def _peak(kind: type, bench: Bench) -> float:
+    """Peak of the resident memory above what it is before the iteration, in GB; on a CPU."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_measure_peak, args=(kind, bench.args.model, bench.ipc, queue))
+    process.start()
+    peak = queue.get()
+    process.join()
+    return peak
+
+
+def _measure_peak(kind: type, model: str, ipc: int, queue: multiprocessing.Queue) -> None:
+    images = torch.zeros(20 * ipc, 3, 32, 32, dtype=torch.uint8)
+    labels = torch.arange(20 * ipc) % 10
+    real = RealData("random", 10, (0.5,) * 3, (0.25,) * 3, images, labels, images, labels)
+    method = _trajectory_matching(kind, real, model, ipc, Compute())
+    method.start(0)
+    set_keep_freed_memory(False)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    method.iterate(0)
+    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6)
+
+
+def experts(bench: Bench) -> dict:
+    """An epoch of an expert on 50,000 images, without outliers and without its test."""
+    real = bench.real
+    net, other = (get_network(bench.args.model, 3, 10, (32, 32), generator(0)).to(bench.device) for _ in range(2))
+    images = real.train_batch(torch.arange(len(real.images_train)))
+    optimizer = torch.optim.SGD(other.parameters(), 0.01)
+    run = RunFolder.create(bench.folder.name, "experts")
+    training = ExpertTraining(net, real, None, ExpertSettings(augmentation=STRATEGY), bench.compute, run)
+    numbers = count_from(0)
+    return bench.measure(
+        lambda: textbook.train_expert_epoch(other, optimizer, images, real.labels_train, STRATEGY),
+        lambda: training._epoch(0, next(numbers) % 50).item(),
+    )
+
+
+METHOD_WORKS: dict[str, Callable[[Bench], dict]] = {"dm": dm, "mtt": mtt, "experts": experts}
