@@ -18,11 +18,16 @@ from utils.core.rng import generator
 from utils.data.augment import DSA, parse_strategy
 from utils.data.corruptions import corrupt
 from utils.data.download import FROM_PYTORCH_OOD
+from utils.data.outliers import PseudoOutliers
 from utils.data.synthetic import SyntheticSet, load_synthetic
 from utils.files.images import conform
+from utils.methods.distribution_matching import DistributionMatching
+from utils.methods.experts import ExpertBuffer, ExpertSettings, ExpertTraining, describe, open_expert_run
 from utils.methods.gradient_matching import GradientMatching, MatchSettings
+from utils.methods.trajectory_matching import TrajectoryMatching, TrajectorySettings
 from utils.ood.drawn import DRAWN
-from utils.ood.measures import MEASURES
+from utils.ood.measures import MEASURES, ood_measures
+from utils.ood.scores import msp
 from utils.ood.sets import FROM_TORCHVISION, OODSource, validation_sets
 from utils.runs.run_folder import RunFolder
 from utils.training.evaluator import EvalSettings, Evaluator
@@ -184,25 +189,73 @@ def test_missing_ood_sets_are_all_named(in_process, refused, tmp_path):
 DSA_SETTINGS = DSA(parse_strategy(STRATEGY))
 
 
-def test_distilled_images_beat_the_real_ones_they_started_from(digits):
+@pytest.fixture(scope="module")
+def experts(digits, tmp_path_factory):
+    """Two short trajectories of ConvNetD1 on Digits, by whether they saw pseudo-outliers."""
+    buffers = {}
+    for with_outliers in (False, True):
+        outliers = PseudoOutliers(digits) if with_outliers else None
+        folder = tmp_path_factory.mktemp("experts") / "b"
+        net = get_network("ConvNetD1", 1, 10, (8, 8))
+        run = open_expert_run(folder, describe(digits, "ConvNetD1", outliers))
+        settings = ExpertSettings(epochs=7, lr=0.05, batch=64, batch_oe=64, augmentation=DSA_SETTINGS)
+        ExpertTraining(net, digits, outliers, settings, Compute(), run).train_all(2)
+        buffers[with_outliers] = ExpertBuffer(folder, [p.shape for p in net.parameters()], None, "")
+    return buffers
+
+
+def distilled(method, digits, seed, outliers, experts):
+    """A distilled set of Digits, one image per class, and the real images that it started from."""
+    if method == "MTT":
+        settings = TrajectorySettings(
+            "ConvNetD1", 1, seed, lr_img=10.0, lr_teacher=0.05, syn_steps=12, max_start_epoch=4, dsa=DSA_SETTINGS
+        )
+        made = TrajectoryMatching(digits, outliers, settings, experts[outliers is not None])
+    else:
+        kind, lr = (GradientMatching, 0.1) if method == "DSA" else (DistributionMatching, 1.0)
+        settings = MatchSettings(
+            "ConvNetD1", 1, seed, lr_img=lr, init="real", dsa=DSA_SETTINGS, batch_real=64, batch_oe=64
+        )
+        made = kind(digits, outliers, settings)
+    made.start(0)
+    before = made.synthetic().detached_cpu()
+    for it in range(45):
+        made.iterate(it)
+    return before, made.synthetic().detached_cpu()
+
+
+@pytest.mark.parametrize("method", ["DSA", "DM", "MTT"])
+def test_distilled_images_beat_the_real_ones_they_started_from(digits, experts, method):
     """Same training, three seeds: the mean gains more than five points, and no seed loses."""
     gains = []
     for seed in (1, 2, 3):
-        settings = MatchSettings("ConvNetD1", 1, seed, init="real", dsa=DSA_SETTINGS, batch_real=64)
-        method = GradientMatching(digits, None, settings)
-        method.start(0)
-        before = method.synthetic().detached_cpu()
-        for it in range(45):
-            method.iterate(it)
-        training = TrainSettings(200, augmentation=DSA_SETTINGS)
         accs = []
-        for synthetic in (before, method.synthetic()):
+        for synthetic in distilled(method, digits, seed, None, experts):
             net = get_network("ConvNetD1", 1, 10, (8, 8), generator(seed, "net"))
-            Trainer(net, training).train(synthetic, seed, ("train",))
+            synthetic = replace(synthetic, lr_net=None)  # the same training for both
+            Trainer(net, TrainSettings(200, augmentation=DSA_SETTINGS)).train(synthetic, seed, ("train",))
             accs.append(accuracy_of(predict(net, digits.test_images), digits.labels_test))
         gains.append(accs[1] - accs[0])
     assert min(gains) > 0
     assert sum(gains) / 3 > 0.05
+
+
+@pytest.mark.parametrize("method", ["DM", "MTT"])
+def test_distilled_outliers_help_to_detect(digits, experts, method, tmp_path):
+    """Mean AUROC (msp) on two OOD sets over three seeds: with pseudo-outliers more than two points above plain."""
+    source = OODSource(digits, tmp_path, tmp_path, False, 200, 1)
+    sets = [ood.load() for ood in source.find(["patches", "gaussian"])[0]]
+    means = []
+    for outliers in (None, PseudoOutliers(digits)):
+        aurocs = []
+        for seed in (1, 2, 3):
+            _, synthetic = distilled(method, digits, seed, outliers, experts)
+            net = get_network("ConvNetD1", 1, 10, (8, 8), generator(seed, "net"))
+            Trainer(net, TrainSettings(200, augmentation=DSA_SETTINGS)).train(synthetic, seed, ("train",))
+            inside = msp(predict(net, digits.test_images).double()).numpy()
+            aurocs += [ood_measures(inside, msp(predict(net, x).double()).numpy())["auroc"] for x in sets]
+        means.append(np.mean(aurocs))
+    assert means[1] > means[0] + 0.02
 
 
 def test_outliers_make_networks_unconfident_on_them(digits):
