@@ -170,6 +170,64 @@ def test_killed_distillation_ends_with_the_same_bits(processes, whole, tmp_path)
     assert "is finished" in processes.run(tmp_path, "main_poe.py", ["--resume", "latest", "--save_path", "one"])
 
 
+SMALL = "--dataset Digits --model MLP --seed 3 --dsa_strategy color_crop_cutout_scale_rotate"
+EXPERTS = f"{SMALL} --num_experts 2 --train_epochs 8 --batch_train 32 --batch_oe 8 --outliers poe".split()
+OTHERS = f"{SMALL} --ipc 1 --num_exp 1 --num_eval 1 --epoch_eval_train 30 --Iteration 40 --eval_interval 10".split()
+OTHERS += ["--checkpoint_interval", 3]
+OF_METHOD = {
+    "DM": ["--method", "DM", "--batch_real", 64, "--batch_oe", 64],
+    "MTT": [
+        "--method",
+        "MTT",
+        "--syn_steps",
+        10,
+        "--max_start_epoch",
+        4,
+        "--lr_img",
+        10,
+        "--buffer_path",
+        "../buffers",
+    ],
+}
+
+
+def kill_often(processes, cwd, script, flags, times=3):
+    """Kill a run at its calls of `os.replace`, which every checkpoint makes; then let it end."""
+    resumed = []
+    for n in (3, 5, 4)[:times]:
+        processes.start(cwd, script, [*flags, *resumed], ["replace", n])
+        assert processes.wait() == -signal.SIGKILL
+        if script != "train_experts.py" and list(cwd.rglob("args.json")):
+            flags, resumed = [], ["--resume", run_folder(cwd).relative_to(cwd)]
+    processes.run(cwd, script, [*flags, *resumed])
+
+
+def test_killed_experts_end_with_the_same_bits(processes, tmp_path):
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    processes.run(tmp_path / "whole", "train_experts.py", EXPERTS)
+    kill_often(processes, tmp_path / "cut", "train_experts.py", EXPERTS)
+    a, b = (sorted((tmp_path / name).rglob("replay_buffer_*.pt")) for name in ("whole", "cut"))
+    assert len(a) == len(b) == 2
+    assert all(same_tensors(load(x), load(y)) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("method", OF_METHOD)
+def test_killed_distillation_of_other_methods_ends_with_the_same_bits(processes, tmp_path, method):
+    if method == "MTT":
+        processes.run(tmp_path, "train_experts.py", EXPERTS)
+    flags = [*OTHERS, *OF_METHOD[method]]
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    processes.run(tmp_path / "whole", "main_poe.py", flags)
+    kill_often(processes, tmp_path / "cut", "main_poe.py", flags)
+    expected, found = (run_folder(tmp_path / name) for name in ("whole", "cut"))
+    a, b = (load(next(f.glob("res_*.pt"))) for f in (expected, found))
+    assert all(same_tensors(a.get(k), b.get(k)) for k in ("data", "data_oe", "accs_all_exps", "lr_net"))
+    assert ("lr_net" in a) == (method == "MTT")
+    assert lines(expected) == lines(found)
+
+
 def test_killed_training_ends_with_the_same_bits(processes, whole, tmp_path):
     flags = [*STAGE2, whole / "one", "--save_path", "two"]
     kill_and_resume(processes, tmp_path, "train_model_synthetic_oe.py", flags)

@@ -19,7 +19,9 @@ import torch
 from utils.data.datasets import load_dataset
 from utils.stages.entry import run_script
 
-SCRIPTS = {name: importlib.import_module(name) for name in ("main", "main_poe", "train_model_synthetic_oe")}
+SCRIPTS = {
+    name: importlib.import_module(name) for name in ("main", "main_poe", "train_model_synthetic_oe", "train_experts")
+}
 
 
 def kill_at(name: str, n: int) -> None:
