@@ -1,10 +1,10 @@
 """What `scripts/benchmark.py` measures of the methods: iterations of DM and of MTT, and an epoch of an expert."""
 
 import multiprocessing
-import resource
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count as count_from
+from pathlib import Path
 
 import torch
 from benchmark_works import STRATEGY, Bench
@@ -12,6 +12,7 @@ from benchmark_works import STRATEGY, Bench
 from networks import get_network, initialize
 from tests import textbook
 from utils.compute.device import Compute, set_keep_freed_memory
+from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.datasets import RealData
 from utils.data.outliers import PseudoOutliers
@@ -88,9 +89,10 @@ def _peak(kind: type, bench: Bench) -> float:
     queue = context.Queue()
     process = context.Process(target=_measure_peak, args=(kind, bench.args.model, bench.ipc, queue))
     process.start()
-    peak = queue.get()
     process.join()
-    return peak
+    if process.exitcode:
+        raise UserError(f"mtt: the process that measures memory ended with {process.exitcode}")
+    return queue.get()
 
 
 def _measure_peak(kind: type, model: str, ipc: int, queue: multiprocessing.Queue) -> None:
@@ -100,9 +102,15 @@ def _measure_peak(kind: type, model: str, ipc: int, queue: multiprocessing.Queue
     method = _trajectory_matching(kind, real, model, ipc, Compute())
     method.start(0)
     set_keep_freed_memory(False)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _resident("VmRSS")
     method.iterate(0)
-    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6)
+    queue.put(_resident("VmHWM") - before)
+
+
+def _resident(what: str) -> float:
+    """Resident memory of this process in GB: now (`VmRSS`) or at its peak (`VmHWM`); of Linux."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1e6 for line in lines if line.startswith(what))
 
 
 def experts(bench: Bench) -> dict:

@@ -36,6 +36,7 @@ from utils.core.rng import generator
 from utils.data.datasets import RealData, load_dataset
 from utils.data.outliers import PseudoOutliers, read_image_pool
 from utils.data.synthetic import SyntheticSet, load_synthetic, save_synthetic
+from utils.methods.experts import ExpertBuffer
 from utils.methods.gradient_matching import GradientMatching, MatchSettings
 from utils.runs.checkpoints import Checkpointer
 from utils.runs.run_folder import RunFolder
@@ -197,6 +198,20 @@ def _read_arguments(path: Path, real: RealData) -> None:
         raise UserError(printed.getvalue().strip()) from None
 
 
+BUFFER = [(2, 3), (2,)]  # shapes of the parameters
+
+
+def _buffers(real: RealData) -> list[bytes]:
+    content = [[[torch.full(shape, float(epoch)) for shape in BUFFER] for epoch in range(4)] for _ in range(2)]
+    return [_saved(content), _saved([*content, Payload()]), pickle.dumps(Payload())]
+
+
+def _read_buffer(path: Path, real: RealData) -> None:
+    experts = ExpertBuffer(path.parent, BUFFER, None, "")
+    for seed in range(8):  # of mapped memory only what is read shows the damage
+        experts.segment(generator(seed), 1, experts.epochs, torch.device("cpu"))
+
+
 READERS = {  # name of the file, valid files, how it is read
     "distilled set .pt": ("res.pt", _distilled, lambda path, real: load_synthetic(path, 0, real)),
     "network .pt": (NETWORK, _networks, lambda path, real: load_trained(path.parent, "ConvNetD1", real, 0, "best")),
@@ -206,6 +221,7 @@ READERS = {  # name of the file, valid files, how it is read
     "pool .npz": ("pool.npz", _npz_pools, _read_pool),
     "checkpoint.pt": ("checkpoint.pt", _checkpoints, _read_checkpoint),
     "args.json": ("args.json", _arguments, _read_arguments),
+    "expert buffer": ("buffers/replay_buffer_0.pt", _buffers, _read_buffer),
     "image of a folder": ("folder/image.png", _images, _read_folder),
 }
 
