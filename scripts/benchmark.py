@@ -1,4 +1,4 @@
-"""Measure the engine beside the textbook loop (`utils/textbook.py`): same process, same inputs, alternating.
+"""Measure the engine beside the textbook loop (`tests/textbook.py`): same process, same inputs, alternating.
 
     python scripts/benchmark.py                                  # ConvNetW32, ipc 2: about three minutes on two cores
     python scripts/benchmark.py --model ConvNet --ipc 10 --repeats 1 --works iteration            # twenty minutes there

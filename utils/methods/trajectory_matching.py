@@ -84,6 +84,7 @@ class StudentStep:
         self, images: torch.Tensor, labels: torch.Tensor, weight: float, params: Params, v: Params
     ) -> tuple[torch.Tensor, torch.Tensor, Params]:
         def product(x: torch.Tensor, p: Params) -> tuple[torch.Tensor, torch.Tensor]:
+            """`h`, to be differentiated, and its value."""
             found = self._gradient(x, labels, weight, p)
             h = sum((found[name] * v[name]).sum() for name in v)
             return h, h.detach()
