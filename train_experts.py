@@ -58,7 +58,7 @@ def main(args: argparse.Namespace) -> None:
     images = len(real.images_train) * (1 if outliers is None else 1 + args.batch_oe / args.batch_train)
     workload = Workload(steps * (images + len(real.images_test) / 2), steps, "training")
     compute = choose_compute(args.compile, args.precision, device, net, (real.channel, *real.im_size), workload)
-    about = describe(real, args.model, outliers) | {"training": settings.about()}
+    about = describe(real, args.model, outliers, args.lambda_oe) | {"training": settings.about()}
     run = open_expert_run(expert_folder(args.buffer_path, real, args.model), about)
     run.log(f"experts: {run.path}")
     run.log(f"computing: {compute}")

@@ -41,6 +41,10 @@ class RandomEnds:
         """Always the same two sets of parameters."""
         return self.start, self.target
 
+    def fingerprint(self) -> str:
+        """There is no file."""
+        return ""
+
 
 def _alternating(bench: Bench, methods: list) -> dict:
     """Iterations of two methods in turn; the losses are read, as the stage-1 loop does."""

@@ -58,8 +58,11 @@ def main(args: argparse.Namespace) -> None:
     source = OODSource(
         real=real, ood_path=Path(args.ood_path), data_path=Path(args.data_path), download=fetch, limit=1, seed=1
     )
-    _, missing = source.find(list(dict.fromkeys(args.ood_sets)), skip_missing=True)
-    problems += [f"--ood_sets {name}: {what}" for name, what in missing.items()]
+    for name in dict.fromkeys(args.ood_sets):
+        try:
+            problems += [f"--ood_sets {name}: {what}" for what in source.find([name])[1].values()]
+        except UserError as error:  # damaged
+            problems.append(str(error))
     if problems:
         raise UserError(f"{len(problems)} inputs are missing. " + " | ".join(problems))
 

@@ -63,16 +63,23 @@ stage() {
     mv "$dir/done.new" "$dir/done"
 }
 
+# buffers KIND: the folder of the experts; pseudo-outliers of other flags have another one
+buffers() {
+    local more=""
+    if [ "$1" = poe ]; then more=${POE//[^a-z]/}; fi
+    echo "$OUT/buffers/$1${more:+-$more}"
+}
+
 # experts KIND: the experts of MTT for a kind; those that are there are not trained again
 experts() {
     local kind=$1 outliers=$1 more=""
     case $kind in
         plain) outliers=none ;;
         oe) more="--oe_data_path $OE_DATA --lambda_oe $LAMBDA" ;;
-        poe) more="--lambda_oe $LAMBDA" ;;
+        poe) more="--lambda_oe $LAMBDA $POE" ;;
     esac
     set -- train_experts.py --dataset "$DATASET" --data_path "$DATA" --model "$MODEL" ${DOWNLOAD:+--download $DOWNLOAD} $AUGMENT \
-        --outliers "$outliers" $more --buffer_path "$OUT/buffers/$kind" $EXPERTS
+        --outliers "$outliers" $more --buffer_path "$(buffers "$kind")" $EXPERTS
     echo "\$ $PYTHON $*"
     "$PYTHON" "$@"
 }
@@ -87,8 +94,8 @@ distil() {
         *) echo "KINDS: unknown kind '$1'. Accepted: plain oe poe" >&2; exit 2 ;;
     esac
     if [ "$METHOD" = MTT ]; then
-        experts "$1"
-        more="$more --buffer_path $OUT/buffers/$1 $MTT"
+        if [ ! -s "$4/done" ]; then experts "$1"; fi
+        more="$more --buffer_path $(buffers "$1") $MTT"
     fi
     stage "$4" "" $script $COMMON $AUGMENT --ipc "$2" --seed "$3" --init real --num_exp 1 ${ITERATIONS:+--Iteration $ITERATIONS} $more $STAGE1
 }

@@ -186,7 +186,7 @@ def main():
             if distributed.is_main():
                 raise UserError("no network")
     except UserError as error:
-        print(distributed.rank(), error, flush=True)
+        os.write(1, f"{{distributed.rank()}} {{error}}\\n".encode())
     run = RunFolder.create("runs", name="a")
     run.log("common")
     run.log_own("own")

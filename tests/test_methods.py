@@ -105,3 +105,21 @@ def test_files_that_are_no_method(refused, tmp_path, code, message):
     error = refused("main.py", "--method", "Mine", "--method_file", path)
     assert message in error
     assert "--method_file" in error
+
+
+TWO_METHODS = """
+from utils.compute.compiling import Workload
+from utils.methods import Flag, MethodEntry, register
+from utils.methods.distribution_matching import _build
+power = Flag("power", float, 2.0, "an exponent")
+for name in ("A", "B"):
+    entry = MethodEntry(name, "", _build, lambda inputs: Workload(0, 1, "matching"), [power], {"lr_img_oe": 0.5})
+    register(entry)
+"""
+
+
+def test_a_file_with_two_methods(in_process, tmp_path):
+    """They share a flag, and have a default of a flag that main.py lacks."""
+    path = tmp_path / "two.py"
+    path.write_text(TWO_METHODS)
+    assert "accuracy" in in_process("main.py", *SHORT, "--method", "B", "--method_file", path, "--power", 3)

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shlex
 import subprocess
 import sys
 import time
@@ -44,6 +45,9 @@ class Ends:
 
     def segment(self, g, max_start, length, device):
         return self.start, self.target
+
+    def fingerprint(self):
+        return "none"
 
 
 def make(real, settings=SETTINGS, outliers=True, dtype=torch.float64, compute=None):
@@ -193,7 +197,7 @@ def test_state(tiny_real):
 def plain_sgd(real, settings, index, outliers):
     """The trajectory of an expert by a plain loop with torch's own SGD; augmentation and batches by their keys."""
     net = get_network("ConvNetD1", 3, 3, (16, 16))
-    initialize(net, generator(settings.seed, "expert", index))
+    initialize(net, generator(settings.seed, "expert", index)).double()
     optimizer = torch.optim.SGD(net.parameters(), settings.lr, settings.momentum, weight_decay=settings.weight_decay)
     trajectory = [[p.detach().clone() for p in net.parameters()]]
     for epoch in range(settings.epochs):
@@ -201,15 +205,18 @@ def plain_sgd(real, settings, index, outliers):
             group["lr"] = settings.lr * (0.1 if settings.decay and epoch >= settings.epochs // 2 + 1 else 1)
         g = generator(settings.seed, "expert", index, "epoch", epoch)
         for part in torch.randperm(len(real.images_train), generator=g).split(settings.batch):
-            x = real.normalize(real.images_train[part] / 255)
+            x = real.normalize(real.images_train[part])
             x = settings.augmentation.draw(len(x), (16, 16), g)(x)
-            loss = None
+            n, rest = len(x), None
             if outliers is not None:
-                counts = [settings.batch_oe // 3 + (slot < settings.batch_oe % 3) for slot in range(3)]
+                first = int(torch.randint(3, (1,), generator=g))
+                counts = [settings.batch_oe // 3 + ((slot - first) % 3 < settings.batch_oe % 3) for slot in range(3)]
                 rest = torch.cat([outliers.draw(slot, n, g) for slot, n in enumerate(counts)])
-                z = net(settings.augmentation.draw(len(rest), (16, 16), g)(rest))
-                loss = settings.lambda_oe * -(z.log_softmax(1) / 3).sum(1).mean()
-            loss = F.cross_entropy(net(x), real.labels_train[part]) + (0 if loss is None else loss)
+                x = torch.cat([x, settings.augmentation.draw(len(rest), (16, 16), g)(rest)])
+            z = net(x)
+            loss = F.cross_entropy(z[:n], real.labels_train[part])
+            if rest is not None:
+                loss = loss - settings.lambda_oe * (z[n:].log_softmax(1) / 3).sum(1).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -218,7 +225,8 @@ def plain_sgd(real, settings, index, outliers):
 
 
 def train(real, folder, settings, outliers, num=1):
-    net = get_network("ConvNetD1", 3, 3, (16, 16))
+    dtype = real.images_train.dtype
+    net = get_network("ConvNetD1", 3, 3, (16, 16)).to(dtype if dtype.is_floating_point else torch.float32)
     run = open_expert_run(folder, describe(real, "ConvNetD1", outliers))
     ExpertTraining(net, real, outliers, settings, Compute(), run).train_all(num)
     run.lock.file.close()
@@ -229,16 +237,18 @@ def test_an_expert_is_a_plain_sgd_loop(tiny_real, tmp_path, with_outliers):
     settings = ExpertSettings(
         epochs=4, lr=0.05, momentum=0.5, weight_decay=1e-3, decay=True, batch=16, batch_oe=7, augmentation=STRATEGY
     )
-    outliers = PseudoOutliers(tiny_real) if with_outliers else None
-    train(tiny_real, tmp_path / "b", settings, outliers, num=2)
+    unit = {name: getattr(tiny_real, name).double() / 255 for name in ("images_train", "images_test")}
+    real = replace(tiny_real, **unit)  # in float64 rounding does not grow over the epochs
+    outliers = PseudoOutliers(real) if with_outliers else None
+    train(real, tmp_path / "b", settings, outliers, num=2)
     for index in range(2):
         (trajectory,) = torch.load(tmp_path / "b" / f"replay_buffer_{index}.pt")  # the published nesting
-        expected = plain_sgd(tiny_real, settings, index, outliers)
+        expected = plain_sgd(real, settings, index, outliers)
         assert len(trajectory) == len(expected) == 5
         for epoch, by_hand in zip(trajectory, expected, strict=True):
             assert all(p.dtype == torch.float32 and not p.requires_grad for p in epoch)
             for a, b in zip(epoch, by_hand, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(a, b.float(), rtol=1e-6, atol=1e-7)
     assert not list((tmp_path / "b").glob("unfinished*"))
 
 
@@ -442,3 +452,63 @@ def test_other_processes_take_over_the_gradients(tiny_real, monkeypatch):
     second.iterate(0)
     assert torch.equal(first.image_syn, second.image_syn)
     assert torch.equal(first.lr_student, second.lr_student)
+
+
+# --- what a review found ----------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_wants_the_same_experts(in_process, refused, monkeypatch):
+    in_process("train_experts.py", *TEACH)
+    original = TrajectoryMatching.iterate
+
+    def iterate(self, it):
+        if it == 2:
+            raise KeyboardInterrupt
+        return original(self, it)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrajectoryMatching, "iterate", iterate)
+        with pytest.raises(KeyboardInterrupt):
+            in_process("main.py", *STAGE1, "--num_exp", 1, "--num_eval", 1, "--epoch_eval_train", 3)
+    os.rename("buffers", "moved")
+    assert "--buffer_path: no experts in" in refused("main.py", "--resume", "latest")
+    assert "stopped" not in in_process("main.py", "--resume", "latest", "--buffer_path", "moved")
+    in_process("train_experts.py", *TEACH, "--num_experts", 3, "--buffer_path", "moved")
+    error = refused("main.py", "--resume", "latest", "--buffer_path", "moved")
+    assert "--buffer_path: what is there now is not what" in error
+
+
+def test_the_command_that_makes_the_experts_is_whole(refused):
+    flags = [*STAGE1, "--corruptions", "invert", "--lambda_oe", 3, "--max_start_epoch", 60]
+    words = shlex.split(refused("main_poe.py", *flags, "--buffer_path", "a b").split("make them: ")[1])
+    args = train_experts.get_args_parser().parse_args(words[2:])
+    assert (args.outliers, args.corruptions, args.lambda_oe) == ("poe", ["invert"], 3)
+    assert (args.train_epochs, args.buffer_path, args.seed) == (61, "a b", 2)
+
+
+def test_experts_with_another_weight_of_outliers(in_process, refused):
+    in_process("train_experts.py", *TEACH, "--outliers", "poe", "--train_epochs", 4)
+    assert "are of another kind: outliers" in refused("main_poe.py", *STAGE1, "--lambda_oe", 3)
+
+
+def test_experts_without_a_description(in_process, refused, tmp_path):
+    in_process("train_experts.py", *TEACH, "--train_epochs", 4)
+    (tmp_path / "buffers/Digits_NO_ZCA/ConvNetD1/experts.json").unlink()
+    short = [*STAGE1, "--num_exp", 1, "--num_eval", 1, "--epoch_eval_train", 2, "--Iteration", 1]
+    assert "has no experts.json: its experts are taken to have seen" in in_process("main.py", *short)
+    assert "so its experts have seen no outliers; make them with" in refused("main_poe.py", *short)
+    assert "has experts without experts.json, made elsewhere" in refused("train_experts.py", *TEACH)
+
+
+def test_flags_of_outliers_that_are_not_trained_on(refused):
+    error = refused("train_experts.py", *TEACH, "--corruptions", "invert")
+    assert "--corruptions: --outliers none does not use it; give --outliers poe" in error
+    error = refused("train_experts.py", *TEACH, "--outliers", "poe", "--num_oe_per_class", 3)
+    assert "--num_oe_per_class: --outliers poe does not use it; give --outliers oe" in error
+
+
+def test_a_learning_rate_that_explodes_is_named(in_process, refused):
+    in_process("train_experts.py", *TEACH, "--train_epochs", 4)
+    error = refused("main.py", *STAGE1, "--lr_lr", 1e30, "--num_eval", 1, "--epoch_eval_train", 2)
+    assert "not finite. Lower --lr_img or --lr_lr; --load_path" in error
+    assert "loss of slot" not in error

@@ -49,3 +49,18 @@ def test_through_all_stages(in_process, tmp_path):
     assert "distilled.png" in out
     stored = torch.load(next(tmp_path.rglob("res_*.pt")), weights_only=True)["normalisation"]["zca"]
     assert stored["matrix"].shape == (64, 64)
+
+
+def test_networks_are_tested_as_they_were_trained(in_process, refused):
+    common = ["--dataset", "Digits", "--model", "ConvNetD1", "--ipc", 1, "--method", "DM"]
+    in_process("main.py", *common, "--num_exp", 1, "--num_eval", 1, "--epoch_eval_train", 2, "--Iteration", 1, "--zca")
+    in_process("train_model_synthetic_no_oe.py", *common, "--num_eval", 1, "--epoch_eval_train", 5, "--zca")
+    error = refused("test_ood_model_syn.py", *common, "--num_exp", 1, "--is_load_best", "--ood_sets", "blob")
+    assert "were trained with it; give --zca" in error
+
+
+def test_a_published_file_was_not_whitened(tmp_path):
+    white = load_dataset("Digits", "nowhere", zca=True)
+    torch.save({"data": [[torch.zeros(10, 1, 8, 8), torch.arange(10)]]}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="was made without it; leave out --zca"):
+        load_synthetic(tmp_path / "a.pt", 0, white)

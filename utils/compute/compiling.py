@@ -20,7 +20,7 @@ from utils.core.errors import UserError, one_line
 
 COMPILERS = ("c++", "g++", "clang++")
 CUDA_STEPS = 500  # `auto` compiles longer runs than this on a GPU (not measured yet)
-# PlotData on two cores of a CPU: the seconds that compiling takes, and the seconds times threads that it saves for each
+# Measured on two cores of a CPU: the seconds that compiling takes, and the seconds times threads that it saves for each
 # number that a convolution puts out in one forward and backward pass of an image.
 COMPILE_SECONDS = {"matching": 75.0, "training": 12.0, "testing": 3.0}
 SAVED_SECONDS = 2 * 2e-9

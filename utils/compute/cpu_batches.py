@@ -6,7 +6,7 @@ from copy import deepcopy
 import torch
 from torch import nn
 
-# The most numbers that a convolution may put out for one part. PlotData on a CPU with 2 MB of second-level cache per
+# The most numbers that a convolution may put out for one part. Measured on a CPU with 2 MB of second-level cache per
 # core: ConvNet needs 0.85 of the time for forward and backward, 0.8 of the time for a test.
 BACKWARD, FORWARD = 2**22, 2**23
 

@@ -4,7 +4,8 @@ import difflib
 import os
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -13,6 +14,15 @@ class UserError(ValueError):
 
 class RankError(UserError):
     """An error of one process among several. That process prints it, whichever rank it has."""
+
+
+@contextmanager
+def rank_errors() -> Iterator[None]:
+    """Turn a `UserError` of the block, in which each process does work of its own, into a `RankError`."""
+    try:
+        yield
+    except UserError as error:
+        raise RankError(error) from None
 
 
 class Interrupted(BaseException):

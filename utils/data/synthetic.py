@@ -1,9 +1,10 @@
 """The synthetic set: what distillation optimises, the files that hold it, and what network training reads."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -65,6 +66,7 @@ class LearnableSet:
     """
 
     MOMENTUM = 0.5
+    fingerprints: Mapping[str, str] = MappingProxyType({})  # of what a method reads beside the data
 
     def __init__(
         self,
@@ -266,8 +268,9 @@ def _check_fits(images: torch.Tensor, labels: torch.Tensor, real: RealData, path
             f"of 0..{classes - 1}"
         )
     stored = content.get("normalisation")
-    if isinstance(stored, dict) and ("zca" in stored) != (real.zca is not None):
-        made = "with" if "zca" in stored else "without"
+    whitened = isinstance(stored, dict) and "zca" in stored
+    if whitened != (real.zca is not None):
+        made = "with" if whitened else "without"
         raise UserError(f"--zca: {path} was made {made} it; {'give' if made == 'with' else 'leave out'} --zca")
     if "normalisation" in content and not _same_normalisation(content["normalisation"], real):
         raise UserError(

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from utils.data.corruptions import product_dtype
+
 EPSILON = 0.1
 
 
@@ -21,15 +23,21 @@ class ZCA:
 
     def whiten(self, images: torch.Tensor) -> torch.Tensor:
         """Images `[N, C, H, W]` in [0, 1] to whitened ones."""
-        return ((images.flatten(1) - self.mean) @ self.matrix).view_as(images)
+        return _product(images.flatten(1) - self.mean, self.matrix).view_as(images)
 
     def undo(self, images: torch.Tensor) -> torch.Tensor:
         """The inverse of `whiten`."""
-        return (images.flatten(1) @ self.inverse + self.mean).view_as(images)
+        return (_product(images.flatten(1), self.inverse) + self.mean).view_as(images)
 
     def to(self, device: torch.device | str) -> "ZCA":
         """The same map on `device`."""
         return replace(self, **{n: getattr(self, n).to(device) for n in ("mean", "matrix", "inverse")})
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`a @ b` in full precision."""
+    dtype = product_dtype(a.dtype, a.device)
+    return (a.to(dtype) @ b.to(dtype)).to(a.dtype)
 
 
 def fit_zca(batches: Iterable[torch.Tensor], epsilon: float = EPSILON) -> ZCA:

@@ -37,7 +37,8 @@ class Method(Protocol):
     """One distillation: the synthetic images of an experiment, and what updates them.
 
     `labels`: int64 `[num_classes·ipc]`, sorted; `initial`: distilled sets to start the experiments from, instead of
-    real images or noise; `notices`: lines for the log of the run; `about`: plain values that describe the run.
+    real images or noise; `notices`: lines for the log of the run; `about`: plain values that describe the run;
+    `fingerprints`: of further inputs, by flag; a resumed run must have the same.
     """
 
     labels: torch.Tensor
@@ -45,6 +46,7 @@ class Method(Protocol):
     initial: Sequence[SyntheticSet]
     notices: Sequence[str]
     about: Mapping[str, object]
+    fingerprints: Mapping[str, str]
 
     def start(self, exp: int) -> None:
         """Initialise the synthetic images (and outliers) of experiment `exp`."""
@@ -157,9 +159,9 @@ def _load_method_file(parser: Parser, words: list[str]) -> None:
     Raises:
         UserError: when the file is not there, fails, or registers nothing.
     """
-    flag = "--method_file"
-    named = [word.removeprefix(f"{flag}=") for word in words if word.startswith(f"{flag}=")]
-    named += [words[i + 1] for i, word in enumerate(words[:-1]) if word == flag]
+    own = "--method_file"
+    named = [word.removeprefix(f"{own}=") for word in words if word.startswith(f"{own}=")]
+    named += [words[i + 1] for i, word in enumerate(words[:-1]) if word == own]
     if not named:
         return
     path = check_file(Path(named[-1]), "--method_file")
@@ -178,6 +180,7 @@ def _load_method_file(parser: Parser, words: list[str]) -> None:
         for flag in entry.flags if "Iteration" in known else ():  # only stage 1 has flags of methods
             if flag.name not in known:
                 _add_flag(parser.add_argument_group(entry.name), flag, [entry.name])
+                known.add(flag.name)
 
 
 def _complete_flags(

@@ -85,7 +85,9 @@ class DistributionMatching(LearnableSet):
             distances = (means - torch.stack([targets[slot] for slot in chunk])).square().sum(1)
             gradient[chunk] = torch.autograd.grad(distances.sum(), some)[0]
             losses[chunk] = distances.detach()
-        if not self.has_batchnorm:
+        if self.has_batchnorm:
+            distributed.broadcast_(losses, gradient)  # each process has computed all, on unlike devices to rounding
+        else:
             distributed.sum_(losses, gradient)
         images.grad = gradient
         return losses

@@ -18,14 +18,14 @@ from networks import initialize
 from utils.compute import distributed
 from utils.compute.device import Compute
 from utils.compute.transfer import send_draws
-from utils.core.errors import UserError
+from utils.core.errors import UserError, rank_errors
 from utils.core.rng import generator
 from utils.data.augment import DSA, identity
 from utils.data.datasets import RealData
 from utils.data.outliers import OutlierSource
 from utils.files.atomic import save_pt, save_text
 from utils.files.text_files import read_json
-from utils.files.torch_files import read_pt
+from utils.files.torch_files import fingerprint, read_pt
 from utils.runs import signals
 from utils.runs.run_folder import RunFolder
 from utils.training.trainer import Trainer, TrainSettings, accuracy_of
@@ -40,27 +40,27 @@ def expert_folder(buffer_path: str | Path, real: RealData, model: str) -> Path:
     return Path(buffer_path) / f"{real.name}{zca}" / model
 
 
-def describe(real: RealData, model: str, outliers: OutlierSource | None) -> dict:
-    """What experts must have in common with a distillation: stored in `experts.json`."""
+def describe(real: RealData, model: str, outliers: OutlierSource | None, lambda_oe: float | None = None) -> dict:
+    """What experts must have in common with a distillation, stored in `experts.json`; `lambda_oe`: of the outliers."""
     return {
         "dataset": real.name,
         "model": model,
         "mean": list(real.mean),
         "std": list(real.std),
         "zca": real.zca is not None,
-        "outliers": {"kind": "none"} if outliers is None else outliers.describe(),
+        "outliers": {"kind": "none"} if outliers is None else outliers.describe() | {"lambda_oe": lambda_oe},
     }
 
 
-def check_about(folder: Path, expected: dict, flag: str) -> None:
-    """Compare `experts.json` with what is expected; published buffers have none, and are taken as they are.
+def check_about(folder: Path, expected: dict, flag: str) -> bool:
+    """Compare `experts.json` with what is expected; False where there is none, as in published buffers.
 
     Raises:
         UserError: naming what differs.
     """
     path = folder / ABOUT
     if not path.exists():
-        return
+        return False
     stored = read_json(path, flag)
     for name, value in expected.items():
         if stored.get(name) != value:
@@ -68,6 +68,7 @@ def check_about(folder: Path, expected: dict, flag: str) -> None:
                 f"{flag}: the experts in {folder} are of another kind: {name} {json.dumps(stored.get(name))[:120]} "
                 f"instead of {json.dumps(value)[:120]}. Give the {flag} of the right ones"
             )
+    return True
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -108,6 +109,10 @@ class ExpertBuffer:
                 if shapes != self.shapes:
                     raise UserError(f"--buffer_path: {path} has experts of another --model or data set")
         return content
+
+    def fingerprint(self) -> str:
+        """Of all trajectories: their number, and of each the first parameters of its last epoch."""
+        return fingerprint(trajectory[-1][0] for _, trajectory in self.trajectories)
 
     def segment(self, g: torch.Generator, max_start: int, length: int, device: torch.device) -> tuple[Params, Params]:
         """The parameters at a random start epoch below `max_start` of a random expert, and `length` epochs later.
@@ -182,16 +187,17 @@ class ExpertTraining:
             Interrupted: after a signal; whole epochs are kept.
             UserError: when a training diverges.
         """
-        with signals.catch():
+        with rank_errors(), signals.catch():
             for index in distributed.own_share(num_experts):
-                path = self.run.path / f"replay_buffer_{index}.pt"
-                if not path.exists():
-                    self._train(index, path)
+                self._train(index, self.run.path / f"replay_buffer_{index}.pt")
                 signals.check()
             distributed.barrier()
 
     def _train(self, index: int, path: Path) -> None:
         s, folder = self.settings, self.run.path / f"unfinished_expert_{index}"
+        if path.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed just before it removed this
+            return
         folder.mkdir(exist_ok=True)
         done = self._restore(index, folder)
         with self.run.progress(s.epochs, f"expert {index}", start=done, every=1) as progress:
@@ -199,7 +205,7 @@ class ExpertTraining:
                 with signals.interruptible():
                     loss = self._epoch(index, epoch)
                     accuracy = accuracy_of(self.trainer.predict(self.real.test_images), self.real.labels_test)
-                if not torch.isfinite(loss):
+                if not all(torch.isfinite(t).all() for t in (loss, *self.net.parameters())):
                     raise UserError(f"--lr_teacher {s.lr:g}: expert {index} diverged in epoch {epoch}; lower it")
                 save_pt(folder / f"epoch_{epoch + 1}.pt", self.trainer.state_dict())
                 progress.step(loss=loss, accuracy=accuracy)
@@ -253,7 +259,8 @@ class ExpertTraining:
     def _outlier_batch(self, g: torch.Generator) -> torch.Tensor:
         """`batch_oe` outliers, as evenly over the slots as possible."""
         slots, n = self.real.num_classes, self.settings.batch_oe
-        counts = [n // slots + (slot < n % slots) for slot in range(slots)]
+        first = int(torch.randint(slots, (1,), generator=g))  # whose turn it is when there are fewer than slots
+        counts = [n // slots + ((slot - first) % slots < n % slots) for slot in range(slots)]
         drawn = [self.outliers.choose(slot, count, g) for slot, count in enumerate(counts) if count]
         return torch.cat([self.outliers.batch(d) for d in send_draws(drawn, self.real.device)])
 
@@ -270,7 +277,8 @@ def open_expert_run(folder: Path, about: dict) -> RunFolder:
         except OSError as error:
             raise UserError(f"--buffer_path: cannot make {folder}: {error}") from None
     distributed.barrier()
-    check_about(folder, about, "--buffer_path")
+    if not check_about(folder, about, "--buffer_path") and any(folder.glob("replay_buffer_*.pt")):
+        raise UserError(f"--buffer_path: {folder} has experts without {ABOUT}, made elsewhere; give another folder")
     run = RunFolder(folder)
     if run.is_main:
         save_text(folder / ABOUT, json.dumps(about, indent=1) + "\n")

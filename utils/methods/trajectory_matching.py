@@ -8,6 +8,7 @@ The published way keeps the graph of all steps in memory. The exact gradient nee
 pass keeps the student's parameters, the backward pass recomputes each step from them, the last one first.
 """
 
+import shlex
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from utils.data.datasets import RealData
 from utils.data.outliers import OutlierSource
 from utils.data.synthetic import LearnableSet, SyntheticSet
 from utils.methods import Flag, MethodEntry, MethodInputs, register
-from utils.methods.experts import ExpertBuffer, check_about, describe, expert_folder
+from utils.methods.experts import ABOUT, ExpertBuffer, ExpertSettings, check_about, describe, expert_folder
 from utils.training.losses import joint_loss
 
 SMALLEST_LR = 1e-6  # the student's learning rate stays above it
@@ -115,6 +116,7 @@ class TrajectoryMatching(LearnableSet):
         self.names = [name for name, _ in self.net.named_parameters()]
         self.step = StudentStep(self.net, compute or Compute())
         self.about: dict[str, object] = {"num_experts": len(experts.trajectories)}
+        self.fingerprints = {"buffer_path": experts.fingerprint()}
         self.notices: list[str] = []
 
     def _hold(self, exp: int, images: torch.Tensor, outliers: torch.Tensor | None) -> None:
@@ -266,29 +268,42 @@ def _build(inputs: MethodInputs) -> TrajectoryMatching:
     f, real = inputs.flags, inputs.real
     folder = expert_folder(f["buffer_path"], real, f["model"])
     net = get_network(f["model"], real.channel, real.num_classes, real.im_size, generator(0))
-    how = _how_to_make(inputs)
-    check_about(folder, describe(real, f["model"], inputs.outliers), "--buffer_path")
-    experts = ExpertBuffer(folder, [p.shape for p in net.parameters()], f["max_experts"], how)
     last = f["max_start_epoch"] - 1 + f["expert_epochs"]
+    experts = ExpertBuffer(folder, [p.shape for p in net.parameters()], f["max_experts"], _how_to_make(inputs, last))
+    described = check_about(folder, describe(real, f["model"], inputs.outliers, f.get("lambda_oe")), "--buffer_path")
+    if not described and inputs.outliers is not None:
+        raise UserError(
+            f"--buffer_path: {folder} has no {ABOUT}, so its experts have seen no outliers; make them with "
+            f"{_how_to_make(inputs, last)}"
+        )
     if last > experts.epochs:
         raise UserError(
             f"--max_start_epoch {f['max_start_epoch']}: with --expert_epochs {f['expert_epochs']} it needs experts of "
             f"{last} epochs; those in {folder} have {experts.epochs}. Lower one of them, or train experts for longer"
         )
-    return TrajectoryMatching(
+    method = TrajectoryMatching(
         real, inputs.outliers, trajectory_settings(inputs), experts, inputs.compute, inputs.initial
     )
+    if not described:
+        method.notices.append(f"{folder} has no {ABOUT}: its experts are taken to have seen images normalised as here")
+    return method
 
 
-def _how_to_make(inputs: MethodInputs) -> str:
-    """The command that trains the experts that are missing."""
+def _how_to_make(inputs: MethodInputs, epochs: int) -> str:
+    """The command that trains the experts of these flags, with at least `epochs` epochs."""
     f = inputs.flags
     kind = "none" if inputs.outliers is None else inputs.outliers.describe()["kind"]
-    words = ["python train_experts.py", f"--dataset {f['dataset']}", f"--data_path {f['data_path']}"]
-    words += [f"--model {f['model']}", f"--buffer_path {f['buffer_path']}", f"--outliers {kind}"]
-    words += [f"--dsa_strategy {f['dsa_strategy']}"] if f["dsa_strategy"] else []
-    words += [f"--oe_data_path {f['oe_data_path']}"] if kind == "oe" else []
-    return " ".join([*words, *(["--zca"] if f.get("zca") else [])])
+    names = ["dataset", "data_path", "im_size", "model", "seed", "buffer_path", "dsa_strategy"]
+    names += ["lambda_oe"] if kind != "none" else []
+    names += {"oe": ["oe_data_path", "num_oe_per_class"], "poe": ["corruptions"]}.get(kind, [])
+    words = ["python", "train_experts.py", "--outliers", kind]
+    for name in names:
+        value = f.get(name)
+        if value is not None:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    words += ["--zca"] if f.get("zca") else []
+    words += ["--train_epochs", str(epochs)] if epochs > ExpertSettings().epochs else []
+    return shlex.join(words)
 
 
 def _workload(inputs: MethodInputs) -> Workload:

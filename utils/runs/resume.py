@@ -17,7 +17,7 @@ from utils.runs.run_folder import ARGS, read_args
 
 MAY_CHANGE = (
     "device", "data_path", "oe_data_path", "ood_path", "load_path", "folder", "download", "checkpoint_interval",
-    "tensorboard", "method_file",
+    "tensorboard", "method_file", "buffer_path",
 )  # fmt: skip
 NOT_STORED = ("resume", "help", "is_parallel")
 

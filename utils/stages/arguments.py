@@ -246,6 +246,18 @@ def add_experts(parser: Parser) -> None:
     add_oe(parser)
     add_poe(parser)
     add_compute(parser)
+    parser.completions.append(_refuse_other_outliers)
+
+
+def _refuse_other_outliers(parser: Parser, args: argparse.Namespace, given: dict) -> tuple[argparse.Namespace, dict]:
+    """Flags of outliers that `--outliers` does not train on are an error, not ignored."""
+    both = ("batch_oe", "lambda_oe")
+    used = {"none": (), "oe": (*both, "oe_data_path", "num_oe_per_class"), "poe": (*both, "corruptions")}
+    for name in given:
+        kinds = [kind for kind, names in used.items() if name in names]
+        if kinds and args.outliers not in kinds:
+            parser.error(f"--{name}: --outliers {args.outliers} does not use it; give --outliers {' or '.join(kinds)}")
+    return args, given
 
 
 def add_outliers(parser: Parser, distilled: bool = True) -> None:

@@ -46,7 +46,7 @@ def run_stage1(args: argparse.Namespace, make_outliers: Callable[[RealData], Out
     settings = _settings(args)
     inputs = replace(inputs, compute=_choose_compute(inputs, settings, evaluation))
     method = METHODS[args.method].build(inputs)
-    run = _run_folder(args, method, real.device, _fingerprints(inputs, ood))
+    run = _run_folder(args, method, real.device, _fingerprints(inputs, ood) | dict(method.fingerprints))
     evaluator = Evaluator(real, evaluation, run, inputs.compute)
     checkpointer = Checkpointer(run, interval=args.checkpoint_interval)
     distillation = Distillation(method, evaluator, settings, run, checkpointer)
@@ -167,7 +167,7 @@ def _notices(inputs: MethodInputs, method: Method, models: Sequence[str]) -> lis
     flags = inputs.flags
     entry = METHODS[flags["method"]]
     lines = [*method.notices, method.outliers.notice if method.outliers else ""]
-    defaults = " ".join(f"--{n} {v}" for n, v in entry.defaults.items() if flags[n] == v)
+    defaults = " ".join(f"--{n} {v}" for n, v in entry.defaults.items() if flags.get(n) == v)
     if defaults:
         lines.append(f"defaults of --method {entry.name}: {defaults}")
     if flags["dsa_strategy"] and entry.augmentation == "unused":

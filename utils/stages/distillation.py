@@ -165,11 +165,11 @@ class Distillation:
     def _stop_diverged(self, problem: str, before: SyntheticSet) -> None:
         """Save the images as they were before this update, and raise."""
         flags = self.settings.flags
-        lr_net = "" if flags.get("lr_net") is None else f" (--lr_net {flags['lr_net']:g})"
+        rates = [f"--{n}" for n in ("lr_img", "lr_img_oe", "lr_lr", "lr_net") if flags.get(n) is not None]
         path = self.files.save_last_finite(self.state, before)
         raise UserError(
             f"--lr_img {flags['lr_img']:g}: experiment {self.state.exp} diverged in iteration {self.state.iteration}: "
-            f"{problem} not finite{lr_net}. Lower --lr_img or --lr_net; --load_path {path} "
+            f"{problem} not finite. Lower {' or '.join(rates)}; --load_path {path} "
             "starts from the last finite images"
         )
 
@@ -255,5 +255,10 @@ def not_finite(losses: dict[str, torch.Tensor], synthetic: SyntheticSet) -> str:
         return ""
     bad = {name: (~torch.isfinite(v.flatten())).nonzero().flatten() for name, v in values.items()}
     slots = {name: (synthetic.labels[i] if name in ("images", "outliers") else i).tolist() for name, i in bad.items()}
-    parts = [f"{name} of slot {', '.join(map(str, sorted(set(s))))}" for name, s in slots.items() if s]
-    return " and ".join(parts)
+
+    def named(name: str) -> str:
+        """`name`, with its slots where there is more than one."""
+        several = values[name].numel() > 1
+        return f"{name} of slot {', '.join(map(str, sorted(set(slots[name]))))}" if several else name
+
+    return " and ".join(named(name) for name, of_name in slots.items() if of_name)

@@ -9,7 +9,7 @@ import numpy as np
 from utils.compute import distributed
 from utils.compute.compiling import Workload
 from utils.compute.device import choose_compute, choose_device
-from utils.core.errors import UserError
+from utils.core.errors import UserError, rank_errors
 from utils.data.datasets import RealData, load_dataset
 from utils.data.synthetic import load_synthetic
 from utils.files.atomic import save_text
@@ -20,7 +20,7 @@ from utils.report.pictures import distilled_pictures
 from utils.report.plots import save_distilled, save_reliability, save_roc_curves, save_score_histograms
 from utils.report.results import PlotData, Results, results_csv, results_json, results_of
 from utils.report.tables import report_text
-from utils.runs.lineage import STAGE2_ROOTS, distilled_set_of, find_run_folder
+from utils.runs.lineage import STAGE2_ROOTS, args_or_nothing, distilled_set_of, find_run_folder
 from utils.runs.run_folder import RunFolder
 from utils.training.saved import checkpoint_name, load_trained
 
@@ -35,10 +35,12 @@ def run_stage3(args: argparse.Namespace) -> Results:
     folder = _find_networks(args)
     which = "best" if args.is_load_best else f"epoch{args.epoch_train}"
     _check_enough(folder, args.dataset, args.model, args.num_exp, which)
+    _check_whitening(folder, args.zca)
     real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none", args.zca).to(device)
     sets, missing = _find_sets(_source(args, real), args)
     fit = _fit_set(args.fit_on, folder, real) if need_fitting(scores) else None
-    scorers, computing = _scorers(args, real, folder, which, scores, fit, len(sets))
+    with rank_errors():
+        scorers, computing = _scorers(args, real, folder, which, scores, fit, len(sets))
     run = RunFolder.create(args.save_path, args.method, args.dataset, args.model, args.ipc, name=folder.name)
     run.save_args(vars(args), networks=str(folder.resolve()), device=str(device))
     lines = [f"run folder: {run.path}", f"networks: {folder}, {args.num_exp} × {which}", f"computing: {computing}"]
@@ -47,7 +49,9 @@ def run_stage3(args: argparse.Namespace) -> Results:
     for line in lines:
         run.log(line)
     batch = min(args.batch_test, len(real.images_test))  # no set is larger
-    results, measured = results_of(score_networks(scorers, real, sets, batch, run))
+    with rank_errors():
+        networks = score_networks(scorers, real, sets, batch, run)
+    results, measured = results_of(networks)
     results.missing = list(missing)
     if run.is_main:
         _write_report(results, scores, run, {"networks": str(folder), "flags": vars(args)})
@@ -73,7 +77,8 @@ def _scorers(
     shape = (real.channel, *real.im_size)
     compute = choose_compute(args.compile, "fp32", real.device, example, shape, workload)
     embed = compute.embedding(example) if compute.compiled else None
-    scorers = {index: Scorer(net, scores, args.T, real.std, embed) for index, net in nets.items()}
+    std = real.std if real.zca is None else (1.0,) * real.channel  # by which images were divided
+    scorers = {index: Scorer(net, scores, args.T, std, embed) for index, net in nets.items()}
     for scorer in scorers.values():
         scorer.prepare(real.test_images[:2], fit, args.batch_test)
     return scorers, str(compute)
@@ -136,6 +141,15 @@ def _check_enough(folder: Path, dataset: str, model: str, wanted: int, which: st
         f"--num_exp {wanted}: {folder} has {has} networks of the kind {files} (its first has: {', '.join(other)}). "
         "Lower --num_exp, choose another checkpoint with --is_load_best or --epoch_train, or train more in stage 2"
     )
+
+
+def _check_whitening(networks: Path, zca: bool) -> None:
+    """Networks must be tested on images as they were trained on."""
+    flags = args_or_nothing(networks).get("flags")
+    trained = flags.get("zca") if isinstance(flags, dict) else None
+    if trained is not None and bool(trained) != zca:
+        how = "with it; give --zca" if trained else "without it; leave out --zca"
+        raise UserError(f"--zca: the networks in {networks} were trained {how}")
 
 
 def _find_sets(source: OODSource, args: argparse.Namespace) -> tuple[list[OODSet], dict[str, str]]:
