@@ -31,7 +31,7 @@ def run_script(main: Callable[[], None], prog: str) -> None:
 
 
 def _status(main: Callable[[], None], prog: str) -> int:
-    """Call `main()`, print what the user can mend, and return the exit status."""
+    """Call `main()`, print what the user can fix, and return the exit status."""
     try:
         main()
     except (Interrupted, KeyboardInterrupt) as stopped:

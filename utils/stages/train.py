@@ -1,4 +1,4 @@
-"""Stage 2: train networks on a distilled set, keep their checkpoints; and what stage 3 needs to load them."""
+"""Stage 2 from its flags to its run: train networks on a distilled set and keep their checkpoints."""
 
 import argparse
 import os
