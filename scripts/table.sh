@@ -45,7 +45,10 @@ stage() {
     local dir=$1 before=$2 all
     shift 2
     set -- "$@" --save_path "$dir"
-    all=$([ -z "$before" ] || cat "$before/done"; printf '%s\n' "$*")
+    all=$(
+        if [ -n "$before" ]; then cat "$before/done"; elif [ "$METHOD" = MTT ]; then echo "EXPERTS $EXPERTS"; fi
+        printf '%s\n' "$*"
+    )
     if [ -s "$dir/done" ]; then
         if [ "$(cat "$dir/done")" = "$all" ]; then return; fi
         echo "OUT: $dir was made with other settings; set another OUT, or delete $(dirname "$dir")" >&2

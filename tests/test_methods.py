@@ -7,7 +7,6 @@ from conftest import ROOT
 
 import main as stage1
 import main_poe
-import train_model_synthetic_oe
 from utils.core.errors import UserError
 from utils.methods import METHODS
 
@@ -85,7 +84,6 @@ def test_a_method_in_a_file_of_its_own(tmp_path, in_process):
     in_process("train_model_synthetic_oe.py", *two)
     three = [*NETWORK[:6], *mine, "--num_exp", 1, "--is_load_best", "--ood_sets", "blob"]
     assert "accuracy" in in_process("test_ood_model_syn.py", *three)
-    assert train_model_synthetic_oe
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,12 @@ def test_other_methods(table, method):
     assert kinds == ([("none", 3), ("oe", 3), ("poe", 3)] if method == "MTT" else [])
     for before, args in zip(experts, mains, strict=False):
         assert (args.buffer_path, args.syn_steps) == (before.buffer_path, 9)
+    if method == "MTT":  # sets of other experts are not taken for done, and done ones need no experts
+        assert (
+            table("cifar10.sh", METHOD=method, IPC="1", SEEDS="1", **settings | {"EXPERTS": "--num_experts 4"})[0] == 2
+        )
+        status, commands = table("cifar10.sh", METHOD=method, IPC="1", SEEDS="1", **settings)
+        assert (status, [w[0] for w in commands]) == (0, ["scripts/compare.py"])
 
 
 def test_ablations(table):

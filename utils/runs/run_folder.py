@@ -210,7 +210,7 @@ class RunLock:
             self.file.seek(0)
             owner = self.file.read(200).strip() or "another process"
             self.file.close()
-            raise UserError(f"--resume: {folder} is a live run of {owner}; wait for it, or stop it first") from None
+            raise UserError(f"{folder} is a live run of {owner}; wait for it, or stop it first") from None
         with suppress(OSError):  # who it is helps the reader of the message; on a full disk there is none
             self.file.truncate(0)
             self.file.write(f"process {os.getpid()} on {socket.gethostname()}")

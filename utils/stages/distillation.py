@@ -149,24 +149,24 @@ class Distillation:
     def _iterate(self) -> dict[str, float]:
         """One update; returns the mean losses over slots. The state moves on only when the update is whole."""
         state = self.state
-        before = self.method.synthetic().detached_copy()
         with signals.interruptible():
             losses = self.method.iterate(state.iteration)
             problem = not_finite(losses, self.method.synthetic())
             after = self.method.state_dict()
         if problem:
-            self._stop_diverged(problem, before)
+            self._stop_diverged(problem)
         state.iteration, state.method, state.measures, state.evaluated = state.iteration + 1, after, {}, False
         means = {name: value.mean().item() for name, value in losses.items()}
         if distributed.is_main():
             self.run.metric(experiment=state.exp, iteration=state.iteration, **means)
         return means
 
-    def _stop_diverged(self, problem: str, before: SyntheticSet) -> None:
+    def _stop_diverged(self, problem: str) -> None:
         """Save the images as they were before this update, and raise."""
         flags = self.settings.flags
+        self.method.load_state_dict(self.state.exp, self.state.method)
         rates = [f"--{n}" for n in ("lr_img", "lr_img_oe", "lr_lr", "lr_net") if flags.get(n) is not None]
-        path = self.files.save_last_finite(self.state, before)
+        path = self.files.save_last_finite(self.state, self.method.synthetic())
         raise UserError(
             f"--lr_img {flags['lr_img']:g}: experiment {self.state.exp} diverged in iteration {self.state.iteration}: "
             f"{problem} not finite. Lower {' or '.join(rates)}; --load_path {path} "
