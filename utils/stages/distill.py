@@ -40,13 +40,14 @@ def run_stage1(args: argparse.Namespace, make_outliers: Callable[[RealData], Out
     training = _training(args, augmentation, real)
     outliers = make_outliers(real)
     start = [] if args.resume else load_start(args.load_path, real, args.ipc, outliers is not None)
-    ood = _ood_images(args.eval_ood or (), _ood_source(args, real))
+    fetch = args.download == "all"
+    ood = _ood_images(args.eval_ood or (), real, args.ood_path, args.data_path, fetch, args.seed)
     evaluation = EvalSettings(args.num_eval, training, args.seed, ood)
     inputs = MethodInputs(real, outliers, vars(args), augmentation, initial=start)
     settings = _settings(args)
     inputs = replace(inputs, compute=_choose_compute(inputs, settings, evaluation))
     method = METHODS[args.method].build(inputs)
-    run = _run_folder(args, method, real.device, _fingerprints(inputs, ood) | dict(method.fingerprints))
+    run = _run_folder(settings, inputs, method, _fingerprints(inputs, ood) | dict(method.fingerprints))
     evaluator = Evaluator(real, evaluation, run, inputs.compute)
     checkpointer = Checkpointer(run, interval=args.checkpoint_interval)
     distillation = Distillation(method, evaluator, settings, run, checkpointer)
@@ -108,19 +109,12 @@ def total_workload(
     return Workload(iterations * iteration.passes + evaluated, iterations * iteration.steps, iteration.kind)
 
 
-def _ood_source(args: argparse.Namespace, real: RealData) -> OODSource:
-    return OODSource(
-        real=real,
-        ood_path=Path(args.ood_path),
-        data_path=Path(args.data_path),
-        download=args.download == "all",
-        limit=len(real.images_test),
-        seed=args.seed,
-    )
-
-
-def _ood_images(names: Sequence[str], source: OODSource) -> dict[str, torch.Tensor]:
+def _ood_images(
+    names: Sequence[str], real: RealData, ood_path: str, data_path: str, download: bool, seed: int
+) -> dict[str, torch.Tensor]:
     """The images of the sets of `--eval_ood`, by name."""
+    limit = len(real.images_test)
+    source = OODSource(real, Path(ood_path), Path(data_path), download=download, limit=limit, seed=seed)
     return {ood.name: ood.load() for ood in source.find_all(names, "--eval_ood")}
 
 
@@ -140,13 +134,16 @@ def _start_fingerprint(start: Sequence[SyntheticSet]) -> dict[str, str]:
     return {"load_path": fingerprint(t for s in start for t in (s.images, s.images_oe))} if start else {}
 
 
-def _run_folder(args: argparse.Namespace, method: Method, device: torch.device, inputs: dict[str, str]) -> RunFolder:
+def _run_folder(
+    settings: DistillSettings, inputs: MethodInputs, method: Method, fingerprints: dict[str, str]
+) -> RunFolder:
     """The folder of the run: that of `--resume`, or a new one."""
-    if args.resume:
-        check_inputs(Path(args.resume), inputs)
-        return RunFolder(Path(args.resume))
-    run = RunFolder.create(args.save_path, args.method, args.dataset, args.model, args.ipc)
-    run.save_args(vars(args), device=str(device), seed=args.seed, inputs=inputs, **method.about)
+    s, flags, real = settings, dict(inputs.flags), inputs.real
+    if flags["resume"]:
+        check_inputs(Path(flags["resume"]), fingerprints)
+        return RunFolder(Path(flags["resume"]))
+    run = RunFolder.create(flags["save_path"], s.method, real.name, s.model, s.ipc)
+    run.save_args(flags, device=str(real.device), seed=flags["seed"], inputs=fingerprints, **method.about)
     run.log(f"run folder: {run.path}")
     return run
 

@@ -32,16 +32,17 @@ def run_stage3(args: argparse.Namespace) -> Results:
     if args.T != 1.0 and "energy" not in scores:
         raise UserError(f"--T {args.T:g}: only --score energy has a temperature; leave --T out or add energy")
     require_library(scores)
-    folder = _find_networks(args)
+    parts = (args.method, args.dataset, args.model, args.ipc)
+    folder = _find_networks(parts, args.folder, args.load_path, args.is_load_oe)
     which = "best" if args.is_load_best else f"epoch{args.epoch_train}"
     _check_enough(folder, args.dataset, args.model, args.num_exp, which)
     _check_whitening(folder, args.zca)
     real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none", args.zca).to(device)
-    sets, missing = _find_sets(_source(args, real), args)
+    sets, missing = _find_sets(_source(args, real), args.ood_sets, args.skip_missing, args.validate)
     fit = _fit_set(args.fit_on, folder, real) if need_fitting(scores) else None
     with rank_errors():
         scorers, computing = _scorers(args, real, folder, which, scores, fit, len(sets))
-    run = RunFolder.create(args.save_path, args.method, args.dataset, args.model, args.ipc, name=folder.name)
+    run = RunFolder.create(args.save_path, *parts, name=folder.name)
     run.save_args(vars(args), networks=str(folder.resolve()), device=str(device))
     lines = [f"run folder: {run.path}", f"networks: {folder}, {args.num_exp} × {which}", f"computing: {computing}"]
     if fit is not None:
@@ -118,14 +119,16 @@ def _fit_set(which: str, networks: Path, real: RealData) -> FitSet:
     return FitSet("distilled set", synthetic.labels, lambda index: synthetic.images[index])
 
 
-def _find_networks(args: argparse.Namespace) -> Path:
+def _find_networks(
+    parts: tuple[str, str, str, int], folder: str | None, load_path: str | None, is_load_oe: bool
+) -> Path:
     """The stage-2 folder that the flags name: under `--load_path`, else under the roots of stage 2."""
-    if args.load_path is not None:
-        roots: Sequence[str] = [args.load_path]
+    _, dataset, model, _ = parts
+    if load_path is not None:
+        roots: Sequence[str] = [load_path]
     else:
-        roots = STAGE2_ROOTS[1:] if args.is_load_oe else STAGE2_ROOTS
-    holds = checkpoint_name(args.dataset, args.model, 0, "*")
-    return find_run_folder(roots, (args.method, args.dataset, args.model, args.ipc), args.folder, holds, "--load_path")
+        roots = STAGE2_ROOTS[1:] if is_load_oe else STAGE2_ROOTS
+    return find_run_folder(roots, parts, folder, checkpoint_name(dataset, model, 0, "*"), "--load_path")
 
 
 def _check_enough(folder: Path, dataset: str, model: str, wanted: int, which: str) -> None:
@@ -152,18 +155,21 @@ def _check_whitening(networks: Path, zca: bool) -> None:
         raise UserError(f"--zca: the networks in {networks} were trained {how}")
 
 
-def _find_sets(source: OODSource, args: argparse.Namespace) -> tuple[list[OODSet], dict[str, str]]:
-    names = args.ood_sets or source.default_names()
+def _find_sets(
+    source: OODSource, ood_sets: Sequence[str] | None, skip_missing: bool, validate: bool
+) -> tuple[list[OODSet], dict[str, str]]:
+    """The OOD sets that are there, those of the paper unless some are named, and what to do for each missing one."""
+    names = ood_sets or source.default_names()
     missing: dict[str, str] = {}
-    if args.skip_missing:
+    if skip_missing:
         sets, missing = source.find(list(dict.fromkeys(names)), skip_missing=True)
     else:
         sets = source.find_all(names, "--ood_sets (--skip_missing tests without the missing ones)")
-    if args.validate:
+    if validate:
         try:
             sets += validation_sets(source)
         except UserError as error:
-            if not args.skip_missing:
+            if not skip_missing:
                 raise
             missing["validation outliers"] = str(error)
     if not sets:

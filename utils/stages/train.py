@@ -46,7 +46,8 @@ def run_stage2(args: argparse.Namespace, with_outliers: bool) -> None:
     device = choose_device(args.device, args.deterministic)
     augmentation = augmentation_of(args.method, args.dsa_strategy)
     lambda_oe = args.lambda_oe if with_outliers else 0.0
-    path = _resumed_set(args) or find_distilled(args, with_outliers)
+    places = {name: getattr(args, name) for name in ("load_path", "folder")}
+    path = (args.resume and _resumed_set(Path(args.resume), places)) or find_distilled(args, with_outliers)
     real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none", args.zca).to(device)
     synthetic = load_synthetic(path, args.exp_idx, real)
     if not with_outliers:
@@ -86,17 +87,15 @@ def _choose_compute(
     return choose_compute(args.compile, args.precision, real.device, net, (real.channel, *real.im_size), workload)
 
 
-def _resumed_set(args: argparse.Namespace) -> Path | None:
-    """The distilled set of the run that is resumed; None where there is none, or flags name its new place."""
-    if not args.resume:
-        return None
-    about = read_args(Path(args.resume))
-    if any(getattr(args, name) != about["flags"].get(name) for name in ("load_path", "folder")):
+def _resumed_set(folder: Path, places: dict[str, str | None]) -> Path | None:
+    """The distilled set of the run in `folder`; None where the flags in `places` differ from those it was started with."""
+    about = read_args(folder)
+    if any(value != about["flags"].get(name) for name, value in places.items()):
         return None
     path = about.get("distilled_set")
     if not isinstance(path, str) or not os.path.isfile(path):
         raise UserError(
-            f"--resume: the distilled set of {args.resume} is gone: {str(path)[:200]}. Put it back, or "
+            f"--resume: the distilled set of {folder} is gone: {str(path)[:200]}. Put it back, or "
             "give its place now with --load_path and --folder"
         )
     return Path(path)
