@@ -88,7 +88,7 @@ def _choose_compute(
 
 
 def _resumed_set(folder: Path, places: dict[str, str | None]) -> Path | None:
-    """The distilled set of the run in `folder`; None where the flags in `places` differ from those it was started with."""
+    """The distilled set of the run in `folder`; None where the flags in `places` are not those it was started with."""
     about = read_args(folder)
     if any(value != about["flags"].get(name) for name, value in places.items()):
         return None
