@@ -13,7 +13,6 @@ from utils.compute import distributed
 from utils.compute.compiling import Workload
 from utils.compute.device import Compute, choose_compute, choose_device
 from utils.core.rng import generator
-from utils.data.augment import DSA
 from utils.data.datasets import RealData, load_dataset
 from utils.data.outliers import OutlierSource
 from utils.data.synthetic import SyntheticSet, load_start
@@ -26,7 +25,6 @@ from utils.runs.run_folder import RunFolder
 from utils.runs.tensorboard import TensorBoardWriter, require_tensorboard
 from utils.stages.distillation import Distillation, DistillSettings
 from utils.training.evaluator import EvalSettings, Evaluator, evaluation_models, training_of
-from utils.training.trainer import TrainSettings
 
 
 def run_stage1(args: argparse.Namespace, make_outliers: Callable[[RealData], OutlierSource | None]) -> None:
@@ -37,14 +35,24 @@ def run_stage1(args: argparse.Namespace, make_outliers: Callable[[RealData], Out
         require_tensorboard()
     args.load_path = args.load_path and os.path.abspath(args.load_path)  # a run may be resumed from another folder
     real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none", args.zca).to(device)
-    training = _training(args, augmentation, real)
+    models = _evaluation_models(args.eval_mode, args.model, real)
+    how = (args.epoch_eval_train, args.lr_net, args.batch_train, getattr(args, "lambda_oe", 0.0))
+    training = {model: training_of(model, args.dataset, augmentation, *how) for model in models}
     outliers = make_outliers(real)
     start = [] if args.resume else load_start(args.load_path, real, args.ipc, outliers is not None)
-    fetch = args.download == "all"
-    ood = _ood_images(args.eval_ood or (), real, args.ood_path, args.data_path, fetch, args.seed)
+    ood = _ood_images(args.eval_ood or (), real, args.ood_path, args.data_path, args.download == "all", args.seed)
     evaluation = EvalSettings(args.num_eval, training, args.seed, ood)
     inputs = MethodInputs(real, outliers, vars(args), augmentation, initial=start)
-    settings = _settings(args)
+    settings = DistillSettings(
+        method=args.method,
+        model=args.model,
+        ipc=args.ipc,
+        num_exp=args.num_exp,
+        iterations=args.Iteration,
+        eval_interval=args.eval_interval,
+        eval_last_only=args.eval_mode not in ("S", "SS"),
+        flags={k: v for k, v in vars(args).items() if k != "resume"},
+    )
     inputs = replace(inputs, compute=_choose_compute(inputs, settings, evaluation))
     method = METHODS[args.method].build(inputs)
     run = _run_folder(settings, inputs, method, _fingerprints(inputs, ood) | dict(method.fingerprints))
@@ -61,30 +69,16 @@ def run_stage1(args: argparse.Namespace, make_outliers: Callable[[RealData], Out
         run.log(f"peak GPU memory: {torch.cuda.max_memory_reserved() / 1e9:.2f} GB")
 
 
-def _settings(args: argparse.Namespace) -> DistillSettings:
-    return DistillSettings(
-        method=args.method,
-        model=args.model,
-        ipc=args.ipc,
-        num_exp=args.num_exp,
-        iterations=args.Iteration,
-        eval_interval=args.eval_interval,
-        eval_last_only=args.eval_mode not in ("S", "SS"),
-        flags={k: v for k, v in vars(args).items() if k != "resume"},
-    )
-
-
-def _training(args: argparse.Namespace, augmentation: DSA | None, real: RealData) -> dict[str, TrainSettings]:
-    """How each network of `--eval_mode` is trained.
+def _evaluation_models(eval_mode: str, model: str, real: RealData) -> list[str]:
+    """The networks of `--eval_mode`, each built once to be tried.
 
     Raises:
         UserError: when one does not take images of this size, which must be known before hours of distillation.
     """
-    models = evaluation_models(args.eval_mode, args.model)
-    for model in models:
-        get_network(model, real.channel, real.num_classes, real.im_size, generator(args.seed))
-    flags = (args.epoch_eval_train, args.lr_net, args.batch_train, getattr(args, "lambda_oe", 0.0))
-    return {model: training_of(model, args.dataset, augmentation, *flags) for model in models}
+    models = list(evaluation_models(eval_mode, model))
+    for name in models:
+        get_network(name, real.channel, real.num_classes, real.im_size, generator(0))
+    return models
 
 
 def _choose_compute(inputs: MethodInputs, settings: DistillSettings, evaluation: EvalSettings) -> Compute:

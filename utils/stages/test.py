@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from torch import nn
 
 from utils.compute import distributed
 from utils.compute.compiling import Workload
-from utils.compute.device import choose_compute, choose_device
+from utils.compute.device import Compute, choose_compute, choose_device
 from utils.core.errors import UserError, rank_errors
 from utils.data.datasets import RealData, load_dataset
 from utils.data.synthetic import load_synthetic
@@ -38,20 +39,27 @@ def run_stage3(args: argparse.Namespace) -> Results:
     _check_enough(folder, args.dataset, args.model, args.num_exp, which)
     _check_whitening(folder, args.zca)
     real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none", args.zca).to(device)
-    sets, missing = _find_sets(_source(args, real), args.ood_sets, args.skip_missing, args.validate)
+    limit = _images_per_set(len(real.images_test), args.num_ood_ratio)
+    source = OODSource(real, Path(args.ood_path), Path(args.data_path), args.download == "all", limit, args.seed)
+    sets, missing = _find_sets(source, args.ood_sets, args.skip_missing, args.validate)
     fit = _fit_set(args.fit_on, folder, real) if need_fitting(scores) else None
     with rank_errors():
-        scorers, computing = _scorers(args, real, folder, which, scores, fit, len(sets))
+        nets = _load_networks(folder, args.model, real, args.num_exp, which)
+        example = next(iter(nets.values())) if nets else load_trained(folder, args.model, real, 0, which).cpu()
+        num_images = len(nets) * (len(sets) + 1) * len(real.images_test)
+        compute = _choose_compute(args.compile, example, real, num_images, args.batch_test)
+        scorers = _scorers(nets, scores, args.T, real, compute)
+        for scorer in scorers.values():
+            scorer.prepare(real.test_images[:2], fit, args.batch_test)
     run = RunFolder.create(args.save_path, *parts, name=folder.name)
     run.save_args(vars(args), networks=str(folder.resolve()), device=str(device))
-    lines = [f"run folder: {run.path}", f"networks: {folder}, {args.num_exp} × {which}", f"computing: {computing}"]
+    lines = [f"run folder: {run.path}", f"networks: {folder}, {args.num_exp} × {which}", f"computing: {compute}"]
     if fit is not None:
         lines.append(f"{', '.join(need_fitting(scores))}: fitted on the {fit.name}, {len(fit.labels)} images")
     for line in lines:
         run.log(line)
-    batch = min(args.batch_test, len(real.images_test))  # no set is larger
-    with rank_errors():
-        networks = score_networks(scorers, real, sets, batch, run)
+    with rank_errors():  # no set is larger than the test set, nor need a batch be
+        networks = score_networks(scorers, real, sets, min(args.batch_test, len(real.images_test)), run)
     results, measured = results_of(networks)
     results.missing = list(missing)
     if run.is_main:
@@ -60,29 +68,25 @@ def run_stage3(args: argparse.Namespace) -> Results:
     return results
 
 
+def _load_networks(folder: Path, model: str, real: RealData, num_networks: int, which: str) -> dict[int, nn.Module]:
+    """The trained networks that this process tests, by number; there may be none."""
+    own = distributed.own_share(num_networks)
+    return {index: load_trained(folder, model, real, index, which) for index in own}
+
+
+def _choose_compute(compile_flag: str, example: nn.Module, real: RealData, num_images: int, batch: int) -> Compute:
+    """How the device computes; `num_images`: how often this process passes an image through a network."""
+    workload = Workload(num_images / 2, num_images // batch, "testing")
+    return choose_compute(compile_flag, "fp32", real.device, example, (real.channel, *real.im_size), workload)
+
+
 def _scorers(
-    args: argparse.Namespace,
-    real: RealData,
-    folder: Path,
-    which: str,
-    scores: Sequence[str],
-    fit: FitSet | None,
-    num_sets: int,
-) -> tuple[dict[int, Scorer], str]:
-    """The scorers of this process, by number of the network, and a description of how they compute."""
-    own = distributed.own_share(args.num_exp)
-    nets = {index: load_trained(folder, args.model, real, index, which) for index in own}
-    example = load_trained(folder, args.model, real, 0, which).cpu() if not nets else next(iter(nets.values()))
-    images = len(own) * (num_sets + 1) * len(real.images_test)
-    workload = Workload(images / 2, images // args.batch_test, "testing")
-    shape = (real.channel, *real.im_size)
-    compute = choose_compute(args.compile, "fp32", real.device, example, shape, workload)
-    embed = compute.embedding(example) if compute.compiled else None
+    nets: dict[int, nn.Module], scores: Sequence[str], temperature: float, real: RealData, compute: Compute
+) -> dict[int, Scorer]:
+    """The scorers of the networks, by number."""
+    embed = compute.embedding(next(iter(nets.values()))) if compute.compiled and nets else None
     std = real.std if real.zca is None else (1.0,) * real.channel  # by which images were divided
-    scorers = {index: Scorer(net, scores, args.T, std, embed) for index, net in nets.items()}
-    for scorer in scorers.values():
-        scorer.prepare(real.test_images[:2], fit, args.batch_test)
-    return scorers, str(compute)
+    return {index: Scorer(net, scores, temperature, std, embed) for index, net in nets.items()}
 
 
 def _scores(given: Sequence[str] | None, use_xent: bool) -> tuple[str, ...]:
@@ -91,20 +95,15 @@ def _scores(given: Sequence[str] | None, use_xent: bool) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names or ["msp"]))
 
 
-def _source(args: argparse.Namespace, real: RealData) -> OODSource:
-    limit = len(real.images_test) // args.num_ood_ratio
-    if not limit:
-        raise UserError(
-            f"--num_ood_ratio {args.num_ood_ratio}: nothing is left of {len(real.images_test)} test images; lower it"
-        )
-    return OODSource(
-        real=real,
-        ood_path=Path(args.ood_path),
-        data_path=Path(args.data_path),
-        download=args.download == "all",
-        limit=limit,
-        seed=args.seed,
-    )
+def _images_per_set(num_test: int, ratio: int) -> int:
+    """How many images of each OOD set are tested.
+
+    Raises:
+        UserError: when none is left.
+    """
+    if num_test < ratio:
+        raise UserError(f"--num_ood_ratio {ratio}: nothing is left of {num_test} test images; lower it")
+    return num_test // ratio
 
 
 def _fit_set(which: str, networks: Path, real: RealData) -> FitSet:
