@@ -27,7 +27,7 @@ def _strategy(text: str) -> str | None:
 
 
 def add_common(parser: Parser) -> None:
-    """What every stage takes: the data, the network, the method, the seed and the device."""
+    """Flags of every stage: the method, the data, the network, the seed and the device."""
     group = parser.add_argument_group("common")
     add_method_choice(parser, group)
     _add_data(group)
@@ -43,14 +43,12 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
         default="ConvNet",
         help="the network; ConvNetW32 suits a laptop",
     )
-    group.add_argument(
-        "--seed", type=int, default=1, help="fixes everything random; change it for another independent run"
-    )
+    group.add_argument("--seed", type=int, default=1, help="fixes everything random; change it for an independent run")
     group.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda or cuda:N")
 
 
 def _add_data(group: argparse._ArgumentGroup) -> None:
-    """The data set, where it is, and what may be fetched."""
+    """The data set, its folder, and what may be downloaded."""
     group.add_argument(
         "--dataset",
         type=one_of("dataset", DATASET_NAMES),
@@ -68,7 +66,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         nargs="?",
         const="all",
         default="data",
-        help="what may be fetched when it is not on disk: nothing, the data set, or outlier and OOD sets, too (large)",
+        help="what may be downloaded when it is missing: nothing, the data set, or also outlier and OOD sets (large)",
     )
     group.add_argument(
         "--zca",
@@ -84,7 +82,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
 
 
 def add_compute(parser: Parser, training: bool = True) -> None:
-    """How the device computes; results differ by rounding only. `training`: whether gradients are taken."""
+    """Flags of speed; results differ by rounding only. `training`: whether the script trains."""
     group = parser.add_argument_group("speed")
     group.add_argument(
         "--compile",
@@ -108,7 +106,7 @@ def add_compute(parser: Parser, training: bool = True) -> None:
 
 
 def add_training(parser: Parser, num_eval: int) -> None:
-    """How networks are trained on a synthetic set."""
+    """Flags of network training on a synthetic set."""
     group = parser.add_argument_group("network training")
     group.add_argument(
         "--num_eval",
@@ -135,12 +133,12 @@ def add_training(parser: Parser, num_eval: int) -> None:
         "--dsa_strategy",
         type=_strategy,
         default=None,
-        help=f"`_`-joined list of {', '.join(DSA_ENTRIES)}; leave out flip for digits and letters",
+        help=f"augmentation: names joined by _ out of {', '.join(DSA_ENTRIES)}; leave out flip for digits and letters",
     )
 
 
 def add_outlier_weight(parser: Parser) -> None:
-    """The weight of the outliers in network training."""
+    """The flag of the outliers' weight in network training."""
     parser.add_argument(
         "--lambda_oe",
         type=number(0),
@@ -158,17 +156,17 @@ def add_stage1(parser: Parser, save_path: str) -> None:
     _add_loop(group)
     _add_updates(group)
     _add_trust(group)
-    group.add_argument("--save_path", default=save_path, help="where run folders are made")
+    group.add_argument("--save_path", default=save_path, help="run folders are made in this folder")
     group.add_argument(
         "--load_path",
         default=None,
-        help="a res_….pt to start the images (and outliers) from, instead of --init; to continue with other flags",
+        help="a res_….pt whose images (and outliers) are the start, instead of --init; continues with other flags",
     )
     add_method_flags(parser, parser.add_argument_group("methods"))
 
 
 def _add_loop(group: argparse._ArgumentGroup) -> None:
-    """What is repeated, and how often."""
+    """Flags of the loop: experiments, iterations, evaluations."""
     group.add_argument(
         "--eval_mode",
         type=one_of("evaluation mode", ("S", "SS", "M", "B", "W", "D", "A", "P", "N")),
@@ -187,7 +185,7 @@ def _add_loop(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_trust(group: argparse._ArgumentGroup) -> None:
-    """What evaluations tell beside the accuracy, and how a run can be watched."""
+    """Flags of OOD detection during evaluations, and of TensorBoard."""
     group.add_argument(
         "--eval_ood",
         nargs="+",
@@ -195,7 +193,7 @@ def _add_trust(group: argparse._ArgumentGroup) -> None:
         metavar="SET",
         help="evaluations also report the AUROC (score msp) on these OOD sets: any of stage 3, e.g. patches gaussian",
     )
-    group.add_argument("--ood_path", default="data/ood", help="where the sets of --eval_ood are")
+    group.add_argument("--ood_path", default="data/ood", help="folder of the sets of --eval_ood")
     group.add_argument(
         "--tensorboard",
         action="store_true",
@@ -204,7 +202,7 @@ def _add_trust(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_updates(group: argparse._ArgumentGroup) -> None:
-    """What one update does."""
+    """Flags of one update."""
     group.add_argument(
         "--lr_img", type=number(0, exclusive=True), default=0.1, help="learning rate of the synthetic images"
     )
@@ -225,17 +223,29 @@ def add_experts(parser: Parser) -> None:
     _add_data(group)
     _add_network(group)
     group = parser.add_argument_group("experts")
-    group.add_argument("--num_experts", type=count(1), default=100, help="trajectories; fewer still work")
-    group.add_argument("--train_epochs", type=count(1), default=50, help="epochs of each; --max_start_epoch needs them")
+    group.add_argument(
+        "--num_experts",
+        type=count(1),
+        default=100,
+        help="how many networks to train; the paper used 100, fewer work, too",
+    )
+    group.add_argument(
+        "--train_epochs",
+        type=count(1),
+        default=50,
+        help="epochs of each; at least --max_start_epoch + --expert_epochs - 1",
+    )
     group.add_argument("--lr_teacher", type=number(0, exclusive=True), default=0.01, help="learning rate")
     group.add_argument("--mom", type=number(0), default=0.0, help="momentum")
     group.add_argument("--l2", type=number(0), default=0.0, help="weight decay")
     group.add_argument(
-        "--decay", action="store_true", help="learning rate ×0.1 after epoch train_epochs // 2 + 1, for long trainings"
+        "--decay", action="store_true", help="multiply the learning rate by 0.1 after epoch train_epochs // 2 + 1"
     )
     group.add_argument("--batch_train", type=count(1), default=256, help="images in a batch")
-    group.add_argument("--dsa_strategy", type=_strategy, default=None, help="augmentation; the one of the distillation")
-    group.add_argument("--buffer_path", default="buffers", help="where the trajectories are written")
+    group.add_argument(
+        "--dsa_strategy", type=_strategy, default=None, help="augmentation; take that of the distillation"
+    )
+    group.add_argument("--buffer_path", default="buffers", help="the trajectories are written below this folder")
     group.add_argument(
         "--outliers",
         type=one_of("kind of outliers", ("none", "oe", "poe")),
@@ -250,7 +260,7 @@ def add_experts(parser: Parser) -> None:
 
 
 def _refuse_other_outliers(parser: Parser, args: argparse.Namespace, given: dict) -> tuple[argparse.Namespace, dict]:
-    """Flags of outliers that `--outliers` does not train on are an error, not ignored."""
+    """Refuse flags of outliers that `--outliers` does not use, rather than ignore them."""
     both = ("batch_oe", "lambda_oe")
     used = {"none": (), "oe": (*both, "oe_data_path", "num_oe_per_class"), "poe": (*both, "corruptions")}
     for name in given:
@@ -261,7 +271,7 @@ def _refuse_other_outliers(parser: Parser, args: argparse.Namespace, given: dict
 
 
 def add_outliers(parser: Parser, distilled: bool = True) -> None:
-    """What OE and POE share in stage 1; `distilled`: whether outliers are distilled, too."""
+    """Flags that OE and POE share in stage 1; `distilled`: whether the script distils outliers."""
     group = parser.add_argument_group("outliers")
     group.add_argument("--batch_oe", type=count(1), default=256, help="outliers per slot and step")
     if distilled:
@@ -275,7 +285,7 @@ def add_outliers(parser: Parser, distilled: bool = True) -> None:
 
 
 def add_oe(parser: Parser) -> None:
-    """The pool of outlier exposure."""
+    """Flags of outlier exposure: the pool."""
     group = parser.add_argument_group("outlier exposure")
     group.add_argument(
         "--oe_data_path",
@@ -286,18 +296,18 @@ def add_oe(parser: Parser) -> None:
         "--num_oe_per_class",
         type=count(1),
         default=10000,
-        help="outliers reserved for each class slot; slices shrink by themselves if the pool is small",
+        help="outliers of the pool for each class slot; fewer if the pool is too small",
     )
 
 
 def add_poe(parser: Parser) -> None:
-    """The corruptions of pseudo-outlier exposure."""
+    """Flags of pseudo-outlier exposure: the corruptions."""
     parser.add_argument(
         "--corruptions",
         nargs="+",
         type=one_of("corruption", CORRUPTIONS),
         default=list(DEFAULT_CORRUPTIONS),
-        help="slot c takes number c modulo their count; one alone is an ablation",
+        help="how pseudo-outliers are made: class slot c uses number c modulo their count",
     )
 
 
@@ -347,13 +357,13 @@ def _add_ood_sets(group: argparse._ArgumentGroup) -> None:
         "need no files",
     )
     group.add_argument(
-        "--skip_missing", action="store_true", help="test without sets that are missing, and name them in the table"
+        "--skip_missing", action="store_true", help="test without the sets that are missing; the table names them"
     )
     group.add_argument(
         "--num_ood_ratio",
         type=count(1),
         default=1,
-        help="take at most (test images // ratio) images of each set; raise it for a quick look",
+        help="test at most (test images // ratio) images of each set; raise it for a quick look",
     )
     group.add_argument(
         "-v", "--validate", action="store_true", help="also test on validation outliers, for choosing hyperparameters"
@@ -367,28 +377,32 @@ def _add_scores(group: argparse._ArgumentGroup) -> None:
         type=one_of("score", ALL_SCORES),
         default=None,
         help=f"msp when left out; one or more of {', '.join(SCORES)}; or, with the package pytorch-ood, "
-        f"of {', '.join(DETECTORS)}. Those "
-        "of logits or features cost nothing more; odin, mahalanobis_odin and the grad ones need passes of their own",
+        f"of {', '.join(DETECTORS)}. Scores "
+        "of logits or features share one forward pass; odin, mahalanobis_odin and the grad ones need their own",
     )
     group.add_argument(
         "--fit_on",
         type=one_of("fitting set", ("distilled", "real")),
         default="distilled",
-        help="what detectors are fitted on: the distilled set behind the networks, or the real training set. knn, "
-        "mahalanobis and similar ones need more images than a small ipc has",
+        help="what detectors are fitted on: the distilled set of these networks, or the real training set. knn, "
+        "mahalanobis and the like need more images than a small ipc has",
     )
     group.add_argument("--T", type=number(0, exclusive=True), default=1.0, help="temperature of --score energy")
     group.add_argument("-x", "--use_xent", action="store_true", help="adds xent to --score")
 
 
 def add_folder(parser: Parser, save_path: str, searched: Sequence[str]) -> None:
-    """How stages 2 and 3 find what the stage before wrote."""
+    """Flags by which stages 2 and 3 find what the stage before wrote."""
     group = parser.add_argument_group("files")
-    group.add_argument("--folder", default=None, help="name of the run folder to read; left out: the newest that fits")
     group.add_argument(
-        "--load_path", default=None, help=f"root to look for --folder in; left out: {', '.join(searched)}"
+        "--folder",
+        default=None,
+        help="name of the run folder to read; left out: the newest that matches the other flags",
     )
     group.add_argument(
-        "--is_load_oe", action="store_true", help="look only where runs with outliers (OE, POE) are written"
+        "--load_path", default=None, help=f"root folder in which --folder is searched; left out: {', '.join(searched)}"
     )
-    group.add_argument("--save_path", default=save_path, help="where run folders are made")
+    group.add_argument(
+        "--is_load_oe", action="store_true", help="search only where runs with outliers (OE, POE) are written"
+    )
+    group.add_argument("--save_path", default=save_path, help="run folders are made in this folder")

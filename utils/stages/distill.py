@@ -1,4 +1,4 @@
-"""Stage 1 from its flags to its run: all that the three main scripts share apart from their source of outliers."""
+"""Stage 1, from flags to run: what the three main scripts share. They differ in their source of outliers."""
 
 import argparse
 import os

@@ -23,7 +23,7 @@ from utils.training.evaluator import Evaluator
 
 @dataclass(frozen=True)
 class DistillSettings:
-    """What the stage-1 loop needs to know beside its method; `flags` are stored in what it writes."""
+    """What the stage-1 loop needs besides its method; `flags` are stored in the files that it writes."""
 
     method: str
     model: str
@@ -57,7 +57,7 @@ class ResultFiles:
                 save_grid(self.run.path / name, shown, s.ipc)
 
     def save_last_finite(self, state: DistillState, before: SyntheticSet) -> Path:
-        """Write the images from before an update that diverged; returns the path."""
+        """Write the images from before the update that diverged; returns the path."""
         path = self.path.with_name(self.path.stem + "_last_finite.pt")
         if distributed.is_main():
             save_synthetic(path, [before.detached_cpu()], {}, self.real, self._about(state))
@@ -122,11 +122,11 @@ class Distillation:
 
     @property
     def starts_another(self) -> bool:
-        """Whether an experiment is still to be started."""
+        """Whether an experiment has not started yet."""
         return self.state.exp + (self.state.method is not None) < self.settings.num_exp
 
     def _experiment(self) -> None:
-        """The experiment `state.exp`, from wherever it is."""
+        """Run experiment `state.exp` from its present iteration to its end."""
         s, state = self.settings, self.state
         if state.method is None:
             self.method.start(state.exp)
@@ -174,7 +174,7 @@ class Distillation:
         )
 
     def _evaluate(self, progress: Progress) -> None:
-        """Evaluate at this point, unless that is done; save the distilled set and a picture."""
+        """Evaluate the present images unless that is done; save the distilled set and a picture."""
         state = self.state
         if state.evaluated:
             return
