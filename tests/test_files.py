@@ -155,7 +155,7 @@ def test_finding_run_folders(tmp_path):
     assert find("20230102-000000") == roots[1] / "DSA" / "20230102-000000"
     assert find(None).name == "20230102-000000"
     put(roots[1], "20230101-000000")
-    with pytest.raises(UserError, match=r"is there 2 times: .*a/DSA/20230101-000000, .*b/DSA/20230101-000000"):
+    with pytest.raises(UserError, match=r"exists 2 times: .*a/DSA/20230101-000000, .*b/DSA/20230101-000000"):
         find("20230101-000000")
     (roots[0] / "DSA" / "bare").mkdir()
     with pytest.raises(UserError, match="has no res_DSA"):

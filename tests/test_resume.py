@@ -345,7 +345,7 @@ def test_inputs_that_changed_are_noticed(whole, copied, refused):
     inputs = json.loads((run_folder(whole / "one") / "args.json").read_text())["inputs"]
     assert set(inputs) == {"data_path"}
     folder = copied("one", inputs={"data_path": "0" * 64})
-    assert "--data_path: what is there now is not what" in refused("main_poe.py", "--resume", folder)
+    assert "--data_path: the data differ from those" in refused("main_poe.py", "--resume", folder)
 
 
 def test_a_distilled_set_that_changed_or_moved(whole, copied, in_process, refused, tmp_path):
@@ -362,7 +362,7 @@ def test_a_distilled_set_that_changed_or_moved(whole, copied, in_process, refuse
     content = load(moved / made.name)
     content["data"][0][0][0, 0, 0, 0] += 1
     torch.save(content, moved / made.name)
-    assert "--load_path: what is there now is not what" in refused(script, *flags)
+    assert "--load_path: the data differ from those" in refused(script, *flags)
 
 
 def test_start_images_from_a_folder_elsewhere(whole, in_process, refused, tmp_path, monkeypatch):
@@ -444,7 +444,7 @@ def test_a_start_set_that_the_run_did_not_have(whole, in_process, refused, tmp_p
     state = load(folder / "checkpoint.pt") | {"exp": 0, "iteration": 0, "started": False, "evaluated": False}
     torch.save(state | {"found": {}, "finished": [], "accs": {}, "method": {}}, folder / "checkpoint.pt")
     error = refused("main_poe.py", "--resume", folder, "--load_path", made)
-    assert "--load_path: what is there now is not what" in error
+    assert "--load_path: the data differ from those" in error
     assert json.loads((folder / "args.json").read_text())["flags"]["load_path"] is None
 
 
@@ -462,10 +462,10 @@ def test_pools_and_ood_sets_that_changed(in_process, refused, tmp_path):
     changed = pool.copy()
     changed[used[9, 19]] = 255 - changed[used[9, 19]]
     np.save(tmp_path / "pool.npy", changed)
-    assert "--oe_data_path: what is there now" in refused("main_oe.py", "--resume", folder)
+    assert "--oe_data_path: the data differ" in refused("main_oe.py", "--resume", folder)
     np.save(tmp_path / "pool.npy", pool)
     np.save(tmp_path / "ood/mine.npy", 255 - pool)
-    assert "--ood_path: what is there now" in refused("main_oe.py", "--resume", folder)
+    assert "--ood_path: the data differ" in refused("main_oe.py", "--resume", folder)
 
 
 def test_the_command_of_a_folder_with_a_dash(monkeypatch):

@@ -475,7 +475,7 @@ def test_a_resumed_run_wants_the_same_experts(in_process, refused, monkeypatch):
     assert "stopped" not in in_process("main.py", "--resume", "latest", "--buffer_path", "moved")
     in_process("train_experts.py", *TEACH, "--num_experts", 3, "--buffer_path", "moved")
     error = refused("main.py", "--resume", "latest", "--buffer_path", "moved")
-    assert "--buffer_path: what is there now is not what" in error
+    assert "--buffer_path: the data differ from those" in error
 
 
 def test_the_command_that_makes_the_experts_is_whole(refused):

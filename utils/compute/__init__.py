@@ -1,1 +1,1 @@
-"""How a device computes: choosing and preparing it, compiling, batches on a CPU, transfers, several processes."""
+"""Devices: choice and preparation, compilation, splitting of CPU batches, transfers, several processes."""

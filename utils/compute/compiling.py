@@ -1,4 +1,4 @@
-"""`torch.compile`: when it saves time, and what happens when a compilation fails."""
+"""`torch.compile`: when to use it, and how to recover when a compilation fails."""
 
 import os
 import re
@@ -19,19 +19,19 @@ from utils.compute.cpu_batches import convolution_outputs
 from utils.core.errors import UserError, one_line
 
 COMPILERS = ("c++", "g++", "clang++")
-CUDA_STEPS = 500  # `auto` compiles longer runs than this on a GPU (not measured yet)
-# Measured on two cores of a CPU: the seconds that compiling takes, and the seconds times threads that it saves for each
-# number that a convolution puts out in one forward and backward pass of an image.
+CUDA_STEPS = 500  # on a GPU, `auto` compiles runs of at least this many steps (not measured yet)
+# Measured on two CPU cores: the seconds that compiling takes, and the thread-seconds that it saves for each output
+# element of a convolution in one forward and backward pass of an image.
 COMPILE_SECONDS = {"matching": 75.0, "training": 12.0, "testing": 3.0}
 SAVED_SECONDS = 2 * 2e-9
 
 
 @dataclass(frozen=True)
 class Workload:
-    """How long a run is, as far as it decides whether to compile.
+    """The length of a run, from which `choose_compile` decides.
 
-    `passes`: images that go forward and backward through the network in this process; one that only goes forward counts
-    half. `steps`: matching steps, training epochs or test batches. `kind`: a key of `COMPILE_SECONDS`.
+    `passes`: forward and backward passes of single images in this process; a forward pass alone counts half.
+    `steps`: matching steps, training epochs or test batches. `kind`: a key of `COMPILE_SECONDS`.
     """
 
     passes: float
@@ -42,8 +42,8 @@ class Workload:
 def faster_on_cpu(net: nn.Module) -> bool:
     """Whether compiled code is faster for this network on a CPU.
 
-    It is for ConvNets that pool, 1.2 to 2 times. LeNet, AlexNet and VGG train more slowly (their poolings and their
-    convolutions of many channels on few pixels); ResNets, an MLP and a ConvNet without pooling do not gain.
+    ConvNets with pooling become 1.2 to 2 times faster. LeNet, AlexNet and VGG become slower (because of their pooling,
+    and convolutions of many channels on few pixels); ResNets, MLP and ConvNets without pooling do not gain.
     """
     return isinstance(net, ConvNet) and any(isinstance(m, (nn.AvgPool2d, nn.MaxPool2d)) for m in net.modules())
 
@@ -53,12 +53,12 @@ def choose_compile(
 ) -> tuple[bool, str]:
     """Whether to compile, and why; the reason is empty unless `flag` is `auto`.
 
-    `auto` compiles a run that is expected to save more time than compiling takes.
+    On a CPU, `auto` compiles if the expected saving exceeds the compile time; on a GPU, from `CUDA_STEPS` steps.
 
     Args:
         flag: `on`, `off` or `auto`.
     Raises:
-        UserError: for `on` without a C++ compiler on a CPU.
+        UserError: for `on` without a working C++ compiler on a CPU.
     """
     if flag == "off":
         return False, ""
@@ -88,7 +88,7 @@ def choose_compile(
 
 @lru_cache
 def compiler_failure(compiler: str) -> str:
-    """The first line that a C++ compiler prints when it cannot compile an empty program; empty where it can."""
+    """The first line that a C++ compiler prints when it fails on an empty program; an empty string if it works."""
     with tempfile.TemporaryDirectory() as folder:
         source = os.path.join(folder, "empty.cpp")
         with open(source, "w") as file:
@@ -103,22 +103,22 @@ def compiler_failure(compiler: str) -> str:
 
 
 class Compiled:
-    """A compiled function of images `[N, C, H, W]` and more.
+    """A compiled function of images `[N, C, H, W]` and further arguments.
 
-    The images are passed on in channels-last order, in which compiled convolutions and poolings are faster.
+    Images are converted to channels-last order, in which compiled convolutions and pooling are faster.
 
-    A process that is killed while its compiler writes leaves a truncated library in the compiler's cache on the disk,
-    and every later process that needs the same code fails to load it. When a compilation fails, that library is
-    removed; if it fails again, a fresh cache is used; if it still fails, the compiler does not work here.
+    A process that is killed while it compiles can leave a truncated library in the compile cache on the disk; every
+    later process that needs it then fails. After a failed compilation, the library that the error names is removed;
+    after a second failure, a fresh cache is used; after a third, the compiler counts as broken.
 
     Args:
-        function: what is compiled.
-        mode: of `torch.compile`.
-        required: with a compiler that does not work, raise a `UserError` (`--compile on`) instead of warning once and
-            running `function` as it is (`--compile auto`).
+        function: the function to compile.
+        mode: the mode of `torch.compile`.
+        required: if the compiler is broken, raise a `UserError` (`--compile on`); otherwise warn once and run
+            `function` uncompiled (`--compile auto`).
     """
 
-    failed = False  # whether the compiler was found not to work, by any object of this class
+    failed = False  # whether any object of this class found the compiler broken
 
     def __init__(self, function: Callable, mode: str | None, required: bool):
         self.function, self.mode, self.required = function, mode, required
@@ -139,8 +139,8 @@ class Compiled:
         return self.function(images, *rest)
 
     def _compile(self) -> Callable:
-        for name in ("recompile_limit", "cache_size_limit"):  # its name before 2.7
-            # one compilation per batch size: past the limit some would run eagerly, others of them after a resume
+        for name in ("recompile_limit", "cache_size_limit"):  # the name before PyTorch 2.7
+            # each batch size is compiled; past the limit some would run uncompiled, different ones after a resume
             if hasattr(torch._dynamo.config, name):
                 setattr(torch._dynamo.config, name, 64)
         return torch.compile(self.function, mode=self.mode, dynamic=False)
@@ -155,14 +155,14 @@ class Compiled:
 
 
 def compiler_message(message: str) -> str:
-    """The C++ compiler's own first line in an error of `torch.compile`, else the error's first line."""
+    """The first line of the C++ compiler's output in an error of `torch.compile`, else the error's first line."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     after = next((i + 1 for i, line in enumerate(lines) if line == "Output:"), 0)
     return one_line(lines[after] if after < len(lines) else message)
 
 
 def _remove_damaged_library(message: str) -> None:
-    """Remove the library of the compiler's cache that an error names."""
+    """Remove the cached library that an error message names."""
     named = re.search(r"(/\S+/torchinductor\S*\.so)", " ".join(message.split()))
     if named:
         with suppress(OSError):
@@ -180,6 +180,6 @@ def _use_fresh_cache(message: str) -> None:
 
 
 def remove_fresh_cache() -> None:
-    """Remove the cache that replaced a damaged one. An ordinary end of the process does so by itself."""
+    """Remove the cache that replaced a damaged one; only needed before `os._exit`: a normal exit removes it."""
     if _fresh_cache is not None:
         _fresh_cache.cleanup()

@@ -1,4 +1,4 @@
-"""Choosing and preparing the device, and how it computes."""
+"""Choosing and preparing the device, compilation and precision."""
 
 import ctypes
 import os
@@ -18,7 +18,7 @@ PRECISIONS = ("tf32", "fp32", "bf16")
 
 
 class _Embedding(nn.Module):
-    """`net.embed` as a module of its own."""
+    """`net.embed` as a module."""
 
     def __init__(self, net: nn.Module):
         super().__init__()
@@ -30,11 +30,11 @@ class _Embedding(nn.Module):
 
 @dataclass(frozen=True)
 class Compute:
-    """How a device computes; the results do not depend on it, but for rounding.
+    """Compilation and precision of a run; results depend on them only by rounding.
 
-    `compiled`: matching, network training and testing go through `torch.compile`. `precision`: `bf16` runs real
-    gradients and network training under autocast; the matching itself stays in float32. `why`: why `--compile auto`
-    chose so; empty where the user chose.
+    `compiled`: matching, network training and testing use `torch.compile`. `precision`: `bf16` runs network training,
+    and in matching the real gradients or embeddings and MTT's student steps, under autocast; the gradient of the
+    synthetic images stays in float32. `why`: the reason for the choice of `--compile auto`; empty if the user chose.
     """
 
     compiled: bool = False
@@ -46,12 +46,12 @@ class Compute:
         return f"torch.compile {'on' if self.compiled else 'off'}{self.why and f' ({self.why})'}, {self.precision}"
 
     def for_network(self, net: nn.Module) -> "Compute":
-        """The same for another network: without compiling if `auto` chose that and it would slow `net` down."""
+        """The settings for another network: on a CPU, `auto` does not compile where that is no faster for `net`."""
         slower = self.compiled and self.why and not self.on_cuda and not faster_on_cpu(net)
         return replace(self, compiled=False) if slower else self
 
     def function(self, function: Callable) -> Callable:
-        """`function` under autocast, compiled, or both, as this says; or as it is."""
+        """`function` under autocast (`bf16`) and compiled, each if set; otherwise unchanged."""
         wrapped = self._autocast(function) if self.precision == "bf16" else function
         if not self.compiled:
             return wrapped
@@ -61,7 +61,7 @@ class Compute:
     def embedding(self, example: nn.Module) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
         """A function of a network and images that returns `net.embed(images)`.
 
-        It is compiled once, for all networks of the kind of `example`.
+        It is compiled once, for all networks of the architecture of `example`.
         """
         splitter = BatchSplitter(example)
         if not self.compiled:
@@ -86,12 +86,12 @@ class Compute:
 
 
 def choose_device(text: str, deterministic: bool = False) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` as a device, prepared; a `UserError` where there is no such device.
+    """Return the device `auto`, `cpu`, `cuda` or `cuda:N`, prepared; raise a `UserError` if it cannot be used.
 
-    Under `torchrun` each process of a machine takes a GPU of its own, and all join the process group.
+    Under `torchrun` each process on a machine uses its own GPU, and all join the process group.
 
     Args:
-        deterministic: choose operations that return the same bits at every run on CUDA; on the CPU they always do.
+        deterministic: use operations whose results are bit-identical in every run on CUDA; on the CPU they always are.
     """
     if text == "auto":
         text = "cuda" if torch.cuda.is_available() else "cpu"
@@ -119,7 +119,7 @@ def choose_device(text: str, deterministic: bool = False) -> torch.device:
 
 
 def set_precision(precision: str, device: torch.device) -> None:
-    """Allow TF32 in matrix products and convolutions for `tf32` on CUDA; elsewhere they are in float32."""
+    """Allow TF32 in matrix products and convolutions for `tf32` on CUDA; otherwise use float32."""
     tf32 = precision == "tf32" and device.type == "cuda"
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
@@ -139,7 +139,7 @@ def choose_compute(
         compile_flag, precision: the flags `--compile` and `--precision`.
         net: a network of the kind that the run trains or tests, on the CPU; image_shape: `(C, H, W)`.
     Raises:
-        UserError: for `--compile on` where nothing can be compiled.
+        UserError: for `--compile on` without a working C++ compiler on a CPU.
     """
     set_precision(precision, device)
     compiled, why = choose_compile(compile_flag, device, net, image_shape, workload)
@@ -149,7 +149,7 @@ def choose_compute(
 
 
 def forward_flops(net: nn.Module, image_shape: tuple[int, ...]) -> int:
-    """Floating-point operations of one image `(C, H, W)` that goes forward through `net`."""
+    """Floating-point operations of the forward pass of one image `(C, H, W)` through `net`."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -158,9 +158,9 @@ def forward_flops(net: nn.Module, image_shape: tuple[int, ...]) -> int:
 
 
 def set_keep_freed_memory(keep: bool) -> None:
-    """Let glibc reuse freed memory instead of returning it to the system and faulting it in again at every step.
+    """Let glibc reuse freed memory instead of returning it to the system at every step; without `keep`, undo this.
 
-    Activations of a CPU run are large, so by default each is mapped and unmapped anew; that costs about a third of the
+    Activations of a CPU run are large, so by default each is mapped and unmapped again; that costs about a third of the
     time. On other C libraries, which have no `mallopt`, this does nothing.
     """
     m_trim_threshold, m_mmap_max = -1, -4

@@ -1,4 +1,4 @@
-"""Several processes under `torchrun`; with one process every function here does nothing."""
+"""Several processes under `torchrun`; with one process, nothing here communicates."""
 
 import atexit
 import os
@@ -12,11 +12,15 @@ import torch.distributed as dist
 
 from utils.core.errors import UserError, one_line, under_torchrun
 
-TIMEOUT = timedelta(hours=2)  # rank 0 may train evaluation networks for long while others wait
+TIMEOUT = timedelta(hours=2)  # other ranks may wait long while one trains evaluation networks
 
 
 def start(device_type: str) -> None:
-    """Join the process group that `torchrun` prepared: NCCL for GPUs, gloo for CPUs. Without `torchrun` do nothing."""
+    """Join the process group of `torchrun`: NCCL for GPUs, gloo for CPUs. Without `torchrun`, do nothing.
+
+    Raises:
+        UserError: when the processes cannot reach each other.
+    """
     if not under_torchrun() or dist.is_initialized():
         return
     try:
@@ -33,10 +37,10 @@ def stop() -> None:
 
 
 def leave(status: int) -> None:
-    """End this process, one of several, without the usual shutdown of Python and its libraries.
+    """Exit this process, one of several, with `status`, without the usual shutdown of Python and its libraries.
 
-    A thread of gloo that still holds a Python object during that shutdown would abort the process after its work is
-    done (seen in about one run in a hundred). A process that was interrupted does not wait for the others, either.
+    A gloo thread that still holds a Python object during that shutdown would abort the process after its work is done
+    (seen in about one run in a hundred). An interrupted process (status from 128) does not wait for the others.
     """
     if status < 128:
         stop()
@@ -51,7 +55,7 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Number of this process."""
+    """Rank of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -61,12 +65,12 @@ def is_main() -> bool:
 
 
 def local_rank() -> int:
-    """Number of this process on its machine, which is the GPU it takes."""
+    """Rank of this process on its machine, and the index of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def own_share(count: int) -> range:
-    """The indices below `count` that this process works on; every index belongs to one process."""
+    """The indices below `count` that this process works on; each index belongs to exactly one process."""
     return range(rank(), count, world_size())
 
 
@@ -85,7 +89,7 @@ def broadcast_(*tensors: torch.Tensor) -> None:
 
 
 def from_main(value: object) -> object:
-    """The plain value of rank 0, on every process."""
+    """Return the plain `value` of rank 0 on every process."""
     if world_size() == 1:
         return value
     box = [value]
@@ -95,7 +99,7 @@ def from_main(value: object) -> object:
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """Rank 0 runs the block first, e.g. to download a file; the others wait and then run it, too.
+    """Let rank 0 run the block first, e.g. to download a file; the others wait and then run it, too.
 
     Raises:
         UserError: on the other processes when the block failed on rank 0.
@@ -114,13 +118,13 @@ def main_first() -> Iterator[None]:
 
 
 def barrier() -> None:
-    """Return when every process has called this."""
+    """Wait until every process has called this."""
     if world_size() > 1:
         dist.all_reduce(torch.zeros(1, device="cuda" if dist.get_backend() == "nccl" else "cpu"))
 
 
 def gather(values: dict[int, object]) -> dict[int, object]:
-    """The plain values by index of all processes, joined and in order, on every process."""
+    """Merge the plain values (by index) of all processes; return them, sorted by index, on every process."""
     parts: list = [values]
     if world_size() > 1:
         parts = [None] * world_size()

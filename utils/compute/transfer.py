@@ -1,4 +1,4 @@
-"""Moving what was drawn on the CPU to the device, in as few transfers as possible."""
+"""Moving random draws from the CPU to the device, in as few transfers as possible."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
@@ -10,19 +10,19 @@ import torch
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor on `device`; from the CPU to a GPU through pinned memory, so that the host does not wait."""
     if device.type != "cuda":
-        return tensor.to(device)  # towards the CPU the host must wait, or it would read unfinished numbers
+        return tensor.to(device)  # to the CPU the host must wait, or it would read incomplete data
     if tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
 def send_together(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """CPU tensors on `device`, in one transfer for each of their types."""
+    """CPU tensors on `device`, in one transfer per dtype."""
     return list(tensors) if device.type == "cpu" else packed(tensors, lambda flat: send(flat, device))
 
 
 def packed(tensors: Sequence[torch.Tensor], transfer: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
-    """`[transfer(t) for t in tensors]`, with one call of `transfer` for all tensors of a type."""
+    """`[transfer(t) for t in tensors]`, with one call of `transfer` per dtype."""
     done: dict[int, torch.Tensor] = {}
     for dtype in dict.fromkeys(t.dtype for t in tensors):
         indices = [i for i, t in enumerate(tensors) if t.dtype == dtype]
@@ -33,7 +33,7 @@ def packed(tensors: Sequence[torch.Tensor], transfer: Callable[[torch.Tensor], t
 
 
 class Draw:
-    """Base class of dataclasses that hold what was drawn; `send_draws` moves the tensors in their fields."""
+    """Base class of dataclasses that hold random draws; `send_draws` moves the tensors in their fields."""
 
 
 AnyDraws = TypeVar("AnyDraws")
@@ -47,7 +47,7 @@ def tensors_of(draws: object) -> list[torch.Tensor]:
 
 
 def with_tensors(draws: AnyDraws, tensors: Iterator[torch.Tensor]) -> AnyDraws:
-    """The same draws with the next of `tensors` in the place of each of theirs."""
+    """`draws` with their tensors replaced, in order, by `tensors`."""
     if isinstance(draws, torch.Tensor):
         return next(tensors)
     parts = {key: with_tensors(part, tensors) for key, part in _parts(draws).items()}
@@ -59,7 +59,7 @@ def with_tensors(draws: AnyDraws, tensors: Iterator[torch.Tensor]) -> AnyDraws:
 
 
 def _parts(draws: object) -> dict:
-    """The parts of a `Draw`, a list, a tuple or a dict, by name, position or key; none of anything else."""
+    """The parts of a `Draw`, a list, a tuple or a dict, by name, position or key; empty for anything else."""
     if isinstance(draws, Draw):
         return {f.name: getattr(draws, f.name) for f in fields(draws)}
     if isinstance(draws, (list, tuple)):
@@ -68,5 +68,5 @@ def _parts(draws: object) -> dict:
 
 
 def send_draws(draws: AnyDraws, device: torch.device) -> AnyDraws:
-    """The draws with their tensors on `device`, sent together."""
+    """`draws` with their tensors on `device`, sent together."""
     return with_tensors(draws, iter(send_together(tensors_of(draws), device)))

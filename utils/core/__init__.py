@@ -1,1 +1,1 @@
-"""What everything else stands on: one-line errors, the argument parser, keyed random generators."""
+"""Foundations: one-line errors, the argument parser, keyed random generators, versions."""

@@ -13,12 +13,12 @@ class UserError(ValueError):
 
 
 class RankError(UserError):
-    """An error of one process among several. That process prints it, whichever rank it has."""
+    """An error that only some of several processes may meet. Each of them prints it, whatever its rank."""
 
 
 @contextmanager
 def rank_errors() -> Iterator[None]:
-    """Turn a `UserError` of the block, in which each process does work of its own, into a `RankError`."""
+    """Turn a `UserError` into a `RankError`, for a block in which each process does its own work."""
     try:
         yield
     except UserError as error:
@@ -26,9 +26,9 @@ def rank_errors() -> Iterator[None]:
 
 
 class Interrupted(BaseException):
-    """A signal asked the run to stop; `number` is the signal's.
+    """A signal asked the run to stop; `number` is the signal number.
 
-    Like `KeyboardInterrupt` it is not an `Exception`, so that no library that is at work swallows it.
+    Like `KeyboardInterrupt` it is not an `Exception`, so that no library swallows it.
     """
 
     def __init__(self, number: int):
@@ -37,7 +37,7 @@ class Interrupted(BaseException):
 
 
 def unknown_name(what: str, name: str, accepted: Iterable[str]) -> str:
-    """The message for a name that is not among `accepted`; it lists them all and points at the nearest one."""
+    """The message for a name that is not in `accepted`; it lists them all and suggests the nearest, if one is close."""
     accepted = list(accepted)
     by_lower = {a.lower(): a for a in reversed(accepted)}
     nearest = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.4)
@@ -46,7 +46,7 @@ def unknown_name(what: str, name: str, accepted: Iterable[str]) -> str:
 
 
 def one_line(value: object, most: int = 160) -> str:
-    """A value or an error as one printable line of at most `most` characters; the type of an error without text."""
+    """A value or an error as one printable line of at most `most` characters; its type name if the text is empty."""
     text = " ".join(str(value).split()) or type(value).__name__
     return "".join(c if c.isprintable() else "?" for c in text[:most])
 
@@ -57,12 +57,12 @@ def under_torchrun() -> bool:
 
 
 def print_error(prog: str, message: object) -> int:
-    """Print an error as one line on stderr; returns the exit status, 2."""
+    """Print an error as one line on stderr; return the exit status, 2."""
     where = f"process {os.environ.get('RANK')}: " if under_torchrun() else ""
     print(f"{prog}: error: {where}{' '.join(str(message).split())}", file=sys.stderr, flush=True)
     return 2
 
 
 def print_error_once(prog: str, message: object) -> int:
-    """As `print_error`, but under `torchrun` only the first process prints."""
+    """Like `print_error`, but under `torchrun` only rank 0 prints."""
     return print_error(prog, message) if os.environ.get("RANK", "0") == "0" else 2

@@ -9,11 +9,11 @@ from utils.core.errors import print_error_once, unknown_name
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that takes `-` and `_` alike in the names of flags, and answers errors in one line.
+    """An argument parser that accepts `-` and `_` alike in flag names and reports errors in one line.
 
-    `preparations`: functions of the parser and the words of the command line, called before these are parsed.
-    `completions`: functions of the parser, the parsed namespace and the flags that were given (by name), called after;
-    each returns the namespace and the given flags for the next.
+    `preparations`: called before parsing with the parser and the words of the command line.
+    `completions`: called after parsing with the parser, the namespace and the given flags (values by name); each
+    returns the namespace and the given flags for the next.
     """
 
     def __init__(self, **kwargs):
@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--is_parallel", nargs="?", action=_Refused, help=argparse.SUPPRESS)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
-        """As argparse does, after spelling every flag with `_`."""
+        """Like argparse, with `_` for `-` in flag names, and with `preparations` and `completions`."""
         args = sys.argv[1:] if args is None else args
         words = [_underscored(a) for a in args]
         for prepare in self.preparations:
@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         return namespace, rest
 
     def error(self, message: str) -> None:
-        """One line on stderr, exit status 2."""
+        """Print one line on stderr and exit with status 2."""
         sys.exit(print_error_once(self.prog, f"{message} (see --help)"))
 
 
@@ -49,11 +49,11 @@ _NOT_GIVEN = object()
 
 class _Refused(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
-        parser.error("--is_parallel: gone; several processes or GPUs are started with torchrun instead")
+        parser.error("--is_parallel was removed; start several processes or GPUs with torchrun")
 
 
 def _underscored(argument: str) -> str:
-    """`--dsa-strategy=x-y` to `--dsa_strategy=x-y`; anything but a long flag stays as it is."""
+    """Turn `--dsa-strategy=x-y` into `--dsa_strategy=x-y`; return anything but a long flag unchanged."""
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument[2:].partition("=")
@@ -61,7 +61,7 @@ def _underscored(argument: str) -> str:
 
 
 def one_of(what: str, accepted: Iterable[str]) -> Callable[[str], str]:
-    """A type for names; its error lists what is accepted (at that moment) and points at the nearest."""
+    """An argparse type for names in `accepted` (read at each call); its error lists them and suggests the nearest."""
 
     def check(text: str) -> str:
         """`text`, if it is accepted."""
@@ -73,7 +73,7 @@ def one_of(what: str, accepted: Iterable[str]) -> Callable[[str], str]:
 
 
 def count(least: int) -> Callable[[str], int]:
-    """A type for whole numbers of at least `least`."""
+    """An argparse type for whole numbers of at least `least`."""
 
     def check(text: str) -> int:
         """`text` as a number, if it is accepted."""
@@ -89,7 +89,7 @@ def count(least: int) -> Callable[[str], int]:
 
 
 def number(least: float, exclusive: bool = False) -> Callable[[str], float]:
-    """A type for finite numbers from `least` on (above it if `exclusive`)."""
+    """An argparse type for finite numbers of at least `least` (above it if `exclusive`)."""
 
     def check(text: str) -> float:
         """`text` as a number, if it is accepted."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-VERSION = 1  # stored in what the stages write
+VERSION = 1  # stored in the files that the stages write
 
 
 def versions() -> dict[str, str | int | None]:
@@ -17,7 +17,7 @@ def versions() -> dict[str, str | int | None]:
 
 
 def git_commit() -> str | None:
-    """The commit of this code, with `+changes` where files differ from it; None where git does not know."""
+    """The git commit of this code, with `+changes` if tracked files differ from it; None if it is unknown."""
     folder = str(Path(__file__).parent)
     command = ["git", "-C", folder, "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+changes"]
     try:

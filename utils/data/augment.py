@@ -1,9 +1,8 @@
 """Differentiable Siamese augmentation (DSA) and the augmentation of plain gradient matching (DC).
 
-Every augmentation is "draw parameters", then "apply parameters". A draw with one set of parameters, applied to the real
-and to the synthetic batch, is the Siamese rule of Zhao & Bilen (ICML 2021, eq. 4); a draw with as many sets as there
-are images is the plain use in network training. Draws are made on the CPU, so they are the same on every device (but
-for DC's noise).
+Every augmentation first draws parameters, then applies them. One set of parameters for both the real and the synthetic
+batch is the Siamese rule of Zhao & Bilen (ICML 2021, eq. 4); network training uses one set per image. Draws are made on
+the CPU, so they are the same on every device (except DC's noise).
 """
 
 import math
@@ -25,12 +24,12 @@ CROP_RATIO, CUTOUT_RATIO, SCALE_RATIO, ROTATE_DEGREES = 0.125, 0.5, 1.2, 15.0
 
 
 def _per_image(values: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """`[n]` (n = 1 or N) as `[n, 1, 1, 1]` with the type and device of `images`."""
+    """`[n]` (n = 1 or N) as `[n, 1, 1, 1]` with the dtype and device of `images`."""
     return send(values, images.device).to(images.dtype).view(-1, 1, 1, 1)
 
 
 def color(images: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """Brightness, then saturation, then contrast. `u`: `[n, 3]` in [0, 1)."""
+    """Change brightness, then saturation, then contrast. `u`: `[n, 3]` in [0, 1)."""
     brightness, saturation, contrast = (_per_image(column, images) for column in u.unbind(1))
     images = images + (brightness - 0.5) * BRIGHTNESS
     mean = images.mean(1, keepdim=True)
@@ -44,7 +43,7 @@ def shift(images: torch.Tensor, offset: torch.Tensor, fill: torch.Tensor | None 
 
     `offset`: int64 `[n, 2]`, rows then columns; `fill`: broadcastable to the images.
     """
-    if len(offset) == 1 and offset.device.type == "cpu" and fill is None:  # on a GPU reading it would synchronise
+    if len(offset) == 1 and offset.device.type == "cpu" and fill is None:  # reading it from a GPU would synchronise
         rows, cols = offset[0].tolist()
         return F.pad(images, (-cols, cols, -rows, rows))
     height, width = images.shape[2:]
@@ -64,7 +63,7 @@ def cutout(images: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
     centre = send(centre, images.device)
 
     def outside(length: int, middle: torch.Tensor) -> torch.Tensor:
-        """Which positions of a side are not in the square, `[n, length]`."""
+        """Whether each position along a side is outside the square, `[n, length]`."""
         side = _cutout_side(length)
         first = middle.unsqueeze(1) - side // 2
         position = torch.arange(length, device=images.device)
@@ -84,7 +83,7 @@ def flip(images: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
 
 
 def affine(images: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
-    """Sample at `theta` (`[n, 2, 3]`, from output to input in [-1, 1]): bilinear, zeros outside, align_corners true."""
+    """Resample with `theta` (`[n, 2, 3]`, output to input in [-1, 1]): bilinear, zeros outside, align_corners true."""
     theta = send(theta, images.device).to(images.dtype).expand(len(images), 2, 3)
     grid = F.affine_grid(theta, list(images.shape), align_corners=True)
     if images.is_cuda and torch.are_deterministic_algorithms_enabled():
@@ -95,7 +94,7 @@ def affine(images: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
 def bilinear(images: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
     """`grid_sample` (bilinear, zeros outside, align_corners true) by gathering the four neighbours of each point.
 
-    The gradient of torch's own adds up in no fixed order on CUDA.
+    Used for determinism: on CUDA, the gradient of torch's `grid_sample` is summed in no fixed order.
 
     Args:
         images: `[N, C, H, W]`; grid: `[N, H', W', 2]`, x then y in [-1, 1].
@@ -135,7 +134,7 @@ def _draw_crop(n: int, size: Size, g: torch.Generator) -> torch.Tensor:
 
 
 def _draw_cutout(n: int, size: Size, g: torch.Generator) -> torch.Tensor:
-    # the centre of a square of even side lies between pixels, so there is one more of them
+    # the centre of a square of even side lies between pixels, so it has one more possible position
     return torch.stack([torch.randint(0, side + 1 - _cutout_side(side) % 2, (n,), generator=g) for side in size], 1)
 
 
@@ -187,7 +186,7 @@ class Transform(Draw):
 
 @dataclass(frozen=True)
 class DSA:
-    """The augmentation of a strategy. `draw` picks one entry uniformly and draws `n` sets of its parameters."""
+    """The DSA of a strategy. `draw` picks one entry uniformly and draws `n` sets of its parameters."""
 
     strategy: tuple[str, ...]
 
@@ -198,14 +197,14 @@ class DSA:
 
 
 def apply_by_part(images: torch.Tensor, transforms: Sequence[Callable], lengths: Sequence[int]) -> torch.Tensor:
-    """Apply each transform to its part of the images; the parts follow one another.
+    """Apply each transform to its part of the images; the parts are consecutive. Returns images in the same order.
 
-    Parts whose draws are of the same entry go through one call: on a GPU, and for few images, the calls are the cost.
+    Parts with the same entry share one call: on a GPU, and for few images, the number of calls determines the time.
 
     Args:
         images: `[N, C, H, W]`.
-        transforms: one for each part; a draw has parameters for all images of its part, or for each.
-        lengths: images of each part; their sum is N.
+        transforms: one for each part, with one set of parameters for the part or one per image.
+        lengths: number of images in each part; the sum is N.
     """
     entries = [t.entry if isinstance(t, Transform) else None for t in transforms]
     if None in entries:
@@ -249,7 +248,7 @@ DC_CROP, DC_SCALE, DC_ROTATE_DEGREES, DC_NOISE = 4, 0.2, 45.0, 0.001
 
 @dataclass(frozen=True)
 class DCTransform(Draw):
-    """One draw of DC's augmentation for N images: which entry each takes (`[N]`), and the parameters of all entries."""
+    """One draw of DC's augmentation for N images: the entry of each image (`[N]`) and the parameters of all entries."""
 
     strategy: tuple[str, ...]
     choice: torch.Tensor
@@ -278,7 +277,7 @@ class DCTransform(Draw):
 
 @dataclass(frozen=True)
 class DC:
-    """DC's augmentation (Zhao et al., ICLR 2021): per image one of the entries, uniformly; the padding is the mean."""
+    """DC's augmentation (Zhao et al., ICLR 2021): one entry per image, drawn uniformly; padding by channel means."""
 
     strategy: tuple[str, ...]
 
@@ -297,7 +296,7 @@ class DC:
 
 
 def dc_augmentation(dataset: str, model_eval: str) -> DC | None:
-    """The augmentation with which method DC evaluates `model_eval` on `dataset`, None for none."""
+    """The augmentation that method DC uses to evaluate `model_eval` on `dataset`; None if it uses none."""
     if dataset == "MNIST":
         return DC(parse_strategy("crop_scale_rotate", DC_ENTRIES))
     if model_eval == "ConvNetBN":

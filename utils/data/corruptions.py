@@ -15,7 +15,7 @@ DEFAULT_CORRUPTIONS = ("jigsaw", "invert", "pixelate", "gauss-speckle")
 
 
 def jigsaw(images: torch.Tensor) -> torch.Tensor:
-    """Rearrange the quarters; a last odd row or column stays where it is."""
+    """Rearrange the quadrants, the upper two with swapped halves; a last odd row or column stays in place."""
     height, width = images.shape[2:]
     half, half_w = height // 2, width // 2
     quarter, quarter_w = height // 4, width // 4
@@ -38,7 +38,7 @@ def invert(images: torch.Tensor) -> torch.Tensor:
 
 
 def _box_weights(length: int, out: int) -> torch.Tensor:
-    """`[out, length]`: the averaging weights of PIL's box filter, which takes whole pixels by their centres."""
+    """`[out, length]`: the averaging weights of PIL's box filter, which selects whole pixels by their centres."""
     scale = length / out
     support = 0.5 * max(scale, 1.0)
     weights = torch.zeros(out, length)
@@ -50,14 +50,14 @@ def _box_weights(length: int, out: int) -> torch.Tensor:
 
 
 def pixelate(images: torch.Tensor) -> torch.Tensor:
-    """Box-average down to a fifth of the size, then nearest up again (`PIL.Image.BOX` twice)."""
+    """Box-average down to a fifth of the size, then enlarge to nearest pixels (`PIL.Image.BOX` twice)."""
     dtype = product_dtype(images.dtype, images.device)
     rows, columns = (_pixelate_weights(side, dtype, images.device) for side in images.shape[2:])
     return (rows @ images.to(dtype) @ columns.T).to(images.dtype)
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The type in which matrix products keep the precision of float32: on CUDA TF32 would round it to 10 bits."""
+    """The dtype in which matrix products keep float32 precision: on CUDA, TF32 would round the mantissa to 10 bits."""
     return torch.float64 if device.type == "cuda" and dtype == torch.float32 else dtype
 
 
@@ -117,14 +117,14 @@ CORRUPTIONS: dict[str, tuple[Callable, Callable]] = {
 }
 
 
-NOISES = (torch.randn, torch.rand)  # a number for each pixel
+NOISES = (torch.randn, torch.rand)  # one number per pixel and channel
 
 
 @dataclass(frozen=True)
 class Corruption(Draw):
     """One draw of a corruption for a batch.
 
-    `drawn`: what is random in it, if anything; for noise on a GPU the seed, from which it is drawn there.
+    `drawn`: its random values, if any; for noise on a GPU, the seed from which it is drawn there.
     """
 
     name: str
@@ -145,7 +145,7 @@ def corrupt(images: torch.Tensor, name: str, generator: torch.Generator | None =
     Args:
         images: `[N, C, H, W]` in [0, 1], one or three channels.
         name: one of `CORRUPTIONS`.
-        generator: a CPU generator for the random ones; without it torch's global one.
+        generator: a CPU generator for random corruptions; default: torch's global one.
     Returns:
         Images of the same shape in [0, 1]; the input is not changed.
     Raises:
@@ -157,7 +157,7 @@ def corrupt(images: torch.Tensor, name: str, generator: torch.Generator | None =
 
 
 def draw_corruption(name: str, shape: Shape, generator: torch.Generator, device: torch.device) -> Corruption:
-    """What is random in the corruption `name` (of `CORRUPTIONS`) of a batch of `shape` `[N, C, H, W]` on `device`."""
+    """Draw the corruption `name` (of `CORRUPTIONS`) for a batch of `shape` `[N, C, H, W]` on `device`."""
     draw = CORRUPTIONS[name][0]
     if draw in NOISES and device.type != "cpu":
         return Corruption(name, draw_seed(generator))

@@ -75,7 +75,7 @@ class RealData:
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors live."""
+        """Device of the tensors."""
         return self.images_train.device
 
     @cached_property
@@ -83,7 +83,7 @@ class RealData:
         return tuple(torch.tensor(v, device=self.device).view(1, -1, 1, 1) for v in (self.mean, self.std))
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
-        """Images in [0, 1] to zero mean and unit deviation per channel, or whitened."""
+        """Normalise images in [0, 1] to zero mean and unit deviation per channel, or whiten them."""
         if self.zca is not None:
             return self.zca.whiten(images)
         mean, std = self._scale
@@ -97,11 +97,11 @@ class RealData:
         return (images * std + mean).clamp(0, 1)
 
     def unit_train(self, indices: torch.Tensor) -> torch.Tensor:
-        """Training images of these indices in [0, 1], float32."""
+        """Training images at `indices`, float32 in [0, 1]."""
         return unit_images(self.images_train[send(indices, self.device)])
 
     def train_batch(self, indices: torch.Tensor) -> torch.Tensor:
-        """Training images of these indices, normalised."""
+        """Training images at `indices`, normalised."""
         return self.normalize(self.unit_train(indices))
 
     @cached_property
@@ -144,13 +144,13 @@ def load_dataset(
 
     Args:
         name: one of `DATASET_NAMES`.
-        data_path: the folder of the data; the file itself for `npz`, the folder of `train/` for `ImageFolder`.
-            `<data_path>/<name in lower case>.npz` is used instead of a download where it exists.
+        data_path: the folder of the data; for `npz` the file itself, for `ImageFolder` the folder with `train/`. For
+            other names `<data_path>/<name in lower case>.npz` is read instead, if it exists.
         im_size: side of the images, `ImageFolder` only (default 64).
         download: fetch a missing set through torchvision.
         zca: whiten the images instead of normalising them.
     Raises:
-        UserError: for an unknown name, missing files, or arrays of a wrong type, shape or label range.
+        UserError: for an unknown name, `im_size` with another set, missing files, or wrong dtypes, shapes or labels.
     """
     if zca:
         return load_dataset(name, data_path, im_size, download).whitened()
@@ -177,7 +177,7 @@ Arrays = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _checked(name: str, spec: Spec | None, arrays: Arrays, source: Path) -> RealData:
-    """Check shapes and labels, fill in what `spec` leaves open, and make the `RealData`."""
+    """Check shapes and labels, compute what `spec` leaves out, and make the `RealData`."""
     images, labels, images_test, labels_test = arrays
     where = f"--data_path: {source}"
     if images.shape[1:] != images_test.shape[1:]:
@@ -192,10 +192,10 @@ def _checked(name: str, spec: Spec | None, arrays: Arrays, source: Path) -> Real
     for part, values, of in (("train", labels, images), ("test", labels_test, images_test)):
         if len(values) != len(of) or not len(of):
             raise UserError(
-                f"{where}: {len(of)} {part} images and {len(values)} labels; there must be as many, and some"
+                f"{where}: {len(of)} {part} images and {len(values)} labels; their numbers must be equal, and not 0"
             )
     num_classes = spec.num_classes if spec else int(labels.max()) + 1
-    if num_classes > len(labels):  # before anything is counted: a label may claim billions of classes
+    if num_classes > len(labels):  # before `bincount`: a label may claim billions of classes
         raise UserError(
             f"{where}: {len(labels)} train labels cannot be of {num_classes} classes; each class needs one at least"
         )
@@ -304,10 +304,10 @@ def _read_folders(data_path: Path, side: int) -> Arrays:
 
 
 def load_test_images(name: str, root: Path, download: bool, flag: str = "--data_path") -> torch.Tensor:
-    """The test images alone of a torchvision set, uint8 `[N, C, H, W]`: CIFAR and SVHN serve as OOD sets, too.
+    """Only the test images of a torchvision set, uint8 `[N, C, H, W]`: CIFAR and SVHN are also used as OOD sets.
 
     Raises:
-        UserError: naming `flag` when they are not in `root` and may not or cannot be fetched.
+        UserError: naming `flag`, when they are not in `root`, and `download` is false or fails.
     """
     local = root / f"{name.lower()}.npz"
     if local.is_file():

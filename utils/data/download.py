@@ -1,7 +1,7 @@
-"""Data sets of torchvision and pytorch-ood: opened where they are, or fetched whole.
+"""Data sets of torchvision and pytorch-ood: opened from the disk, or downloaded.
 
-A fetch goes into a temporary folder first, so that an interrupted one leaves nothing that looks complete. Under
-`torchrun` the first process fetches while the others wait.
+A download goes into a temporary folder first, so that an interrupted one leaves nothing that looks complete. Under
+`torchrun` rank 0 downloads while the others wait.
 """
 
 import os
@@ -42,22 +42,21 @@ _ARCHIVES = {
 
 
 class NotThere(UserError):
-    """A data set that could be fetched is not on the disk, or its download failed; nothing there is damaged."""
+    """A data set that can be downloaded cannot be opened from the disk, and downloading is off or failed."""
 
 
 def read_torchvision(name: str, root: Path, download: bool, flag: str = "--data_path") -> tuple[torch.Tensor, ...]:
     """Training and test images (uint8 `[N, C, H, W]`) and labels (int64 `[N]`) of a torchvision data set.
 
-    torchvision compares the MD5 sums of what it downloads, and of CIFAR's files whenever it opens them; only then does
-    it unpickle those.
+    torchvision checks the MD5 sums of its downloads, and those of CIFAR's files each time before it unpickles them.
 
     Args:
-        root: its folder; download: fetch what is missing there.
+        root: its folder; download: download missing files.
         flag: the flag that names the folder, for the message.
     Returns:
         `images_train, labels_train, images_test, labels_test`.
     Raises:
-        NotThere: when the set is not there and may not or cannot be fetched.
+        NotThere: when the set cannot be opened from `root`, and `download` is false or fails.
     """
     with distributed.main_first():
         try:
@@ -84,7 +83,7 @@ def _fetch_torchvision(name: str, root: Path, flag: str) -> list:
     print(f"{name} is not in {root}; downloading it through torchvision", flush=True)
 
     def fetch(folder: Path) -> list:
-        """Both parts, fetched into `folder`; archives that `root` has already are not fetched again."""
+        """Download both parts into `folder`; archives that `root` already has are not downloaded again."""
         for pattern in _ARCHIVES[name]:
             for path in root.glob(pattern):
                 link = folder / path.relative_to(root)
@@ -138,18 +137,18 @@ def _whole_tensors(part: object) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def fetch_tinyimages(path: Path) -> None:
-    """Fetch 300K Random Images (Hendrycks et al.) to `path` through pytorch-ood, which compares the MD5 sum.
+    """Download 300K Random Images (Hendrycks et al.) to `path` through pytorch-ood, which checks the MD5 sum.
 
     Raises:
         UserError: without pytorch-ood, and when the download fails.
     """
     with distributed.main_first():
-        if path.exists():  # the first process has fetched it
+        if path.exists():  # rank 0 has downloaded it
             return
         try:
             from pytorch_ood.dataset.img import TinyImages300k
         except ImportError:
-            raise UserError(f"--oe_data_path: {path} is fetched by pytorch-ood: pip install pytorch-ood") from None
+            raise UserError(f"--oe_data_path: fetching {path} needs pytorch-ood: pip install pytorch-ood") from None
         try:
             _fetch_into(path.parent, lambda folder: TinyImages300k(root=str(folder), download=True))
         except Exception as error:
@@ -158,7 +157,7 @@ def fetch_tinyimages(path: Path) -> None:
 
 
 def fetch_pytorch_ood(name: str, root: Path) -> Sequence:
-    """The OOD set `name` of `FROM_PYTORCH_OOD` as pytorch-ood's data set, fetched into `root` unless it is there.
+    """The OOD set `name` of `FROM_PYTORCH_OOD` as a pytorch-ood data set, downloaded to `root` if it is missing there.
 
     Raises:
         UserError: without pytorch-ood, and when the download or its checksum fails.
@@ -166,7 +165,7 @@ def fetch_pytorch_ood(name: str, root: Path) -> Sequence:
     try:
         from pytorch_ood.dataset import img
     except ImportError:
-        raise UserError(f"{name} is fetched by pytorch-ood: pip install pytorch-ood") from None
+        raise UserError(f"fetching {name} needs pytorch-ood: pip install pytorch-ood") from None
     cls, kwargs = FROM_PYTORCH_OOD[name]
     make = getattr(img, cls)
     with distributed.main_first():

@@ -19,10 +19,10 @@ from utils.files.torch_files import fingerprint
 
 
 def distinct(total: int, n: int, generator: torch.Generator) -> torch.Tensor:
-    """`n` different indices below `total` (all of them if there are no more) in random order, int64 `[min(n, total)]`.
+    """`n` distinct indices below `total` (all of them if there are no more) in random order, int64 `[min(n, total)]`.
 
-    A few of many are drawn with repetition until enough different ones are there; that needs no memory of length
-    `total`, and every order is equally likely.
+    If `n` is small against `total`, indices are drawn with repetition until `n` distinct ones are found; this needs no
+    memory of length `total`, and every order is equally likely.
     """
     if 4 * n >= total:
         return torch.randperm(total, generator=generator)[:n]
@@ -36,24 +36,24 @@ def distinct(total: int, n: int, generator: torch.Generator) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class OutlierBatch(Draw):
-    """What is random in a batch of outliers: which images (int64 `[n]`), and how they are corrupted."""
+    """The random part of a batch of outliers: image indices (int64 `[n]`), and the corruption."""
 
     index: torch.Tensor
     corruption: Corruption | None = None
 
 
 class OutlierSource(ABC):
-    """Where the outliers of the class slots come from; `notice` is a line for the log, or empty."""
+    """A source of outliers for the class slots; `notice` is a line for the log, or empty."""
 
     notice: str
 
     @abstractmethod
     def choose(self, slot: int, n: int, generator: torch.Generator) -> OutlierBatch:
-        """Draw what is random in `n` different outliers of a slot, or in as many as there are."""
+        """Draw `n` distinct outliers of a slot, or all if there are fewer."""
 
     @abstractmethod
     def batch(self, drawn: OutlierBatch) -> torch.Tensor:
-        """The outliers that were drawn, normalised `[n, C, H, W]`, on the device of the real data."""
+        """The drawn outliers, normalised `[n, C, H, W]`, on the device of the real data."""
 
     def draw(self, slot: int, n: int, generator: torch.Generator) -> torch.Tensor:
         """`choose`, then `batch`."""
@@ -61,16 +61,16 @@ class OutlierSource(ABC):
 
     @abstractmethod
     def describe(self) -> dict:
-        """Plain values that tell this source from others: its `kind`, `oe` or `poe`, and what it is made of."""
+        """Plain values that identify this source: its `kind`, `oe` or `poe`, and its content."""
 
     def fingerprint(self) -> str | None:
-        """SHA-256 of the images that are read beside the real data; None where there are none."""
+        """SHA-256 of the images that are read in addition to the real data; None if there are none."""
         return None
 
 
 @dataclass(frozen=True)
 class PseudoOutliers(OutlierSource):
-    """POE: slot c serves training images under corruption `c mod len(corruptions)`.
+    """POE: slot c uses training images with corruption `c mod len(corruptions)`.
 
     Only the drawn batch is corrupted.
     """
@@ -84,14 +84,14 @@ class PseudoOutliers(OutlierSource):
         return {"kind": "poe", "corruptions": list(self.corruptions)}
 
     def choose(self, slot: int, n: int, generator: torch.Generator) -> OutlierBatch:
-        """Draw `n` (or as many as there are) different training images of any class, and how they are corrupted."""
+        """Draw `n` distinct training images of any class (all if there are fewer), and their corruption."""
         index = distinct(len(self.real.images_train), n, generator)
         shape = (len(index), *self.real.images_train.shape[1:])
         name = self.corruptions[slot % len(self.corruptions)]
         return OutlierBatch(index, draw_corruption(name, shape, generator, self.real.device))
 
     def batch(self, drawn: OutlierBatch) -> torch.Tensor:
-        """The training images that were drawn, corrupted and normalised."""
+        """The drawn training images, corrupted and normalised."""
         return self.real.normalize(drawn.corruption(self.real.unit_train(drawn.index)))
 
 
@@ -99,7 +99,7 @@ class PseudoOutliers(OutlierSource):
 class OutlierPool(OutlierSource):
     """OE: disjoint random slices of a pool of images, one for each class slot.
 
-    `images`: uint8 `[N, C, H, W]`, possibly memory-mapped; `slices`: int64 `[num_classes, per_slot]` into it; `sample`:
+    `images`: uint8 `[N, C, H, W]`, possibly memory-mapped; `slices`: int64 indices `[num_classes, per_slot]`; `sample`:
     fingerprint of some images of the whole pool.
     """
 
@@ -114,11 +114,11 @@ class OutlierPool(OutlierSource):
         return {"kind": "oe", "sample": self.sample}
 
     def choose(self, slot: int, n: int, generator: torch.Generator) -> OutlierBatch:
-        """Draw `n` (or as many as the slice has) different images of the slot's slice."""
+        """Draw `n` distinct images of the slot's slice (all if it has fewer)."""
         return OutlierBatch(self.slices[slot][distinct(self.slices.shape[1], n, generator)])
 
     def batch(self, drawn: OutlierBatch) -> torch.Tensor:
-        """The images that were drawn, conformed and normalised."""
+        """The drawn images, converted with `conform` and normalised."""
         images = self.images[send(drawn.index, self.images.device)]
         return self.real.normalize(conform(images, self.real.channel, self.real.im_size))
 
@@ -149,8 +149,8 @@ def load_outlier_pool(
 ) -> OutlierPool:
     """Read a pool and cut a random permutation of it into `num_classes` disjoint slices of `per_slot`.
 
-    A pool too small for that is cut into slices of `N // num_classes`; `notice` says so. With `download` a missing
-    `300K_random_images.npy` is fetched.
+    A pool too small for that is cut into slices of `N // num_classes`; `notice` reports this. With `download` a missing
+    `300K_random_images.npy` is downloaded.
     """
     path = Path(path)
     if not path.exists():
@@ -176,7 +176,7 @@ def load_outlier_pool(
     order = torch.randperm(len(images), generator=keyed_generator(seed, "outlier slices"))
     slices = order[: real.num_classes * per_slot].view(real.num_classes, per_slot)
     sample = fingerprint([images[:: max(1, len(images) // 100)]])
-    if real.device.type == "cuda":  # all that is used is kept beside the real data
+    if real.device.type == "cuda":  # copy all images that are used to the GPU
         images = images[slices.flatten()].to(real.device)
         slices = torch.arange(slices.numel()).view_as(slices)
     return OutlierPool(real, images, slices, notice, sample)

@@ -1,4 +1,4 @@
-"""The synthetic set: what distillation optimises, the files that hold it, and what network training reads."""
+"""The synthetic set: the images that distillation optimises, their files, and the form that network training reads."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,10 +19,10 @@ from utils.files.torch_files import PLAIN_INTEGERS, PLAIN_TENSORS, read_pt
 
 @dataclass(frozen=True)
 class SyntheticSet:
-    """Distilled images, sorted by class, and (OE, POE) as many distilled outliers.
+    """Distilled images, sorted by class, and (OE, POE) the same number of distilled outliers.
 
     `images`, `images_oe`: float32 `[num_classes·ipc, C, H, W]`, normalised; `labels`: int64 `[num_classes·ipc]`;
-    `lr_net`: the learning rate that networks are to be trained with, if it was distilled, too.
+    `lr_net`: the distilled learning rate for network training, or None.
     """
 
     images: torch.Tensor
@@ -50,7 +50,7 @@ class SyntheticSet:
 
 
 class LearnableSet:
-    """Synthetic images, and with a source of outliers as many synthetic outliers, that are updated by SGD.
+    """Synthetic images, and with an outlier source the same number of synthetic outliers, optimised by SGD.
 
     The base class of methods: initial values, optimisers and state; a method adds `iterate`.
 
@@ -59,14 +59,14 @@ class LearnableSet:
 
     Args:
         init: `noise`, or `real` for real images of the class and real outliers of the slot.
-        lr_img: learning rate of the images; lr_img_oe: that of the outliers (left out: the same).
+        lr_img: learning rate of the images; lr_img_oe: that of the outliers (default: the same).
         initial: distilled sets to start the experiments from, in turn, instead of `init`.
     Raises:
         UserError: for `init` real when a class has fewer than `ipc` training images.
     """
 
     MOMENTUM = 0.5
-    fingerprints: Mapping[str, str] = MappingProxyType({})  # of what a method reads beside the data
+    fingerprints: Mapping[str, str] = MappingProxyType({})  # of further inputs of a method, by flag
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class LearnableSet:
         self._hold(exp, images, outliers)
 
     def _initial(self, exp: int, what: str, draw: Callable[[int, int, torch.Generator], torch.Tensor]) -> torch.Tensor:
-        """The images or outliers to start from; `draw` makes `n` real ones of a slot."""
+        """The initial images or outliers; `draw` returns `n` real ones of a slot."""
         if self.initial:
             start = self.initial[exp % len(self.initial)]
             images = start.images if what == "images" else start.images_oe
@@ -112,11 +112,11 @@ class LearnableSet:
                 slots.append(torch.randn(self.shape[1:], generator=g).to(self.device))
                 continue
             batch = draw(slot, self.ipc, g)
-            slots.append(batch[torch.arange(self.ipc) % len(batch)])  # a small slice of outliers may have fewer
+            slots.append(batch[torch.arange(self.ipc) % len(batch)])  # a small slice repeats outliers
         return torch.stack(slots)
 
     def _hold(self, exp: int, images: torch.Tensor, outliers: torch.Tensor | None) -> None:
-        """Take over the images of experiment `exp`, with fresh optimisers."""
+        """Set the images of experiment `exp`, with new optimisers."""
         self.exp = exp
         self.image_syn, self.image_oe = images, outliers
         self.optimizers = [
@@ -133,7 +133,7 @@ class LearnableSet:
         return SyntheticSet(self.image_syn.detach().flatten(0, 1), self.labels, oe)
 
     def state_dict(self) -> dict:
-        """Copies of the images, the outliers and their momentum: what later iterations depend on, beside settings."""
+        """Copies of the images, the outliers and their momentum: all state that later iterations need."""
         images = self._tensors()
         momentum = [o.state[i].get("momentum_buffer") for o, i in zip(self.optimizers, images, strict=True)]
         return {
@@ -145,7 +145,7 @@ class LearnableSet:
         """Continue experiment `exp` from a `state_dict`.
 
         Raises:
-            ValueError: when its images are not of this shape, or with outliers where there are none.
+            ValueError: when its images differ in shape or dtype, or outliers are missing or unexpected.
         """
         count = 1 if self.outliers is None else 2
         for tensors in (state["images"], [m for m in state["momentum"] if m is not None]):
@@ -153,7 +153,7 @@ class LearnableSet:
                 raise ValueError(f"images of another shape than {'x'.join(map(str, self.shape))}")
         if not len(state["images"]) == len(state["momentum"]) == count:
             raise ValueError(f"{len(state['images'])} sets of images instead of {count}")
-        images = [t.to(self.device).clone() for t in state["images"]]  # those of a file may overlap in memory
+        images = [t.to(self.device).clone() for t in state["images"]]  # tensors of a file may share memory
         self._hold(exp, images[0], images[1] if count == 2 else None)
         for optimizer, image, momentum in zip(self.optimizers, images, state["momentum"], strict=True):
             if momentum is not None:
@@ -176,7 +176,7 @@ def save_synthetic(
     each experiment), `dataset`, `num_classes`, `about`, `version`.
 
     Args:
-        accs: accuracies, fractions; about: plain values that describe the run.
+        accs: accuracies in [0, 1] by evaluation model; about: plain values that describe the run.
     """
     content: dict = {"data": [[s.images, s.labels] for s in sets], "accs_all_exps": accs}
     if sets and sets[0].images_oe is not None:
@@ -193,15 +193,15 @@ def save_synthetic(
 def load_synthetic(
     path: str | Path, exp_idx: int = 0, real: RealData | None = None, what: str = "distilled set"
 ) -> SyntheticSet:
-    """Read one experiment of a distilled set, also one that the published code wrote.
+    """Read one experiment of a distilled set; files of the published code can be read, too.
 
     Args:
         path: a `res_….pt` file.
         exp_idx: which experiment.
-        real: the data set it must fit in image shape and class count, if given.
-        what: how the message calls a file that cannot be read, e.g. the flag that names it.
+        real: the data set that it must match, if given: name, image shape, classes and normalisation.
+        what: the name of the file in messages, e.g. its flag.
     Raises:
-        UserError: when the file is damaged, not a distilled set, of other data, or has no such experiment.
+        UserError: when the file is damaged, not a distilled set, from other data, or has no such experiment.
     """
     path = Path(path)
     content = read_pt(path, what)
@@ -223,7 +223,7 @@ def load_synthetic(
 
 
 def _stored_lr(content: dict, exp_idx: int, path: Path) -> float | None:
-    """The learning rate that is stored for an experiment, if there is one."""
+    """The learning rate stored for an experiment, or None."""
     stored = content.get("lr_net")
     if stored is None:
         return None
@@ -252,7 +252,7 @@ def _pair(entries: list, index: int, path: Path) -> tuple[torch.Tensor, torch.Te
 
 
 def _check_fits(images: torch.Tensor, labels: torch.Tensor, real: RealData, path: Path, content: dict) -> None:
-    """Check that a set is of the data `real`: name, image shape, exactly its classes, and its normalisation."""
+    """Check that a set was distilled from `real`: same name, image shape, classes and normalisation."""
     dataset = content.get("dataset", real.name)
     classes = len(labels.unique())
     shape = (real.channel, *real.im_size)
@@ -280,7 +280,7 @@ def _check_fits(images: torch.Tensor, labels: torch.Tensor, real: RealData, path
 
 
 def _same_normalisation(stored: object, real: RealData) -> bool:
-    """Whether the stored mean and deviation are those of `real`, to float32 rounding."""
+    """Whether the stored mean and deviation are those of `real`, up to float32 rounding."""
     if not isinstance(stored, dict):
         return False
     if ("zca" in stored) != (real.zca is not None):
@@ -295,10 +295,10 @@ def _same_normalisation(stored: object, real: RealData) -> bool:
 
 
 def load_start(path: str | None, real: RealData, ipc: int, with_outliers: bool) -> list[SyntheticSet]:
-    """All experiments of a distilled set to start another distillation from; none without a path.
+    """All experiments of the distilled set from which a distillation starts; an empty list without a path.
 
     Raises:
-        UserError: when the set does not fit, or lacks the outliers that are to be distilled.
+        UserError: when the set does not match `real` and `ipc`, or lacks the outliers that are needed.
     """
     if path is None:
         return []

@@ -12,7 +12,7 @@ EPSILON = 0.1
 
 @dataclass(frozen=True)
 class ZCA:
-    """A linear map of flattened images that removes the correlation of their numbers.
+    """An affine map of flattened images that decorrelates their pixel values.
 
     `mean` `[D]`, `matrix` and `inverse` `[D, D]` (symmetric), float32, with D = C·H·W.
     """
@@ -22,7 +22,7 @@ class ZCA:
     inverse: torch.Tensor
 
     def whiten(self, images: torch.Tensor) -> torch.Tensor:
-        """Images `[N, C, H, W]` in [0, 1] to whitened ones."""
+        """Whiten images `[N, C, H, W]` in [0, 1]."""
         return _product(images.flatten(1) - self.mean, self.matrix).view_as(images)
 
     def undo(self, images: torch.Tensor) -> torch.Tensor:
@@ -41,8 +41,10 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def fit_zca(batches: Iterable[torch.Tensor], epsilon: float = EPSILON) -> ZCA:
-    """The whitening of a set of images, in float64: with the eigenvalues `s` and -vectors `U` of the covariance
-    (divided by N - 1), `matrix = U diag(1 / sqrt(s + epsilon)) U'` and `inverse = U diag(sqrt(s + epsilon)) U'`.
+    """Fit the whitening to a set of images, in float64.
+
+    With the eigenvalues `s` and eigenvectors `U` of the covariance (divided by N - 1), `matrix` is
+    `U diag(1 / sqrt(s + epsilon)) U'` and `inverse` is `U diag(sqrt(s + epsilon)) U'`.
 
     Args:
         batches: images `[n, C, H, W]` in [0, 1], all of the set.

@@ -1,1 +1,1 @@
-"""What is read and written, safely: files whole or not at all, tensors, arrays and images without unpickling."""
+"""Safe file access: atomic writes; tensors, arrays and images are read without executing pickles."""

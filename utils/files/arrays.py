@@ -11,8 +11,8 @@ import torch
 from utils.core.errors import UserError, one_line
 from utils.files.text_files import check_file
 
-MAX_PACKED = 256 << 20  # bytes of compressed arrays that are unpacked whatever their ratio
-MAX_RATIO = 100  # above that: packed images seldom reach 10
+MAX_PACKED = 256 << 20  # bytes; up to this unpacked size any compression ratio is accepted
+MAX_RATIO = 100  # the highest ratio above that size; images seldom compress by 10
 
 
 def read_npy(path: Path, flag: str) -> np.ndarray:
@@ -49,18 +49,18 @@ def read_npz(path: Path, keys: Sequence[str], flag: str) -> list[np.ndarray]:
 
 
 def _check_sizes(members: Sequence[zipfile.ZipInfo], size: int) -> None:
-    """Refuse members that claim more than the file can hold, or than there is memory."""
+    """Refuse members that claim more bytes than the file can hold, or than fit into free memory."""
     unpacked, packed = sum(m.file_size for m in members), sum(m.compress_size for m in members)
     if packed > size or any(m.compress_type == zipfile.ZIP_STORED and m.file_size > size for m in members):
         raise ValueError("an array claims more bytes than the file has")
     if unpacked > MAX_PACKED and unpacked > MAX_RATIO * packed:
-        raise ValueError(f"its arrays claim {unpacked} bytes, packed into {packed}: no images are like that")
+        raise ValueError(f"its arrays claim {unpacked} bytes, packed into {packed}: images do not compress that well")
     if unpacked > free_memory():
         raise ValueError(f"its arrays need {unpacked >> 20} MB of memory and {free_memory() >> 20} MB are free")
 
 
 def free_memory() -> int:
-    """Bytes of memory that a process can still take without swapping; where that is not known, a large number."""
+    """Bytes of memory that are free without swapping; `1 << 62` where this is unknown."""
     try:
         with open("/proc/meminfo") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
@@ -69,7 +69,7 @@ def free_memory() -> int:
 
 
 def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
-    """One array, after its header is compared with its size: a false header cannot make numpy allocate."""
+    """Read one array; its header is first checked against its size, so a false header cannot make numpy allocate."""
     with archive.open(info) as member:
         version = np.lib.format.read_magic(member)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -87,7 +87,7 @@ def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
 
 
 def images_to_nchw(array: np.ndarray, path: Path, flag: str) -> torch.Tensor:
-    """uint8 `[N, H, W]`, `[N, H, W, 1]` or `[N, H, W, 3]` as a uint8 tensor `[N, C, H, W]` (a view where possible)."""
+    """uint8 `[N, H, W]`, `[N, H, W, 1]` or `[N, H, W, 3]` as a view `[N, C, H, W]`; a `UserError` for other arrays."""
     shape_ok = array.ndim == 3 or (array.ndim == 4 and array.shape[3] in (1, 3))
     if array.dtype != np.uint8 or not shape_ok or 0 in array.shape:
         raise UserError(

@@ -17,10 +17,10 @@ _UNFINISHED = ".unfinished"
 def atomic_write(path: Path, write: Callable[[BinaryIO], None], keep: Path | None = None) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to the disk, then rename it to `path`.
 
-    With `keep`, what `path` was before is renamed to that.
+    With `keep`, an existing file at `path` is first renamed to `keep`.
 
     Raises:
-        UserError: when the disk is full or the folder is read-only; `path` is then as it was before.
+        UserError: when the disk is full or the folder is read-only; `path` is then unchanged.
     """
     path = Path(path)
     try:
@@ -39,24 +39,24 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None], keep: Path | Non
                 os.unlink(file.name)
                 raise
     except (OSError, RuntimeError) as error:
-        reason = error if isinstance(error, OSError) else "not all of it could be written"  # torch.save's words for it
+        reason = error if isinstance(error, OSError) else "not all of it could be written"  # RuntimeError of torch.save
         raise UserError(f"cannot write {path}: {reason}. Free space or choose another --save_path") from None
 
 
 def save_pt(path: Path, value: object, keep: Path | None = None) -> None:
-    """`torch.save` that either completes or leaves the old file; with `keep` the old file is kept under that name."""
+    """Call `torch.save` atomically: a failure leaves the old file; with `keep`, it is kept under that name."""
     atomic_write(path, lambda file: torch.save(value, file), keep)
 
 
 def save_text(path: Path, text: str) -> None:
-    """Write a text file that either completes or leaves the old one."""
+    """Write a text file atomically: a failure leaves the old file."""
     atomic_write(path, lambda file: file.write(text.encode()))
 
 
 def append_line(path: Path, line: str, sync: bool = True) -> None:
     """Append a line, whole or not at all; with `sync` it is on the disk when this returns.
 
-    Without `sync` the line survives the end of this process, but not a power cut in the next seconds.
+    Without `sync` the line survives a crash of this process, but not a power cut in the next seconds.
 
     Raises:
         UserError: when the disk is full or the folder is read-only.
@@ -66,7 +66,7 @@ def append_line(path: Path, line: str, sync: bool = True) -> None:
     try:
         with open(path, "ab", buffering=0, opener=open_no_link) as file:
             try:
-                while written < len(data):  # a disk that runs full takes a part
+                while written < len(data):  # a nearly full disk may accept only a part
                     written += file.write(data[written:])
                 if sync:
                     os.fsync(file.fileno())
@@ -79,7 +79,7 @@ def append_line(path: Path, line: str, sync: bool = True) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Flush to the disk what was appended to a file; nothing where there is no such file."""
+    """Flush a file to the disk; do nothing if it does not exist."""
     with suppress(FileNotFoundError), open(path, "rb", opener=open_no_link) as file, suppress(OSError):
         os.fsync(file.fileno())
 
@@ -99,10 +99,10 @@ def remove_files(folder: Path, pattern: str) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what `atomic_write` left in `folder` when its process was killed; for the folder's owner only."""
+    """Remove temporary files that a killed `atomic_write` left in `folder`; call it only with the folder locked."""
     remove_files(folder, f".*{_UNFINISHED}")
 
 
 def open_no_link(path: str, flags: int) -> int:
-    """An `opener` for `open`: it refuses links, which could lead anywhere, and never waits for a pipe's other end."""
+    """An `opener` for `open` that refuses symbolic links and never blocks on a named pipe."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o644)

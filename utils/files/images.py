@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from utils.core.errors import UserError, one_line
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".gif", ".tif", ".tiff"}
-IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP", "GIF", "TIFF")  # PIL would hand others to outside programs
-MAX_PIXELS = 40_000_000  # one decoded image, up to 20 bytes each on the way; larger ones are refused
-LARGE_PIXELS = 2_000_000  # larger ones are decoded one at a time, to bound the memory
+IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP", "GIF", "TIFF")  # for some others PIL would call external programs
+MAX_PIXELS = 40_000_000  # larger images are refused: decoding takes up to 20 bytes per pixel
+LARGE_PIXELS = 2_000_000  # larger images are decoded one at a time, to bound the memory
 DECODERS = 8  # threads
 
-logging.getLogger("PIL").addHandler(logging.NullHandler())  # its complaints about damaged images are in our error
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # keeps its messages off stderr: our error reports the image
 
 
 def list_images(folder: Path, tree: Path | None = None, flag: str = "") -> list[Path]:
@@ -28,8 +28,8 @@ def list_images(folder: Path, tree: Path | None = None, flag: str = "") -> list[
 
     Args:
         folder: where to look. Links to folders below it are not followed.
-        tree: links must stay inside it; left out: `folder`.
-        flag: what the message names.
+        tree: links must stay inside it; default: `folder`.
+        flag: the flag that the error message names.
     Raises:
         UserError: for a link that is broken or leads out of `tree`, and for a folder that cannot be read.
     """
@@ -41,12 +41,12 @@ def list_images(folder: Path, tree: Path | None = None, flag: str = "") -> list[
             if path.is_symlink():
                 check_link(path, tree, flag)
         return [p for p in named if p.is_file()]
-    except (OSError, RuntimeError) as error:  # RuntimeError: a circle of links
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
         raise UserError(f"{flag}: cannot list {folder}: {one_line(error)}") from None
 
 
 def check_link(path: Path, tree: Path, flag: str) -> None:
-    """Raise a `UserError` if `path` is broken or, its links followed, lies outside the resolved folder `tree`."""
+    """Raise a `UserError` if `path` is a broken link or resolves to a place outside `tree` (a resolved folder)."""
     if not os.path.exists(path):
         raise UserError(f"{flag}: {path} is a broken link; mend or remove it")
     if not path.resolve().is_relative_to(tree):
@@ -54,10 +54,10 @@ def check_link(path: Path, tree: Path, flag: str) -> None:
 
 
 def read_images(paths: Sequence[Path], channel: int, im_size: tuple[int, int], flag: str) -> torch.Tensor:
-    """Decode image files to uint8 `[N, channel, H, W]`: shorter side resized, centre cropped. Threads decode.
+    """Decode image files in threads to uint8 `[N, channel, H, W]`: centre crop to the aspect ratio, bilinear resize.
 
     Raises:
-        UserError: naming the first file that is damaged, of another kind, or of too many pixels.
+        UserError: naming the first file that is damaged, of another format, or larger than `MAX_PIXELS`.
     """
     height, width = im_size
     one_large = Lock()
@@ -98,14 +98,14 @@ def _fitted(image: "PIL.Image.Image", channel: int, size: tuple[int, int]) -> "P
 
 
 def unit_images(images: torch.Tensor) -> torch.Tensor:
-    """Pixels in [0, 1] as float32: uint8 is divided by 255, float is taken as it is."""
+    """Pixels in [0, 1] as float32: uint8 is divided by 255, float is returned unchanged."""
     return images.float().div_(255) if images.dtype == torch.uint8 else images
 
 
 def conform(images: torch.Tensor, channel: int, im_size: tuple[int, int]) -> torch.Tensor:
     """Bring images `[N, C, H, W]` to float32 [0, 1] with `channel` channels and size `im_size`.
 
-    Three channels become one by the luma weights of ITU-R 601; one becomes three by repetition; sizes change by
+    Three channels become one with the ITU-R 601 luma weights; one becomes three by repetition; images are resized by
     antialiased bilinear interpolation.
     """
     images = unit_images(images)

@@ -12,17 +12,17 @@ MAX_TEXT = 256 << 20  # bytes of a text file
 def check_file(path: Path, flag: str) -> Path:
     """Return `path` if it is a regular file; raise a `UserError` that names `flag` otherwise."""
     path = Path(path)
-    if not os.path.isfile(path):  # unlike Path.is_file, false also for names that are too long
+    if not os.path.isfile(path):  # unlike Path.is_file, False also for names that are too long
         there = "not a file" if os.path.lexists(path) else "not there"
         raise UserError(f"{flag}: {path} is {there}; give an existing file")
     return path
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """All of a regular file of at most `most` bytes.
+    """The content of a regular file of at most `most` bytes.
 
     Raises:
-        OSError: when it is something else, cannot be read, or is larger.
+        OSError: when it is not a regular file, cannot be read, or is larger.
     """
     if not os.path.isfile(path):
         raise OSError("it is no regular file")
@@ -34,7 +34,7 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file; an empty list where there is no file.
+    """The lines of a text file; an empty list if it does not exist.
 
     Raises:
         UserError: when it cannot be read, or has more than 256 MiB.
@@ -51,13 +51,13 @@ def read_json(path: Path, what: str, most: int = 1 << 20) -> dict:
     """The JSON object in a file of at most `most` bytes.
 
     Raises:
-        UserError: when the file is missing, damaged, too large, or holds anything else.
+        UserError: when the file is missing, damaged, too large, or does not hold an object.
     """
     path = check_file(path, what)
     try:
         value = json.loads(read_bytes(path, most))
         if not isinstance(value, dict):
-            raise ValueError("it holds no object")
+            raise ValueError("it holds no JSON object")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{what}: {path} is damaged: {one_line(error)}") from None
     return value

@@ -17,13 +17,13 @@ from utils.core.errors import UserError, one_line
 from utils.files.arrays import MAX_PACKED
 from utils.files.text_files import check_file
 
-MAX_PICKLE = 4 << 20  # bytes that describe the tensors of a `.pt`, without their values
+MAX_PICKLE = 4 << 20  # bytes of the pickle in a `.pt`: it describes the tensors, without their values
 PLAIN_TENSORS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PLAIN_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class _NumberType:
-    """Stands for `numpy.dtype` where a published `.pt` holds accuracies as numpy scalars."""
+    """Replaces `numpy.dtype` in published `.pt` files, which hold accuracies as numpy scalars."""
 
     def __init__(self, code: str, *_: bool):
         if code not in ("f2", "f4", "f8", "i4", "i8", "b1"):
@@ -36,7 +36,7 @@ class _NumberType:
 
 
 def _number(kind: _NumberType, data: bytes) -> float | int | bool:
-    """Stands for `numpy…multiarray.scalar`."""
+    """Replaces `numpy…multiarray.scalar`; returns a plain number."""
     return np.frombuffer(data, "<" + kind.code, count=1)[0].item()
 
 
@@ -51,7 +51,7 @@ _STORED_GLOBALS = {
     "torch._utils _rebuild_parameter",
     "torch.storage UntypedStorage",
     "collections OrderedDict",
-    "_codecs encode",  # numpy scalars: turns their bytes back
+    "_codecs encode",  # restores the bytes of numpy scalars
     *(name.replace(".scalar", " scalar").replace("numpy.dtype", "numpy dtype") for _, name in _NUMPY_SCALARS),
     *(f"torch {kind}Storage" for kind in _KINDS),
     *(f"torch Complex{kind}Storage" for kind in ("Float", "Double")),
@@ -59,14 +59,14 @@ _STORED_GLOBALS = {
 
 
 def read_pt(path: Path, what: str, check_crc: bool = False, mmap: bool = False) -> object:
-    """Load a `torch.save` file on the CPU without unpickling: dense tensors, plain values and numpy scalars only.
+    """Load a `torch.save` file on the CPU, executing no code: dense tensors, plain values and numpy scalars only.
 
-    Numpy scalars become plain numbers. What the file would call and allocate is checked before it is loaded; with
-    `check_crc` so are the checksums of all that it holds, which torch does not compare. With `mmap` the numbers stay on
-    the disk until they are used.
+    Numpy scalars become plain numbers. The calls and allocations in the file are checked before it is loaded; with
+    `check_crc` so are its checksums, which torch does not compare. With `mmap` tensor values stay on the disk until
+    they are used.
 
     Raises:
-        UserError: when the file is missing, damaged, or holds anything else. It is not executed.
+        UserError: when the file is missing, damaged, or holds anything else.
     """
     path = check_file(path, what)
     try:
@@ -79,7 +79,7 @@ def read_pt(path: Path, what: str, check_crc: bool = False, mmap: bool = False) 
                 value = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
             _check_tensors(value, path.stat().st_size)
             return value
-    except Exception as error:  # a damaged file can fail in any way inside the reader
+    except Exception as error:  # a damaged file can raise any error in the reader
         reason = one_line(error)
         if "Weights only load failed" in str(error):
             reason = _FOREIGN
@@ -90,15 +90,15 @@ _FOREIGN = "it holds objects other than tensors and plain values, or is damaged;
 
 
 def _check_archive(file: BinaryIO, check_crc: bool) -> None:
-    """Refuse archives that torch did not write: compressed or overlapping members, or a list not at the very end."""
+    """Refuse archives that torch did not write: compressed or overlapping members, or bytes after the member list."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(size - 22, 0))
-    if file.read(4) != b"PK\5\6":  # elsewhere torch and zipfile could find different lists of members
+    if file.read(4) != b"PK\5\6":  # else torch and zipfile could find different lists of members
         raise ValueError("it is truncated or damaged")
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         if len({m.filename for m in members}) != len(members) or any(m.compress_type for m in members):
-            raise ValueError("torch did not write it like this: members are compressed or there twice")
+            raise ValueError("its members are compressed or duplicated, which torch never writes")
         if sum(m.file_size for m in members) > size:
             raise ValueError("a member claims more bytes than the file has")
         pickles = [m for m in members if m.filename.endswith("/data.pkl")]
@@ -110,7 +110,7 @@ def _check_archive(file: BinaryIO, check_crc: bool) -> None:
 
 
 def _check_old_format(file: BinaryIO) -> None:
-    """Check a file of PyTorch before 1.6: five pickles, then the values of the tensors."""
+    """Check a file written before PyTorch 1.6: five pickles, then the values of the tensors."""
     file.seek(0)
     start = io.BytesIO(file.read(MAX_PICKLE))
     for _ in range(5):
@@ -118,7 +118,7 @@ def _check_old_format(file: BinaryIO) -> None:
 
 
 def _check_pickle(stream: BinaryIO) -> None:
-    """Read a pickle's instructions without following them; refuse foreign names, and what could swell in memory."""
+    """Scan a pickle's opcodes without executing them; refuse unknown names, and content that would expand in memory."""
     calls, longest, builds, before = 0, 0, 0, ""
     for op, arg, _ in pickletools.genops(stream):
         if op.name in ("GLOBAL", "STACK_GLOBAL", "INST") and arg not in _STORED_GLOBALS:
@@ -127,7 +127,7 @@ def _check_pickle(stream: BinaryIO) -> None:
             longest = max(longest, len(arg))
         calls += op.name == "REDUCE"
         builds += op.name == "BUILD"
-        if op.name == "REDUCE" and before == "TUPLE1":  # copies of one large list, each a few bytes long here
+        if op.name == "REDUCE" and before == "TUPLE1":  # a few bytes could copy a large list
             raise ValueError(_FOREIGN)
         if "PUT" not in op.name:
             before = op.name
@@ -136,7 +136,7 @@ def _check_pickle(stream: BinaryIO) -> None:
 
 
 def _check_tensors(value: object, size: int) -> None:
-    """Refuse tensors other than dense ones in memory of their own, whatever lists and dicts they are in."""
+    """Refuse tensors, at any nesting, that are not dense, not on the CPU, or larger than their storage or the file."""
     for tensor in _tensors(value):
         if tensor.layout is not torch.strided or tensor.device.type != "cpu":
             raise ValueError(f"it holds a {tensor.layout} tensor on {tensor.device}; only dense ones are read")
@@ -146,7 +146,7 @@ def _check_tensors(value: object, size: int) -> None:
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:
-    """Every tensor in nested lists and dicts, also in ones that hold themselves."""
+    """Yield every tensor in nested lists, tuples and dicts, which may contain themselves."""
     todo, seen = [value], set()
     while todo:
         item = todo.pop()
@@ -162,7 +162,7 @@ def _tensors(value: object) -> Iterator[torch.Tensor]:
 
 
 def fingerprint(tensors: Iterable[torch.Tensor | None]) -> str:
-    """SHA-256 of the types, shapes and values of tensors, in hexadecimal digits."""
+    """SHA-256 of the dtypes, shapes and values of tensors (None counts as a value), in hexadecimal digits."""
     digest = hashlib.sha256()
     for tensor in tensors:
         if tensor is None:

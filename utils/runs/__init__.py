@@ -1,1 +1,1 @@
-"""A run and its folder: logs, progress, checkpoints, resuming, signals, and how results lead back to their sources."""
+"""A run and its folder: logs, progress, checkpoints, resuming, signals, and tracing results to their sources."""

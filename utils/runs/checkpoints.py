@@ -13,7 +13,7 @@ MOST_SECONDS = 600  # between two checkpoints
 
 
 def on_cpu(state: object) -> object:
-    """Nested dicts and lists of plain values and tensors, with the tensors on the CPU."""
+    """Nested dicts and lists of plain values and tensors, with the tensors on the CPU; tuples become lists."""
     if isinstance(state, torch.Tensor):
         return state.cpu()
     if isinstance(state, dict):
@@ -24,8 +24,8 @@ def on_cpu(state: object) -> object:
 class Checkpointer:
     """Saves and loads the state of a run, or of one of its networks.
 
-    The newest state is `<name>.pt`. The one before stays as `<name>-previous.pt`, so that at every moment, also while
-    one is being written, there is a complete one.
+    The newest state is `<name>.pt`. The one before is kept as `<name>-previous.pt`, so that a complete one exists at
+    all times, even during a write.
     """
 
     def __init__(self, run: RunFolder, name: str = "checkpoint", interval: int = 50):
@@ -34,24 +34,24 @@ class Checkpointer:
         self.saved = time.monotonic()
 
     def due(self, count: int) -> bool:
-        """Whether to save after `count` steps: at every multiple of the interval, and after ten minutes."""
+        """Whether to save after `count` steps: at every multiple of the interval, and when `late`."""
         return count % self.interval == 0 or self.late()
 
     def late(self) -> bool:
-        """Whether the last checkpoint is ten minutes old."""
+        """Whether the last checkpoint is more than ten minutes old."""
         return time.monotonic() - self.saved > MOST_SECONDS
 
     def save(self, state: dict) -> None:
-        """Write plain values and tensors (moved to the CPU)."""
+        """Write plain values and tensors (moved to the CPU); flush the logs first."""
         self.run.sync()
         save_pt(self.path, on_cpu(state), keep=self.previous)
         self.saved = time.monotonic()
 
     def load(self) -> dict | None:
-        """The newest state that can be read; None where none was saved.
+        """The newest state that can be read; None if none was saved.
 
         Raises:
-            UserError: when there are checkpoints, and none can be read.
+            UserError: when there are checkpoints, but none can be read.
         """
         there = [path for path in (self.path, self.previous) if path.exists()]
         for path in there:

@@ -1,6 +1,6 @@
-"""Which run belongs to which: finding the folder of the stage before, and following results back to their sources.
+"""Links between runs: finding the folder of an earlier stage, and tracing results to their sources.
 
-Stage 3's `args.json` names the folder of its networks, stage 2's the distilled set.
+The `args.json` of stage 3 names the folder of its networks; that of stage 2 names the distilled set.
 """
 
 import os
@@ -21,13 +21,13 @@ def find_run_folder(
     """Find a run folder that an earlier stage wrote.
 
     Args:
-        roots: the save paths to look under.
+        roots: the save paths to search.
         parts: method, dataset, model and ipc, the sub-folders of a root.
-        folder: its name; None takes the newest one.
+        folder: its name; None for the newest.
         holds: a glob pattern of a file that the folder must hold.
-        flag_roots: how the message names the place that was searched, e.g. `--load_path`.
+        flag_roots: the flag that sets `roots`, for the message, e.g. `--load_path`.
     Raises:
-        UserError: when there is none, or when several roots have one of that name.
+        UserError: when there is none, `folder` is not a plain name, or several roots have one of that name.
     """
     if folder is not None and (Path(folder).name != folder or folder in ("", ".", "..")):
         raise UserError(f"--folder: {folder!r} is not the name of a folder; give the name alone, e.g. 20230206-232257")
@@ -39,10 +39,10 @@ def find_run_folder(
     if not found:
         what = f"--folder: no {folder}" if folder else "no run folder"
         bare = f" ({', '.join(map(str, there[:3]))} has no {holds})" if there else ""
-        raise UserError(f"{what} under {where}{bare}. Run the stage before, or give {flag_roots} and --folder")
+        raise UserError(f"{what} under {where}{bare}. Run the earlier stage first, or give {flag_roots} and --folder")
     if folder and len(found) > 1:
         raise UserError(
-            f"--folder: {folder} is there {len(found)} times: {', '.join(map(str, found))}. Give {flag_roots}"
+            f"--folder: {folder} exists {len(found)} times: {', '.join(map(str, found))}. Give {flag_roots}"
         )
     return max(found, key=lambda path: (path.stat().st_mtime, path.name))
 
@@ -52,7 +52,7 @@ def _folders(place: Path) -> list[Path]:
 
 
 def args_or_nothing(folder: Path) -> dict:
-    """The content of a run folder's `args.json`; empty where there is none or it is no JSON object."""
+    """The content of a run folder's `args.json`; empty if it is missing or cannot be read as a JSON object."""
     try:
         return read_json(folder / ARGS, "--folder")
     except UserError:
@@ -60,10 +60,10 @@ def args_or_nothing(folder: Path) -> dict:
 
 
 def distilled_set_of(networks: Path) -> tuple[Path, int]:
-    """The distilled set that the networks of a stage-2 folder were trained on, and which experiment of it.
+    """The distilled set that the networks of a stage-2 folder were trained on, and the index of its experiment.
 
     Raises:
-        UserError: when the folder does not say so, or the file is gone.
+        UserError: when `args.json` does not name the set, or the file is gone.
     """
     about = args_or_nothing(networks)
     path, flags = about.get("distilled_set"), about.get("flags")
@@ -76,7 +76,7 @@ def distilled_set_of(networks: Path) -> tuple[Path, int]:
 
 
 def sources_of(results: Path) -> list[Path]:
-    """What a stage-3 folder was made from, as far as that is known: its networks' folder, and the distilled set."""
+    """The sources of a stage-3 folder, as far as they are known: the folder of its networks, and the distilled set."""
     networks = args_or_nothing(results).get("networks")
     if not isinstance(networks, str):
         return []

@@ -12,11 +12,11 @@ LOG_EVERY = 10  # steps
 class Progress:
     """Counts the steps of a loop and shows the mean of each value since it was last shown.
 
-    Values may be tensors on any device: they are added up there, and read only when they are shown.
+    Values may be tensors on any device: they are summed there, and read only when they are shown.
 
     Args:
-        log: prints a line and logs it; log_file_only: logs it.
-        start: how many steps are done already; every: steps between two lines.
+        log: prints and logs a line; log_file_only: only logs it.
+        start: number of steps done before; every: steps between two lines.
         with_bar: whether this process may draw a bar.
     """
 
@@ -43,7 +43,7 @@ class Progress:
             self.bar = tqdm(total=total, desc=what, initial=start, leave=False, dynamic_ncols=True)
 
     def step(self, **values: torch.Tensor | float) -> None:
-        """Count one step."""
+        """Count one step and add its `values`."""
         self.count += 1
         self.summed += 1
         self.sums = {name: value + self.sums.get(name, 0) for name, value in values.items()}

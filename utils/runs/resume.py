@@ -1,4 +1,4 @@
-"""Resuming a run: restoring its flags from its folder, comparing its inputs, and the command that resumes it.
+"""Resuming a run: restore its flags from its folder, compare its inputs, and build the command that resumes it.
 
 The state itself is restored by `utils/stages/distillation.py` (stage 1) and `utils/training/network_training.py` (stage
 2).
@@ -23,14 +23,14 @@ NOT_STORED = ("resume", "help", "is_parallel")
 
 
 def add_resume(parser: Parser, steps: str) -> None:
-    """Add the flags of a stage that can be resumed, after all others; `steps`: what its checkpoint interval counts."""
+    """Add `--checkpoint_interval` and `--resume`, after all other flags; `steps`: the unit of the interval."""
     group = parser.add_argument_group("checkpoints")
     group.add_argument(
         "--checkpoint_interval",
         type=_interval,
         default=50,
-        help=f"{steps} between two checkpoints; lower it where jobs are killed often. One is also written when ten "
-        "minutes have passed",
+        help=f"{steps} between two checkpoints; use a lower value if jobs are killed often. One is also written when "
+        "the last is ten minutes old",
     )
     known = {action.dest for action in parser._actions}
     group.add_argument(
@@ -50,14 +50,15 @@ def _interval(text: str) -> int:
 
 
 def resumed(parser: Parser, args: argparse.Namespace, given: dict) -> tuple[argparse.Namespace, dict]:
-    """The arguments of the run that `--resume` names, checked like flags, and those that are not left to defaults.
+    """Return the arguments of the run that `--resume` names, checked like flags, and its flags that are not None.
 
-    Without `--resume`, both as they are. A file of code, `--method_file`, is never taken from a run folder.
+    Without `--resume`, return both unchanged. `--method_file`, which is code, is never taken from a run folder.
 
     Args:
         given: the flags that were on the command line.
     Raises:
-        UserError: when there is no such run, it is another script's, or a flag conflicts with it.
+        UserError: when there is no such run, it is another script's, a flag conflicts with it, or `--method_file` is
+            missing.
     """
     if args.resume is None:
         return args, given
@@ -84,10 +85,10 @@ def resumed(parser: Parser, args: argparse.Namespace, given: dict) -> tuple[argp
 
 
 def _command_line(flags: dict, parser: Parser, folder: Path) -> list[str]:
-    """Flags as words of a command line, so that the parser checks them.
+    """Convert stored flags to words of a command line, so that the parser checks them.
 
     Raises:
-        UserError: for a flag that the parser does not know, or what would be taken for one.
+        UserError: for a flag that the parser does not know, or a value that would be parsed as a flag.
     """
     known = {action.dest: action.nargs for action in parser._actions if action.dest not in NOT_STORED}
     words = []
@@ -125,25 +126,25 @@ def _latest(root: Path, script: str) -> Path:
 
 
 def check_inputs(folder: Path, inputs: dict[str, str]) -> None:
-    """Compare what a resumed run reads with what it read when it was started.
+    """Check that a resumed run reads the same inputs as when it was started.
 
     Args:
         inputs: for each flag that names an input, the `fingerprint` of what was read.
     Raises:
-        UserError: when one differs; without that its results would be a mixture.
+        UserError: when one differs, as the results would mix two inputs.
     """
     before = read_args(folder).get("inputs")
     for flag, found in inputs.items():
         if isinstance(before, dict) and before.get(flag) != found:
             raise UserError(
-                f"--{flag}: what is there now is not what {folder} was started with; give that, or start a new run"
+                f"--{flag}: the data differ from those {folder} was started with; give those, or start a new run"
             )
 
 
 def resume_command(folder: Path) -> str:
-    """The shell line that resumes a run, with the interpreter and the script as they were called.
+    """The shell command that resumes a run, with the interpreter and the script as they were called.
 
-    Of a run over several machines it is the line for this machine, with its `--node_rank`.
+    For a run on several machines, it is the command for this machine, with its `--node_rank`.
     """
     start = ["torchrun", *_launcher_flags()] if distributed.world_size() > 1 else [sys.orig_argv[0]]
     where = [f"--resume={folder}"] if str(folder).startswith("-") else ["--resume", str(folder)]
@@ -151,7 +152,7 @@ def resume_command(folder: Path) -> str:
 
 
 def _launcher_flags() -> list[str]:
-    """The flags of torchrun that start as many processes on as many machines, from what it put into the environment."""
+    """The torchrun flags that start the same number of processes and machines, from its environment variables."""
     env = os.environ
     machines, here = int(env.get("GROUP_WORLD_SIZE", "1")), env.get("LOCAL_WORLD_SIZE", str(distributed.world_size()))
     if machines == 1:

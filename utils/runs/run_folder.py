@@ -26,7 +26,7 @@ SYNC_SECONDS = 1.0  # between two flushes of a log to the disk
 
 
 class RunFolder:
-    """A folder that belongs to one run: its log and its files. It is locked as long as the run lives."""
+    """The folder of one run, with its logs and files. It is locked until the process ends."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
@@ -34,12 +34,12 @@ class RunFolder:
         self.lock = RunLock(self.path) if self.is_main else None
         if self.is_main:
             remove_unfinished(self.path)
-        self.tensorboard: TensorBoardWriter | None = None  # set where --tensorboard is given
-        self.synced: dict[str, float] = {}  # when each file that lines are appended to was last flushed to the disk
+        self.tensorboard: TensorBoardWriter | None = None  # set if --tensorboard is given
+        self.synced: dict[str, float] = {}  # time of the last flush to the disk, by file name
 
     @classmethod
     def create(cls, root: str | Path, *parts: str | int, name: str | None = None) -> "RunFolder":
-        """Make `root/parts…/<name>`, by default named by the time, `YYYYMMDD-HHMMSS`; two runs never share one.
+        """Create `root/parts…/<name>`; `name` defaults to the time, `YYYYMMDD-HHMMSS`. Two runs never share a folder.
 
         A name that is taken gets a suffix: `-2`, `-3`, ….
         """
@@ -70,7 +70,7 @@ class RunFolder:
         self.log_file_only(message)
 
     def log_own(self, message: str) -> None:
-        """As `log`, for what this process alone knows: every rank does so."""
+        """Like `log`, but on every rank, for messages about this process alone."""
         if self.is_main:
             self.log(message)
             return
@@ -95,12 +95,12 @@ class RunFolder:
             self.synced[name] = now
 
     def sync(self) -> None:
-        """Flush the lines that were appended to the disk, before something relies on them, e.g. a checkpoint."""
+        """Flush all appended lines to the disk, before something relies on them, e.g. a checkpoint."""
         for name in self.synced:
             sync_file(self.path / name)
 
     def metric(self, **values: object) -> None:
-        """Append an object with the time to `metrics.jsonl`; numbers that are not finite become null."""
+        """Append `values` and the time to `metrics.jsonl`, whatever the rank; non-finite numbers become null."""
         plain = {k: [_finite(x) for x in v] if isinstance(v, list) else _finite(v) for k, v in values.items()}
         line = {"time": datetime.now().isoformat(timespec="milliseconds"), **plain}
         self._append(METRICS, json.dumps(line))
@@ -108,11 +108,11 @@ class RunFolder:
             self.tensorboard.add(plain)
 
     def metrics(self) -> list[dict]:
-        """The lines of `metrics.jsonl`, without any that a crash damaged."""
+        """The lines of `metrics.jsonl`, parsed; damaged ones are skipped."""
         return [json.loads(line) for line in self._kept_lines(lambda line: True)]
 
     def keep_metrics(self, keep: Callable[[dict], bool]) -> None:
-        """Remove from `metrics.jsonl` what a resumed run will write again, and a last line that was cut off."""
+        """Drop damaged lines of `metrics.jsonl`, and those that a resumed run writes again (`keep` is false)."""
         if self.is_main:
             save_text(self.path / METRICS, "".join(line + "\n" for line in self._kept_lines(keep)))
 
@@ -127,8 +127,7 @@ class RunFolder:
         return kept
 
     def save_args(self, flags: dict, **more: object) -> None:
-        """Write the flags to `args` (JSON, as the published code does), and to `args.json` with all that the result
-        depends on and `more`."""
+        """Write the flags to `args` (JSON, as in published runs); `args.json` adds the command, versions and `more`."""
         if not self.is_main:
             return
         save_text(self.path / "args", json.dumps(flags, indent=1, default=str) + "\n")
@@ -138,7 +137,7 @@ class RunFolder:
         save_text(self.path / ARGS, json.dumps(about, indent=1, default=str) + "\n")
 
     def update_args(self, flags: dict, **more: object) -> None:
-        """Write to `args.json` by which command the run was resumed, and what changed."""
+        """Record in `args.json` the command that resumed the run, the flags that now apply, and `more`."""
         if not self.is_main:
             return
         about = read_args(self.path)
@@ -158,7 +157,7 @@ class RunFolder:
 
 
 def _is_metric(line: object) -> bool:
-    """Whether a line of `metrics.jsonl` is such as `RunFolder.metric` writes."""
+    """Whether a parsed line of `metrics.jsonl` has the form that `RunFolder.metric` writes."""
     if not isinstance(line, dict) or not isinstance(line.get("time", ""), str):
         return False
     counts = [line[name] for name in ("experiment", "iteration", "network", "epoch") if name in line]
@@ -192,7 +191,7 @@ def read_args(folder: Path) -> dict:
 
 
 class RunLock:
-    """The lock of whoever writes into a run folder; it is released when the process ends, however it ends."""
+    """The lock of a process on its run folder, released when the process ends; a `UserError` if another holds it."""
 
     def __init__(self, folder: Path):
         try:
@@ -211,7 +210,7 @@ class RunLock:
             owner = self.file.read(200).strip() or "another process"
             self.file.close()
             raise UserError(f"{folder} is a live run of {owner}; wait for it, or stop it first") from None
-        with suppress(OSError):  # who it is helps the reader of the message; on a full disk there is none
+        with suppress(OSError):  # the owner is only for the message; a full disk leaves it out
             self.file.truncate(0)
             self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
             self.file.flush()

@@ -1,10 +1,10 @@
-"""Stopping a run from outside: what SIGINT (Ctrl-C) and SIGTERM (what schedulers send) do.
+"""Stopping a run by SIGINT (Ctrl-C) or SIGTERM (from schedulers).
 
-The first signal gives the run `GRACE` seconds to reach a point at which it saves by itself: the end of an iteration or
-of an epoch. If it does not, `Interrupted` is raised in the middle of the computation, inside the blocks that
-`interruptible` marks. `Distillation.run_all` (stage 1) then saves the state from before the block; stage 2 keeps the
-newest checkpoint of the network. Both print the command that resumes. A later signal ends the process without saving.
-Repeats within `REPEAT` seconds count as one: torchrun passes on a signal that its processes have received already.
+After the first signal the run has `GRACE` seconds to reach the end of an iteration or epoch, where it saves and stops.
+If it does not, `Interrupted` is raised in the middle of the computation, inside the blocks that `interruptible` marks.
+`Distillation.run_all` (stage 1) then saves the state from before the block; stage 2 keeps the newest checkpoint of the
+network. Both print the command that resumes the run. A later signal ends the process without saving. Repeats within
+`REPEAT` seconds count as one: torchrun forwards a signal that its processes have already received.
 """
 
 import os
@@ -17,32 +17,32 @@ from utils.compute import distributed
 from utils.core.errors import Interrupted, UserError
 
 GRACE = 1.5  # seconds
-AGAIN = 0.5  # seconds between attempts: Python swallows what is raised while it destroys an object
+AGAIN = 0.5  # seconds between attempts: Python discards exceptions raised in a destructor
 REPEAT = 5.0  # seconds
 
 _received = 0  # number of the first signal
 _received_at = 0.0
 _interruptible = False
-_overdue = False  # whether the grace is over
+_overdue = False  # whether the grace period is over
 
 
 def received() -> int:
-    """The number of the signal that this process got, 0 for none."""
+    """The number of the first signal that this process received, 0 for none."""
     return _received
 
 
 def check() -> None:
-    """Raise `Interrupted` if this process got a signal. Called where the state of the run is whole."""
+    """Raise `Interrupted` if this process received a signal. Called where the state of the run is consistent."""
     if _received:
         raise Interrupted(_received)
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Mark a long computation after which the state from before it can still be saved.
+    """Mark a long computation that may be interrupted, as the state from before it can still be saved.
 
     Raises:
-        Interrupted: inside the block, once a signal has come and the grace is over.
+        Interrupted: inside the block, when the grace period after a signal is over.
     """
     global _interruptible
     _interruptible = True
@@ -55,7 +55,7 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Inside `interruptible`: mark a part that must run to its end, such as the writing of files."""
+    """Inside `interruptible`: mark a part that must run to its end, such as writing files."""
     global _interruptible
     before, _interruptible = _interruptible, False
     try:
@@ -70,8 +70,8 @@ def catch() -> Iterator[None]:
     """Handle SIGINT and SIGTERM as this module describes while the block runs.
 
     Raises:
-        Interrupted: also in place of an error that came after a signal, e.g. of a compiler that Ctrl-C ended, too, or
-            of a process that waited for one that has stopped.
+        Interrupted: also in place of an error (except `UserError`) after a signal, e.g. of a compiler that Ctrl-C also
+            stopped, or of a process that waited for a stopped one.
     """
     _reset()
     handlers = {signal.SIGINT: _note, signal.SIGTERM: _note}

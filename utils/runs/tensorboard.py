@@ -18,7 +18,7 @@ def require_tensorboard() -> None:
 class TensorBoardWriter:
     """Writes the numbers of `metrics.jsonl` as TensorBoard events into `folder`.
 
-    `before`: the lines that are there already; they are written anew, in place of earlier events.
+    `before`: the existing lines; they are written again and replace earlier events.
     """
 
     def __init__(self, folder: Path, before: Sequence[dict] = ()):
