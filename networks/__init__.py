@@ -27,9 +27,9 @@ def get_network(
         name: one of `MODEL_NAMES`.
         channel, im_size: the images are `[N, channel, *im_size]`.
         num_classes: the logits are `[N, num_classes]`.
-        generator: the weights are drawn from it; without one from torch's global generator, as any `nn.Module`'s.
+        generator: draws the weights; None: torch's global generator does, as for any `nn.Module`.
     Raises:
-        UserError: for an unknown name, or a size below the smallest that the network takes (the message names it).
+        UserError: for an unknown name, or an `im_size` below the network's smallest (the message names it).
     """
     if name not in _NETWORKS:
         raise UserError(unknown_name("model", name, MODEL_NAMES))

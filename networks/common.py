@@ -15,7 +15,7 @@ def feature_size(name: str, im_size: tuple[int, int], along: Callable[[int], int
     Args:
         name: the network, for the error message.
         im_size: height and width of the images.
-        along: maps one side of the input to that side of the feature map; below 1 means that nothing is left.
+        along: maps one side of the input to that side of the feature map; below 1: the image is too small.
     Raises:
         UserError: naming the smallest size that works.
     """
@@ -47,7 +47,7 @@ def initialize(net: nn.Module, generator: torch.Generator) -> nn.Module:
     zeros; running statistics are reset.
 
     Raises:
-        TypeError: for parameters of any other module, which would be left as they are.
+        TypeError: for any other module with parameters, which would keep their values.
     """
     parameters, draws = [], []
     for module in net.modules():

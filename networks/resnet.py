@@ -10,10 +10,10 @@ from .common import channel_norm, feature_size
 
 
 class Block(nn.Module):
-    """What both residual blocks share: how a stride is taken, and the shortcut.
+    """What both residual blocks share: the stride and the shortcut.
 
-    With `pooled`, a stride of 2 becomes stride 1 followed by average pooling: in the block after the first activation,
-    in the shortcut between convolution and norm.
+    With `pooled`, a stride of 2 becomes stride 1 followed by average pooling: in the block after the activation that
+    follows the first 3×3 convolution, in the shortcut between convolution and norm.
     """
 
     expansion = 1
@@ -67,7 +67,7 @@ class Bottleneck(Block):
 
 
 class ResNet(nn.Module):
-    """Four stages of residual blocks; average pooling of 4 (none if `pooled`); one linear `classifier`."""
+    """Four stages of residual blocks; 4×4 average pooling (none if `pooled`); one linear `classifier`."""
 
     def __init__(
         self,

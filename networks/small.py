@@ -10,7 +10,7 @@ from .common import channel_norm, feature_size
 
 
 class MLP(nn.Module):
-    """Three linear layers of width 128 with ReLU between them."""
+    """Three linear layers with ReLU between them; the hidden width is 128."""
 
     def __init__(self, channel: int, num_classes: int, im_size: tuple[int, int]):
         super().__init__()
@@ -52,7 +52,7 @@ class LeNet(nn.Module):
 
 
 class AlexNet(nn.Module):
-    """Five convolutions, three max poolings and one linear layer `fc`; `norm="batch"` adds BatchNorm after each one."""
+    """Five convolutions, three max poolings, a linear layer `fc`; `norm="batch"`: BatchNorm after each convolution."""
 
     # (width, kernel, pooled); the padding of the first convolution depends on the number of channels
     LAYERS = ((128, 5, True), (192, 5, True), (256, 3, False), (192, 3, False), (192, 3, True))

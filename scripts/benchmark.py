@@ -1,11 +1,11 @@
-"""Measure the engine beside the textbook loop (`tests/textbook.py`): same process, same inputs, alternating.
+"""Compare the speed of the engine and the textbook loop (`tests/textbook.py`): same process and inputs, alternating.
 
-    python scripts/benchmark.py                                  # ConvNetW32, ipc 2: about three minutes on two cores
-    python scripts/benchmark.py --model ConvNet --ipc 10 --repeats 1 --works iteration            # twenty minutes there
+    python scripts/benchmark.py                                  # ConvNetW32, ipc 2: about 3 minutes on two cores
+    python scripts/benchmark.py --model ConvNet --ipc 10 --repeats 1 --works iteration        # 20 minutes on two cores
 
-Data are random pixels in the shape of CIFAR-10: times do not depend on the content. The textbook loop runs with the C
-library's default allocator, the engine with its own setting (`set_keep_freed_memory`). What the engine's first call
-takes longer than the others is mostly compiling.
+The data are random pixels in the shape of CIFAR-10: times do not depend on the content. The textbook loop runs with the
+C library's default allocator, the engine with its own setting (`set_keep_freed_memory`). The engine's first call takes
+longer than the others, mostly for compiling.
 """
 
 import argparse
@@ -38,29 +38,29 @@ ALL_WORKS = (*WORKS, *METHOD_WORKS)
 
 def get_args_parser() -> Parser:
     """The flags of this script."""
-    parser = Parser(description="Measure the engine beside the textbook loop.")
+    parser = Parser(description="Compare the speed of the engine and the textbook loop.")
     parser.add_argument("--model", default="ConvNetW32", help="the network")
     parser.add_argument("--ipc", type=count(1), default=2, help="synthetic images per class")
     parser.add_argument("--batch_real", type=count(1), default=256, help="real images per slot")
     parser.add_argument(
-        "--slots", type=count(1), default=SLOTS, help="slots of `matching`; fewer are faster, not truer"
+        "--slots", type=count(1), default=SLOTS, help="class slots in `matching`; fewer run faster but say less"
     )
-    parser.add_argument("--outer_loop", type=count(1), default=None, help="of an iteration; left out: by ipc")
-    parser.add_argument("--inner_loop", type=count(0), default=None, help="of an iteration; left out: by ipc")
-    parser.add_argument("--repeats", type=count(1), default=3, help="measurements of each; the median counts")
+    parser.add_argument("--outer_loop", type=count(1), default=None, help="steps per iteration; left out: by ipc")
+    parser.add_argument("--inner_loop", type=count(0), default=None, help="epochs between steps; left out: by ipc")
+    parser.add_argument("--repeats", type=count(1), default=3, help="measurements of each; the median is shown")
     parser.add_argument(
         "--works", nargs="+", type=one_of("work", ALL_WORKS), default=list(WORKS), help="what to measure"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--out", default=None, help="JSON file to write")
-    parser.add_argument("--show", default=None, metavar="JSON", help="show its table, and measure nothing")
+    parser.add_argument("--show", default=None, metavar="JSON", help="print the table of a JSON file; measure nothing")
     add_compute(parser)
     parser.set_defaults(compile="on")
     return parser
 
 
 def cpu_name() -> str:
-    """The processor's name, as far as the system tells it."""
+    """The processor's name, or its architecture if the system does not tell the name."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -69,7 +69,7 @@ def cpu_name() -> str:
 
 
 def machine(device: torch.device) -> dict:
-    """What the times were measured on."""
+    """The hardware and software that the times were measured on."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "cpu": cpu_name(),
@@ -92,7 +92,7 @@ def table(results: dict[str, dict]) -> str:
 
 
 def show(path: Path) -> None:
-    """Print the table of a JSON file, and where it was measured."""
+    """Print the table of a JSON file, and what it was measured on."""
     content = read_json(path, "--show")
     try:
         print(f"{path}: {content['flags']['model']}, ipc {content['flags']['ipc']}")
@@ -103,7 +103,7 @@ def show(path: Path) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure, print the table, and write the JSON where asked."""
+    """Measure, print the table, and write the JSON file if asked."""
     if args.show:
         return show(Path(args.show))
     bench = Bench(args)

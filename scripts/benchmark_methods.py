@@ -1,4 +1,4 @@
-"""What `scripts/benchmark.py` measures of the methods: iterations of DM and of MTT, and an epoch of an expert."""
+"""What `scripts/benchmark.py` measures for methods: an iteration of DM, one of MTT, and an epoch of an expert."""
 
 import multiprocessing
 from collections.abc import Callable
@@ -26,7 +26,7 @@ STEPS = 30  # of the student of MTT
 
 
 class RandomEnds:
-    """Stands for the experts of MTT: their content does not change the time."""
+    """Stands in for the experts of MTT: their content does not change the time."""
 
     trajectories = ((None, None),)
 
@@ -38,16 +38,16 @@ class RandomEnds:
         self.start, self.target = weights[0], [a + 0.1 * b for a, b in zip(*weights, strict=True)]
 
     def segment(self, *_: object) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Always the same two sets of parameters."""
+        """The same two sets of parameters at every call."""
         return self.start, self.target
 
     def fingerprint(self) -> str:
-        """There is no file."""
+        """Empty: there are no expert files."""
         return ""
 
 
 def _alternating(bench: Bench, methods: list) -> dict:
-    """Iterations of two methods in turn; the losses are read, as the stage-1 loop does."""
+    """Time iterations of two methods in turn; the losses are read, as in the stage-1 loop."""
     for method in methods:
         method.start(0)
     numbers = [count_from(0), count_from(0)]
@@ -76,8 +76,8 @@ def _trajectory_matching(kind: type, real: RealData, model: str, ipc: int, compu
 
 
 def mtt(bench: Bench) -> dict:
-    """An iteration of trajectory matching of 30 steps, images and outliers (POE); `…_gb`: the memory that it takes,
-    uncompiled, in a process of its own."""
+    """An iteration of trajectory matching of 30 steps, images and outliers (POE); `…_gb`: its memory, measured
+    uncompiled in a separate process."""
     kinds = (textbook.PlainTrajectoryMatching, TrajectoryMatching)
     fp32 = replace(bench.compute, precision="fp32")
     result = _alternating(
@@ -88,7 +88,7 @@ def mtt(bench: Bench) -> dict:
 
 
 def _peak(kind: type, bench: Bench) -> float:
-    """Peak of the resident memory above what it is before the iteration, in GB; on a CPU."""
+    """Peak resident memory of an iteration on a CPU, above that before it, in GB."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=_measure_peak, args=(kind, bench.args.model, bench.ipc, queue))
@@ -112,13 +112,13 @@ def _measure_peak(kind: type, model: str, ipc: int, queue: multiprocessing.Queue
 
 
 def _resident(what: str) -> float:
-    """Resident memory of this process in GB: now (`VmRSS`) or at its peak (`VmHWM`); of Linux."""
+    """Resident memory of this process in GB, now (`VmRSS`) or at its peak (`VmHWM`). Linux only."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1e6 for line in lines if line.startswith(what))
 
 
 def experts(bench: Bench) -> dict:
-    """An epoch of an expert on 50,000 images, without outliers and without its test."""
+    """An epoch of an expert on 50,000 images, without outliers and without testing."""
     real = bench.real
     net, other = (get_network(bench.args.model, 3, 10, (32, 32), generator(0)).to(bench.device) for _ in range(2))
     images = real.train_batch(torch.arange(len(real.images_train)))

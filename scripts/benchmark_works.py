@@ -1,4 +1,4 @@
-"""What `scripts/benchmark.py` measures: works of the three stages, each by the textbook loop and by the engine."""
+"""What `scripts/benchmark.py` measures: tasks of the three stages, each by the textbook loop and by the engine."""
 
 import argparse
 import math
@@ -37,7 +37,7 @@ from utils.training.evaluator import EvalSettings, Evaluator
 from utils.training.trainer import Trainer, TrainSettings, accuracy_of
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))
-STARTUP_SHARE = 20  # the textbook start-up is measured on a 20th of the images
+STARTUP_SHARE = 20  # the textbook start-up is measured on 1/20 of the images
 SLOTS = 10
 WORKS = ("startup", "matching", "iteration", "epoch", "test", "evaluation", "stage2", "stage3", "memory")
 EVALUATED = 2  # networks of `evaluation`
@@ -59,7 +59,7 @@ class Bench:
         np.savez(Path(self.folder.name) / "cifar10.npz", **arrays)
         self.real: RealData = load_dataset("CIFAR10", self.folder.name).to(self.device)
         self.net = get_network(args.model, 3, 10, (32, 32), generator(0)).to(self.device)
-        long = Workload(math.inf, sys.maxsize, "matching")  # `--compile auto` then compiles what it speeds up
+        long = Workload(math.inf, sys.maxsize, "matching")  # so `--compile auto` compiles whatever that speeds up
         example = get_network(args.model, 3, 10, (32, 32), generator(0)).eval()
         self.compute = choose_compute(args.compile, args.precision, self.device, example, (3, 32, 32), long)
         shape = (10 * args.ipc, 3, 32, 32)
@@ -69,7 +69,7 @@ class Bench:
         self.settings = TrainSettings(50, augmentation=STRATEGY)
 
     def measure(self, slow: Callable[[], object], fast: Callable[[], object], scale: float = 1.0) -> dict:
-        """Seconds of both, alternating; `scale` multiplies the slow one's. The first call of each is the warm-up."""
+        """Time both in turn, in seconds; `scale` multiplies the slow one's. The first call of each is the warm-up."""
         times: dict[str, list[float]] = {"plain": [], "engine": []}
         warm = {}
         for repeat in range(self.repeats + 1):
@@ -100,8 +100,8 @@ class Bench:
     # --- the works ---------------------------------------------------------------------------------------------------
 
     def startup(self) -> dict:
-        """From the file to all that the first update needs: data that are read, checked and sorted, images to start
-        from, and a batch of pseudo-outliers."""
+        """All that comes before the first update: read, check and sort the data, make the initial images, and draw a
+        batch of pseudo-outliers."""
         images = self.real.images_train[: 50_000 // STARTUP_SHARE].cpu()
         labels = self.real.labels_train.cpu()
 
@@ -145,8 +145,8 @@ class Bench:
         return self.measure(slow, fast)
 
     def iteration(self) -> dict:
-        """A whole iteration of POE: a fresh network, and for each outer step what is random, the matching of images and
-        outliers, and the epochs of network training behind it."""
+        """A whole iteration of POE: a fresh network, and for each outer step the random draws, the matching of images
+        and outliers, and the epochs of network training after it."""
         loops = published_loops(self.ipc)
         given = (self.args.outer_loop, self.args.inner_loop)
         outer, inner = (rule if flag is None else flag for flag, rule in zip(given, loops, strict=True))
@@ -163,7 +163,7 @@ class Bench:
         numbers = [count_from(0), count_from(0)]
 
         def work(which: int) -> Callable[[], object]:
-            # the losses are read, as the stage-1 loop does
+            # the losses are read, as in the stage-1 loop
             return lambda: methods[which].iterate(next(numbers[which]))["loss"].mean().item()
 
         return self.measure(work(0), work(1))
@@ -201,7 +201,7 @@ class Bench:
         )
 
     def evaluation(self) -> dict:
-        """Two networks of 50 epochs each, tested: a share of stage 1's evaluation."""
+        """Train two networks for 50 epochs each and test them: a part of stage 1's evaluation."""
         loader = self._plain_loader()
         run = RunFolder.create(self.folder.name, "evaluation")
         run.is_main = False
@@ -237,7 +237,7 @@ class Bench:
         return self.measure(lambda: textbook.msp_scores(self.net, loader), lambda: scorer(self.real.test_images, 256))
 
     def memory(self) -> float:
-        """Peak memory, in GB, of a short `main_poe.py` in a process of its own: resident, or reserved on the GPU."""
+        """Peak memory, in GB, of a short `main_poe.py` in a separate process: resident, or reserved on the GPU."""
         args, folder = self.args, self.folder.name
         flags = f"--dataset CIFAR10 --model {args.model} --ipc {args.ipc} --batch_real {args.batch_real} --init real"
         flags += " --method DSA --dsa_strategy " + "_".join(STRATEGY.strategy)

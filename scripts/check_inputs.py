@@ -1,4 +1,4 @@
-"""Look at everything that the stages of a table will read, before the first one starts, and list all that is missing.
+"""Check all inputs of a table before its first stage starts, and list those that are missing or damaged.
 
 python scripts/check_inputs.py --dataset CIFAR10 --ood_sets CIFAR100 Textures --oe_data_path data/300K_random_images.npy
 """
@@ -21,20 +21,20 @@ from utils.stages.entry import run_script
 
 def get_args_parser() -> Parser:
     """The flags of this script."""
-    parser = Parser(description="List all inputs that are missing.")
+    parser = Parser(description="List all inputs that are missing or damaged.")
     parser.add_argument("--dataset", type=one_of("dataset", DATASET_NAMES), required=True, help="the data set")
-    parser.add_argument("--data_path", default="data", help="where it is")
-    parser.add_argument("--oe_data_path", default=None, help="the pool of outlier exposure, if it is used")
-    parser.add_argument("--ood_path", default="data/ood", help="where the OOD sets are")
+    parser.add_argument("--data_path", default="data", help="its folder or file")
+    parser.add_argument("--oe_data_path", default=None, help="the pool of outliers for OE, if it is used")
+    parser.add_argument("--ood_path", default="data/ood", help="folder of the OOD sets")
     parser.add_argument("--ood_sets", nargs="+", default=[], help="the OOD sets")
-    parser.add_argument("--download", choices=("none", "data", "all"), default="data", help="what may be fetched")
+    parser.add_argument("--download", choices=("none", "data", "all"), default="data", help="what may be downloaded")
     return parser
 
 
 def stand_in(name: str) -> RealData:
-    """Two black images in the shape of a data set that is missing: other inputs can then be looked at."""
+    """Two black images in the shape of a data set that is missing, so that the other inputs can be checked."""
     if name not in SPECS:
-        raise UserError(f"--dataset {name}: nothing else can be looked at without it")
+        raise UserError(f"--dataset {name}: no other input can be checked without it")
     spec = SPECS[name]
     images = torch.zeros(2, spec.channel, spec.side, spec.side, dtype=torch.uint8)
     scale = (1.0,) * spec.channel
@@ -42,7 +42,7 @@ def stand_in(name: str) -> RealData:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Look at each input; one line lists what is missing."""
+    """Check each input; a `UserError` lists what is missing or damaged in one line."""
     problems = []
     try:
         real = load_dataset(args.dataset, args.data_path, download=args.download != "none")
@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> None:
     for name in dict.fromkeys(args.ood_sets):
         try:
             problems += [f"--ood_sets {name}: {what}" for what in source.find([name])[1].values()]
-        except UserError as error:  # damaged
+        except UserError as error:  # unknown or damaged
             problems.append(str(error))
     if problems:
         raise UserError(f"{len(problems)} inputs are missing. " + " | ".join(problems))

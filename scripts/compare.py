@@ -46,7 +46,7 @@ def get_args_parser() -> Parser:
         "--results",
         nargs="+",
         default=None,
-        help="where the results made from folders of stage 1 and 2 are looked for; left out: every result* here",
+        help="folders to search for the results made from folders of stage 1 and 2; left out: every result* here",
     )
     parser.add_argument(
         "--out", default=None, help="folder to write compare.md, .csv, .tex and .png into; left out: print only"
@@ -58,7 +58,7 @@ def get_args_parser() -> Parser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print the table, and write it where asked."""
+    """Print the table, and write the files if asked."""
     if args.names and len(args.names) != len(args.folders):
         raise UserError(f"--names: {len(args.names)} names for {len(args.folders)} folders; give one each")
     if args.html and not args.out:
@@ -73,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def write(out: Path, runs: Sequence[Run], rows: Sequence[Row], html: bool) -> list[str]:
-    """Write the table in all its forms into `out`; return the names of the files."""
+    """Write the table in all formats into `out`; returns the names of the files."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

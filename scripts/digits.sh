@@ -37,7 +37,7 @@ ablations() {
             train poe 1 "$seed" "$dir/1-distilled" "$dir/2-networks"
             measure 1 "$seed" "$dir/2-networks" "$dir/3-ood"
         done
-        for LAMBDA in 0 0.1 0.5 1; do # at ipc 1 distilling does not depend on it: networks are trained between steps only
+        for LAMBDA in 0 0.1 0.5 1; do # at ipc 1 distilling does not use it: no network is trained
             dir=$OUT/lambda/$LAMBDA/seed$seed
             train poe 1 "$seed" "$OUT/ipc1/poe/seed$seed/1-distilled" "$dir/2-networks"
             measure 1 "$seed" "$dir/2-networks" "$dir/3-ood"

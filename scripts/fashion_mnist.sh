@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fashion-MNIST, plain / OE / POE, ipc 1, 10 and 50, three seeds. scripts/table.sh lists what can be set.
-# The OOD sets here need no files; OOD_SETS="MNIST …" takes others from --ood_path.
+# The default OOD sets need no files; OOD_SETS="MNIST …" takes others from --ood_path (OOD).
 #   bash scripts/fashion_mnist.sh                                                 # for a GPU
 # To try it:
 #   OUT=result-tables/try-fashion_mnist IPC=1 SEEDS=1 MODEL=ConvNetW32 ITERATIONS=10 NETWORKS=1 EPOCHS=50 KINDS="plain poe" STAGE1="--num_eval 1 --epoch_eval_train 20" bash scripts/fashion_mnist.sh

@@ -28,7 +28,7 @@ def get_args_parser() -> Parser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Read once, write both files; sizes and channels are fitted when they are used."""
+    """Read the data set once and write both files; size and channels are adapted when the images are used."""
     real = load_dataset("FashionMNIST", args.data_path)
     for flag, name, images in (("--oe", args.oe, real.images_train), ("--ood", args.ood, real.images_test)):
         path = Path(name)

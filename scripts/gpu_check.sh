@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# What only a GPU can show: the tests on CUDA, a short distillation, the benchmark; then one summary.
+# Checks that need a GPU: the tests on CUDA, a short distillation, the benchmark; then a summary.
 #   bash scripts/gpu_check.sh                 # everything
 #   bash scripts/gpu_check.sh tests distil    # some of: tests distil benchmark_w32 benchmark_convnet all_tests
 # PYTHON=python3.12 chooses the interpreter; it must have the requirements, pytest for `tests`, and for `all_tests` all of
 # requirements-dev.txt.
-# Logs and JSON go to assets/results/ (OUT=DIR: elsewhere).
+# Logs and JSON are written to OUT (default: assets/results/).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -38,7 +38,7 @@ work=$(mktemp -d)
 tests() {
     step "the engine on CUDA" env TRUSTDD_TEST_DEVICE=cuda "$python" -m pytest -q tests/test_engine.py tests/test_together.py
 }
-all_tests() { # those that compare bit for bit, and several processes, want the CPU
+all_tests() { # tests for bit-identity and of several processes need the CPU
     step "all tests, on the CPU" env CUDA_VISIBLE_DEVICES= "$python" -m pytest -q tests
 }
 distil() {

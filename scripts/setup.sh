@@ -14,7 +14,7 @@ fi
 stamp=.venv/.installed-$(cat requirements*.txt | cksum | cut -d' ' -f1)-$(basename "$requirements")
 if [ ! -e "$stamp" ]; then
     echo "setup: installing $requirements into .venv (PyTorch is large: minutes)"
-    # without ensurepip, venv fails and yet leaves a Python, one without pip
+    # without ensurepip, venv fails but leaves a Python without pip
     .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv ||
         { echo "setup: cannot make .venv; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"

@@ -1,10 +1,10 @@
 # Sourced by the scripts of the tables: all three stages for each kind (plain, oe, poe), ipc and seed.
-# What is done is skipped, what was stopped goes on, so that a script can be started again and again.
+# Finished stages are skipped and interrupted ones resume, so a script can be started again at any time.
 #
-# A script sets DATASET, AUGMENT, OOD_SETS and defaults. Whoever calls it may set, e.g. IPC="1 10" SEEDS="1 2" bash …:
+# A script sets DATASET, AUGMENT, OOD_SETS and defaults. The caller may set these, e.g. IPC="1 10" SEEDS="1 2" bash …:
 #   IPC SEEDS KINDS     lists: images per class, seeds, and kinds out of plain oe poe
 #   METHOD              DC, DSA (default), DM or MTT
-#   EXPERTS MTT         of MTT: flags of train_experts.py, and further ones of stage 1, e.g. MTT="--syn_steps 50"
+#   EXPERTS MTT         for METHOD=MTT: flags of train_experts.py, and of stage 1, e.g. MTT="--syn_steps 50"
 #   MODEL ITERATIONS    the network, and the updates of the synthetic images (left out: 1000, or the method's default)
 #   NETWORKS EPOCHS     networks trained on each distilled set, and their epochs
 #   SCORE               scores of stage 3
@@ -13,7 +13,7 @@
 #   OUTLIERS POE        further flags of main_oe.py and main_poe.py, and of main_poe.py alone, e.g. OUTLIERS="--batch_oe 64"
 #   LAMBDA              --lambda_oe
 #   DOWNLOAD            what may be fetched, as --download: none, data (the data set) or all; left out: the stages' default
-#   OUT                 where everything goes
+#   OUT                 folder for all results
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
@@ -38,9 +38,9 @@ DOWNLOAD=${DOWNLOAD:-}
 OUTLIERS=${OUTLIERS:-}
 POE=${POE:-}
 
-# stage DIR BEFORE COMMAND: a stage into DIR, from its beginning or from where it was stopped; BEFORE is the folder of the
-# stage that it reads, or empty. DIR/done keeps the commands that lead to it. Settings that ask for others stop the script,
-# as the stages themselves do when they go on.
+# stage DIR BEFORE COMMAND: start or resume a stage that writes into DIR; BEFORE is the folder of the stage that it reads,
+# or empty. DIR/done keeps all commands that led to DIR. If the settings now lead to other commands, the script stops, as
+# a resumed stage does.
 stage() {
     local dir=$1 before=$2 all
     shift 2
@@ -66,14 +66,14 @@ stage() {
     mv "$dir/done.new" "$dir/done"
 }
 
-# buffers KIND: the folder of the experts; pseudo-outliers of other flags have another one
+# buffers KIND: the folder of the experts; each value of POE has its own
 buffers() {
     local more=""
     if [ "$1" = poe ]; then more=${POE//[^a-z]/}; fi
     echo "$OUT/buffers/$1${more:+-$more}"
 }
 
-# experts KIND: the experts of MTT for a kind; those that are there are not trained again
+# experts KIND: train the experts of MTT for a kind; existing ones are not trained again
 experts() {
     local kind=$1 outliers=$1 more=""
     case $kind in

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Format check, lint, order of imports, and tests; sets itself up. Flags go to pytest, e.g. bash scripts/test.sh -k networks
+# Format check, lint, import order, and tests; first installs what they need.
+# Flags go to pytest, e.g. bash scripts/test.sh -k networks
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh requirements-dev.txt

@@ -42,7 +42,7 @@ def test_help_and_log_tell_the_defaults(capsys, in_process):
         parsed("--help")
     text = " ".join(capsys.readouterr().out.split())
     assert "(left out: DM: 20000, MTT: 5000; else 1000)" in text
-    assert "DC, DSA: distance of gradients" in text
+    assert "DC, DSA: distance between gradients" in text
     out = in_process("main.py", *NETWORK, "--epoch_eval_train", 3, "--method", "DM", "--Iteration", 2)
     assert "defaults of --method DM: --lr_img 1.0 --init real --eval_interval 2000" in out
 

@@ -495,7 +495,7 @@ def test_experts_without_a_description(in_process, refused, tmp_path):
     in_process("train_experts.py", *TEACH, "--train_epochs", 4)
     (tmp_path / "buffers/Digits_NO_ZCA/ConvNetD1/experts.json").unlink()
     short = [*STAGE1, "--num_exp", 1, "--num_eval", 1, "--epoch_eval_train", 2, "--Iteration", 1]
-    assert "has no experts.json: its experts are taken to have seen" in in_process("main.py", *short)
+    assert "has no experts.json: experts are assumed to have seen" in in_process("main.py", *short)
     assert "so its experts have seen no outliers; make them with" in refused("main_poe.py", *short)
     assert "has experts without experts.json, made elsewhere" in refused("train_experts.py", *TEACH)
 

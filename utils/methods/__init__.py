@@ -1,8 +1,8 @@
-"""The distillation methods of stage 1: what the stages know of a method, and the registry by name of `--method`.
+"""The distillation methods of stage 1: their interface to the stages, and the registry behind `--method`.
 
 A method is a class with the members of `Method`, and a `MethodEntry` that says how it is built and which flags it has.
-The stages call nothing else. A further method is a file that defines both and calls `register`; `METHOD_MODULES` names
-the files of this room.
+The stages use nothing else. To add a method, write a file that defines both and calls `register`. `METHOD_MODULES`
+lists the built-in ones.
 """
 
 import argparse
@@ -34,11 +34,11 @@ METHOD_MODULES = (
 
 
 class Method(Protocol):
-    """One distillation: the synthetic images of an experiment, and what updates them.
+    """One distillation: the synthetic images of an experiment, and their updates.
 
     `labels`: int64 `[num_classes·ipc]`, sorted; `initial`: distilled sets to start the experiments from, instead of
     real images or noise; `notices`: lines for the log of the run; `about`: plain values that describe the run;
-    `fingerprints`: of further inputs, by flag; a resumed run must have the same.
+    `fingerprints`: hashes of other inputs, by flag, which must be the same in a resumed run.
     """
 
     labels: torch.Tensor
@@ -52,13 +52,13 @@ class Method(Protocol):
         """Initialise the synthetic images (and outliers) of experiment `exp`."""
 
     def iterate(self, it: int) -> dict[str, torch.Tensor]:
-        """Update the images once; returns losses by name, each with an entry per class slot, or one."""
+        """Update the images once; returns losses by name, `[slots]` or `[1]` each."""
 
     def synthetic(self) -> SyntheticSet:
         """The current synthetic set; later iterations may change its tensors in place."""
 
     def state_dict(self) -> dict:
-        """Copies of all that the next iterations depend on, beside the settings: tensors and plain values."""
+        """Copies of all that later iterations depend on, except the settings: tensors and plain values."""
 
     def load_state_dict(self, exp: int, state: dict) -> None:
         """Continue experiment `exp` from a `state_dict`. Raises `ValueError` or `KeyError` if it is of another run."""
@@ -68,7 +68,7 @@ class Method(Protocol):
 class MethodInputs:
     """What a method is built from.
 
-    `outliers`: None for plain distillation; `flags`: all flags of the script, by name; `augmentation`: of the flag
+    `outliers`: None for plain distillation; `flags`: all flags of the script, by name; `augmentation`: that of
     `--dsa_strategy`, if the method uses it; `initial`: see `Method`.
     """
 
@@ -82,7 +82,7 @@ class MethodInputs:
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag of one or several methods, as `argparse` takes it; methods that share one give equal `Flag`s."""
+    """A flag of one or several methods, as `argparse` takes it; methods that share a flag define equal `Flag`s."""
 
     name: str
     type: Callable[[str], Any]
@@ -94,10 +94,10 @@ class Flag:
 class MethodEntry:
     """A method in the registry.
 
-    `help`: what it is, in a few words. `build`: makes it. `workload`: the work of one iteration in this process, by
-    which `--compile auto` decides. `flags`: flags of its own. `defaults`: its defaults of flags that all methods have,
-    by name; `unused`: those of them that it does not use. `augmentation`: whether `--dsa_strategy` is required, may be
-    given, or is not used.
+    `help`: what it is, in a few words. `build`: makes the method. `workload`: the work of one iteration in this
+    process, from which `--compile auto` decides. `flags`: the method's own flags. `defaults`: its defaults for common
+    flags, by name; `unused`: the common flags that it does not use. `augmentation`: whether `--dsa_strategy` is
+    required, optional or unused.
     """
 
     name: str
@@ -119,7 +119,7 @@ def register(entry: MethodEntry) -> None:
 
 
 def add_method_flags(parser: Parser, group: argparse._ArgumentGroup) -> None:
-    """Add the flags of all methods, each once, with the names of those that use it; say where their defaults differ."""
+    """Add the flags of all methods, each once, with the methods that use it; the help shows defaults that differ."""
     users: dict[Flag, list[str]] = {}
     for entry in METHODS.values():
         for flag in entry.flags:
@@ -144,7 +144,7 @@ def add_method_choice(parser: Parser, group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--method_file",
         default=None,
-        help="a Python file that registers a further method (docs/methods.md); it is run, so use only your own",
+        help="a Python file that registers a further method (docs/methods.md); its code is run, so use only your own",
     )
     parser.preparations.append(_load_method_file)
 
@@ -154,10 +154,10 @@ def _add_flag(group: argparse._ArgumentGroup, flag: Flag, names: Sequence[str]) 
 
 
 def _load_method_file(parser: Parser, words: list[str]) -> None:
-    """Run the file that `--method_file` names, which registers a method; add the flags of that to the parser.
+    """Run the file of `--method_file`, which registers a method, and add that method's flags to the parser.
 
     Raises:
-        UserError: when the file is not there, fails, or registers nothing.
+        UserError: when the file is missing, fails, or registers nothing.
     """
     own = "--method_file"
     named = [word.removeprefix(f"{own}=") for word in words if word.startswith(f"{own}=")]
@@ -186,7 +186,7 @@ def _load_method_file(parser: Parser, words: list[str]) -> None:
 def _complete_flags(
     parser: Parser, args: argparse.Namespace, given: Mapping[str, Any]
 ) -> tuple[argparse.Namespace, Mapping[str, Any]]:
-    """Set the defaults of the method; refuse flags that it does not use, and clear them."""
+    """Set the method's defaults; refuse given flags that it does not use, and set the others to None."""
     entry = METHODS[args.method]
     used = {flag.name for flag in entry.flags}
     users: dict[str, list[str]] = {name: [] for name in entry.unused}
@@ -210,7 +210,7 @@ def _complete_flags(
 
 
 def augmentation_of(method: str, dsa_strategy: str | None) -> DSA | None:
-    """The Siamese augmentation of a method under the flag `--dsa_strategy`.
+    """The Siamese augmentation that a method uses with this `--dsa_strategy`, or None.
 
     Raises:
         UserError: when the method requires a strategy and there is none.

@@ -1,4 +1,4 @@
-"""Distances of two gradients of one network."""
+"""Distances between two gradients of one network."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ METRICS = ("ours", "mse", "cos")
 def match_loss(
     grads_syn: Sequence[torch.Tensor], grads_real: Sequence[torch.Tensor], metric: str = "ours"
 ) -> torch.Tensor:
-    """Distance of two gradients of the same network.
+    """Distance between two gradients of the same network.
 
     Args:
         grads_syn, grads_real: the gradients of all parameters, in parameter order.
@@ -20,6 +20,8 @@ def match_loss(
             minus the cosine, of the concatenation of all parameters.
     Returns:
         A scalar, differentiable in both.
+    Raises:
+        ValueError: for an unknown metric.
     """
     if metric == "ours":
         terms = [_row_distance(a, b) for a, b in zip(grads_syn, grads_real, strict=True) if a.ndim > 1]

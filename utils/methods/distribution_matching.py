@@ -1,8 +1,8 @@
 """Distribution matching: DM (Zhao & Bilen, WACV 2023), with and without outliers.
 
 One iteration takes a fresh random network and moves the synthetic images of every class so that the mean of their
-features comes closer to that of real images of the class; outliers likewise, slot by slot. There are no gradients of
-gradients and there is no network training, so an iteration costs little more than a forward pass of the real images.
+features comes closer to that of real images of the class; outliers likewise, slot by slot. It needs no second
+derivatives and no network training, so it costs little more than a forward pass of the real images.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from utils.data.synthetic import LearnableSet, SyntheticSet
 from utils.methods import MethodEntry, MethodInputs, register
 from utils.methods.match_draws import IterationDraws, MatchSettings, SlotDraw
 
-CHUNK_IMAGES = 512  # synthetic images that are embedded together; it bounds the memory
+CHUNK_IMAGES = 512  # synthetic images embedded together, to bound the memory
 
 
 class DistributionMatching(LearnableSet):
@@ -54,7 +54,7 @@ class DistributionMatching(LearnableSet):
         self.notices: list[str] = []
 
     def iterate(self, it: int) -> dict[str, torch.Tensor]:
-        """One iteration on a fresh random network; returns the losses `[slots]` (the paper's eq. 6 is their sum)."""
+        """One iteration on a fresh random network; returns losses `[slots]` by name (their sum is eq. 6)."""
         initialize(self.net, self.draws.generator(self.exp, "network", it))
         self.net.train()
         (drawn,) = self.draws.steps(self.exp, it, self.synthetic())
@@ -70,7 +70,7 @@ class DistributionMatching(LearnableSet):
     def _update(self, images: torch.Tensor, batch: Callable, drawn: dict[int, SlotDraw]) -> torch.Tensor:
         """Set the gradient of the images or of the outliers; returns the losses of the slots.
 
-        `batch` makes a slot's real batch, on the device, from what was drawn for it.
+        `batch` makes a slot's real batch, on the device, from its draw.
         """
         transforms = {slot: draw.transform or identity for slot, draw in drawn.items()}
         losses, gradient = images.new_zeros(len(images)), torch.zeros_like(images)
@@ -86,7 +86,7 @@ class DistributionMatching(LearnableSet):
             gradient[chunk] = torch.autograd.grad(distances.sum(), some)[0]
             losses[chunk] = distances.detach()
         if self.has_batchnorm:
-            distributed.broadcast_(losses, gradient)  # each process has computed all, on unlike devices to rounding
+            distributed.broadcast_(losses, gradient)  # all processes computed all slots, but may round differently
         else:
             distributed.sum_(losses, gradient)
         images.grad = gradient
@@ -103,7 +103,7 @@ class DistributionMatching(LearnableSet):
         return {slot: self._embedded(transforms[slot](images)).mean(0) for slot, images in batches.items()}
 
     def _embedded(self, images: torch.Tensor) -> torch.Tensor:
-        """Features float32 `[n, D]`; a CUDA graph overwrites its output at the next call, so they are copied."""
+        """Features float32 `[n, D]`; copied, because a CUDA graph overwrites its output at the next call."""
         return in_parts(lambda part: self.embed_real(part).float().clone(), images, self.splitter.forward(images))
 
 
@@ -127,7 +127,7 @@ def _build(inputs: MethodInputs) -> DistributionMatching:
 
 
 def _workload(inputs: MethodInputs) -> Workload:
-    """Real images go forward only, which counts half a pass."""
+    """Real images only go forward, which counts as half a pass."""
     s, real = _settings(inputs), inputs.real
     per_class = min(s.batch_real, len(real.images_train) // real.num_classes)
     embedded = real.num_classes * (per_class + (0 if inputs.outliers is None else s.batch_oe))

@@ -35,13 +35,13 @@ Params = list[torch.Tensor]
 
 
 def expert_folder(buffer_path: str | Path, real: RealData, model: str) -> Path:
-    """The folder of the experts of a network on a data set, named as published."""
+    """The folder of the experts of a model on a data set, named as in published buffers."""
     zca = "" if real.zca is not None else "_NO_ZCA"
     return Path(buffer_path) / f"{real.name}{zca}" / model
 
 
 def describe(real: RealData, model: str, outliers: OutlierSource | None, lambda_oe: float | None = None) -> dict:
-    """What experts must have in common with a distillation, stored in `experts.json`; `lambda_oe`: of the outliers."""
+    """What experts and a distillation must have in common, stored in `experts.json`; `lambda_oe`: outlier weight."""
     return {
         "dataset": real.name,
         "model": model,
@@ -53,7 +53,7 @@ def describe(real: RealData, model: str, outliers: OutlierSource | None, lambda_
 
 
 def check_about(folder: Path, expected: dict, flag: str) -> bool:
-    """Compare `experts.json` with what is expected; False where there is none, as in published buffers.
+    """Compare `experts.json` with what is expected; False if there is none, as in published buffers.
 
     Raises:
         UserError: naming what differs.
@@ -79,9 +79,10 @@ class ExpertBuffer:
 
     Args:
         shapes: of the network's parameters, in order.
-        most: use the first so many experts; None for all.
+        most: use only the first `most` experts; None for all.
+        how_to_make: the command for the message if there are none.
     Raises:
-        UserError: when there are none, or they do not fit the network.
+        UserError: when there are none, or they are damaged or do not fit the network.
     """
 
     def __init__(self, folder: Path, shapes: Sequence[torch.Size], most: int | None, how_to_make: str):
@@ -111,7 +112,7 @@ class ExpertBuffer:
         return content
 
     def fingerprint(self) -> str:
-        """Of all trajectories: their number, and of each the first parameters of its last epoch."""
+        """SHA-256 over the trajectories: of each, the first parameter tensor of its last epoch."""
         return fingerprint(trajectory[-1][0] for _, trajectory in self.trajectories)
 
     def segment(self, g: torch.Generator, max_start: int, length: int, device: torch.device) -> tuple[Params, Params]:
@@ -139,7 +140,7 @@ class ExpertBuffer:
 class ExpertSettings:
     """How experts are trained; `batch_oe`, `lambda_oe`: of the outliers, if there are any.
 
-    `decay`: whether the learning rate drops to a tenth after epoch `epochs // 2 + 1`.
+    `decay`: whether the learning rate drops to a tenth after `epochs // 2 + 1` epochs.
     """
 
     epochs: int = 50
@@ -154,16 +155,16 @@ class ExpertSettings:
     augmentation: DSA | None = None
 
     def about(self) -> dict:
-        """Plain values for `experts.json`: experts that are trained in several runs must have the same."""
+        """Plain values for `experts.json`; they must be the same in all runs that train experts in one folder."""
         strategy = None if self.augmentation is None else list(self.augmentation.strategy)
         return {**asdict(self), "augmentation": strategy}
 
 
 class ExpertTraining:
-    """Trains experts on the real set, and on real outliers where there is a source of them.
+    """Trains experts on the real set and, if there is a source of outliers, on outliers.
 
-    Under `torchrun` each process trains some. Every epoch is kept in a file of its own until the trajectory is whole,
-    so a killed training resumes.
+    Under `torchrun` each process trains some. Every epoch is kept in its own file until the trajectory is complete, so
+    a killed training can be resumed.
     """
 
     def __init__(
@@ -184,7 +185,7 @@ class ExpertTraining:
         """Train the experts that are missing.
 
         Raises:
-            Interrupted: after a signal; whole epochs are kept.
+            Interrupted: after a signal; completed epochs are kept.
             UserError: when a training diverges.
         """
         with rank_errors(), signals.catch():
@@ -196,7 +197,7 @@ class ExpertTraining:
     def _train(self, index: int, path: Path) -> None:
         s, folder = self.settings, self.run.path / f"unfinished_expert_{index}"
         if path.exists():
-            shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed just before it removed this
+            shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed before it removed this
             return
         folder.mkdir(exist_ok=True)
         done = self._restore(index, folder)
@@ -219,7 +220,7 @@ class ExpertTraining:
         return [state[name].detach().cpu().float().clone() for name, _ in self.net.named_parameters()]
 
     def _restore(self, index: int, folder: Path) -> int:
-        """Continue from the newest whole epoch in `folder`, or start; returns how many epochs are done."""
+        """Continue after the newest epoch in `folder`, or start; returns how many epochs are done."""
         done = 0
         while (folder / f"epoch_{done + 1}.pt").exists():
             done += 1
@@ -238,7 +239,7 @@ class ExpertTraining:
             group["lr"] = s.lr * (0.1 if s.decay and epoch > s.epochs // 2 else 1.0)
 
     def _epoch(self, index: int, epoch: int) -> torch.Tensor:
-        """One pass over the training set; returns the mean loss."""
+        """Train one epoch on the real set; returns the mean batch loss."""
         s, real = self.settings, self.real
         g = generator(s.seed, "expert", index, "epoch", epoch)
         self._set_lr(epoch)
@@ -259,17 +260,17 @@ class ExpertTraining:
     def _outlier_batch(self, g: torch.Generator) -> torch.Tensor:
         """`batch_oe` outliers, as evenly over the slots as possible."""
         slots, n = self.real.num_classes, self.settings.batch_oe
-        first = int(torch.randint(slots, (1,), generator=g))  # whose turn it is when there are fewer than slots
+        first = int(torch.randint(slots, (1,), generator=g))  # the first slot to get one of the rest, `n % slots`
         counts = [n // slots + ((slot - first) % slots < n % slots) for slot in range(slots)]
         drawn = [self.outliers.choose(slot, count, g) for slot, count in enumerate(counts) if count]
         return torch.cat([self.outliers.batch(d) for d in send_draws(drawn, self.real.device)])
 
 
 def open_expert_run(folder: Path, about: dict) -> RunFolder:
-    """The folder of an expert training: a new one, or one with experts of the same kind.
+    """Open the folder of an expert training: a new one, or one with experts of the same kind.
 
     Raises:
-        UserError: when it cannot be made, or has experts of another kind.
+        UserError: when it cannot be made, or has experts of another or unknown kind.
     """
     if distributed.is_main():
         try:

@@ -1,8 +1,8 @@
 """Gradient matching: DC (Zhao et al., ICLR 2021) and DSA (Zhao & Bilen, ICML 2021), with and without outliers.
 
-One iteration takes a fresh random network. At each outer step the synthetic images of every class are moved so that
-their gradient on the network's weights comes closer to that of real images of the class, then the outliers likewise;
-between two steps the network is trained on the synthetic set.
+One iteration takes a fresh random network. Each outer step moves the synthetic images of every class so that the
+gradient of their loss on the network's weights comes closer to that of real images of the class, then the outliers
+likewise. Between two steps the network is trained on the synthetic set.
 """
 
 from collections.abc import Callable, Sequence
@@ -60,7 +60,7 @@ class GradientMatching(LearnableSet):
         self.notices: list[str] = []
 
     def iterate(self, it: int) -> dict[str, torch.Tensor]:
-        """One iteration on a fresh random network; returns the matching losses `[slots]`, means over outer steps."""
+        """One iteration on a fresh random network; returns losses `[slots]` by name, means over the outer steps."""
         initialize(self.net, self.draws.generator(self.exp, "network", it))
         self.trainer.restart(self.settings.lr_net)
         losses = []
@@ -73,7 +73,7 @@ class GradientMatching(LearnableSet):
         return dict(zip(("loss", "loss_oe"), torch.stack(losses).mean(0).unbind(), strict=False))
 
     def _train_network(self, epochs: list[list[Batch]]) -> None:
-        """Epochs on the synthetic set; rank 0 trains, and the others take over its weights."""
+        """Train on the synthetic set for some epochs: rank 0 trains, the others receive its weights."""
         if distributed.is_main():
             for _ in self.trainer.epochs(self.synthetic(), epochs):
                 pass
@@ -96,7 +96,7 @@ class GradientMatching(LearnableSet):
     ) -> torch.Tensor:
         """Set the gradient of the images or of the outliers; returns the losses of the slots.
 
-        `batch` makes a slot's real batch, on the device, from what was drawn for it.
+        `batch` makes a slot's real batch, on the device, from its draw.
         """
         transforms = {slot: draw.transform or identity for slot, draw in drawn.items()}
         losses, images.grad = matcher(images.detach(), lambda slot: batch(drawn[slot].real), transforms)
@@ -112,12 +112,12 @@ class GradientMatching(LearnableSet):
 
 
 def published_loops(ipc: int) -> tuple[int, int]:
-    """Outer and inner loop as published for `ipc`, else by rule: outer = ipc, inner = 500 / ipc, at least 1."""
+    """Outer and inner loop as published for `ipc`, else outer = ipc and inner = 500 / ipc, rounded, at least 1."""
     return LOOPS.get(ipc, (ipc, max(1, round(500 / ipc))))
 
 
 def match_settings(inputs: MethodInputs) -> MatchSettings:
-    """The settings that the flags ask for."""
+    """The settings from the flags."""
     f = inputs.flags
     outer, inner = published_loops(f["ipc"])
     return MatchSettings(
@@ -164,11 +164,11 @@ def _workload(inputs: MethodInputs) -> Workload:
 
 
 FLAGS = (
-    Flag("dis_metric", one_of("metric", METRICS), "ours", "distance of gradients"),
-    Flag("outer_loop", count(1), None, "matching steps per iteration; left out: by ipc, as published"),
+    Flag("dis_metric", one_of("metric", METRICS), "ours", "distance between gradients"),
+    Flag("outer_loop", count(1), None, "matching steps per iteration; left out: the published number for --ipc"),
     Flag(
-        "inner_loop", count(0), None, "epochs of network training between two matching steps; left out: by ipc, as "
-        "published",
+        "inner_loop", count(0), None, "epochs of network training between two matching steps; left out: the published "
+        "number for --ipc",
     ),
 )  # fmt: skip
 _DC = MethodEntry("DC", "gradient matching", _build, _workload, FLAGS, augmentation="unused")

@@ -1,6 +1,7 @@
-"""What is random in an iteration of gradient matching: drawn on the CPU, sent in one transfer.
+"""The random choices of an iteration of gradient or distribution matching: drawn on the CPU, sent together.
 
-The Siamese rule: a `SlotDraw` has one `transform`, which the matcher applies to the real and to the synthetic batch."""
+The Siamese rule: a `SlotDraw` has one `transform`, which is applied to both the real and the synthetic batch.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,12 +18,12 @@ from utils.data.synthetic import SyntheticSet
 from utils.training.draws import Batch, draw_epoch
 
 BATCHNORM_IMAGES = 16  # of each class
-DRAWN_NUMBERS = 2**25  # that are drawn and sent together: a quarter of a gigabyte of indices
+DRAWN_NUMBERS = 2**25  # drawn and sent together: a quarter of a gigabyte of indices
 
 
 @dataclass(frozen=True)
 class MatchSettings:
-    """The settings of gradient matching; each is described at the flag of its name."""
+    """The settings of gradient and distribution matching; each is described at the flag of its name."""
 
     model: str
     ipc: int
@@ -43,10 +44,10 @@ class MatchSettings:
 
 @dataclass(frozen=True)
 class SlotDraw(Draw):
-    """What is random in the matching of one slot.
+    """The random choices for one slot.
 
-    `real`: which real images (int64 `[n]`) or outliers it takes; `transform`: the augmentation that is applied to them
-    and to the synthetic ones alike.
+    `real`: its real images (int64 `[n]`) or outliers; `transform`: the augmentation of both these and the synthetic
+    ones.
     """
 
     real: torch.Tensor | OutlierBatch
@@ -55,7 +56,7 @@ class SlotDraw(Draw):
 
 @dataclass(frozen=True)
 class StepDraw(Draw):
-    """What is random in one outer step.
+    """The random choices of one outer step.
 
     `images`, `outliers`: by slot; `batchnorm`: the training images (int64 `[n]`) that set BatchNorm's statistics;
     `epochs`: the network training that follows.
@@ -68,10 +69,10 @@ class StepDraw(Draw):
 
 
 class IterationDraws:
-    """Draws for the iterations of gradient matching, each from a generator of its own key.
+    """Makes the draws of the iterations, each from a generator with its own key.
 
-    `has_batchnorm`: whether images for BatchNorm's statistics are drawn. `all_slots`: whether every process draws for
-    all slots, instead of for its own.
+    `has_batchnorm`: whether to draw images for BatchNorm's statistics. `all_slots`: whether every process draws for all
+    slots, not only for its own.
     """
 
     def __init__(
@@ -93,8 +94,8 @@ class IterationDraws:
     def steps(self, exp: int, it: int, synthetic: SyntheticSet) -> Iterator[StepDraw]:
         """The draws of every outer step of an iteration, on the device of the data.
 
-        They are drawn and sent together, in as few parts as `DRAWN_NUMBERS` allows. Of `synthetic`, on which the
-        network will be trained, only the sizes matter.
+        They are drawn and sent together, in as few parts as `DRAWN_NUMBERS` allows. Only the sizes of `synthetic`, on
+        which the network will be trained, matter.
         """
         outer = 0
         while outer < self.settings.outer_loop:
@@ -107,11 +108,11 @@ class IterationDraws:
             outer += len(part)
 
     def look_ahead(self, exp: int, it: int, synthetic: SyntheticSet) -> None:
-        """Draw for a later iteration; on a GPU, while the device still computes the one before."""
+        """Draw for a later iteration; a GPU meanwhile computes the current one."""
         self.ahead = ((exp, it), self._part(exp, it, 0, synthetic))
 
     def _part(self, exp: int, it: int, first: int, synthetic: SyntheticSet) -> list[StepDraw]:
-        """The draws of the outer steps from `first` on, as many as are drawn together."""
+        """The draws of as many outer steps, from `first` on, as are drawn together."""
         part = [self._step(exp, it, first, synthetic)]
         size = sum(t.numel() for t in tensors_of(part))
         last = min(self.settings.outer_loop, first + max(1, DRAWN_NUMBERS // max(1, size)))
@@ -146,7 +147,7 @@ class IterationDraws:
         return torch.cat([self.real.choose(c, BATCHNORM_IMAGES, self.generator(exp, *key, c)) for c in slots])
 
     def _epochs(self, exp: int, it: int, outer: int, synthetic: SyntheticSet) -> list[list[Batch]]:
-        """The epochs after this step; none after the last. Rank 0 trains for all processes."""
+        """The epochs after this step; none after the last step, nor on ranks other than 0, which trains for all."""
         if outer == self.settings.outer_loop - 1 or not distributed.is_main():
             return []
         s, g = self.settings, self.generator(exp, "inner", it, outer)

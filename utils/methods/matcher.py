@@ -1,9 +1,9 @@
 """Matching losses of all class slots and their gradient with respect to the synthetic images or outliers.
 
-The real gradients are taken slot by slot: batching them would turn the weight gradients into grouped convolutions,
-which are slower. The synthetic side, which is differentiated twice, goes through `torch.func` for many slots together
-where that is faster. Because it uses `torch.func` alone it can also be compiled; a second backward pass by autograd
-could not. The tests compare all of it with the plain loop of `tests/textbook.py`.
+The real gradients are computed slot by slot: batching them would turn the weight gradients into grouped convolutions,
+which are slower. The synthetic side, which is differentiated twice, uses `torch.func` for many slots together where
+that is faster. With `torch.func` alone it can also be compiled; a second backward pass by autograd could not be. The
+tests compare all strategies with the plain loop of `tests/textbook.py`.
 """
 
 import warnings
@@ -26,8 +26,8 @@ from utils.data.augment import apply_by_slot
 from utils.methods.distances import match_loss
 from utils.training.losses import uniform_cross_entropy
 
-BATCHED_PIXELS_CPU = 5 * 32 * 32  # the most in one slot's synthetic images for which batching the slots is faster
-CHUNK_IMAGES = 128  # synthetic images that are differentiated twice together; it bounds the memory
+BATCHED_PIXELS_CPU = 5 * 32 * 32  # most pixels of one slot's synthetic images for which batching slots is faster
+CHUNK_IMAGES = 128  # synthetic images differentiated twice together, to bound the memory
 
 
 SlotLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -60,10 +60,10 @@ class Matcher:
         net: the network; its weights may change between calls.
         loss: the training loss of a slot's batch.
         metric: one of `METRICS`.
-        batched: whether the synthetic side takes many slots together; None chooses.
+        batched: whether the synthetic side takes many slots together; None: where `batching_is_faster`.
 
-    `strategies`: those that are still open, fastest first. When one fails at its first call, because the network cannot
-    be compiled or batched, the next one is used from then on.
+    `strategies`: those not ruled out yet, fastest first. When one fails, e.g. because the network cannot be compiled or
+    batched, the next one is used from then on.
     """
 
     def __init__(self, net: nn.Module, loss: SlotLoss, metric: str, compute: Compute, batched: bool | None = None):
@@ -71,7 +71,7 @@ class Matcher:
         self.splitter = BatchSplitter(net)
         self.real_loss = compute.function(lambda images, slot: loss(net(images), slot))
         self.compiled_side = replace(compute, precision="fp32").function(self._losses_and_gradient)
-        # the second derivative of a layer norm under vmap is wrong in PyTorch (seen in 2.14): a test compares them
+        # PyTorch's second derivative of a layer norm under vmap is wrong (seen in 2.14); a test compares them
         self.batched = False if any(isinstance(m, nn.LayerNorm) for m in net.modules()) else batched
         self.strategies = [Strategy.BY_SLOT]
         if self.batched is not False:
@@ -90,9 +90,9 @@ class Matcher:
         Args:
             images_syn: `[slots, ipc, C, H, W]`.
             real_batch: returns the real images `[n, C, H, W]` of a slot.
-            transforms: by slot, applied to its real and to its synthetic images alike (the Siamese rule).
+            transforms: by slot, applied to both its real and its synthetic images (the Siamese rule).
         Returns:
-            the losses `[slots]`, and the gradient of their sum with respect to `images_syn`; the same on all processes.
+            The losses `[slots]`, and the gradient of their sum with respect to `images_syn`; the same on all processes.
         """
         losses = images_syn.new_zeros(len(images_syn))
         gradient = torch.zeros_like(images_syn)
@@ -113,7 +113,7 @@ class Matcher:
     def real_gradient(self, images: torch.Tensor, slot: torch.Tensor) -> list[torch.Tensor]:
         """Gradient of the loss on real images with respect to all parameters, in parameter order.
 
-        On a CPU it is the mean of those of equal parts (BatchNorm is frozen here, so the images are independent).
+        On a CPU it may be the mean over equal parts of the batch (BatchNorm is frozen, so images are independent).
         """
         count = self.splitter.backward(images)
         first, *rest = images.chunk(count)
@@ -146,7 +146,7 @@ class Matcher:
         return self._match_by(self.strategies[0], images, transforms, index, targets)
 
     def _worthwhile(self, strategy: Strategy, images: torch.Tensor) -> bool:
-        """Whether a strategy is faster than the next; the compiled one is not once the compiler has failed."""
+        """Whether a strategy is faster than the next one; the compiled one is, unless the compiler has failed."""
         if strategy is Strategy.COMPILED:
             return not (Compiled.failed and isinstance(self.compiled_side, Compiled))
         return self.batched is not None or batching_is_faster(images)
@@ -194,8 +194,8 @@ class Matcher:
     def _losses_and_gradient(
         self, images: torch.Tensor, index: torch.Tensor, params: Params, targets: list[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradient of the losses with respect to augmented images, and the losses: as fast as `_losses` and a backward
-        pass only if compiled."""
+        """Gradient of the losses with respect to augmented images, and the losses. Only when compiled is this as fast
+        as `_losses` and a backward pass."""
 
         def one(images: torch.Tensor, slot: torch.Tensor, *target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return grad_and_value(lambda x: self._pure_slot_loss(params, x, slot, target))(images)
@@ -206,8 +206,8 @@ class Matcher:
 def chunks(slots: list[int], size: int, pad: bool) -> list[list[int]]:
     """`slots` in as few parts as possible of at most `size`, of equal length as far as possible.
 
-    With `pad` a shorter last part is padded with its own first slot, which is then computed more than once, with the
-    same result: compiled code is made for one length.
+    With `pad`, a shorter last part is padded by repeating its first slot, because compiled code is made for one length.
+    The repeated slot is computed again, with the same result.
     """
     if not slots:
         return []
@@ -219,7 +219,7 @@ def chunks(slots: list[int], size: int, pad: bool) -> list[list[int]]:
 def batching_is_faster(images: torch.Tensor) -> bool:
     """Whether the synthetic side of `images` `[slots, ipc, C, H, W]` is faster with all slots together.
 
-    On CUDA it is bound by launches, so it is. On a CPU it is for few or small images; beyond that the grouped
+    On CUDA always: kernel launches take most of the time. On a CPU only for few or small images: with more, grouped
     convolutions are slower than those of one slot (by a tenth for ConvNet at ipc 10).
     """
     if images.device.type == "cuda":

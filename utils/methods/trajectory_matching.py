@@ -4,8 +4,8 @@ One iteration takes the parameters of an expert at a random epoch, trains a stud
 synthetic set, and moves the images, the outliers and the student's learning rate so that the student ends nearer to
 the parameters that the expert has some epochs later. With outliers, expert and student have the same joint loss.
 
-The published way keeps the graph of all steps in memory. The exact gradient needs that of one step only: the forward
-pass keeps the student's parameters, the backward pass recomputes each step from them, the last one first.
+The published code keeps the graph of all steps in memory. The exact gradient needs the graph of only one step: the
+forward pass keeps the student's parameters, and the backward pass recomputes each step from them, the last one first.
 """
 
 import shlex
@@ -33,7 +33,7 @@ from utils.methods import Flag, MethodEntry, MethodInputs, register
 from utils.methods.experts import ABOUT, ExpertBuffer, ExpertSettings, check_about, describe, expert_folder
 from utils.training.losses import joint_loss
 
-SMALLEST_LR = 1e-6  # the student's learning rate stays above it
+SMALLEST_LR = 1e-6  # lower bound of the student's learning rate
 Params = dict[str, torch.Tensor]
 
 
@@ -59,7 +59,7 @@ class TrajectorySettings:
 
 @dataclass(frozen=True)
 class StudentBatch(Draw):
-    """What is random in one step of the student: which images (int64 `[n]`), and how they are augmented."""
+    """The random choices of one step of the student: its images (int64 `[n]`), and how they are augmented."""
 
     index: torch.Tensor
     transform: Draw | None
@@ -68,9 +68,9 @@ class StudentBatch(Draw):
 class StudentStep:
     """Gradients of one step of a student, as pure functions of its parameters and images.
 
-    `gradient(images, labels, weight, params)`: that of the joint loss on the parameters; `images`: augmented ones
-    followed by outliers `[n, C, H, W]`, `labels`: of the former. `backward(images, labels, weight, params, v)`: of
-    `h = <gradient, v>`, the value and its gradients on the images and on the parameters.
+    `gradient(images, labels, weight, params)`: the gradient of the joint loss with respect to `params`; `images`:
+    augmented images followed by outliers `[n, C, H, W]`; `labels`: of the images. `backward(images, labels, weight,
+    params, v)`: the value of `h = <gradient, v>`, and its gradients with respect to `images` and `params`.
     """
 
     def __init__(self, net: nn.Module, compute: Compute):
@@ -127,7 +127,7 @@ class TrajectoryMatching(LearnableSet):
     def iterate(self, it: int) -> dict[str, torch.Tensor]:
         """One iteration; returns the matching loss and the student's learning rate, `[1]` each.
 
-        Rank 0 computes it; the other processes take over its gradients.
+        Rank 0 computes it; the other processes receive its gradients.
         """
         loss = torch.zeros(1, device=self.device)
         tensors = [*self._tensors(), self.lr_student]
@@ -159,7 +159,7 @@ class TrajectoryMatching(LearnableSet):
         return batches[0], batches[1] if len(batches) > 1 else []
 
     def _batches(self, g: torch.Generator) -> list[StudentBatch]:
-        """A batch for each step, from a random order that is drawn anew when it is used up."""
+        """A batch for each step, from a random order that is drawn again when it is used up."""
         total, batches, order = len(self.labels), [], torch.empty(0, dtype=torch.int64)
         size = min(self.settings.batch_syn or total, total)
         for _ in range(self.settings.syn_steps):
@@ -178,7 +178,7 @@ class TrajectoryMatching(LearnableSet):
         batches: Sequence[StudentBatch],
         batches_oe: Sequence[StudentBatch],
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The loss `[1]` and its gradients on the images, the outliers (if there are any) and the learning rate.
+        """The loss `[1]` and its gradients with respect to images, outliers (if there are any) and learning rate.
 
         With `v = ∂L/∂θ_N` and then, from the last step to the first, with `h = <∇_θ CE(θ_i; x_i), v>`:
         `∂L/∂α -= h`, `∂L/∂x_i -= α ∂h/∂x_i`, `v -= α ∂h/∂θ_i`.
@@ -212,7 +212,7 @@ class TrajectoryMatching(LearnableSet):
     def _inputs(
         self, batch: StudentBatch, batch_oe: StudentBatch | None
     ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-        """Augmented images followed by outliers, the labels, and the leaves that they were made of."""
+        """Augmented images followed by outliers, the labels, and the leaves that they were made from."""
         leaves, parts = [], []
         for images, drawn in zip(self._tensors(), (batch, batch_oe), strict=False):
             leaves.append(images.detach().flatten(0, 1)[drawn.index].requires_grad_())
@@ -224,13 +224,13 @@ class TrajectoryMatching(LearnableSet):
         return replace(super().synthetic(), lr_net=self.lr_student.item())
 
     def state_dict(self) -> dict:
-        """As that of `LearnableSet`, with the learning rate and its momentum."""
+        """Like `LearnableSet.state_dict`, with the learning rate and its momentum."""
         momentum = self.optimizer_lr.state[self.lr_student].get("momentum_buffer")
         lr = {"value": self.lr_student.detach().clone(), "momentum": None if momentum is None else momentum.clone()}
         return super().state_dict() | {"lr": lr}
 
     def load_state_dict(self, exp: int, state: dict) -> None:
-        """As that of `LearnableSet`. Raises `ValueError` also for a learning rate that is no positive number."""
+        """Like `LearnableSet.load_state_dict`; `ValueError` also for a learning rate that is not a positive number."""
         super().load_state_dict(exp, state)
         value, momentum = state["lr"]["value"], state["lr"]["momentum"]
         for tensor in (value, momentum):
@@ -247,7 +247,7 @@ class TrajectoryMatching(LearnableSet):
 
 
 def _without_running_statistics(net: nn.Module) -> nn.Module:
-    """Let BatchNorm use the statistics of the batch alone: experts' buffers hold parameters, no running statistics."""
+    """Let BatchNorm use batch statistics only: expert buffers hold parameters, but no running statistics."""
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.track_running_stats = False
@@ -256,7 +256,7 @@ def _without_running_statistics(net: nn.Module) -> nn.Module:
 
 
 def trajectory_settings(inputs: MethodInputs) -> TrajectorySettings:
-    """The settings that the flags ask for."""
+    """The settings from the flags."""
     f = inputs.flags
     same = ("model", "ipc", "seed", "lr_img", "lr_teacher", "lr_lr", "init", "expert_epochs", "syn_steps")
     names = (*same, "max_start_epoch", "batch_syn")
@@ -285,7 +285,7 @@ def _build(inputs: MethodInputs) -> TrajectoryMatching:
         real, inputs.outliers, trajectory_settings(inputs), experts, inputs.compute, inputs.initial
     )
     if not described:
-        method.notices.append(f"{folder} has no {ABOUT}: its experts are taken to have seen images normalised as here")
+        method.notices.append(f"{folder} has no {ABOUT}: experts are assumed to have seen images normalised as here")
     return method
 
 
@@ -318,10 +318,10 @@ FLAGS = (
     Flag("expert_epochs", count(1), 2, "epochs of the expert that the student's steps are to match"),
     Flag("syn_steps", count(1), 30, "steps of the student; more are slower, the memory stays the same"),
     Flag("max_start_epoch", count(1), 15, "the student starts at an epoch below this; more for a larger ipc"),
-    Flag("lr_lr", number(0), 1e-5, "learning rate of the student's learning rate; 0 keeps it"),
-    Flag("lr_teacher", number(0, exclusive=True), 0.01, "the student's learning rate at the beginning"),
-    Flag("batch_syn", count(1), None, "synthetic images in a step; left out: all. Lower it when memory is short"),
-    Flag("max_experts", count(1), None, "use the first so many experts; left out: all"),
+    Flag("lr_lr", number(0), 1e-5, "learning rate of the student's learning rate; 0 keeps it fixed"),
+    Flag("lr_teacher", number(0, exclusive=True), 0.01, "the student's initial learning rate"),
+    Flag("batch_syn", count(1), None, "synthetic images per step; left out: all. Lower it if memory runs out"),
+    Flag("max_experts", count(1), None, "use only this many experts, the first ones; left out: all"),
 )
 register(
     MethodEntry(

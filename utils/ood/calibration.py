@@ -1,4 +1,4 @@
-"""How far a classifier's confidence can be believed: calibration error, likelihood and Brier score."""
+"""How well a classifier is calibrated: calibration error, likelihood and Brier score."""
 
 from dataclasses import dataclass
 

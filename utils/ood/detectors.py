@@ -1,8 +1,8 @@
 """All scores of one network: those of `utils/ood/scores.py`, and the detectors of the optional package pytorch-ood.
 
-A detector is here if a classifier is all that it needs, and a labelled set where it is fitted. Left out of pytorch-ood
-are those that need more: a choice of layers (Gram, MultiMahalanobis, NACUE), dropout (MCD), text (MCM), trained weights
-(WeightedEBO); and those that `utils/ood/scores.py` has itself (MaxSoftmax, MaxLogit, EnergyBased).
+Included are the detectors that need only a classifier and, if they are fitted, a labelled set. Excluded are those of
+pytorch-ood that need more: a choice of layers (Gram, MultiMahalanobis, NACUE), dropout (MCD), text (MCM) or trained
+weights (WeightedEBO); and those that `utils/ood/scores.py` implements itself (MaxSoftmax, MaxLogit, EnergyBased).
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from utils.ood.scores import SCORES
 
 INSTALL = "pip install pytorch-ood"
 LAST_LAYERS = ("classifier", "fc", "fc_3")
-GRADIENT_BATCH = 32  # gradients of every image by itself need this many copies of the parameters
+GRADIENT_BATCH = 32  # per-image gradients need this many copies of the parameters
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class FitSet:
 @dataclass(frozen=True)
 class _Model:
     """What detectors are built from: the network, its last layer, the shape `(C, H, W)` of its last feature map, the
-    number of images and classes they are fitted on, and the deviation by which images were normalised."""
+    number of images and classes they are fitted on, and the standard deviation that images were divided by."""
 
     net: nn.Module
     head: nn.Linear
@@ -49,7 +49,7 @@ class _Model:
 
     @property
     def neighbours(self) -> int:
-        """As many neighbours as a class has images: more would reach into other classes by necessity."""
+        """The mean number of images per class: more neighbours would have to come from other classes."""
         return max(1, self.num_fit // self.num_classes)
 
     @property
@@ -60,8 +60,9 @@ class _Model:
 
 @dataclass(frozen=True)
 class Detector:
-    """A detector of pytorch-ood: its class, what it takes (`logits`, `features`, `maps` or `images`), whether it must
-    be fitted, its arguments (those not given are the library's defaults), and the least images per class to fit on."""
+    """A detector of pytorch-ood: its class, its input (`logits`, `features`, `maps` or `images`), whether it must be
+    fitted, its arguments (others keep the library's defaults), and the fewest images per class that it can be fitted
+    on."""
 
     cls: str
     takes: str
@@ -90,7 +91,7 @@ DETECTORS = {
     "mahalanobis": Detector("Mahalanobis", "features", True),
     "rmd": Detector("RMD", "features", True),
     "gmm": Detector("GMM", "features", True),
-    # the residual must not vanish on the fitting set, so half of what it spans is principal
+    # half of the spanned dimensions are principal, so that the residual does not vanish on the fitting set
     "vim": Detector("ViM", "features", True, lambda m: _weights(m) | {"d": max(1, m.rank // 2)}),
     "dice": Detector("DICE", "features", True, lambda m: _weights(m) | {"p": 0.9}),  # OpenOOD's
     "she": Detector("SHE", "features", True, _head),
@@ -105,14 +106,14 @@ DETECTORS = {
     "rankfeat": Detector("RankFeat", "maps", False),
     "odin": Detector("ODIN", "images", False, lambda m: {"norm_std": list(m.std)}),
     "mahalanobis_odin": Detector("MahalanobisODIN", "images", True, lambda m: {"norm_std": list(m.std)}),
-    # as in its paper, the gradient of the last layer alone
+    # as in its paper, only the gradient of the last layer
     "gradnorm": Detector(
         "GradNorm", "images", False, lambda m: {"param_filter": lambda name: name.split(".")[0] in LAST_LAYERS}
     ),
     "graduncertainty": Detector("GradUncertainty", "images", False),
 }
 ALL_SCORES = (*SCORES, *DETECTORS)
-# the argument that takes the network, and the methods, by what a detector takes
+# by a detector's input: the name of its network argument, and of its methods
 _NETWORK = {"logits": "model", "features": "encoder", "maps": "backbone", "images": "model"}
 _FIT = {"logits": "fit_logits", "features": "fit_features", "maps": "fit_feature_maps", "images": "fit_features"}
 _PREDICT = {"logits": "predict_logits", "features": "predict_features", "maps": "predict_feature_maps"}
@@ -124,14 +125,14 @@ def need_fitting(scores: Sequence[str]) -> list[str]:
 
 
 def require_library(scores: Sequence[str]) -> None:
-    """Raise a `UserError` if a score needs pytorch-ood and it is not installed, or is too old to have it."""
+    """Raise a `UserError` if a score needs pytorch-ood and that is not installed or too old."""
     wanted = [name for name in scores if name in DETECTORS]
     if not wanted:
         return
     try:
         from pytorch_ood import detector
     except ImportError:
-        raise UserError(f"--score {' '.join(wanted)}: computed by the package pytorch-ood: {INSTALL}") from None
+        raise UserError(f"--score {' '.join(wanted)}: needs the package pytorch-ood: {INSTALL}") from None
     for name in wanted:
         spec = DETECTORS[name]
         if not hasattr(getattr(detector, spec.cls, None), _PREDICT.get(spec.takes, "predict")):
@@ -145,7 +146,7 @@ def last_layer(net: nn.Module) -> nn.Linear:
 
 @torch.no_grad()
 def feature_map_shape(net: nn.Module, image: torch.Tensor) -> tuple[int, int, int]:
-    """The shape `(C, H, W)` of the map that is flattened into the features, `(D, 1, 1)` where there is none.
+    """The shape `(C, H, W)` of the map that is flattened into the features; `(D, 1, 1)` if there is none.
 
     Args:
         image: `[1, C, H, W]`.
@@ -164,8 +165,8 @@ def feature_map_shape(net: nn.Module, image: torch.Tensor) -> tuple[int, int, in
 
 
 class Scorer:
-    """Every score of one network. One forward pass serves the scores of logits and features; those of images come with
-    passes and gradients of their own.
+    """Computes every score of one network. Scores of logits, features and maps share one forward pass; scores of images
+    run their own passes and gradients.
 
     `embed`: a compiled `net.embed`, if there is one (`Compute.embedding`); its batches are padded to one size.
     """
@@ -185,12 +186,12 @@ class Scorer:
         self.detectors: dict[str, Any] = {}
 
     def prepare(self, example: torch.Tensor, fit: FitSet | None, batch: int) -> "Scorer":
-        """Build the detectors, check them against the network, fit them. Returns itself.
+        """Build the detectors, fit them, and try each one on two images. Returns itself.
 
         Args:
             example: some normalised images `[n, C, H, W]`; fit: the set to fit on, if any score needs one.
         Raises:
-            UserError: when a detector does not fit the network, or cannot be fitted on the set.
+            UserError: when a detector does not work with the network, or cannot be fitted on the set.
         """
         names = [name for name in self.scores if name in DETECTORS]
         if not names:
@@ -219,7 +220,7 @@ class Scorer:
             least = DETECTORS[name].least
             if fewest < least:
                 raise UserError(
-                    f"--score {name}: is fitted on {least} or more images of each class; the {fit.name} has {fewest} "
+                    f"--score {name}: needs {least} or more images of each class to fit; the {fit.name} has {fewest} "
                     "of one. Use --fit_on real, a larger --ipc, or leave it out"
                 )
 
@@ -231,7 +232,7 @@ class Scorer:
         if spec.cls == "MahalanobisODIN":
             arguments = {"encoder": self.net.embed, "norm_std": list(self.std)}
         if spec.takes == "maps":
-            # VRA hands its maps over on the CPU, wherever the network is
+            # VRA passes its maps on the CPU, whatever the network's device
             arguments["head"] = lambda maps: self.head(maps.flatten(1).to(self.head.weight.device))
         return getattr(detector, spec.cls)(**arguments)
 
@@ -246,7 +247,7 @@ class Scorer:
             else:
                 values = features.unflatten(1, self.map_shape) if takes == "maps" else features
             labels = fit.labels
-            if name == "knn":  # scikit-learn's neighbours, on the CPU
+            if name == "knn":  # it uses scikit-learn's neighbours, on the CPU
                 values, labels = values.cpu(), labels.cpu()
             with torch.enable_grad():  # temperature scaling descends a gradient
                 what = f"cannot be fitted on the {fit.name} ({len(labels)} images)"
@@ -265,7 +266,7 @@ class Scorer:
             return self._score(name, images, features, self.head(features))
 
     def _score(self, name: str, images: torch.Tensor, features: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """One score of a batch, `[n]`; higher = more out-of-distribution, which is pytorch-ood's convention, too."""
+        """One score of a batch, `[n]`; higher = more out-of-distribution, as in pytorch-ood."""
         if name in SCORES:
             return SCORES[name](logits.double(), self.temperature)  # float32 probabilities tie near 1
         takes = DETECTORS[name].takes
@@ -284,8 +285,8 @@ class Scorer:
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, batch: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Logits float64 `[N, num_classes]` and every score float64 `[N]` of images `[N, C, H, W]`; a last partial
-        batch counts, too."""
+        """Logits float64 `[N, num_classes]` and every score float64 `[N]` of images `[N, C, H, W]`, including a last
+        partial batch."""
         logits: list[torch.Tensor] = []
         scores: dict[str, list[torch.Tensor]] = {name: [] for name in self.scores}
         for part in images.split(batch):

@@ -1,4 +1,4 @@
-"""OOD sets that need no files of their own: float32 images `[n, C, H, W]` in normalised space."""
+"""OOD sets that are generated, not read from files: float32 images `[n, C, H, W]` in normalised space."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from utils.files.images import conform
 
 
 def gaussian(real: RealData, n: int, g: torch.Generator) -> torch.Tensor:
-    """Normal noise of deviation 0.5, clipped to [-1, 1]."""
+    """Normal noise of standard deviation 0.5, clipped to [-1, 1]."""
     return (0.5 * torch.randn(n, real.channel, *real.im_size, generator=g)).clamp_(-1, 1)
 
 
@@ -20,12 +20,12 @@ def uniform(real: RealData, n: int, g: torch.Generator) -> torch.Tensor:
 
 
 def rademacher(real: RealData, n: int, g: torch.Generator) -> torch.Tensor:
-    """Each number is -1 or 1."""
+    """Each value is -1 or 1, with equal probability."""
     return torch.randint(0, 2, (n, real.channel, *real.im_size), generator=g).float() * 2 - 1
 
 
 def blob(real: RealData, n: int, g: torch.Generator) -> torch.Tensor:
-    """A 0.7-Bernoulli image blurred with sigma 1.5, below 0.75 set to 0, then ·2-1."""
+    """A Bernoulli(0.7) image, blurred with sigma 1.5; values below 0.75 are set to 0; then ·2-1."""
     from scipy.ndimage import gaussian_filter
 
     bernoulli = (torch.rand(n, real.channel, *real.im_size, generator=g) < 0.7).numpy().astype(np.float32)
@@ -34,7 +34,7 @@ def blob(real: RealData, n: int, g: torch.Generator) -> torch.Tensor:
 
 
 def patches(real: RealData, n: int, g: torch.Generator) -> torch.Tensor:
-    """Square crops, of 16 to 256 pixels a side, of scikit-learn's two photographs, in the data set's shape."""
+    """Square crops, of 16 to 255 pixels a side, of scikit-learn's two photographs, in the data set's shape."""
     from sklearn.datasets import load_sample_images
 
     photos = [torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in load_sample_images().images]

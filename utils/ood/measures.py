@@ -1,6 +1,6 @@
 """Measures of OOD detection and of error detection.
 
-Two conventions are in use for which side is "positive", so both are given: OUT measures take OOD as positive, with the
+There are two conventions for the "positive" class, so both are computed: OUT measures take OOD as positive, with the
 score; IN measures take in-distribution as positive, with minus the score. AUROC is the same for both.
 """
 
@@ -18,10 +18,10 @@ def fpr_at_recall(positive: np.ndarray, scores: np.ndarray, recall: float = RECA
 
     Args:
         positive: bool `[N]`, with both values present.
-        scores: `[N]`, higher = more positive. A threshold is one of the scores, and takes what is at or above it.
+        scores: `[N]`, higher = more positive. Thresholds are the scores; those at or above one are called positive.
     Returns:
-        The rate in [0, 1]. Of several thresholds with the same recall the one with the larger rate counts; at recall 1
-        the one with the smallest (the convention of the Outlier Exposure code).
+        The rate in [0, 1]. Of several thresholds with the same recall, the one with the largest rate counts; at recall
+        1, the one with the smallest (the convention of the Outlier Exposure code).
     """
     from sklearn.metrics import roc_curve
 
@@ -41,7 +41,7 @@ def ood_measures(in_scores: np.ndarray, out_scores: np.ndarray) -> dict[str, flo
         Fractions in [0, 1]. `auroc`: the chance that an OOD image scores above an in-distribution one, ties counting
         half. `aupr_in`, `aupr_out`: average precision, the step-wise sum (not the trapezoidal area) with
         in-distribution or OOD as positive. `fpr_in`, `fpr_out`: the rate of false positives at 95 % recall of the
-        positives; `fpr_in` is the usual "FPR95", the OOD images taken for in-distribution (`fpr_at_recall`).
+        positives; `fpr_in` is the usual "FPR95", the share of OOD images taken for in-distribution (`fpr_at_recall`).
     Raises:
         ValueError: for empty or non-finite scores.
     """
@@ -67,8 +67,8 @@ def aurc(wrong: np.ndarray, scores: np.ndarray) -> float:
     Args:
         wrong: bool `[N]`; scores: `[N]`, higher = less confident. N is at least 1.
     Returns:
-        The mean over k = 1 … N of the error rate among the k most confident predictions, in [0, 1]. Predictions of
-        equal score count as if they came in random order (the expected area), so the order of the data is no matter.
+        The mean over k = 1 … N of the error rate among the k most confident predictions, in [0, 1]. Ties count as if
+        in random order (the expected area), so the order of the data does not matter.
     """
     _, group, size = np.unique(scores, return_inverse=True, return_counts=True)
     errors = np.bincount(group, wrong, len(size))

@@ -38,7 +38,7 @@ def score_networks(
     """Score the networks of this process; returns those of all processes, in order.
 
     Args:
-        scorers: by number of the network.
+        scorers: by network index.
         batch: images per forward pass.
     Raises:
         UserError: when the outputs of a network are not finite.
@@ -69,8 +69,8 @@ def _on_test_images(index: int, scorer: Scorer, real: RealData, labels: np.ndarr
 
 
 def _measures(in_scores: np.ndarray, out_scores: np.ndarray, what: str, log: Callable[[str], None]) -> dict[str, float]:
-    """The measures; NaN for scores that are not finite, which must not end a long run."""
+    """The measures, or NaN if a score is not finite: that must not end a long run."""
     if np.isfinite(in_scores).all() and np.isfinite(out_scores).all():
         return ood_measures(in_scores, out_scores)
-    log(f"not finite, so without measures (score, set, network): {what}")
+    log(f"scores not finite, no measures (score, set, network): {what}")
     return dict.fromkeys(MEASURES, math.nan)

@@ -1,4 +1,4 @@
-"""The OOD sets of stage 3: found among local files, fetched through libraries, or drawn."""
+"""The OOD sets of stage 3: read from local files, downloaded through libraries, or generated."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from utils.files.images import conform, list_images, read_images, unit_images
 from utils.ood.drawn import DRAWN
 
 PAPER_SETS = ("Textures", "Places365", "TinyImageNet_resize", "LSUN_resize")
-LOCAL_ONLY = ("iSUN",)  # in the paper, too, but in no library: taken where it is on the disk
+LOCAL_ONLY = ("iSUN",)  # also in the paper, but in no library: used if it is on disk
 FROM_TORCHVISION = ("CIFAR10", "CIFAR100", "SVHN")
 VALIDATION = ("avg-mean", "geo-mean", "jigsaw", "gauss-speckle", "pixelate", "rgb-ghost", "invert")
 ARRAY_SUFFIXES = (".npz", ".npy")
@@ -27,7 +27,7 @@ KNOWN_SETS = tuple(dict.fromkeys((*PAPER_SETS, *LOCAL_ONLY, *FROM_TORCHVISION, *
 
 @dataclass(frozen=True)
 class OODSet:
-    """An OOD set that was found: `load()` returns its images `[N, C, H, W]`, at most `limit`, normalised."""
+    """An OOD set that was found: `load()` returns its normalised images `[N, C, H, W]`, at most `limit`."""
 
     name: str
     source: str
@@ -36,9 +36,9 @@ class OODSet:
 
 @dataclass(frozen=True)
 class OODSource:
-    """Where OOD sets are looked for, and how many images are taken of each.
+    """Where to look for OOD sets, and how many images to take from each.
 
-    `real`: the in-distribution data that give shape and normalisation; `ood_path`: folder of local sets; `download`:
+    `real`: the in-distribution data, which set shape and normalisation; `ood_path`: folder of local sets; `download`:
     whether libraries may fetch what is missing.
     """
 
@@ -50,15 +50,15 @@ class OODSource:
     seed: int
 
     def default_names(self) -> tuple[str, ...]:
-        """The OOD sets of the paper for this data set, and those that no library has where they are on the disk."""
+        """The paper's OOD sets for this data set; one that is in no library only if it is on disk."""
         local = [name for name in LOCAL_ONLY if self.local_path(name) is not None]
         return (*PAPER_SETS, *local, "CIFAR100" if self.real.name == "CIFAR10" else "CIFAR10")
 
     def find(self, names: Sequence[str], skip_missing: bool = True) -> tuple[list[OODSet], dict[str, str]]:
-        """Look up `names`; returns the sets that are there, and for each missing one what to do.
+        """Look up `names`; returns the sets found, and for each missing one what to do.
 
-        Local files are read here, so that damage shows before any computation. Without `skip_missing` nothing is
-        fetched if a set can be neither found nor fetched.
+        Local files are read here, so that damage shows before any computation. With `skip_missing` false, nothing is
+        downloaded if one of the sets can be neither found nor downloaded.
 
         Raises:
             UserError: for a name that is neither known nor present as a local file or folder, and for damaged files.
@@ -83,7 +83,7 @@ class OODSource:
         return [there[name] for name in names if name in there], missing
 
     def find_all(self, names: Sequence[str], flag: str) -> list[OODSet]:
-        """Look up `names`; a `UserError` that names `flag` lists all that are missing."""
+        """Look up `names`; raises a `UserError` that names `flag` and lists all missing sets."""
         there, missing = self.find(list(dict.fromkeys(names)), skip_missing=False)
         if missing:
             lines = "; ".join(f"{name}: {what}" for name, what in missing.items())
@@ -91,10 +91,10 @@ class OODSource:
         return there
 
     def local_path(self, name: str) -> Path | None:
-        """The folder or array of a set below `ood_path`, None where there is none.
+        """The folder or array file of a set in `ood_path`, or None.
 
         Raises:
-            UserError: when `name` is a path, or too long.
+            UserError: when `name` is not a plain file name, or is too long.
         """
         if Path(name).name != name or name in ("", ".", "..") or len(os.fsencode(name)) > 200 or "\0" in name:
             raise UserError(
@@ -104,7 +104,7 @@ class OODSource:
         return next((path for path in candidates if os.path.lexists(path)), None)
 
     def _at_hand(self, name: str) -> OODSet:
-        """The set `name` without a download; raises `NotThere`, saying what to do, if it needs one."""
+        """The set `name` without a download; if it needs one, raises `NotThere`, which says what to do."""
         local = self.local_path(name)
         if local is not None:
             return self._from_files(name, local)
@@ -123,7 +123,7 @@ class OODSource:
         raise NotThere(f"looked for {self.ood_path / name}[/, .npz, .npy]; {self._put(name)}{fetch}")
 
     def _of_torchvision(self, name: str, download: bool) -> OODSet:
-        in_own_folder = self.real.name in ("npz", "ImageFolder")  # whose --data_path is no place for other sets
+        in_own_folder = self.real.name in ("npz", "ImageFolder")  # --data_path then holds only that data set
         root, flag = (self.ood_path, "--ood_path") if in_own_folder else (self.data_path, "--data_path")
         images = load_test_images(name, root, download, flag)
         chosen = images[self.subset(name, len(images))]
@@ -143,14 +143,14 @@ class OODSource:
         return torch.randperm(count, generator=generator(self.seed, "ood", name))[: self.limit]
 
     def prepare(self, chosen: torch.Tensor) -> torch.Tensor:
-        """Images of any size `[N, C, H, W]` in the shape of the data set, normalised, on its device."""
+        """Images `[N, C, H, W]` of any size, converted to the data set's shape, normalised, on its device."""
         parts = [
             conform(part.to(self.real.device), self.real.channel, self.real.im_size) for part in chosen.split(1000)
         ]
         return self.real.normalize(torch.cat(parts))
 
     def _from_files(self, name: str, path: Path) -> OODSet:
-        """A set of a local array or folder; only the images that are used are read and decoded."""
+        """A set from a local array or folder; of a folder only the images that are used are decoded."""
         if path.is_dir():
             files = list_images(path, flag="--ood_path")
             if not files:
@@ -166,7 +166,7 @@ class OODSource:
         return DRAWN[name](self.real, self.limit, generator(self.seed, "ood", name)).to(self.real.device)
 
     def _from_library(self, name: str, dataset: Sequence) -> torch.Tensor:
-        """Images of a pytorch-ood data set, whose items are pairs of a PIL image and a label."""
+        """Normalised images of a pytorch-ood data set, whose items are pairs of a PIL image and a label."""
         images = []
         for index in self.subset(name, len(dataset)).tolist():
             image = torch.from_numpy(np.array(dataset[index][0].convert("RGB"))).permute(2, 0, 1)
@@ -175,10 +175,10 @@ class OODSource:
 
 
 def validation_sets(source: OODSource) -> list[OODSet]:
-    """The validation outliers: corruptions of the other CIFAR's test images, or where there is none of the test images.
+    """The validation outliers: corrupted test images of the other CIFAR, or of the data set itself if it is no CIFAR.
 
     Raises:
-        UserError: when the other CIFAR is needed and not there.
+        UserError: when the other CIFAR is needed and missing.
     """
     real, other = source.real, _other_cifar(source)
     images = unit_images(real.images_test) if other is None else other
@@ -194,7 +194,7 @@ def validation_sets(source: OODSource) -> list[OODSet]:
 
 
 def _other_cifar(source: OODSource) -> torch.Tensor | None:
-    """Test images of CIFAR100 for CIFAR10 and the reverse, None for other data."""
+    """Test images of CIFAR100 for CIFAR10 and vice versa, None for other data."""
     real = source.real
     name = {"CIFAR10": "CIFAR100", "CIFAR100": "CIFAR10"}.get(real.name)
     if name is None:

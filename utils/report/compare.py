@@ -30,7 +30,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Unit:
-    """How a value is shown: its name, what it is multiplied by, and the digits after the point."""
+    """How a value is shown: the unit's name, the factor, and the digits after the point."""
 
     name: str
     scale: float
@@ -38,7 +38,7 @@ class Unit:
 
 
 PERCENT, NATS, SQUARE = Unit("%", 100, 2), Unit("nats", 1, 3), Unit("0 to 2", 1, 3)
-# of the networks on the test images: title, unit, and whether higher is better
+# measures of the networks on the test images: title, unit, and whether higher is better
 OF_NETWORKS = {
     "accuracy": ("accuracy ↑", PERCENT, True),
     "aurc": ("AURC ↓", PERCENT, False),
@@ -59,7 +59,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: `values[run]` holds one value per network, none where the run has none; NaN is left out."""
+    """A line of the table: `values[run]` holds one value per network, without NaN; empty if the run has none."""
 
     score: str
     set: str
@@ -69,11 +69,11 @@ class Row:
     values: tuple[tuple[float, ...], ...]
 
     def cells(self) -> list[str]:
-        """`mean ± std` of each run, a dash where there is none."""
+        """`mean ± std` of each run; a dash if it has no value."""
         return [mean_std(values, self.unit.scale, self.unit.digits) for values in self.values]
 
     def best(self) -> list[bool]:
-        """Whether a run's mean is the best to the digits that are shown; none is where fewer than two have a value."""
+        """Whether each run's mean, at the digits shown, is the best; all False if fewer than two runs have a value."""
         means = [round(np.mean(v) * self.unit.scale, self.unit.digits) if v else math.nan for v in self.values]
         defined = [m for m in means if not math.isnan(m)]
         if len(defined) < 2:
@@ -86,15 +86,15 @@ class Row:
 
 
 def find_runs(folders: Sequence[Path], names: Sequence[str] | None, search: Sequence[Path]) -> list[Run]:
-    """The stage-3 runs that `folders` lead to, one column each; folders of one name are pooled into one column.
+    """The stage-3 runs that `folders` lead to, one column each; folders of the same name are pooled into one column.
 
     Args:
         folders: stage-3 folders, or folders above them, or folders of stages 1 and 2, which are followed to the
             stage-3 runs that were made from them.
-        names: one per folder, or None for their paths.
-        search: where the stage-3 runs made from stages 1 and 2 are looked for.
+        names: one per folder; None takes the paths of the stage-3 folders.
+        search: roots under which the stage-3 runs made from stages 1 and 2 are searched.
     Raises:
-        UserError: when a folder leads nowhere.
+        UserError: when a folder leads to no stage-3 run, or its results are damaged.
     """
     columns: dict[str, list[Path]] = {}
     for folder, name in zip(folders, names or [None] * len(folders), strict=True):
@@ -106,7 +106,11 @@ def find_runs(folders: Sequence[Path], names: Sequence[str] | None, search: Sequ
 
 
 def stage3_folders(folder: Path, search: Sequence[Path]) -> list[Path]:
-    """The stage-3 folders in or below `folder`; if there are none, those made from what is in or below it."""
+    """The stage-3 folders in or below `folder`; if there are none, those made from what is in or below it.
+
+    Raises:
+        UserError: when there are neither, or `folder` is not a folder.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; give run folders of test_ood_model_syn.py, or of stage 1 or 2")
     below = sorted(path.parent for path in folder.rglob(RESULTS))
@@ -125,7 +129,7 @@ def stage3_folders(folder: Path, search: Sequence[Path]) -> list[Path]:
 
 
 def pooled(results: Iterable[Results]) -> Results:
-    """Several results as one, their networks counted on."""
+    """Join several results into one; networks are numbered consecutively."""
     together = Results()
     for part in results:
         first = len(together.errors)
@@ -139,7 +143,7 @@ def pooled(results: Iterable[Results]) -> Results:
 
 
 def comparison_rows(runs: Sequence[Run], measures: Sequence[str]) -> list[Row]:
-    """The table: accuracy and calibration, then for each score each measure of each OOD set, and of their mean."""
+    """The table: accuracy and calibration; then, for each score, each measure on each OOD set and their mean."""
     results = [run.results for run in runs]
     rows = []
     for name, (title, unit, high) in OF_NETWORKS.items():
@@ -234,7 +238,7 @@ def plot_comparison(path: Path, runs: Sequence[Run]) -> None:
 
 
 def _strips(run: Run) -> list[tuple[str, torch.Tensor]]:
-    """One image per class, and one outlier per slot, of the distilled set behind a run; none if it is gone."""
+    """One image per class, and one outlier per slot, of the distilled set behind a run; empty if the set is gone."""
     networks = args_or_nothing(run.folders[0]).get("networks")
     pictures = distilled_pictures(Path(networks)) if isinstance(networks, str) else []
     return [(f"{run.name}: {title}, one per class", images[:STRIP, 0]) for title, images in pictures]

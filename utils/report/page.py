@@ -1,4 +1,4 @@
-"""A comparison as one web page: style and pictures are in it, nothing comes from outside, and it has no scripts."""
+"""A comparison as one self-contained web page: style and pictures are embedded, and there are no scripts."""
 
 import base64
 from collections.abc import Sequence
@@ -84,7 +84,7 @@ def _run(folder: Path) -> str:
 def _figure(path: Path, caption: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
     text = escape(caption, quote=True)
-    across = ' class="across"' if path.stem.startswith("scores_") else ""  # a panel for each OOD set is wide
+    across = ' class="across"' if path.stem.startswith("scores_") else ""  # these are wide: a panel for each OOD set
     return (
         f'<figure{across}><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
     )

@@ -1,4 +1,4 @@
-"""The distilled images and outliers behind results, to look at."""
+"""Pictures of the distilled images and outliers behind results."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +14,10 @@ from utils.runs.lineage import args_or_nothing, distilled_set_of
 
 
 def distilled_pictures(networks: Path) -> list[tuple[str, torch.Tensor]]:
-    """The distilled images and outliers behind a stage-2 folder, to look at.
+    """The distilled images and outliers behind a stage-2 folder, as pictures.
 
     Returns:
-        Titles and images `[num_classes, ipc, C, H, W]` in [0, 1]; nothing if the set is gone or unknown.
+        Titles and images `[num_classes, ipc, C, H, W]` in [0, 1]; empty if the set is missing or cannot be read.
     """
     try:
         path, exp_idx = distilled_set_of(networks)
@@ -35,7 +35,7 @@ def distilled_pictures(networks: Path) -> list[tuple[str, torch.Tensor]]:
 
 
 def _to_unit(content: dict, about: dict) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The way back to [0, 1]: by what the file stores, or (published files store nothing) by its data set."""
+    """The inverse of normalisation, to [0, 1]: by what the file stores or, for published files, by its data set."""
     if "normalisation" in content:
         stored = content["normalisation"]
         if "zca" in stored:

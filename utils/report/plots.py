@@ -62,8 +62,8 @@ def save_score_histograms(path: Path, score: str, in_scores: np.ndarray, out_sco
 def save_roc_curves(
     path: Path, score: str, in_scores: Sequence[np.ndarray], out_scores: dict[str, Sequence[np.ndarray]]
 ) -> None:
-    """ROC curves, OOD being positive: of each OOD set the mean over networks at each false-positive rate, with a band
-    of one deviation. Needs matplotlib.
+    """ROC curves with OOD as positive: for each OOD set the mean over networks at each false-positive rate, with a band
+    of one standard deviation. Needs matplotlib.
 
     Args:
         in_scores: one array `[N]` per network; out_scores: for each set, one array `[M]` per network; all finite.
@@ -99,8 +99,8 @@ def save_curves(path: Path, lines: Sequence[dict]) -> None:
     """Losses, accuracies and AUROCs over the iterations of a distillation. Needs matplotlib.
 
     Args:
-        lines: of `metrics.jsonl`. A thin line is one experiment, the thick one the mean over those that have the point;
-            networks of one evaluation are averaged.
+        lines: of `metrics.jsonl`. Thin lines are experiments, the thick one is their mean at each iteration; networks
+            of one evaluation are averaged.
     """
     from matplotlib.figure import Figure
 
@@ -149,7 +149,7 @@ def _color(index: int) -> tuple[float, ...]:
 
 
 def save_reliability(path: Path, bins: Reliability) -> None:
-    """The reliability diagram: accuracy against confidence, above how often each confidence comes. Needs matplotlib."""
+    """The reliability diagram: accuracy by confidence, above the share of predictions in each bin. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.4, 5.0), layout="constrained")

@@ -40,7 +40,7 @@ class Results:
         return list(dict.fromkeys(row["score"] for row in self.rows))
 
     def per_network(self, name: str | None, score: str, measure: str) -> list[float]:
-        """One value per network: of one set, or (name None) the mean over the OOD sets without the validation ones."""
+        """One value per network: of one set, or (name None) the mean over the OOD sets except validation sets."""
         values: dict[int, list[float]] = {}
         for row in self.rows:
             wanted = row["set"] == name if name else not row["set"].startswith("val:")
@@ -49,16 +49,16 @@ class Results:
         return [float(np.mean(v)) for v in values.values()]
 
     def of_networks(self, measure: str) -> list[float]:
-        """One value per network of one of `NETWORK_MEASURES`; NaN where an older report lacks it."""
+        """One of `NETWORK_MEASURES` for each network; NaN if an older report lacks it."""
         return [e.get(measure, math.nan) for e in self.errors]
 
 
 @dataclass
 class PlotData:
-    """What the plots show beside the results.
+    """What the plots need beside the results.
 
-    `in_scores[score]`: one `[N]` per network; `out_scores[score][set]`: one `[M]` per network; `reliability`: of the
-    predictions of all networks together.
+    `in_scores[score]`: one `[N]` per network; `out_scores[score][set]`: one `[M]` per network; `reliability`: over the
+    predictions of all networks.
     """
 
     in_scores: dict[str, list[np.ndarray]]
@@ -67,7 +67,7 @@ class PlotData:
 
 
 def results_of(networks: Sequence[NetworkScores]) -> tuple[Results, PlotData]:
-    """The results of stage 3 from the scores of its networks, of which there is at least one."""
+    """The results and plot data of stage 3, from the scores of one network or more."""
     sets, scores = list(networks[0].out_scores), list(networks[0].in_scores)
     rows = [
         {"network": index, "set": name, "score": score, **network.measures[name][score]}
@@ -82,13 +82,13 @@ def results_of(networks: Sequence[NetworkScores]) -> tuple[Results, PlotData]:
 
 
 def results_json(results: Results, about: dict) -> str:
-    """The results and plain values about them; JSON has no NaN, so null takes its place."""
+    """The results, and plain values about them, as JSON; NaN becomes null."""
     content = {"about": about, "errors": results.errors, "rows": results.rows, "missing": results.missing}
     return json.dumps(_without_nan(content), indent=1) + "\n"
 
 
 def results_csv(results: Results) -> str:
-    """A row per network, OOD set and score; the measures of the network on the test images are repeated in each."""
+    """CSV with a row per network, OOD set and score; each repeats the network's measures on the test images."""
     repeated = {"accuracy": "error", "aurc": "aurc"} | {m: m for m in CALIBRATION_MEASURES}
     table = io.StringIO()
     writer = csv.DictWriter(table, ["network", "set", "score", *MEASURES, *repeated])
@@ -109,10 +109,10 @@ def _without_nan(value: object) -> object:
 
 
 def load_results(folder: Path) -> Results:
-    """Read `results.json` of a stage-3 folder back.
+    """Read `results.json` of a stage-3 folder.
 
     Raises:
-        UserError: when it is damaged or is not what stage 3 writes.
+        UserError: when it is missing, damaged, or not what stage 3 writes.
     """
     path = folder / "results.json"
     try:

@@ -10,7 +10,7 @@ from utils.report.results import Results
 
 
 def mean_std(values: Sequence[float], scale: float = 100, digits: int = 2) -> str:
-    """`mean ± std` of `scale` times the values, in percent by default; a dash where nothing is defined."""
+    """`mean ± std` of `scale` times the values (default: percent), without NaN; a dash if no value is left."""
     defined = [v for v in values if not math.isnan(v)]
     if not defined:
         return "-"
@@ -18,7 +18,7 @@ def mean_std(values: Sequence[float], scale: float = 100, digits: int = 2) -> st
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table whose columns line up in plain text, too."""
+    """A markdown table whose columns are also aligned in plain text."""
     table = [list(header), *map(list, rows)]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in table]

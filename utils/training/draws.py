@@ -1,4 +1,4 @@
-"""Batches of network training: what is random in them is drawn on the host, then many are augmented together."""
+"""Batches of network training: the random choices are drawn on the CPU, then many batches are augmented together."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from utils.compute.transfer import Draw
 from utils.data.augment import DC, DSA, apply_by_part, identity
 from utils.data.synthetic import SyntheticSet
 
-AUGMENTED_CPU, AUGMENTED_CUDA = 2**20, 2**25  # numbers in the images that are augmented together
+AUGMENTED_CPU, AUGMENTED_CUDA = 2**20, 2**25  # pixel values that are augmented together
 
 
 @dataclass(frozen=True)
 class Batch(Draw):
-    """What is random in one batch: which images and outliers it takes (int64 `[n]`), and how they are augmented."""
+    """The random choices of one batch: its images and outliers (int64 `[n]`), and how they are augmented."""
 
     index: torch.Tensor
     transform: Draw | None
@@ -23,15 +23,15 @@ class Batch(Draw):
 
     @property
     def count(self) -> int:
-        """How many images and outliers."""
+        """Number of images and outliers."""
         return len(self.index) + (0 if self.index_oe is None else len(self.index_oe))
 
 
 def draw_epoch(synthetic: SyntheticSet, batch: int, augmentation: DSA | DC | None, g: torch.Generator) -> list[Batch]:
-    """What is random in one pass over a synthetic set in batches of `batch`; of the set only the sizes matter."""
+    """Draw the batches, of `batch` images, of one epoch over a synthetic set; only the sizes of the set matter."""
 
     def transform(index: torch.Tensor | None) -> Draw | None:
-        """How the images of `index` are augmented."""
+        """Draw how the images of `index` are augmented."""
         if augmentation is None or index is None or not len(index):
             return None
         return augmentation.draw(len(index), tuple(synthetic.images.shape[2:]), g)
@@ -48,7 +48,7 @@ def draw_epoch(synthetic: SyntheticSet, batch: int, augmentation: DSA | DC | Non
 
 
 def augmented_batches(synthetic: SyntheticSet, batches: Sequence[Batch]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Augmented images followed by augmented outliers, `[n, C, H, W]`, and the labels of the images, of each batch.
+    """Yield for each batch its augmented images followed by augmented outliers, `[n, C, H, W]`, and the image labels.
 
     The set must not change meanwhile: many batches are augmented together.
     """
@@ -70,6 +70,6 @@ def augmented_batches(synthetic: SyntheticSet, batches: Sequence[Batch]) -> Iter
 def _augmented(
     images: torch.Tensor, index: Sequence[torch.Tensor], transforms: Sequence[Draw | None]
 ) -> Sequence[torch.Tensor]:
-    """`transform(images[index])` for each pair."""
+    """`transform(images[i])` for each `i` of `index`."""
     lengths = [len(i) for i in index]
     return apply_by_part(images[torch.cat(list(index))], [t or identity for t in transforms], lengths).split(lengths)

@@ -22,7 +22,7 @@ from utils.training.stacked import StackedTrainer, stacking_is_faster
 from utils.training.trainer import Trainer, TrainSettings, accuracy_of
 
 EVAL_LOG = 500
-EvalMeasures = dict[str, dict[int, dict[str, float]]]  # by model and number of the network: accuracy, AUROCs
+EvalMeasures = dict[str, dict[int, dict[str, float]]]  # by model and network index: accuracy, AUROCs
 
 EVAL_MODES = {
     "M": ("MLP", "ConvNet", "LeNet", "AlexNet", "VGG11", "ResNet18"),
@@ -47,7 +47,7 @@ def training_of(
 ) -> TrainSettings:
     """How an evaluation network is trained: with DSA's augmentation, DC's, or none.
 
-    `epochs` left out: 1000 with augmentation, else 300.
+    `epochs` None: 1000 with augmentation, else 300.
     """
     augmentation = dsa or dc_augmentation(dataset, model)
     return TrainSettings(epochs or (1000 if augmentation else 300), lr, batch, lambda_oe, augmentation)
@@ -57,8 +57,8 @@ def training_of(
 class EvalSettings:
     """What is evaluated: `num_networks` fresh networks of each model.
 
-    `training`: how each model is trained. `ood`: normalised images `[N, C, H, W]`, by name, of the OOD sets whose AUROC
-    (score msp) is measured, too.
+    `training`: how each model is trained. `ood`: normalised images `[N, C, H, W]`, by name, of the OOD sets for which
+    AUROC (score msp) is measured.
     """
 
     num_networks: int
@@ -78,17 +78,17 @@ class Evaluator:
     def evaluate(
         self, synthetic: SyntheticSet, exp: int, it: int, measures: EvalMeasures, after_network: Callable[[], None]
     ) -> None:
-        """Train and test the networks that `measures` lacks, and add them to it.
+        """Train and test the networks that `measures` lacks, and add their measures to it.
 
-        Where it is faster, all networks of a model are trained simultaneously.
+        If it is faster, all networks of a model are trained simultaneously.
 
         Args:
-            exp, it: the experiment and the number of its updates; they key what is random.
-            measures: what was measured so far, in place.
+            exp, it: the experiment and its number of updates; they key the random draws.
+            measures: the measures so far, updated in place.
             after_network: called after each network (under `torchrun`: after each process has trained one), or after
-                those that are trained simultaneously.
+                all networks that are trained simultaneously.
         Raises:
-            Interrupted: after a signal; networks that were in training are not in `measures`.
+            Interrupted: after a signal; networks still in training are not in `measures`.
         """
         for model in self.models:
             values = measures.setdefault(model, {})
@@ -112,10 +112,10 @@ class Evaluator:
     def _test(
         self, model: str, trainer: Trainer, synthetic: SyntheticSet, keys: dict[int, tuple], progress: Progress
     ) -> dict[int, dict[str, float]]:
-        """Train and test a network for each of `keys`; returns the measures of each."""
+        """Train and test a network for each of `keys`; returns their measures by index."""
 
         def after_epoch(epoch: int, loss: torch.Tensor) -> None:
-            """Show the progress, and stop after a signal: networks in training are not kept."""
+            """Show progress, and stop after a signal: networks in training are not kept."""
             progress.step(loss=loss.mean())
             signals.check()
 

@@ -1,4 +1,4 @@
-"""The loop of stage 2: networks are trained one after another, tested on the way, and kept as checkpoints."""
+"""The loop of stage 2: networks are trained one after another, tested meanwhile, and saved as checkpoints."""
 
 import torch
 
@@ -23,7 +23,7 @@ TEST_INTERVAL = 50  # epochs
 class NetworkTraining:
     """Trains networks one after another; under `torchrun` each process trains some of them and writes their files.
 
-    `resumes`: continue from the checkpoints in `run`, of which each network has its own.
+    `resumes`: whether to continue from the checkpoints in `run`; each network has its own.
     """
 
     def __init__(
@@ -40,14 +40,14 @@ class NetworkTraining:
         self.seed, self.run, self.resumes = seed, run, resumes
 
     def train_all(self, num_networks: int, interval: int = 50) -> list[tuple[float, float]]:
-        """Train all networks; returns the best tested and the last accuracy of each, fractions.
+        """Train all networks; returns the best and the last test accuracy of each, as fractions.
 
         Args:
             interval: epochs between two checkpoints.
         Raises:
-            Interrupted: after a signal; the network in training is saved if its epoch ended in time, else its newest
-                checkpoint counts.
-            UserError: when a training diverges.
+            Interrupted: after a signal; the network in training is saved if its epoch ends in time, else its newest
+                checkpoint is kept.
+            UserError: when a training diverges, or a checkpoint is not of this run.
         """
         indices = distributed.own_share(num_networks)
         networks = [
@@ -76,7 +76,7 @@ class NetworkTraining:
         if all(epoch == self.trainer.settings.epochs for epoch in epochs.values()):
             self.run.log(f"{self.run.path} is finished: all networks are trained")
         self.run.keep_metrics(lambda line: line["epoch"] <= epochs[line["network"]])
-        distributed.barrier()  # nobody appends before that
+        distributed.barrier()  # no process may append before that
 
     def _train(self, network: "NetworkCheckpoints") -> None:
         key = ("network", network.index)
@@ -113,9 +113,9 @@ class NetworkCheckpoints:
         return self.epoch == self.epochs
 
     def after_epoch(self, epoch: int, loss: torch.Tensor) -> None:
-        """Test every 50 epochs and after the last; keep the best from `first` on, and the epochs of stage 3.
+        """Test every 50 epochs and after the last; write the best network from epoch `first` on, and those for stage 3.
 
-        Saves when a checkpoint is due, and after a signal.
+        Saves a checkpoint after a test, when one is due, and after a signal.
 
         Raises:
             Interrupted: after a signal.
@@ -138,7 +138,7 @@ class NetworkCheckpoints:
             signals.check()
 
     def _note_test(self, logits: torch.Tensor, loss: float) -> None:
-        """Log the accuracy on the test images, and keep the network if it is the best so far."""
+        """Log the test accuracy, and write the network if it is the best so far."""
         self._check_finite(logits, "its outputs are")
         self.newest = accuracy_of(logits, self.real.labels_test)
         self.run.metric(network=self.index, epoch=self.epoch, loss=loss, accuracy=self.newest)
@@ -162,7 +162,7 @@ class NetworkCheckpoints:
         return {"epoch": self.epoch, "best": self.best, "best_epoch": self.best_epoch, "newest": self.newest}
 
     def restore(self) -> None:
-        """Take over the newest checkpoint, if there is one.
+        """Continue from the newest checkpoint, if there is one.
 
         Raises:
             UserError: when it is not of this run.

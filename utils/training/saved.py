@@ -21,7 +21,7 @@ def checkpoint_name(dataset: str, model: str, index: int, which: str) -> str:
 
 
 def is_checkpoint_epoch(epoch: int, epochs: int) -> bool:
-    """Whether `epoch` (1 … epochs) is kept: the last, and multiples of 200 at or past three fifths."""
+    """Whether `epoch` (1 … epochs) is kept: the last, and multiples of 200 from three fifths of `epochs` on."""
     return epoch == epochs or (epoch % CHECKPOINT_INTERVAL == 0 and 5 * epoch >= 3 * epochs)
 
 
@@ -38,7 +38,7 @@ def load_trained(folder: Path, model: str, real: RealData, index: int, which: st
     if not plain or not all(isinstance(v, torch.Tensor) and not v.is_complex() for v in state.values()):
         raise UserError(f"--folder: {path} is no state dict; give a folder that stage 2 wrote")
     try:
-        net.load_state_dict(dict(state))  # a copy: the versions that a file attaches to it are not needed
+        net.load_state_dict(dict(state))  # a copy, without the version metadata that a file may attach
     except RuntimeError as error:
         reason = one_line(error)
         raise UserError(f"--model {model}: {path} does not fit it: {reason}") from None

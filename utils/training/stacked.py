@@ -1,7 +1,7 @@
 """Several networks of one kind trained simultaneously on a synthetic set, each from its own weights and draws.
 
-One small network keeps no GPU busy, and an MLP not even a CPU. The weights are
-stacked and go through `torch.func`; the result equals that of `Trainer` on one network after another, to rounding.
+One small network does not keep a GPU busy, and an MLP not even a CPU. So the weights are stacked and run through
+`torch.func`. Up to rounding, the result is that of `Trainer` on one network after another.
 """
 
 import warnings
@@ -22,8 +22,8 @@ from utils.training.draws import Batch, augmented_batches
 from utils.training.losses import joint_loss
 from utils.training.trainer import Trainer, TrainSettings
 
-STACKED_PIXELS_CPU = 40 * 8 * 8  # the most in one step of one network with convolutions
-STACKED_FLOPS_CUDA = 2e10  # the most in one step of one network: a tenth of a millisecond of a device's arithmetic
+STACKED_PIXELS_CPU = 40 * 8 * 8  # most pixels in one step of one network with convolutions
+STACKED_FLOPS_CUDA = 2e10  # most FLOPs in one step of one network: about 0.1 ms on a GPU
 
 
 def stacking_is_faster(net: nn.Module, images: tuple[int, ...], compute: Compute) -> bool:
@@ -32,11 +32,10 @@ def stacking_is_faster(net: nn.Module, images: tuple[int, ...], compute: Compute
     Args:
         images: shape `[N, C, H, W]` of the images in one step of one network.
 
-    On a CPU it is so for networks without convolutions, and for others on very few pixels where nothing is compiled:
-    stacked convolutions become a grouped one, which is slower (measured with five networks: MLP 1.2 to 2.2 times as
-    fast, ConvNetD2 on 20 images of 8×8 1.5 times, ConvNetW32 on 20 of 32×32 0.9 times). On CUDA, not measured yet, it
-    is taken to be so while a step is too small to fill the device. Networks with BatchNorm, which keep running
-    statistics, are never stacked.
+    On a CPU: for networks without convolutions, and for others on very few pixels if nothing is compiled. Stacked
+    convolutions become a grouped one, which is slower (measured with five networks: MLP 1.2 to 2.2 times as fast,
+    ConvNetD2 on 20 images of 8×8 1.5 times, ConvNetW32 on 20 of 32×32 0.9 times). On CUDA, not measured yet: while a
+    step is too small to fill the device. Networks with BatchNorm, which have running statistics, are never stacked.
     """
     if has_batchnorm(net):
         return False
@@ -50,7 +49,7 @@ def stacking_is_faster(net: nn.Module, images: tuple[int, ...], compute: Compute
 class StackedTrainer(Trainer):
     """Trains networks like `net` simultaneously; each is copied into `net` to be tested.
 
-    As `Trainer`, but where that has a key, a generator or a loss, this has one for each network.
+    Like `Trainer`, but with a key, a generator and a loss for each network.
     """
 
     trains_simultaneously = True
@@ -59,7 +58,7 @@ class StackedTrainer(Trainer):
         self.stacked = {name: p.detach()[None].clone().requires_grad_() for name, p in net.named_parameters()}
         super().__init__(net, settings, compute)
         self.compute = compute or Compute()
-        self.one_by_one: Trainer | None = None  # trains instead, once stacking has failed
+        self.one_by_one: Trainer | None = None  # replaces this trainer once stacking has failed
         self.loss = self.compute.function(self._losses)
 
     def networks(
@@ -69,7 +68,7 @@ class StackedTrainer(Trainer):
         keys: Mapping[int, tuple],
         after_epoch: Callable[[int, torch.Tensor], None] | None = None,
     ) -> Iterator[int]:
-        """As `Trainer.networks`, but all are trained before the first is yielded.
+        """Like `Trainer.networks`, but all are trained before the first is yielded.
 
         If that fails, e.g. for lack of memory, they are trained one after another.
         """
@@ -95,7 +94,7 @@ class StackedTrainer(Trainer):
         return stack_module_state(nets)[0]
 
     def _fall_back(self) -> None:
-        """Train one network after another from now on; what the stacked ones hold in memory is released."""
+        """Train one network after another from now on, and release the memory of the stacked ones."""
         self.stacked, self.loss = {}, None
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer = None
@@ -106,12 +105,12 @@ class StackedTrainer(Trainer):
     def draw_epochs(
         self, synthetic: SyntheticSet, generators: Sequence[Sequence[torch.Generator]]
     ) -> list[list[list[Batch]]]:
-        """As that of `Trainer`, where an entry of `generators` has one for each network: by epoch, step and network."""
+        """Like `Trainer.draw_epochs`; `generators`: by epoch and network; the draws: by epoch, step and network."""
         epochs = [super(StackedTrainer, self).draw_epochs(synthetic, of_epoch) for of_epoch in generators]
         return [list(map(list, zip(*of_epoch, strict=True))) for of_epoch in epochs]
 
     def epochs(self, synthetic: SyntheticSet, drawn: Sequence[list[list[Batch]]]) -> Iterator[torch.Tensor]:
-        """As that of `Trainer`; yields the networks' mean losses `[networks]`."""
+        """Like `Trainer.epochs`; yields the networks' mean losses `[networks]`."""
         inputs = augmented_batches(synthetic, [batch for of_epoch in drawn for step in of_epoch for batch in step])
         for of_epoch in drawn:
             self.net.train()
@@ -135,7 +134,7 @@ class StackedTrainer(Trainer):
         return vmap(one)(images, labels, params)
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """As that of `Trainer`, with a first dimension of networks in all."""
+        """Like `Trainer.step`; all tensors have a leading dimension of networks."""
         self.optimizer.zero_grad(set_to_none=True)
         losses = self.loss(images, labels, self.settings.lambda_oe, self.stacked)
         losses.sum().backward()

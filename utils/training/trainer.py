@@ -17,7 +17,7 @@ from utils.training.draws import Batch, augmented_batches, draw_epoch
 from utils.training.losses import joint_loss
 
 TEST_BATCH = 250
-DRAWN_EPOCHS = 50  # that are drawn together
+DRAWN_EPOCHS = 50  # drawn together
 LR_NET = 0.01
 
 
@@ -25,8 +25,8 @@ LR_NET = 0.01
 class TrainSettings:
     """How a network is trained on a synthetic set.
 
-    The learning rate drops to a tenth, with fresh momentum, after half the epochs (section 4.1 of the DC paper). With
-    `lr` None it is that of the synthetic set if that has one, else 0.01.
+    The learning rate drops to a tenth, with fresh momentum, after half the epochs (section 4.1 of the DC paper). `lr`
+    None: the learning rate of the synthetic set if it has one, else 0.01.
     """
 
     epochs: int
@@ -56,25 +56,25 @@ class Trainer:
         self.restart(settings.lr or LR_NET)
 
     def restart(self, lr: float) -> None:
-        """Start a fresh SGD with learning rate `lr` and without momentum."""
+        """Start a fresh SGD optimiser with learning rate `lr` and empty momentum buffers."""
         s = self.settings
         self.optimizer = torch.optim.SGD(
             self._trained(), lr=lr, momentum=s.momentum, weight_decay=s.weight_decay, fused=True
         )
 
     def _trained(self) -> list[torch.Tensor]:
-        """The parameters that the optimizer updates."""
+        """The parameters that the optimiser updates."""
         return list(self.net.parameters())
 
     def draw_epochs(self, synthetic: SyntheticSet, generators: Sequence[torch.Generator]) -> list[list[Batch]]:
-        """What is random in one pass over a synthetic set for each generator."""
+        """Draw the batches of one epoch over a synthetic set from each generator."""
         return [draw_epoch(synthetic, self.settings.batch, self.settings.augmentation, g) for g in generators]
 
     def epochs(self, synthetic: SyntheticSet, drawn: Sequence[list[Batch]]) -> Iterator[torch.Tensor]:
-        """One pass over the synthetic set for each entry of `drawn` (of `draw_epochs`, on the device).
+        """Train one epoch for each entry of `drawn` (from `draw_epochs`, on the device).
 
-        Yields the mean loss of the batches of each pass, a scalar on the device. An InD batch and a batch of
-        outliers, each augmented on its own, go through the network in one forward pass.
+        Yields the mean batch loss of each epoch, a scalar on the device. An InD batch and a batch of outliers are
+        augmented separately and go through the network in one forward pass.
         """
         inputs = augmented_batches(synthetic, [batch for batches in drawn for batch in batches])
         for batches in drawn:
@@ -82,7 +82,7 @@ class Trainer:
             yield torch.stack([self.step(*next(inputs)) for _ in batches]).mean()
 
     def epoch(self, synthetic: SyntheticSet, g: torch.Generator) -> torch.Tensor:
-        """One pass over the synthetic set; returns the mean loss of its batches."""
+        """Train one epoch over the synthetic set; returns the mean batch loss."""
         drawn = send_draws(self.draw_epochs(synthetic, [g]), synthetic.images.device)
         return next(self.epochs(synthetic, drawn))
 
@@ -107,7 +107,8 @@ class Trainer:
         return torch.stack(losses).mean() if len(losses) > 1 else losses[0]
 
     def _in_parts(self, images: torch.Tensor, labels: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """A batch in equal parts, each with its share of images and of outliers: the mean of their losses is the loss.
+        """Split a batch into equal parts, each with its share of images and outliers; the mean of their losses is the
+        batch's.
 
         A network with BatchNorm needs the whole batch in one part.
         """
@@ -131,7 +132,7 @@ class Trainer:
         Args:
             seed, key: every epoch draws from `generator(seed, *key, "epoch", epoch)`.
             after_epoch: called with the number of epochs done and the mean loss.
-            first_epoch: how many are done already; the optimizer continues as it is.
+            first_epoch: epochs done already; if there are any, the optimiser keeps its state.
         """
         epochs, lr = self.settings.epochs, self.settings.lr or synthetic.lr_net or LR_NET
         if not first_epoch:
@@ -157,9 +158,9 @@ class Trainer:
         keys: Mapping[int, tuple],
         after_epoch: Callable[[int, torch.Tensor], None] | None = None,
     ) -> Iterator[int]:
-        """Train a fresh network for each key, which keys its weights and its epochs.
+        """Train a fresh network for each key, from which its weights and epochs are drawn.
 
-        Yields the number of each network while `net` is that network.
+        Yields the index of each network while `net` is that network.
         """
         for index, key in keys.items():
             initialize(self.net, generator(seed, *key))
@@ -178,7 +179,7 @@ class Trainer:
         """Continue from the `state_dict` after `epoch` epochs.
 
         Raises:
-            ValueError, RuntimeError, KeyError: when it is not of this network.
+            ValueError, RuntimeError, KeyError: when it is of another network.
         """
         self.net.load_state_dict(dict(state["net"]))
         self.restart((self.settings.lr or LR_NET) * (0.1 if epoch > self.settings.epochs // 2 else 1))
@@ -194,7 +195,7 @@ class Trainer:
 def predict(
     net: nn.Module, images: torch.Tensor, batch: int = TEST_BATCH, forward: Callable | None = None
 ) -> torch.Tensor:
-    """Logits `[N, num_classes]` of all images `[N, C, H, W]`, in evaluation mode; a last partial batch counts, too.
+    """Logits `[N, num_classes]` of all images `[N, C, H, W]`, in evaluation mode, including a last partial batch.
 
     `forward` is a compiled `net`, if there is one. Its batches all have one size: the last is padded with zeros.
     """
@@ -205,5 +206,5 @@ def predict(
 
 
 def accuracy_of(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """Fraction of rows of `logits` `[N, num_classes]` whose largest is that of their label."""
+    """Fraction of rows of `logits` `[N, num_classes]` whose largest entry is at the label."""
     return (logits.argmax(1) == labels).float().mean().item()
