@@ -22,8 +22,8 @@ def get_args_parser() -> Parser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Train on distilled images alone; outliers in the file are ignored."""
-    run_stage2(args, with_outliers=False)
+    """Train on images alone; outliers in the file are ignored."""
+    run_stage2(args, outliers="none")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Stage 2 with outliers: train networks on distilled images and distilled outliers.
+"""Stage 2 with outliers: train networks on distilled images and outliers, distilled or not.
 
     python train_model_synthetic_oe.py --method DSA --dataset CIFAR10 --model ConvNet --num_eval 5 --ipc 10 \
         --dsa_strategy color_crop_cutout_flip_scale_rotate --folder 20230206-232257 --is_load_oe --lambda_oe 0.5
@@ -11,6 +11,7 @@ from utils.runs.resume import add_resume
 from utils.stages import arguments
 from utils.stages.entry import run_script
 from utils.stages.train import run_stage2
+from utils.training_sets.flags import add_training_outliers
 
 
 def get_args_parser() -> Parser:
@@ -18,13 +19,14 @@ def get_args_parser() -> Parser:
     parser = Parser(description="Train networks on a distilled set with outliers.")
     arguments.add_stage2(parser, save_path="result-model-synthetic-oe")
     arguments.add_outlier_weight(parser)
+    add_training_outliers(parser)
     add_resume(parser, "epochs")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Train on distilled images and outliers."""
-    run_stage2(args, with_outliers=True)
+    """Train on images and on the outliers of `--outliers`."""
+    run_stage2(args, outliers=args.outliers)
 
 
 if __name__ == "__main__":

@@ -64,14 +64,32 @@ def test_both_spellings(name):
         if action.dest == "method_file":  # it must be there: see tests/test_methods.py
             continue
         both = (flag, flag[:2] + flag[2:].replace("_", "-"))
-        spelled = [vars(parser.parse_args([*method, f, *value])) for f in both]
+        with_it = COMPANIONS.get((action.dest, action.container.title), COMPANIONS.get(action.dest, []))
+        spelled = [vars(parser.parse_args([*method, *with_it, f, *value])) for f in both]
         assert spelled[0] == spelled[1]
+
+
+FOREIGN = ["--distilled", "set.pt"]
+COMPANIONS = {  # without which a flag of stage 2 would have no effect
+    **dict.fromkeys(("distilled_format", "distilled_space", "distilled_factor", "distilled_oe"), FOREIGN),
+    **dict.fromkeys(("soft_labels", "label_temperature"), FOREIGN),
+    "distilled_mean": [*FOREIGN, "--distilled_std", "1"],
+    "distilled_std": [*FOREIGN, "--distilled_mean", "1"],
+    ("oe_data_path", "outliers"): ["--outliers", "real"],
+    ("num_oe_per_class", "outliers"): ["--outliers", "real", "--oe_data_path", "pool.npy"],
+}
+VALID = {
+    "dsa_strategy": "crop_scale",
+    "distilled_format": "mtt",
+    "distilled_space": "unit",
+    "soft_labels": "logits",
+}
 
 
 def _valid(action) -> str:
     """A value that the action accepts."""
     default = action.default[0] if isinstance(action.default, list) else action.default
-    return "crop_scale" if action.dest == "dsa_strategy" else str(default if default is not None else 3)
+    return VALID.get(action.dest) or str(default if default is not None else 3)
 
 
 def test_values_of_flags_keep_their_dashes():

@@ -31,9 +31,11 @@ class Parser(argparse.ArgumentParser):
         namespace, rest = super().parse_known_args(words, namespace)
         del namespace.is_parallel
         if self.completions and not rest:
-            missing = argparse.Namespace(**dict.fromkeys(vars(namespace), _NOT_GIVEN))
+            lists = {action.dest for action in self._actions if isinstance(action, argparse._AppendAction)}
+            missing = argparse.Namespace(**{name: None if name in lists else _NOT_GIVEN for name in vars(namespace)})
             seen = vars(super().parse_known_args(words, missing)[0])
-            given = {name: value for name, value in seen.items() if name in namespace and value is not _NOT_GIVEN}
+            absent = (None, _NOT_GIVEN)
+            given = {n: v for n, v in seen.items() if n in namespace and v is not absent[n not in lists]}
             for complete in self.completions:
                 namespace, given = complete(self, namespace, given)
             vars(namespace).pop("is_parallel", None)

@@ -127,6 +127,40 @@ class OutlierPool(OutlierSource):
         return fingerprint(self.images[indices.to(self.images.device)] for indices in self.slices)
 
 
+@dataclass(frozen=True)
+class FreshOutliers:
+    """Outliers that are made anew whenever they are asked for: `per_slot` of each of the `num_slots` class slots."""
+
+    source: OutlierSource
+    num_slots: int
+    per_slot: int
+
+    @property
+    def count(self) -> int:
+        """How many are made together."""
+        return self.num_slots * self.per_slot
+
+    def make(self, generator: torch.Generator) -> torch.Tensor:
+        """Draw them, normalised `[count, C, H, W]`, sorted by slot; a slot that has fewer repeats some."""
+        return torch.cat([draw_repeated(self.source, slot, self.per_slot, generator) for slot in range(self.num_slots)])
+
+
+def draw_repeated(source: OutlierSource, slot: int, n: int, generator: torch.Generator) -> torch.Tensor:
+    """Exactly `n` outliers of a slot, normalised `[n, C, H, W]`: repeated where the source has fewer."""
+    batch = source.draw(slot, n, generator)
+    return batch[torch.arange(n) % len(batch)]
+
+
+def initial_outliers(source: OutlierSource, num_slots: int, per_slot: int, seed: int, exp: int) -> torch.Tensor:
+    """The outliers that experiment `exp` of a distillation with `--init real` starts from, normalised.
+
+    Returns:
+        `[num_slots·per_slot, C, H, W]`, sorted by slot.
+    """
+    keys = [keyed_generator(seed, "match", exp, "initial", "outliers", slot) for slot in range(num_slots)]
+    return torch.cat([draw_repeated(source, slot, per_slot, g) for slot, g in enumerate(keys)])
+
+
 def read_image_pool(path: str | Path, channel: int, im_size: tuple[int, int], flag: str) -> torch.Tensor:
     """Images of a `.npy` file, an `.npz` file (key `images`) or a folder, uint8 `[N, C, H, W]`.
 

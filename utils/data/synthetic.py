@@ -12,23 +12,37 @@ from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.core.version import VERSION
 from utils.data.datasets import RealData
-from utils.data.outliers import OutlierSource
+from utils.data.outliers import FreshOutliers, OutlierSource, draw_repeated
 from utils.files.atomic import save_pt
 from utils.files.torch_files import PLAIN_INTEGERS, PLAIN_TENSORS, read_pt
 
 
 @dataclass(frozen=True)
 class SyntheticSet:
-    """Distilled images, sorted by class, and (OE, POE) the same number of distilled outliers.
+    """Labelled images to train networks on, usually distilled and sorted by class, and outliers if there are any.
 
-    `images`, `images_oe`: float32 `[num_classes·ipc, C, H, W]`, normalised; `labels`: int64 `[num_classes·ipc]`;
-    `lr_net`: the distilled learning rate for network training, or None.
+    `images`, `images_oe`: float32 `[num_classes·ipc, C, H, W]`, normalised; `labels`: int64 `[num_classes·ipc]`, or
+    probabilities, float32 `[num_classes·ipc, num_classes]`; `lr_net`: the distilled learning rate for network training,
+    or None; `fresh_oe`: draws new outliers in every epoch, instead of `images_oe`.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     images_oe: torch.Tensor | None = None
     lr_net: float | None = None
+    fresh_oe: FreshOutliers | None = None
+
+    @property
+    def hard_labels(self) -> torch.Tensor:
+        """The class of each image, int64 `[N]`: of soft labels the most probable."""
+        return self.labels.argmax(1) if self.labels.is_floating_point() else self.labels
+
+    @property
+    def num_outliers(self) -> int:
+        """How many outliers an epoch has."""
+        if self.fresh_oe is not None:
+            return self.fresh_oe.count
+        return 0 if self.images_oe is None else len(self.images_oe)
 
     def to(self, device: torch.device | str) -> "SyntheticSet":
         """The same set on `device`."""
@@ -46,7 +60,7 @@ class SyntheticSet:
 
     def without_outliers(self) -> "SyntheticSet":
         """The labelled images alone."""
-        return replace(self, images_oe=None)
+        return replace(self, images_oe=None, fresh_oe=None)
 
 
 class LearnableSet:
@@ -96,7 +110,9 @@ class LearnableSet:
     def start(self, exp: int) -> None:
         """Initialise the images (and outliers) of experiment `exp`."""
         images = self._initial(exp, "images", lambda slot, n, g: self.real.train_batch(self.real.choose(slot, n, g)))
-        outliers = None if self.outliers is None else self._initial(exp, "outliers", self.outliers.draw)
+        outliers = None
+        if self.outliers is not None:
+            outliers = self._initial(exp, "outliers", lambda slot, n, g: draw_repeated(self.outliers, slot, n, g))
         self._hold(exp, images, outliers)
 
     def _initial(self, exp: int, what: str, draw: Callable[[int, int, torch.Generator], torch.Tensor]) -> torch.Tensor:
@@ -111,8 +127,7 @@ class LearnableSet:
             if self.init == "noise":
                 slots.append(torch.randn(self.shape[1:], generator=g).to(self.device))
                 continue
-            batch = draw(slot, self.ipc, g)
-            slots.append(batch[torch.arange(self.ipc) % len(batch)])  # a small slice repeats outliers
+            slots.append(draw(slot, self.ipc, g))
         return torch.stack(slots)
 
     def _hold(self, exp: int, images: torch.Tensor, outliers: torch.Tensor | None) -> None:
@@ -173,14 +188,17 @@ def save_synthetic(
     The file is a dict: `data`, a list of `[images, labels]` per experiment, and with outliers `data_oe`, a list of
     `[outliers, zeros]` (CPU, float32, normalised; int64); `accs_all_exps`: lists of accuracies by evaluation model. Not
     in published files: `normalisation` (`mean`, `std`; with `--zca` also `zca`), `lr_net` (MTT: the learning rate of
-    each experiment), `dataset`, `num_classes`, `about`, `version`.
+    each experiment), `soft_labels` (probabilities `[N, num_classes]` of each experiment, where `labels` has the most
+    probable class), `dataset`, `num_classes`, `about`, `version`.
 
     Args:
         accs: accuracies in [0, 1] by evaluation model; about: plain values that describe the run.
     """
-    content: dict = {"data": [[s.images, s.labels] for s in sets], "accs_all_exps": accs}
+    content: dict = {"data": [[s.images, s.hard_labels] for s in sets], "accs_all_exps": accs}
     if sets and sets[0].images_oe is not None:
-        content["data_oe"] = [[s.images_oe, torch.zeros_like(s.labels)] for s in sets]
+        content["data_oe"] = [[s.images_oe, torch.zeros(len(s.images_oe), dtype=torch.int64)] for s in sets]
+    if sets and sets[0].labels.is_floating_point():
+        content["soft_labels"] = [s.labels for s in sets]
     if any(s.lr_net is not None for s in sets):
         content["lr_net"] = [s.lr_net for s in sets]
     normalisation: dict = {"mean": list(real.mean), "std": list(real.std)}
@@ -219,7 +237,26 @@ def load_synthetic(
             raise UserError(f"{path} is damaged: images and outliers differ in shape")
     if real is not None:
         _check_fits(images, labels, real, path, content)
+    if "soft_labels" in content:
+        labels = _soft_labels(content, exp_idx, path)
     return SyntheticSet(images, labels, images_oe, _stored_lr(content, exp_idx, path))
+
+
+def _soft_labels(content: dict, exp_idx: int, path: Path) -> torch.Tensor:
+    """The soft labels of an experiment, checked."""
+    stored, num_classes = content["soft_labels"], content.get("num_classes")
+    soft = stored[exp_idx] if isinstance(stored, list) and exp_idx < len(stored) else None
+    shape = (len(content["data"][exp_idx][0]), num_classes)
+    if not isinstance(soft, torch.Tensor) or soft.dtype not in PLAIN_TENSORS or tuple(soft.shape) != shape:
+        raise UserError(f"{path} is damaged: its soft labels must be floating [images, classes] for each experiment")
+    if not is_probabilities(soft.float()):
+        raise UserError(f"{path} is damaged: its soft labels are not probabilities")
+    return soft.float()
+
+
+def is_probabilities(labels: torch.Tensor) -> bool:
+    """Whether every row of `labels` `[N, K]` has numbers from 0 that add up to 1 (to 0.001)."""
+    return bool(torch.isfinite(labels).all() and (labels >= 0).all() and ((labels.sum(1) - 1).abs() < 1e-3).all())
 
 
 def _stored_lr(content: dict, exp_idx: int, path: Path) -> float | None:

@@ -14,7 +14,7 @@ from utils.runs.lineage import args_or_nothing, distilled_set_of
 
 
 def distilled_pictures(networks: Path) -> list[tuple[str, torch.Tensor]]:
-    """The distilled images and outliers behind a stage-2 folder, as pictures.
+    """The images and outliers that the networks of a stage-2 folder were trained on, as pictures.
 
     Returns:
         Titles and images `[num_classes, ipc, C, H, W]` in [0, 1]; empty if the set is missing or cannot be read.
@@ -25,11 +25,13 @@ def distilled_pictures(networks: Path) -> list[tuple[str, torch.Tensor]]:
         to_unit = _to_unit(read_pt(path, "distilled set"), args_or_nothing(networks))
     except (UserError, KeyError, TypeError, RuntimeError):
         return []
-    order = synthetic.labels.argsort(stable=True)
-    classes = int(synthetic.labels.max()) + 1
-    parts = [("distilled images", synthetic.images[order])]
-    if synthetic.images_oe is not None:
-        parts.append(("distilled outliers", synthetic.images_oe))
+    flags = args_or_nothing(networks).get("flags") or {}
+    images, outliers = (flags.get(name, "distilled") for name in ("train_on", "outliers"))
+    order = synthetic.hard_labels.argsort(stable=True)
+    classes = int(synthetic.hard_labels.max()) + 1
+    parts = [(f"{images} images", synthetic.images[order])]
+    if synthetic.images_oe is not None and outliers in ("distilled", "initial", "kcenter"):
+        parts.append((f"{outliers} outliers", synthetic.images_oe))
     shown = [(title, to_unit(images).clamp(0, 1)) for title, images in parts if len(images) % classes == 0]
     return [(title, images.unflatten(0, (classes, -1))) for title, images in shown]
 

@@ -69,7 +69,7 @@ def distilled_set_of(networks: Path) -> tuple[Path, int]:
     path, flags = about.get("distilled_set"), about.get("flags")
     if not isinstance(path, str):
         raise UserError(f"{networks} does not say which distilled set its networks were trained on")
-    exp_idx = flags.get("exp_idx", 0) if isinstance(flags, dict) else 0
+    exp_idx = about.get("experiment", flags.get("exp_idx", 0) if isinstance(flags, dict) else 0)
     if not os.path.isfile(path):
         raise UserError(f"{networks} was trained on {path}, which is gone")
     return Path(path), exp_idx if isinstance(exp_idx, int) else 0

@@ -38,18 +38,18 @@ class RunFolder:
         self.synced: dict[str, float] = {}  # time of the last flush to the disk, by file name
 
     @classmethod
-    def create(cls, root: str | Path, *parts: str | int, name: str | None = None) -> "RunFolder":
-        """Create `root/parts…/<name>`; `name` defaults to the time, `YYYYMMDD-HHMMSS`. Two runs never share a folder.
+    def create(cls, root: str | Path, *parts: str | int, name: str | None = None, ending: str = "") -> "RunFolder":
+        """Create `root/parts…/<name><ending>`; `name` defaults to the time, `YYYYMMDD-HHMMSS`. No two runs share one.
 
         A name that is taken gets a suffix: `-2`, `-3`, ….
         """
         parent = Path(root).joinpath(*map(str, parts))
-        path = cls._make(parent, name) if distributed.is_main() else None
+        path = cls._make(parent, name, ending) if distributed.is_main() else None
         return cls(distributed.from_main(path))
 
     @staticmethod
-    def _make(parent: Path, name: str | None) -> Path:
-        name = name or datetime.now().strftime("%Y%m%d-%H%M%S")
+    def _make(parent: Path, name: str | None, ending: str) -> Path:
+        name = (name or datetime.now().strftime("%Y%m%d-%H%M%S")) + ending
         try:
             parent.mkdir(parents=True, exist_ok=True)
             attempt = 1

@@ -14,6 +14,7 @@ from utils.methods import add_method_choice, add_method_flags
 from utils.ood.detectors import ALL_SCORES, DETECTORS
 from utils.ood.scores import SCORES
 from utils.runs.lineage import STAGE1_ROOTS, STAGE2_ROOTS
+from utils.training_sets.flags import add_training_set
 
 
 def _strategy(text: str) -> str | None:
@@ -30,12 +31,12 @@ def add_common(parser: Parser) -> None:
     """Flags of every stage: the method, the data, the network, the seed and the device."""
     group = parser.add_argument_group("common")
     add_method_choice(parser, group)
-    _add_data(group)
-    _add_network(group)
+    add_data(group)
+    add_network(group)
     group.add_argument("--ipc", type=count(1), default=1, help="synthetic images per class")
 
 
-def _add_network(group: argparse._ArgumentGroup) -> None:
+def add_network(group: argparse._ArgumentGroup) -> None:
     """The network, the seed and the device."""
     group.add_argument(
         "--model",
@@ -47,7 +48,7 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda or cuda:N")
 
 
-def _add_data(group: argparse._ArgumentGroup) -> None:
+def add_data(group: argparse._ArgumentGroup) -> None:
     """The data set, its folder, and what may be downloaded."""
     group.add_argument(
         "--dataset",
@@ -220,8 +221,8 @@ def _add_updates(group: argparse._ArgumentGroup) -> None:
 def add_experts(parser: Parser) -> None:
     """All flags of `train_experts.py`."""
     group = parser.add_argument_group("common")
-    _add_data(group)
-    _add_network(group)
+    add_data(group)
+    add_network(group)
     group = parser.add_argument_group("experts")
     group.add_argument(
         "--num_experts",
@@ -318,6 +319,7 @@ def add_stage2(parser: Parser, save_path: str) -> None:
     add_compute(parser)
     add_folder(parser, save_path, STAGE1_ROOTS)
     parser.add_argument("--exp_idx", type=count(0), default=0, help="which experiment of the distilled set to train on")
+    add_training_set(parser)
 
 
 def add_stage3(parser: Parser) -> None:

@@ -115,7 +115,7 @@ def _fit_set(which: str, networks: Path, real: RealData) -> FitSet:
         synthetic = load_synthetic(path, exp_idx, real).to(real.device)
     except UserError as error:
         raise UserError(f"--fit_on distilled: {error}. Use --fit_on real") from None
-    return FitSet("distilled set", synthetic.labels, lambda index: synthetic.images[index])
+    return FitSet("distilled set", synthetic.hard_labels, lambda index: synthetic.images[index])
 
 
 def _find_networks(

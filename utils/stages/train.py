@@ -2,8 +2,11 @@
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from networks import get_network
 from utils.compute import distributed
@@ -11,8 +14,9 @@ from utils.compute.compiling import Workload
 from utils.compute.device import Compute, choose_compute, choose_device
 from utils.core.errors import UserError
 from utils.core.rng import generator
+from utils.data.corruptions import DEFAULT_CORRUPTIONS
 from utils.data.datasets import RealData, load_dataset
-from utils.data.synthetic import SyntheticSet, load_synthetic, result_name
+from utils.data.synthetic import SyntheticSet, result_name, save_synthetic
 from utils.files.torch_files import fingerprint
 from utils.methods import augmentation_of
 from utils.report.tables import mean_std
@@ -22,6 +26,17 @@ from utils.runs.run_folder import RunFolder, read_args
 from utils.training.evaluator import training_of
 from utils.training.network_training import TEST_INTERVAL, NetworkTraining
 from utils.training.trainer import LR_NET, Trainer
+from utils.training_sets.choose import (
+    TRAINED_ON,
+    Choice,
+    TrainingSet,
+    is_stored,
+    labelled_images,
+    stored_set,
+    with_outliers,
+)
+from utils.training_sets.features import WHOLE_EPOCHS, FeatureNetworks
+from utils.training_sets.flags import assumptions
 
 
 def find_distilled(
@@ -43,53 +58,76 @@ def find_distilled(
     return find_run_folder(roots, parts, folder, name, "--load_path") / name
 
 
-def run_stage2(args: argparse.Namespace, with_outliers: bool) -> None:
-    """Everything that a stage-2 script does after parsing."""
+def run_stage2(args: argparse.Namespace, outliers: str) -> None:
+    """Everything that a stage-2 script does after parsing; `outliers`: one of `OUTLIERS`."""
     device = choose_device(args.device, args.deterministic)
     augmentation = augmentation_of(args.method, args.dsa_strategy)
-    lambda_oe = args.lambda_oe if with_outliers else 0.0
-    parts = (args.method, args.dataset, args.model, args.ipc)
-    path = args.resume and _resumed_set(Path(args.resume), {"load_path": args.load_path, "folder": args.folder})
-    only_oe = args.is_load_oe or (with_outliers and args.folder is None)  # the newest that fits has outliers then
-    path = path or find_distilled(parts, args.folder, args.load_path, only_oe)
     real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none", args.zca).to(device)
-    synthetic = load_synthetic(path, args.exp_idx, real)
-    if not with_outliers:
-        synthetic = synthetic.without_outliers()
-    elif synthetic.images_oe is None:
-        raise UserError(
-            f"--folder: {path} holds no outliers. Give a folder of main_oe.py or main_poe.py (--is_load_oe looks only "
-            "there), or use train_model_synthetic_no_oe.py"
-        )
-    lr = args.lr_net or synthetic.lr_net or LR_NET
-    settings = training_of(
-        args.model, args.dataset, augmentation, args.epoch_eval_train, lr, args.batch_train, lambda_oe
+    choice = _choice(vars(args), outliers)
+    how = training_of(args.model, args.dataset, augmentation, args.epoch_eval_train, LR_NET, args.batch_train, 0.0)
+    networks = FeatureNetworks(args.model, real, how, args.seed, args.compile, args.precision)
+    chosen = _resumed(args.resume, choice, {"load_path": args.load_path, "folder": args.folder}, real)
+    if chosen is None:
+        only_oe = args.is_load_oe or (outliers == "distilled" and args.folder is None)  # the newest of those with some
+        parts = (args.method, args.dataset, args.model, args.ipc)
+        stage1 = partial(find_distilled, parts, args.folder, args.load_path, only_oe)
+        cache = Path(args.save_path) / "features"
+        chosen = labelled_images(choice, real, stage1, partial(networks.for_coresets, args.features, cache))
+        chosen = with_outliers(choice, chosen, real, partial(networks.train, chosen.synthetic))
+    args.ipc = args.ipc or chosen.ipc(real.num_classes)
+    settings = replace(
+        how,
+        epochs=args.epoch_eval_train or (WHOLE_EPOCHS if args.train_on == "whole" else how.epochs),
+        lr=args.lr_net or chosen.synthetic.lr_net or LR_NET,
+        lambda_oe=0.0 if outliers == "none" else args.lambda_oe,
     )
-    work = _workload(args.num_eval, settings.epochs, real, synthetic)
+    work = _workload(args.num_eval, settings.epochs, real, chosen.synthetic)
     compute = _choose_compute(args.compile, args.precision, args.model, real, work)
     net = get_network(args.model, real.channel, real.num_classes, real.im_size, generator(args.seed)).to(device)
-    inputs = {
-        "data_path": real.fingerprint(),
-        "load_path": fingerprint((synthetic.images, synthetic.labels, synthetic.images_oe)),
-    }
+    inputs = {"data_path": real.fingerprint(), "load_path": _fingerprint(chosen.synthetic)}
     if args.resume:
-        run = _resume(Path(args.resume), inputs, vars(args), path)
+        run = _resume(Path(args.resume), inputs, vars(args), chosen.path)
     else:
         about = {"device": str(device), "seed": args.seed, "epochs": settings.epochs, "inputs": inputs}
-        run = _start(args.save_path, parts, path, vars(args), about)
-        run.log(f"distilled set: {path}, experiment {args.exp_idx}; learning rate of the networks {settings.lr:g}")
+        run = _start(vars(args), outliers, chosen, real, about)
+        run.log(f"{settings.epochs} epochs, batch {settings.batch}, learning rate {settings.lr:g}")
     run.log(f"computing: {compute}")
     trainer = Trainer(net, settings, compute)
-    training = NetworkTraining(args.model, real, synthetic.to(device), trainer, args.seed, run, bool(args.resume))
+    training = NetworkTraining(
+        args.model, real, chosen.synthetic.to(device), trainer, args.seed, run, bool(args.resume)
+    )
     best, last = zip(*training.train_all(args.num_eval, args.checkpoint_interval), strict=True)
     run.log(f"accuracy over {args.num_eval} networks: best {mean_std(best)} %, last epoch {mean_std(last)} %")
 
 
+def _choice(flags: Mapping[str, Any], outliers: str) -> Choice:
+    """What the flags of a stage-2 script choose to train on; a script without outliers lacks some of them."""
+    return Choice(
+        train_on=flags["train_on"],
+        outliers=outliers,
+        ipc=flags["ipc"],
+        seed=flags["seed"],
+        exp_idx=flags["exp_idx"],
+        distilled=tuple(flags["distilled"] or ()),
+        distilled_oe=tuple(flags.get("distilled_oe") or ()),
+        assumed=assumptions(flags),
+        corruptions=tuple(flags.get("corruptions", DEFAULT_CORRUPTIONS)),
+        oe_data_path=flags.get("oe_data_path"),
+        num_oe_per_class=flags.get("num_oe_per_class", 10000),
+        download=flags["download"] == "all",
+    )
+
+
+def _fingerprint(synthetic: SyntheticSet) -> str:
+    return fingerprint((synthetic.images, synthetic.labels, synthetic.images_oe))
+
+
 def _workload(num_networks: int, epochs: int, real: RealData, synthetic: SyntheticSet) -> Workload:
     """The work of a run in this process; a tested image counts half a pass."""
-    steps = num_networks * epochs
     tested = num_networks * -(-epochs // TEST_INTERVAL) * len(real.images_test)
-    trained = steps * len(synthetic.images) * (1 if synthetic.images_oe is None else 2)
+    images = len(synthetic.images)
+    trained = num_networks * epochs * images * (2 if synthetic.num_outliers else 1)
+    steps = num_networks * epochs * -(-images // 256)
     return Workload((trained + tested / 2) / distributed.world_size(), steps, "training")
 
 
@@ -99,9 +137,14 @@ def _choose_compute(compile_flag: str, precision: str, model: str, real: RealDat
     return choose_compute(compile_flag, precision, real.device, net, (real.channel, *real.im_size), workload)
 
 
-def _resumed_set(folder: Path, places: dict[str, str | None]) -> Path | None:
-    """The distilled set of the run in `folder`; None where the flags in `places` are not those it was started with."""
-    about = read_args(folder)
+def _resumed(folder: str | None, choice: Choice, places: dict[str, str | None], real: RealData) -> TrainingSet | None:
+    """The set of the run `folder`; None where it is to be chosen anew.
+
+    That is for a new run, for the whole training set, and when `places` are not those that the run was started with.
+    """
+    if folder is None or choice.train_on == "whole":
+        return None
+    about = read_args(Path(folder))
     if any(value != about["flags"].get(name) for name, value in places.items()):
         return None
     path = about.get("distilled_set")
@@ -110,10 +153,10 @@ def _resumed_set(folder: Path, places: dict[str, str | None]) -> Path | None:
             f"--resume: the distilled set of {folder} is gone: {str(path)[:200]}. Put it back, or "
             "give its place now with --load_path and --folder"
         )
-    return Path(path)
+    return stored_set(choice, Path(path), real)
 
 
-def _resume(folder: Path, inputs: dict[str, str], flags: dict, distilled_set: Path) -> RunFolder:
+def _resume(folder: Path, inputs: dict[str, str], flags: dict, distilled_set: Path | None) -> RunFolder:
     """The run folder of `--resume`.
 
     Raises:
@@ -121,18 +164,32 @@ def _resume(folder: Path, inputs: dict[str, str], flags: dict, distilled_set: Pa
     """
     check_inputs(folder, inputs)
     run = RunFolder(folder)
-    run.update_args(flags, distilled_set=str(distilled_set.resolve()))
+    run.update_args(flags, **({"distilled_set": str(distilled_set.resolve())} if distilled_set else {}))
     run.log("resumed")
     return run
 
 
-def _start(save_path: str, parts: Sequence[str | int], distilled_set: Path, flags: dict, about: dict) -> RunFolder:
-    """A new run folder, named as that of the distilled set, so that one name leads through all stages."""
-    name = distilled_set.parent.name
-    run = RunFolder.create(save_path, *parts, name=name)
-    run.save_args(flags, distilled_set=str(distilled_set.resolve()), **about)
+def _start(flags: dict, outliers: str, chosen: TrainingSet, real: RealData, about: dict) -> RunFolder:
+    """A new run folder, named as that of stage 1 if there is one, so that one name leads through all stages.
+
+    A set that no file of stage 1 holds is written into it.
+    """
+    parts = (flags["method"], flags["dataset"], flags["model"], flags["ipc"])
+    name = chosen.path.parent.name if chosen.path else None
+    endings = [flags["train_on"] if flags["train_on"] != "distilled" else "", outliers]
+    ending = "".join(f"-{e}" for e in endings if e not in ("", "distilled", "none"))
+    run = RunFolder.create(flags["save_path"], *parts, name=name, ending=ending)
+    path, experiment = chosen.path, flags["exp_idx"]
+    if is_stored(chosen, real):
+        path, experiment = run.path / TRAINED_ON, 0
+        if run.is_main:
+            stored = replace(chosen.synthetic.detached_cpu(), fresh_oe=None)
+            save_synthetic(path, [stored], {}, real, {"flags": flags})
+    run.save_args(flags, distilled_set=path and str(path.resolve()), experiment=experiment, **about)
     run.log(f"run folder: {run.path}")
-    if run.path.name != name:
+    if name and run.path.name != name + ending:
         run.log(f"{name} has been trained on before; stage 3 finds this run by --folder {run.path.name}")
+    for line in chosen.lines:
+        run.log(line)
     run.log(f"the best checkpoint is chosen by accuracy on the test set, every {TEST_INTERVAL} epochs")
     return run

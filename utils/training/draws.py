@@ -1,7 +1,7 @@
 """Batches of network training: the random choices are drawn on the CPU, then many batches are augmented together."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,7 +28,10 @@ class Batch(Draw):
 
 
 def draw_epoch(synthetic: SyntheticSet, batch: int, augmentation: DSA | DC | None, g: torch.Generator) -> list[Batch]:
-    """Draw the batches, of `batch` images, of one epoch over a synthetic set; only the sizes of the set matter."""
+    """Draw the batches, of `batch` images, of one epoch over a synthetic set; only the sizes of the set matter.
+
+    If there are fewer outliers than images, they are repeated, so that every batch has as many of them as images.
+    """
 
     def transform(index: torch.Tensor | None) -> Draw | None:
         """Draw how the images of `index` are augmented."""
@@ -37,14 +40,31 @@ def draw_epoch(synthetic: SyntheticSet, batch: int, augmentation: DSA | DC | Non
         return augmentation.draw(len(index), tuple(synthetic.images.shape[2:]), g)
 
     order = torch.randperm(len(synthetic.images), generator=g)
-    outliers = synthetic.images_oe
-    order_oe = None if outliers is None else torch.randperm(len(outliers), generator=g)
+    count = synthetic.num_outliers
+    order_oe = torch.randperm(count, generator=g) if count else None
+    while order_oe is not None and len(order_oe) < len(order):
+        order_oe = torch.cat([order_oe, torch.randperm(count, generator=g)])
     batches = []
     for start in range(0, len(order), batch):
         index = order[start : start + batch]
         index_oe = None if order_oe is None else order_oe[start : start + batch]
         batches.append(Batch(index, transform(index), index_oe, transform(index_oe)))
     return batches
+
+
+def with_fresh_outliers(
+    synthetic: SyntheticSet, drawn: Sequence[list[Batch]], generators: Sequence[torch.Generator]
+) -> tuple[SyntheticSet, list[list[Batch]]]:
+    """Draw new outliers for each of some epochs; return a set that holds all of them, and batches that index into it.
+
+    Args:
+        synthetic: a set with `fresh_oe`.
+        drawn: the batches of each epoch; generators: one for the outliers of each epoch.
+    """
+    count = synthetic.fresh_oe.count
+    made = torch.cat([synthetic.fresh_oe.make(g) for g in generators])
+    moved = [[replace(b, index_oe=b.index_oe + i * count) for b in batches] for i, batches in enumerate(drawn)]
+    return replace(synthetic, images_oe=made, fresh_oe=None), moved
 
 
 def augmented_batches(synthetic: SyntheticSet, batches: Sequence[Batch]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

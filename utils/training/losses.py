@@ -21,7 +21,7 @@ def joint_loss(logits: torch.Tensor, labels: torch.Tensor, lambda_oe: float) -> 
 
     Args:
         logits: `[N + M, num_classes]`; the first N rows are labelled images, the last M (may be none) are outliers.
-        labels: int64 `[N]`.
+        labels: int64 `[N]`, or probabilities `[N, num_classes]`.
         lambda_oe: weight of the outlier term.
     """
     n = len(labels)

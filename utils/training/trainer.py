@@ -13,11 +13,12 @@ from utils.compute.transfer import send_draws
 from utils.core.rng import generator
 from utils.data.augment import DC, DSA
 from utils.data.synthetic import SyntheticSet
-from utils.training.draws import Batch, augmented_batches, draw_epoch
+from utils.training.draws import Batch, augmented_batches, draw_epoch, with_fresh_outliers
 from utils.training.losses import joint_loss
 
 TEST_BATCH = 250
-DRAWN_EPOCHS = 50  # drawn together
+DRAWN_EPOCHS, DRAWN_IMAGES = 50, 2**18  # the most epochs that are drawn together, and the most images in them
+FRESH_NUMBERS = 2**26  # the most numbers in the new outliers of the epochs that are drawn together
 LR_NET = 0.01
 
 
@@ -130,7 +131,8 @@ class Trainer:
         """Train the network in place for `settings.epochs` epochs; returns the mean loss of the last.
 
         Args:
-            seed, key: every epoch draws from `generator(seed, *key, "epoch", epoch)`.
+            seed, key: every epoch draws from `generator(seed, *key, "epoch", epoch)`, and new outliers
+                from `generator(seed, *key, "outliers", epoch)`.
             after_epoch: called with the number of epochs done and the mean loss.
             first_epoch: epochs done already; if there are any, the optimiser keeps its state.
         """
@@ -139,10 +141,15 @@ class Trainer:
             self.restart(lr)
         half = epochs // 2
         loss = torch.zeros(())
-        for first in range(first_epoch, epochs, DRAWN_EPOCHS):
-            block = range(first, min(first + DRAWN_EPOCHS, epochs))
+        per_block = epochs_drawn_together(synthetic)
+        for first in range(first_epoch, epochs, per_block):
+            block = range(first, min(first + per_block, epochs))
             drawn = self.draw_epochs(synthetic, [self._generator(seed, key, epoch) for epoch in block])
-            losses = self.epochs(synthetic, send_draws(drawn, synthetic.images.device))
+            current = synthetic
+            if synthetic.fresh_oe is not None:
+                made = [generator(seed, *key, "outliers", epoch) for epoch in block]
+                current, drawn = with_fresh_outliers(synthetic, drawn, made)
+            losses = self.epochs(current, send_draws(drawn, synthetic.images.device))
             for epoch in block:
                 if epoch and epoch == half:
                     self.restart(lr * 0.1)
@@ -189,6 +196,15 @@ class Trainer:
             if momentum.shape != parameter.shape or momentum.dtype != parameter.dtype:
                 raise ValueError("momentum of another shape than its parameter")
             self.optimizer.state[parameter]["momentum_buffer"] = momentum.to(parameter.device).clone()
+
+
+def epochs_drawn_together(synthetic: SyntheticSet) -> int:
+    """How many epochs are drawn together: fewer the larger the set is; what is drawn does not depend on it."""
+    images = len(synthetic.images) + synthetic.num_outliers
+    most = [DRAWN_EPOCHS, DRAWN_IMAGES // images]
+    if synthetic.fresh_oe is not None:
+        most.append(FRESH_NUMBERS // (synthetic.num_outliers * synthetic.images[0].numel()))
+    return max(1, min(most))
 
 
 @torch.no_grad()

@@ -1,0 +1,199 @@
+"""Make a folder of a distilled set that can be put on the Hugging Face hub, or anywhere.
+
+    python scripts/publish.py result-poe/DM/CIFAR10/ConvNet/10/20261124-101500 --out my-set --results RESULTS
+    python scripts/publish.py images_best.pt --dataset CIFAR10 --data_path data --method MTT --out my-set
+
+The first publishes a run of stage 1, the second converts a set of another repository.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from utils.core.errors import UserError
+from utils.core.parser import Parser, count
+from utils.core.version import VERSION
+from utils.data.datasets import load_dataset
+from utils.data.synthetic import SyntheticSet, load_synthetic
+from utils.data.whitening import ZCA
+from utils.exchange.formats import SAFETENSORS, find_files
+from utils.exchange.readers import read_distilled
+from utils.files.torch_files import read_pt
+from utils.report.card import CardFacts, card
+from utils.report.plots import save_grid
+from utils.report.results import Results, load_results
+from utils.runs.lineage import args_or_nothing
+from utils.stages import arguments
+from utils.stages.entry import run_script
+from utils.training_sets.flags import add_foreign, assumptions
+
+SHOWN = 10  # of each class, in the preview
+
+
+@dataclass(frozen=True)
+class Published:
+    """A set, the normalisation of its images, and what its card says of its origin."""
+
+    synthetic: SyntheticSet
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    zca: ZCA | None
+    dataset: str
+    num_classes: int
+    origin: dict
+    source: str = ""
+
+    def to_pixels(self, images: torch.Tensor) -> torch.Tensor:
+        """Images in [0, 1], clipped."""
+        if self.zca is not None:
+            return self.zca.undo(images).clamp(0, 1)
+        mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        return (images * std + mean).clamp(0, 1)
+
+
+def get_args_parser() -> Parser:
+    """The flags of this script."""
+    parser = Parser(description="Publish a distilled set.")
+    parser.add_argument("distilled", nargs="+", metavar="PATH", help="run folder of stage 1, or any set of --distilled")
+    parser.add_argument("--out", required=True, help="folder to make; it must not exist")
+    parser.add_argument("--exp_idx", type=count(0), default=0, help="which experiment of a run")
+    parser.add_argument("--results", nargs="+", default=[], help="stage-3 folders, whose measures the card states")
+    parser.add_argument("--license", default="unknown", help="licence of the set, as the hub names it, e.g. mit")
+    parser.add_argument("--method", default=None, help="method that made the set; left out: that of the run")
+    parser.add_argument("--dsa_strategy", default=None, help="augmentation of training; left out: that of the run")
+    arguments.add_data(parser.add_argument_group("data, for sets of other repositories"))
+    add_foreign(parser.add_argument_group("sets of other repositories"))
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write everything into a new folder beside `--out`, and rename it when it is whole."""
+    out = Path(args.out)
+    if out.exists():
+        raise UserError(f"--out: {out} exists; remove it or give another name")
+    published = _of_run(args.distilled, args.exp_idx) or _of_another(args)
+    flags = published.origin.get("flags") or {}
+    s, images = published.synthetic, published.synthetic.images
+    facts = CardFacts(
+        dataset=published.dataset,
+        method=args.method or flags.get("method") or "an unnamed method",
+        num_classes=published.num_classes,
+        shape=tuple(images.shape[1:]),
+        counts=(len(images), s.num_outliers),
+        labels="soft" if s.labels.is_floating_point() else "hard",
+        mean=published.mean,
+        std=published.std,
+        zca=published.zca is not None,
+        learning_rate=s.lr_net,
+        license=args.license,
+        strategy=args.dsa_strategy or flags.get("dsa_strategy"),
+        origin=published.origin,
+        source=published.source,
+        results=_results(args.results),
+    )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise UserError(f"--out: cannot make {out}: {error}") from None
+    try:
+        write(unfinished, published, facts)
+        unfinished.chmod(0o755)
+        os.replace(unfinished, out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    print(f"{out}: {SAFETENSORS}, images, preview.png, README.md")
+
+
+def _results(folders: list[str]) -> dict[str, Results]:
+    """The results of stage-3 folders, by the network; folders of one network are numbered."""
+    results: dict[str, Results] = {}
+    for folder in map(Path, folders):
+        model = str((args_or_nothing(folder).get("flags") or {}).get("model", folder.name))
+        again = sum(name.split(" ")[0] == model for name in results)
+        results[f"{model} ({again + 1})" if again else model] = load_results(folder)
+    return results
+
+
+def _of_run(paths: list[str], exp_idx: int) -> Published | None:
+    """The set of a run of stage 1; None for any other, or one of the published code, which lacks the normalisation."""
+    files = find_files(paths, None, "PATH")
+    content = read_pt(files.images, "PATH") if files.format == "res" else {}
+    if "normalisation" not in content or "num_classes" not in content:
+        return None
+    stored = content["normalisation"]
+    synthetic = load_synthetic(files.images, exp_idx, None, "PATH")
+    zca = ZCA(**stored["zca"]) if "zca" in stored else None
+    about = args_or_nothing(files.images.parent)
+    mean, std = tuple(stored["mean"]), tuple(stored["std"])
+    return Published(synthetic, mean, std, zca, str(content["dataset"]), int(content["num_classes"]), about)
+
+
+def _of_another(args: argparse.Namespace) -> Published:
+    """A set of another repository, as stage 2 would read it."""
+    real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none", args.zca)
+    synthetic, lines = read_distilled(args.distilled, real, assumptions(vars(args)), args.exp_idx, "PATH")
+    source = f"Read as: {'; '.join(lines)}".replace(str(Path(args.distilled[0]).parent) + os.sep, "")
+    return Published(synthetic, real.mean, real.std, real.zca, real.name, real.num_classes, {}, source)
+
+
+def write(folder: Path, published: Published, facts: CardFacts) -> None:
+    """Write the tensors, the pictures and the card into `folder`.
+
+    Raises:
+        UserError: when the package safetensors is missing.
+    """
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise UserError("publishing needs the package safetensors: pip install safetensors") from None
+    s = published.synthetic
+    tensors = {"images": s.images.contiguous(), "labels": s.hard_labels}
+    if s.labels.is_floating_point():
+        tensors["soft_labels"] = s.labels.contiguous()
+    if s.images_oe is not None:
+        tensors["outliers"] = s.images_oe.contiguous()
+    if s.lr_net is not None:
+        tensors["lr_net"] = torch.tensor(s.lr_net, dtype=torch.float64)
+    about: dict = {"version": VERSION, "dataset": facts.dataset, "method": facts.method}
+    if published.zca is None:
+        about["normalisation"] = {"mean": list(published.mean), "std": list(published.std)}
+    else:
+        tensors |= {f"zca_{name}": getattr(published.zca, name) for name in ("mean", "matrix", "inverse")}
+    save_file(tensors, folder / SAFETENSORS, metadata={"format": "pt", "trustdd": json.dumps(about)})
+    _write_pictures(folder, published)
+    (folder / "README.md").write_text(card(facts), encoding="utf-8")
+
+
+def _write_pictures(folder: Path, published: Published) -> None:
+    """A PNG of every image and outlier, and a preview with a row for each class."""
+    from torchvision.transforms.functional import to_pil_image
+
+    s, pixels = published.synthetic, published.to_pixels(published.synthetic.images)
+    classes = s.hard_labels
+    for label in range(published.num_classes):
+        of_class = folder / "images" / f"{label:04d}"
+        of_class.mkdir(parents=True)
+        for number, image in enumerate(pixels[classes == label]):
+            to_pil_image(image).save(of_class / f"{number:04d}.png")
+    rows = [pixels[classes == label][:SHOWN] for label in range(published.num_classes)]
+    width = min(map(len, rows))
+    save_grid(folder / "preview.png", torch.cat([row[:width] for row in rows]), width)
+    if s.images_oe is not None:
+        (folder / "outliers").mkdir()
+        outliers = published.to_pixels(s.images_oe)
+        for number, image in enumerate(outliers):
+            to_pil_image(image).save(folder / "outliers" / f"{number:04d}.png")
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(get_args_parser().parse_args()), "publish.py")

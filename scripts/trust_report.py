@@ -1,0 +1,158 @@
+"""How far can networks be trusted that are trained on a distilled set? Stages 2 and 3 and baselines in one command.
+
+    python scripts/trust_report.py images_best.pt --dataset CIFAR10 --out report-mtt \
+        --dsa_strategy color_crop_cutout_flip_scale_rotate
+
+Networks are trained on the set, alone and with outliers, and on real images: random ones, coresets of the same size,
+and the whole training set. The page OUT/compare.html puts them side by side. The same command resumes a stopped report.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from utils.core.errors import UserError
+from utils.core.parser import Parser, count, number, one_of
+from utils.data.datasets import load_dataset
+from utils.exchange.readers import read_distilled
+from utils.files.atomic import save_text
+from utils.stages import arguments
+from utils.stages.entry import run_script
+from utils.training_sets.flags import add_foreign, assumptions
+
+BASELINES = ("random", "herding", "kcenter", "whole")
+OUTLIERS = ("distilled", "corrupt", "initial", "kcenter", "real")
+DONE = "done"
+
+
+def get_args_parser() -> Parser:
+    """The flags of this script."""
+    parser = Parser(description="The trust report of a distilled set.")
+    parser.add_argument(
+        "distilled", nargs="+", metavar="PATH", help="a distilled set of any repository, as --distilled"
+    )
+    parser.add_argument("--out", required=True, help="folder of the report; the same one again resumes it")
+    parser.add_argument("--method", default=None, help="left out: DSA with --dsa_strategy, else DC, for folders only")
+    parser.add_argument("--dsa_strategy", default=None, help="augmentation of training; give the one of the set")
+    parser.add_argument("--exp_idx", type=count(0), default=0, help="which experiment of a res_….pt")
+    parser.add_argument(
+        "--outliers",
+        nargs="*",
+        type=one_of("kind of outliers", OUTLIERS),
+        default=["distilled", "corrupt"],
+        help="columns of the set with outliers; distilled is left out where the set has none",
+    )
+    parser.add_argument(
+        "--baselines", nargs="*", type=one_of("baseline", BASELINES), default=list(BASELINES), help="columns without it"
+    )
+    parser.add_argument("--num_eval", type=count(1), default=3, help="networks in each column")
+    parser.add_argument("--epoch_eval_train", type=count(1), default=None, help="epochs; left out: as in stage 2")
+    parser.add_argument("--whole_epochs", type=count(1), default=None, help="epochs on the whole set; left out: 30")
+    parser.add_argument("--lambda_oe", type=number(0), default=0.5, help="weight of the outlier loss")
+    parser.add_argument("--ood_path", default="data/ood", help="folder of OOD sets")
+    parser.add_argument("--ood_sets", nargs="+", default=None, help="OOD sets; left out: those of the paper")
+    parser.add_argument("--score", nargs="+", default=["msp", "mls"], help="scores of stage 3")
+    parser.add_argument("--precision", default="tf32", help="as in stage 2")
+    arguments.add_network(parser.add_argument_group("network"))
+    arguments.add_data(parser.add_argument_group("data"))
+    add_foreign(parser.add_argument_group("sets of other repositories"))
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Read the set, train and test each column, and compare them."""
+    real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none", args.zca)
+    synthetic, lines = read_distilled(args.distilled, real, assumptions(vars(args)), args.exp_idx, "PATH")
+    for line in lines:
+        print(line)
+    ipc = max(1, len(synthetic.images) // real.num_classes)
+    out = Path(args.out)
+    columns = _columns(args, ipc, synthetic.images_oe is not None)
+    for name, train in columns.items():
+        folder = out / name.replace(" ", "-")
+        stage(folder / "networks", train)
+        stage(folder / "measures", [*_test(args, ipc), "--load_path", str(folder / "networks")])
+    folders = [str(out / name.replace(" ", "-") / "measures") for name in columns]
+    _run(["scripts/compare.py", *folders, "--names", *columns, "--out", str(out), "--html"])
+
+
+def _columns(args: argparse.Namespace, ipc: int, has_outliers: bool) -> dict[str, list[str]]:
+    """The command of stage 2 for each column, without the place where it writes."""
+    common = [*_common(args), "--num_eval", str(args.num_eval), "--precision", args.precision]
+    if args.dsa_strategy:
+        common += ["--dsa_strategy", args.dsa_strategy]
+    epochs = ["--epoch_eval_train", str(args.epoch_eval_train)] if args.epoch_eval_train else []
+    whole = ["--epoch_eval_train", str(args.whole_epochs)] if args.whole_epochs else []
+    given = ["--distilled", *args.distilled, "--exp_idx", str(args.exp_idx), *_foreign(args)]
+    plain, with_oe = "train_model_synthetic_no_oe.py", "train_model_synthetic_oe.py"
+    columns = {"distilled": [plain, *common, *epochs, *given]}
+    for kind in args.outliers:
+        if kind != "distilled" or has_outliers:
+            weight = ["--lambda_oe", str(args.lambda_oe)]
+            columns[f"with {kind} outliers"] = [with_oe, *common, *epochs, *weight, *given, "--outliers", kind]
+    for kind in args.baselines:
+        own = whole if kind == "whole" else epochs
+        columns[kind] = [plain, *common, *own, "--ipc", str(ipc), "--train_on", kind]
+    return columns
+
+
+def _common(args: argparse.Namespace) -> list[str]:
+    """The flags that stages 2 and 3 share."""
+    method = args.method or ("DSA" if args.dsa_strategy else "DC")
+    flags = ["--dataset", args.dataset, "--data_path", args.data_path, "--model", args.model, "--method", method]
+    flags += ["--seed", str(args.seed), "--device", args.device, "--download", args.download]
+    flags += ["--im_size", str(args.im_size)] if args.im_size else []
+    return [*flags, *(["--zca"] if args.zca else [])]
+
+
+def _foreign(args: argparse.Namespace) -> list[str]:
+    """The flags of what is assumed of the set, as they were given."""
+    flags = []
+    for name in ("format", "space", "mean", "std", "factor"):
+        value = getattr(args, f"distilled_{name}")
+        if value is not None:
+            flags += [f"--distilled_{name}", *map(str, value if isinstance(value, list) else [value])]
+    flags += ["--soft_labels", args.soft_labels] if args.soft_labels else []
+    return [*flags, "--label_temperature", str(args.label_temperature)]
+
+
+def _test(args: argparse.Namespace, ipc: int) -> list[str]:
+    """The command of stage 3, without its folders."""
+    flags = ["--ipc", str(ipc), "--num_exp", str(args.num_eval), "--is_load_best", "--ood_path", args.ood_path]
+    sets = ["--ood_sets", *args.ood_sets] if args.ood_sets else []
+    return ["test_ood_model_syn.py", *_common(args), *flags, *sets, "--score", *args.score]
+
+
+def stage(folder: Path, command: list[str]) -> None:
+    """Run a stage into `folder`, unless that is done; resume it if it was stopped.
+
+    Raises:
+        UserError: when the folder was made by another command.
+    """
+    done, text = folder / DONE, shlex.join(command) + "\n"
+    if done.is_file():
+        if done.read_text(encoding="utf-8") != text:
+            raise UserError(f"--out: {folder} was made with other flags; give another --out, or remove it")
+        return
+    command = [*command, "--save_path", str(folder)]
+    if command[0] != "test_ood_model_syn.py" and any(folder.rglob("args.json")):
+        command += ["--resume", "latest"]
+    _run(command)
+    save_text(done, text)
+
+
+def _run(command: list[str]) -> None:
+    """Run a script of the project; end with its exit status if it fails."""
+    print(f"$ python {shlex.join(command)}", flush=True)
+    status = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], check=False).returncode
+    if status:
+        sys.exit(status)
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(get_args_parser().parse_args()), "trust_report.py")

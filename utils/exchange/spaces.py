@@ -1,0 +1,103 @@
+"""What the numbers of distilled images mean: decoding them, checking what is assumed, and normalising them."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from utils.core.errors import UserError
+from utils.data.datasets import RealData
+
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation, per channel
+
+
+def decode(images: torch.Tensor, factor: int) -> torch.Tensor:
+    """Cut images into `factor × factor` parts and enlarge each to the size of the whole (IDC, ICML 2022, section 3.2).
+
+    A size that `factor` does not divide is first padded with 0.5, below and on the right.
+
+    Args:
+        images: `[N, C, H, W]`.
+    Returns:
+        `[factor²·N, C, H, W]`: the upper left parts of all images, then those to their right, and so on.
+    """
+    if factor == 1:
+        return images
+    height, width = images.shape[2:]
+    rows, columns = -(-height // factor), -(-width // factor)
+    padded = F.pad(images, (0, columns * factor - width, 0, rows * factor - height), value=0.5)
+    parts = padded.unfold(2, rows, rows).unfold(3, columns, columns)  # [N, C, factor, factor, rows, columns]
+    parts = parts.permute(2, 3, 0, 1, 4, 5).reshape(-1, images.shape[1], rows, columns)
+    return F.interpolate(parts, (height, width), mode="bilinear", align_corners=False)
+
+
+def to_training_space(images: torch.Tensor, space: str, statistics: Statistics, real: RealData) -> torch.Tensor:
+    """Images as networks see those of `real`: normalised with its statistics, or whitened.
+
+    They are returned unchanged if they were made like that.
+
+    Args:
+        images: float32 `[N, C, H, W]`; space: one of `SPACES`; statistics: of the normalised space.
+    """
+    if space == "zca":
+        return images
+    if space == "unit":
+        return real.normalize(images.to(real.device)).cpu()
+    if real.zca is None and all(map(_close, statistics, (real.mean, real.std))):
+        return images
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in statistics)
+    return real.normalize((images * std + mean).to(real.device)).cpu()
+
+
+def _close(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return len(a) == len(b) and all(math.isclose(x, y, rel_tol=1e-5) for x, y in zip(a, b, strict=True))
+
+
+def check_possible(space: str, statistics: Statistics, real: RealData, where: str) -> None:
+    """Check that images of a space can be used for `real`.
+
+    Args:
+        where: begins messages: the flag and the file.
+    Raises:
+        UserError: when they are whitened and those of `real` are not, or the statistics are of other channels.
+    """
+    if space == "zca" and real.zca is None:
+        raise UserError(
+            f"{where} is whitened (ZCA), so networks must see whitened test images: add --zca. "
+            "If it is not, give --distilled_space normalised"
+        )
+    if any(len(values) not in (1, real.channel) for values in statistics):
+        raise UserError(
+            f"--distilled_mean, --distilled_std: give one number each, or one for each of {real.channel} channels"
+        )
+
+
+def check_guess(images: torch.Tensor, space: str, real: RealData, where: str) -> None:
+    """Compare the numbers of images with a space that no file states.
+
+    Pixels end at 0 and 1. Normalised images have negative numbers and, over a data set, deviation 1; distilled ones
+    wander (deviations up to 13 were seen), but do not shrink. Undoing the whitening turns whitened images into pixels,
+    normalised ones into numbers of deviation 4 (CIFAR-10).
+
+    Raises:
+        UserError: when they contradict it, with what they look like.
+    """
+    low, high, mean, std = (f(images).item() for f in (torch.min, torch.max, torch.mean, torch.std))
+    looks = f"from {low:.3g} to {high:.3g}, mean {mean:.3g}, deviation {std:.3g}"
+    like = ""
+    if space == "unit":
+        wrong = low < -0.1 or high > 1.1
+        like = "normalised or whitened images" if low < -0.1 else "pixels from 0 to 255" if high > 2 else ""
+    elif low >= -0.05:
+        wrong, like = True, "pixels from 0 to 1" if high <= 1.1 else "pixels from 0 to 255"
+    elif space == "normalised":
+        wrong, like = not 0.4 < std < 40 or abs(mean) > 3, "whitened images" if std < 0.4 else ""
+    else:
+        pixels = real.zca.undo(images.to(real.device))
+        wrong, like = bool(abs(pixels.mean() - 0.5) > 1.5 or pixels.std() > 4), "normalised images"
+    if wrong:
+        what = {"unit": "pixels from 0 to 1", "normalised": "normalised images", "zca": "whitened images (ZCA)"}[space]
+        raise UserError(
+            f"{where} is taken to hold {what}, but its numbers are {looks}{like and f', as of {like}'}. Say what they "
+            "are with --distilled_space (and --distilled_mean, --distilled_std)"
+        )

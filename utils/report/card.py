@@ -1,0 +1,207 @@
+"""The README.md of a published distilled set: a dataset card of the Hugging Face hub that says how to use the set."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from utils.core.version import versions
+from utils.report.results import Results
+from utils.report.tables import markdown_table, mean_std
+
+PATH_FLAGS = ("data_path", "oe_data_path", "ood_path", "buffer_path", "save_path", "load_path", "resume", "method_file")
+SIZES = ((1000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"))
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the card says of a set.
+
+    `shape`: `(C, H, W)`; `counts`: images and outliers; `labels`: `hard` or `soft`; `mean`, `std`: per channel, or
+    `zca`: whitened instead; `learning_rate`: the stored one; `origin`: the content of the run's `args.json`, or empty;
+    `source`: the files that a set of another repository was read from, and what was assumed; `results`: by title, those
+    of stage 3.
+    """
+
+    dataset: str
+    method: str
+    num_classes: int
+    shape: tuple[int, int, int]
+    counts: tuple[int, int]
+    labels: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    zca: bool = False
+    learning_rate: float | None = None
+    license: str = "unknown"
+    strategy: str | None = None
+    origin: dict = field(default_factory=dict)
+    source: str = ""
+    results: dict[str, Results] = field(default_factory=dict)
+
+
+def card(f: CardFacts) -> str:
+    """The text of the card, in markdown with the hub's front matter."""
+    images, outliers = f.counts
+    title = f"{f.dataset} distilled by {f.method}: {images} images" + (f", {outliers} outliers" if outliers else "")
+    parts = [
+        _front_matter(f, title),
+        f"# {title}",
+        "![the images, a row for each class](preview.png)",
+        _what(f),
+        "## Load",
+        _load(f),
+        "## Train on it",
+        _train(f),
+        "## How it was made",
+        _origin(f),
+        "## Measured",
+        _measured(f.results),
+        "## What it is not for",
+        _limits(f),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(f: CardFacts, title: str) -> str:
+    size = next((name for most, name in SIZES if sum(f.counts) < most), "100K<n<1M")
+    tags = ["dataset-distillation", "dataset-condensation", f.dataset.lower(), f.method.lower()]
+    tags += ["out-of-distribution-detection", "outlier-exposure"] if f.counts[1] else []
+    lines = ["---", f"license: {f.license}", f"pretty_name: {title!r}", "task_categories:", "- image-classification"]
+    lines += ["tags:", *(f"- {tag}" for tag in tags), "size_categories:", f"- {size}", "---"]
+    return "\n".join(lines)
+
+
+def _what(f: CardFacts) -> str:
+    images, outliers = f.counts
+    shape = "×".join(map(str, f.shape))
+    text = (
+        f"{images} synthetic images of {shape} that stand for the training set of {f.dataset} ({f.num_classes} "
+        f"classes, {images // f.num_classes} of each), with {f.labels} labels."
+    )
+    if outliers:
+        text += (
+            f" {outliers} outliers come with them: networks learn to be uncertain on these (outlier exposure), so that "
+            "they detect unknown images better."
+        )
+    return (
+        f"{text}\n\nOnly `distilled.safetensors` is needed. The PNG files show the same images, clipped to the range "
+        "of pixels and rounded to 8 bits."
+    )
+
+
+def _load(f: CardFacts) -> str:
+    labels = "soft_labels" if f.labels == "soft" else "labels"
+    kind = "probabilities [N, classes]" if f.labels == "soft" else "int64 [N]"
+    lines = [
+        "import torch",
+        "from safetensors.torch import load_file",
+        "",
+        'distilled = load_file("distilled.safetensors")',
+        f'images, labels = distilled["images"], distilled["{labels}"]  # float32 [N, C, H, W], normalised; {kind}',
+    ]
+    if f.counts[1]:
+        lines.append('outliers = distilled["outliers"]  # normalised like the images')
+    if f.zca:
+        lines += [
+            'mean, matrix = distilled["zca_mean"], distilled["zca_matrix"]',
+            "normalise = lambda x: ((x.flatten(1) - mean) @ matrix).view_as(x)  # of pixels [N, C, H, W] from 0 to 1",
+        ]
+        why = "whitened (ZCA) like the images"
+    else:
+        lines += [
+            f"mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in ({_numbers(f.mean)}, {_numbers(f.std)}))",
+            "normalise = lambda x: (x - mean) / std  # of pixels [N, C, H, W] from 0 to 1",
+        ]
+        why = "normalised like the images"
+    block = "```python\n" + "\n".join(lines) + "\n```"
+    return (
+        f"`pip install torch safetensors`, and in this folder:\n\n{block}\n\nThe images are not pixels: networks "
+        f"trained on them must be tested on images that are {why}, with `normalise`."
+    )
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return "[" + ", ".join(repr(float(v)) for v in values) + "]"
+
+
+def _train(f: CardFacts) -> str:
+    script = "train_model_synthetic_oe.py" if f.counts[1] else "train_model_synthetic_no_oe.py"
+    flags = f.origin.get("flags") or {}
+    model = flags.get("model", "ConvNet")
+    strategy = f" --dsa_strategy {f.strategy}" if f.strategy else ""
+    zca = " --zca" if f.zca else ""
+    text = (
+        "With the code of TrustDD (this folder is `SET`):\n\n```\n"
+        f"python {script} --distilled SET --dataset {f.dataset} --model {model}{strategy}{zca}\n```"
+    )
+    hints = ["SGD with momentum 0.9 and weight decay 0.0005; the learning rate drops to a tenth after half the epochs."]
+    if f.learning_rate is not None:
+        hints.append(f"The learning rate {f.learning_rate:g} was distilled, too; that command uses it.")
+    if f.strategy:
+        hints.append("Without the augmentation, accuracy falls by many points.")
+    if f.counts[1]:
+        hints.append(
+            "The loss is the cross-entropy on the images plus `--lambda_oe` times the cross-entropy from the uniform "
+            "distribution to the predictions on the outliers."
+        )
+    return f"{text}\n\n{' '.join(hints)}"
+
+
+def _origin(f: CardFacts) -> str:
+    if f.source:
+        return f"Converted from the files of another repository. {f.source}"
+    about = f.origin
+    rows = [
+        ("command", f"`{_command(about)}`"),
+        ("commit of TrustDD", f"`{about.get('git_commit') or 'unknown'}`"),
+        ("seed", str((about.get("flags") or {}).get("seed", "unknown"))),
+        ("versions", ", ".join(f"{k} {v}" for k, v in (about.get("versions") or versions()).items())),
+        ("date", str(about.get("started", "unknown"))),
+    ]
+    return markdown_table(["", ""], [list(row) for row in rows])
+
+
+def _command(about: dict) -> str:
+    """The command, without the paths of the machine."""
+    try:
+        words = shlex.split(str(about.get("command", "")).partition(".py ")[2])
+    except ValueError:
+        words = []
+    paths = [f"--{name}" for name in PATH_FLAGS]
+    shown = [before[2:].upper() if before in paths else w for before, w in zip(["", *words], words, strict=False)]
+    return shlex.join(["python", str(about.get("script", "main.py")), *shown])
+
+
+def _measured(results: dict[str, Results]) -> str:
+    """Accuracy and detection of networks trained on the set, as stage 3 measured them."""
+    if not results:
+        return "Nothing yet. `test_ood_model_syn.py` measures networks that were trained on it."
+    scores = list(dict.fromkeys(score for r in results.values() for score in r.scores()))
+    columns = [
+        ("accuracy ↑", lambda r: [1 - e for e in r.of_networks("error")]),
+        ("ECE ↓", lambda r: r.of_networks("ece")),
+    ]
+    for score in scores:
+        columns += [
+            (f"mean AUROC ({score}) ↑", lambda r, s=score: r.per_network(None, s, "auroc")),
+            (f"mean FPR95 ({score}) ↓", lambda r, s=score: r.per_network(None, s, "fpr_in")),
+        ]
+    rows = [[title, *(mean_std(of(r)) for _, of in columns)] for title, r in results.items()]
+    sets = list(dict.fromkeys(name for r in results.values() for name in r.sets()))
+    networks = ", ".join(str(len(r.errors)) for r in results.values())
+    return (
+        markdown_table(["networks", *(name for name, _ in columns)], rows)
+        + f"\n\nPercent, mean ± standard deviation over {networks} networks; OOD sets: {', '.join(sets)}."
+    )
+
+
+def _limits(f: CardFacts) -> str:
+    return "\n".join(
+        [
+            f"- It does not replace {f.dataset} where decisions about people or safety depend on the network: networks "
+            "trained on it are far less accurate than on the whole set, and over-confident on anything unknown.",
+            "- It protects no privacy: distilled images can resemble the images that they were made from.",
+            "- It was made for one architecture; others train less well on it.",
+            "- Numbers measured with other normalisation, augmentation or test images do not compare with those above.",
+        ]
+    )

@@ -1,0 +1,1 @@
+"""What stage 2 trains on: distilled images, or the baselines beside them; and outliers, distilled or not."""

@@ -1,0 +1,46 @@
+"""Choosing a few of many points: herding and k-center, the usual coresets beside distilled sets."""
+
+import torch
+
+
+def herding(points: torch.Tensor, n: int) -> torch.Tensor:
+    """The `n` points whose running mean follows the mean of all most closely, chosen one after another.
+
+    Welling, *Herding Dynamical Weights to Learn*, ICML 2009, as iCaRL uses it (Rebuffi et al., CVPR 2017, algorithm 4).
+
+    Args:
+        points: `[N, D]`; n: at most N.
+    Returns:
+        Indices in the order of choice, int64 `[n]`, all different, on the CPU.
+    """
+    mean = points.mean(0)
+    total = torch.zeros_like(mean)
+    free = torch.ones(len(points), dtype=torch.bool, device=points.device)
+    chosen = []
+    for count in range(1, n + 1):
+        distance = ((total + points) / count - mean).square().sum(1)
+        best = int(distance.masked_fill(~free, torch.inf).argmin())
+        chosen.append(best)
+        free[best] = False
+        total = total + points[best]
+    return torch.tensor(chosen)
+
+
+def k_center(points: torch.Tensor, n: int) -> torch.Tensor:
+    """`n` points such that no other is far from all of them: each is the farthest from those chosen before.
+
+    The greedy 2-approximation of Gonzalez (1985), as Sener & Savarese use it (ICLR 2018, algorithm 1). The first is the
+    point nearest to the mean.
+
+    Args:
+        points: `[N, D]`; n: at most N.
+    Returns:
+        Indices in the order of choice, int64 `[n]`, all different, on the CPU.
+    """
+    nearest = torch.full((len(points),), torch.inf, device=points.device)
+    chosen = [int((points - points.mean(0)).square().sum(1).argmin())]
+    while len(chosen) < n:
+        nearest = torch.minimum(nearest, (points - points[chosen[-1]]).square().sum(1))
+        nearest[chosen[-1]] = -1.0  # for good: of equal points each is chosen once
+        chosen.append(int(nearest.argmax()))
+    return torch.tensor(chosen[:n])

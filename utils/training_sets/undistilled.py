@@ -1,0 +1,50 @@
+"""Outliers that were not distilled: the references by which distilled ones are judged."""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from utils.core.rng import generator
+from utils.data.datasets import RealData
+from utils.data.outliers import FreshOutliers, OutlierSource, PseudoOutliers, draw_repeated, initial_outliers
+from utils.data.synthetic import SyntheticSet
+from utils.training_sets.coresets import k_center
+from utils.training_sets.features import unit_features
+
+CANDIDATES = 10_000  # out of which k-center chooses
+
+
+def with_initial(
+    synthetic: SyntheticSet, source: OutlierSource, real: RealData, ipc: int, seed: int, exp: int
+) -> SyntheticSet:
+    """The set with the outliers that a distillation would start from, `ipc` of each class slot."""
+    return replace(synthetic, images_oe=initial_outliers(source, real.num_classes, ipc, seed, exp).cpu())
+
+
+def with_k_center(
+    synthetic: SyntheticSet, source: OutlierSource, real: RealData, ipc: int, seed: int, net: nn.Module
+) -> SyntheticSet:
+    """The set with `ipc·num_classes` outliers, chosen by k-center among 10,000 in the features of `net`."""
+    slots = range(real.num_classes)
+    each = max(ipc, CANDIDATES // real.num_classes)
+    drawn = [draw_repeated(source, slot, each, generator(seed, "candidates", slot)) for slot in slots]
+    candidates = torch.cat(drawn)
+    chosen = k_center(
+        unit_features(net, lambda i: candidates[i.to(candidates.device)], torch.arange(len(candidates))),
+        ipc * real.num_classes,
+    )
+    return replace(synthetic, images_oe=candidates[chosen.to(candidates.device)].cpu())
+
+
+def with_fresh(synthetic: SyntheticSet, source: OutlierSource, num_classes: int) -> SyntheticSet:
+    """The set with other outliers of `source` in every epoch, as many as it has images."""
+    per_slot = -(-len(synthetic.images) // num_classes)
+    return replace(synthetic, images_oe=None, fresh_oe=FreshOutliers(source, num_classes, per_slot))
+
+
+def corrupted(synthetic: SyntheticSet, real: RealData, corruptions: tuple[str, ...]) -> PseudoOutliers:
+    """A source of pseudo-outliers that corrupts the images of the set itself in place of real training images."""
+    images = real.denormalize(synthetic.images.to(real.device))
+    own = replace(real, images_train=images, labels_train=synthetic.hard_labels.to(real.device))
+    return PseudoOutliers(own, corruptions)
