@@ -241,6 +241,22 @@ def test_killed_training_ends_with_the_same_bits(processes, whole, tmp_path):
     assert "is finished" in processes.run(tmp_path, script, ["--resume", "latest", "--save_path", "two"])
 
 
+@pytest.mark.parametrize("chosen", ["--outliers corrupt", "--train_on herding --outliers kcenter"])
+def test_killed_training_on_other_sets_ends_with_the_same_bits(processes, whole, tmp_path, chosen):
+    """Outliers that are drawn in every epoch, and a set that is chosen anew but stored with the run."""
+    script, source = "train_model_synthetic_oe.py", [] if "train_on" in chosen else ["--load_path", whole / "one"]
+    flags = [*STAGE2[:-1], *source, *chosen.split(), "--save_path", "two"]
+    expected, killed = tmp_path / "expected", tmp_path / "killed"
+    for folder in (expected, killed):
+        folder.mkdir()
+    processes.run(expected, script, flags)
+    kill_and_resume(processes, killed, script, flags)
+    networks = [sorted((run_folder(f / "two")).glob("syn_trained_*.pt")) for f in (expected, killed)]
+    assert len(networks[0]) >= 2 * 2
+    assert [p.name for p in networks[0]] == [p.name for p in networks[1]]
+    assert all(same_tensors(load(a), load(b)) for a, b in zip(*networks, strict=True))
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_says_how_to_go_on(processes, whole, tmp_path, number, status):
     pid = processes.start(tmp_path, "main_poe.py", [*STAGE1, "--save_path", "one"])

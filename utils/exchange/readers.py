@@ -75,7 +75,7 @@ def read_distilled(
     statistics = assumed.statistics or raw.statistics or (real.mean, real.std)
     factor = assumed.factor or DEFAULT_FACTOR.get(files.format, 1)
     check_possible(space, statistics, real, where)
-    if files.format not in ("res", "published") or space != raw.space:  # else the file itself says so
+    if not (assumed.space or (raw.space and files.format in ("res", "published"))):  # neither user nor file say so
         check_guess(raw.images, space, real, where)
     images = to_training_space(decode(raw.images, factor), space, statistics, real)
     labels, kind = training_labels(raw.labels, assumed.soft_labels, assumed.temperature, real.num_classes, where)
@@ -106,7 +106,8 @@ def read_outliers(paths: Sequence[str], real: RealData, assumed: Assumptions, ex
         _check_images(images, real, where)
         space, statistics = assumed.space or "normalised", assumed.statistics or (real.mean, real.std)
         check_possible(space, statistics, real, where)
-        check_guess(images, space, real, where)
+        if not assumed.space:
+            check_guess(images, space, real, where)
         return to_training_space(images, space, statistics, real)
     synthetic, _ = read_distilled(paths, real, replace(assumed, soft_labels=None), exp_idx, flag)
     return synthetic.images if synthetic.images_oe is None else synthetic.images_oe

@@ -42,8 +42,9 @@ def draw_epoch(synthetic: SyntheticSet, batch: int, augmentation: DSA | DC | Non
     order = torch.randperm(len(synthetic.images), generator=g)
     count = synthetic.num_outliers
     order_oe = torch.randperm(count, generator=g) if count else None
-    while order_oe is not None and len(order_oe) < len(order):
-        order_oe = torch.cat([order_oe, torch.randperm(count, generator=g)])
+    if 0 < count < len(order):
+        more = [torch.randperm(count, generator=g) for _ in range(len(order) // count)]
+        order_oe = torch.cat([order_oe, *more])[: len(order)]
     batches = []
     for start in range(0, len(order), batch):
         index = order[start : start + batch]

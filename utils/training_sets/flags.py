@@ -139,7 +139,9 @@ def add_training_outliers(parser: Parser) -> None:
 def _complete_training_set(
     parser: Parser, args: argparse.Namespace, given: Mapping[str, Any]
 ) -> tuple[argparse.Namespace, Mapping[str, Any]]:
-    """Refuse flags that contradict each other or have no effect."""
+    """Refuse flags that contradict each other or have no effect; those of a resumed run were checked at its start."""
+    if args.resume:
+        return args, given
     if args.distilled:
         for name in ("folder", "load_path", "is_load_oe"):
             if given.get(name):
@@ -169,6 +171,8 @@ def _complete_outliers(
     parser: Parser, args: argparse.Namespace, given: Mapping[str, Any]
 ) -> tuple[argparse.Namespace, Mapping[str, Any]]:
     """Refuse two sources of outliers, and flags that have no effect."""
+    if args.resume:
+        return args, given
     kind = args.outliers
     if args.train_on != "distilled" and kind == "distilled":
         others = " ".join(name for name in OUTLIERS if name != kind)

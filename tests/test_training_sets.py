@@ -1,0 +1,475 @@
+"""What stage 2 trains on: baselines, soft labels, outliers that were not distilled, and publishing."""
+
+import itertools
+import json
+import math
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from sklearn.metrics import pairwise_distances
+from test_distributed import start
+
+from networks import get_network
+from utils.core.rng import generator
+from utils.data.corruptions import corrupt
+from utils.data.outliers import FreshOutliers, PseudoOutliers
+from utils.data.synthetic import load_synthetic, save_synthetic
+from utils.exchange.readers import Assumptions, read_distilled, read_safetensors
+from utils.training.draws import draw_epoch, with_fresh_outliers
+from utils.training.losses import joint_loss
+from utils.training.trainer import Trainer, TrainSettings
+from utils.training_sets.baselines import coreset, random_images
+from utils.training_sets.coresets import herding, k_center
+from utils.training_sets.undistilled import corrupted, with_fresh, with_k_center
+
+AUGMENT = ["--method", "DSA", "--dsa_strategy", "color_crop_cutout_scale_rotate"]
+COMMON = ["--dataset", "Digits", "--model", "ConvNetD1", *AUGMENT, "--compile", "off"]
+QUICK = [*COMMON, "--num_eval", 1, "--epoch_eval_train", 3]
+PLAIN, WITH_OE = "train_model_synthetic_no_oe.py", "train_model_synthetic_oe.py"
+
+
+@pytest.fixture
+def made(digits, tmp_path) -> Path:
+    """A distilled set of Digits, ipc 2, with outliers, as stage 1 writes it."""
+    images = random_images(digits, 2, 5, 0)
+    outliers = PseudoOutliers(digits)
+    images = replace(images, images_oe=torch.cat([outliers.draw(c, 2, generator(5, c)) for c in range(10)]))
+    folder = tmp_path / "made"
+    folder.mkdir()
+    path = folder / "res_DSA_Digits_ConvNetD1_2ipc.pt"
+    save_synthetic(path, [images], {}, digits, {"flags": {}})
+    return path
+
+
+def run_folder(root: Path) -> Path:
+    (path,) = {p.parent for p in root.rglob("args.json")}
+    return path
+
+
+def network(root: Path) -> dict:
+    (path,) = root.rglob("syn_trained_*_exp0_best.pt")
+    return torch.load(path, weights_only=True)
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --- coresets --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_herding_by_a_slow_loop(seed):
+    points = np.random.default_rng(seed).normal(size=(20, 3))
+    chosen: list[int] = []
+    for _ in range(6):
+        gaps = {i: np.linalg.norm(points.mean(0) - points[[*chosen, i]].mean(0)) for i in range(20) if i not in chosen}
+        chosen.append(min(gaps, key=gaps.get))
+    assert herding(torch.from_numpy(points), 6).tolist() == chosen
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_k_center_by_a_slow_loop_and_its_bound(seed):
+    points = np.random.default_rng(seed).normal(size=(14, 3))
+    distances = pairwise_distances(points)
+    chosen = [int(np.linalg.norm(points - points.mean(0), axis=1).argmin())]
+    for _ in range(3):
+        chosen.append(max(range(14), key=lambda i: min(distances[i][j] for j in chosen)))
+    assert k_center(torch.from_numpy(points), 4).tolist() == chosen
+
+    def radius(centres) -> float:
+        return distances[:, list(centres)].min(1).max()
+
+    best = min(map(radius, itertools.combinations(range(14), 4)))
+    assert best <= radius(chosen) <= 2 * best
+
+
+def test_equal_points_are_chosen_once_each():
+    assert sorted(k_center(torch.zeros(5, 2), 5).tolist()) == list(range(5))
+    assert sorted(herding(torch.zeros(5, 2), 5).tolist()) == list(range(5))
+
+
+def test_random_images_depend_on_the_seed_and_are_of_their_class(digits):
+    first, again, other = (random_images(digits, 3, seed, 0) for seed in (1, 1, 2))
+    assert torch.equal(first.images, again.images)
+    assert not torch.equal(first.images, other.images)
+    real = {
+        image.numpy().tobytes(): int(y)
+        for image, y in zip(digits.normalize(digits.images_train), digits.labels_train, strict=True)
+    }
+    assert [real[image.numpy().tobytes()] for image in first.images] == first.labels.tolist()
+
+
+@pytest.mark.parametrize("kind", ["herding", "kcenter"])
+def test_coresets_are_chosen_in_unit_features_of_each_class(digits, kind):
+    net = get_network("ConvNetD1", 1, 10, (8, 8), generator(0)).eval()
+    found = coreset(kind, digits, 4, net)
+    assert found.labels.tolist() == [c for c in range(10) for _ in range(4)]
+    for c in (0, 7):
+        images = digits.train_batch(digits.class_indices[c])
+        with torch.no_grad():
+            features = net.embed(images).flatten(1)
+        features = features / features.square().sum(1, keepdim=True).sqrt()
+        chosen = {"herding": herding, "kcenter": k_center}[kind](features, 4)
+        assert torch.equal(found.images[found.labels == c], images[chosen])
+
+
+def test_baselines_run_and_their_features_are_kept(in_process, tmp_path):
+    accuracy = {}
+    for kind in ("random", "herding", "kcenter", "whole"):
+        epochs = ["--epoch_eval_train", 30 if kind == "whole" else 60]
+        text = in_process(PLAIN, *COMMON, "--num_eval", 1, *epochs, "--ipc", 5, "--train_on", kind, "--save_path", kind)
+        accuracy[kind] = float(re.search(r"best ([\d.]+)", text.splitlines()[-1])[1])
+        assert "baseline: " in text
+    assert accuracy["whole"] > max(accuracy[k] for k in ("random", "herding", "kcenter")) > 60
+    (kept,) = (tmp_path / "herding" / "features").iterdir()
+    flags = ["--ipc", 5, "--train_on", "herding", "--features", kept]
+    in_process(PLAIN, *COMMON, "--num_eval", 1, "--epoch_eval_train", 60, *flags, "--save_path", "again")
+    assert same(network(tmp_path / "herding"), network(tmp_path / "again"))
+    in_process(
+        "test_ood_model_syn.py",
+        *COMMON[:6],
+        "--ipc",
+        5,
+        "--num_exp",
+        1,
+        "--is_load_best",
+        "--load_path",
+        "whole",
+        "--ood_sets",
+        "patches",
+    )
+
+
+# --- soft labels -----------------------------------------------------------------------------------------------------
+
+
+def test_gradient_of_soft_labels_by_its_formula():
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 4, dtype=torch.float64, generator=g).requires_grad_()
+    labels = torch.rand(5, 4, dtype=torch.float64, generator=g)
+    labels /= labels.sum(1, keepdim=True)
+    joint_loss(logits, labels, 0.5).backward()
+    with torch.no_grad():
+        odds = logits.exp()
+        expected = (odds / odds.sum(1, keepdim=True) - labels) / 5
+    assert torch.allclose(logits.grad, expected, atol=1e-12)
+
+
+def test_training_on_soft_labels_calibrates_as_they_say(digits):
+    """Labels that give their class half the probability make networks half confident."""
+    images = random_images(digits, 5, 1, 0)
+    soft = torch.full((50, 10), 0.5 / 9)
+    soft[torch.arange(50), images.labels] = 0.5
+    net = get_network("ConvNetD1", 1, 10, (8, 8), generator(0))
+    trainer = Trainer(net, TrainSettings(epochs=300))
+    trainer.train(replace(images, labels=soft), 0, ())
+    confidence = trainer.predict(images.images).softmax(1)[torch.arange(50), images.labels].mean().item()
+    assert confidence == pytest.approx(0.5, abs=0.05)
+
+
+# --- outliers --------------------------------------------------------------------------------------------------------
+
+
+def test_initial_outliers_are_those_that_distillation_starts_from(in_process, tmp_path):
+    flags = ["--ipc", 2, "--seed", 4]
+    loop = ["--init", "real", "--Iteration", 0, "--num_exp", 2, "--num_eval", 1, "--epoch_eval_train", 1]
+    in_process("main_poe.py", *COMMON, *flags, *loop, "--save_path", "one")
+    (path,) = (tmp_path / "one").rglob("res_*.pt")
+    training = [*QUICK, *flags, "--load_path", "one", "--exp_idx", 1]
+    in_process(WITH_OE, *training, "--outliers", "initial", "--save_path", "initial")
+    in_process(WITH_OE, *training, "--save_path", "distilled")
+    stored = load_synthetic(run_folder(tmp_path / "initial") / "trained_on.pt")
+    assert torch.equal(stored.images_oe, load_synthetic(path, 1).images_oe)
+    assert same(network(tmp_path / "initial"), network(tmp_path / "distilled"))
+
+
+def test_k_center_spreads_outliers(digits):
+    """The chosen ones are farther apart, in the features in which they are chosen, than random ones."""
+    net = get_network("ConvNetD1", 1, 10, (8, 8), generator(0)).eval()
+    empty = random_images(digits, 2, 1, 0)
+    source = PseudoOutliers(digits)
+    chosen = with_k_center(empty, source, digits, 2, 1, net).images_oe
+    random = torch.cat([source.draw(c, 2, generator(9, c)) for c in range(10)])
+
+    def least_distance(images: torch.Tensor) -> float:
+        with torch.no_grad():
+            features = torch.nn.functional.normalize(net.embed(images).flatten(1))
+        return float(np.sort(pairwise_distances(features.numpy()), 1)[:, 1].min())
+
+    assert len(chosen) == 20
+    assert least_distance(chosen) > 2 * least_distance(random)
+
+
+def test_corrupted_images_of_the_set_itself(digits):
+    """Slot c has corruption c mod 4 of distilled images; without noise they are found among these."""
+    images = random_images(digits, 4, 1, 0)
+    source = corrupted(images, digits, ("jigsaw", "invert"))
+    fresh = with_fresh(images, source, 10).fresh_oe
+    first, again, other = (fresh.make(generator(1, key)) for key in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    pixels = digits.denormalize(images.images)
+    for slot in range(10):
+        accepted = digits.normalize(corrupt(pixels, ("jigsaw", "invert")[slot % 2]))
+        for outlier in first[4 * slot : 4 * slot + 4]:
+            assert (accepted - outlier).abs().flatten(1).amax(1).min() < 1e-5
+
+
+def test_fresh_outliers_by_a_slow_loop(digits):
+    """Training with outliers made anew equals a loop that makes those of each epoch and trains on them."""
+    images = random_images(digits, 2, 1, 0)
+    fresh = with_fresh(images, PseudoOutliers(digits), 10)
+    settings = TrainSettings(epochs=7, batch=8)
+    nets = [get_network("ConvNetD1", 1, 10, (8, 8), generator(0)) for _ in range(2)]
+    Trainer(nets[0], settings).train(fresh, 3, ("a",))
+    slow = Trainer(nets[1], settings)
+    for epoch in range(7):
+        if epoch == 3:
+            slow.restart(0.001)
+        outliers = fresh.fresh_oe.make(generator(3, "a", "outliers", epoch))
+        slow.epoch(replace(images, images_oe=outliers), generator(3, "a", "epoch", epoch))
+    for a, b in zip(*(net.parameters() for net in nets), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_outliers_of_an_epoch_are_all_used(digits):
+    source = FreshOutliers(PseudoOutliers(digits), 10, 2)
+    images = replace(random_images(digits, 2, 1, 0), fresh_oe=source)
+    drawn = [draw_epoch(images, 8, None, generator(e)) for e in range(3)]
+    held, moved = with_fresh_outliers(images, drawn, [generator(1, "o", e) for e in range(3)])
+    assert len(held.images_oe) == 60
+    for epoch, batches in enumerate(moved):
+        used = torch.cat([b.index_oe for b in batches]).sort().values
+        assert used.tolist() == list(range(20 * epoch, 20 * epoch + 20))
+        assert torch.equal(held.images_oe[20 * epoch : 20 * epoch + 20], source.make(generator(1, "o", epoch)))
+
+
+def test_few_outliers_fill_every_batch(digits):
+    images = random_images(digits, 3, 1, 0)
+    some = replace(images, images_oe=images.images[:7])
+    batches = draw_epoch(some, 8, None, generator(0))
+    assert [len(b.index_oe) for b in batches] == [len(b.index) for b in batches] == [8, 8, 8, 6]
+    counts = torch.cat([b.index_oe for b in batches]).bincount(minlength=7)
+    assert counts.max() - counts.min() <= 1
+
+
+def test_every_kind_of_outliers_trains_and_resumes_finished(made, in_process, tmp_path):
+    nets = {}
+    for kind in ("distilled", "initial", "kcenter", "corrupt", "real", "none"):
+        text = in_process(WITH_OE, *QUICK, "--distilled", made, "--outliers", kind, "--save_path", kind)
+        nets[kind] = network(tmp_path / kind)
+        assert ("upper bound" in text) == (kind == "real")
+        assert "is finished" in in_process(WITH_OE, "--resume", "latest", "--save_path", kind)
+    in_process(PLAIN, *QUICK, "--distilled", made, "--save_path", "plain")
+    assert same(nets.pop("none"), network(tmp_path / "plain"))
+    assert not any(same(nets[a], nets[b]) for a, b in itertools.combinations(nets, 2))
+
+
+def test_outliers_of_a_pool(made, in_process, tmp_path):
+    pool = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+    np.save(tmp_path / "pool.npy", pool)
+    flags = ["--distilled", made, "--outliers", "initial", "--oe_data_path", "pool.npy"]
+    in_process(WITH_OE, *QUICK, *flags, "--save_path", "pool")
+    outliers = load_synthetic(run_folder(tmp_path / "pool") / "trained_on.pt").images_oe
+    stored = torch.load(run_folder(tmp_path / "pool") / "trained_on.pt", weights_only=True)["normalisation"]
+    mean, std = stored["mean"][0], stored["std"][0]
+    pixels = ((outliers * std + mean) * 255).round().byte().numpy()[:, 0]
+    assert {p.tobytes() for p in pixels} <= {p.tobytes() for p in pool}
+
+
+def test_two_processes_train_on_the_set_of_the_first(tmp_path):
+    flags = [*QUICK, "--num_eval", 2, "--ipc", 2, "--train_on", "herding", "--outliers", "kcenter"]
+    process = start(tmp_path, 2, WITH_OE, *flags)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, f"{out}\n{err}"
+    assert len(list(tmp_path.rglob("syn_trained_*_best.pt"))) == 2
+    assert len(list(tmp_path.rglob("trained_on.pt"))) == 1
+
+
+# --- one set, many formats -------------------------------------------------------------------------------------------
+
+
+def test_lossless_formats_train_the_same_networks(made, in_process, tmp_path, digits):
+    content = torch.load(made, weights_only=True)
+    images, labels = content["data"][0]
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    torch.save(images, bare / "images_best.pt")
+    torch.save(labels, bare / "labels_best.pt")
+    torch.save(content["data_oe"][0][0], tmp_path / "oe.pt")
+    np.savez(tmp_path / "kip.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=np.eye(10)[labels])
+    in_process("scripts.publish", made, "--out", "published")
+    ways = {
+        "res": [made],
+        "mtt": [bare, "--distilled_oe", "oe.pt"],
+        "kip": ["kip.npz", "--distilled_oe", "oe.pt"],
+        "published": ["published"],
+    }
+    for name, flags in ways.items():
+        in_process(WITH_OE, *QUICK, "--distilled", *flags, "--save_path", name)
+    folder = tmp_path / "result" / "DSA" / "Digits" / "ConvNetD1" / "2" / "run"
+    folder.mkdir(parents=True)
+    shutil.copy(made, folder)
+    in_process(WITH_OE, *QUICK, "--ipc", 2, "--folder", "run", "--save_path", "stage1")
+    expected = network(tmp_path / "stage1")
+    assert all(same(expected, network(tmp_path / name)) for name in ways)
+
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--distilled", "x.pt", "--folder", "y"], "--folder"),
+        (["--distilled", "x.pt", "--load_path", "y"], "--load_path"),
+        (["--distilled", "x.pt", "--train_on", "random", "--outliers", "none"], "--train_on random"),
+        (["--distilled_space", "unit"], "--distilled"),
+        (["--distilled", "x.pt", "--distilled_mean", "0.5"], "--distilled_std"),
+        (["--distilled", "x.pt", "--distilled_mean", "0.5", "--distilled_std", "0"], "above 0"),
+        (["--distilled", "x.pt", "--distilled_oe", "y.pt", "--outliers", "corrupt"], "--outliers corrupt"),
+        (["--outliers", "distilled", "--corruptions", "invert"], "--corruptions"),
+        (["--outliers", "corrupt", "--oe_data_path", "pool.npy"], "--oe_data_path"),
+        (["--outliers", "real", "--oe_data_path", "pool.npy", "--corruptions", "invert"], "one of them"),
+        (["--outliers", "real", "--num_oe_per_class", "5"], "--num_oe_per_class"),
+        (["--train_on", "random"], "--outliers distilled"),
+        (["--train_on", "herding", "--outliers", "none", "--folder", "x"], "--folder"),
+        (["--train_on", "random", "--outliers", "none", "--features", "x.pt"], "--features"),
+        (["--outliers", "nearest"], "distilled, initial, kcenter, corrupt, real, none"),
+        (["--distilled", "missing.pt"], "missing.pt"),
+    ],
+)
+def test_flags_that_contradict_each_other(refused, tmp_path, flags, told):
+    assert told in refused(WITH_OE, *QUICK, *flags)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sets_that_do_not_fit(made, refused, tmp_path, digits):
+    assert "--ipc 3" in refused(WITH_OE, *QUICK, "--ipc", 3, "--distilled", made)
+    content = torch.load(made, weights_only=True)
+    del content["data_oe"]
+    torch.save(content, tmp_path / "res_plain.pt")
+    message = refused(WITH_OE, *QUICK, "--distilled", tmp_path / "res_plain.pt")
+    assert "holds no outliers" in message
+    assert "--outliers" in message
+    torch.save({"w": torch.ones(2)}, tmp_path / "net.pt")
+    message = refused(PLAIN, *QUICK, "--ipc", 1, "--train_on", "kcenter", "--features", tmp_path / "net.pt")
+    assert "--features" in message
+    assert not list(tmp_path.rglob("args.json"))
+
+
+# --- publishing and the report ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def published(made, in_process, tmp_path) -> Path:
+    in_process("scripts.publish", made, "--out", "published", "--license", "mit", "--dsa_strategy", "crop_scale")
+    return tmp_path / "published"
+
+
+def test_published_set_is_read_back_to_the_bit(made, published, digits):
+    expected = load_synthetic(made)
+    found = read_distilled([str(published)], digits, Assumptions())[0]
+    for name in ("images", "labels", "images_oe"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+
+
+def test_published_pictures_are_the_images_in_8_bits(made, published, digits):
+    expected = load_synthetic(made)
+    for folder, images in (("images", expected.images), ("outliers", expected.images_oe)):
+        files = sorted((published / folder).rglob("*.png"))
+        found = np.stack([np.array(Image.open(f)) for f in files])
+        pixels = (images[:, 0] * digits.std[0] + digits.mean[0]).clamp(0, 1).numpy() * 255
+        assert np.abs(found - pixels).max() <= 1.0
+    assert Image.open(published / "preview.png").width > 8
+
+
+def test_the_cards_own_code_runs(made, published, tmp_path, monkeypatch, digits):
+    """In a folder that has nothing but the file that the card says is needed."""
+    text = (published / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(published / "distilled.safetensors", alone)
+    monkeypatch.chdir(alone)
+    names: dict = {}
+    exec(block, names)
+    expected = load_synthetic(made)
+    assert torch.equal(names["images"], expected.images)
+    assert torch.equal(names["labels"], expected.labels)
+    assert torch.equal(names["outliers"], expected.images_oe)
+    pixels = digits.images_test[:5]
+    assert torch.allclose(names["normalise"](pixels), digits.normalize(pixels), atol=1e-6)
+    for part in ("license: mit", "dataset-distillation", "n<1K", "What it is not for", "--dsa_strategy crop_scale"):
+        assert part in text
+    assert str(tmp_path) not in text
+
+
+def test_the_card_of_a_whitened_set(tmp_path, in_process, monkeypatch, digits):
+    white = digits.whitened()
+    images = random_images(white, 1, 1, 0)
+    save_synthetic(tmp_path / "res_x.pt", [replace(images, lr_net=0.03)], {}, white, {})
+    in_process("scripts.publish", "res_x.pt", "--out", "published")
+    text = (tmp_path / "published" / "README.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path / "published")
+    names: dict = {}
+    exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], names)
+    assert torch.allclose(
+        names["normalise"](digits.images_test[:5]), white.normalize(digits.images_test[:5]), atol=1e-5
+    )
+    assert "0.03 was distilled" in text
+    assert read_distilled([str(tmp_path / "published")], white, Assumptions())[0].lr_net == 0.03
+
+
+def test_a_set_of_another_repository_is_published(made, in_process, refused, tmp_path, digits):
+    images, labels = torch.load(made, weights_only=True)["data"][0]
+    torch.save(images, tmp_path / "images_best.pt")
+    torch.save(torch.nn.functional.one_hot(labels).float() * 0.9 + 0.01, tmp_path / "labels_best.pt")
+    in_process("scripts.publish", "images_best.pt", "--dataset", "Digits", "--method", "TESLA", "--out", "published")
+    text = (tmp_path / "published" / "README.md").read_text(encoding="utf-8")
+    assert "another repository" in text
+    assert "soft_labels" in text
+    tensors, _ = read_safetensors(tmp_path / "published" / "distilled.safetensors", "x")
+    assert torch.equal(tensors["soft_labels"].argmax(1), labels)
+    assert "exists" in refused("scripts.publish", "images_best.pt", "--dataset", "Digits", "--out", "published")
+
+
+def test_trust_report_of_one_line(made, tmp_path):
+    import subprocess
+    import sys
+
+    command = [sys.executable, ROOT / "scripts" / "trust_report.py", made, "--dataset", "Digits", "--model", "MLP"]
+    command += ["--num_eval", 1, "--epoch_eval_train", 2, "--baselines", "random", "--outliers", "distilled"]
+    command = [*map(str, [*command, "--ood_sets", "patches", "--out", "report"])]
+    first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True).stdout
+    page = (tmp_path / "report" / "compare.html").read_text(encoding="utf-8")
+    for column in ("distilled", "with distilled outliers", "random"):
+        assert column in page
+    assert first.count("$ python train_model") == 3
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True).stdout
+    assert "$ python train_model" not in again
+    other = subprocess.run([*command, "--seed", "2"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert other.returncode == 2
+    assert len(other.stderr.strip().splitlines()) == 1
+
+
+def test_results_of_the_card_are_those_of_stage_3(made, in_process, tmp_path):
+    in_process(WITH_OE, *QUICK, "--distilled", made, "--save_path", "two")
+    test = [*COMMON[:6], "--ipc", 2, "--num_exp", 1, "--is_load_best", "--load_path", "two", "--ood_sets", "patches"]
+    in_process("test_ood_model_syn.py", *test, "--save_path", "three")
+    in_process("scripts.publish", made, "--out", "published", "--results", run_folder(tmp_path / "three"))
+    results = json.loads((run_folder(tmp_path / "three") / "results.json").read_text())
+    text = (tmp_path / "published" / "README.md").read_text(encoding="utf-8")
+    accuracy = 100 * (1 - results["errors"][0]["error"])
+    auroc = 100 * results["rows"][0]["auroc"]
+    assert math.isfinite(accuracy)
+    assert f"{accuracy:.2f} ± 0.00" in text
+    assert f"{auroc:.2f} ± 0.00" in text
