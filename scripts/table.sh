@@ -2,11 +2,15 @@
 # Finished stages are skipped and interrupted ones resume, so a script can be started again at any time.
 #
 # A script sets DATASET, AUGMENT, OOD_SETS and defaults. The caller may set these, e.g. IPC="1 10" SEEDS="1 2" bash …:
-#   IPC SEEDS KINDS     lists: images per class, seeds, and kinds out of plain oe poe
+#   IPC SEEDS KINDS     lists: images per class, seeds, and kinds:
+#                       plain oe poe      distilled sets
+#                       oe-X poe-X        the images of oe, poe with outliers that are not distilled; X as --outliers:
+#                                         initial kcenter corrupt real none
+#                       B B-X             real images instead: B as --train_on: random herding kcenter whole
 #   METHOD              DC, DSA (default), DM or MTT
 #   EXPERTS MTT         for METHOD=MTT: flags of train_experts.py, and of stage 1, e.g. MTT="--syn_steps 50"
 #   MODEL ITERATIONS    the network, and the updates of the synthetic images (left out: 1000, or the method's default)
-#   NETWORKS EPOCHS     networks trained on each distilled set, and their epochs
+#   NETWORKS EPOCHS     networks trained on each set, and their epochs; WHOLE_EPOCHS those on the whole training set
 #   SCORE               scores of stage 3
 #   DATA OE_DATA OOD    --data_path, --oe_data_path, --ood_path
 #   STAGE1 STAGE2 STAGE3  further flags of a stage, e.g. STAGE1="--batch_real 64"
@@ -37,6 +41,7 @@ STAGE3=${STAGE3:-}
 DOWNLOAD=${DOWNLOAD:-}
 OUTLIERS=${OUTLIERS:-}
 POE=${POE:-}
+WHOLE_EPOCHS=${WHOLE_EPOCHS:-30}
 
 # stage DIR BEFORE COMMAND: start or resume a stage that writes into DIR; BEFORE is the folder of the stage that it reads,
 # or empty. DIR/done keeps all commands that led to DIR. If the settings now lead to other commands, the script stops, as
@@ -94,7 +99,6 @@ distil() {
         plain) ;;
         oe) script=main_oe.py more="--oe_data_path $OE_DATA --lambda_oe $LAMBDA $OUTLIERS" ;;
         poe) script=main_poe.py more="--lambda_oe $LAMBDA $OUTLIERS $POE" ;;
-        *) echo "KINDS: unknown kind '$1'. Accepted: plain oe poe" >&2; exit 2 ;;
     esac
     if [ "$METHOD" = MTT ]; then
         if [ ! -s "$4/done" ]; then experts "$1"; fi
@@ -103,11 +107,41 @@ distil() {
     stage "$4" "" $script $COMMON $AUGMENT --ipc "$2" --seed "$3" --init real --num_exp 1 ${ITERATIONS:+--Iteration $ITERATIONS} $more $STAGE1
 }
 
-# train KIND IPC SEED DISTILLED DIR
+# train KIND IPC SEED DISTILLED DIR; DISTILLED is the folder of the distilled set, or empty
 train() {
-    local script=train_model_synthetic_oe.py more="--lambda_oe $LAMBDA"
-    if [ "$1" = plain ]; then script=train_model_synthetic_no_oe.py more=""; fi
-    stage "$5" "$4" $script $COMMON $AUGMENT --ipc "$2" --seed "$3" --num_eval "$NETWORKS" --epoch_eval_train "$EPOCHS" --load_path "$4" $more $STAGE2
+    local kind=$1 before=$4 script=train_model_synthetic_oe.py more="--lambda_oe $LAMBDA" epochs=$EPOCHS
+    local base=${kind%%-*} outliers=${kind#*-}
+    if [ "$kind" = "$base" ]; then outliers=; fi
+    case $base in
+        random | herding | kcenter | whole)
+            more="$more --train_on $base --outliers ${outliers:-none}"
+            if [ "$base" = whole ]; then epochs=$WHOLE_EPOCHS; fi
+            ;;
+        *)
+            if [ -n "$outliers" ]; then more="$more --outliers $outliers"; fi
+            more="$more --load_path $before"
+            ;;
+    esac
+    if [ "$base" = oe ] && [[ " initial kcenter real " == *" $outliers "* ]]; then more="$more --oe_data_path $OE_DATA"; fi
+    if [ "$kind" = plain ]; then script=train_model_synthetic_no_oe.py more="--load_path $before"; fi
+    stage "$5" "$before" $script $COMMON $AUGMENT --ipc "$2" --seed "$3" --num_eval "$NETWORKS" --epoch_eval_train "$epochs" $more $STAGE2
+}
+
+# place KIND IPC: the folder of a kind; the whole training set does not depend on ipc
+place() {
+    case $1 in whole*) echo "$OUT/$1" ;; *) echo "$OUT/ipc$2/$1" ;; esac
+}
+
+# check_kinds: every kind is known before the first hours are spent
+check_kinds() {
+    local kind
+    for kind in $KINDS; do
+        if ! [[ $kind =~ ^(plain|oe|poe)$|^(oe|poe|random|herding|kcenter|whole)-(initial|kcenter|corrupt|real|none)$|^(random|herding|kcenter|whole)$ ]]; then
+            echo "KINDS: unknown kind '$kind'. Accepted: plain oe poe; oe-X poe-X; random herding kcenter whole, alone or with -X;" \
+                "X out of initial kcenter corrupt real none" >&2
+            exit 2
+        fi
+    done
 }
 
 # measure IPC SEED NETWORKS DIR
@@ -118,16 +152,21 @@ measure() {
 # The whole table: $OUT/ipc<n>/<kind>/seed<s>/{1-distilled,2-networks,3-ood}, and the comparison of the kinds for each ipc.
 table() {
     COMMON="--dataset $DATASET --data_path $DATA --model $MODEL --method $METHOD${DOWNLOAD:+ --download $DOWNLOAD}"
-    local ipc kind seed dir pool=""
-    if [[ " $KINDS " == *" oe "* ]]; then pool="--oe_data_path $OE_DATA"; fi
+    local ipc kind seed dir base distilled pool=""
+    check_kinds
+    if [[ " $KINDS " == *" oe"* ]]; then pool="--oe_data_path $OE_DATA"; fi
     "$PYTHON" scripts/check_inputs.py --dataset "$DATASET" --data_path "$DATA" --ood_path "$OOD" --ood_sets $OOD_SETS \
         $pool ${DOWNLOAD:+--download $DOWNLOAD}
     for ipc in $IPC; do
         for seed in $SEEDS; do
             for kind in $KINDS; do
-                dir=$OUT/ipc$ipc/$kind/seed$seed
-                distil "$kind" "$ipc" "$seed" "$dir/1-distilled"
-                train "$kind" "$ipc" "$seed" "$dir/1-distilled" "$dir/2-networks"
+                dir=$(place "$kind" "$ipc")/seed$seed
+                base=${kind%%-*} distilled=""
+                if [[ " plain oe poe " == *" $base "* ]]; then
+                    distilled=$OUT/ipc$ipc/$base/seed$seed/1-distilled
+                    distil "$base" "$ipc" "$seed" "$distilled"
+                fi
+                train "$kind" "$ipc" "$seed" "$distilled" "$dir/2-networks"
                 measure "$ipc" "$seed" "$dir/2-networks" "$dir/3-ood"
             done
         done
@@ -135,10 +174,12 @@ table() {
     done
 }
 
-# compare DIR NAMES: the folders of these names in DIR as columns
+# compare DIR NAMES: the folders of these names in DIR (or in OUT) as columns
 compare() {
     local dir=$1 name folders=()
     shift
-    for name in "$@"; do folders+=("$dir/$name"); done
+    for name in "$@"; do
+        if [ -d "$dir/$name" ]; then folders+=("$dir/$name"); else folders+=("$OUT/$name"); fi
+    done
     "$PYTHON" scripts/compare.py "${folders[@]}" --names "$@" --out "$dir/table" --html
 }
