@@ -149,11 +149,12 @@ measure() {
     stage "$4" "$3" test_ood_model_syn.py $COMMON --ipc "$1" --seed "$2" --num_exp "$NETWORKS" --is_load_best --ood_path "$OOD" --ood_sets $OOD_SETS --score $SCORE --load_path "$3" $STAGE3
 }
 
+check_kinds
+
 # The whole table: $OUT/ipc<n>/<kind>/seed<s>/{1-distilled,2-networks,3-ood}, and the comparison of the kinds for each ipc.
 table() {
     COMMON="--dataset $DATASET --data_path $DATA --model $MODEL --method $METHOD${DOWNLOAD:+ --download $DOWNLOAD}"
-    local ipc kind seed dir base distilled pool=""
-    check_kinds
+    local ipc kind seed dir base distilled size pool=""
     if [[ " $KINDS " == *" oe"* ]]; then pool="--oe_data_path $OE_DATA"; fi
     "$PYTHON" scripts/check_inputs.py --dataset "$DATASET" --data_path "$DATA" --ood_path "$OOD" --ood_sets $OOD_SETS \
         $pool ${DOWNLOAD:+--download $DOWNLOAD}
@@ -161,13 +162,14 @@ table() {
         for seed in $SEEDS; do
             for kind in $KINDS; do
                 dir=$(place "$kind" "$ipc")/seed$seed
-                base=${kind%%-*} distilled=""
+                base=${kind%%-*} distilled="" size=$ipc
+                if [ "$base" = whole ]; then size=1; fi # it stands in the names of folders alone
                 if [[ " plain oe poe " == *" $base "* ]]; then
                     distilled=$OUT/ipc$ipc/$base/seed$seed/1-distilled
                     distil "$base" "$ipc" "$seed" "$distilled"
                 fi
-                train "$kind" "$ipc" "$seed" "$distilled" "$dir/2-networks"
-                measure "$ipc" "$seed" "$dir/2-networks" "$dir/3-ood"
+                train "$kind" "$size" "$seed" "$distilled" "$dir/2-networks"
+                measure "$size" "$seed" "$dir/2-networks" "$dir/3-ood"
             done
         done
         compare "$OUT/ipc$ipc" $KINDS

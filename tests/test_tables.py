@@ -225,9 +225,41 @@ def test_all_missing_inputs_are_listed_together(tmp_path, capsys):
     check_inputs.main(args)
 
 
-def test_an_unknown_kind(table):
-    status, commands = table("cifar10.sh", KINDS="plane")
+@pytest.mark.parametrize("kind", ["plane", "plain-corrupt", "poe-distilled", "whole-", "whole-oe", "-real"])
+def test_an_unknown_kind(table, kind):
+    status, commands = table("cifar10.sh", KINDS=f"plain {kind}")
     assert (status, commands) == (2, [])
+    assert f"unknown kind '{kind}'" in table.err
+
+
+def test_rows_of_baselines_and_of_outliers_that_are_not_distilled(table):
+    kinds = "poe-corrupt oe-initial random random-real whole whole-corrupt"
+    settings = {"IPC": "1 2", "SEEDS": "4", "KINDS": kinds, "EPOCHS": "9", "WHOLE_EPOCHS": "3"}
+    status, commands = table("cifar10.sh", **settings)
+    assert status == 0
+    trained = {}
+    for words in commands:
+        if words[0] in ("train_model_synthetic_oe.py", "train_model_synthetic_no_oe.py"):
+            args = PARSERS[words[0]].get_args_parser().parse_args(words[1:])
+            trained.setdefault((args.train_on, args.outliers), []).append(args)
+    assert {key: len(of_key) for key, of_key in trained.items()} == {
+        ("distilled", "corrupt"): 2,
+        ("distilled", "initial"): 2,
+        ("random", "none"): 2,
+        ("random", "real"): 2,
+        ("whole", "none"): 1,  # it does not depend on ipc
+        ("whole", "corrupt"): 1,
+    }
+    assert [w[0] for w in commands].count("main_poe.py") == 2
+    (corrupt, _), (initial, _) = trained["distilled", "corrupt"], trained["distilled", "initial"]
+    assert corrupt.load_path.endswith("ipc1/poe/seed4/1-distilled")
+    assert initial.load_path.endswith("ipc1/oe/seed4/1-distilled")
+    assert initial.oe_data_path
+    assert corrupt.oe_data_path is None
+    assert trained["whole", "none"][0].epoch_eval_train == 3
+    assert trained["random", "none"][1].ipc == 2
+    columns = [words for words in commands if words[0] == "scripts/compare.py"]
+    assert [sum(word.endswith("out/whole") for word in words) for words in columns] == [1, 1]
 
 
 def test_fashion_mnist_as_outliers(tmp_path, monkeypatch):
