@@ -12,26 +12,28 @@ import os
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from utils.core.errors import UserError
+from utils.core.errors import UserError, one_line
 from utils.core.parser import Parser, count
 from utils.core.version import VERSION
 from utils.data.datasets import load_dataset
 from utils.data.synthetic import SyntheticSet, load_synthetic
 from utils.data.whitening import ZCA
+from utils.exchange.convert import Assumptions, read_distilled
 from utils.exchange.formats import SAFETENSORS, find_files
-from utils.exchange.readers import read_distilled
+from utils.exchange.readers import stored_space
 from utils.files.torch_files import read_pt
+from utils.methods import METHODS
 from utils.report.card import CardFacts, card
 from utils.report.plots import save_grid
 from utils.report.results import Results, load_results
-from utils.runs.lineage import args_or_nothing
+from utils.runs.lineage import args_or_nothing, distilled_set_of
 from utils.stages import arguments
 from utils.stages.entry import run_script
 from utils.training_sets.flags import add_foreign, assumptions
@@ -80,12 +82,13 @@ def main(args: argparse.Namespace) -> None:
     out = Path(args.out)
     if out.exists():
         raise UserError(f"--out: {out} exists; remove it or give another name")
-    published = _of_run(args.distilled, args.exp_idx) or _of_another(args)
+    assumed = assumptions(vars(args))
+    published = _of_run(args.distilled, assumed, args.exp_idx) or _of_another(args, assumed)
     flags = published.origin.get("flags") or {}
     s, images = published.synthetic, published.synthetic.images
     facts = CardFacts(
         dataset=published.dataset,
-        method=args.method or flags.get("method") or "an unnamed method",
+        method=args.method or flags.get("method") or "",
         num_classes=published.num_classes,
         shape=tuple(images.shape[1:]),
         counts=(len(images), s.num_outliers),
@@ -95,10 +98,10 @@ def main(args: argparse.Namespace) -> None:
         zca=published.zca is not None,
         learning_rate=s.lr_net,
         license=args.license,
-        strategy=args.dsa_strategy or flags.get("dsa_strategy"),
+        strategy=args.dsa_strategy or _strategy(flags),
         origin=published.origin,
         source=published.source,
-        results=_results(args.results),
+        results=_results(args.results, s),
     )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -114,36 +117,72 @@ def main(args: argparse.Namespace) -> None:
     print(f"{out}: {SAFETENSORS}, images, preview.png, README.md")
 
 
-def _results(folders: list[str]) -> dict[str, Results]:
-    """The results of stage-3 folders, by the network; folders of one network are numbered."""
+def _strategy(flags: dict) -> str | None:
+    """The augmentation of a run, if its method uses it."""
+    entry = METHODS.get(flags.get("method"))
+    return flags.get("dsa_strategy") if entry is None or entry.augmentation != "unused" else None
+
+
+def _results(folders: list[str], synthetic: SyntheticSet) -> dict[str, Results]:
+    """The results of stage-3 folders by network and outliers; folders of the same ones are numbered.
+
+    Raises:
+        UserError: for results of networks that were trained on another set.
+    """
     results: dict[str, Results] = {}
     for folder in map(Path, folders):
-        model = str((args_or_nothing(folder).get("flags") or {}).get("model", folder.name))
-        again = sum(name.split(" ")[0] == model for name in results)
-        results[f"{model} ({again + 1})" if again else model] = load_results(folder)
+        networks = args_or_nothing(folder).get("networks")
+        try:
+            path, exp_idx = distilled_set_of(Path(str(networks)))
+            trained_on = load_synthetic(path, exp_idx)
+        except UserError as error:
+            raise UserError(f"--results: {folder}: {error}; its set cannot be compared with this one") from None
+        if not torch.equal(trained_on.images, synthetic.images):
+            raise UserError(f"--results: the networks of {folder} were trained on another set, {path}")
+        flags = args_or_nothing(Path(str(networks))).get("flags") or {}
+        model, outliers = str(flags.get("model")), flags.get("outliers", "none")
+        title = model if outliers == "none" else f"{model}, {outliers} outliers"
+        same = sum(name.split(" (")[0] == title for name in results)
+        results[f"{title} ({same + 1})" if same else title] = load_results(folder)
     return results
 
 
-def _of_run(paths: list[str], exp_idx: int) -> Published | None:
-    """The set of a run of stage 1; None for any other, or one of the published code, which lacks the normalisation."""
-    files = find_files(paths, None, "PATH")
+def _of_run(paths: list[str], assumed: Assumptions, exp_idx: int) -> Published | None:
+    """The set of a run of stage 1; None for any other, or one of the published code, which lacks the normalisation.
+
+    Raises:
+        UserError: when the file is damaged, or flags say what the file itself says.
+    """
+    files = find_files(paths, assumed.format, "PATH")
     content = read_pt(files.images, "PATH") if files.format == "res" else {}
+    if files.format == "published":
+        raise UserError(f"PATH: {files.images} is published already; copy its folder")
     if "normalisation" not in content or "num_classes" not in content:
         return None
-    stored = content["normalisation"]
+    if replace(assumed, format=None) != Assumptions():
+        raise UserError(
+            f"PATH: {files.images} says itself what its images are; leave out --distilled_… and --soft_labels"
+        )
+    where = f"PATH: {files.images}"
     synthetic = load_synthetic(files.images, exp_idx, None, "PATH")
-    zca = ZCA(**stored["zca"]) if "zca" in stored else None
+    _, statistics, zca = stored_space(content["normalisation"], where)
+    classes = content["num_classes"]
+    known = synthetic.labels.shape[1] if synthetic.labels.is_floating_point() else len(synthetic.labels.unique())
+    channel = synthetic.images.shape[1]
+    fits = (zca and len(zca.mean) == synthetic.images[0].numel()) or (statistics and len(statistics[0]) == channel)
+    if not isinstance(classes, int) or classes != known or not fits:
+        raise UserError(f"{where} is damaged: its classes or its normalisation do not fit its images; write it again")
+    mean, std = statistics or ((0.0,) * channel, (1.0,) * channel)
     about = args_or_nothing(files.images.parent)
-    mean, std = tuple(stored["mean"]), tuple(stored["std"])
-    return Published(synthetic, mean, std, zca, str(content["dataset"]), int(content["num_classes"]), about)
+    return Published(synthetic, mean, std, zca, one_line(content.get("dataset"), 40), classes, about)
 
 
-def _of_another(args: argparse.Namespace) -> Published:
+def _of_another(args: argparse.Namespace, assumed: Assumptions) -> Published:
     """A set of another repository, as stage 2 would read it."""
     real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none", args.zca)
-    synthetic, lines = read_distilled(args.distilled, real, assumptions(vars(args)), args.exp_idx, "PATH")
-    source = f"Read as: {'; '.join(lines)}".replace(str(Path(args.distilled[0]).parent) + os.sep, "")
-    return Published(synthetic, real.mean, real.std, real.zca, real.name, real.num_classes, {}, source)
+    found = read_distilled(args.distilled, real, assumed, args.exp_idx, flag="PATH")
+    source = f"Read as: {'; '.join(found.lines)}".replace(str(Path(args.distilled[0]).parent) + os.sep, "")
+    return Published(found.synthetic, real.mean, real.std, real.zca, real.name, real.num_classes, {}, source)
 
 
 def write(folder: Path, published: Published, facts: CardFacts) -> None:
@@ -183,16 +222,21 @@ def _write_pictures(folder: Path, published: Published) -> None:
     for label in range(published.num_classes):
         of_class = folder / "images" / f"{label:04d}"
         of_class.mkdir(parents=True)
-        for number, image in enumerate(pixels[classes == label]):
+        for number, image in enumerate(_bytes(pixels[classes == label])):
             to_pil_image(image).save(of_class / f"{number:04d}.png")
-    rows = [pixels[classes == label][:SHOWN] for label in range(published.num_classes)]
+    rows = [pixels[classes == label][:SHOWN] for label in classes.unique()]
     width = min(map(len, rows))
     save_grid(folder / "preview.png", torch.cat([row[:width] for row in rows]), width)
     if s.images_oe is not None:
         (folder / "outliers").mkdir()
         outliers = published.to_pixels(s.images_oe)
-        for number, image in enumerate(outliers):
+        for number, image in enumerate(_bytes(outliers)):
             to_pil_image(image).save(folder / "outliers" / f"{number:04d}.png")
+
+
+def _bytes(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels in [0, 1] rounded to 8 bits."""
+    return (255 * pixels).round().to(torch.uint8)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
 #                       oe-X poe-X        the images of oe, poe with outliers that are not distilled; X as --outliers:
 #                                         initial kcenter corrupt real none
 #                       B B-X             real images instead: B as --train_on: random herding kcenter whole
+#                                         (whole: alone, or with corrupt or real)
 #   METHOD              DC, DSA (default), DM or MTT
 #   EXPERTS MTT         for METHOD=MTT: flags of train_experts.py, and of stage 1, e.g. MTT="--syn_steps 50"
 #   MODEL ITERATIONS    the network, and the updates of the synthetic images (left out: 1000, or the method's default)
@@ -109,21 +110,22 @@ distil() {
 
 # train KIND IPC SEED DISTILLED DIR; DISTILLED is the folder of the distilled set, or empty
 train() {
-    local kind=$1 before=$4 script=train_model_synthetic_oe.py more="--lambda_oe $LAMBDA" epochs=$EPOCHS
-    local base=${kind%%-*} outliers=${kind#*-}
-    if [ "$kind" = "$base" ]; then outliers=; fi
+    local kind=$1 before=$4 script=train_model_synthetic_oe.py more="" epochs=$EPOCHS
+    local base=${kind%%-*} outliers=""
+    if [ "$kind" != "$base" ]; then outliers=${kind#*-}; fi
     case $base in
-        random | herding | kcenter | whole)
-            more="$more --train_on $base --outliers ${outliers:-none}"
-            if [ "$base" = whole ]; then epochs=$WHOLE_EPOCHS; fi
-            ;;
-        *)
-            if [ -n "$outliers" ]; then more="$more --outliers $outliers"; fi
-            more="$more --load_path $before"
-            ;;
+        plain) outliers=none more="--load_path $before" ;;
+        oe | poe) more="--load_path $before" ;;
+        herding | kcenter) outliers=${outliers:-none} more="--train_on $base --features $OUT/features" ;;
+        *) outliers=${outliers:-none} more="--train_on $base" ;;
     esac
-    if [ "$base" = oe ] && [[ " initial kcenter real " == *" $outliers "* ]]; then more="$more --oe_data_path $OE_DATA"; fi
-    if [ "$kind" = plain ]; then script=train_model_synthetic_no_oe.py more="--load_path $before"; fi
+    if [ "$base" = whole ]; then epochs=$WHOLE_EPOCHS; fi
+    if [ "$outliers" = none ]; then
+        script=train_model_synthetic_no_oe.py
+    else
+        more="$more --lambda_oe $LAMBDA${outliers:+ --outliers $outliers}"
+        if [ "$base" = oe ] && [[ " initial kcenter real " == *" $outliers "* ]]; then more="$more --oe_data_path $OE_DATA"; fi
+    fi
     stage "$5" "$before" $script $COMMON $AUGMENT --ipc "$2" --seed "$3" --num_eval "$NETWORKS" --epoch_eval_train "$epochs" $more $STAGE2
 }
 
@@ -136,9 +138,9 @@ place() {
 check_kinds() {
     local kind
     for kind in $KINDS; do
-        if ! [[ $kind =~ ^(plain|oe|poe)$|^(oe|poe|random|herding|kcenter|whole)-(initial|kcenter|corrupt|real|none)$|^(random|herding|kcenter|whole)$ ]]; then
-            echo "KINDS: unknown kind '$kind'. Accepted: plain oe poe; oe-X poe-X; random herding kcenter whole, alone or with -X;" \
-                "X out of initial kcenter corrupt real none" >&2
+        if ! [[ $kind =~ ^(plain|oe|poe|random|herding|kcenter|whole)$|^(oe|poe|random|herding|kcenter)-(initial|kcenter|corrupt|real|none)$|^whole-(corrupt|real)$ ]]; then
+            echo "KINDS: unknown kind '$kind'. Accepted: plain; oe poe random herding kcenter, alone or with -X, X out of" \
+                "initial kcenter corrupt real none; whole whole-corrupt whole-real" >&2
             exit 2
         fi
     done

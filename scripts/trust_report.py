@@ -9,6 +9,8 @@ and the whole training set. The page OUT/compare.html puts them side by side. Th
 
 import argparse
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +18,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from utils.compute.device import PRECISIONS
 from utils.core.errors import UserError
 from utils.core.parser import Parser, count, number, one_of
 from utils.data.datasets import load_dataset
-from utils.exchange.readers import read_distilled
+from utils.exchange.convert import read_distilled
 from utils.files.atomic import save_text
+from utils.methods import METHODS
+from utils.ood.detectors import ALL_SCORES
 from utils.stages import arguments
 from utils.stages.entry import run_script
 from utils.training_sets.flags import add_foreign, assumptions
@@ -37,7 +42,9 @@ def get_args_parser() -> Parser:
         "distilled", nargs="+", metavar="PATH", help="a distilled set of any repository, as --distilled"
     )
     parser.add_argument("--out", required=True, help="folder of the report; the same one again resumes it")
-    parser.add_argument("--method", default=None, help="left out: DSA with --dsa_strategy, else DC, for folders only")
+    parser.add_argument(
+        "--method", default=None, type=one_of("method", METHODS), help="left out: DSA with --dsa_strategy, else DC"
+    )
     parser.add_argument("--dsa_strategy", default=None, help="augmentation of training; give the one of the set")
     parser.add_argument("--exp_idx", type=count(0), default=0, help="which experiment of a res_….pt")
     parser.add_argument(
@@ -56,8 +63,10 @@ def get_args_parser() -> Parser:
     parser.add_argument("--lambda_oe", type=number(0), default=0.5, help="weight of the outlier loss")
     parser.add_argument("--ood_path", default="data/ood", help="folder of OOD sets")
     parser.add_argument("--ood_sets", nargs="+", default=None, help="OOD sets; left out: those of the paper")
-    parser.add_argument("--score", nargs="+", default=["msp", "mls"], help="scores of stage 3")
-    parser.add_argument("--precision", default="tf32", help="as in stage 2")
+    parser.add_argument(
+        "--score", nargs="+", type=one_of("score", ALL_SCORES), default=["msp", "mls"], help="scores of stage 3"
+    )
+    parser.add_argument("--precision", default="tf32", type=one_of("precision", PRECISIONS), help="as in stage 2")
     arguments.add_network(parser.add_argument_group("network"))
     arguments.add_data(parser.add_argument_group("data"))
     add_foreign(parser.add_argument_group("sets of other repositories"))
@@ -67,16 +76,18 @@ def get_args_parser() -> Parser:
 def main(args: argparse.Namespace) -> None:
     """Read the set, train and test each column, and compare them."""
     real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none", args.zca)
-    synthetic, lines = read_distilled(args.distilled, real, assumptions(vars(args)), args.exp_idx, "PATH")
-    for line in lines:
+    found = read_distilled(args.distilled, real, assumptions(vars(args)), args.exp_idx, flag="PATH")
+    for line in found.lines:
         print(line)
-    ipc = max(1, len(synthetic.images) // real.num_classes)
+    ipc = max(1, found.stored // real.num_classes)  # small images inside one count once: they share its memory
+    decoded = max(1, len(found.synthetic.images) // real.num_classes)
     out = Path(args.out)
-    columns = _columns(args, ipc, synthetic.images_oe is not None)
+    columns = _columns(args, ipc, found.synthetic.images_oe is not None)
     for name, train in columns.items():
         folder = out / name.replace(" ", "-")
         stage(folder / "networks", train)
-        stage(folder / "measures", [*_test(args, ipc), "--load_path", str(folder / "networks")])
+        test = _test(args, ipc if "--train_on" in train else decoded)
+        stage(folder / "measures", [*test, "--load_path", str(folder / "networks")])
     folders = [str(out / name.replace(" ", "-") / "measures") for name in columns]
     _run(["scripts/compare.py", *folders, "--names", *columns, "--out", str(out), "--html"])
 
@@ -97,7 +108,8 @@ def _columns(args: argparse.Namespace, ipc: int, has_outliers: bool) -> dict[str
             columns[f"with {kind} outliers"] = [with_oe, *common, *epochs, *weight, *given, "--outliers", kind]
     for kind in args.baselines:
         own = whole if kind == "whole" else epochs
-        columns[kind] = [plain, *common, *own, "--ipc", str(ipc), "--train_on", kind]
+        features = ["--features", str(Path(args.out) / "features")] if kind in ("herding", "kcenter") else []
+        columns[kind] = [plain, *common, *own, "--ipc", str(ipc), "--train_on", kind, *features]
     return columns
 
 
@@ -116,9 +128,10 @@ def _foreign(args: argparse.Namespace) -> list[str]:
     for name in ("format", "space", "mean", "std", "factor"):
         value = getattr(args, f"distilled_{name}")
         if value is not None:
-            flags += [f"--distilled_{name}", *map(str, value if isinstance(value, list) else [value])]
+            values = value if isinstance(value, list) else [value]
+            flags += [f"--distilled_{name}", *(f"{v:f}" if isinstance(v, float) else str(v) for v in values)]
     flags += ["--soft_labels", args.soft_labels] if args.soft_labels else []
-    return [*flags, "--label_temperature", str(args.label_temperature)]
+    return [*flags, *(["--label_temperature", str(args.label_temperature)] if args.label_temperature else [])]
 
 
 def _test(args: argparse.Namespace, ipc: int) -> list[str]:
@@ -140,18 +153,23 @@ def stage(folder: Path, command: list[str]) -> None:
             raise UserError(f"--out: {folder} was made with other flags; give another --out, or remove it")
         return
     command = [*command, "--save_path", str(folder)]
-    if command[0] != "test_ood_model_syn.py" and any(folder.rglob("args.json")):
+    if command[0] == "test_ood_model_syn.py":
+        shutil.rmtree(folder, ignore_errors=True)  # it is quick, and does not resume
+    elif any(folder.rglob("args.json")):
         command += ["--resume", "latest"]
     _run(command)
     save_text(done, text)
 
 
 def _run(command: list[str]) -> None:
-    """Run a script of the project; end with its exit status if it fails."""
+    """Run a script of the project; end with its exit status if it fails. A signal to this process goes to it, too."""
     print(f"$ python {shlex.join(command)}", flush=True)
-    status = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], check=False).returncode
+    process = subprocess.Popen([sys.executable, str(ROOT / command[0]), *command[1:]])
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda which, _: process.send_signal(which))
+    status = process.wait()
     if status:
-        sys.exit(status)
+        sys.exit(status if status > 0 else 128 - status)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from utils.core.errors import UserError
 from utils.data.datasets import SPECS, RealData
 from utils.data.synthetic import SyntheticSet, load_synthetic, save_synthetic
 from utils.exchange import formats
+from utils.exchange.convert import Assumptions, read_distilled
 from utils.exchange.labels import training_labels
-from utils.exchange.readers import Assumptions, read_distilled, read_outliers
 from utils.exchange.spaces import check_guess, decode
 
 K, IPC = 3, 2
@@ -44,7 +44,7 @@ def save_all(folder, **tensors) -> None:
 
 
 def read(real, *paths, exp_idx=0, **assumed) -> SyntheticSet:
-    return read_distilled([str(p) for p in paths], real, Assumptions(**assumed), exp_idx)[0]
+    return read_distilled([str(p) for p in paths], real, Assumptions(**assumed), exp_idx).synthetic
 
 
 def refusal(real, *paths, **assumed) -> str:
@@ -112,9 +112,11 @@ def test_mtt_normalises_cifar100_as_cifar10(tmp_path):
     ten = SPECS["CIFAR10"]
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (ten.mean, ten.std))
     save_all(tmp_path, images_best=(images / 255 - mean) / std, labels_best=labels)
-    synthetic, lines = read_distilled([str(tmp_path)], cifar100, Assumptions())
-    assert torch.allclose(synthetic.images, cifar100.normalize(images / 255), atol=1e-5)
-    assert "(CIFAR10)" in lines[0]
+    torch.save((images / 255 - mean) / std, tmp_path / "oe.pt")
+    found = read_distilled([str(tmp_path)], cifar100, Assumptions(), outliers=[str(tmp_path / "oe.pt")])
+    for tensor in (found.synthetic.images, found.synthetic.images_oe):
+        assert torch.allclose(tensor, cifar100.normalize(images / 255), atol=1e-5)
+    assert all("(CIFAR10)" in line for line in found.lines)
 
 
 def test_mtt_with_zca(real, pixels, tmp_path):
@@ -144,9 +146,9 @@ def test_tesla_labels_are_probabilities(real, pixels, tmp_path):
     soft = torch.rand(N, K, generator=torch.Generator().manual_seed(0))
     soft /= soft.sum(1, keepdim=True)
     save_all(tmp_path, images_best=real.normalize(pixels), labels_best=soft)
-    synthetic, lines = read_distilled([str(tmp_path)], real, Assumptions())
-    assert torch.equal(synthetic.labels, soft)
-    assert "probabilities" in lines[0]
+    found = read_distilled([str(tmp_path)], real, Assumptions())
+    assert torch.equal(found.synthetic.labels, soft)
+    assert "probabilities" in found.lines[0]
 
 
 @pytest.mark.parametrize("factor", [1, 2, 3])
@@ -224,10 +226,14 @@ def test_kip(real, pixels, tmp_path):
 
 def test_outliers_in_files_of_their_own(real, pixels, tmp_path):
     torch.save(real.normalize(1 - pixels), tmp_path / "oe.pt")
-    assert torch.equal(read_outliers([str(tmp_path / "oe.pt")], real, Assumptions()), real.normalize(1 - pixels))
     made = SyntheticSet(real.normalize(pixels), LABELS, real.normalize(1 - pixels))
     save_synthetic(tmp_path / "res_x.pt", [made], {}, real, {})
-    assert torch.equal(read_outliers([str(tmp_path / "res_x.pt")], real, Assumptions()), made.images_oe)
+    save_all(tmp_path, images_best=real.normalize(pixels), labels_best=LABELS)
+    images = [str(tmp_path / "images_best.pt")]
+    for place in ("oe.pt", "res_x.pt"):
+        found = read_distilled(images, real, Assumptions(), outliers=[str(tmp_path / place)])
+        assert torch.equal(found.synthetic.images_oe, made.images_oe)
+        assert place in found.lines[1]
 
 
 def test_soft_labels_survive_a_file(real, pixels, tmp_path):
@@ -237,12 +243,12 @@ def test_soft_labels_survive_a_file(real, pixels, tmp_path):
     assert torch.equal(read(real, tmp_path).labels, soft)
 
 
-# --- what is assumed, and what contradicts it -----------------------------------------------------------------------
+# --- what is assumed, and what contradicts it ------------------------------------------------------------------------
 
 
 def test_the_line_says_what_was_assumed(real, pixels, tmp_path):
     torch.save([pixels, LABELS], tmp_path / "data.pt")
-    line = read_distilled([str(tmp_path)], real, Assumptions())[1][0]
+    line = read_distilled([str(tmp_path)], real, Assumptions()).lines[0]
     for part in ("format idc", "24 images", "3 classes", "labels hard", "0 to 1", "factor 2", "not stored"):
         assert part in line
 
@@ -295,16 +301,17 @@ def cifar_like() -> RealData:
         (torch.rand(N, K) * 0.1, None, "--soft_labels"),
         (torch.rand(N, K) * 2 + 1, "probabilities", "no probabilities"),
         (torch.full((N, K), torch.nan), None, "NaN"),
-        (LABELS, "logits", "leave the flag out"),
+        (LABELS, "logits", "no soft labels"),
+        (torch.eye(K)[LABELS] - 1 / K, None, "--soft_labels"),  # as KIP has them
     ],
 )
 def test_labels_that_are_refused(labels, kind, told):
     with pytest.raises(UserError) as error:
-        training_labels(labels, kind, 1.0, K, "--distilled: x")
+        training_labels(labels, kind, None, None, K, "--distilled: x")
     assert told in str(error.value)
 
 
-# --- hostile and wrong files ------------------------------------------------------------------------------------------
+# --- hostile and wrong files -----------------------------------------------------------------------------------------
 
 
 class _Payload:
@@ -349,8 +356,8 @@ def test_truncated(real, pixels, tmp_path, name, keep):
         (lambda x: x[..., :8], "3x16x8"),
         (lambda x: x[:-1], "must be as many"),
         (lambda x: x * torch.nan, "NaN"),
-        (lambda x: x.flatten(1), "images"),
-        (lambda x: x.to(torch.complex64), "images"),
+        (lambda x: x.flatten(1), "no known format"),
+        (lambda x: x.to(torch.complex64), "torch.complex64"),
     ],
 )
 def test_wrong_images(real, pixels, tmp_path, change, told):
@@ -411,3 +418,110 @@ def test_an_npz_that_claims_more_than_it_has(real, tmp_path):
 def test_learning_rates_that_are_refused(real, pixels, tmp_path, lr):
     save_all(tmp_path, images_best=real.normalize(pixels), labels_best=LABELS, lr_best=torch.tensor(lr))
     assert "lr_best.pt" in refusal(real, tmp_path, space="normalised")
+
+
+# --- what a review found ---------------------------------------------------------------------------------------------
+
+
+def test_numbered_folders_are_in_the_order_of_their_numbers(tmp_path):
+    """Of 0 … 11 the names would sort as 0, 1, 10, 11, 2, …."""
+    images = torch.arange(12, dtype=torch.uint8).view(12, 1, 1, 1).expand(12, 3, 4, 4).contiguous() * 20
+    labels = torch.arange(12)
+    real = RealData("twelve", 12, (0.5,) * 3, (0.5,) * 3, images, labels, images, labels)
+    for c in range(12):
+        (tmp_path / str(c)).mkdir()
+        Image.fromarray(images[c].permute(1, 2, 0).numpy()).save(tmp_path / str(c) / "a.png")
+    found = read_distilled([str(tmp_path)], real, Assumptions())
+    assert torch.allclose(found.synthetic.images, real.normalize(images / 255), atol=1e-6)
+    assert "0, 1, … 11" in found.lines[1]
+
+
+def test_folders_beside_other_files(real, tmp_path):
+    for name in (".a", ".b", "LICENSE"):
+        (tmp_path / name).write_text("x")
+    for c in range(K):
+        (tmp_path / f"n{c}").mkdir()
+        Image.new("RGB", (16, 16)).save(tmp_path / f"n{c}" / "a.png")
+    assert len(read(real, tmp_path).images) == K
+
+
+def test_sets_of_other_data_are_refused(real, pixels, tmp_path):
+    from dataclasses import replace
+
+    made = SyntheticSet(real.normalize(pixels), LABELS)
+    save_synthetic(tmp_path / "res_x.pt", [made], {}, replace(real, name="other"), {})
+    assert "distilled from other" in refusal(real, tmp_path)
+
+
+def test_other_whitening_is_undone(real, pixels, tmp_path):
+    """A set that was whitened by another map is brought to the whitening of the data."""
+    from dataclasses import replace
+
+    from utils.data.whitening import ZCA
+
+    white = real.whitened()
+    matrix = white.zca.matrix * 2
+    other = replace(white, zca=ZCA(white.zca.mean + 0.1, matrix, torch.linalg.inv(matrix)))
+    save_synthetic(tmp_path / "res_x.pt", [SyntheticSet(other.normalize(pixels), LABELS)], {}, other, {})
+    assert torch.allclose(read(white, tmp_path).images, white.normalize(pixels), atol=1e-4)
+
+
+def test_whitening_is_seen_at_another_iteration(real, pixels, tmp_path):
+    """MTT writes the un-whitened images only for some iterations."""
+    white = real.whitened()
+    save_all(tmp_path, images_best=white.normalize(pixels), labels_best=LABELS, images_zca_5000=pixels)
+    assert "--zca" in refusal(real, tmp_path / "images_best.pt")
+    torch.save(pixels * 1.6 - 0.3, tmp_path / "images_zca_best.pt")  # distilled pixels leave their range
+    assert torch.allclose(
+        read(real, tmp_path / "images_zca_best.pt").images, real.normalize(pixels * 1.6 - 0.3), atol=1e-5
+    )
+
+
+def test_soft_labels_whose_argmax_lacks_a_class(real, pixels, tmp_path):
+    soft = torch.tensor([[0.6, 0.3, 0.1]] * N)
+    save_synthetic(tmp_path / "res_x.pt", [SyntheticSet(real.normalize(pixels), soft)], {}, real, {})
+    assert torch.equal(load_synthetic(tmp_path / "res_x.pt", 0, real).labels, soft)
+
+
+def test_experiments_are_of_res_files_alone(real, pixels, tmp_path):
+    save_all(tmp_path, images_best=real.normalize(pixels), labels_best=LABELS)
+    with pytest.raises(UserError, match="--exp_idx 7"):
+        read(real, tmp_path, exp_idx=7)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "about"),
+    [
+        ({"outliers": torch.zeros(2, 3, 8, 8)}, {}),
+        ({"outliers": torch.zeros(0, 3, 16, 16)}, {}),
+        ({"outliers": torch.full((2, 3, 16, 16), torch.nan)}, {}),
+        ({"labels": torch.zeros(0, dtype=torch.int64)}, {}),
+        ({}, {"normalisation": [1, 2]}),
+        ({}, {"normalisation": {"mean": ["a"], "std": [1.0]}}),
+        ({}, {"normalisation": {"mean": [0.5], "std": [0.0]}}),
+        ({}, {"dataset": "SVHN"}),
+        ({"zca_matrix": torch.zeros(1)}, {}),
+        ({"lr_net": torch.tensor(float("nan"))}, {}),
+        ({"soft_labels": torch.ones(N, K)}, {}),
+    ],
+)
+def test_published_files_that_are_refused(real, pixels, tmp_path, tensors, about):
+    import json
+
+    from safetensors.torch import save_file
+
+    good = {"normalisation": {"mean": list(real.mean), "std": list(real.std)}, "dataset": "tiny"}
+    content = {"images": real.normalize(pixels), "labels": LABELS} | tensors
+    save_file(content, tmp_path / "distilled.safetensors", {"trustdd": json.dumps(good | about)})
+    refusal(real, tmp_path)
+
+
+def test_odd_kinds_of_numbers(real, tmp_path):
+    for array in (np.zeros((N, 16, 16, 3), ">f4"), np.zeros((N, 16, 16, 3), np.longdouble)):
+        np.savez(tmp_path / "kip.npz", images=array, labels=np.eye(K)[LABELS])
+        assert "ordinary numbers" in refusal(real, tmp_path)
+
+
+def test_a_factor_that_images_cannot_hold(real, pixels, tmp_path):
+    torch.save([pixels, LABELS], tmp_path / "data.pt")
+    assert "--distilled_factor 9" in refusal(real, tmp_path, factor=9)

@@ -1,5 +1,6 @@
 """The scripts of the tables, with a stand-in for Python that notes what it is asked to do."""
 
+import json
 import os
 import shlex
 import shutil
@@ -225,7 +226,7 @@ def test_all_missing_inputs_are_listed_together(tmp_path, capsys):
     check_inputs.main(args)
 
 
-@pytest.mark.parametrize("kind", ["plane", "plain-corrupt", "poe-distilled", "whole-", "whole-oe", "-real"])
+@pytest.mark.parametrize("kind", ["plane", "plain-corrupt", "poe-distilled", "whole-", "whole-initial", "-real"])
 def test_an_unknown_kind(table, kind):
     status, commands = table("cifar10.sh", KINDS=f"plain {kind}")
     assert (status, commands) == (2, [])
@@ -241,7 +242,7 @@ def test_rows_of_baselines_and_of_outliers_that_are_not_distilled(table):
     for words in commands:
         if words[0] in ("train_model_synthetic_oe.py", "train_model_synthetic_no_oe.py"):
             args = PARSERS[words[0]].get_args_parser().parse_args(words[1:])
-            trained.setdefault((args.train_on, args.outliers), []).append(args)
+            trained.setdefault((args.train_on, getattr(args, "outliers", "none")), []).append(args)
     assert {key: len(of_key) for key, of_key in trained.items()} == {
         ("distilled", "corrupt"): 2,
         ("distilled", "initial"): 2,
@@ -275,3 +276,61 @@ def test_fashion_mnist_as_outliers(tmp_path, monkeypatch):
     fashion_outliers.main(fashion_outliers.get_args_parser().parse_args(list(map(str, flags))))
     for name, part in (("a/oe.npz", "train"), ("b/ood.npz", "test")):
         assert np.array_equal(np.load(tmp_path / name)["images"], images[part])
+
+
+GPU_STAND_IN = """#!/usr/bin/env bash
+if [ "$1" = -c ]; then case "$2" in *get_device_name*) echo Stand-in; exit ;; *) exec "$REAL" "$@" ;; esac; fi
+printf '%q ' "$@" >> "$NOTES"; echo >> "$NOTES"
+for word in "$@"; do
+    if [ "$before" = --save_path ]; then mkdir -p "$word/run" && touch "$word/run/args.json"; fi
+    before=$word
+done
+if [ -n "$SLOW" ]; then exec sleep "$SLOW"; fi
+exit "${STATUS:-0}"
+"""
+
+
+@pytest.fixture
+def gpu_check(tmp_path):
+    """Run parts of gpu_check.sh with a stand-in for Python; returns the status, the commands, and the last's steps."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text(GPU_STAND_IN)
+    stand_in.chmod(0o755)
+    notes = tmp_path / "notes"
+
+    def run(*parts, **variables):
+        notes.write_text("")
+        places = {"OUT": str(tmp_path / "out"), "WORK": str(tmp_path / "work"), "DATA": "place"}
+        env = os.environ | {"PYTHON": str(stand_in), "NOTES": str(notes), "REAL": sys.executable, "SLOW": ""}
+        command = ["bash", str(ROOT / "scripts" / "gpu_check.sh"), *parts]
+        done = subprocess.run(command, env=env | places | variables, capture_output=True, text=True, timeout=120)
+        found = sorted((tmp_path / "out").glob(f"gpu_check-Stand-in-{parts[-1]}.json"))
+        steps = json.loads(found[0].read_text())["steps"] if found else []
+        return done.returncode, [shlex.split(line) for line in notes.read_text().splitlines()], steps
+
+    return run
+
+
+def test_every_part_of_the_gpu_check_gives_flags_that_the_scripts_take(gpu_check):
+    status, commands, steps = gpu_check("distil", "dm", "dsa", "expert", "mtt")
+    assert status == 0
+    assert len(commands) == 4 + 3 + 3 + 1 + 4
+    for words in commands:
+        args = PARSERS[words[0]].get_args_parser().parse_args(words[1:])
+        assert args.device == "cuda"
+        assert args.data_path == ("data" if args.dataset == "Digits" else "place")
+    assert [step["result"] for step in steps] == ["passed"] * 4
+    assert gpu_check("dsa")[1] == []  # it is done
+
+
+def test_a_part_of_the_gpu_check_is_interrupted_and_resumed(gpu_check):
+    status, commands, steps = gpu_check("dsa", SLOW="20", LIMIT="1")
+    assert (status, len(commands), steps[0]["result"]) == (0, 1, "interrupted")
+    status, commands, steps = gpu_check("dsa")
+    assert commands[0][-4:-2] == ["--resume", "latest"]
+    assert [words[0] for words in commands] == [
+        "main_poe.py", "train_model_synthetic_oe.py", "test_ood_model_syn.py",
+    ]  # fmt: skip
+    status, commands, steps = gpu_check("dm", STATUS="3")
+    assert (status, len(commands), steps[0]["result"]) == (1, 1, "failed")
+    assert gpu_check("nothing")[0] == 2

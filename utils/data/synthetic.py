@@ -235,10 +235,10 @@ def load_synthetic(
         images_oe, _ = _pair(content["data_oe"], exp_idx, path)
         if images_oe.shape[1:] != images.shape[1:]:
             raise UserError(f"{path} is damaged: images and outliers differ in shape")
-    if real is not None:
-        _check_fits(images, labels, real, path, content)
     if "soft_labels" in content:
         labels = _soft_labels(content, exp_idx, path)
+    if real is not None:
+        _check_fits(images, labels, real, path, content)
     return SyntheticSet(images, labels, images_oe, _stored_lr(content, exp_idx, path))
 
 
@@ -291,7 +291,8 @@ def _pair(entries: list, index: int, path: Path) -> tuple[torch.Tensor, torch.Te
 def _check_fits(images: torch.Tensor, labels: torch.Tensor, real: RealData, path: Path, content: dict) -> None:
     """Check that a set was distilled from `real`: same name, image shape, classes and normalisation."""
     dataset = content.get("dataset", real.name)
-    classes = len(labels.unique())
+    soft = labels.is_floating_point()
+    classes = labels.shape[1] if soft else len(labels.unique())
     shape = (real.channel, *real.im_size)
     if dataset != real.name or tuple(images.shape[1:]) != shape or classes != real.num_classes:
         raise UserError(
@@ -299,7 +300,7 @@ def _check_fits(images: torch.Tensor, labels: torch.Tensor, real: RealData, path
             f" ({classes} classes, images {'x'.join(map(str, images.shape[1:]))}), not from {real.num_classes} "
             f"classes of {'x'.join(map(str, shape))}"
         )
-    if int(labels.max()) != classes - 1:
+    if not soft and int(labels.max()) != classes - 1:
         raise UserError(
             f"--dataset {real.name}: {path} has the labels {int(labels.min())}..{int(labels.max())}; they must be all "
             f"of 0..{classes - 1}"

@@ -133,7 +133,8 @@ def _in_folder(folder: Path, flag: str) -> list[SetFiles]:
             found.append(SetFiles("res", folder / name))
         elif name.endswith(".npz"):
             found.append(SetFiles("kip", folder / name))
-    if any(_has_images(folder / name) for name in sorted(names)[:3]):
+    folders = [folder / name for name in sorted(names) if os.path.isdir(folder / name)]
+    if any(_has_images(inner) for inner in folders[:3]):
         found.append(SetFiles("folders", folder))
     return found
 
@@ -148,7 +149,5 @@ def _newest(names: Sequence[str], stem: str) -> list[str]:
 
 
 def _has_images(folder: Path) -> bool:
-    if not folder.is_dir():
-        return False
     with os.scandir(folder) as entries:
         return any(Path(e.name).suffix.lower() in IMAGE_SUFFIXES for _, e in zip(range(100), entries, strict=False))

@@ -8,14 +8,15 @@ from utils.files.torch_files import PLAIN_INTEGERS
 
 
 def training_labels(
-    labels: torch.Tensor, kind: str | None, temperature: float, num_classes: int, where: str
+    labels: torch.Tensor, kind: str | None, guess: str | None, temperature: float | None, num_classes: int, where: str
 ) -> tuple[torch.Tensor, str]:
     """Labels for network training, and what they are.
 
     Args:
         labels: classes `[N]` or `[N, 1]`, or one-hot or soft ones `[N, num_classes]`.
         kind: of soft ones, `probabilities` or `logits`; None: by their values.
-        temperature: of the softmax of logits.
+        guess: what soft labels are taken for that are no probabilities; None: an error.
+        temperature: of the softmax of logits; None: 1.
         where: begins messages: the flag and the file.
     Returns:
         int64 `[N]` or probabilities `[N, num_classes]`; `hard`, `probabilities` or `logits`.
@@ -25,25 +26,29 @@ def training_labels(
     if labels.ndim == 2 and labels.shape[1] == 1 and num_classes > 1:
         labels = labels[:, 0]
     if labels.ndim == 1:
-        return _classes(labels, kind, num_classes, where), "hard"
+        if kind is not None or temperature is not None:
+            raise UserError(
+                f"{where} has one class for each image, no soft labels; leave out --soft_labels and its kin"
+            )
+        return _classes(labels, num_classes, where), "hard"
     if labels.ndim != 2 or labels.shape[1] != num_classes:
         raise UserError(f"{where} has labels {list(labels.shape[:8])}; --dataset has {num_classes} classes")
     soft = labels.float()
     if not torch.isfinite(soft).all():
         raise UserError(f"{where} has labels that are NaN or infinite; write it again")
     if kind is None and _is_one_hot(soft):
-        return _classes(soft.argmax(1), None, num_classes, where), "hard"
-    kind = kind or _kind(soft, where)
+        return _classes(soft.argmax(1), num_classes, where), "hard"
+    kind = kind or _kind(soft, guess, where)
     if kind == "logits":
-        return (soft / temperature).softmax(1), kind
+        return (soft / (temperature or 1.0)).softmax(1), kind
+    if temperature is not None:
+        raise UserError(f"--label_temperature: {where} has probabilities; only logits have a temperature")
     if not is_probabilities(soft):
         raise UserError(f"{where} has labels that are no probabilities: {_looks(soft)}. Give --soft_labels logits")
     return soft, kind
 
 
-def _classes(labels: torch.Tensor, kind: str | None, num_classes: int, where: str) -> torch.Tensor:
-    if kind is not None:
-        raise UserError(f"{where} has one class for each image, no --soft_labels; leave the flag out")
+def _classes(labels: torch.Tensor, num_classes: int, where: str) -> torch.Tensor:
     if labels.dtype not in PLAIN_INTEGERS:
         raise UserError(f"{where} has labels {labels.dtype} [N]; they must be integers, or [N, {num_classes}]")
     found = labels.long().unique().tolist()
@@ -58,11 +63,11 @@ def _is_one_hot(labels: torch.Tensor) -> bool:
     return bool((((labels == 0) | (labels == 1)).all()) and (labels.sum(1) == 1).all())
 
 
-def _kind(soft: torch.Tensor, where: str) -> str:
+def _kind(soft: torch.Tensor, guess: str | None, where: str) -> str:
     if is_probabilities(soft):
         return "probabilities"
-    if (soft < 0).any() or (soft > 1).any():
-        return "logits"
+    if guess is not None and ((soft < 0).any() or (soft > 1).any()):
+        return guess
     raise UserError(
         f"{where} has labels that may be probabilities or logits: {_looks(soft)}. Say with --soft_labels which"
     )

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from utils.core.errors import UserError
 from utils.data.datasets import RealData
+from utils.data.whitening import ZCA
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation, per channel
 
@@ -31,22 +32,31 @@ def decode(images: torch.Tensor, factor: int) -> torch.Tensor:
     return F.interpolate(parts, (height, width), mode="bilinear", align_corners=False)
 
 
-def to_training_space(images: torch.Tensor, space: str, statistics: Statistics, real: RealData) -> torch.Tensor:
+def to_training_space(
+    images: torch.Tensor, space: str, statistics: Statistics, real: RealData, zca: ZCA | None = None
+) -> torch.Tensor:
     """Images as networks see those of `real`: normalised with its statistics, or whitened.
 
     They are returned unchanged if they were made like that.
 
     Args:
-        images: float32 `[N, C, H, W]`; space: one of `SPACES`; statistics: of the normalised space.
+        images: float32 `[N, C, H, W]`; space: one of `SPACES`; statistics: of the normalised space; zca: by which they
+            were whitened, if that is known.
     """
     if space == "zca":
-        return images
+        same = zca is None or (zca.matrix.shape == real.zca.matrix.shape and _same_whitening(zca, real.zca.to("cpu")))
+        return images if same else real.normalize(zca.undo(images).to(real.device)).cpu()
     if space == "unit":
         return real.normalize(images.to(real.device)).cpu()
     if real.zca is None and all(map(_close, statistics, (real.mean, real.std))):
         return images
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in statistics)
     return real.normalize((images * std + mean).to(real.device)).cpu()
+
+
+def _same_whitening(a: ZCA, b: ZCA) -> bool:
+    """Whether two whitenings are the same but for rounding."""
+    return torch.allclose(a.matrix, b.matrix, atol=1e-3) and torch.allclose(a.mean, b.mean, atol=1e-4)
 
 
 def _close(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
@@ -66,7 +76,7 @@ def check_possible(space: str, statistics: Statistics, real: RealData, where: st
             f"{where} is whitened (ZCA), so networks must see whitened test images: add --zca. "
             "If it is not, give --distilled_space normalised"
         )
-    if any(len(values) not in (1, real.channel) for values in statistics):
+    if any(len(values) not in (1, real.channel) for values in statistics) or len(statistics[0]) != len(statistics[1]):
         raise UserError(
             f"--distilled_mean, --distilled_std: give one number each, or one for each of {real.channel} channels"
         )

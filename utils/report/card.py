@@ -1,5 +1,7 @@
 """The README.md of a published distilled set: a dataset card of the Hugging Face hub that says how to use the set."""
 
+import json
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,9 +19,9 @@ class CardFacts:
     """What the card says of a set.
 
     `shape`: `(C, H, W)`; `counts`: images and outliers; `labels`: `hard` or `soft`; `mean`, `std`: per channel, or
-    `zca`: whitened instead; `learning_rate`: the stored one; `origin`: the content of the run's `args.json`, or empty;
-    `source`: the files that a set of another repository was read from, and what was assumed; `results`: by title, those
-    of stage 3.
+    `zca`: whitened instead; `learning_rate`: the stored one; `strategy`: the augmentation of training; `origin`: the
+    content of the run's `args.json`, or empty; `source`: what was assumed of a set of another repository; `results`:
+    by title, those of stage 3.
     """
 
     dataset: str
@@ -42,7 +44,8 @@ class CardFacts:
 def card(f: CardFacts) -> str:
     """The text of the card, in markdown with the hub's front matter."""
     images, outliers = f.counts
-    title = f"{f.dataset} distilled by {f.method}: {images} images" + (f", {outliers} outliers" if outliers else "")
+    by = f" by {f.method}" if f.method else ""
+    title = f"{f.dataset} distilled{by}: {images} images" + (f", {outliers} outliers" if outliers else "")
     parts = [
         _front_matter(f, title),
         f"# {title}",
@@ -64,11 +67,22 @@ def card(f: CardFacts) -> str:
 
 def _front_matter(f: CardFacts, title: str) -> str:
     size = next((name for most, name in SIZES if sum(f.counts) < most), "100K<n<1M")
-    tags = ["dataset-distillation", "dataset-condensation", f.dataset.lower(), f.method.lower()]
+    tags = [
+        "dataset-distillation",
+        "dataset-condensation",
+        f.dataset.lower(),
+        *([f.method.lower()] if f.method else []),
+    ]
     tags += ["out-of-distribution-detection", "outlier-exposure"] if f.counts[1] else []
-    lines = ["---", f"license: {f.license}", f"pretty_name: {title!r}", "task_categories:", "- image-classification"]
-    lines += ["tags:", *(f"- {tag}" for tag in tags), "size_categories:", f"- {size}", "---"]
+    lines = ["---", f"license: {_yaml(f.license)}", f"pretty_name: {_yaml(title)}"]
+    lines += ["task_categories:", "- image-classification", "tags:", *(f"- {_yaml(tag)}" for tag in tags)]
+    lines += ["size_categories:", f"- {size}", "---"]
     return "\n".join(lines)
+
+
+def _yaml(text: str) -> str:
+    """A string of YAML: plain if it is one word, else quoted."""
+    return text if re.fullmatch(r"[A-Za-z][\w.-]*", text) else json.dumps(text)
 
 
 def _what(f: CardFacts) -> str:
@@ -76,7 +90,7 @@ def _what(f: CardFacts) -> str:
     shape = "×".join(map(str, f.shape))
     text = (
         f"{images} synthetic images of {shape} that stand for the training set of {f.dataset} ({f.num_classes} "
-        f"classes, {images // f.num_classes} of each), with {f.labels} labels."
+        f"classes), with {f.labels} labels."
     )
     if outliers:
         text += (
@@ -106,17 +120,15 @@ def _load(f: CardFacts) -> str:
             'mean, matrix = distilled["zca_mean"], distilled["zca_matrix"]',
             "normalise = lambda x: ((x.flatten(1) - mean) @ matrix).view_as(x)  # of pixels [N, C, H, W] from 0 to 1",
         ]
-        why = "whitened (ZCA) like the images"
     else:
         lines += [
             f"mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in ({_numbers(f.mean)}, {_numbers(f.std)}))",
             "normalise = lambda x: (x - mean) / std  # of pixels [N, C, H, W] from 0 to 1",
         ]
-        why = "normalised like the images"
     block = "```python\n" + "\n".join(lines) + "\n```"
     return (
-        f"`pip install torch safetensors`, and in this folder:\n\n{block}\n\nThe images are not pixels: networks "
-        f"trained on them must be tested on images that are {why}, with `normalise`."
+        f"`pip install torch safetensors`, and in this folder:\n\n{block}\n\nThe images are not pixels. Apply "
+        "`normalise` to test images, too."
     )
 
 
@@ -127,16 +139,19 @@ def _numbers(values: Sequence[float]) -> str:
 def _train(f: CardFacts) -> str:
     script = "train_model_synthetic_oe.py" if f.counts[1] else "train_model_synthetic_no_oe.py"
     flags = f.origin.get("flags") or {}
-    model = flags.get("model", "ConvNet")
-    strategy = f" --dsa_strategy {f.strategy}" if f.strategy else ""
-    zca = " --zca" if f.zca else ""
-    text = (
-        "With the code of TrustDD (this folder is `SET`):\n\n```\n"
-        f"python {script} --distilled SET --dataset {f.dataset} --model {model}{strategy}{zca}\n```"
-    )
-    hints = ["SGD with momentum 0.9 and weight decay 0.0005; the learning rate drops to a tenth after half the epochs."]
+    command = ["python", script, "--distilled", "SET", "--dataset", f.dataset, "--model", flags.get("model", "ConvNet")]
+    command += ["--method", f.method] if flags.get("method") == f.method else []
+    command += ["--dsa_strategy", f.strategy] if f.strategy else []
+    command += ["--zca"] if f.zca else []
+    command += ["--lambda_oe", f"{flags.get('lambda_oe', 0.5):g}"] if f.counts[1] else []
+    text = f"With the code of TrustDD (this folder is `SET`):\n\n```\n{shlex.join(command)}\n```"
+    hints = [
+        f"{1000 if f.strategy else 300} epochs of SGD with batches of 256, learning rate "
+        f"{0.01 if f.learning_rate is None else f.learning_rate:g}, momentum 0.9 and weight decay 0.0005; the learning "
+        "rate drops to a tenth after half the epochs."
+    ]
     if f.learning_rate is not None:
-        hints.append(f"The learning rate {f.learning_rate:g} was distilled, too; that command uses it.")
+        hints.append("The learning rate was distilled, too; the command uses it.")
     if f.strategy:
         hints.append("Without the augmentation, accuracy falls by many points.")
     if f.counts[1]:
@@ -168,6 +183,7 @@ def _command(about: dict) -> str:
     except ValueError:
         words = []
     paths = [f"--{name}" for name in PATH_FLAGS]
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
     shown = [before[2:].upper() if before in paths else w for before, w in zip(["", *words], words, strict=False)]
     return shlex.join(["python", str(about.get("script", "main.py")), *shown])
 
@@ -186,12 +202,11 @@ def _measured(results: dict[str, Results]) -> str:
             (f"mean AUROC ({score}) ↑", lambda r, s=score: r.per_network(None, s, "auroc")),
             (f"mean FPR95 ({score}) ↓", lambda r, s=score: r.per_network(None, s, "fpr_in")),
         ]
-    rows = [[title, *(mean_std(of(r)) for _, of in columns)] for title, r in results.items()]
+    rows = [[f"{len(r.errors)} × {title}", *(mean_std(of(r)) for _, of in columns)] for title, r in results.items()]
     sets = list(dict.fromkeys(name for r in results.values() for name in r.sets()))
-    networks = ", ".join(str(len(r.errors)) for r in results.values())
     return (
         markdown_table(["networks", *(name for name, _ in columns)], rows)
-        + f"\n\nPercent, mean ± standard deviation over {networks} networks; OOD sets: {', '.join(sets)}."
+        + f"\n\nPercent, mean ± standard deviation over networks; OOD sets: {', '.join(sets)}."
     )
 
 

@@ -11,6 +11,7 @@ from utils.core.errors import UserError
 from utils.files.text_files import read_json
 from utils.runs.run_folder import ARGS
 
+TRAINED_ON = "trained_on.pt"  # in a folder of stage 2: the set, where no file of stage 1 holds it
 STAGE1_ROOTS = ("result", "result-oe", "result-poe")
 STAGE2_ROOTS = ("result-model-synthetic-no-oe", "result-model-synthetic-oe")
 
@@ -66,7 +67,7 @@ def distilled_set_of(networks: Path) -> tuple[Path, int]:
         UserError: when `args.json` does not name the set, or the file is gone.
     """
     about = args_or_nothing(networks)
-    path, flags = about.get("distilled_set"), about.get("flags")
+    path, flags = stored_set_path(networks, about), about.get("flags")
     if not isinstance(path, str):
         raise UserError(f"{networks} does not say which distilled set its networks were trained on")
     exp_idx = about.get("experiment", flags.get("exp_idx", 0) if isinstance(flags, dict) else 0)
@@ -75,10 +76,23 @@ def distilled_set_of(networks: Path) -> tuple[Path, int]:
     return Path(path), exp_idx if isinstance(exp_idx, int) else 0
 
 
+def stored_set_path(networks: Path, about: dict) -> str | None:
+    """The file of the set that the networks of a stage-2 folder were trained on, as `about` (its `args.json`) says.
+
+    A set that lies in the folder itself has moved with it.
+    """
+    path = about.get("distilled_set")
+    if not isinstance(path, str):
+        return None
+    own = networks / TRAINED_ON
+    return str(own) if os.path.basename(path) == TRAINED_ON and own.is_file() else path
+
+
 def sources_of(results: Path) -> list[Path]:
     """The sources of a stage-3 folder, as far as they are known: the folder of its networks, and the distilled set."""
     networks = args_or_nothing(results).get("networks")
     if not isinstance(networks, str):
         return []
     about = args_or_nothing(Path(networks))
-    return [Path(p).resolve() for p in (networks, about.get("distilled_set")) if isinstance(p, str)]
+    sources = (networks, about.get("distilled_set"), about.get("images_from"))
+    return [Path(p).resolve() for p in sources if isinstance(p, str)]

@@ -95,9 +95,9 @@ def _command_line(flags: dict, parser: Parser, folder: Path) -> list[str]:
     for name, value in flags.items():
         if name == "resume" or value is None or value is False:
             continue
-        values = [str(v) for v in value] if isinstance(value, list) else []
+        values = [_word(v) for v in value] if isinstance(value, list) else []
         fits = name in known and (isinstance(value, list) == (known[name] == "+"))
-        if not fits or any(v.startswith("-") for v in values):
+        if not fits or any(v.startswith("-") and not v[1:2].isdigit() for v in values):
             flag = one_line(f"--{name}={value}")
             raise UserError(f"--resume: {folder / ARGS} has a flag that {parser.prog} does not know: {flag}")
         if isinstance(value, list):
@@ -105,6 +105,11 @@ def _command_line(flags: dict, parser: Parser, folder: Path) -> list[str]:
         else:
             words.append(f"--{name}" if value is True else f"--{name}={value}")
     return words
+
+
+def _word(value: object) -> str:
+    """A value as a word; argparse takes negative numbers for flags if they have an exponent."""
+    return f"{value:f}" if isinstance(value, float) and "e" in str(value) else str(value)
 
 
 def _latest(root: Path, script: str) -> Path:

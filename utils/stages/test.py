@@ -108,7 +108,8 @@ def _images_per_set(num_test: int, ratio: int) -> int:
 
 def _fit_set(which: str, networks: Path, real: RealData) -> FitSet:
     """The images that detectors are fitted on: the real training set, or the distilled set behind the networks."""
-    if which == "real":
+    flags = args_or_nothing(networks).get("flags") or {}
+    if which == "real" or flags.get("train_on") == "whole":
         return FitSet("real training set", real.labels_train, real.train_batch)
     try:
         path, exp_idx = distilled_set_of(networks)

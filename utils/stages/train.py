@@ -18,20 +18,20 @@ from utils.data.corruptions import DEFAULT_CORRUPTIONS
 from utils.data.datasets import RealData, load_dataset
 from utils.data.synthetic import SyntheticSet, result_name, save_synthetic
 from utils.files.torch_files import fingerprint
-from utils.methods import augmentation_of
+from utils.methods import METHODS, augmentation_of
 from utils.report.tables import mean_std
-from utils.runs.lineage import STAGE1_ROOTS, find_run_folder
+from utils.runs.lineage import STAGE1_ROOTS, TRAINED_ON, find_run_folder, stored_set_path
 from utils.runs.resume import check_inputs
 from utils.runs.run_folder import RunFolder, read_args
 from utils.training.evaluator import training_of
 from utils.training.network_training import TEST_INTERVAL, NetworkTraining
 from utils.training.trainer import LR_NET, Trainer
 from utils.training_sets.choose import (
-    TRAINED_ON,
     Choice,
     TrainingSet,
     is_stored,
     labelled_images,
+    pool_fingerprint,
     stored_set,
     with_outliers,
 )
@@ -84,12 +84,12 @@ def run_stage2(args: argparse.Namespace, outliers: str) -> None:
     work = _workload(args.num_eval, settings.epochs, real, chosen.synthetic)
     compute = _choose_compute(args.compile, args.precision, args.model, real, work)
     net = get_network(args.model, real.channel, real.num_classes, real.im_size, generator(args.seed)).to(device)
-    inputs = {"data_path": real.fingerprint(), "load_path": _fingerprint(chosen.synthetic)}
+    inputs = _fingerprints(real, chosen.synthetic)
     if args.resume:
         run = _resume(Path(args.resume), inputs, vars(args), chosen.path)
     else:
         about = {"device": str(device), "seed": args.seed, "epochs": settings.epochs, "inputs": inputs}
-        run = _start(vars(args), outliers, chosen, real, about)
+        run = _start(vars(args), choice, chosen, real, about)
         run.log(f"{settings.epochs} epochs, batch {settings.batch}, learning rate {settings.lr:g}")
     run.log(f"computing: {compute}")
     trainer = Trainer(net, settings, compute)
@@ -118,8 +118,14 @@ def _choice(flags: Mapping[str, Any], outliers: str) -> Choice:
     )
 
 
-def _fingerprint(synthetic: SyntheticSet) -> str:
-    return fingerprint((synthetic.images, synthetic.labels, synthetic.images_oe))
+def _fingerprints(real: RealData, synthetic: SyntheticSet) -> dict[str, str]:
+    """Fingerprints of all that a run reads, by flag."""
+    prints = {
+        "data_path": real.fingerprint(),
+        "load_path": fingerprint((synthetic.images, synthetic.labels, synthetic.images_oe)),
+    }
+    pool = pool_fingerprint(synthetic)
+    return prints | ({"oe_data_path": pool} if pool else {})
 
 
 def _workload(num_networks: int, epochs: int, real: RealData, synthetic: SyntheticSet) -> Workload:
@@ -147,11 +153,11 @@ def _resumed(folder: str | None, choice: Choice, places: dict[str, str | None], 
     about = read_args(Path(folder))
     if any(value != about["flags"].get(name) for name, value in places.items()):
         return None
-    path = about.get("distilled_set")
+    path = stored_set_path(Path(folder), about)
     if not isinstance(path, str) or not os.path.isfile(path):
         raise UserError(
-            f"--resume: the distilled set of {folder} is gone: {str(path)[:200]}. Put it back, or "
-            "give its place now with --load_path and --folder"
+            f"--resume: the set that {folder} was trained on is gone: {str(path)[:200]}. Put it back"
+            + (", or give its place now with --load_path and --folder" if Path(str(path)).name != TRAINED_ON else "")
         )
     return stored_set(choice, Path(path), real)
 
@@ -169,27 +175,31 @@ def _resume(folder: Path, inputs: dict[str, str], flags: dict, distilled_set: Pa
     return run
 
 
-def _start(flags: dict, outliers: str, chosen: TrainingSet, real: RealData, about: dict) -> RunFolder:
+def _start(flags: dict, choice: Choice, chosen: TrainingSet, real: RealData, about: dict) -> RunFolder:
     """A new run folder, named as that of stage 1 if there is one, so that one name leads through all stages.
 
     A set that no file of stage 1 holds is written into it.
     """
     parts = (flags["method"], flags["dataset"], flags["model"], flags["ipc"])
-    name = chosen.path.parent.name if chosen.path else None
-    endings = [flags["train_on"] if flags["train_on"] != "distilled" else "", outliers]
-    ending = "".join(f"-{e}" for e in endings if e not in ("", "distilled", "none"))
+    name = chosen.origin and chosen.origin.name
+    ending = "".join(f"-{e}" for e in (choice.train_on, choice.outliers) if e not in ("distilled", "none"))
     run = RunFolder.create(flags["save_path"], *parts, name=name, ending=ending)
-    path, experiment = chosen.path, flags["exp_idx"]
-    if is_stored(chosen, real):
+    path, experiment = chosen.path, choice.exp_idx
+    if is_stored(choice, chosen):
         path, experiment = run.path / TRAINED_ON, 0
         if run.is_main:
             stored = replace(chosen.synthetic.detached_cpu(), fresh_oe=None)
             save_synthetic(path, [stored], {}, real, {"flags": flags})
-    run.save_args(flags, distilled_set=path and str(path.resolve()), experiment=experiment, **about)
+    images_from = chosen.origin and str(chosen.origin.resolve())
+    run.save_args(
+        flags, distilled_set=path and str(path.resolve()), experiment=experiment, images_from=images_from, **about
+    )
     run.log(f"run folder: {run.path}")
     if name and run.path.name != name + ending:
         run.log(f"{name} has been trained on before; stage 3 finds this run by --folder {run.path.name}")
     for line in chosen.lines:
         run.log(line)
+    if flags["dsa_strategy"] and METHODS[flags["method"]].augmentation == "unused":
+        run.log(f"--dsa_strategy {flags['dsa_strategy']} is not used by --method {flags['method']}")
     run.log(f"the best checkpoint is chosen by accuracy on the test set, every {TEST_INTERVAL} epochs")
     return run

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from utils.compute import distributed
@@ -13,12 +12,11 @@ from utils.data.corruptions import DEFAULT_CORRUPTIONS
 from utils.data.datasets import RealData
 from utils.data.outliers import OutlierSource, PseudoOutliers, load_outlier_pool
 from utils.data.synthetic import SyntheticSet, load_synthetic
-from utils.exchange.readers import Assumptions, read_distilled, read_outliers
+from utils.exchange.convert import Assumptions, read_distilled
+from utils.runs.lineage import TRAINED_ON
 from utils.training_sets.baselines import coreset, random_images
 from utils.training_sets.features import whole_set
 from utils.training_sets.undistilled import corrupted, with_fresh, with_initial, with_k_center
-
-TRAINED_ON = "trained_on.pt"  # the set, beside the networks, where no file of stage 1 holds it
 
 
 @dataclass(frozen=True)
@@ -46,11 +44,16 @@ class Choice:
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """A set to train on: `path`: the `res_….pt` that holds it, if one does; `lines`: what the log says of it."""
+    """A set to train on.
+
+    `lines`: what the log says of it; `path`: the `res_….pt` that holds it, if one does; `origin`: the run of stage 1
+    that its images are from, if there is one.
+    """
 
     synthetic: SyntheticSet
     lines: tuple[str, ...] = ()
     path: Path | None = None
+    origin: Path | None = None
 
     def ipc(self, num_classes: int) -> int:
         """Images per class, rounded down, at least 1."""
@@ -72,7 +75,7 @@ def labelled_images(
     if choice.train_on == "distilled":
         path = stage1()
         line = f"distilled set: {path}, experiment {choice.exp_idx}"
-        return TrainingSet(load_synthetic(path, choice.exp_idx, real), (line,), path)
+        return TrainingSet(load_synthetic(path, choice.exp_idx, real), (line,), path, path.parent)
     if choice.train_on == "whole":
         line = f"baseline: the whole training set, {len(real.images_train)} images"
         return TrainingSet(whole_set(real), (line,))
@@ -86,17 +89,13 @@ def labelled_images(
 
 def _foreign(choice: Choice, real: RealData) -> TrainingSet:
     """The set of `--distilled`."""
-    synthetic, lines = read_distilled(choice.distilled, real, choice.assumed, choice.exp_idx)
-    if choice.distilled_oe:
-        synthetic = replace(
-            synthetic, images_oe=read_outliers(choice.distilled_oe, real, choice.assumed, choice.exp_idx)
-        )
-    if choice.ipc is not None and len(synthetic.images) != choice.ipc * real.num_classes:
+    found = read_distilled(choice.distilled, real, choice.assumed, choice.exp_idx, choice.distilled_oe)
+    if choice.ipc is not None and len(found.synthetic.images) != choice.ipc * real.num_classes:
         raise UserError(
-            f"--ipc {choice.ipc}: {choice.distilled[0]} has {len(synthetic.images)} images of {real.num_classes} "
-            "classes once decoded; leave --ipc out"
+            f"--ipc {choice.ipc}: {choice.distilled[0]} has {len(found.synthetic.images)} images of "
+            f"{real.num_classes} classes once decoded; leave --ipc out"
         )
-    return TrainingSet(synthetic, tuple(lines))
+    return TrainingSet(found.synthetic, found.lines)
 
 
 def with_outliers(
@@ -168,6 +167,11 @@ def stored_set(choice: Choice, path: Path, real: RealData) -> TrainingSet:
     return chosen
 
 
-def is_stored(chosen: TrainingSet, real: RealData) -> bool:
+def is_stored(choice: Choice, chosen: TrainingSet) -> bool:
     """Whether to write the set beside the networks: no file of stage 1 holds it, and it is not the whole set."""
-    return chosen.path is None and not torch.equal(chosen.synthetic.hard_labels.cpu(), real.labels_train.cpu())
+    return chosen.path is None and choice.train_on != "whole"
+
+
+def pool_fingerprint(synthetic: SyntheticSet) -> str | None:
+    """Fingerprint of the pool that outliers are drawn from in every epoch, if there is one."""
+    return None if synthetic.fresh_oe is None else synthetic.fresh_oe.source.fingerprint()

@@ -84,8 +84,12 @@ class FeatureNetworks:
     compile_flag: str
     precision: str
 
-    def train(self, synthetic: SyntheticSet, epochs: int = SMALL_EPOCHS) -> nn.Module:
-        """A network trained on the labelled images of a set, its weights and epochs drawn from the seed."""
+    def train(self, synthetic: SyntheticSet, epochs: int | None = None) -> nn.Module:
+        """A network trained on the labelled images of a set, its weights and epochs drawn from the seed.
+
+        `epochs` left out: as many as suit the size of the set.
+        """
+        epochs = epochs or (SMALL_EPOCHS if len(synthetic.images) < len(self.real.images_train) else WHOLE_EPOCHS)
         real, key = self.real, ("feature network",)
         net = get_network(self.model, real.channel, real.num_classes, real.im_size, generator(self.seed, *key))
         workload = Workload(epochs * len(synthetic.images), epochs, "training")
@@ -97,9 +101,13 @@ class FeatureNetworks:
         return net.eval()
 
     def for_coresets(self, given: str | None, cache: Path) -> nn.Module:
-        """The network of `--features`, or one that is trained on the whole training set once and kept in `cache`."""
-        if given is not None:
+        """The network of the file `given`, or one that is trained on the whole training set once and kept.
+
+        It is kept in the folder `given`, or in `cache`.
+        """
+        if given is not None and given.endswith(".pt"):
             return load_network(Path(given), self.model, self.real)
+        cache = cache if given is None else Path(given)
         about = f"{self.real.fingerprint()} {replace(self.settings, epochs=WHOLE_EPOCHS)} {self.seed}"
         path = cache / f"{self.real.name}_{self.model}_{hashlib.sha256(about.encode()).hexdigest()[:12]}.pt"
         if path.is_file():

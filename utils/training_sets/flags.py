@@ -4,11 +4,13 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+from utils.core.errors import UserError
 from utils.core.parser import Parser, count, number, one_of
 from utils.data.corruptions import CORRUPTIONS, DEFAULT_CORRUPTIONS
+from utils.exchange.convert import Assumptions
 from utils.exchange.formats import FORMATS, SPACES
-from utils.exchange.readers import Assumptions
 
+LARGEST = 1e9  # mean of pixels, in any unit
 TRAIN_ON = ("distilled", "random", "herding", "kcenter", "whole")
 OUTLIERS = ("distilled", "initial", "kcenter", "corrupt", "real", "none")
 FOREIGN = (
@@ -30,8 +32,9 @@ def add_training_set(parser: Parser) -> None:
     group.add_argument(
         "--features",
         default=None,
-        metavar="MODEL.pt",
-        help="network in whose features herding and kcenter choose; left out: one is trained on the whole set",
+        metavar="PATH",
+        help="network MODEL.pt in whose features herding and kcenter choose, or a folder: one is trained on the whole "
+        "set and kept there; left out: features below --save_path",
     )
     group = parser.add_argument_group("distilled set by its path")
     group.add_argument(
@@ -62,7 +65,7 @@ def add_foreign(group: argparse._ArgumentGroup) -> None:
         group.add_argument(
             f"--distilled_{name}",
             nargs="+",
-            type=float,
+            type=number(-LARGEST) if name == "mean" else number(0, exclusive=True),
             default=None,
             metavar="X",
             help=f"{name} per channel by which the images were normalised; left out: by the format and --dataset",
@@ -82,13 +85,19 @@ def add_foreign(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--label_temperature",
         type=number(0, exclusive=True),
-        default=1.0,
-        help="temperature of the softmax that turns logits into soft labels",
+        default=None,
+        help="temperature of the softmax that turns logits into soft labels; left out: 1",
     )
 
 
 def assumptions(flags: Mapping[str, Any]) -> Assumptions:
-    """What the flags of `add_foreign` say."""
+    """What the flags of `add_foreign` say. Raises `UserError` where they contradict each other."""
+    if (flags["distilled_mean"] is None) != (flags["distilled_std"] is None):
+        raise UserError("--distilled_mean, --distilled_std: give both or none")
+    if flags["distilled_mean"] and flags["distilled_space"] not in (None, "normalised"):
+        raise UserError(
+            f"--distilled_mean: --distilled_space {flags['distilled_space']} has none; leave one of them out"
+        )
     return Assumptions(
         format=flags["distilled_format"],
         space=flags["distilled_space"],
@@ -152,18 +161,16 @@ def _complete_training_set(
         if name in given and not args.distilled:
             parser.error(f"--{name}: it describes the files of --distilled, which is not given")
     for name in ("folder", "load_path", "is_load_oe", "exp_idx"):
-        if given.get(name) and args.train_on in ("herding", "kcenter", "whole"):
+        draws = name == "exp_idx" and args.train_on == "random"  # it keys the draw
+        if given.get(name) and args.train_on != "distilled" and not draws:
             parser.error(f"--{name}: --train_on {args.train_on} reads no distilled set; leave it out")
     if "features" in given and args.train_on not in ("herding", "kcenter"):
         parser.error("--features: only --train_on herding and kcenter choose in features; leave it out")
-    if (args.distilled_mean is None) != (args.distilled_std is None):
-        parser.error("--distilled_mean, --distilled_std: give both or none")
-    if args.distilled_mean and args.distilled_space not in (None, "normalised"):
-        parser.error(f"--distilled_mean: --distilled_space {args.distilled_space} has none; leave one of them out")
-    if min(args.distilled_std or [1]) <= 0:
-        parser.error("--distilled_std: deviations must be above 0")
+    assumptions(vars(args))
     if args.distilled and "ipc" not in given:
         args.ipc = None  # that of the set
+    if "method" not in given and (args.distilled or args.train_on != "distilled"):
+        args.method = "DSA" if args.dsa_strategy else "DC"  # it names the folder, and what augments
     return args, given
 
 
@@ -179,7 +186,10 @@ def _complete_outliers(
         parser.error(f"--outliers distilled: --train_on {args.train_on} has none; choose one of {others}")
     if "distilled_oe" in given and kind != "distilled":
         parser.error(f"--distilled_oe: --outliers {kind} takes others; give one of them")
+    if args.train_on == "whole" and kind in ("initial", "kcenter") and "ipc" not in given:
+        parser.error(f"--outliers {kind}: give --ipc, the number of outliers for each class slot")
     users = {
+        "lambda_oe": tuple(name for name in OUTLIERS if name != "none"),
         "corruptions": ("initial", "kcenter", "corrupt", "real"),
         "oe_data_path": ("initial", "kcenter", "real"),
         "num_oe_per_class": ("initial", "kcenter", "real"),

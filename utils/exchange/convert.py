@@ -1,0 +1,139 @@
+"""Distilled sets of any repository in the form that stage 2 trains on, and what was found and assumed in words."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from utils.core.errors import UserError
+from utils.data.datasets import SPECS, RealData
+from utils.data.synthetic import SyntheticSet
+from utils.exchange.formats import SetFiles, find_files
+from utils.exchange.labels import training_labels
+from utils.exchange.readers import RawSet, check_images, floats, read_raw
+from utils.exchange.spaces import Statistics, check_guess, check_possible, decode, to_training_space
+from utils.files.torch_files import read_pt
+
+DEFAULT_SPACE = {"mtt": "normalised", "datm": "zca", "idc": "unit", "folders": "unit", "kip": "normalised"}
+DEFAULT_FACTOR = {"idc": 2}
+STATED = ("res", "published")  # formats whose files say themselves what the images are
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What the user says of a distilled set; None: found out by its format and its numbers.
+
+    `format`: one of `FORMATS`; `space`: one of `SPACES`; `statistics`: mean and deviation of the normalised space;
+    `factor`: of decoding; `soft_labels`: `probabilities` or `logits`; `temperature`: of logits (None: 1).
+    """
+
+    format: str | None = None
+    space: str | None = None
+    statistics: Statistics | None = None
+    factor: int | None = None
+    soft_labels: str | None = None
+    temperature: float | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """A set that was read: `lines` say what was found and assumed; `stored`: how many images the files hold."""
+
+    synthetic: SyntheticSet
+    lines: tuple[str, ...]
+    stored: int
+
+
+def read_distilled(
+    paths: Sequence[str],
+    real: RealData,
+    assumed: Assumptions,
+    exp_idx: int = 0,
+    outliers: Sequence[str] = (),
+    flag: str = "--distilled",
+) -> Found:
+    """Read a distilled set of any repository.
+
+    Args:
+        paths: a file, a folder, or files of images and labels.
+        real: the data set that networks are tested on; classes and image shape must be its.
+        exp_idx: which experiment of a `res_….pt`.
+        outliers: paths of its outliers, if they are in files of their own: a tensor `[M, C, H, W]` in the space of the
+            images, or a set of any format, whose outliers are taken, or else its images.
+    Returns:
+        The set on the CPU: images as networks see those of `real`, labels of training.
+    Raises:
+        UserError: when there is no such set, it is damaged or of other data, or contradicts what is assumed.
+    """
+    files = find_files(paths, assumed.format, flag)
+    where = f"{flag}: {files.images}"
+    raw = read_raw(files, real, exp_idx, flag)
+    space, statistics = _space(raw, files, real, assumed, where)
+    factor = assumed.factor or DEFAULT_FACTOR.get(files.format, 1)
+    if factor > min(real.im_size) // 2 and factor > 1:
+        raise UserError(
+            f"--distilled_factor {factor}: images of {real.im_size[0]}x{real.im_size[1]} do not hold so many"
+        )
+    images = to_training_space(decode(raw.images, factor), space, statistics, real, raw.zca)
+    kind = assumed.soft_labels or ("logits" if files.format == "datm" else None)
+    guess = "logits" if files.format == "mtt" else None
+    labels, kind = training_labels(raw.labels, kind, guess, assumed.temperature, real.num_classes, where)
+    if len(labels) != len(raw.images):
+        raise UserError(f"{where} has {len(raw.images)} images and {len(labels)} labels; there must be as many")
+    labels = labels.repeat(factor**2, *[1] * (labels.ndim - 1))
+    line = (
+        f"distilled set: {files.images}, format {files.format}: {len(images)} images, {real.num_classes} classes, "
+        f"labels {kind}, {_in_words(space, statistics, real)}, decoding factor {factor}, learning rate "
+        f"{'not stored' if raw.lr_net is None else f'{raw.lr_net:g}'}"
+    )
+    images_oe, line_oe = None, ""
+    if outliers:
+        images_oe, line_oe = _outliers(outliers, real, replace(assumed, soft_labels=None), exp_idx, space, statistics)
+    elif raw.images_oe is not None:
+        images_oe = to_training_space(raw.images_oe, space, statistics, real, raw.zca)
+    synthetic = SyntheticSet(images, labels, images_oe, raw.lr_net)
+    return Found(synthetic, tuple(text for text in (line, raw.note, line_oe) if text), len(raw.images))
+
+
+def _space(raw: RawSet, files: SetFiles, real: RealData, assumed: Assumptions, where: str) -> tuple[str, Statistics]:
+    """What the images are: as the user says, or the file, or the format; a guess is compared with the numbers."""
+    space = assumed.space or ("normalised" if assumed.statistics else None) or raw.space
+    if space is None:
+        space = DEFAULT_SPACE.get(files.format, "normalised")
+    statistics = assumed.statistics or raw.statistics or (real.mean, real.std)
+    check_possible(space, statistics, real, where)
+    stated = raw.space and (files.format in STATED or raw.space == "unit")
+    if not (assumed.space or assumed.statistics or stated):
+        check_guess(raw.images, space, real, where)
+    return space, statistics
+
+
+def _outliers(
+    paths: Sequence[str], real: RealData, assumed: Assumptions, exp_idx: int, space: str, statistics: Statistics
+) -> tuple[torch.Tensor, str]:
+    """The outliers of `--distilled_oe`, and a line that says what they are; `space` and `statistics`: of the images."""
+    flag = "--distilled_oe"
+    content = read_pt(Path(paths[0]), flag) if len(paths) == 1 and paths[0].endswith(".pt") else None
+    if not isinstance(content, torch.Tensor):
+        found = read_distilled(paths, real, replace(assumed, format=None), exp_idx, flag=flag)
+        synthetic = found.synthetic
+        images = synthetic.images if synthetic.images_oe is None else synthetic.images_oe
+        return images, f"outliers: {len(images)}, of the {found.lines[0]}"
+    where = f"{flag}: {paths[0]}"
+    images = floats(content, where)
+    check_images(images, real, where)
+    if not (assumed.space or assumed.statistics):
+        check_guess(images, space, real, where)
+    images = to_training_space(images, space, statistics, real)
+    return images, f"outliers: {paths[0]}, {len(images)} images, {_in_words(space, statistics, real)}"
+
+
+def _in_words(space: str, statistics: Statistics, real: RealData) -> str:
+    if space == "zca":
+        return "whitened (ZCA)"
+    if space == "unit":
+        return "pixels from 0 to 1"
+    mean, std = (" ".join(f"{v:.4g}" for v in values) for values in statistics)
+    of = next((n for n, s in SPECS.items() if s.mean and s.mean == statistics[0]), None)
+    return f"normalised with mean {mean} and deviation {std}{f' ({of})' if of and of != real.name else ''}"
