@@ -207,3 +207,48 @@ def test_passes_of_a_run_by_hand(digits, monkeypatch):
     per_class = len(digits.images_train) // 10
     expected = 120 * 10 * per_class + 30 * 3 * 5 * 20 + 3 * 2 * (7 * 20 + tests)
     assert passes(last, replace(match, batch_real=10**6), None) == pytest.approx(expected)
+
+
+def test_compiled_code_is_kept_in_the_users_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "set, so that it is restored after the test")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    compiling.use_lasting_cache()
+    folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert folder.is_relative_to(tmp_path / "cache" / "trustdd")
+    assert torch.__version__.replace("+", "-") in folder.name
+    monkeypatch.setattr(compiling, "_processor", lambda: "another")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    compiling.use_lasting_cache()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] != str(folder)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/the/users")
+    compiling.use_lasting_cache()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/the/users"
+
+
+def test_a_cache_folder_that_cannot_be_made(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "set, so that it is restored after the test")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    compiling.use_lasting_cache()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+
+@needs_compiler
+def test_a_second_process_compiles_nothing_anew(tmp_path):
+    """It finds everything in the cache of the first: no new library is written."""
+    code = (
+        "import torch; from utils.compute.compiling import Compiled; "
+        "f = Compiled(lambda x: (x * 2).relu().sum(), None, True); print(f(torch.ones(2, 3, 4, 4)).item())"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"} | {"XDG_CACHE_HOME": str(tmp_path)}
+    libraries = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
+        )
+        assert done.stdout.strip() == "192.0", done.stderr
+        libraries.append({path: path.stat().st_mtime_ns for path in (tmp_path / "trustdd").rglob("*.so")})
+    assert libraries[0]
+    assert libraries[0] == libraries[1]

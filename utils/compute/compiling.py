@@ -1,6 +1,8 @@
 """`torch.compile`: when to use it, and how to recover when a compilation fails."""
 
+import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -122,6 +124,7 @@ class Compiled:
 
     def __init__(self, function: Callable, mode: str | None, required: bool):
         self.function, self.mode, self.required = function, mode, required
+        use_lasting_cache()
         self.compiled = self._compile()
 
     def __call__(self, images: torch.Tensor, *rest: object) -> object:
@@ -152,6 +155,35 @@ class Compiled:
         if not Compiled.failed:
             warnings.warn(f"torch.compile failed, so nothing is compiled: {reason}", stacklevel=3)
         Compiled.failed = True
+
+
+def use_lasting_cache() -> None:
+    """Keep compiled code under the user's cache folder, where it outlives a restart, so that later runs find it there.
+
+    By default PyTorch keeps it in the system's temporary folder. There is a folder for each version of PyTorch and each
+    kind of processor, since a home folder may be shared by machines. A `TORCHINDUCTOR_CACHE_DIR` that is set stays.
+    """
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+        return
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    kind = f"torch-{torch.__version__}-{_processor()}".replace("+", "-")
+    folder = os.path.join(root, "trustdd", kind)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError:
+        return
+    if os.access(folder, os.W_OK):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+
+
+def _processor() -> str:
+    """Eight digits that tell processors with other instructions apart."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            flags = next(line for line in file if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        flags = platform.processor()
+    return hashlib.sha256(f"{platform.machine()} {flags}".encode()).hexdigest()[:8]
 
 
 def compiler_message(message: str) -> str:
