@@ -1,4 +1,4 @@
-"""Compare the speed of the engine and the textbook loop (`tests/textbook.py`): same process and inputs, alternating.
+"""Compare the speed of the engine and the textbook loop (`textbook_loop.py`): same process and inputs, alternating.
 
     python scripts/benchmark.py                                  # ConvNetW32, ipc 2: about 3 minutes on two cores
     python scripts/benchmark.py --model ConvNet --ipc 10 --repeats 1 --works iteration        # 20 minutes on two cores

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
+from textbook_loop import Distillation, train_epoch
 from torch.utils.data import DataLoader
 
 from networks import get_network
@@ -154,26 +155,24 @@ class Bench:
             self.args.model, self.ipc, batch_real=self.batch, batch_oe=self.batch, outer_loop=outer, inner_loop=inner,
             dsa=STRATEGY,
         )  # fmt: skip
-        methods = [
-            kind(self.real, PseudoOutliers(self.real), settings, self.compute)
-            for kind in (textbook.PlainMatching, GradientMatching)
-        ]
-        for method in methods:
-            method.start(0)
-        numbers = [count_from(0), count_from(0)]
+        slow = Distillation(
+            *self._training_set(), self.args.model, self.ipc, (outer, inner), STRATEGY.strategy, self.batch
+        )
+        fast = GradientMatching(self.real, PseudoOutliers(self.real), settings, self.compute)
+        fast.start(0)
+        numbers = count_from(0)
+        # the losses are read, as in the stage-1 loop
+        return self.measure(slow.iterate, lambda: fast.iterate(next(numbers))["loss"].mean().item())
 
-        def work(which: int) -> Callable[[], object]:
-            # the losses are read, as in the stage-1 loop
-            return lambda: methods[which].iterate(next(numbers[which]))["loss"].mean().item()
-
-        return self.measure(work(0), work(1))
+    def _training_set(self) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        """All training images normalised, their labels, and a stand-in for each corrupted copy."""
+        images = self.real.train_batch(torch.arange(len(self.real.images_train)))
+        return images, self.real.labels_train, [images] * len(DEFAULT_CORRUPTIONS)
 
     def _plain_epochs(self, epochs: int) -> None:
         optimizer = torch.optim.SGD(self.net.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
-        drawer = Trainer(self.net, self.settings)
-        for epoch in range(epochs):
-            (batches,) = drawer.draw_epochs(self.synthetic, [generator(0, epoch)])
-            textbook.train_epoch(self.net, optimizer, self.synthetic, batches, self.settings.lambda_oe)
+        for _ in range(epochs):
+            train_epoch(self.net, optimizer, self.synthetic, STRATEGY.strategy, self.settings.lambda_oe)
 
     def epoch(self) -> dict:
         """One epoch of network training on images and outliers (mean of ten)."""

@@ -1,0 +1,79 @@
+"""The textbook loop of the benchmark computes what the engine computes, but for what is random in it."""
+
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from networks import get_network
+from tests import textbook
+from utils.core.rng import generator
+from utils.data.augment import identity
+from utils.data.synthetic import SyntheticSet
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import textbook_loop
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(6, 3, 32, 32, generator=generator(0))
+
+
+@pytest.mark.parametrize("entry", textbook_loop.AUGMENTATIONS)
+def test_siamese_draws_are_the_same_for_all_images_and_calls(images, entry):
+    same = images[:1].expand(6, -1, -1, -1)
+    first, again = (textbook_loop.augment(same, [entry], seed=5) for _ in range(2))
+    assert torch.equal(first, again)
+    assert torch.allclose(first, first[:1].expand_as(first), atol=1e-6)
+    free = torch.cat([textbook_loop.augment(same, [entry]) for _ in range(8)])
+    assert not torch.allclose(free, free[:1].expand_as(free), atol=1e-3)
+
+
+def test_augmentations_do_what_they_say(images):
+    for _ in range(5):
+        moved = textbook_loop.crop(images[:1], True)[0]
+        rows = [r for r in range(-4, 5) for c in range(-4, 5) if torch.equal(_shifted(images[0], r, c), moved)]
+        assert len(rows) == 1
+        cut = textbook_loop.cutout(torch.ones(1, 3, 32, 32), True)
+        assert 8 * 8 <= (cut[0, 0] == 0).sum() <= 16 * 16
+        flipped = textbook_loop.flip(images, False)
+        assert all(torch.equal(f, x) or torch.equal(f, x.flip(2)) for f, x in zip(flipped, images, strict=True))
+
+
+def _shifted(image: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    out = torch.zeros_like(image)
+    for r in range(32):
+        for c in range(32):
+            if 0 <= r + rows < 32 and 0 <= c + columns < 32:
+                out[:, r, c] = image[:, r + rows, c + columns]
+    return out
+
+
+def test_matching_by_the_oracle(digits):
+    """With batches of whole classes and without augmentation nothing is random but the order of images."""
+    images, labels = digits.train_batch(torch.arange(len(digits.images_train))), digits.labels_train
+    loop = textbook_loop.Distillation(images, labels, [images.flip(3)], "ConvNetD1", 2, (1, 1), (), batch=10**6)
+    net = get_network("ConvNetD1", 1, 10, (8, 8), generator(0))
+    before = [x.detach().clone() for x in (loop.image_syn, loop.image_oe)]
+    batches = (loop.real_batch, loop.outlier_batch)
+    losses = (loop._class_loss, loop._uniform_loss)
+    for kind in range(2):
+        found = loop.match(
+            net, (loop.image_syn, loop.image_oe)[kind], batches[kind], losses[kind], loop.optimizers[kind]
+        )
+        synthetic = before[kind].view(10, 2, 1, 8, 8)
+        expected, gradient = textbook.match_slots(net, synthetic, batches[kind], [identity] * 10, bool(kind), "ours")
+        assert found == pytest.approx(sum(expected), rel=1e-3)
+        after = (loop.image_syn, loop.image_oe)[kind].detach()
+        assert torch.allclose(after, before[kind] - 0.1 * gradient.flatten(0, 1), atol=1e-4)
+
+
+def test_training_lowers_the_loss(digits):
+    net = get_network("ConvNetD1", 1, 10, (8, 8), generator(0))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+    index = torch.cat([i[:3] for i in digits.class_indices])
+    images = SyntheticSet(digits.train_batch(index), digits.labels_train[index], torch.randn(30, 1, 8, 8))
+    losses = [textbook_loop.train_epoch(net, optimizer, images, ("crop", "scale"), 0.5) for _ in range(40)]
+    assert losses[-1] < losses[0] - 1
