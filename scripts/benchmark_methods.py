@@ -69,7 +69,8 @@ def dm(bench: Bench) -> dict:
     )
 
 
-def _trajectory_matching(kind: type, real: RealData, model: str, ipc: int, compute: Compute) -> TrajectoryMatching:
+def trajectory_matching(kind: type, real: RealData, model: str, ipc: int, compute: Compute) -> TrajectoryMatching:
+    """Trajectory matching of 30 steps with POE; `kind`: the engine's class or the textbook's."""
     settings = TrajectorySettings(model, ipc, syn_steps=STEPS, dsa=STRATEGY)
     net = get_network(model, real.channel, real.num_classes, real.im_size).to(real.device)
     return kind(real, PseudoOutliers(real), settings, RandomEnds(net), compute)
@@ -80,9 +81,7 @@ def mtt(bench: Bench) -> dict:
     uncompiled in a separate process."""
     kinds = (textbook.PlainTrajectoryMatching, TrajectoryMatching)
     fp32 = replace(bench.compute, precision="fp32")
-    result = _alternating(
-        bench, [_trajectory_matching(k, bench.real, bench.args.model, bench.ipc, fp32) for k in kinds]
-    )
+    result = _alternating(bench, [trajectory_matching(k, bench.real, bench.args.model, bench.ipc, fp32) for k in kinds])
     peaks = [_peak(kind, bench) for kind in kinds]
     return result | {"plain_gb": peaks[0], "engine_gb": peaks[1]}
 
@@ -103,7 +102,7 @@ def _measure_peak(kind: type, model: str, ipc: int, queue: multiprocessing.Queue
     images = torch.zeros(20 * ipc, 3, 32, 32, dtype=torch.uint8)
     labels = torch.arange(20 * ipc) % 10
     real = RealData("random", 10, (0.5,) * 3, (0.25,) * 3, images, labels, images, labels)
-    method = _trajectory_matching(kind, real, model, ipc, Compute())
+    method = trajectory_matching(kind, real, model, ipc, Compute())
     method.start(0)
     set_keep_freed_memory(False)
     before = _resident("VmRSS")

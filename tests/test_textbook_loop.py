@@ -1,4 +1,4 @@
-"""The textbook loop of the benchmark computes what the engine computes, but for what is random in it."""
+"""The textbook loop of the benchmark computes what the engine computes, but for what is random in it; and the profile."""
 
 import sys
 
@@ -13,6 +13,7 @@ from utils.data.augment import identity
 from utils.data.synthetic import SyntheticSet
 
 sys.path.insert(0, str(ROOT / "scripts"))
+import profile_works
 import textbook_loop
 
 
@@ -77,3 +78,29 @@ def test_training_lowers_the_loss(digits):
     images = SyntheticSet(digits.train_batch(index), digits.labels_train[index], torch.randn(30, 1, 8, 8))
     losses = [textbook_loop.train_epoch(net, optimizer, images, ("crop", "scale"), 0.5) for _ in range(40)]
     assert losses[-1] < losses[0] - 1
+
+
+def test_shares_of_the_profile_add_up():
+    images, weight = torch.randn(16, 8, 32, 32), torch.randn(8, 8, 3, 3)
+    shares = profile_works.shares(lambda: torch.nn.functional.conv2d(images, weight))
+    total = shares.pop("total")
+    assert sum(shares.values()) == pytest.approx(total, rel=0.2)
+    assert max(shares, key=shares.get) in ("convolutions", profile_works.PYTHON)
+    assert shares["convolutions"] > 10 * shares["optimiser"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("aten::mkldnn_convolution", "convolutions"),
+        ("aten::convolution_backward", "convolutions"),
+        ("aten::addmm", "matrix products"),
+        ("aten::native_group_norm", "norm, activation, pooling"),
+        ("aten::grid_sampler_2d", "augmentation, batches"),
+        ("aten::randperm", "draws"),
+        ("Optimizer.step#SGD.step", "optimiser"),
+        ("aten::empty", profile_works.OTHER),
+    ],
+)
+def test_kinds_of_operations(name, kind):
+    assert profile_works.kind_of(name) == kind

@@ -1,0 +1,157 @@
+"""Where the time of an iteration goes, by PyTorch's profiler: the share of each kind of work.
+
+    python scripts/profile_works.py                               # ConvNetW32, ipc 10: DSA, DM and MTT, stages 2 and 3
+    python scripts/profile_works.py --model ConvNet --precision bf16 --out profile.json
+
+The data are random pixels in the shape of CIFAR-10. A work runs twice before it is profiled, so that compiling does not
+count. A product of large matrices of the same type shows what the processor can do.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from itertools import count as count_from
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+from benchmark import machine
+from benchmark_methods import trajectory_matching
+from benchmark_works import STRATEGY, Bench
+from torch.profiler import ProfilerActivity, profile
+
+from utils.core.parser import Parser, count, one_of
+from utils.data.outliers import PseudoOutliers
+from utils.files.atomic import save_text
+from utils.methods.distribution_matching import DistributionMatching
+from utils.methods.gradient_matching import GradientMatching
+from utils.methods.match_draws import MatchSettings
+from utils.methods.trajectory_matching import TrajectoryMatching
+from utils.ood.detectors import Scorer
+from utils.report.tables import markdown_table
+from utils.stages.arguments import add_compute
+from utils.stages.entry import run_script
+from utils.training.trainer import Trainer
+
+# kinds of work by parts of the names of operations, in this order; compiled code counts as norm, activation and pooling,
+# without the convolutions that it calls
+KINDS = {
+    "convolutions": ("conv", "mkldnn"),
+    "matrix products": ("mm", "linear", "dot", "einsum"),
+    "norm, activation, pooling": (
+        "norm",
+        "relu",
+        "pool",
+        "threshold",
+        "cpp_fused",
+        "graph_",
+        "var_mean",
+        "softmax",
+        "inductor",
+    ),
+    "augmentation, batches": ("grid", "index", "gather", "flip", "affine", "stack", "cat", "clamp", "take", "scatter"),
+    "draws": ("randperm", "rand", "normal", "uniform", "random"),
+    "optimiser": ("sgd", "optimizer", "foreach", "addcmul"),
+}
+OTHER = "other operations"
+PYTHON = "Python and waiting"
+WORKS = ("dsa", "dm", "mtt", "stage2", "stage3")
+
+
+def get_args_parser() -> Parser:
+    """The flags of this script."""
+    parser = Parser(description="Profile one iteration of each method, and stages 2 and 3.")
+    parser.add_argument("--model", default="ConvNetW32", help="the network")
+    parser.add_argument("--ipc", type=count(1), default=10, help="synthetic images per class")
+    parser.add_argument("--works", nargs="+", type=one_of("work", WORKS), default=list(WORKS), help="what to profile")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--out", default=None, help="JSON file to write")
+    add_compute(parser)
+    parser.set_defaults(compile="on", batch_real=256, slots=10, outer_loop=1, inner_loop=1, repeats=1)
+    return parser
+
+
+def work_of(name: str, bench: Bench) -> Callable[[], object]:
+    """What is profiled under a name; an outer step of DSA has its matching and an epoch of network training."""
+    real, outliers = bench.real, PseudoOutliers(bench.real)
+    if name in ("dsa", "dm"):
+        loops = {"outer_loop": 2, "inner_loop": 1} if name == "dsa" else {}
+        settings = MatchSettings(bench.args.model, bench.ipc, init="real", dsa=STRATEGY, **loops)
+        kind = GradientMatching if name == "dsa" else DistributionMatching
+        method = kind(real, outliers, settings, bench.compute)
+    elif name == "mtt":
+        method = trajectory_matching(TrajectoryMatching, real, bench.args.model, bench.ipc, bench.compute)
+    elif name == "stage2":
+        trainer = Trainer(bench.net, bench.settings, bench.compute)
+        return lambda: trainer.train(bench.synthetic, 0, ()).item()
+    else:
+        scorer = Scorer(bench.net, ["msp"], 1.0, real.std, bench.compute.embedding(bench.net))
+        return lambda: scorer(real.test_images, 256)
+    method.start(0)
+    numbers = count_from(0)
+    return lambda: method.iterate(next(numbers))["loss"].mean().item()
+
+
+def shares(work: Callable[[], object]) -> dict[str, float]:
+    """Seconds by kind of work of one call; those in no operation are Python's."""
+    for _ in range(2):
+        work()
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        began = time.perf_counter()
+        work()
+        total = time.perf_counter() - began
+    seconds: dict[str, float] = dict.fromkeys([*KINDS, OTHER], 0.0)
+    for event in recorded.key_averages():
+        seconds[kind_of(event.key)] += event.self_cpu_time_total / 1e6
+    return seconds | {PYTHON: max(0.0, total - sum(seconds.values())), "total": total}
+
+
+def kind_of(operation: str) -> str:
+    """The kind of work that an operation belongs to."""
+    name = operation.lower().removeprefix("aten::")
+    return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), OTHER)
+
+
+def peak_gflops(dtype: torch.dtype) -> float:
+    """GFLOP/s of a product of large matrices; the best of five."""
+    a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(5):
+        began = time.perf_counter()
+        a @ b
+        best = max(best, 2 * 2048**3 / (time.perf_counter() - began) / 1e9)
+    return best
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """Shares in percent, and the seconds of each work."""
+    kinds = [*KINDS, OTHER, PYTHON]
+    rows = [
+        [work, f"{r['total']:.3f}", *(f"{100 * r[kind] / r['total']:.0f}" for kind in kinds)]
+        for work, r in results.items()
+    ]
+    return markdown_table(("work", "seconds", *(f"{kind}, %" for kind in kinds)), rows)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Profile, print the table, and write the JSON file if asked."""
+    bench = Bench(args)
+    results = {name: shares(work_of(name, bench)) for name in args.works}
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    about = machine(bench.device) | {"compute": str(bench.compute), "command": shlex.join(sys.argv)}
+    about["matmul_gflops"] = round(peak_gflops(dtype))
+    print(table(results))
+    print(json.dumps(about))
+    if args.out:
+        save_text(
+            Path(args.out), json.dumps({"about": about, "flags": vars(args), "results": results}, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(get_args_parser().parse_args()), "profile_works.py")
