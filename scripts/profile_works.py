@@ -38,7 +38,7 @@ from utils.stages.arguments import add_compute
 from utils.stages.entry import run_script
 from utils.training.trainer import Trainer
 
-# kinds of work by parts of the names of operations, in this order; compiled code counts as norm, activation and pooling,
+# kinds of work by parts of the names of operations, in this order; compiled code counts as norm, activation, pooling,
 # without the convolutions that it calls
 KINDS = {
     "convolutions": ("conv", "mkldnn"),

@@ -1,4 +1,4 @@
-"""The textbook loop of the benchmark computes what the engine computes, but for what is random in it; and the profile."""
+"""The textbook loop of the benchmark computes what the engine computes, but for random draws; and the profile."""
 
 import sys
 
