@@ -14,7 +14,8 @@ from networks import get_network
 from networks.convnet import ConvNet
 from tests import textbook
 from utils.compute import transfer
-from utils.compute.device import Compute, forward_flops, set_precision
+from utils.compute.compiling import Workload
+from utils.compute.device import Compute, choose_compute, forward_flops, set_precision
 from utils.compute.transfer import packed, tensors_of, with_tensors
 from utils.core.rng import generator
 from utils.data import augment, corruptions, datasets, outliers
@@ -328,6 +329,19 @@ def textbook_epoch(method, s, g):
     with torch.no_grad():
         for p, grad in zip(method.net.parameters(), grads, strict=True):
             p -= s.lr_net * grad
+
+
+@pytest.mark.parametrize(("flags", "has"), [("avx2 avx512_bf16", True), ("avx2 amx_bf16 x", True), ("avx2", False)])
+def test_bf16_needs_a_processor_that_has_it(monkeypatch, tmp_path, flags, has):
+    path = tmp_path / "cpuinfo"
+    path.write_text(f"processor : 0\nflags : fpu {flags}\n")
+    monkeypatch.setattr(
+        "builtins.open", lambda *a, original=open: original(path if a[0] == "/proc/cpuinfo" else a[0], *a[1:])
+    )
+    net = get_network("ConvNetD1", 1, 10, (8, 8))
+    compute = choose_compute("off", "bf16", torch.device("cpu"), net, (1, 8, 8), Workload(1, 1, "training"))
+    assert compute.precision == ("bf16" if has else "fp32")
+    assert ("AVX512-BF16" in str(compute)) == (not has)
 
 
 def test_bf16_is_near_and_matching_stays_in_float32():

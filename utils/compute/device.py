@@ -35,15 +35,18 @@ class Compute:
     `compiled`: matching, network training and testing use `torch.compile`. `precision`: `bf16` runs network training,
     and in matching the real gradients or embeddings and MTT's student steps, under autocast; the gradient of the
     synthetic images stays in float32. `why`: the reason for the choice of `--compile auto`; empty if the user chose.
+    `note`: why the precision is not the one asked for.
     """
 
     compiled: bool = False
     precision: str = "fp32"
     on_cuda: bool = False
     why: str = ""
+    note: str = ""
 
     def __str__(self) -> str:
-        return f"torch.compile {'on' if self.compiled else 'off'}{self.why and f' ({self.why})'}, {self.precision}"
+        compiled = f"torch.compile {'on' if self.compiled else 'off'}{self.why and f' ({self.why})'}"
+        return f"{compiled}, {self.precision}{self.note and f' ({self.note})'}"
 
     def for_network(self, net: nn.Module) -> "Compute":
         """The settings for another network: on a CPU, `auto` does not compile where that is no faster for `net`."""
@@ -136,16 +139,30 @@ def choose_compute(
     """The `Compute` of a run.
 
     Args:
-        compile_flag, precision: the flags `--compile` and `--precision`.
+        compile_flag, precision: the flags `--compile` and `--precision`; a CPU without bfloat16 instructions uses
+            float32 instead of bf16.
         net: a network of the kind that the run trains or tests, on the CPU; image_shape: `(C, H, W)`.
     Raises:
         UserError: for `--compile on` without a working C++ compiler on a CPU.
     """
     set_precision(precision, device)
     compiled, why = choose_compile(compile_flag, device, net, image_shape, workload)
+    note = ""
+    if device.type == "cpu" and precision == "bf16" and not has_bfloat16_instructions():
+        precision, note = "fp32", "bf16 would be slower: this processor has neither AVX512-BF16 nor AMX"
     if device.type == "cpu" and precision == "tf32":
         precision = "fp32"
-    return Compute(compiled, precision, device.type == "cuda", why)
+    return Compute(compiled, precision, device.type == "cuda", why, note)
+
+
+def has_bfloat16_instructions() -> bool:
+    """Whether the CPU computes in bfloat16, rather than emulating it. On an unknown system: False."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            flags = next((line for line in file if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        return False
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags.split())
 
 
 def forward_flops(net: nn.Module, image_shape: tuple[int, ...]) -> int:

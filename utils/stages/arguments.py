@@ -97,7 +97,8 @@ def add_compute(parser: Parser, training: bool = True) -> None:
         "--precision",
         type=one_of("precision", PRECISIONS),
         default="tf32",
-        help="tf32 and fp32 differ on CUDA only; bf16 runs real gradients and network training under autocast",
+        help="tf32 and fp32 differ on CUDA only; bf16 (where the processor has it) runs network training and the real "
+        "side of matching under autocast",
     )
     group.add_argument(
         "--deterministic",
