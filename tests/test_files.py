@@ -13,6 +13,7 @@ from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.synthetic import SyntheticSet, load_synthetic, result_name, save_synthetic
 from utils.files.atomic import append_line, atomic_write, save_pt
+from utils.files.torch_files import fingerprint
 from utils.runs.checkpoints import Checkpointer
 from utils.runs.lineage import find_run_folder
 from utils.runs.run_folder import RunFolder
@@ -192,3 +193,10 @@ def test_metrics_are_flushed_once_a_second_and_before_a_checkpoint(tmp_path, mon
     Checkpointer(run).save({"a": 1})
     metrics = os.stat(tmp_path / "metrics.jsonl").st_ino
     assert synced[3] == metrics  # before the checkpoint relies on them
+
+
+def test_fingerprints_of_bfloat16_tensors():
+    values = torch.tensor([1.0, 2.5, -3.0])
+    low = fingerprint([values.to(torch.bfloat16)])
+    assert low == fingerprint([values.to(torch.bfloat16)])
+    assert len({low, fingerprint([values]), fingerprint([(values + 1).to(torch.bfloat16)])}) == 3

@@ -204,8 +204,10 @@ def _checked(name: str, spec: Spec | None, arrays: Arrays, source: Path) -> Real
             found = f"{int(values.min())}..{int(values.max())}"
             raise UserError(f"{where}: {part} labels are {found}; they must be 0..{num_classes - 1}")
     empty = (labels.bincount(minlength=num_classes) == 0).nonzero().flatten().tolist()
-    if empty or num_classes < 2:
-        raise UserError(f"{where}: needs two classes or more, each with training images; none in {empty[:10]}")
+    if num_classes < 2:
+        raise UserError(f"{where}: all images are of one class; two classes or more are needed")
+    if empty:
+        raise UserError(f"{where}: classes {', '.join(map(str, empty[:10]))} have no training images; each needs some")
     mean, std = (spec.mean, spec.std) if spec and spec.mean else _moments(images)
     return RealData(name, num_classes, mean, std, images, labels, images_test, labels_test)
 

@@ -169,5 +169,8 @@ def fingerprint(tensors: Iterable[torch.Tensor | None]) -> str:
             digest.update(b"none")
         else:
             digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy())
+            plain = tensor.detach().cpu().contiguous()
+            digest.update(
+                (plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain).numpy()
+            )  # no such in numpy
     return digest.hexdigest()

@@ -214,7 +214,8 @@ class ExpertTraining:
         states = [read_pt(folder / f"epoch_{e}.pt", "unfinished expert") for e in range(s.epochs + 1)]
         save_pt(path, [[self._parameters(state["net"]) for state in states]])
         shutil.rmtree(folder)
-        self.run.log_own(f"expert {index}: test accuracy {100 * accuracy:.2f} %" if done < s.epochs else f"{path}")
+        what = f"test accuracy {100 * accuracy:.2f} %" if done < s.epochs else f"its epochs are collected in {path}"
+        self.run.log_own(f"expert {index}: {what}")
 
     def _parameters(self, state: dict) -> Params:
         return [state[name].detach().cpu().float().clone() for name, _ in self.net.named_parameters()]

@@ -115,8 +115,8 @@ def load_results(folder: Path) -> Results:
         UserError: when it is missing, damaged, or not what stage 3 writes.
     """
     path = folder / "results.json"
+    content = read_json(path, "results", most=64 << 20)
     try:
-        content = read_json(path, "results", most=64 << 20)
         errors, rows = ([_with_nan(row) for row in content[key]] for key in ("errors", "rows"))
         for row in rows:
             _ = errors[row["network"]]["error"], row["set"], row["score"], [row[m] for m in MEASURES]

@@ -62,7 +62,7 @@ class Checkpointer:
                 reason = f"{path} is no checkpoint"
             except UserError as error:
                 reason = str(error)
-            self.run.log(f"{reason}; trying the checkpoint before it")
+            self.run.log(reason + ("; trying the checkpoint before it" if path != there[-1] else ""))
         if there:
             raise UserError(
                 f"--resume: no checkpoint in {self.run.path} can be read: {', '.join(p.name for p in there)}. "
