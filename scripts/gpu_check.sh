@@ -11,6 +11,7 @@
 #   all_tests   the whole suite, on the CPU beside the GPU (needs requirements-dev.txt)
 # A part that takes longer than LIMIT seconds (500) is interrupted and saved; run it again to resume it.
 # DATA is the folder of cifar10.npz or of torchvision's CIFAR-10; OOD, a folder of OOD sets, adds them to those without files.
+# DM_ITERATIONS (2000), DSA_ITERATIONS (1000), MTT_ITERATIONS (1000) and EXPERTS (10) set the length of the distillations.
 # PYTHON is the interpreter, OUT (assets/results) the folder of a log and a JSON for each part, WORK (result-gpu-check) that
 # of the runs. pytorch-ood is not needed.
 set -uo pipefail

@@ -66,6 +66,7 @@ def get_args_parser() -> Parser:
     """The flags of this script."""
     parser = Parser(description="Publish a distilled set.")
     parser.add_argument("distilled", nargs="+", metavar="PATH", help="run folder of stage 1, or any set of --distilled")
+    parser.add_argument("--distilled_oe", nargs="+", default=[], metavar="PATH", help="its outliers, if they are apart")
     parser.add_argument("--out", required=True, help="folder to make; it must not exist")
     parser.add_argument("--exp_idx", type=count(0), default=0, help="which experiment of a run")
     parser.add_argument("--results", nargs="+", default=[], help="stage-3 folders, whose measures the card states")
@@ -83,7 +84,8 @@ def main(args: argparse.Namespace) -> None:
     if out.exists():
         raise UserError(f"--out: {out} exists; remove it or give another name")
     assumed = assumptions(vars(args))
-    published = _of_run(args.distilled, assumed, args.exp_idx) or _of_another(args, assumed)
+    run = None if args.distilled_oe else _of_run(args.distilled, assumed, args.exp_idx)
+    published = run or _of_another(args, assumed)
     flags = published.origin.get("flags") or {}
     s, images = published.synthetic, published.synthetic.images
     facts = CardFacts(
@@ -180,7 +182,7 @@ def _of_run(paths: list[str], assumed: Assumptions, exp_idx: int) -> Published |
 def _of_another(args: argparse.Namespace, assumed: Assumptions) -> Published:
     """A set of another repository, as stage 2 would read it."""
     real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none", args.zca)
-    found = read_distilled(args.distilled, real, assumed, args.exp_idx, flag="PATH")
+    found = read_distilled(args.distilled, real, assumed, args.exp_idx, args.distilled_oe, flag="PATH")
     source = f"Read as: {'; '.join(found.lines)}".replace(str(Path(args.distilled[0]).parent) + os.sep, "")
     return Published(found.synthetic, real.mean, real.std, real.zca, real.name, real.num_classes, {}, source)
 

@@ -26,6 +26,7 @@ from utils.exchange.convert import read_distilled
 from utils.files.atomic import save_text
 from utils.methods import METHODS
 from utils.ood.detectors import ALL_SCORES
+from utils.ood.sets import OODSource
 from utils.stages import arguments
 from utils.stages.entry import run_script
 from utils.training_sets.flags import add_foreign, assumptions
@@ -46,6 +47,7 @@ def get_args_parser() -> Parser:
         "--method", default=None, type=one_of("method", METHODS), help="left out: DSA with --dsa_strategy, else DC"
     )
     parser.add_argument("--dsa_strategy", default=None, help="augmentation of training; give the one of the set")
+    parser.add_argument("--distilled_oe", nargs="+", default=[], metavar="PATH", help="its outliers, if they are apart")
     parser.add_argument("--exp_idx", type=count(0), default=0, help="which experiment of a res_….pt")
     parser.add_argument(
         "--outliers",
@@ -55,7 +57,11 @@ def get_args_parser() -> Parser:
         help="columns of the set with outliers; distilled is left out where the set has none",
     )
     parser.add_argument(
-        "--baselines", nargs="*", type=one_of("baseline", BASELINES), default=list(BASELINES), help="columns without it"
+        "--baselines",
+        nargs="*",
+        type=one_of("baseline", BASELINES),
+        default=list(BASELINES),
+        help="columns of real images",
     )
     parser.add_argument("--num_eval", type=count(1), default=3, help="networks in each column")
     parser.add_argument("--epoch_eval_train", type=count(1), default=None, help="epochs; left out: as in stage 2")
@@ -76,7 +82,10 @@ def get_args_parser() -> Parser:
 def main(args: argparse.Namespace) -> None:
     """Read the set, train and test each column, and compare them."""
     real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none", args.zca)
-    found = read_distilled(args.distilled, real, assumptions(vars(args)), args.exp_idx, flag="PATH")
+    assumed = assumptions(vars(args))
+    found = read_distilled(args.distilled, real, assumed, args.exp_idx, args.distilled_oe, flag="PATH")
+    source = OODSource(real, Path(args.ood_path), Path(args.data_path), args.download == "all", limit=1, seed=args.seed)
+    source.find_all(args.ood_sets or source.default_names(), "--ood_sets")  # before hours of training
     for line in found.lines:
         print(line)
     ipc = max(1, found.stored // real.num_classes)  # small images inside one count once: they share its memory
@@ -105,7 +114,8 @@ def _columns(args: argparse.Namespace, ipc: int, has_outliers: bool) -> dict[str
     for kind in args.outliers:
         if kind != "distilled" or has_outliers:
             weight = ["--lambda_oe", str(args.lambda_oe)]
-            columns[f"with {kind} outliers"] = [with_oe, *common, *epochs, *weight, *given, "--outliers", kind]
+            apart = ["--distilled_oe", *args.distilled_oe] if kind == "distilled" and args.distilled_oe else []
+            columns[f"with {kind} outliers"] = [with_oe, *common, *epochs, *weight, *given, *apart, "--outliers", kind]
     for kind in args.baselines:
         own = whole if kind == "whole" else epochs
         features = ["--features", str(Path(args.out) / "features")] if kind in ("herding", "kcenter") else []

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -320,6 +321,13 @@ def test_a_moved_run_keeps_its_set(in_process, tmp_path):
     assert "distilled set, 20 images" in in_process("test_ood_model_syn.py", *test, "--score", "knn")
 
 
+def test_stage_2_prints_the_line_of_stage_3(made, in_process, tmp_path):
+    text = in_process(WITH_OE, *QUICK, "--distilled", made, "--save_path", "two")
+    (line,) = re.findall(r"^to test them: python (test_ood_model_syn.py .*)$", text, re.MULTILINE)
+    script, *words = shlex.split(line)
+    assert "mean" in in_process(script, *words, "--ood_sets", "patches", "gaussian")
+
+
 def test_fitted_scores_of_networks_on_the_whole_set(in_process, tmp_path):
     in_process(PLAIN, *QUICK, "--ipc", 1, "--train_on", "whole", "--save_path", "two")
     test = [*COMMON[:6], "--ipc", 1, "--num_exp", 1, "--is_load_best", "--load_path", "two", "--ood_sets", "patches"]
@@ -543,6 +551,9 @@ def test_trust_report_of_one_line(made, tmp_path):
     assert first.count("$ python train_model") == 3
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True).stdout
     assert "$ python train_model" not in again
+    missing = [*command[:-4], "--ood_sets", "Textures", "--out", "another"]
+    early = subprocess.run(missing, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert (early.returncode, "Textures" in early.stderr, "$ python" in early.stdout) == (2, True, False)
     other = subprocess.run([*command, "--seed", "2"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert other.returncode == 2
     assert len(other.stderr.strip().splitlines()) == 1

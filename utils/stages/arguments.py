@@ -42,7 +42,7 @@ def add_network(group: argparse._ArgumentGroup) -> None:
         "--model",
         type=one_of("model", MODEL_NAMES),
         default="ConvNet",
-        help="the network; ConvNetW32 suits a laptop",
+        help=f"the network, one of {', '.join(MODEL_NAMES)}; ConvNetW32 suits a laptop",
     )
     group.add_argument("--seed", type=int, default=1, help="fixes everything random; change it for an independent run")
     group.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda or cuda:N")
@@ -309,7 +309,8 @@ def add_poe(parser: Parser) -> None:
         nargs="+",
         type=one_of("corruption", CORRUPTIONS),
         default=list(DEFAULT_CORRUPTIONS),
-        help="how pseudo-outliers are made: class slot c uses number c modulo their count",
+        help=f"how pseudo-outliers are made, out of {', '.join(CORRUPTIONS)}: class 0 uses the first, class 1 the "
+        "second, and so on, from the first again after the last",
     )
 
 
@@ -366,7 +367,7 @@ def _add_ood_sets(group: argparse._ArgumentGroup) -> None:
         "--num_ood_ratio",
         type=count(1),
         default=1,
-        help="test at most (test images // ratio) images of each set; raise it for a quick look",
+        help="N: use a fraction 1/N of as many OOD images as there are test images; 10 for a quick look",
     )
     group.add_argument(
         "-v", "--validate", action="store_true", help="also test on validation outliers, for choosing hyperparameters"

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -98,6 +99,24 @@ def run_stage2(args: argparse.Namespace, outliers: str) -> None:
     )
     best, last = zip(*training.train_all(args.num_eval, args.checkpoint_interval), strict=True)
     run.log(f"accuracy over {args.num_eval} networks: best {mean_std(best)} %, last epoch {mean_std(last)} %")
+    run.log(f"to test them: {stage3_command(vars(args), run.path.name)}")
+
+
+def stage3_command(flags: Mapping[str, Any], folder: str) -> str:
+    """The command that tests the networks of a stage-2 folder, on the default OOD sets."""
+    names = ("method", "dataset", "model", "ipc", "data_path", "im_size")
+    words = ["python", "test_ood_model_syn.py", *(w for n in names if flags[n] for w in (f"--{n}", str(flags[n])))]
+    words += ["--zca"] if flags["zca"] else []
+    words += [
+        "--num_exp",
+        str(flags["num_eval"]),
+        "--is_load_best",
+        "--load_path",
+        flags["save_path"],
+        "--folder",
+        folder,
+    ]
+    return shlex.join(words)
 
 
 def _choice(flags: Mapping[str, Any], outliers: str) -> Choice:

@@ -115,9 +115,9 @@ def add_training_outliers(parser: Parser) -> None:
         "--outliers",
         type=one_of("kind of outliers", OUTLIERS),
         default="distilled",
-        help="distilled; initial: those that a distillation starts from, not distilled; kcenter: as many, spread out, "
-        "of 10000; corrupt: the distilled images, corrupted anew in every epoch; real: real outliers anew in every "
-        "epoch, an upper bound; none",
+        help="distilled; initial: those that a distillation starts from, not distilled; kcenter: the same number, "
+        "chosen far apart from 10000 candidates; corrupt: the distilled images, corrupted anew in every epoch; real: "
+        "real outliers anew in every epoch, an upper bound; none",
     )
     group.add_argument(
         "--distilled_oe",
@@ -132,7 +132,7 @@ def add_training_outliers(parser: Parser) -> None:
         nargs="+",
         type=one_of("corruption", CORRUPTIONS),
         default=list(DEFAULT_CORRUPTIONS),
-        help="how --outliers initial, kcenter, corrupt and real are made: slot c uses number c modulo their count",
+        help="how --outliers initial, kcenter, corrupt and real are made: class 0 uses the first, and so on",
     )
     group.add_argument(
         "--oe_data_path",
