@@ -401,10 +401,8 @@ def test_from_experts_to_the_report(in_process, refused, tmp_path):
     (path,) = tmp_path.glob("result-poe/MTT/Digits/ConvNetD1/1/*/res_*.pt")
     rates = [load_synthetic(path, i).lr_net for i in range(2)]
     assert all(0.03 < r < 0.08 for r in rates)
-    assert f"learning rate {rates[1]:g}" in in_process(
-        "train_model_synthetic_oe.py", *TWO, "--exp_idx", 1
-    )
-    assert "networks 0.02" in in_process("train_model_synthetic_oe.py", *TWO, "--lr_net", 0.02)
+    assert f"learning rate {rates[1]:g}" in in_process("train_model_synthetic_oe.py", *TWO, "--exp_idx", 1)
+    assert "learning rate 0.02" in in_process("train_model_synthetic_oe.py", *TWO, "--lr_net", 0.02)
     flags = [*DIGITS[:4], "--method", "MTT", "--ipc", 1, "--num_exp", 1, "--is_load_best", "--ood_sets", "patches"]
     assert "AUROC" in in_process("test_ood_model_syn.py", *flags)
 
