@@ -1,4 +1,7 @@
-"""Compare the speed of the engine and the textbook loop (`textbook_loop.py`): same process and inputs, alternating.
+"""Compare the speed of the engine and of a textbook loop: same process and inputs, alternating.
+
+Iteration, epoch, evaluation and stage 2 are compared with `textbook_loop.py`, what people run; start-up, matching,
+tests and the further methods with `tests/textbook.py`.
 
     python scripts/benchmark.py                                  # ConvNetW32, ipc 2: about 3 minutes on two cores
     python scripts/benchmark.py --model ConvNet --ipc 10 --repeats 1 --works iteration        # 20 minutes on two cores

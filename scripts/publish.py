@@ -28,6 +28,7 @@ from utils.data.whitening import ZCA
 from utils.exchange.convert import Assumptions, read_distilled
 from utils.exchange.formats import SAFETENSORS, find_files
 from utils.exchange.readers import stored_space
+from utils.exchange.spaces import to_unit
 from utils.files.torch_files import read_pt
 from utils.methods import METHODS
 from utils.report.card import CardFacts, card
@@ -56,10 +57,7 @@ class Published:
 
     def to_pixels(self, images: torch.Tensor) -> torch.Tensor:
         """Images in [0, 1], clipped."""
-        if self.zca is not None:
-            return self.zca.undo(images).clamp(0, 1)
-        mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
-        return (images * std + mean).clamp(0, 1)
+        return to_unit(images, (self.mean, self.std), self.zca).clamp(0, 1)
 
 
 def get_args_parser() -> Parser:

@@ -142,6 +142,15 @@ def test_datm(real, pixels, tmp_path):
     assert torch.allclose(softer, F.softmax(logits / 2, 1), atol=1e-6)
 
 
+def test_a_learning_rate_beside_hard_labels(real, pixels, tmp_path):
+    """Not only DATM stores one; the labels stay what they are."""
+    for labels in (LABELS, torch.eye(K)[LABELS]):
+        save_all(tmp_path, images_best=real.normalize(pixels), labels_best=labels, lr_best=torch.tensor(0.05))
+        found = read(real, tmp_path, space="normalised")
+        assert torch.equal(found.labels, LABELS)
+        assert found.lr_net == pytest.approx(0.05)
+
+
 def test_tesla_labels_are_probabilities(real, pixels, tmp_path):
     soft = torch.rand(N, K, generator=torch.Generator().manual_seed(0))
     soft /= soft.sum(1, keepdim=True)

@@ -71,16 +71,11 @@ def read_distilled(
     raw = read_raw(files, real, exp_idx, flag)
     space, statistics = _space(raw, files, real, assumed, where)
     factor = assumed.factor or DEFAULT_FACTOR.get(files.format, 1)
-    if factor > min(real.im_size) // 2 and factor > 1:
-        raise UserError(
-            f"--distilled_factor {factor}: images of {real.im_size[0]}x{real.im_size[1]} do not hold so many"
-        )
+    if factor > max(1, min(real.im_size) // 2):
+        size = "x".join(map(str, real.im_size))
+        raise UserError(f"--distilled_factor {factor}: images of {size} do not hold so many")
     images = to_training_space(decode(raw.images, factor), space, statistics, real, raw.zca)
-    kind = assumed.soft_labels or ("logits" if files.format == "datm" else None)
-    guess = "logits" if files.format == "mtt" else None
-    labels, kind = training_labels(raw.labels, kind, guess, assumed.temperature, real.num_classes, where)
-    if len(labels) != len(raw.images):
-        raise UserError(f"{where} has {len(raw.images)} images and {len(labels)} labels; there must be as many")
+    labels, kind = _labels(raw, files.format, real.num_classes, assumed, where)
     labels = labels.repeat(factor**2, *[1] * (labels.ndim - 1))
     line = (
         f"distilled set: {files.images}, format {files.format}: {len(images)} images, {real.num_classes} classes, "
@@ -94,6 +89,15 @@ def read_distilled(
         images_oe = to_training_space(raw.images_oe, space, statistics, real, raw.zca)
     synthetic = SyntheticSet(images, labels, images_oe, raw.lr_net)
     return Found(synthetic, tuple(text for text in (line, raw.note, line_oe) if text), len(raw.images))
+
+
+def _labels(raw: RawSet, form: str, num_classes: int, assumed: Assumptions, where: str) -> tuple[torch.Tensor, str]:
+    """Labels for training, as many as stored images, and what they are."""
+    guess = "logits" if form in ("mtt", "datm") else None
+    labels, kind = training_labels(raw.labels, assumed.soft_labels, guess, assumed.temperature, num_classes, where)
+    if len(labels) != len(raw.images):
+        raise UserError(f"{where} has {len(raw.images)} images and {len(labels)} labels; there must be as many")
+    return labels, kind
 
 
 def _space(raw: RawSet, files: SetFiles, real: RealData, assumed: Assumptions, where: str) -> tuple[str, Statistics]:

@@ -45,13 +45,20 @@ def to_training_space(
     """
     if space == "zca":
         same = zca is None or (zca.matrix.shape == real.zca.matrix.shape and _same_whitening(zca, real.zca.to("cpu")))
-        return images if same else real.normalize(zca.undo(images).to(real.device)).cpu()
+        return images if same else real.normalize(to_unit(images, None, zca).to(real.device)).cpu()
     if space == "unit":
         return real.normalize(images.to(real.device)).cpu()
     if real.zca is None and all(map(_close, statistics, (real.mean, real.std))):
         return images
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in statistics)
-    return real.normalize((images * std + mean).to(real.device)).cpu()
+    return real.normalize(to_unit(images, statistics).to(real.device)).cpu()
+
+
+def to_unit(images: torch.Tensor, statistics: Statistics | None, zca: ZCA | None = None) -> torch.Tensor:
+    """Undo the normalisation, or the whitening if `zca` is given; the numbers are not clipped to [0, 1]."""
+    if zca is not None:
+        return zca.undo(images)
+    mean, std = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in statistics)
+    return images * std + mean
 
 
 def _same_whitening(a: ZCA, b: ZCA) -> bool:

@@ -8,7 +8,8 @@ import torch
 from utils.core.errors import UserError
 from utils.data.datasets import SPECS
 from utils.data.synthetic import load_synthetic
-from utils.data.whitening import ZCA
+from utils.exchange.readers import stored_space
+from utils.exchange.spaces import to_unit
 from utils.files.torch_files import read_pt
 from utils.runs.lineage import args_or_nothing, distilled_set_of
 
@@ -22,7 +23,7 @@ def distilled_pictures(networks: Path) -> list[tuple[str, torch.Tensor]]:
     try:
         path, exp_idx = distilled_set_of(networks)
         synthetic = load_synthetic(path, exp_idx)
-        to_unit = _to_unit(read_pt(path, "distilled set"), args_or_nothing(networks))
+        to_unit = _to_unit(read_pt(path, "distilled set"), args_or_nothing(networks), str(path))
     except (UserError, KeyError, TypeError, RuntimeError):
         return []
     flags = args_or_nothing(networks).get("flags") or {}
@@ -36,17 +37,12 @@ def distilled_pictures(networks: Path) -> list[tuple[str, torch.Tensor]]:
     return [(title, images.unflatten(0, (classes, -1))) for title, images in shown]
 
 
-def _to_unit(content: dict, about: dict) -> Callable[[torch.Tensor], torch.Tensor]:
+def _to_unit(content: dict, about: dict, where: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """The inverse of normalisation, to [0, 1]: by what the file stores or, for published files, by its data set."""
-    if "normalisation" in content:
-        stored = content["normalisation"]
-        if "zca" in stored:
-            return ZCA(**stored["zca"]).undo
-        values = (stored["mean"], stored["std"])
-    else:
+    _, statistics, zca = stored_space(content.get("normalisation"), where)
+    if statistics is None and zca is None:
         spec = SPECS[about["flags"]["dataset"]]
         if spec.mean is None:
             raise KeyError("normalisation")
-        values = (spec.mean, spec.std)
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in values)
-    return lambda images: images * std + mean
+        statistics = (spec.mean, spec.std)
+    return lambda images: to_unit(images, statistics, zca)

@@ -31,20 +31,30 @@ def load_trained(folder: Path, model: str, real: RealData, index: int, which: st
     Raises:
         UserError: when the checkpoint is missing, damaged, or of another network or data set.
     """
-    path = folder / checkpoint_name(real.name, model, index, which)
-    state = read_pt(path, "--folder")
+    return load_network(folder / checkpoint_name(real.name, model, index, which), model, real, "--folder")
+
+
+def load_network(path: Path, model: str, real: RealData, flag: str) -> nn.Module:
+    """The network of a state dict that stage 2 wrote, on the device of `real`, in evaluation mode.
+
+    Args:
+        flag: begins messages.
+    Raises:
+        UserError: when the file is missing, damaged, or of another network or data set.
+    """
+    state = read_pt(path, flag)
     net = get_network(model, real.channel, real.num_classes, real.im_size, generator(0))
     plain = isinstance(state, dict) and all(isinstance(k, str) for k in state)
     if not plain or not all(isinstance(v, torch.Tensor) and not v.is_complex() for v in state.values()):
-        raise UserError(f"--folder: {path} is no state dict; give a folder that stage 2 wrote")
+        raise UserError(f"{flag}: {path} is no state dict; give what stage 2 wrote")
     try:
         net.load_state_dict(dict(state))  # a copy, without the version metadata that a file may attach
     except RuntimeError as error:
         reason = one_line(error)
-        raise UserError(f"--model {model}: {path} does not fit it: {reason}") from None
+        raise UserError(f"{flag}: {path} does not fit --model {model}: {reason}") from None
     if not all(torch.isfinite(v).all() for v in net.state_dict().values()):
-        raise UserError(f"--folder: {path} holds NaN or infinite weights; train it again")
+        raise UserError(f"{flag}: {path} holds NaN or infinite weights; train it again")
     net = net.to(real.device).eval()
     if not torch.isfinite(predict(net, real.test_images[:TEST_BATCH])).all():
-        raise UserError(f"--folder: {path} holds weights so large that its outputs are not finite; train it again")
+        raise UserError(f"{flag}: {path} holds weights so large that its outputs are not finite; train it again")
     return net

@@ -1,7 +1,7 @@
 """Features of trained networks, in which coresets are chosen."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,12 +12,12 @@ from torch import nn
 from networks import get_network
 from utils.compute.compiling import Workload
 from utils.compute.device import choose_compute
-from utils.core.errors import UserError, one_line
+from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet
 from utils.files.atomic import save_pt
-from utils.files.torch_files import read_pt
+from utils.training.saved import load_network
 from utils.training.trainer import Trainer, TrainSettings
 
 BATCH = 250
@@ -37,25 +37,6 @@ def unit_features(net: nn.Module, take: Callable[[torch.Tensor], torch.Tensor], 
     """
     net.eval()
     return torch.cat([F.normalize(net.embed(take(part)).flatten(1)) for part in index.split(BATCH)])
-
-
-def load_network(path: Path, model: str, real: RealData) -> nn.Module:
-    """The network of a state dict: of `--features`, e.g. a checkpoint of stage 2.
-
-    Raises:
-        UserError: when the file is no state dict of this network, or not finite.
-    """
-    state = read_pt(path, "--features")
-    if not isinstance(state, Mapping) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise UserError(f"--features: {path} is no state dict; give a checkpoint of stage 2, syn_trained_….pt")
-    net = get_network(model, real.channel, real.num_classes, real.im_size, generator(0))
-    try:
-        net.load_state_dict(dict(state))
-    except RuntimeError as error:
-        raise UserError(f"--features: {path} is no --model {model}: {one_line(error)}") from None
-    if not all(torch.isfinite(v).all() for v in net.state_dict().values()):
-        raise UserError(f"--features: {path} holds NaN or infinite weights; give another")
-    return net.to(real.device).eval()
 
 
 def whole_set(real: RealData) -> SyntheticSet:
@@ -106,12 +87,12 @@ class FeatureNetworks:
         It is kept in the folder `given`, or in `cache`.
         """
         if given is not None and given.endswith(".pt"):
-            return load_network(Path(given), self.model, self.real)
+            return load_network(Path(given), self.model, self.real, "--features")
         cache = cache if given is None else Path(given)
         about = f"{self.real.fingerprint()} {replace(self.settings, epochs=WHOLE_EPOCHS)} {self.seed}"
         path = cache / f"{self.real.name}_{self.model}_{hashlib.sha256(about.encode()).hexdigest()[:12]}.pt"
         if path.is_file():
-            return load_network(path, self.model, self.real)
+            return load_network(path, self.model, self.real, "--features")
         net = self.train(whole_set(self.real), WHOLE_EPOCHS)
         save_network(path, net)
         return net
