@@ -1,7 +1,7 @@
 """Compare the speed of the engine and of a textbook loop: same process and inputs, alternating.
 
-Iteration, epoch, evaluation and stage 2 are compared with `textbook_loop.py`, what people run; start-up, matching,
-tests and the further methods with `tests/textbook.py`.
+The textbook is `textbook_loop.py`: what people run. That of DM, MTT and experts is in `tests/textbook.py`; it augments
+batches, too. Start-up is that of whole processes; the other works start when the data are read.
 
     python scripts/benchmark.py                                  # ConvNetW32, ipc 2: about 3 minutes on two cores
     python scripts/benchmark.py --model ConvNet --ipc 10 --repeats 1 --works iteration        # 20 minutes on two cores
@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 from benchmark_methods import METHOD_WORKS
-from benchmark_works import SLOTS, WORKS, Bench
+from benchmark_works import WORKS, Bench
 
 from utils.core.errors import UserError
 from utils.core.parser import Parser, count, one_of
@@ -45,9 +45,6 @@ def get_args_parser() -> Parser:
     parser.add_argument("--model", default="ConvNetW32", help="the network")
     parser.add_argument("--ipc", type=count(1), default=2, help="synthetic images per class")
     parser.add_argument("--batch_real", type=count(1), default=256, help="real images per slot")
-    parser.add_argument(
-        "--slots", type=count(1), default=SLOTS, help="class slots in `matching`; fewer run faster but say less"
-    )
     parser.add_argument("--outer_loop", type=count(1), default=None, help="steps per iteration; left out: by ipc")
     parser.add_argument("--inner_loop", type=count(0), default=None, help="epochs between steps; left out: by ipc")
     parser.add_argument("--repeats", type=count(1), default=3, help="measurements of each; the median is shown")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count as count_from
 from pathlib import Path
 
@@ -17,13 +17,13 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
-from textbook_loop import Distillation, train_epoch
+from textbook_loop import Distillation, Images, msp_scores, test_accuracy, train_epoch
 from torch.utils.data import DataLoader
 
 from networks import get_network
-from tests import textbook
 from utils.compute.compiling import Workload
 from utils.compute.device import choose_compute, choose_device, set_keep_freed_memory
+from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.augment import DSA, DSA_ENTRIES
 from utils.data.corruptions import DEFAULT_CORRUPTIONS
@@ -31,17 +31,26 @@ from utils.data.datasets import RealData, load_dataset
 from utils.data.outliers import PseudoOutliers
 from utils.data.synthetic import SyntheticSet
 from utils.methods.gradient_matching import GradientMatching, MatchSettings, published_loops
-from utils.methods.matcher import Matcher, class_loss, outlier_loss
 from utils.ood.detectors import Scorer
 from utils.runs.run_folder import RunFolder
 from utils.training.evaluator import EvalSettings, Evaluator
 from utils.training.trainer import Trainer, TrainSettings, accuracy_of
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))
-STARTUP_SHARE = 20  # the textbook start-up is measured on 1/20 of the images
-SLOTS = 10
-WORKS = ("startup", "matching", "iteration", "epoch", "test", "evaluation", "stage2", "stage3", "memory")
+WORKS = ("startup", "iteration", "epoch", "test", "evaluation", "stage2", "stage3", "memory")
 EVALUATED = 2  # networks of `evaluation`
+
+
+def run_until(command: Sequence[object], line: str) -> None:
+    """Run a Python script until it prints a line that begins so, then end it.
+
+    Raises:
+        UserError: when it ends without that line.
+    """
+    with subprocess.Popen([sys.executable, "-u", *map(str, command)], stdout=subprocess.PIPE, text=True) as process:
+        if not any(printed.startswith(line) for printed in process.stdout):
+            raise UserError(f"startup: {command[0]} ended with {process.wait()} and did not print {line!r}")
+        process.kill()
 
 
 class Bench:
@@ -50,7 +59,6 @@ class Bench:
     def __init__(self, args: argparse.Namespace):
         self.device = choose_device(args.device, args.deterministic)
         self.args, self.ipc, self.batch, self.repeats = args, args.ipc, args.batch_real, args.repeats
-        self.slots = min(args.slots, SLOTS)
         self.folder = tempfile.TemporaryDirectory()
         rng = np.random.default_rng(0)
         arrays = {}
@@ -69,14 +77,14 @@ class Bench:
         self.synthetic = SyntheticSet(images[0], labels, images[1])
         self.settings = TrainSettings(50, augmentation=STRATEGY)
 
-    def measure(self, slow: Callable[[], object], fast: Callable[[], object], scale: float = 1.0) -> dict:
-        """Time both in turn, in seconds; `scale` multiplies the slow one's. The first call of each is the warm-up."""
+    def measure(self, slow: Callable[[], object], fast: Callable[[], object]) -> dict:
+        """Time both in turn, in seconds. The first call of each is the warm-up."""
         times: dict[str, list[float]] = {"plain": [], "engine": []}
         warm = {}
         for repeat in range(self.repeats + 1):
             for name, work in (("plain", slow), ("engine", fast)):
                 set_keep_freed_memory(name == "engine")
-                seconds = self._seconds(work) * (scale if name == "plain" else 1)
+                seconds = self._seconds(work)
                 if repeat:
                     times[name].append(seconds)
                 else:
@@ -101,49 +109,14 @@ class Bench:
     # --- the works ---------------------------------------------------------------------------------------------------
 
     def startup(self) -> dict:
-        """All that comes before the first update: read, check and sort the data, make the initial images, and draw a
-        batch of pseudo-outliers."""
-        images = self.real.images_train[: 50_000 // STARTUP_SHARE].cpu()
-        labels = self.real.labels_train.cpu()
-
-        def slow() -> None:
-            whole, _ = textbook.read_all(textbook.ImageByImage(images, labels, self.real.mean, self.real.std))
-            textbook.corrupt_all(whole.clamp(0, 1), DEFAULT_CORRUPTIONS)
-
-        def fast() -> None:
-            real = load_dataset("CIFAR10", self.folder.name).to(self.device)
-            real.fingerprint()
-            outliers = PseudoOutliers(real)
-            settings = MatchSettings(self.args.model, self.ipc, init="real")
-            GradientMatching(real, outliers, settings, self.compute).start(0)
-            outliers.draw(0, self.batch, generator(0))
-
-        return self.measure(slow, fast, STARTUP_SHARE)
-
-    def matching(self) -> dict:
-        """One matching step: the images, then the outliers."""
-        matchers = [Matcher(self.net, loss, "ours", self.compute) for loss in (class_loss, outlier_loss)]
-        transforms = [STRATEGY.draw(1, (32, 32), generator(s)) for s in range(self.slots)]
-        outliers = PseudoOutliers(self.real)
-        sets = [
-            s.view(10, self.ipc, 3, 32, 32)[: self.slots] for s in (self.synthetic.images, self.synthetic.images_oe)
-        ]
-
-        def images_of(slot: int) -> torch.Tensor:
-            return self.real.train_batch(self.real.class_indices[slot][: self.batch])
-
-        def outliers_of(slot: int) -> torch.Tensor:
-            return outliers.draw(slot, self.batch, generator(slot))
-
-        def slow() -> None:
-            for which, batch in enumerate((images_of, outliers_of)):
-                textbook.match_slots(self.net, sets[which], batch, transforms, bool(which), "ours")
-
-        def fast() -> None:
-            for which, batch in enumerate((images_of, outliers_of)):
-                matchers[which](sets[which], batch, transforms)
-
-        return self.measure(slow, fast)
+        """A process from its launch to the first update of POE, which it does with one outer step."""
+        data = f"--data_path {self.folder.name} --model {self.args.model} --ipc {self.ipc}"
+        slow = [ROOT / "scripts" / "textbook_loop.py", *data.split()]
+        flags = f"{data} --dataset CIFAR10 --init real --method DSA --dsa_strategy {'_'.join(STRATEGY.strategy)}"
+        flags += " --Iteration 1 --outer_loop 1 --num_exp 1 --num_eval 1 --eval_mode P --epoch_eval_train 1"
+        flags += f" --device {self.args.device} --compile off --save_path {self.folder.name}/out"
+        fast = [ROOT / "main_poe.py", *flags.split()]
+        return self.measure(lambda: run_until(slow, "updated"), lambda: run_until(fast, "exp 0: 1/1"))
 
     def iteration(self) -> dict:
         """A whole iteration of POE: a fresh network, and for each outer step the random draws, the matching of images
@@ -187,7 +160,8 @@ class Bench:
 
     def _plain_loader(self) -> DataLoader:
         real = self.real
-        return DataLoader(textbook.ImageByImage(real.images_test, real.labels_test, real.mean, real.std), 256)
+        images = real.images_test.permute(0, 2, 3, 1).cpu().numpy()
+        return DataLoader(Images(images, real.labels_test.cpu().numpy(), real.mean, real.std), 256)
 
     def test(self) -> dict:
         """Accuracy on 10,000 test images."""
@@ -195,7 +169,7 @@ class Bench:
         real = self.real
         trainer = Trainer(self.net, self.settings, self.compute)
         return self.measure(
-            lambda: textbook.test_accuracy(self.net, loader),
+            lambda: test_accuracy(self.net, loader),
             lambda: accuracy_of(trainer.predict(real.test_images), real.labels_test),
         )
 
@@ -210,7 +184,7 @@ class Bench:
         def slow() -> None:
             for _ in range(EVALUATED):
                 self._plain_epochs(50)
-                textbook.test_accuracy(self.net, loader)
+                test_accuracy(self.net, loader)
 
         return self.measure(slow, lambda: evaluator.evaluate(self.synthetic, 0, 0, {}, lambda: None))
 
@@ -221,7 +195,7 @@ class Bench:
 
         def slow() -> None:
             self._plain_epochs(50)
-            textbook.test_accuracy(self.net, loader)
+            test_accuracy(self.net, loader)
 
         def fast() -> None:
             trainer.train(self.synthetic, 0, ())
@@ -233,7 +207,7 @@ class Bench:
         """Scores of 10,000 images."""
         loader = self._plain_loader()
         scorer = Scorer(self.net, ["msp"], 1.0, self.real.std, self.compute.embedding(self.net))
-        return self.measure(lambda: textbook.msp_scores(self.net, loader), lambda: scorer(self.real.test_images, 256))
+        return self.measure(lambda: msp_scores(self.net, loader), lambda: scorer(self.real.test_images, 256))
 
     def memory(self) -> float:
         """Peak memory, in GB, of a short `main_poe.py` in a separate process: resident, or reserved on the GPU."""

@@ -72,7 +72,7 @@ def get_args_parser() -> Parser:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--out", default=None, help="JSON file to write")
     add_compute(parser)
-    parser.set_defaults(compile="on", batch_real=256, slots=10, outer_loop=1, inner_loop=1, repeats=1)
+    parser.set_defaults(compile="on", batch_real=256, outer_loop=1, inner_loop=1, repeats=1)
     return parser
 
 

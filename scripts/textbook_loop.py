@@ -1,104 +1,79 @@
 """Dataset distillation as its papers' scripts do it, for `scripts/benchmark.py`: what people run today.
 
-One class after another; whole batches are augmented by tensor operations, with the parameters of scale and rotation in
-Python lists; index permutations by numpy; `DataLoader`s over the synthetic set; the loss is read at every step; the
-training set is read image by image at every start, and copied once for each corruption. `tests/textbook.py` is the
-oracle of the tests; this one is faster, and is the one to compare times with.
+One class after another; whole batches are augmented by tensor operations (`textbook_augment.py`); index permutations by
+numpy; `DataLoader`s over the synthetic set; the loss is read at every step; the training set is read image by image at
+every start, and copied once for each corruption. `tests/textbook.py` is the oracle of the tests; this one is faster,
+and is the one to compare times with.
+
+    python scripts/textbook_loop.py --data_path DIR     # a process from its launch to the first update of POE
+
+DIR holds `cifar10.npz`.
 """
 
-import math
+import argparse
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from textbook_augment import AUGMENTATIONS, RNG, augment
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchvision.transforms import Compose, Lambda, Normalize, ToTensor
 
 from networks import get_network
+from utils.data.corruptions import DEFAULT_CORRUPTIONS, corrupt
 from utils.data.synthetic import SyntheticSet
 from utils.methods.distances import match_loss
 
 BATCH = 256
-RNG = np.random.default_rng(0)
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
-# --- augmentation ----------------------------------------------------------------------------------------------------
+# --- data ------------------------------------------------------------------------------------------------------------
 
 
-def _random(x: torch.Tensor, shared: bool) -> torch.Tensor:
-    """A number in [0, 1) for each image, or one for all."""
-    return torch.rand(1 if shared else len(x), 1, 1, 1, device=x.device)
+class Images(Dataset):
+    """uint8 images `[N, H, W, 3]` that become PIL images, then normalised tensors, one by one as they are asked for."""
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        mean: Sequence[float] = MEAN,
+        std: Sequence[float] = STD,
+        corruption: str = "",
+    ):
+        steps = [ToTensor(), Normalize(mean, std)]
+        if corruption:
+            steps.insert(1, Lambda(lambda image: corrupt(image[None], corruption)[0]))
+        self.images, self.labels, self.transform = images, labels, Compose(steps)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
 
 
-def color(x: torch.Tensor, shared: bool) -> torch.Tensor:
-    """Change brightness, saturation and contrast."""
-    x = x + (_random(x, shared) - 0.5)
-    mean = x.mean(dim=1, keepdim=True)
-    x = (x - mean) * (2 * _random(x, shared)) + mean
-    mean = x.mean(dim=(1, 2, 3), keepdim=True)
-    return (x - mean) * (_random(x, shared) + 0.5) + mean
+def read_all(dataset: Images) -> tuple[torch.Tensor, torch.Tensor]:
+    """All images `[N, C, H, W]` and labels, collected one by one."""
+    pairs = [dataset[index] for index in range(len(dataset))]
+    return torch.cat([image.unsqueeze(0) for image, _ in pairs]), torch.tensor([label for _, label in pairs])
 
 
-def crop(x: torch.Tensor, shared: bool) -> torch.Tensor:
-    """Shift by at most an eighth of the side; what enters is zero."""
-    n, _, height, width = x.shape
-    most = (int(height / 8 + 0.5), int(width / 8 + 0.5))
-    moves = [torch.randint(-m, m + 1, (1 if shared else n, 1, 1), device=x.device) for m in most]
-    grid = torch.meshgrid(*(torch.arange(size, device=x.device) for size in (n, height, width)), indexing="ij")
-    rows = (grid[1] + moves[0] + 1).clamp(0, height + 1)
-    columns = (grid[2] + moves[1] + 1).clamp(0, width + 1)
-    padded = F.pad(x, (1, 1, 1, 1))
-    return padded.permute(0, 2, 3, 1).contiguous()[grid[0], rows, columns].permute(0, 3, 1, 2)
-
-
-def cutout(x: torch.Tensor, shared: bool) -> torch.Tensor:
-    """Set a square of half the side to zero."""
-    n, _, height, width = x.shape
-    size = (height // 2, width // 2)
-    centres = [torch.randint(0, side + 1, (1 if shared else n, 1, 1), device=x.device) for side in (height, width)]
-    grid = torch.meshgrid(*(torch.arange(s, device=x.device) for s in (n, *size)), indexing="ij")
-    rows = (grid[1] + centres[0] - size[0] // 2).clamp(0, height - 1)
-    columns = (grid[2] + centres[1] - size[1] // 2).clamp(0, width - 1)
-    mask = torch.ones(n, height, width, device=x.device)
-    mask[grid[0], rows, columns] = 0
-    return x * mask.unsqueeze(1)
-
-
-def flip(x: torch.Tensor, shared: bool) -> torch.Tensor:
-    """Mirror left and right with probability 1/2."""
-    return torch.where(_random(x, shared) < 0.5, x.flip(3), x)
-
-
-def _warp(x: torch.Tensor, theta: list) -> torch.Tensor:
-    grid = F.affine_grid(torch.tensor(theta, dtype=torch.float, device=x.device), x.shape, align_corners=True)
-    return F.grid_sample(x, grid, align_corners=True)
-
-
-def scale(x: torch.Tensor, shared: bool) -> torch.Tensor:
-    """Stretch each side by a factor from 1/1.2 to 1.2."""
-    factors = [_random(x, shared).flatten() * (1.2 - 1 / 1.2) + 1 / 1.2 for _ in range(2)]
-    vertical, horizontal = (f.expand(len(x)) for f in factors)
-    return _warp(x, [[[vertical[i], 0, 0], [0, horizontal[i], 0]] for i in range(len(x))])
-
-
-def rotate(x: torch.Tensor, shared: bool) -> torch.Tensor:
-    """Turn by at most 15 degrees."""
-    angles = ((_random(x, shared).flatten() - 0.5) * 2 * 15 / 180 * math.pi).expand(len(x))
-    sines, cosines = torch.sin(angles), torch.cos(angles)
-    return _warp(x, [[[cosines[i], sines[i], 0], [-sines[i], cosines[i], 0]] for i in range(len(x))])
-
-
-AUGMENTATIONS = {"color": color, "crop": crop, "cutout": cutout, "flip": flip, "scale": scale, "rotate": rotate}
-
-
-def augment(x: torch.Tensor, strategy: Sequence[str], seed: int | None = None) -> torch.Tensor:
-    """Apply one entry of the strategy; with a seed its parameters are the same for all images and every call."""
-    if seed is not None:
-        torch.manual_seed(seed)
-    choice = RNG if seed is None else np.random.default_rng(seed)
-    entry = strategy[choice.integers(len(strategy))]
-    return AUGMENTATIONS[entry](x, seed is not None).contiguous()
+def read_poe(path: Path, corruptions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """The training images of an npz file, their labels, and a copy of the images for each corruption."""
+    with np.load(path) as file:
+        arrays = file["train_images"], file["train_labels"].flatten()
+    images, labels = read_all(Images(*arrays))
+    return images, labels, [read_all(Images(*arrays, corruption=name))[0] for name in corruptions]
 
 
 # --- stage 1 ---------------------------------------------------------------------------------------------------------
@@ -212,3 +187,42 @@ def train_epoch(
         optimizer.step()
         total += loss.item() * len(y)
     return total / len(synthetic.labels)
+
+
+# --- testing ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_accuracy(net: nn.Module, loader: DataLoader) -> float:
+    """Fraction of right predictions, counted batch by batch."""
+    net.eval()
+    device = next(net.parameters()).device
+    right, total = 0, 0
+    for x, y in loader:
+        right += (net(x.to(device)).argmax(1) == y.to(device)).sum().item()
+        total += len(y)
+    return right / total
+
+
+@torch.no_grad()
+def msp_scores(net: nn.Module, loader: DataLoader) -> np.ndarray:
+    """Minus the largest softmax probability of every image, batch by batch."""
+    net.eval()
+    device = next(net.parameters()).device
+    return np.concatenate([-F.softmax(net(x.to(device)), dim=1).cpu().numpy().max(axis=1) for x, _ in loader])
+
+
+def main() -> None:
+    """Read the data, make the corrupted copies, and do the first update of images and outliers."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data_path", type=Path, required=True, help="folder of cifar10.npz")
+    parser.add_argument("--model", default="ConvNetW32", help="the network")
+    parser.add_argument("--ipc", type=int, default=1, help="synthetic images per class")
+    args = parser.parse_args()
+    data = read_poe(args.data_path / "cifar10.npz", DEFAULT_CORRUPTIONS)
+    loop = Distillation(*data, args.model, args.ipc, (1, 0), tuple(AUGMENTATIONS))
+    print(f"updated: loss {loop.iterate():.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -27,7 +27,7 @@ from utils.methods.distances import METRICS
 from utils.methods.gradient_matching import GradientMatching, MatchSettings
 from utils.methods.matcher import Matcher, Strategy, chunks, class_loss, outlier_loss
 from utils.ood.detectors import Scorer
-from utils.training.trainer import Trainer, TrainSettings, accuracy_of, predict
+from utils.training.trainer import Trainer, TrainSettings, predict
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))
 NORMS = ["ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetW32", "ConvNetGN"]
@@ -266,21 +266,6 @@ def test_the_textbook_that_the_benchmark_measures_does_the_same(tiny_real, name,
         found[-1] += [method.synthetic().images] + [method.synthetic().images_oe] * outliers
     for fast, slow in zip(*found, strict=True):
         assert relative(fast, slow) < 1e-6  # the textbook's losses are read as float32
-
-
-def test_plain_tests_are_the_engines(tiny_real):
-    """Accuracy and scores by the benchmark's loops."""
-    net = get_network("ConvNetW32", 3, 3, (16, 16), generator(0)).eval().to(DEVICE)
-    dataset = textbook.ImageByImage(tiny_real.images_test, tiny_real.labels_test, tiny_real.mean, tiny_real.std)
-    images, labels = textbook.read_all(dataset)
-    images, labels = images.to(DEVICE), labels.to(DEVICE)
-    torch.testing.assert_close(images, tiny_real.test_images)
-    assert torch.equal(labels, tiny_real.labels_test)
-    loader = torch.utils.data.DataLoader(dataset, 4)
-    trainer = Trainer(net, TrainSettings(1))
-    assert textbook.test_accuracy(net, loader) == pytest.approx(accuracy_of(trainer.predict(images), labels))
-    scores = Scorer(net, ["msp"], 1.0, tiny_real.std)(images, 4)[1]["msp"]
-    np.testing.assert_allclose(textbook.msp_scores(net, loader), scores, atol=1e-5)
 
 
 def textbook_iteration(method, s):

@@ -5,15 +5,13 @@ Nothing else uses it. It computes the same as the fast code, from the same draws
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from utils.data.augment import DSA, Transform, identity
-from utils.data.corruptions import corrupt
 from utils.data.synthetic import SyntheticSet
 from utils.methods.distances import match_loss
 from utils.methods.distribution_matching import DistributionMatching
@@ -190,52 +188,3 @@ def train_expert_epoch(
         optimizer.step()
         total += loss.item()
     return total / len(loader)
-
-
-class ImageByImage(Dataset):
-    """uint8 images `[N, C, H, W]`, kept on the CPU, that are scaled and normalised one by one as they are asked for."""
-
-    def __init__(self, images: torch.Tensor, labels: torch.Tensor, mean: Sequence[float], std: Sequence[float]):
-        self.images, self.labels = images.cpu(), labels.cpu()
-        self.mean, self.std = (torch.tensor(v).view(-1, 1, 1) for v in (mean, std))
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return (self.images[index].float() / 255 - self.mean) / self.std, int(self.labels[index])
-
-
-def read_all(dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
-    """Collect a data set image by image in Python, as the published scripts do at every start."""
-    images, labels = [], []
-    for index in range(len(dataset)):
-        image, label = dataset[index]
-        images.append(image.unsqueeze(0))
-        labels.append(label)
-    return torch.cat(images), torch.tensor(labels)
-
-
-def corrupt_all(images: torch.Tensor, corruptions: Sequence[str]) -> list[torch.Tensor]:
-    """One corrupted copy of all images `[N, C, H, W]` per corruption, image by image."""
-    return [torch.cat([corrupt(images[i : i + 1], name) for i in range(len(images))]) for name in corruptions]
-
-
-@torch.no_grad()
-def test_accuracy(net: nn.Module, loader: DataLoader) -> float:
-    """Fraction of right predictions, counted batch by batch."""
-    net.eval()
-    device = next(net.parameters()).device
-    right, total = 0, 0
-    for x, y in loader:
-        right += (net(x.to(device)).argmax(1) == y.to(device)).sum().item()
-        total += len(y)
-    return right / total
-
-
-@torch.no_grad()
-def msp_scores(net: nn.Module, loader: DataLoader) -> np.ndarray:
-    """Minus the largest softmax probability of every image, batch by batch."""
-    net.eval()
-    device = next(net.parameters()).device
-    return np.concatenate([-F.softmax(net(x.to(device)), dim=1).cpu().numpy().max(axis=1) for x, _ in loader])
