@@ -12,14 +12,15 @@ from utils.runs.resume import add_resume
 from utils.stages import arguments
 from utils.stages.distill import run_stage1
 from utils.stages.entry import run_script
+from utils.synthesis.flags import add_oe, add_outliers
 
 
 def get_args_parser() -> Parser:
     """The flags of this script."""
     parser = Parser(description="Distil a data set and real outliers (OE).")
     arguments.add_stage1(parser, save_path="result-oe")
-    arguments.add_outliers(parser)
-    arguments.add_oe(parser)
+    add_outliers(parser)
+    add_oe(parser)
     add_resume(parser, "iterations")
     return parser
 

@@ -12,21 +12,22 @@ from utils.runs.resume import add_resume
 from utils.stages import arguments
 from utils.stages.distill import run_stage1
 from utils.stages.entry import run_script
+from utils.synthesis.flags import add_outliers, add_poe
 
 
 def get_args_parser() -> Parser:
     """The flags of this script."""
     parser = Parser(description="Distil a data set and pseudo-outliers (POE).")
     arguments.add_stage1(parser, save_path="result-poe")
-    arguments.add_outliers(parser)
-    arguments.add_poe(parser)
+    add_outliers(parser)
+    add_poe(parser)
     add_resume(parser, "iterations")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     """Distil with corrupted training images as outliers."""
-    run_stage1(args, make_outliers=lambda real: PseudoOutliers(real, tuple(args.corruptions)))
+    run_stage1(args, make_outliers=lambda real: PseudoOutliers(real, tuple(args.corruptions), args.mix_corruptions))
 
 
 if __name__ == "__main__":

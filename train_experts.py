@@ -33,7 +33,7 @@ def make_outliers(args: argparse.Namespace, real: RealData) -> OutlierSource | N
     if args.outliers == "oe":
         fetch = args.download == "all"
         return load_outlier_pool(args.oe_data_path, real, args.num_oe_per_class, args.seed, fetch)
-    return PseudoOutliers(real, tuple(args.corruptions)) if args.outliers == "poe" else None
+    return PseudoOutliers(real, tuple(args.corruptions), args.mix_corruptions) if args.outliers == "poe" else None
 
 
 def main(args: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from utils.runs.resume import add_resume
 from utils.stages import arguments
 from utils.stages.entry import run_script
 from utils.stages.train import run_stage2
+from utils.synthesis.flags import add_outlier_weight
 from utils.training_sets.flags import add_training_outliers
 
 
@@ -18,7 +19,7 @@ def get_args_parser() -> Parser:
     """The flags of this script."""
     parser = Parser(description="Train networks on a distilled set with outliers.")
     arguments.add_stage2(parser, save_path="result-model-synthetic-oe")
-    arguments.add_outlier_weight(parser)
+    add_outlier_weight(parser)
     add_training_outliers(parser)
     add_resume(parser, "epochs")
     return parser

@@ -392,6 +392,8 @@ def test_lossless_formats_train_the_same_networks(made, in_process, tmp_path, di
         (["--distilled", "x.pt", "--distilled_mean", "0.5", "--distilled_std", "0"], "above 0"),
         (["--distilled", "x.pt", "--distilled_oe", "y.pt", "--outliers", "corrupt"], "--outliers corrupt"),
         (["--outliers", "distilled", "--corruptions", "invert"], "--corruptions"),
+        (["--outliers", "distilled", "--mix_corruptions"], "--mix_corruptions"),
+        (["--outliers", "real", "--oe_data_path", "pool.npy", "--mix_corruptions"], "--mix_corruptions"),
         (["--outliers", "corrupt", "--oe_data_path", "pool.npy"], "--oe_data_path"),
         (["--outliers", "real", "--oe_data_path", "pool.npy", "--corruptions", "invert"], "one of them"),
         (["--outliers", "real", "--num_oe_per_class", "5"], "--num_oe_per_class"),

@@ -122,7 +122,9 @@ class PlainMatching(GradientMatching):
 class PlainDistributionMatching(DistributionMatching):
     """Distribution matching with the same draws, one class after another; batches are augmented as published."""
 
-    def _update(self, images: torch.Tensor, batch: Callable, drawn: dict[int, SlotDraw]) -> torch.Tensor:
+    def _update(
+        self, images: torch.Tensor, batch: Callable, drawn: dict[int, SlotDraw], moments: int = 1
+    ) -> torch.Tensor:
         leaf = images.detach().clone().requires_grad_()
         total, losses = torch.zeros(()), []
         for slot, draw in drawn.items():

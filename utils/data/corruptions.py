@@ -1,6 +1,6 @@
 """Corruptions that turn training images into pseudo-outliers (POE); images are `[N, C, H, W]` in [0, 1]."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -139,6 +139,21 @@ class Corruption(Draw):
         return apply(images, send(self.drawn, images.device))
 
 
+@dataclass(frozen=True)
+class MixedCorruption(Draw):
+    """A corruption for each image of a batch: `parts[i]` is applied to the images `rows[i]` (int64)."""
+
+    rows: list[torch.Tensor]
+    parts: list[Corruption]
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        out = images.clone()
+        for rows, part in zip(self.rows, self.parts, strict=True):
+            index = send(rows, images.device)
+            out[index] = part(images[index])
+        return out
+
+
 def corrupt(images: torch.Tensor, name: str, generator: torch.Generator | None = None) -> torch.Tensor:
     """Corrupt a batch of images.
 
@@ -162,3 +177,12 @@ def draw_corruption(name: str, shape: Shape, generator: torch.Generator, device:
     if draw in NOISES and device.type != "cpu":
         return Corruption(name, draw_seed(generator))
     return Corruption(name, draw(shape, generator=generator))
+
+
+def draw_mixed(names: Sequence[str], shape: Shape, generator: torch.Generator, device: torch.device) -> MixedCorruption:
+    """Draw one of `names` for each image of a batch of `shape` `[N, C, H, W]` on `device`, all equally likely."""
+    which = torch.randint(len(names), shape[:1], generator=generator)
+    rows = [(which == i).nonzero().flatten() for i in range(len(names))]
+    used = [(name, index) for name, index in zip(names, rows, strict=True) if len(index)]
+    parts = [draw_corruption(name, (len(index), *shape[1:]), generator, device) for name, index in used]
+    return MixedCorruption([index for _, index in used], parts)

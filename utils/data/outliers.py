@@ -10,7 +10,7 @@ import torch
 from utils.compute.transfer import Draw, send
 from utils.core.errors import UserError
 from utils.core.rng import generator as keyed_generator
-from utils.data.corruptions import DEFAULT_CORRUPTIONS, Corruption, draw_corruption
+from utils.data.corruptions import DEFAULT_CORRUPTIONS, Corruption, MixedCorruption, draw_corruption, draw_mixed
 from utils.data.datasets import RealData
 from utils.data.download import TINYIMAGES, fetch_tinyimages
 from utils.files.arrays import images_to_nchw, read_npy, read_npz
@@ -39,7 +39,7 @@ class OutlierBatch(Draw):
     """The random part of a batch of outliers: image indices (int64 `[n]`), and the corruption."""
 
     index: torch.Tensor
-    corruption: Corruption | None = None
+    corruption: Corruption | MixedCorruption | None = None
 
 
 class OutlierSource(ABC):
@@ -70,23 +70,26 @@ class OutlierSource(ABC):
 
 @dataclass(frozen=True)
 class PseudoOutliers(OutlierSource):
-    """POE: slot c uses training images with corruption `c mod len(corruptions)`.
+    """POE: slot c uses training images with corruption `c mod len(corruptions)`, or with `mixed` any of them.
 
     Only the drawn batch is corrupted.
     """
 
     real: RealData
     corruptions: tuple[str, ...] = DEFAULT_CORRUPTIONS
+    mixed: bool = False
     notice: str = ""
 
     def describe(self) -> dict:
-        """The corruptions, in the order of the slots."""
-        return {"kind": "poe", "corruptions": list(self.corruptions)}
+        """The corruptions, in the order of the slots, and whether they are mixed."""
+        return {"kind": "poe", "corruptions": list(self.corruptions)} | ({"mixed": True} if self.mixed else {})
 
     def choose(self, slot: int, n: int, generator: torch.Generator) -> OutlierBatch:
         """Draw `n` distinct training images of any class (all if there are fewer), and their corruption."""
         index = distinct(len(self.real.images_train), n, generator)
         shape = (len(index), *self.real.images_train.shape[1:])
+        if self.mixed:
+            return OutlierBatch(index, draw_mixed(self.corruptions, shape, generator, self.real.device))
         name = self.corruptions[slot % len(self.corruptions)]
         return OutlierBatch(index, draw_corruption(name, shape, generator, self.real.device))
 

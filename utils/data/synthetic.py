@@ -1,18 +1,16 @@
-"""The synthetic set: the images that distillation optimises, their files, and the form that network training reads."""
+"""The synthetic set: labelled images and outliers that networks are trained on, and its files."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 
 from utils.core.errors import UserError
-from utils.core.rng import generator
 from utils.core.version import VERSION
 from utils.data.datasets import RealData
-from utils.data.outliers import FreshOutliers, OutlierSource, draw_repeated
+from utils.data.outliers import FreshOutliers
 from utils.files.atomic import save_pt
 from utils.files.torch_files import PLAIN_INTEGERS, PLAIN_TENSORS, read_pt
 
@@ -61,118 +59,6 @@ class SyntheticSet:
     def without_outliers(self) -> "SyntheticSet":
         """The labelled images alone."""
         return replace(self, images_oe=None, fresh_oe=None)
-
-
-class LearnableSet:
-    """Synthetic images, and with an outlier source the same number of synthetic outliers, optimised by SGD.
-
-    The base class of methods: initial values, optimisers and state; a method adds `iterate`.
-
-    `image_syn`, `image_oe` (None without outliers): `[num_classes, ipc, C, H, W]`, normalised, on the device of `real`;
-    `optimizers`: one for each of them; `labels`: int64 `[num_classes·ipc]`.
-
-    Args:
-        init: `noise`, or `real` for real images of the class and real outliers of the slot.
-        lr_img: learning rate of the images; lr_img_oe: that of the outliers (default: the same).
-        initial: distilled sets to start the experiments from, in turn, instead of `init`.
-    Raises:
-        UserError: for `init` real when a class has fewer than `ipc` training images.
-    """
-
-    MOMENTUM = 0.5
-    fingerprints: Mapping[str, str] = MappingProxyType({})  # of further inputs of a method, by flag
-
-    def __init__(
-        self,
-        real: RealData,
-        outliers: OutlierSource | None,
-        *,
-        ipc: int,
-        seed: int,
-        init: str,
-        lr_img: float,
-        lr_img_oe: float | None = None,
-        initial: Sequence["SyntheticSet"] = (),
-    ):
-        smallest = min(len(i) for i in real.class_indices)
-        if init == "real" and smallest < ipc:
-            raise UserError(
-                f"--ipc {ipc}: the smallest class of {real.name} has {smallest} training images, and --init real takes "
-                "that many of each; lower --ipc or use --init noise"
-            )
-        self.real, self.outliers, self.initial = real, outliers, initial
-        self.ipc, self.seed, self.init = ipc, seed, init
-        self.learning_rates = (lr_img, lr_img if lr_img_oe is None else lr_img_oe)
-        self.device = real.device
-        self.labels = torch.arange(real.num_classes, device=self.device).repeat_interleave(ipc)
-        self.shape = (real.num_classes, ipc, real.channel, *real.im_size)
-
-    def start(self, exp: int) -> None:
-        """Initialise the images (and outliers) of experiment `exp`."""
-        images = self._initial(exp, "images", lambda slot, n, g: self.real.train_batch(self.real.choose(slot, n, g)))
-        outliers = None
-        if self.outliers is not None:
-            outliers = self._initial(exp, "outliers", lambda slot, n, g: draw_repeated(self.outliers, slot, n, g))
-        self._hold(exp, images, outliers)
-
-    def _initial(self, exp: int, what: str, draw: Callable[[int, int, torch.Generator], torch.Tensor]) -> torch.Tensor:
-        """The initial images or outliers; `draw` returns `n` real ones of a slot."""
-        if self.initial:
-            start = self.initial[exp % len(self.initial)]
-            images = start.images if what == "images" else start.images_oe
-            return images.to(self.device).clone().view(self.shape)
-        slots = []
-        for slot in range(self.shape[0]):
-            g = generator(self.seed, "match", exp, "initial", what, slot)
-            if self.init == "noise":
-                slots.append(torch.randn(self.shape[1:], generator=g).to(self.device))
-                continue
-            slots.append(draw(slot, self.ipc, g))
-        return torch.stack(slots)
-
-    def _hold(self, exp: int, images: torch.Tensor, outliers: torch.Tensor | None) -> None:
-        """Set the images of experiment `exp`, with new optimisers."""
-        self.exp = exp
-        self.image_syn, self.image_oe = images, outliers
-        self.optimizers = [
-            torch.optim.SGD([i.requires_grad_()], lr=lr, momentum=self.MOMENTUM)
-            for i, lr in zip(self._tensors(), self.learning_rates, strict=False)
-        ]
-
-    def _tensors(self) -> list[torch.Tensor]:
-        return [self.image_syn] if self.image_oe is None else [self.image_syn, self.image_oe]
-
-    def synthetic(self) -> "SyntheticSet":
-        """The current synthetic set (views of the images that later iterations update)."""
-        oe = None if self.image_oe is None else self.image_oe.detach().flatten(0, 1)
-        return SyntheticSet(self.image_syn.detach().flatten(0, 1), self.labels, oe)
-
-    def state_dict(self) -> dict:
-        """Copies of the images, the outliers and their momentum: all state that later iterations need."""
-        images = self._tensors()
-        momentum = [o.state[i].get("momentum_buffer") for o, i in zip(self.optimizers, images, strict=True)]
-        return {
-            "images": [i.detach().clone() for i in images],
-            "momentum": [None if m is None else m.clone() for m in momentum],
-        }
-
-    def load_state_dict(self, exp: int, state: dict) -> None:
-        """Continue experiment `exp` from a `state_dict`.
-
-        Raises:
-            ValueError: when its images differ in shape or dtype, or outliers are missing or unexpected.
-        """
-        count = 1 if self.outliers is None else 2
-        for tensors in (state["images"], [m for m in state["momentum"] if m is not None]):
-            if any(tuple(t.shape) != self.shape or t.dtype != torch.float32 for t in tensors):
-                raise ValueError(f"images of another shape than {'x'.join(map(str, self.shape))}")
-        if not len(state["images"]) == len(state["momentum"]) == count:
-            raise ValueError(f"{len(state['images'])} sets of images instead of {count}")
-        images = [t.to(self.device).clone() for t in state["images"]]  # tensors of a file may share memory
-        self._hold(exp, images[0], images[1] if count == 2 else None)
-        for optimizer, image, momentum in zip(self.optimizers, images, state["momentum"], strict=True):
-            if momentum is not None:
-                optimizer.state[image]["momentum_buffer"] = momentum.to(self.device).clone()
 
 
 def result_name(method: str, dataset: str, model: str, ipc: int) -> str:

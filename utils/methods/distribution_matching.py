@@ -10,20 +10,27 @@ from dataclasses import replace
 
 import torch
 
-from networks import get_network, has_batchnorm, initialize
+from networks import get_network, has_batchnorm
 from utils.compute import distributed
 from utils.compute.compiling import Workload
 from utils.compute.cpu_batches import BatchSplitter, in_parts
 from utils.compute.device import Compute
+from utils.core.errors import UserError
+from utils.core.parser import one_of
 from utils.core.rng import generator
 from utils.data.augment import apply_by_part, apply_by_slot, identity
 from utils.data.datasets import RealData
 from utils.data.outliers import OutlierSource
-from utils.data.synthetic import LearnableSet, SyntheticSet
-from utils.methods import MethodEntry, MethodInputs, register
-from utils.methods.match_draws import IterationDraws, MatchSettings, SlotDraw
+from utils.data.synthetic import SyntheticSet
+from utils.methods import Flag, MethodEntry, MethodInputs, register
+from utils.methods.match_draws import POOL_FLAGS, IterationDraws, MatchSettings, SlotDraw, pool_settings
+from utils.synthesis.learnable import LearnableSet, shared_settings
+from utils.synthesis.network_pool import NetworkPool
+from utils.synthesis.recipe import OutlierRecipe
+from utils.training.trainer import LR_NET, TrainSettings
 
 CHUNK_IMAGES = 512  # synthetic images embedded together, to bound the memory
+SMALLEST_VARIANCE = 1e-6  # keeps the gradient of a deviation finite
 
 
 class DistributionMatching(LearnableSet):
@@ -38,12 +45,13 @@ class DistributionMatching(LearnableSet):
         initial: Sequence[SyntheticSet] = (),
     ):
         s = replace(settings, outer_loop=1)
-        super().__init__(
-            real, outliers, ipc=s.ipc, seed=s.seed, init=s.init, lr_img=s.lr_img, lr_img_oe=s.lr_img_oe, initial=initial
-        )
+        super().__init__(real, outliers, initial=initial, **shared_settings(s))
         compute = compute or Compute()
         net = get_network(s.model, real.channel, real.num_classes, real.im_size, generator(s.seed))
         self.net = net.to(self.device).requires_grad_(False)
+        training = TrainSettings(1, s.lr_net, s.batch_train, s.lambda_oe, s.dsa)
+        self.pool = s.pool and NetworkPool(real, s.model, s.pool, training, s.seed, compute)
+        self.moments_oe = s.moments_oe
         self.splitter = BatchSplitter(self.net)
         self.has_batchnorm = has_batchnorm(self.net)
         self.embed_real = compute.function(lambda images: self.net.embed(images))
@@ -54,35 +62,39 @@ class DistributionMatching(LearnableSet):
         self.notices: list[str] = []
 
     def iterate(self, it: int) -> dict[str, torch.Tensor]:
-        """One iteration on a fresh random network; returns losses `[slots]` by name (their sum is eq. 6)."""
-        initialize(self.net, self.draws.generator(self.exp, "network", it))
+        """One iteration on a fresh random network, or on one of the pool; returns losses `[slots]` by name (their sum
+        is eq. 6)."""
+        self.renew(self.net, self.draws.generator(self.exp, "network", it), it)
         self.net.train()
         (drawn,) = self.draws.steps(self.exp, it, self.synthetic())
         losses = {"loss": self._update(self.image_syn, self.real.train_batch, drawn.images)}
-        self.optimizers[0].step()
+        self.update_images()
         if self.outliers is not None:
-            losses["loss_oe"] = self._update(self.image_oe, self.outliers.batch, drawn.outliers)
-            self.optimizers[1].step()
+            losses["loss_oe"] = self._update(self.image_oe, self.outliers.batch, drawn.outliers, self.moments_oe)
+            self.update_outliers()
         if self.device.type == "cuda":
             self.draws.look_ahead(self.exp, it + 1, self.synthetic())
         return losses
 
-    def _update(self, images: torch.Tensor, batch: Callable, drawn: dict[int, SlotDraw]) -> torch.Tensor:
+    def _update(
+        self, images: torch.Tensor, batch: Callable, drawn: dict[int, SlotDraw], moments: int = 1
+    ) -> torch.Tensor:
         """Set the gradient of the images or of the outliers; returns the losses of the slots.
 
-        `batch` makes a slot's real batch, on the device, from its draw.
+        `batch` makes a slot's real batch, on the device, from its draw; `moments`: how many are matched.
         """
         transforms = {slot: draw.transform or identity for slot, draw in drawn.items()}
         losses, gradient = images.new_zeros(len(images)), torch.zeros_like(images)
         slots = list(drawn)
-        targets = self._real_means({slot: batch(drawn[slot].real) for slot in slots}, transforms) if slots else {}
+        features = self._real_features({slot: batch(drawn[slot].real) for slot in slots}, transforms) if slots else {}
+        targets = {slot: statistics(of_slot, moments) for slot, of_slot in features.items()}
         size = len(slots) if self.has_batchnorm else max(1, CHUNK_IMAGES // self.ipc)
         for first in range(0, len(slots), max(1, size)):
             chunk = slots[first : first + size]
             some = images.detach()[chunk].requires_grad_()
             augmented = apply_by_slot(some, [transforms[slot] for slot in chunk]).flatten(0, 1)
-            means = self.embed_synthetic(augmented).float().unflatten(0, (len(chunk), self.ipc)).mean(1)
-            distances = (means - torch.stack([targets[slot] for slot in chunk])).square().sum(1)
+            found = statistics(self.embed_synthetic(augmented).float().unflatten(0, (len(chunk), self.ipc)), moments)
+            distances = (found - torch.stack([targets[slot] for slot in chunk])).square().sum(1)
             gradient[chunk] = torch.autograd.grad(distances.sum(), some)[0]
             losses[chunk] = distances.detach()
         if self.has_batchnorm:
@@ -93,22 +105,35 @@ class DistributionMatching(LearnableSet):
         return losses
 
     @torch.no_grad()
-    def _real_means(self, batches: dict[int, torch.Tensor], transforms: dict[int, Callable]) -> dict[int, torch.Tensor]:
-        """The mean features `[D]` of each slot's augmented real images."""
+    def _real_features(
+        self, batches: dict[int, torch.Tensor], transforms: dict[int, Callable]
+    ) -> dict[int, torch.Tensor]:
+        """The features `[n, D]` of each slot's augmented real images."""
         if self.has_batchnorm:
             lengths = [len(images) for images in batches.values()]
             images = apply_by_part(torch.cat(list(batches.values())), [transforms[s] for s in batches], lengths)
-            parts = self.embed_real(images).float().split(lengths)
-            return {slot: part.mean(0) for slot, part in zip(batches, parts, strict=True)}
-        return {slot: self._embedded(transforms[slot](images)).mean(0) for slot, images in batches.items()}
+            return dict(zip(batches, self.embed_real(images).float().split(lengths), strict=True))
+        return {slot: self._embedded(transforms[slot](images)) for slot, images in batches.items()}
 
     def _embedded(self, images: torch.Tensor) -> torch.Tensor:
         """Features float32 `[n, D]`; copied, because a CUDA graph overwrites its output at the next call."""
         return in_parts(lambda part: self.embed_real(part).float().clone(), images, self.splitter.forward(images))
 
 
+def statistics(features: torch.Tensor, moments: int) -> torch.Tensor:
+    """What is matched of features `[…, n, D]`: mean `[…, D]`; with two moments also the deviation `[…, 2·D]`."""
+    mean = features.mean(-2)
+    if moments == 1:
+        return mean
+    return torch.cat([mean, (features.var(-2) + SMALLEST_VARIANCE).sqrt()], -1)
+
+
 def _settings(inputs: MethodInputs) -> MatchSettings:
     f = inputs.flags
+    if f["moments_oe"] == 2 and inputs.outliers is None:
+        raise UserError("--moments_oe 2: main.py distils no outliers; leave it out, or use main_oe.py or main_poe.py")
+    if f["moments_oe"] == 2 and f["ipc"] == 1:
+        raise UserError("--moments_oe 2: one outlier per slot has no deviation; give --ipc 2 or more")
     return MatchSettings(
         model=f["model"],
         ipc=f["ipc"],
@@ -118,7 +143,13 @@ def _settings(inputs: MethodInputs) -> MatchSettings:
         batch_real=f["batch_real"],
         batch_oe=f.get("batch_oe", 0),
         init=f["init"],
+        lr_net=f["lr_net"] or LR_NET,
+        batch_train=f["batch_train"],
+        lambda_oe=f.get("lambda_oe", 0.0),
         dsa=inputs.augmentation,
+        pool=pool_settings(inputs),
+        recipe=OutlierRecipe.of(f, inputs.augmentation),
+        moments_oe=f["moments_oe"] or 1,
     )
 
 
@@ -132,15 +163,28 @@ def _workload(inputs: MethodInputs) -> Workload:
     per_class = min(s.batch_real, len(real.images_train) // real.num_classes)
     embedded = real.num_classes * (per_class + (0 if inputs.outliers is None else s.batch_oe))
     synthetic = real.num_classes * s.ipc * (1 if inputs.outliers is None else 2)
-    return Workload((embedded / 2 + synthetic) / distributed.world_size(), 1, "matching")
+    trained = s.pool.epochs * synthetic if s.pool else 0
+    return Workload((embedded / 2 + synthetic) / distributed.world_size() + trained, 1, "matching")
 
 
+def _moments(text: str) -> int:
+    return int(one_of("number of moments", ("1", "2"))(text))
+
+
+MOMENTS = Flag(
+    "moments_oe",
+    _moments,
+    1,
+    "what is matched of outliers: 1 their mean features, as published; 2 also the deviation of each feature, which "
+    "keeps them apart",
+)
 register(
     MethodEntry(
         "DM",
         "distribution matching, the fastest per iteration",
         _build,
         _workload,
+        (*POOL_FLAGS, MOMENTS),
         defaults={"Iteration": 20000, "lr_img": 1.0, "init": "real", "eval_interval": 2000},
     )
 )

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from networks import get_network, initialize
+from networks import get_network
 from utils.compute import distributed
 from utils.compute.compiling import Workload
 from utils.compute.device import Compute
@@ -20,11 +20,14 @@ from utils.core.rng import generator
 from utils.data.augment import identity
 from utils.data.datasets import RealData
 from utils.data.outliers import OutlierSource
-from utils.data.synthetic import LearnableSet, SyntheticSet
+from utils.data.synthetic import SyntheticSet
 from utils.methods import Flag, MethodEntry, MethodInputs, register
 from utils.methods.distances import METRICS
-from utils.methods.match_draws import IterationDraws, MatchSettings, SlotDraw, StepDraw
+from utils.methods.match_draws import POOL_FLAGS, IterationDraws, MatchSettings, SlotDraw, StepDraw, pool_settings
 from utils.methods.matcher import Matcher, class_loss, outlier_loss
+from utils.synthesis.learnable import LearnableSet, shared_settings
+from utils.synthesis.network_pool import NetworkPool
+from utils.synthesis.recipe import OutlierRecipe
 from utils.training.draws import Batch
 from utils.training.trainer import LR_NET, Trainer, TrainSettings
 
@@ -44,9 +47,7 @@ class GradientMatching(LearnableSet):
         initial: Sequence[SyntheticSet] = (),
     ):
         s = settings
-        super().__init__(
-            real, outliers, ipc=s.ipc, seed=s.seed, init=s.init, lr_img=s.lr_img, lr_img_oe=s.lr_img_oe, initial=initial
-        )
+        super().__init__(real, outliers, initial=initial, **shared_settings(s))
         compute = compute or Compute()
         self.settings = s
         net = get_network(s.model, real.channel, real.num_classes, real.im_size, generator(s.seed))
@@ -55,13 +56,16 @@ class GradientMatching(LearnableSet):
         self.matcher_oe = Matcher(self.net, outlier_loss, s.metric, compute)
         training = TrainSettings(1, s.lr_net, s.batch_train, s.lambda_oe, s.dsa, momentum=0.0, weight_decay=0.0)
         self.trainer = Trainer(self.net, training, compute)
+        pool_training = TrainSettings(1, s.lr_net, s.batch_train, s.lambda_oe, s.dsa)
+        self.pool = s.pool and NetworkPool(real, s.model, s.pool, pool_training, s.seed, compute)
         self.draws = IterationDraws(real, outliers, s, self.trainer.has_batchnorm)
         self.about = {"outer_loop": s.outer_loop, "inner_loop": s.inner_loop}
         self.notices: list[str] = []
 
     def iterate(self, it: int) -> dict[str, torch.Tensor]:
-        """One iteration on a fresh random network; returns losses `[slots]` by name, means over the outer steps."""
-        initialize(self.net, self.draws.generator(self.exp, "network", it))
+        """One iteration on a fresh random network, or on one of the pool; returns losses `[slots]` by name, means over
+        the outer steps."""
+        self.renew(self.net, self.draws.generator(self.exp, "network", it), it)
         self.trainer.restart(self.settings.lr_net)
         losses = []
         for outer, drawn in enumerate(self.draws.steps(self.exp, it, self.synthetic())):
@@ -85,10 +89,10 @@ class GradientMatching(LearnableSet):
         if drawn.batchnorm is not None:
             self._set_batchnorm(drawn.batchnorm)
         losses = [self._update(self.matcher, self.image_syn, self.real.train_batch, drawn.images)]
-        self.optimizers[0].step()
+        self.update_images()
         if self.outliers is not None:
             losses.append(self._update(self.matcher_oe, self.image_oe, self.outliers.batch, drawn.outliers))
-            self.optimizers[1].step()
+            self.update_outliers()
         return torch.stack(losses)
 
     def _update(
@@ -136,6 +140,8 @@ def match_settings(inputs: MethodInputs) -> MatchSettings:
         outer_loop=outer if f["outer_loop"] is None else f["outer_loop"],
         inner_loop=inner if f["inner_loop"] is None else f["inner_loop"],
         dsa=inputs.augmentation,
+        pool=pool_settings(inputs),
+        recipe=OutlierRecipe.of(f, inputs.augmentation),
     )
 
 
@@ -144,7 +150,8 @@ def image_passes(settings: MatchSettings, real: RealData, with_outliers: bool) -
     s, kinds = settings, 2 if with_outliers else 1
     per_class = min(s.batch_real, len(real.images_train) // real.num_classes)
     matched = s.outer_loop * real.num_classes * (per_class + s.batch_oe * (kinds - 1))
-    trained = (s.outer_loop - 1) * s.inner_loop * kinds * real.num_classes * s.ipc  # by rank 0
+    epochs = (s.outer_loop - 1) * s.inner_loop + (s.pool.epochs if s.pool else 0)
+    trained = epochs * kinds * real.num_classes * s.ipc  # by rank 0
     return matched / distributed.world_size() + trained
 
 
@@ -170,6 +177,7 @@ FLAGS = (
         "inner_loop", count(0), None, "epochs of network training between two matching steps; left out: the published "
         "number for --ipc",
     ),
+    *POOL_FLAGS,
 )  # fmt: skip
 _DC = MethodEntry("DC", "gradient matching", _build, _workload, FLAGS, augmentation="unused")
 register(_DC)

@@ -4,17 +4,22 @@ The Siamese rule: a `SlotDraw` has one `transform`, which is applied to both the
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from utils.compute import distributed
 from utils.compute.transfer import Draw, send_draws, tensors_of
+from utils.core.errors import UserError
+from utils.core.parser import count
 from utils.core.rng import generator
 from utils.data.augment import DSA, Transform
 from utils.data.datasets import RealData
 from utils.data.outliers import OutlierBatch, OutlierSource
 from utils.data.synthetic import SyntheticSet
+from utils.methods import Flag, MethodInputs
+from utils.synthesis.network_pool import PoolSettings
+from utils.synthesis.recipe import OutlierRecipe
 from utils.training.draws import Batch, draw_epoch
 
 BATCHNORM_IMAGES = 16  # of each class
@@ -40,6 +45,34 @@ class MatchSettings:
     outer_loop: int = 1
     inner_loop: int = 1
     dsa: DSA | None = None
+    pool: PoolSettings | None = None
+    recipe: OutlierRecipe = field(default_factory=OutlierRecipe)
+    moments_oe: int = 1
+
+
+POOL_FLAGS = (
+    Flag(
+        "network_pool",
+        count(0),
+        0,
+        "match on so many networks in turn, which train on the synthetic set; 0: on a fresh random network in every "
+        "iteration, as published",
+    ),
+    Flag("pool_epochs", count(1), None, "epochs that a network of the pool trains before its turn; left out: 20"),
+    Flag("pool_last_epoch", count(1), None, "epochs after which a network of the pool is replaced; left out: 200"),
+)
+
+
+def pool_settings(inputs: MethodInputs) -> PoolSettings | None:
+    """The pool of the flags, or None; raises `UserError` for flags of a pool that there is not."""
+    f = inputs.flags
+    given = {"epochs": f["pool_epochs"], "last_epoch": f["pool_last_epoch"]}
+    given = {name: value for name, value in given.items() if value is not None}
+    if f["network_pool"]:
+        return PoolSettings(f["network_pool"], **given)
+    if given:
+        raise UserError(f"--pool_{next(iter(given))}: --network_pool 0 has no networks to train; give their number")
+    return None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ forward pass keeps the student's parameters, and the backward pass recomputes ea
 import shlex
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -28,9 +28,11 @@ from utils.core.rng import generator
 from utils.data.augment import DSA, identity
 from utils.data.datasets import RealData
 from utils.data.outliers import OutlierSource
-from utils.data.synthetic import LearnableSet, SyntheticSet
+from utils.data.synthetic import SyntheticSet
 from utils.methods import Flag, MethodEntry, MethodInputs, register
 from utils.methods.experts import ABOUT, ExpertBuffer, ExpertSettings, check_about, describe, expert_folder
+from utils.synthesis.learnable import LearnableSet, shared_settings
+from utils.synthesis.recipe import OutlierRecipe
 from utils.training.losses import joint_loss
 
 SMALLEST_LR = 1e-6  # lower bound of the student's learning rate
@@ -55,6 +57,7 @@ class TrajectorySettings:
     max_start_epoch: int = 15
     batch_syn: int | None = None
     dsa: DSA | None = None
+    recipe: OutlierRecipe = field(default_factory=OutlierRecipe)
 
 
 @dataclass(frozen=True)
@@ -107,9 +110,7 @@ class TrajectoryMatching(LearnableSet):
         initial: Sequence[SyntheticSet] = (),
     ):
         s = settings
-        super().__init__(
-            real, outliers, ipc=s.ipc, seed=s.seed, init=s.init, lr_img=s.lr_img, lr_img_oe=s.lr_img_oe, initial=initial
-        )
+        super().__init__(real, outliers, initial=initial, **shared_settings(s))
         self.settings, self.experts = s, experts
         net = get_network(s.model, real.channel, real.num_classes, real.im_size, generator(s.seed))
         self.net = _without_running_statistics(net).to(self.device).requires_grad_(False)
@@ -140,8 +141,10 @@ class TrajectoryMatching(LearnableSet):
         distributed.broadcast_(loss, *gradients)
         for tensor, gradient in zip(tensors, gradients, strict=True):
             tensor.grad = gradient
-        for optimizer in (*self.optimizers, self.optimizer_lr):
-            optimizer.step()
+        self.update_images()
+        if self.image_oe is not None:
+            self.update_outliers()
+        self.optimizer_lr.step()
         if self.lr_student < SMALLEST_LR:
             warnings.warn(
                 f"iteration {it}: --lr_lr {self.settings.lr_lr:g} made the student's learning rate "
@@ -261,7 +264,9 @@ def trajectory_settings(inputs: MethodInputs) -> TrajectorySettings:
     same = ("model", "ipc", "seed", "lr_img", "lr_teacher", "lr_lr", "init", "expert_epochs", "syn_steps")
     names = (*same, "max_start_epoch", "batch_syn")
     more = {"lr_img_oe": f.get("lr_img_oe"), "lambda_oe": f.get("lambda_oe", 0.0), "dsa": inputs.augmentation}
-    return TrajectorySettings(**{name: f[name] for name in names}, **more)
+    return TrajectorySettings(
+        **{name: f[name] for name in names}, **more, recipe=OutlierRecipe.of(f, inputs.augmentation)
+    )
 
 
 def _build(inputs: MethodInputs) -> TrajectoryMatching:
@@ -301,7 +306,7 @@ def _how_to_make(inputs: MethodInputs, epochs: int) -> str:
         value = f.get(name)
         if value is not None:
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    words += ["--zca"] if f.get("zca") else []
+    words += [f"--{name}" for name in ("mix_corruptions", "zca") if f.get(name)]
     words += ["--train_epochs", str(epochs)] if epochs > ExpertSettings().epochs else []
     return shlex.join(words)
 

@@ -8,12 +8,12 @@ from utils.compute.device import PRECISIONS
 from utils.core.errors import UserError
 from utils.core.parser import Parser, count, number, one_of
 from utils.data.augment import DSA_ENTRIES, parse_strategy
-from utils.data.corruptions import CORRUPTIONS, DEFAULT_CORRUPTIONS
 from utils.data.datasets import DATASET_NAMES
 from utils.methods import add_method_choice, add_method_flags
 from utils.ood.detectors import ALL_SCORES, DETECTORS
 from utils.ood.scores import SCORES
 from utils.runs.lineage import STAGE1_ROOTS, STAGE2_ROOTS
+from utils.synthesis.flags import add_oe, add_outliers, add_poe
 from utils.training_sets.flags import add_training_set
 
 
@@ -139,16 +139,6 @@ def add_training(parser: Parser, num_eval: int) -> None:
     )
 
 
-def add_outlier_weight(parser: Parser) -> None:
-    """The flag of the outliers' weight in network training."""
-    parser.add_argument(
-        "--lambda_oe",
-        type=number(0),
-        default=0.5,
-        help="weight of the outlier loss in network training; 0 trains as if there were none",
-    )
-
-
 def add_stage1(parser: Parser, save_path: str) -> None:
     """All flags of a stage-1 script without outliers."""
     add_common(parser)
@@ -264,54 +254,16 @@ def add_experts(parser: Parser) -> None:
 def _refuse_other_outliers(parser: Parser, args: argparse.Namespace, given: dict) -> tuple[argparse.Namespace, dict]:
     """Refuse flags of outliers that `--outliers` does not use, rather than ignore them."""
     both = ("batch_oe", "lambda_oe")
-    used = {"none": (), "oe": (*both, "oe_data_path", "num_oe_per_class"), "poe": (*both, "corruptions")}
+    used = {
+        "none": (),
+        "oe": (*both, "oe_data_path", "num_oe_per_class"),
+        "poe": (*both, "corruptions", "mix_corruptions"),
+    }
     for name in given:
         kinds = [kind for kind, names in used.items() if name in names]
         if kinds and args.outliers not in kinds:
             parser.error(f"--{name}: --outliers {args.outliers} does not use it; give --outliers {' or '.join(kinds)}")
     return args, given
-
-
-def add_outliers(parser: Parser, distilled: bool = True) -> None:
-    """Flags that OE and POE share in stage 1; `distilled`: whether the script distils outliers."""
-    group = parser.add_argument_group("outliers")
-    group.add_argument("--batch_oe", type=count(1), default=256, help="outliers per slot and step")
-    if distilled:
-        group.add_argument(
-            "--lr_img_oe",
-            type=number(0, exclusive=True),
-            default=None,
-            help="learning rate of the synthetic outliers; left out: --lr_img. Lower it if they become noise",
-        )
-    add_outlier_weight(parser)
-
-
-def add_oe(parser: Parser) -> None:
-    """Flags of outlier exposure: the pool."""
-    group = parser.add_argument_group("outlier exposure")
-    group.add_argument(
-        "--oe_data_path",
-        default="data/300K_random_images.npy",
-        help="the pool: .npy (uint8 NHWC), .npz (key images), or a folder of images",
-    )
-    group.add_argument(
-        "--num_oe_per_class",
-        type=count(1),
-        default=10000,
-        help="outliers of the pool for each class slot; fewer if the pool is too small",
-    )
-
-
-def add_poe(parser: Parser) -> None:
-    """Flags of pseudo-outlier exposure: the corruptions."""
-    parser.add_argument(
-        "--corruptions",
-        nargs="+",
-        type=one_of("corruption", CORRUPTIONS),
-        default=list(DEFAULT_CORRUPTIONS),
-        help=f"how pseudo-outliers are made, out of {', '.join(CORRUPTIONS)}: class 0 uses the first, class 1 the "
-        "second, and so on, from the first again after the last",
-    )
 
 
 def add_stage2(parser: Parser, save_path: str) -> None:

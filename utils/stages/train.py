@@ -131,6 +131,7 @@ def _choice(flags: Mapping[str, Any], outliers: str) -> Choice:
         distilled_oe=tuple(flags.get("distilled_oe") or ()),
         assumed=assumptions(flags),
         corruptions=tuple(flags.get("corruptions", DEFAULT_CORRUPTIONS)),
+        mixed=flags.get("mix_corruptions", False),
         oe_data_path=flags.get("oe_data_path"),
         num_oe_per_class=flags.get("num_oe_per_class", 10000),
         download=flags["download"] == "all",

@@ -24,8 +24,9 @@ class Choice:
     """What the flags choose.
 
     `train_on`: one of `TRAIN_ON`; `outliers`: one of `OUTLIERS`; `ipc`: None for that of the set; `exp_idx`: which
-    experiment; `distilled`, `distilled_oe`: paths of a set of any repository; `corruptions`, or the pool `oe_data_path`
-    of which each class slot gets `num_oe_per_class`: the source of outliers that are not distilled.
+    experiment; `distilled`, `distilled_oe`: paths of a set of any repository. The source of outliers that are not
+    distilled: `corruptions`, one for each class or `mixed`, or the pool `oe_data_path` of which each class slot gets
+    `num_oe_per_class`.
     """
 
     train_on: str
@@ -37,6 +38,7 @@ class Choice:
     distilled_oe: tuple[str, ...] = ()
     assumed: Assumptions = field(default_factory=Assumptions)
     corruptions: tuple[str, ...] = DEFAULT_CORRUPTIONS
+    mixed: bool = False
     oe_data_path: str | None = None
     num_oe_per_class: int = 10000
     download: bool = False
@@ -138,7 +140,10 @@ def with_outliers(
 def with_fresh_outliers(choice: Choice, chosen: TrainingSet, real: RealData) -> TrainingSet:
     """The chosen set with outliers that are made anew in every epoch."""
     if choice.outliers == "corrupt":
-        source, what = corrupted(chosen.synthetic, real, choice.corruptions), "the images of the set, corrupted"
+        source, what = (
+            corrupted(chosen.synthetic, real, choice.corruptions, choice.mixed),
+            "the images of the set, corrupted",
+        )
     else:
         source, what = outlier_source(choice, real), f"{_named(choice)}; no distilled set, but an upper bound"
     line = f"outliers, anew in every epoch: {what}"
@@ -149,7 +154,7 @@ def with_fresh_outliers(choice: Choice, chosen: TrainingSet, real: RealData) -> 
 def outlier_source(choice: Choice, real: RealData) -> OutlierSource:
     """Where outliers that are not distilled come from."""
     if choice.oe_data_path is None:
-        return PseudoOutliers(real, choice.corruptions)
+        return PseudoOutliers(real, choice.corruptions, choice.mixed)
     return load_outlier_pool(choice.oe_data_path, real, choice.num_oe_per_class, choice.seed, choice.download)
 
 

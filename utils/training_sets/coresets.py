@@ -26,19 +26,23 @@ def herding(points: torch.Tensor, n: int) -> torch.Tensor:
     return torch.tensor(chosen)
 
 
-def k_center(points: torch.Tensor, n: int) -> torch.Tensor:
+def k_center(points: torch.Tensor, n: int, before: torch.Tensor | None = None) -> torch.Tensor:
     """`n` points such that no other is far from all of them: each is the farthest from those chosen before.
 
     The greedy 2-approximation of Gonzalez (1985), as Sener & Savarese use it (ICLR 2018, algorithm 1). The first is the
     point nearest to the mean.
 
     Args:
-        points: `[N, D]`; n: at most N.
+        points: `[N, D]`; n: at most N; before: points `[M, D]` that are chosen already.
     Returns:
         Indices in the order of choice, int64 `[n]`, all different, on the CPU.
     """
-    nearest = torch.full((len(points),), torch.inf, device=points.device)
-    chosen = [int((points - points.mean(0)).square().sum(1).argmin())]
+    if before is None:
+        nearest = torch.full((len(points),), torch.inf, device=points.device)
+        chosen = [int((points - points.mean(0)).square().sum(1).argmin())]
+    else:
+        nearest = torch.cdist(points, before).square().amin(1)
+        chosen = [int(nearest.argmax())]
     while len(chosen) < n:
         nearest = torch.minimum(nearest, (points - points[chosen[-1]]).square().sum(1))
         nearest[chosen[-1]] = -1.0  # for good: of equal points each is chosen once

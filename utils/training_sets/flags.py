@@ -135,6 +135,11 @@ def add_training_outliers(parser: Parser) -> None:
         help="how --outliers initial, kcenter, corrupt and real are made: class 0 uses the first, and so on",
     )
     group.add_argument(
+        "--mix_corruptions",
+        action="store_true",
+        help="draw the corruption of each of these outliers out of --corruptions, instead of one for each class",
+    )
+    group.add_argument(
         "--oe_data_path",
         default=None,
         help="take --outliers initial, kcenter and real from this pool instead of corrupting training images",
@@ -191,14 +196,16 @@ def _complete_outliers(
     users = {
         "lambda_oe": tuple(name for name in OUTLIERS if name != "none"),
         "corruptions": ("initial", "kcenter", "corrupt", "real"),
+        "mix_corruptions": ("initial", "kcenter", "corrupt", "real"),
         "oe_data_path": ("initial", "kcenter", "real"),
         "num_oe_per_class": ("initial", "kcenter", "real"),
     }
     for name, kinds in users.items():
         if name in given and kind not in kinds:
             parser.error(f"--{name}: --outliers {kind} does not use it; --outliers {', '.join(kinds)} do")
-    if "corruptions" in given and args.oe_data_path:
-        parser.error("--oe_data_path: --corruptions make outliers of training images; give one of them")
+    for name in ("corruptions", "mix_corruptions"):
+        if name in given and args.oe_data_path:
+            parser.error(f"--oe_data_path: --{name} is for outliers made of training images; give one of them")
     if "num_oe_per_class" in given and not args.oe_data_path:
         parser.error("--num_oe_per_class: it cuts the pool of --oe_data_path, which is not given")
     return args, given

@@ -26,15 +26,39 @@ def with_k_center(
     synthetic: SyntheticSet, source: OutlierSource, real: RealData, ipc: int, seed: int, net: nn.Module
 ) -> SyntheticSet:
     """The set with `ipc·num_classes` outliers, chosen by k-center among 10,000 in the features of `net`."""
-    slots = range(real.num_classes)
-    each = max(ipc, CANDIDATES // real.num_classes)
-    drawn = [draw_repeated(source, slot, each, generator(seed, "candidates", slot)) for slot in slots]
-    candidates = torch.cat(drawn)
-    chosen = k_center(
-        unit_features(net, lambda i: candidates[i.to(candidates.device)], torch.arange(len(candidates))),
-        ipc * real.num_classes,
-    )
+    candidates = torch.cat(_candidates(source, real, ipc, (seed,)))
+    chosen = k_center(_features(net, candidates), ipc * real.num_classes)
     return replace(synthetic, images_oe=candidates[chosen.to(candidates.device)].cpu())
+
+
+def k_center_by_slot(
+    source: OutlierSource, real: RealData, ipc: int, key: tuple[int, ...], net: nn.Module
+) -> torch.Tensor:
+    """As many outliers of each class slot, chosen by k-center: each slot's are far from those of the slots before, too.
+
+    Args:
+        key: a seed, and what further numbers name the draw of the 10,000 candidates.
+    Returns:
+        `[num_classes, ipc, C, H, W]`, normalised, on the device of `real`.
+    """
+    outliers, before = [], None
+    for candidates in _candidates(source, real, ipc, key):
+        features = _features(net, candidates)
+        chosen = k_center(features, ipc, before).to(candidates.device)
+        outliers.append(candidates[chosen])
+        before = features[chosen] if before is None else torch.cat([before, features[chosen]])
+    return torch.stack(outliers).to(real.device)
+
+
+def _candidates(source: OutlierSource, real: RealData, ipc: int, key: tuple[int, ...]) -> list[torch.Tensor]:
+    """The outliers of each slot among which k-center chooses."""
+    each = max(ipc, CANDIDATES // real.num_classes)
+    generators = [generator(key[0], "candidates", *key[1:], slot) for slot in range(real.num_classes)]
+    return [draw_repeated(source, slot, each, g) for slot, g in enumerate(generators)]
+
+
+def _features(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    return unit_features(net, lambda i: images[i.to(images.device)], torch.arange(len(images)))
 
 
 def with_fresh(synthetic: SyntheticSet, source: OutlierSource, num_classes: int) -> SyntheticSet:
@@ -43,8 +67,10 @@ def with_fresh(synthetic: SyntheticSet, source: OutlierSource, num_classes: int)
     return replace(synthetic, images_oe=None, fresh_oe=FreshOutliers(source, num_classes, per_slot))
 
 
-def corrupted(synthetic: SyntheticSet, real: RealData, corruptions: tuple[str, ...]) -> PseudoOutliers:
+def corrupted(
+    synthetic: SyntheticSet, real: RealData, corruptions: tuple[str, ...], mixed: bool = False
+) -> PseudoOutliers:
     """A source of pseudo-outliers that corrupts the images of the set itself in place of real training images."""
     images = real.denormalize(synthetic.images.to(real.device))
     own = replace(real, images_train=images, labels_train=synthetic.hard_labels.to(real.device))
-    return PseudoOutliers(own, corruptions)
+    return PseudoOutliers(own, corruptions, mixed)

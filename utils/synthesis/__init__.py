@@ -1,0 +1,1 @@
+"""What the methods share in optimising images: the images themselves, how outliers are treated, trained networks."""

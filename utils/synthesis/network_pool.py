@@ -1,0 +1,97 @@
+"""Networks that are trained on the synthetic set while it is distilled, to match on instead of random ones.
+
+The idea is that of a model pool (Zhao et al., *Improved Distribution Matching*, CVPR 2023): what a network has learned
+shows in its gradients and features, but a single network would be followed too closely.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from networks import get_network, initialize
+from utils.compute import distributed
+from utils.compute.device import Compute
+from utils.compute.transfer import send_draws
+from utils.core.rng import generator
+from utils.data.datasets import RealData
+from utils.data.synthetic import SyntheticSet
+from utils.training.trainer import LR_NET, Trainer, TrainSettings
+
+
+@dataclass(frozen=True)
+class PoolSettings:
+    """`size`: networks, which take turns; `epochs`: that one trains before each turn; `last_epoch`: with so many epochs
+    behind it a network is replaced."""
+
+    size: int
+    epochs: int = 20
+    last_epoch: int = 200
+
+
+class NetworkPool:
+    """Networks of one architecture and different ages.
+
+    Args:
+        training: how they are trained; the learning rate stays as it is.
+    """
+
+    def __init__(
+        self, real: RealData, model: str, settings: PoolSettings, training: TrainSettings, seed: int, compute: Compute
+    ):
+        self.settings, self.seed = settings, seed
+        net = get_network(model, real.channel, real.num_classes, real.im_size, generator(seed))
+        self.net = net.to(real.device)
+        self.trainer = Trainer(self.net, training, compute)
+        self.empty()
+
+    def empty(self) -> None:
+        """Forget all networks; each is made at its next turn."""
+        self.states: list[dict[str, torch.Tensor] | None] = [None] * self.settings.size
+        self.ages = [0] * self.settings.size
+
+    def take(self, exp: int, it: int, synthetic: SyntheticSet) -> dict[str, torch.Tensor]:
+        """The state of the network whose turn it is at iteration `it`, trained further on the synthetic set.
+
+        At its first turn a network also gets a head start, so that the networks are of different ages. Rank 0 trains;
+        the others receive the weights.
+        """
+        s, turn = self.settings, it % self.settings.size
+        epochs, state = s.epochs, self.states[turn]
+        if state is None:
+            epochs += turn * s.last_epoch // s.size
+        if state is None or self.ages[turn] >= s.last_epoch:
+            initialize(self.net, generator(self.seed, "pool", exp, it))
+            self.ages[turn] = 0
+        else:
+            self.net.load_state_dict(state)
+        self.trainer.restart(self.trainer.settings.lr or LR_NET)
+        if distributed.is_main():
+            keys = [generator(self.seed, "pool", exp, it, epoch) for epoch in range(epochs)]
+            drawn = send_draws(self.trainer.draw_epochs(synthetic, keys), synthetic.images.device)
+            for _ in self.trainer.epochs(synthetic, drawn):
+                pass
+        tensors = {name: t.detach() for name, t in self.net.state_dict().items()}
+        distributed.broadcast_(*tensors.values())
+        self.ages[turn] += epochs
+        self.states[turn] = {name: t.clone() for name, t in tensors.items()}
+        return self.states[turn]
+
+    def state_dict(self) -> dict:
+        """The networks and their ages; later turns do not change these tensors."""
+        return {"networks": list(self.states), "ages": list(self.ages)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from a `state_dict`.
+
+        Raises:
+            ValueError, RuntimeError: when it has another number of networks, or networks of another kind.
+        """
+        networks, ages = list(state["networks"]), [int(age) for age in state["ages"]]
+        if not len(networks) == len(ages) == self.settings.size:
+            raise ValueError(f"{len(networks)} networks instead of {self.settings.size}")
+        for network in networks:
+            if network is not None:
+                self.net.load_state_dict(network)
+        device = next(self.net.parameters()).device
+        self.states = [n and {name: t.to(device).clone() for name, t in n.items()} for n in networks]
+        self.ages = ages
