@@ -76,6 +76,7 @@ COMPANIONS = {  # without which a flag of stage 2 would have no effect
     "distilled_mean": [*FOREIGN, "--distilled_std", "1"],
     "distilled_std": [*FOREIGN, "--distilled_mean", "1"],
     ("oe_data_path", "outliers"): ["--outliers", "real"],
+    ("mix_corruptions", "outliers"): ["--outliers", "real"],
     ("num_oe_per_class", "outliers"): ["--outliers", "real", "--oe_data_path", "pool.npy"],
 }
 VALID = {
