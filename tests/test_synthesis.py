@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from networks import get_network, initialize
 from utils.compute.device import Compute
+from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.augment import DSA, identity, parse_strategy
 from utils.data.corruptions import MixedCorruption, corrupt, draw_mixed
@@ -117,6 +118,13 @@ def test_kcenter_starts_depend_on_seed_and_experiment(tiny_real, kind):
         assert not torch.equal(first.images_oe, other.images_oe)
 
 
+def test_a_distilled_set_is_a_start_of_its_own(tiny_real):
+    start = images_of(tiny_real)
+    settings = replace(SETTINGS, recipe=OutlierRecipe("kcenter", model="ConvNetD1"))
+    with pytest.raises(UserError, match="--init_oe kcenter: the outliers start as those of --load_path"):
+        DistributionMatching(tiny_real, PseudoOutliers(tiny_real), settings, initial=[start])
+
+
 @pytest.mark.parametrize("kind", METHODS)
 def test_outliers_stay_in_the_range_of_pixels(tiny_real, kind):
     """After each update they are those of the free update, clipped."""
@@ -144,6 +152,8 @@ def test_two_moments_by_numpy():
     array = features.numpy()
     expected = np.concatenate([array.mean(1), array.std(1, ddof=1)], axis=1)
     np.testing.assert_allclose(statistics(features, 2).numpy(), expected, atol=1e-6)
+    alone = statistics(features[:, :1], 2)[:, 4:]
+    np.testing.assert_allclose(alone.numpy(), np.full((3, 4), 1e-3), atol=1e-9)
     np.testing.assert_allclose(statistics(features, 1).numpy(), array.mean(1), atol=1e-12)
 
 

@@ -125,7 +125,8 @@ def statistics(features: torch.Tensor, moments: int) -> torch.Tensor:
     mean = features.mean(-2)
     if moments == 1:
         return mean
-    return torch.cat([mean, (features.var(-2) + SMALLEST_VARIANCE).sqrt()], -1)
+    variance = features.var(-2, correction=min(1, features.shape[-2] - 1))  # a single one has none
+    return torch.cat([mean, (variance + SMALLEST_VARIANCE).sqrt()], -1)
 
 
 def _settings(inputs: MethodInputs) -> MatchSettings:

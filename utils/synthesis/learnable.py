@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from networks import initialize
+from utils.compute import distributed
 from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.datasets import RealData
@@ -68,7 +69,7 @@ class LearnableSet:
             )
         self.real, self.outliers, self.initial = real, outliers, initial
         self.recipe = recipe or OutlierRecipe()
-        self.recipe.check(real, init)
+        self.recipe.check(real, init, bool(initial))
         self.ipc, self.seed, self.init = ipc, seed, init
         self.learning_rates = (lr_img, lr_img if lr_img_oe is None else lr_img_oe)
         self.device = real.device
@@ -81,9 +82,13 @@ class LearnableSet:
         self._hold(exp, images, None if self.outliers is None else self._initial_outliers(exp, images))
 
     def _initial_outliers(self, exp: int, images: torch.Tensor) -> torch.Tensor:
-        if self.recipe.start == "kcenter" and not self.initial:
-            labelled = SyntheticSet(images.flatten(0, 1), self.labels)
-            return self.recipe.first_outliers(self.outliers, labelled, self.real, self.seed, exp)
+        if self.recipe.start == "kcenter":
+            outliers = torch.zeros_like(images)
+            if distributed.is_main():
+                labelled = SyntheticSet(images.flatten(0, 1), self.labels)
+                outliers = self.recipe.first_outliers(self.outliers, labelled, self.real, self.seed, exp)
+            distributed.broadcast_(outliers)  # a network that is trained elsewhere may choose others
+            return outliers
         return self._initial(exp, "outliers", lambda slot, n, g: draw_repeated(self.outliers, slot, n, g))
 
     def _initial(self, exp: int, what: str, draw: Callable[[int, int, torch.Generator], torch.Tensor]) -> torch.Tensor:

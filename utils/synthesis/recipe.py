@@ -36,8 +36,10 @@ class OutlierRecipe:
         """The recipe of the flags of stage 1; a script without outliers lacks them."""
         return cls(flags.get("init_oe", "random"), flags.get("clamp_oe", False), flags["model"], dsa)
 
-    def check(self, real: RealData, init: str) -> None:
-        """Raise `UserError` where the recipe cannot be followed."""
+    def check(self, real: RealData, init: str, from_file: bool) -> None:
+        """Raise `UserError` where the recipe cannot be followed; `from_file`: whether a distilled set is the start."""
+        if self.start == "kcenter" and from_file:
+            raise UserError("--init_oe kcenter: the outliers start as those of --load_path; leave one of them out")
         if self.start == "kcenter" and init != "real":
             raise UserError(f"--init_oe kcenter: its network needs images to train on; give --init real, not {init}")
         if self.clamp and real.zca is not None:
