@@ -140,10 +140,8 @@ def with_outliers(
 def with_fresh_outliers(choice: Choice, chosen: TrainingSet, real: RealData) -> TrainingSet:
     """The chosen set with outliers that are made anew in every epoch."""
     if choice.outliers == "corrupt":
-        source, what = (
-            corrupted(chosen.synthetic, real, choice.corruptions, choice.mixed),
-            "the images of the set, corrupted",
-        )
+        source = corrupted(chosen.synthetic, real, choice.corruptions, choice.mixed)
+        what = "the images of the set, corrupted"
     else:
         source, what = outlier_source(choice, real), f"{_named(choice)}; no distilled set, but an upper bound"
     line = f"outliers, anew in every epoch: {what}"
