@@ -3,7 +3,7 @@
 The textbook is `textbook_loop.py`: what people run. That of DM, MTT and experts is in `tests/textbook.py`; it augments
 batches, too. Start-up is that of whole processes; the other works start when the data are read.
 
-    python scripts/benchmark.py                                  # ConvNetW32, ipc 2; most of it is the textbook's start-up
+    python scripts/benchmark.py                                  # ConvNetW32, ipc 2; start-up takes most of it
     python scripts/benchmark.py --model ConvNet --ipc 10 --repeats 1 --works iteration        # 20 minutes on two cores
 
 The data are random pixels in the shape of CIFAR-10: times do not depend on the content. The textbook loop runs with the
