@@ -88,7 +88,7 @@ def table(results: dict[str, dict]) -> str:
          f"{r['ratio_min']:.2f}-{r['ratio_max']:.2f}", f"{r['engine_first_call_s']:.1f}"]
         for work, r in results.items()
     ]  # fmt: skip
-    return markdown_table(("work", "plain, s", "engine, s", "ratio", "spread", "first call, s"), rows)
+    return markdown_table(("work", "textbook, s", "this code, s", "ratio", "spread", "first call, s"), rows)
 
 
 def show(path: Path) -> None:

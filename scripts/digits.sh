@@ -23,7 +23,7 @@ MTT=${MTT:---syn_steps 20 --max_start_epoch 5 --lr_img 10 --lr_teacher 0.05}
 OOD_SETS=${OOD_SETS:-patches gaussian uniform rademacher blob FashionMNIST}
 . "$(dirname "$0")/table.sh"
 if [[ " $OOD_SETS " == *" FashionMNIST "* && ! -e $OOD/FashionMNIST.npz ]]; then
-    "$PYTHON" scripts/fashion_outliers.py --data_path "$DATA" --oe "$OE_DATA" --ood "$OOD/FashionMNIST.npz"
+    "$PYTHON" scripts/dataset_outliers.py --dataset FashionMNIST --data_path "$DATA" --oe "$OE_DATA" --ood "$OOD/FashionMNIST.npz"
 fi
 table
 

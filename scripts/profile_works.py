@@ -4,7 +4,8 @@
     python scripts/profile_works.py --model ConvNet --precision bf16 --out profile.json
 
 The data are random pixels in the shape of CIFAR-10. A work runs twice before it is profiled, so that compiling does not
-count. A product of large matrices of the same type shows what the processor can do.
+count. GFLOP/s: those of the convolutions and matrix products, in the time that they take; a product of large matrices
+of the same type shows what the processor can do.
 """
 
 import argparse
@@ -24,7 +25,10 @@ from benchmark import machine
 from benchmark_methods import trajectory_matching
 from benchmark_works import STRATEGY, Bench
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
+from utils.compute.device import Compute
 from utils.core.parser import Parser, count, one_of
 from utils.data.outliers import PseudoOutliers
 from utils.files.atomic import save_text
@@ -38,8 +42,8 @@ from utils.stages.arguments import add_compute
 from utils.stages.entry import run_script
 from utils.training.trainer import Trainer
 
-# kinds of work by parts of the names of operations, in this order; compiled code counts as norm, activation, pooling,
-# without the convolutions that it calls
+# kinds of work by parts of the names of operations, in this order; the kernels that the compiler makes are norm,
+# activation and pooling, and stand under the name of the graph that calls them
 KINDS = {
     "convolutions": ("conv", "mkldnn"),
     "matrix products": ("mm", "linear", "dot", "einsum"),
@@ -49,7 +53,7 @@ KINDS = {
         "pool",
         "threshold",
         "cpp_fused",
-        "graph_",
+        "compiled",
         "var_mean",
         "softmax",
         "inductor",
@@ -128,20 +132,43 @@ def peak_gflops(dtype: torch.dtype) -> float:
     return best
 
 
+class FlopCounter(TorchDispatchMode):
+    """Counts floating-point operations. PyTorch's `FlopCounterMode` follows modules, and fails without autograd."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        count_flops = flop_registry.get(func._overloadpacket)
+        if count_flops is not None:
+            self.flops += count_flops(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def gflop(work: Callable[[], object]) -> float:
+    """The floating-point operations of convolutions and matrix products in one call, which is not compiled, in 10⁹."""
+    with FlopCounter() as counter:
+        work()
+    return counter.flops / 1e9
+
+
 def table(results: dict[str, dict[str, float]]) -> str:
-    """Shares in percent, and the seconds of each work."""
+    """Shares in percent, the seconds of each work, and the speed of its convolutions and matrix products."""
     kinds = [*KINDS, OTHER, PYTHON]
-    rows = [
-        [work, f"{r['total']:.3f}", *(f"{100 * r[kind] / r['total']:.0f}" for kind in kinds)]
-        for work, r in results.items()
-    ]
-    return markdown_table(("work", "seconds", *(f"{kind}, %" for kind in kinds)), rows)
+    rows = []
+    for work, r in results.items():
+        speed = r["gflop"] / (r["convolutions"] + r["matrix products"])
+        rows.append([work, f"{r['total']:.2f}", *(f"{100 * r[k] / r['total']:.0f}" for k in kinds), f"{speed:.0f}"])
+    return markdown_table(("work", "seconds", *(f"{kind}, %" for kind in kinds), "GFLOP/s"), rows)
 
 
 def main(args: argparse.Namespace) -> None:
     """Profile, print the table, and write the JSON file if asked."""
     bench = Bench(args)
     results = {name: shares(work_of(name, bench)) for name in args.works}
+    bench.compute = Compute(precision=bench.compute.precision)
+    for name, of_work in results.items():
+        of_work["gflop"] = gflop(work_of(name, bench))
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     about = machine(bench.device) | {"compute": str(bench.compute), "command": shlex.join(sys.argv)}
     about["matmul_gflops"] = round(peak_gflops(dtype))

@@ -105,19 +105,21 @@ def test_compiled_code_gets_images_in_channels_last_order(monkeypatch):
 
 @pytest.mark.parametrize("required", [False, True])
 @pytest.mark.parametrize("failures", [0, 1, 2, 3])
-def test_a_compilation_that_fails(failures, required, monkeypatch, tmp_path):
+@pytest.mark.parametrize("folder", ["torchinductor_x", "trustdd/torch-2"])
+def test_a_compilation_that_fails(failures, required, folder, monkeypatch, tmp_path):
     """The named library is removed, then a fresh cache is used, then the compiler counts as not working: an error for
     `--compile on`, one warning for `auto`, after which functions run as they are."""
-    library = tmp_path / "torchinductor_x" / "a.so"
-    library.parent.mkdir()
-    library.write_bytes(b"")
+    library, elsewhere = tmp_path / folder / "a.so", tmp_path / "lib" / "libc.so"
+    for path in (library, elsewhere):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"")
     calls = []
 
     def compile_(function, **_):
         def compiled(x):
             calls.append(x)
             if len(calls) <= failures:
-                raise InductorError(ImportError(f"{library}: file too short"), inspect.currentframe())
+                raise InductorError(ImportError(f"{library}: file too short, {elsewhere}"), inspect.currentframe())
             return function(x)
 
         return compiled
@@ -125,7 +127,8 @@ def test_a_compilation_that_fails(failures, required, monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "compile", compile_)
     monkeypatch.setattr(Compiled, "failed", False)
     monkeypatch.setattr(compiling, "_fresh_cache", None)
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "before")
+    cache = str(tmp_path / "trustdd")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", cache)
     functions = [Compiled(lambda x: x + 1, None, required) for _ in range(2)]
     if failures < 3:
         assert functions[0](torch.ones(1)) == 2
@@ -139,10 +142,11 @@ def test_a_compilation_that_fails(failures, required, monkeypatch, tmp_path):
         assert len(warned) == 1
         assert len(calls) == 3  # the second does not try again
     assert library.exists() == (failures == 0)
-    cache = os.environ["TORCHINDUCTOR_CACHE_DIR"]
-    assert (cache == "before") == (failures < 2)
+    assert elsewhere.exists()
+    used = os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    assert (used == cache) == (failures < 2)
     remove_fresh_cache()
-    assert not Path(cache).exists()
+    assert failures < 2 or not Path(used).exists()
 
 
 @needs_compiler

@@ -20,6 +20,8 @@ import train_experts
 import train_model_synthetic_no_oe
 import train_model_synthetic_oe
 from utils.core.errors import UserError
+from utils.data.datasets import load_dataset
+from utils.files.images import unit_images
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import check_inputs
@@ -73,7 +75,7 @@ def test_every_stage_of_every_kind(script, table):
     status, commands = table(script, IPC="1 2", SEEDS="4 5", ITERATIONS="7", NETWORKS="2", EPOCHS="9")
     assert status == 0
     if script == "digits.sh":
-        assert commands.pop(0)[0] == "scripts/fashion_outliers.py"
+        assert commands.pop(0)[0] == "scripts/dataset_outliers.py"
     assert len(commands) == 2 * (2 * 3 * 3 + 1)
     for words in commands:
         if words[0] != "scripts/compare.py":
@@ -263,19 +265,29 @@ def test_rows_of_baselines_and_of_outliers_that_are_not_distilled(table):
     assert [sum(word.endswith("out/whole") for word in words) for words in columns] == [1, 1]
 
 
-def test_fashion_mnist_as_outliers(tmp_path, monkeypatch):
+def test_a_data_set_as_outliers(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import fashion_outliers
+    import dataset_outliers
+
+    def write(*flags) -> None:
+        dataset_outliers.main(dataset_outliers.get_args_parser().parse_args(list(map(str, flags))))
 
     rng = np.random.default_rng(0)
     images = {part: rng.integers(0, 256, (20, 28, 28), dtype=np.uint8) for part in ("train", "test")}
     arrays = {f"{part}_images": a for part, a in images.items()}
     labels = {f"{part}_labels": np.arange(20) % 10 for part in images}
     np.savez(tmp_path / "fashionmnist.npz", **arrays, **labels)
-    flags = ["--data_path", tmp_path, "--oe", tmp_path / "a" / "oe.npz", "--ood", tmp_path / "b" / "ood.npz"]
-    fashion_outliers.main(fashion_outliers.get_args_parser().parse_args(list(map(str, flags))))
+    write("--data_path", tmp_path, "--oe", tmp_path / "a" / "oe.npz", "--ood", tmp_path / "b" / "ood.npz")
     for name, part in (("a/oe.npz", "train"), ("b/ood.npz", "test")):
         assert np.array_equal(np.load(tmp_path / name)["images"], images[part])
+    write("--dataset", "Digits", "--ood", tmp_path / "digits.npz")
+    found = np.load(tmp_path / "digits.npz")["images"]
+    assert found.dtype == np.uint8
+    real = load_dataset("Digits", "data")
+    expected = 255 * unit_images(real.images_test)[:, 0].numpy()
+    np.testing.assert_allclose(found, expected, atol=0.51)
+    with pytest.raises(UserError, match="--oe, --ood: neither is given"):
+        write("--dataset", "Digits")
 
 
 GPU_STAND_IN = """#!/usr/bin/env bash

@@ -126,6 +126,19 @@ def test_shares_of_the_profile_add_up():
     assert shares["convolutions"] > 10 * shares["optimiser"]
 
 
+def test_floating_point_operations_by_formula():
+    """A convolution and its backward pass, which computes two gradients of the same cost, with and without autograd."""
+    images, weight = torch.randn(2, 3, 8, 8, requires_grad=True), torch.randn(4, 3, 3, 3, requires_grad=True)
+    forward = 2 * (2 * 4 * 8 * 8) * (3 * 3 * 3)
+
+    def work() -> torch.Tensor:
+        return torch.nn.functional.conv2d(images, weight, padding=1).sum()
+
+    assert profile_works.gflop(lambda: work().backward()) * 1e9 == pytest.approx(3 * forward)
+    with torch.no_grad():
+        assert profile_works.gflop(work) * 1e9 == pytest.approx(forward)
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -136,6 +149,7 @@ def test_shares_of_the_profile_add_up():
         ("aten::grid_sampler_2d", "augmentation, batches"),
         ("aten::randperm", "draws"),
         ("Optimizer.step#SGD.step", "optimiser"),
+        ("## Call CompiledFxGraph fa3xw ##", "norm, activation, pooling"),
         ("aten::empty", profile_works.OTHER),
     ],
 )

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -194,11 +195,12 @@ def compiler_message(message: str) -> str:
 
 
 def _remove_damaged_library(message: str) -> None:
-    """Remove the cached library that an error message names."""
-    named = re.search(r"(/\S+/torchinductor\S*\.so)", " ".join(message.split()))
-    if named:
-        with suppress(OSError):
-            os.unlink(named[1])
+    """Remove the cached library that an error message names: one below the cache folder, or PyTorch's own."""
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    for path in re.findall(r"/\S+\.so\b", " ".join(message.split())):
+        if "/torchinductor" in path or (cache and Path(path).is_relative_to(cache)):
+            with suppress(OSError):
+                os.unlink(path)
 
 
 _fresh_cache: tempfile.TemporaryDirectory | None = None

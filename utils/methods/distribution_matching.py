@@ -23,10 +23,19 @@ from utils.data.datasets import RealData
 from utils.data.outliers import OutlierSource
 from utils.data.synthetic import SyntheticSet
 from utils.methods import Flag, MethodEntry, MethodInputs, register
-from utils.methods.match_draws import POOL_FLAGS, IterationDraws, MatchSettings, SlotDraw, pool_settings
+from utils.methods.match_draws import (
+    POOL_FLAGS,
+    SPREAD,
+    IterationDraws,
+    MatchSettings,
+    SlotDraw,
+    pool_settings,
+    refuse_without_outliers,
+)
 from utils.synthesis.learnable import LearnableSet, shared_settings
 from utils.synthesis.network_pool import NetworkPool
 from utils.synthesis.recipe import OutlierRecipe
+from utils.synthesis.spread import push_apart
 from utils.training.trainer import LR_NET, TrainSettings
 
 CHUNK_IMAGES = 512  # synthetic images embedded together, to bound the memory
@@ -51,7 +60,7 @@ class DistributionMatching(LearnableSet):
         self.net = net.to(self.device).requires_grad_(False)
         training = TrainSettings(1, s.lr_net, s.batch_train, s.lambda_oe, s.dsa)
         self.pool = s.pool and NetworkPool(real, s.model, s.pool, training, s.seed, compute)
-        self.moments_oe = s.moments_oe
+        self.moments_oe, self.spread_oe = s.moments_oe, s.spread_oe
         self.splitter = BatchSplitter(self.net)
         self.has_batchnorm = has_batchnorm(self.net)
         self.embed_real = compute.function(lambda images: self.net.embed(images))
@@ -71,6 +80,7 @@ class DistributionMatching(LearnableSet):
         self.update_images()
         if self.outliers is not None:
             losses["loss_oe"] = self._update(self.image_oe, self.outliers.batch, drawn.outliers, self.moments_oe)
+            push_apart(self.net, self.image_oe, self.spread_oe)
             self.update_outliers()
         if self.device.type == "cuda":
             self.draws.look_ahead(self.exp, it + 1, self.synthetic())
@@ -131,8 +141,7 @@ def statistics(features: torch.Tensor, moments: int) -> torch.Tensor:
 
 def _settings(inputs: MethodInputs) -> MatchSettings:
     f = inputs.flags
-    if f["moments_oe"] == 2 and inputs.outliers is None:
-        raise UserError("--moments_oe 2: main.py distils no outliers; leave it out, or use main_oe.py or main_poe.py")
+    refuse_without_outliers(inputs, moments_oe=1, spread_oe=0)
     if f["moments_oe"] == 2 and f["ipc"] == 1:
         raise UserError("--moments_oe 2: one outlier per slot has no deviation; give --ipc 2 or more")
     return MatchSettings(
@@ -151,6 +160,7 @@ def _settings(inputs: MethodInputs) -> MatchSettings:
         pool=pool_settings(inputs),
         recipe=OutlierRecipe.of(f, inputs.augmentation),
         moments_oe=f["moments_oe"] or 1,
+        spread_oe=f["spread_oe"],
     )
 
 
@@ -185,7 +195,7 @@ register(
         "distribution matching, the fastest per iteration",
         _build,
         _workload,
-        (*POOL_FLAGS, MOMENTS),
+        (*POOL_FLAGS, MOMENTS, SPREAD),
         defaults={"Iteration": 20000, "lr_img": 1.0, "init": "real", "eval_interval": 2000},
     )
 )

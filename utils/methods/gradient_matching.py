@@ -23,11 +23,21 @@ from utils.data.outliers import OutlierSource
 from utils.data.synthetic import SyntheticSet
 from utils.methods import Flag, MethodEntry, MethodInputs, register
 from utils.methods.distances import METRICS
-from utils.methods.match_draws import POOL_FLAGS, IterationDraws, MatchSettings, SlotDraw, StepDraw, pool_settings
-from utils.methods.matcher import Matcher, class_loss, outlier_loss
+from utils.methods.match_draws import (
+    POOL_FLAGS,
+    SPREAD,
+    IterationDraws,
+    MatchSettings,
+    SlotDraw,
+    StepDraw,
+    pool_settings,
+    refuse_without_outliers,
+)
+from utils.methods.matcher import JointMatcher, Matcher, class_loss, outlier_loss
 from utils.synthesis.learnable import LearnableSet, shared_settings
 from utils.synthesis.network_pool import NetworkPool
 from utils.synthesis.recipe import OutlierRecipe
+from utils.synthesis.spread import push_apart
 from utils.training.draws import Batch
 from utils.training.trainer import LR_NET, Trainer, TrainSettings
 
@@ -54,6 +64,7 @@ class GradientMatching(LearnableSet):
         self.net = net.to(self.device)
         self.matcher = Matcher(self.net, class_loss, s.metric, compute)
         self.matcher_oe = Matcher(self.net, outlier_loss, s.metric, compute)
+        self.joint = JointMatcher(self.net, s.lambda_oe, s.metric, compute) if s.joint else None
         training = TrainSettings(1, s.lr_net, s.batch_train, s.lambda_oe, s.dsa, momentum=0.0, weight_decay=0.0)
         self.trainer = Trainer(self.net, training, compute)
         pool_training = TrainSettings(1, s.lr_net, s.batch_train, s.lambda_oe, s.dsa)
@@ -88,12 +99,32 @@ class GradientMatching(LearnableSet):
         self.net.train()
         if drawn.batchnorm is not None:
             self._set_batchnorm(drawn.batchnorm)
+        if self.joint is not None:
+            return self._joint_step(drawn)
         losses = [self._update(self.matcher, self.image_syn, self.real.train_batch, drawn.images)]
         self.update_images()
         if self.outliers is not None:
             losses.append(self._update(self.matcher_oe, self.image_oe, self.outliers.batch, drawn.outliers))
+            push_apart(self.net, self.image_oe, self.settings.spread_oe)
             self.update_outliers()
         return torch.stack(losses)
+
+    def _joint_step(self, drawn: StepDraw) -> torch.Tensor:
+        """Update the images and the outliers by one loss; returns it, `[1, slots]`."""
+        slots = (drawn.images, drawn.outliers)
+        losses, self.image_syn.grad, self.image_oe.grad = self.joint(
+            self.image_syn.detach(),
+            self.image_oe.detach(),
+            (
+                lambda slot: self.real.train_batch(drawn.images[slot].real),
+                lambda slot: self.outliers.batch(drawn.outliers[slot].real),
+            ),
+            tuple({slot: draw.transform or identity for slot, draw in of_kind.items()} for of_kind in slots),
+        )
+        push_apart(self.net, self.image_oe, self.settings.spread_oe)
+        self.update_images()
+        self.update_outliers()
+        return losses[None]
 
     def _update(
         self, matcher: Matcher, images: torch.Tensor, batch: Callable, drawn: dict[int, SlotDraw]
@@ -123,6 +154,7 @@ def published_loops(ipc: int) -> tuple[int, int]:
 def match_settings(inputs: MethodInputs) -> MatchSettings:
     """The settings from the flags."""
     f = inputs.flags
+    refuse_without_outliers(inputs, matching="separate", spread_oe=0)
     outer, inner = published_loops(f["ipc"])
     return MatchSettings(
         model=f["model"],
@@ -142,6 +174,8 @@ def match_settings(inputs: MethodInputs) -> MatchSettings:
         dsa=inputs.augmentation,
         pool=pool_settings(inputs),
         recipe=OutlierRecipe.of(f, inputs.augmentation),
+        joint=f["matching"] == "joint",
+        spread_oe=f["spread_oe"],
     )
 
 
@@ -177,7 +211,12 @@ FLAGS = (
         "inner_loop", count(0), None, "epochs of network training between two matching steps; left out: the published "
         "number for --ipc",
     ),
+    Flag(
+        "matching", one_of("matching", ("separate", "joint")), "separate", "whether images and outliers have a "
+        "matching loss each, as published, or one of the sum of their gradients, where outliers weigh --lambda_oe",
+    ),
     *POOL_FLAGS,
+    SPREAD,
 )  # fmt: skip
 _DC = MethodEntry("DC", "gradient matching", _build, _workload, FLAGS, augmentation="unused")
 register(_DC)

@@ -5,13 +5,14 @@ The Siamese rule: a `SlotDraw` has one `transform`, which is applied to both the
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from utils.compute import distributed
 from utils.compute.transfer import Draw, send_draws, tensors_of
 from utils.core.errors import UserError
-from utils.core.parser import count
+from utils.core.parser import count, number
 from utils.core.rng import generator
 from utils.data.augment import DSA, Transform
 from utils.data.datasets import RealData
@@ -48,6 +49,8 @@ class MatchSettings:
     pool: PoolSettings | None = None
     recipe: OutlierRecipe = field(default_factory=OutlierRecipe)
     moments_oe: int = 1
+    joint: bool = False
+    spread_oe: float = 0.0
 
 
 POOL_FLAGS = (
@@ -61,6 +64,24 @@ POOL_FLAGS = (
     Flag("pool_epochs", count(1), None, "epochs that a network of the pool trains before its turn; left out: 20"),
     Flag("pool_last_epoch", count(1), None, "epochs after which a network of the pool is replaced; left out: 200"),
 )
+
+
+SPREAD = Flag(
+    "spread_oe",
+    number(0),
+    0.0,
+    "weight of a term that keeps outliers apart in the features of the network; 0: without, as published",
+)
+
+
+def refuse_without_outliers(inputs: MethodInputs, **unused: Any) -> None:
+    """Raise `UserError` for a flag of outliers, by name, that differs from the value it has as published."""
+    for name, published in unused.items():
+        if inputs.outliers is None and inputs.flags[name] not in (None, published):
+            raise UserError(
+                f"--{name} {inputs.flags[name]}: main.py distils no outliers; leave it out, or use main_oe.py or "
+                "main_poe.py"
+            )
 
 
 def pool_settings(inputs: MethodInputs) -> PoolSettings | None:

@@ -8,7 +8,7 @@ tests compare all strategies with the plain loop of `tests/textbook.py`.
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -24,7 +24,7 @@ from utils.compute.transfer import send
 from utils.core.errors import UserError, one_line
 from utils.data.augment import apply_by_slot
 from utils.methods.distances import match_loss
-from utils.training.losses import uniform_cross_entropy
+from utils.training.losses import joint_loss, uniform_cross_entropy
 
 BATCHED_PIXELS_CPU = 5 * 32 * 32  # most pixels of one slot's synthetic images for which batching slots is faster
 CHUNK_IMAGES = 128  # synthetic images differentiated twice together, to bound the memory
@@ -85,12 +85,32 @@ class Matcher:
         real_batch: Callable[[int], torch.Tensor],
         transforms: Sequence[Augmentation] | Mapping[int, Augmentation],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Match all slots; under `torchrun` each process takes some of them.
+        """Match all slots with the gradients of real images.
 
         Args:
             images_syn: `[slots, ipc, C, H, W]`.
             real_batch: returns the real images `[n, C, H, W]` of a slot.
             transforms: by slot, applied to both its real and its synthetic images (the Siamese rule).
+        Returns:
+            As `match`.
+        """
+        return self.match(
+            images_syn, lambda s, number: self.real_gradient(transforms[s](real_batch(s)), number), transforms
+        )
+
+    def match(
+        self,
+        images_syn: torch.Tensor,
+        target: Callable[[int, torch.Tensor], list[torch.Tensor]],
+        transforms: Sequence[Augmentation] | Mapping[int, Augmentation],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Match all slots; under `torchrun` each process takes some of them.
+
+        Args:
+            images_syn: `[slots, ipc, C, H, W]`.
+            target: returns the gradient that a slot is to have, in parameter order, from its number as an int and as an
+                int64 scalar on the device.
+            transforms: by slot, applied to its synthetic images.
         Returns:
             The losses `[slots]`, and the gradient of their sum with respect to `images_syn`; the same on all processes.
         """
@@ -102,7 +122,7 @@ class Matcher:
         ):
             index = send(torch.tensor(chunk), images_syn.device)
             number = dict(zip(chunk, index, strict=True))
-            real = {s: self.real_gradient(transforms[s](real_batch(s)), number[s]) for s in number}
+            real = {s: target(s, number[s]) for s in number}
             targets = [torch.stack(parameter) for parameter in zip(*(real[s] for s in chunk), strict=True)]
             part = self._match(images_syn[index], [transforms[s] for s in chunk], index, targets)
             own = index[: len(number)]  # without the repeated slots that pad a chunk
@@ -201,6 +221,67 @@ class Matcher:
             return grad_and_value(lambda x: self._pure_slot_loss(params, x, slot, target))(images)
 
         return vmap(one)(images, index, *targets)
+
+
+@dataclass(frozen=True)
+class Halves:
+    """One augmentation for the first half of a batch, another for the second."""
+
+    first: Augmentation
+    second: Augmentation
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Augmented images `[N, C, H, W]`; N is even."""
+        first, second = images.chunk(2)
+        return torch.cat([self.first(first), self.second(second)])
+
+
+class JointMatcher:
+    """Matches, for each slot, the gradient of the training loss on images and outliers together.
+
+    The target is the gradient of real images of the class plus `lambda_oe` times that of real outliers of the slot; the
+    synthetic images and outliers of the slot are differentiated together. Where `Matcher` on each of them compares two
+    directions, this compares the direction that a network would take.
+    """
+
+    def __init__(self, net: nn.Module, lambda_oe: float, metric: str, compute: Compute):
+        def loss(logits: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+            return joint_loss(logits, slot.expand(len(logits) // 2), lambda_oe)
+
+        self.lambda_oe = lambda_oe
+        self.images = Matcher(net, class_loss, metric, compute)
+        self.outliers = Matcher(net, outlier_loss, metric, compute)
+        self.both = Matcher(net, loss, metric, compute)
+
+    def __call__(
+        self,
+        images: torch.Tensor,
+        outliers: torch.Tensor,
+        real_batches: tuple[Callable[[int], torch.Tensor], Callable[[int], torch.Tensor]],
+        transforms: tuple[Mapping[int, Augmentation], Mapping[int, Augmentation]],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Match all slots; under `torchrun` each process takes some of them.
+
+        Args:
+            images, outliers: the synthetic ones, `[slots, ipc, C, H, W]`.
+            real_batches: return the real images, and the real outliers, `[n, C, H, W]` of a slot.
+            transforms: by slot, those of the images and those of the outliers, real and synthetic (the Siamese rule).
+        Returns:
+            The losses `[slots]`, and the gradients of their sum with respect to `images` and to `outliers`.
+        """
+
+        def target(slot: int, number: torch.Tensor) -> list[torch.Tensor]:
+            parts = (
+                matcher.real_gradient(transform[slot](batch(slot)), number)
+                for matcher, batch, transform in zip(
+                    (self.images, self.outliers), real_batches, transforms, strict=True
+                )
+            )
+            return [g.add_(g_oe, alpha=self.lambda_oe) for g, g_oe in zip(*parts, strict=True)]
+
+        together = {slot: Halves(transforms[0][slot], transforms[1][slot]) for slot in transforms[0]}
+        losses, gradient = self.both.match(torch.cat([images, outliers], 1), target, together)
+        return losses, *(half.contiguous() for half in gradient.chunk(2, dim=1))
 
 
 def chunks(slots: list[int], size: int, pad: bool) -> list[list[int]]:

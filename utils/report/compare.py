@@ -11,8 +11,7 @@ import numpy as np
 import torch
 
 from utils.core.errors import UserError
-from utils.report.pictures import distilled_pictures
-from utils.report.plots import BarPanel, save_comparison
+from utils.report.plots import BarPanel, distilled_pictures, save_comparison
 from utils.report.results import Results, load_results
 from utils.report.tables import markdown_table, mean_std
 from utils.runs.lineage import args_or_nothing, sources_of

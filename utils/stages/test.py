@@ -17,8 +17,13 @@ from utils.files.atomic import save_text
 from utils.ood.detectors import FitSet, Scorer, need_fitting, require_library
 from utils.ood.network_scores import score_networks
 from utils.ood.sets import OODSet, OODSource, validation_sets
-from utils.report.pictures import distilled_pictures
-from utils.report.plots import save_distilled, save_reliability, save_roc_curves, save_score_histograms
+from utils.report.plots import (
+    distilled_pictures,
+    save_distilled,
+    save_reliability,
+    save_roc_curves,
+    save_score_histograms,
+)
 from utils.report.results import PlotData, Results, results_csv, results_json, results_of
 from utils.report.tables import report_text
 from utils.runs.lineage import STAGE2_ROOTS, args_or_nothing, distilled_set_of, find_run_folder

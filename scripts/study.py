@@ -1,0 +1,122 @@
+"""What a table script measured: mean rows, and differences paired by seed, in markdown.
+
+    python scripts/study.py result-tables/digits/ipc1 --base poe --kinds plain poe poe-initial
+    python scripts/study.py A/ipc1 B/ipc1 --prefixes DSA DM --base poe --against poe-initial poe-corrupt --out study.md
+
+Each folder holds kinds, and each kind `seed<number>` folders, as the table scripts write them.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.core.errors import UserError
+from utils.core.parser import Parser, one_of
+from utils.files.atomic import save_text
+from utils.report.study import OF_NETWORKS, OF_SCORES, Column, Kind, differences, mean_rows, read_kind
+from utils.stages.entry import run_script
+
+TITLES = {"plain": "none", "poe": "distilled", "oe": "distilled (OE)"}  # of the outliers of a kind
+
+
+def get_args_parser() -> Parser:
+    """The flags of this script."""
+    parser = Parser(description="Mean rows and paired differences of what a table script measured.")
+    parser.add_argument("folders", nargs="+", help="folders of kinds, e.g. result-tables/digits/ipc1")
+    parser.add_argument("--prefixes", nargs="+", default=None, help="one word per folder that its rows begin with")
+    parser.add_argument("--kinds", nargs="+", default=None, help="the kinds to show, in order; left out: all")
+    parser.add_argument("--base", default=None, help="the kind whose difference to each other kind is shown")
+    parser.add_argument("--against", nargs="+", default=None, help="the kinds to compare --base with; left out: all")
+    parser.add_argument("--scores", nargs="+", default=["msp", "mls"], help="OOD scores, means over the sets")
+    parser.add_argument(
+        "--of_networks", nargs="*", type=one_of("measure", OF_NETWORKS), default=["accuracy", "ece"],
+        help=f"measures of the networks, out of {', '.join(OF_NETWORKS)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--measures", nargs="+", type=one_of("measure", OF_SCORES), default=["auroc", "fpr_in"],
+        help=f"measures of OOD detection, out of {', '.join(OF_SCORES)}",
+    )  # fmt: skip
+    parser.add_argument("--sets", action="store_true", help="show each OOD set, too, beside the mean")
+    parser.add_argument("--out", default=None, help="markdown file to write")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print the tables, and write them if asked."""
+    folders = [Path(folder) for folder in args.folders]
+    if args.prefixes and len(args.prefixes) != len(folders):
+        raise UserError(f"--prefixes: {len(args.prefixes)} words for {len(folders)} folders; give one each")
+    studies = read_studies(folders, args.prefixes or [""] * len(folders), args.kinds)
+    kinds = [kind for study in studies for kind in study.values()]
+    for kind in kinds:
+        for results in kind.seeds.values():
+            if missing := [score for score in args.scores if score not in results.scores()]:
+                raise UserError(
+                    f"--scores: {missing[0]} is not in {kind.name}, which has {', '.join(results.scores())}"
+                )
+    of_networks = [Column(measure) for measure in args.of_networks]
+    columns = [*of_networks, *columns_of(args, None)]
+    parts = [mean_rows(kinds, columns)]
+    if args.base:
+        parts += paired(studies, args.base, args.against, columns)
+    if args.sets:
+        names = next(iter(kinds[0].seeds.values())).sets()
+        parts += [mean_rows(kinds, columns_of(args, name)) for name in names]
+    text = "\n\n".join(parts) + "\n"
+    print(text, end="")
+    if args.out:
+        save_text(Path(args.out), text)
+
+
+def columns_of(args: argparse.Namespace, name: str | None) -> list[Column]:
+    """The columns of OOD detection, on the set `name`, or (None) in the mean."""
+    return [Column(measure, score, name) for score in args.scores for measure in args.measures]
+
+
+def read_studies(folders: list[Path], prefixes: list[str], names: list[str] | None) -> list[dict[str, Kind]]:
+    """The kinds in each folder, by name; a kind may also lie beside the folder, as the whole training set does."""
+    studies: list[dict[str, Kind]] = []
+    seen: set[Path] = set()
+    for folder, prefix in zip(folders, prefixes, strict=True):
+        if not folder.is_dir():
+            raise UserError(f"{folder} is no folder; give folders of a table script, e.g. result-tables/digits/ipc1")
+        known = names or sorted(path.name for path in folder.iterdir() if list(path.glob("seed*/3-ood")))
+        places = {name: folder / name if (folder / name).is_dir() else folder.parent / name for name in known}
+        places = {name: place for name, place in places.items() if place.is_dir() and place.resolve() not in seen}
+        seen |= {place.resolve() for place in places.values()}
+        studies.append({name: read_kind(place, title(name, prefix)) for name, place in places.items()})
+    found = {name for study in studies for name in study}
+    if missing := [name for name in names or [] if name not in found]:
+        raise UserError(f"--kinds: no folder {missing[0]} in {' or '.join(map(str, folders))}")
+    if not found:
+        raise UserError(f"{folders[0]} holds no kinds with results of stage 3; give folders that a table script wrote")
+    return studies
+
+
+def paired(studies: list[dict[str, Kind]], base: str, against: list[str] | None, columns: list[Column]) -> list[str]:
+    """A table of differences for each study that has the kind `base`."""
+    parts = []
+    for study in studies:
+        others = [kind for name, kind in study.items() if name != base and name in (against or study)]
+        if base in study and others:
+            parts.append(differences(study[base], others, columns))
+    if not parts:
+        raise UserError(f"--base: no folder holds {base} and a kind to compare it with")
+    return parts
+
+
+def title(kind: str, prefix: str) -> str:
+    """The row's name, e.g. `DSA, distilled` or `random, corrupt`."""
+    base, _, outliers = kind.partition("-")
+    if base in TITLES:
+        return (
+            f"{prefix or 'distilled images'}, {outliers or TITLES[base]}{' (OE)' if base == 'oe' and outliers else ''}"
+        )
+    images = {"whole": "whole training set", "kcenter": "k-center"}.get(base, base)
+    return f"{images}, {outliers or 'none'}"
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(get_args_parser().parse_args()), "study.py")

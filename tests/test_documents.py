@@ -1,0 +1,114 @@
+"""The numbers in the README and in `docs/` are those of the files that they name."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import benchmark
+import profile_works
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MARK = re.compile(r"^<!-- table: (\S+) -->$", re.MULTILINE)
+NUMBERS_MARK = re.compile(r"^<!-- numbers: (.+) -->$", re.MULTILINE)
+NUMBER = r"-?\d+(?:\.\d+)?"
+
+
+def cells(line: str) -> tuple[str, ...]:
+    """The cells of a line of a markdown table, without emphasis."""
+    return tuple(cell.strip(" *`") for cell in line.strip().strip("|").split("|"))
+
+
+def tables_of(path: Path) -> list[list[tuple[str, ...]]]:
+    """All tables of a file of results: markdown, or the JSON of the benchmark or of the profile."""
+    if path.suffix == ".json":
+        results = json.loads(path.read_text())["results"]
+        is_benchmark = "ratio" in next(iter(results.values()))
+        text = benchmark.table(results) if is_benchmark else profile_works.table(results)
+    else:
+        text = path.read_text()
+    blocks = re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE)
+    return [[cells(line) for line in block.splitlines()] for block in blocks]
+
+
+def shown_tables() -> list:
+    """Each marked table of the documents: the document, the file of results, and the lines of the table."""
+    found = []
+    for document in DOCUMENTS:
+        text = document.read_text()
+        for mark in MARK.finditer(text):
+            lines = text[mark.end() :].lstrip("\n").split("\n\n", 1)[0].splitlines()
+            where = f"{document.name}:{text[: mark.start()].count(chr(10)) + 1}"
+            found.append(pytest.param(mark[1], [cells(line) for line in lines], id=f"{where} {mark[1]}"))
+    return found
+
+
+@pytest.mark.parametrize(("name", "shown"), shown_tables())
+def test_a_table_equals_its_file(name, shown):
+    """Each line of it, by its first cell, is a line of one table of the file; it may leave lines and columns out."""
+    header, _, *rows = shown
+    assert rows
+    for table in tables_of(ROOT / name):
+        places = [table[0].index(title) for title in header if title in table[0]]
+        if len(places) == len(header):
+            lines = {tuple(line[place] for place in places) for line in table}
+            if all(row in lines for row in rows):
+                return
+    missing = [
+        row for row in rows if not any(row[0] in line and row[-1] in line for t in tables_of(ROOT / name) for line in t)
+    ]
+    pytest.fail(f"{name} has no table with the columns {header} and all of these lines; first unknown: {missing[:1]}")
+
+
+def shown_numbers() -> list:
+    """Each table that is put together from several files: those files, and its numbers as they are written."""
+    found = []
+    for document in DOCUMENTS:
+        text = document.read_text()
+        for mark in NUMBERS_MARK.finditer(text):
+            lines = text[mark.end() :].lstrip("\n").split("\n\n", 1)[0].splitlines()[2:]
+            values = [number for line in lines for cell in cells(line)[1:] for number in re.findall(NUMBER, cell)]
+            found.append(pytest.param(mark[1].split(), values, id=f"{document.name} {mark[1]}"))
+    return found
+
+
+def numbers_of(path: Path) -> list[float]:
+    """All numbers in a file of results."""
+    return [float(number) for number in re.findall(NUMBER + r"(?:[eE][+-]?\d+)?", path.read_text())]
+
+
+@pytest.mark.parametrize(("names", "shown"), shown_numbers())
+def test_numbers_are_in_their_files(names, shown):
+    """Each, at the digits shown, is a number of one of the files."""
+    assert shown
+    known = [number for name in names for number in numbers_of(ROOT / name)]
+    for text in shown:
+        digits = len(text.partition(".")[2])
+        assert any(f"{number:.{digits}f}" == text for number in known), f"{text} is in none of {names}"
+
+
+def test_enough_tables_are_marked():
+    """A document whose tables lost their marks would not be checked at all."""
+    assert len(shown_tables()) >= 8
+
+
+def test_every_file_of_results_is_named_in_a_document():
+    text = "".join(document.read_text() for document in DOCUMENTS)
+    for path in sorted((ROOT / "assets" / "results").iterdir()):
+        stem = re.sub(r"-[^-]+$", "", path.stem)
+        assert path.name in text or f"{stem}-*" in text or f"{path.stem.split('-')[0]}-*" in text, path.name
+
+
+def test_a_wrong_number_is_found(tmp_path):
+    file = tmp_path / "measured.md"
+    file.write_text("| row | a ↑ | b |\n|---|---|---|\n| one | 1.00 | 2.00 |\n| two | 3.00 | 4.00 |\n")
+    header, rule = ("row", "b"), ("---", "---")
+    test_a_table_equals_its_file(str(file), [header, rule, ("two", "4.00")])
+    for wrong in (("two", "4.01"), ("one", "4.00"), ("three", "4.00")):
+        with pytest.raises(pytest.fail.Exception, match="first unknown"):
+            test_a_table_equals_its_file(str(file), [header, rule, wrong])

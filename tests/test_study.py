@@ -1,0 +1,152 @@
+"""Mean rows and paired differences of a study, against numpy and SciPy."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_rel
+
+from utils.core.errors import UserError
+from utils.ood.measures import MEASURES
+from utils.report.results import NETWORK_MEASURES
+from utils.report.study import Column, Kind, differences, mean_rows, read_kind
+
+ROOT = Path(__file__).resolve().parent.parent
+SETS, SCORES = ("blob", "uniform"), ("msp", "mls")
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Three kinds of three seeds (the last kind: two) with two networks each, and all that was measured."""
+    values, g = {}, np.random.default_rng(0)
+    for kind, seeds in (("plain", (1, 2, 3)), ("poe", (1, 2, 10)), ("poe-corrupt", (1, 2))):
+        for seed in seeds:
+            errors = [{m: float(g.random()) for m in NETWORK_MEASURES} for _ in range(2)]
+            rows = [
+                {"network": n, "set": s, "score": score, **{m: float(g.random()) for m in MEASURES}}
+                for s in SETS for n in range(2) for score in SCORES
+            ]  # fmt: skip
+            folder = tmp_path / "ipc1" / kind / f"seed{seed}" / "3-ood" / "DSA" / "20260101-000000"
+            folder.mkdir(parents=True)
+            content = {"about": {}, "errors": errors, "rows": rows, "missing": []}
+            (folder / "results.json").write_text(json.dumps(content))
+            values[kind, seed] = content
+    return tmp_path / "ipc1", values
+
+
+def expected(content: dict, score: str, measure: str) -> list[float]:
+    """The mean over the sets of each network."""
+    rows = [r for r in content["rows"] if r["score"] == score]
+    return [np.mean([r[measure] for r in rows if r["network"] == n]) for n in range(2)]
+
+
+def test_mean_rows_by_numpy(study):
+    folder, values = study
+    kind = read_kind(folder / "poe", "distilled")
+    table = mean_rows([kind], [Column("accuracy"), Column("nll"), Column("auroc", "mls")])
+    accuracies, nll, auroc = [], [], []
+    for seed in (1, 2, 10):
+        accuracies += [100 * (1 - e["error"]) for e in values["poe", seed]["errors"]]
+        nll += [e["nll"] for e in values["poe", seed]["errors"]]
+        auroc += [100 * v for v in expected(values["poe", seed], "mls", "auroc")]
+    cells = [cell.strip() for cell in table.splitlines()[2].split("|")[1:-1]]
+    wanted = [f"{np.mean(v):.{d}f} ± {np.std(v):.{d}f}" for v, d in ((accuracies, 2), (nll, 3), (auroc, 2))]
+    assert cells == ["distilled", *wanted]
+
+
+def test_differences_by_scipy(study):
+    """Only seeds that both kinds have are compared."""
+    folder, values = study
+    base, other = (read_kind(folder / k, k) for k in ("poe", "poe-corrupt"))
+    (line,) = differences(base, [other], [Column("auroc", "msp")]).splitlines()[2:]
+    first, second = (
+        [100 * np.mean(expected(values[kind, seed], "msp", "auroc")) for seed in (1, 2)]
+        for kind in ("poe", "poe-corrupt")
+    )
+    gaps = np.subtract(first, second)
+    p = ttest_rel(first, second).pvalue
+    wanted = f"{gaps.mean():+.2f} ± {gaps.std(ddof=1) / np.sqrt(2):.2f} (p = {p:.3f})"
+    assert line.split("|")[2].strip() == wanted
+    assert line.split("|")[1].strip() == "poe minus poe-corrupt"
+
+
+def test_one_seed_has_no_error_and_none_no_difference(study):
+    folder, _ = study
+    base, other = read_kind(folder / "poe", "a"), read_kind(folder / "plain", "b")
+    one = Kind("one", {1: other.seeds[1]})
+    none = Kind("none", {7: other.seeds[1]})
+    cells = [row.split("|")[2].strip() for row in differences(base, [one, none], [Column("ece")]).splitlines()[2:]]
+    gap = 100 * (np.mean(base.seeds[1].of_networks("ece")) - np.mean(other.seeds[1].of_networks("ece")))
+    assert cells == [f"{gap:+.2f}", "-"]
+
+
+def test_a_clear_difference(study):
+    folder, _ = study
+    kind = read_kind(folder / "poe", "a")
+    assert differences(kind, [kind], [Column("ece")]).splitlines()[2].split("|")[2].strip() == "+0.00 ± 0.00"
+
+
+def run(*words) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, ROOT / "scripts" / "study.py", *map(str, words)], capture_output=True, text=True
+    )
+
+
+def test_the_script(study, tmp_path):
+    folder, _ = study
+    out = tmp_path / "study.md"
+    done = run(folder, "--prefixes", "DM", "--base", "poe", "--measures", "auroc", "--sets", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert out.read_text() == done.stdout
+    lines = done.stdout.splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:5]] == ["DM, none", "DM, distilled", "DM, corrupt"]
+    assert sum("minus" in line for line in lines) == 2
+    assert "AUROC mls uniform ↑" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere"], "nowhere is no folder"),
+        (["{}", "--base", "oe"], "--base: no folder holds oe"),
+        (["{}", "--scores", "energy"], "--scores: energy is not in distilled images, none"),
+        (["{}", "--prefixes", "A", "B"], "--prefixes: 2 words for 1 folders"),
+        (["{}", "--kinds", "herding"], "--kinds: no folder herding in"),
+        (["{}/poe"], "holds no kinds"),
+    ],
+)
+def test_bad_input_of_the_script(study, words, message):
+    done = run(*(word.format(study[0]) for word in words))
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not done.stdout
+
+
+def test_kinds_of_several_folders_and_one_beside_them(study):
+    """The whole training set lies beside the folders and is shown once."""
+    folder, _ = study
+    other, whole = folder.parent / "ipc10", folder.parent / "whole"
+    shutil.copytree(folder / "poe", other / "poe")
+    shutil.copytree(folder / "poe-corrupt", other / "poe-corrupt")
+    shutil.copytree(folder / "plain", whole)
+    words = ["--prefixes", "A", "B", "--kinds", "plain", "poe", "poe-corrupt", "whole", "--base", "poe"]
+    done = run(folder, other, *words, "--against", "poe-corrupt")
+    assert done.returncode == 0, done.stderr
+    first = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")]
+    rows = ["A, none", "A, distilled", "A, corrupt", "whole training set, none", "B, distilled", "B, corrupt"]
+    pairs = ["A, distilled minus A, corrupt", "difference", "B, distilled minus B, corrupt"]
+    assert first == ["images, outliers", *rows, "difference", *pairs]
+
+
+def test_two_results_of_one_seed(study):
+    folder, _ = study
+    again = folder / "poe" / "seed1" / "3-ood" / "DSA" / "20260102-000000"
+    again.mkdir()
+    again.joinpath("results.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds 2 files results\.json"):
+        read_kind(folder / "poe", "poe")
