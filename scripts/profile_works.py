@@ -165,13 +165,13 @@ def table(results: dict[str, dict[str, float]]) -> str:
 def main(args: argparse.Namespace) -> None:
     """Profile, print the table, and write the JSON file if asked."""
     bench = Bench(args)
+    about = machine(bench.device) | {"compute": str(bench.compute), "command": shlex.join(sys.argv)}
+    dtype = torch.bfloat16 if bench.compute.precision == "bf16" else torch.float32
+    about["matmul_gflops"] = round(peak_gflops(dtype))
     results = {name: shares(work_of(name, bench)) for name in args.works}
     bench.compute = Compute(precision=bench.compute.precision)
     for name, of_work in results.items():
         of_work["gflop"] = gflop(work_of(name, bench))
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    about = machine(bench.device) | {"compute": str(bench.compute), "command": shlex.join(sys.argv)}
-    about["matmul_gflops"] = round(peak_gflops(dtype))
     print(table(results))
     print(json.dumps(about))
     if args.out:

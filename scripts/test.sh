@@ -9,4 +9,4 @@ bin=.venv/bin
 "$bin/ruff" check .
 "$bin/lint-imports"
 # two workers of one thread each: most tests are too small to gain from a second thread
-OMP_NUM_THREADS=1 "$bin/python" -m pytest -n 2 --dist loadfile "$@"
+OMP_NUM_THREADS=1 "$bin/python" -m pytest -n 2 --dist loadfile --durations 15 "$@"

@@ -25,7 +25,7 @@ from utils.data.synthetic import SyntheticSet
 from utils.methods import matcher
 from utils.methods.distances import METRICS
 from utils.methods.gradient_matching import GradientMatching, MatchSettings
-from utils.methods.matcher import Matcher, Strategy, chunks, class_loss, outlier_loss
+from utils.methods.matcher import Matcher, Strategy, chunks, slot_loss
 from utils.ood.detectors import Scorer
 from utils.training.trainer import Trainer, TrainSettings, predict
 
@@ -63,9 +63,8 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def compare(name, dtype, outliers, metric, tolerance, dsa=True, batched=True, compute=None):
     equal = compute is not None and compute.compiled  # each size is compiled on its own
     net, synthetic, real, transforms = problem(name, dtype, dsa, equal)
-    loss = outlier_loss if outliers else class_loss
-    matcher = Matcher(net, loss, metric, compute or Compute(), batched)
-    losses, gradient = matcher(synthetic, real.__getitem__, transforms)
+    matcher = Matcher(net, metric, compute or Compute(), batched)
+    losses, gradient = matcher(synthetic, real.__getitem__, transforms, outliers)
     expected_losses, expected = textbook.match_slots(net, synthetic, real.__getitem__, transforms, outliers, metric)
     assert relative(losses, torch.tensor(expected_losses, dtype=dtype, device=DEVICE)) < tolerance
     assert relative(gradient, expected) < tolerance
@@ -96,7 +95,7 @@ def test_other_families(name):
     net = get_network(name, 3, 3, (32, 32), generator(0)).double()
     g = generator(1)
     synthetic, real = (torch.randn(3, n, 3, 32, 32, generator=g, dtype=torch.float64) for n in (1, 2))
-    losses, gradient = Matcher(net, class_loss, "ours", Compute(), True)(synthetic, real.__getitem__, [identity] * 3)
+    losses, gradient = Matcher(net, "ours", Compute(), True)(synthetic, real.__getitem__, [identity] * 3)
     expected = textbook.match_slots(net, synthetic, real.__getitem__, [identity] * 3, False, "ours")
     assert relative(losses, torch.tensor(expected[0], dtype=torch.float64)) < 1e-9
     assert relative(gradient, expected[1]) < 1e-8
@@ -118,7 +117,7 @@ def test_a_network_that_cannot_be_batched_falls_back(monkeypatch):
     net, synthetic, real, transforms = problem("ConvNetW32", torch.float64)
     embed = net.embed
     monkeypatch.setattr(net, "embed", lambda x: Unbatchable.apply(embed(x)))
-    matcher = Matcher(net, class_loss, "ours", Compute(), True)
+    matcher = Matcher(net, "ours", Compute(), True)
     with pytest.warns(UserWarning, match="more slowly: not batched"):
         _, gradient = matcher(synthetic, real.__getitem__, transforms)
     assert matcher.strategies == [Strategy.BY_SLOT]
@@ -147,6 +146,20 @@ def test_compiled_engine_equals_the_textbook(norm, outliers, metric, dtype, tole
     assert matcher.strategies[0].value == ("slot by slot" if norm == "layer" else "compiled")
 
 
+@needs_compiler
+def test_images_and_outliers_are_compiled_once(monkeypatch):
+    narrow = lambda *args: ConvNet(3, 5, (16, 16), width=8, depth=1, norm="none")  # noqa: E731
+    monkeypatch.setitem(networks._NETWORKS, "narrow", narrow)
+    net, synthetic, real, transforms = problem("narrow", torch.float32, equal=True)
+    matcher, graphs = Matcher(net, "ours", COMPILED), torch._dynamo.utils.counters["stats"]
+    counted = [graphs["unique_graphs"]]
+    for outliers in (False, True):
+        matcher(synthetic, real.__getitem__, transforms, outliers)
+        counted.append(graphs["unique_graphs"])
+    assert matcher.strategies[0] is Strategy.COMPILED
+    assert counted[0] < counted[1] == counted[2]
+
+
 @pytest.mark.parametrize("name", ["ConvNetNN", "ConvNetBN", "ConvNetW32", "ConvNetGN", "ConvNetMP", "ConvNetASwish"])
 @pytest.mark.parametrize("metric", METRICS)
 def test_what_is_compiled_equals_the_textbook(name, metric, monkeypatch):
@@ -163,9 +176,9 @@ def test_what_cannot_be_compiled_goes_on_eagerly(monkeypatch):
         raise RuntimeError("no such\nkernel")
 
     net, synthetic, real, transforms = problem("ConvNetW32", torch.float64)
-    matcher = Matcher(net, class_loss, "ours", Compute(compiled=True))
+    matcher = Matcher(net, "ours", Compute(compiled=True))
     monkeypatch.setattr(matcher, "compiled_side", fails)
-    monkeypatch.setattr(matcher, "real_loss", lambda images, slot: class_loss(net(images), slot))
+    monkeypatch.setattr(matcher, "real_loss", lambda images, slot: slot_loss(net(images), slot))
     with pytest.warns(UserWarning, match="more slowly: not compiled: no such kernel"):
         _, gradient = matcher(synthetic, real.__getitem__, transforms)
     assert matcher.strategies == [Strategy.BATCHED, Strategy.BY_SLOT]
@@ -188,9 +201,9 @@ def test_chunks_are_all_slots_in_equal_parts(count, size, fill):
 @pytest.mark.parametrize("batched", [True, False])
 def test_chunks_do_not_change_the_result(batched, monkeypatch):
     net, synthetic, real, transforms = problem("ConvNetW32", torch.float64)
-    whole = Matcher(net, class_loss, "ours", Compute(), batched)(synthetic, real.__getitem__, transforms)
+    whole = Matcher(net, "ours", Compute(), batched)(synthetic, real.__getitem__, transforms)
     monkeypatch.setattr("utils.methods.matcher.CHUNK_IMAGES", 4)
-    parts = Matcher(net, class_loss, "ours", Compute(), batched)(synthetic, real.__getitem__, transforms)
+    parts = Matcher(net, "ours", Compute(), batched)(synthetic, real.__getitem__, transforms)
     assert relative(parts[1], whole[1]) < 1e-12
     assert torch.allclose(parts[0], whole[0])
 
@@ -331,9 +344,7 @@ def test_bf16_needs_a_processor_that_has_it(monkeypatch, tmp_path, flags, has):
 
 def test_bf16_is_near_and_matching_stays_in_float32():
     net, synthetic, real, transforms = problem("ConvNetW32", torch.float32)
-    losses, gradient = Matcher(net, class_loss, "ours", Compute(precision="bf16"))(
-        synthetic, real.__getitem__, transforms
-    )
+    losses, gradient = Matcher(net, "ours", Compute(precision="bf16"))(synthetic, real.__getitem__, transforms)
     expected, _ = textbook.match_slots(net, synthetic, real.__getitem__, transforms, False, "ours")
     assert losses.dtype == gradient.dtype == torch.float32
     assert 1e-5 < relative(losses, torch.tensor(expected, device=DEVICE)) < 0.02  # rounding of float32 is below

@@ -78,7 +78,7 @@ def compare(name, dtype, metric, tolerance, compute=None) -> JointMatcher:
 def test_joint_matching_by_a_slow_loop(name, metric, batched, monkeypatch):
     monkeypatch.setattr("utils.methods.matcher.batching_is_faster", lambda images: batched)
     matcher = compare(name, torch.float64, metric, 1e-9)
-    assert (matcher.both.strategies[0] is Strategy.BATCHED) == (batched and name != "ConvNetLN")
+    assert (matcher.matcher.strategies[0] is Strategy.BATCHED) == (batched and name != "ConvNetLN")
 
 
 @needs_compiler
@@ -86,7 +86,7 @@ def test_compiled_joint_matching(monkeypatch):
     narrow = lambda *args: ConvNet(3, 4, (16, 16), width=8, depth=1, norm="instance")  # noqa: E731
     monkeypatch.setitem(networks._NETWORKS, "narrow", narrow)
     matcher = compare("narrow", torch.float32, "ours", 1e-4, COMPILED)
-    assert matcher.both.strategies[0] is Strategy.COMPILED
+    assert matcher.matcher.strategies[0] is Strategy.COMPILED
 
 
 def test_the_gradient_of_an_outlier_by_finite_differences():

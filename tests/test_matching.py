@@ -16,7 +16,7 @@ from utils.data.augment import DSA, identity, parse_strategy
 from utils.data.outliers import PseudoOutliers
 from utils.methods.distances import METRICS, match_loss
 from utils.methods.gradient_matching import GradientMatching, MatchSettings
-from utils.methods.matcher import Matcher, class_loss, outlier_loss
+from utils.methods.matcher import Matcher
 from utils.training.losses import joint_loss, uniform_cross_entropy
 
 STRATEGY = DSA(parse_strategy("color_crop_cutout_flip_scale_rotate"))
@@ -83,20 +83,20 @@ class SmoothNet(nn.Module):
         return self.fc(x.flatten(1))
 
 
-@pytest.mark.parametrize("loss", [class_loss, outlier_loss])
+@pytest.mark.parametrize("outliers", [False, True])
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("batched", [True, False])
-def test_image_gradient_by_finite_differences(metric, loss, batched):
+def test_image_gradient_by_finite_differences(metric, outliers, batched):
     torch.manual_seed(0)
     net = SmoothNet().double()
     real = torch.randn(4, 5, 2, 6, 6, dtype=torch.float64)
     synthetic = torch.randn(4, 2, 2, 6, 6, dtype=torch.float64)
     transforms = [STRATEGY.draw(1, (6, 6), generator(i)) for i in range(4)]
 
-    matcher = Matcher(net, loss, metric, Compute(), batched)
+    matcher = Matcher(net, metric, Compute(), batched)
 
     def total(images):
-        losses, gradient = matcher(images, lambda slot: real[slot], transforms)
+        losses, gradient = matcher(images, lambda slot: real[slot], transforms, outliers)
         return losses.sum(), gradient
 
     value, gradient = total(synthetic)
@@ -110,7 +110,7 @@ def test_image_gradient_by_finite_differences(metric, loss, batched):
 def test_matching_is_zero_at_the_real_images():
     net = get_network("ConvNetW32", 3, 3, (16, 16), generator(0)).double()
     real = torch.randn(3, 4, 3, 16, 16, dtype=torch.float64, generator=generator(1))
-    matcher = Matcher(net, class_loss, "ours", Compute())
+    matcher = Matcher(net, "ours", Compute())
     losses, _ = matcher(real.clone(), lambda s: real[s], [identity] * 3)
     assert (
         0 <= losses.sum().item() < 0.05
@@ -208,10 +208,10 @@ def test_the_real_batch_is_transformed_as_the_synthetic_one():
     real = torch.randn(3, 4, 3, 16, 16, dtype=torch.float64, generator=generator(1))
     for entry in ("color", "crop", "cutout", "flip", "scale", "rotate"):
         transforms = [DSA((entry,)).draw(1, (16, 16), generator(2, s)) for s in range(3)]
-        losses, _ = Matcher(net, class_loss, "ours", Compute())(real.clone(), real.__getitem__, transforms)
+        losses, _ = Matcher(net, "ours", Compute())(real.clone(), real.__getitem__, transforms)
         assert losses.sum() < 0.1
         if entry != "flip":  # a draw may leave everything as it is
-            untouched, _ = Matcher(net, class_loss, "ours", Compute())(
+            untouched, _ = Matcher(net, "ours", Compute())(
                 torch.stack([t(x) for t, x in zip(transforms, real, strict=True)]), real.__getitem__, [identity] * 3
             )
             assert untouched.sum() > 0.5

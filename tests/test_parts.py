@@ -9,7 +9,7 @@ from utils.compute.cpu_batches import BatchSplitter, convolution_outputs, equal_
 from utils.compute.device import Compute
 from utils.core.rng import generator
 from utils.data.synthetic import SyntheticSet
-from utils.methods.matcher import Matcher, class_loss
+from utils.methods.matcher import Matcher
 from utils.training.trainer import Trainer, TrainSettings
 
 
@@ -63,7 +63,7 @@ def test_training_and_matching_in_parts(name, width, tiny_real, monkeypatch):
         trainer = Trainer(net, TrainSettings(2, batch=8))
         losses = [trainer.epoch(synthetic, generator(epoch)) for epoch in range(2)]
         logits = trainer.predict(tiny_real.test_images.double())
-        matcher = Matcher(net.eval(), class_loss, "ours", Compute())
+        matcher = Matcher(net.eval(), "ours", Compute())
         gradient = matcher.real_gradient(tiny_real.train_batch(torch.arange(12)).double(), torch.tensor(1))
         count = matcher.splitter.backward(synthetic.images)
         seen.append([*losses, logits, *gradient])

@@ -2,20 +2,18 @@
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from scipy.stats import ttest_rel
 
 from utils.core.errors import UserError
 from utils.ood.measures import MEASURES
 from utils.report.results import NETWORK_MEASURES
 from utils.report.study import Column, Kind, differences, mean_rows, read_kind
+from utils.stages.entry import run_script
 
-ROOT = Path(__file__).resolve().parent.parent
 SETS, SCORES = ("blob", "uniform"), ("msp", "mls")
 
 
@@ -90,22 +88,34 @@ def test_a_clear_difference(study):
     assert differences(kind, [kind], [Column("ece")]).splitlines()[2].split("|")[2].strip() == "+0.00 ± 0.00"
 
 
-def run(*words) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, ROOT / "scripts" / "study.py", *map(str, words)], capture_output=True, text=True
-    )
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the script within this process; returns its exit status, and what it wrote to stdout and stderr."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import study as script
+
+    def run_(*words: object) -> tuple[int, str, str]:
+        status = 0
+        try:
+            run_script(lambda: script.main(script.get_args_parser().parse_args(list(map(str, words)))), "study.py")
+        except SystemExit as stopped:
+            status = stopped.code
+        return status, *capsys.readouterr()
+
+    return run_
 
 
-def test_the_script(study, tmp_path):
+def test_the_script(study, tmp_path, run):
     folder, _ = study
     out = tmp_path / "study.md"
-    done = run(folder, "--prefixes", "DM", "--base", "poe", "--measures", "auroc", "--sets", "--out", out)
-    assert done.returncode == 0, done.stderr
-    assert out.read_text() == done.stdout
-    lines = done.stdout.splitlines()
+    words = ["--prefixes", "DM", "--base", "poe", "--measures", "auroc", "--sets", "--out", out]
+    status, shown, error = run(folder, *words)
+    assert status == 0, error
+    assert out.read_text() == shown
+    lines = shown.splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:5]] == ["DM, none", "DM, distilled", "DM, corrupt"]
     assert sum("minus" in line for line in lines) == 2
-    assert "AUROC mls uniform ↑" in done.stdout
+    assert "AUROC mls uniform ↑" in shown
 
 
 @pytest.mark.parametrize(
@@ -119,15 +129,15 @@ def test_the_script(study, tmp_path):
         (["{}/poe"], "holds no kinds"),
     ],
 )
-def test_bad_input_of_the_script(study, words, message):
-    done = run(*(word.format(study[0]) for word in words))
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert not done.stdout
+def test_bad_input_of_the_script(study, run, words, message):
+    status, shown, error = run(*(word.format(study[0]) for word in words))
+    assert status == 2
+    assert message in error
+    assert error.count("\n") == 1
+    assert not shown
 
 
-def test_kinds_of_several_folders_and_one_beside_them(study):
+def test_kinds_of_several_folders_and_one_beside_them(study, run):
     """The whole training set lies beside the folders and is shown once."""
     folder, _ = study
     other, whole = folder.parent / "ipc10", folder.parent / "whole"
@@ -135,9 +145,9 @@ def test_kinds_of_several_folders_and_one_beside_them(study):
     shutil.copytree(folder / "poe-corrupt", other / "poe-corrupt")
     shutil.copytree(folder / "plain", whole)
     words = ["--prefixes", "A", "B", "--kinds", "plain", "poe", "poe-corrupt", "whole", "--base", "poe"]
-    done = run(folder, other, *words, "--against", "poe-corrupt")
-    assert done.returncode == 0, done.stderr
-    first = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")]
+    status, shown, error = run(folder, other, *words, "--against", "poe-corrupt")
+    assert status == 0, error
+    first = [line.split("|")[1].strip() for line in shown.splitlines() if line.startswith("| ")]
     rows = ["A, none", "A, distilled", "A, corrupt", "whole training set, none", "B, distilled", "B, corrupt"]
     pairs = ["A, distilled minus A, corrupt", "difference", "B, distilled minus B, corrupt"]
     assert first == ["images, outliers", *rows, "difference", *pairs]

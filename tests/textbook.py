@@ -17,7 +17,6 @@ from utils.methods.distances import match_loss
 from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.gradient_matching import GradientMatching
 from utils.methods.match_draws import SlotDraw
-from utils.methods.matcher import Matcher
 from utils.methods.trajectory_matching import StudentBatch, TrajectoryMatching
 from utils.training.draws import Batch
 
@@ -104,12 +103,11 @@ class PlainMatching(GradientMatching):
     """Gradient matching with the same draws, by the textbook's loops."""
 
     def _update(
-        self, matcher: Matcher, images: torch.Tensor, batch: Callable, drawn: dict[int, SlotDraw]
+        self, images: torch.Tensor, batch: Callable, drawn: dict[int, SlotDraw], outliers: bool = False
     ) -> torch.Tensor:
         transforms = [drawn[slot].transform or identity for slot in drawn]
-        outliers, metric = matcher is self.matcher_oe, self.settings.metric
         losses, images.grad = match_slots(
-            self.net, images, lambda slot: batch(drawn[slot].real), transforms, outliers, metric
+            self.net, images, lambda slot: batch(drawn[slot].real), transforms, outliers, self.settings.metric
         )
         return torch.tensor(losses, device=images.device)
 

@@ -33,7 +33,7 @@ from utils.methods.match_draws import (
     pool_settings,
     refuse_without_outliers,
 )
-from utils.methods.matcher import JointMatcher, Matcher, class_loss, outlier_loss
+from utils.methods.matcher import JointMatcher, Matcher
 from utils.synthesis.learnable import LearnableSet, shared_settings
 from utils.synthesis.network_pool import NetworkPool
 from utils.synthesis.recipe import OutlierRecipe
@@ -62,8 +62,7 @@ class GradientMatching(LearnableSet):
         self.settings = s
         net = get_network(s.model, real.channel, real.num_classes, real.im_size, generator(s.seed))
         self.net = net.to(self.device)
-        self.matcher = Matcher(self.net, class_loss, s.metric, compute)
-        self.matcher_oe = Matcher(self.net, outlier_loss, s.metric, compute)
+        self.matcher = Matcher(self.net, s.metric, compute)
         self.joint = JointMatcher(self.net, s.lambda_oe, s.metric, compute) if s.joint else None
         training = TrainSettings(1, s.lr_net, s.batch_train, s.lambda_oe, s.dsa, momentum=0.0, weight_decay=0.0)
         self.trainer = Trainer(self.net, training, compute)
@@ -101,10 +100,10 @@ class GradientMatching(LearnableSet):
             self._set_batchnorm(drawn.batchnorm)
         if self.joint is not None:
             return self._joint_step(drawn)
-        losses = [self._update(self.matcher, self.image_syn, self.real.train_batch, drawn.images)]
+        losses = [self._update(self.image_syn, self.real.train_batch, drawn.images)]
         self.update_images()
         if self.outliers is not None:
-            losses.append(self._update(self.matcher_oe, self.image_oe, self.outliers.batch, drawn.outliers))
+            losses.append(self._update(self.image_oe, self.outliers.batch, drawn.outliers, outliers=True))
             push_apart(self.net, self.image_oe, self.settings.spread_oe)
             self.update_outliers()
         return torch.stack(losses)
@@ -127,14 +126,14 @@ class GradientMatching(LearnableSet):
         return losses[None]
 
     def _update(
-        self, matcher: Matcher, images: torch.Tensor, batch: Callable, drawn: dict[int, SlotDraw]
+        self, images: torch.Tensor, batch: Callable, drawn: dict[int, SlotDraw], outliers: bool = False
     ) -> torch.Tensor:
         """Set the gradient of the images or of the outliers; returns the losses of the slots.
 
         `batch` makes a slot's real batch, on the device, from its draw.
         """
         transforms = {slot: draw.transform or identity for slot, draw in drawn.items()}
-        losses, images.grad = matcher(images.detach(), lambda slot: batch(drawn[slot].real), transforms)
+        losses, images.grad = self.matcher(images.detach(), lambda slot: batch(drawn[slot].real), transforms, outliers)
         return losses
 
     def _set_batchnorm(self, index: torch.Tensor) -> None:

@@ -24,10 +24,11 @@ from utils.compute.transfer import send
 from utils.core.errors import UserError, one_line
 from utils.data.augment import apply_by_slot
 from utils.methods.distances import match_loss
-from utils.training.losses import joint_loss, uniform_cross_entropy
+from utils.training.losses import joint_loss
 
 BATCHED_PIXELS_CPU = 5 * 32 * 32  # most pixels of one slot's synthetic images for which batching slots is faster
 CHUNK_IMAGES = 128  # synthetic images differentiated twice together, to bound the memory
+OUTLIERS = -1  # in place of the number of a class
 
 
 SlotLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -35,14 +36,17 @@ Augmentation = Callable[[torch.Tensor], torch.Tensor]
 Params = dict[str, torch.Tensor]
 
 
-def class_loss(logits: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of a batch `[n, num_classes]` whose images are all of class `slot` (int64 scalar)."""
-    return F.cross_entropy(logits, slot.expand(len(logits)))
+def slot_loss(logits: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of a batch `[n, num_classes]` whose images are all of one class, or all outliers.
 
+    One function serves both, so that it is compiled once.
 
-def outlier_loss(logits: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy to the uniform distribution, the same for all slots."""
-    return uniform_cross_entropy(logits)
+    Args:
+        slot: int64 scalar, the class; or `OUTLIERS`, for the cross-entropy to the uniform distribution.
+    """
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    target = torch.where(slot == OUTLIERS, 1 / logits.shape[1], (classes == slot).to(logits.dtype))
+    return -(F.log_softmax(logits, dim=1) * target).sum(dim=1).mean()
 
 
 class Strategy(Enum):
@@ -58,18 +62,25 @@ class Matcher:
 
     Args:
         net: the network; its weights may change between calls.
-        loss: the training loss of a slot's batch.
         metric: one of `METRICS`.
         batched: whether the synthetic side takes many slots together; None: where `batching_is_faster`.
+        loss: the training loss of a slot's synthetic batch.
 
     `strategies`: those not ruled out yet, fastest first. When one fails, e.g. because the network cannot be compiled or
     batched, the next one is used from then on.
     """
 
-    def __init__(self, net: nn.Module, loss: SlotLoss, metric: str, compute: Compute, batched: bool | None = None):
+    def __init__(
+        self,
+        net: nn.Module,
+        metric: str,
+        compute: Compute,
+        batched: bool | None = None,
+        loss: SlotLoss = slot_loss,
+    ):
         self.net, self.loss, self.metric = net, loss, metric
         self.splitter = BatchSplitter(net)
-        self.real_loss = compute.function(lambda images, slot: loss(net(images), slot))
+        self.real_loss = compute.function(lambda images, slot: slot_loss(net(images), slot))
         self.compiled_side = replace(compute, precision="fp32").function(self._losses_and_gradient)
         # PyTorch's second derivative of a layer norm under vmap is wrong (seen in 2.14); a test compares them
         self.batched = False if any(isinstance(m, nn.LayerNorm) for m in net.modules()) else batched
@@ -84,33 +95,39 @@ class Matcher:
         images_syn: torch.Tensor,
         real_batch: Callable[[int], torch.Tensor],
         transforms: Sequence[Augmentation] | Mapping[int, Augmentation],
+        outliers: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Match all slots with the gradients of real images.
+        """Match all slots with the gradients of real images, or of real outliers.
 
         Args:
             images_syn: `[slots, ipc, C, H, W]`.
             real_batch: returns the real images `[n, C, H, W]` of a slot.
             transforms: by slot, applied to both its real and its synthetic images (the Siamese rule).
+            outliers: whether all of these are outliers.
         Returns:
             As `match`.
         """
-        return self.match(
-            images_syn, lambda s, number: self.real_gradient(transforms[s](real_batch(s)), number), transforms
-        )
+
+        def target(slot: int, label: torch.Tensor) -> list[torch.Tensor]:
+            return self.real_gradient(transforms[slot](real_batch(slot)), label)
+
+        return self.match(images_syn, target, transforms, outliers)
 
     def match(
         self,
         images_syn: torch.Tensor,
         target: Callable[[int, torch.Tensor], list[torch.Tensor]],
         transforms: Sequence[Augmentation] | Mapping[int, Augmentation],
+        outliers: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Match all slots; under `torchrun` each process takes some of them.
 
         Args:
             images_syn: `[slots, ipc, C, H, W]`.
-            target: returns the gradient that a slot is to have, in parameter order, from its number as an int and as an
-                int64 scalar on the device.
+            target: returns the gradient that a slot is to have, in parameter order, from its number, and from its class
+                or `OUTLIERS`, an int64 scalar on the device.
             transforms: by slot, applied to its synthetic images.
+            outliers: whether the synthetic images are outliers.
         Returns:
             The losses `[slots]`, and the gradient of their sum with respect to `images_syn`; the same on all processes.
         """
@@ -121,17 +138,17 @@ class Matcher:
             list(distributed.own_share(len(images_syn))), size, pad=self.strategies[0] is Strategy.COMPILED
         ):
             index = send(torch.tensor(chunk), images_syn.device)
-            number = dict(zip(chunk, index, strict=True))
-            real = {s: target(s, number[s]) for s in number}
+            labels = torch.full_like(index, OUTLIERS) if outliers else index
+            real = {s: target(s, label) for s, label in dict(zip(chunk, labels, strict=True)).items()}
             targets = [torch.stack(parameter) for parameter in zip(*(real[s] for s in chunk), strict=True)]
-            part = self._match(images_syn[index], [transforms[s] for s in chunk], index, targets)
-            own = index[: len(number)]  # without the repeated slots that pad a chunk
-            losses[own], gradient[own] = (values[: len(number)] for values in part)
+            part = self._match(images_syn[index], [transforms[s] for s in chunk], labels, targets)
+            own = index[: len(real)]  # without the repeated slots that pad a chunk
+            losses[own], gradient[own] = (values[: len(real)] for values in part)
         distributed.sum_(losses, gradient)
         return losses, gradient
 
     def real_gradient(self, images: torch.Tensor, slot: torch.Tensor) -> list[torch.Tensor]:
-        """Gradient of the loss on real images with respect to all parameters, in parameter order.
+        """Gradient of `slot_loss` on real images with respect to all parameters, in parameter order.
 
         On a CPU it may be the mean over equal parts of the batch (BatchNorm is frozen, so images are independent).
         """
@@ -148,7 +165,11 @@ class Matcher:
         return [g.float() if g.dtype == torch.bfloat16 else g.clone() for g in grads]  # a CUDA graph overwrites it
 
     def _match(
-        self, images: torch.Tensor, transforms: Sequence[Augmentation], index: torch.Tensor, targets: list[torch.Tensor]
+        self,
+        images: torch.Tensor,
+        transforms: Sequence[Augmentation],
+        labels: torch.Tensor,
+        targets: list[torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses and image gradient of one chunk of slots; `targets`: by parameter, `[slots, …]`."""
         images = images.detach().requires_grad_()
@@ -158,12 +179,12 @@ class Matcher:
                 self.strategies.pop(0)
                 continue
             try:
-                return self._match_by(strategy, images, transforms, index, targets)
+                return self._match_by(strategy, images, transforms, labels, targets)
             except (RuntimeError, NotImplementedError, UserError) as error:
                 self.strategies.pop(0)
                 reason = one_line(error)
                 warnings.warn(f"matching continues, but more slowly: not {strategy.value}: {reason}", stacklevel=2)
-        return self._match_by(self.strategies[0], images, transforms, index, targets)
+        return self._match_by(self.strategies[0], images, transforms, labels, targets)
 
     def _worthwhile(self, strategy: Strategy, images: torch.Tensor) -> bool:
         """Whether a strategy is faster than the next one; the compiled one is, unless the compiler has failed."""
@@ -176,18 +197,18 @@ class Matcher:
         strategy: Strategy,
         images: torch.Tensor,
         transforms: Sequence[Augmentation],
-        index: torch.Tensor,
+        labels: torch.Tensor,
         targets: list[torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if strategy is Strategy.BY_SLOT:
-            slots = zip(transforms, images, index, *targets, strict=True)
+            slots = zip(transforms, images, labels, *targets, strict=True)
             losses = torch.stack([self._slot_loss(t(x), slot, target) for t, x, slot, *target in slots])
             return losses.detach(), torch.autograd.grad(losses.sum(), images)[0]
         augmented = apply_by_slot(images, transforms)
         if strategy is Strategy.COMPILED:
-            direction, losses = self.compiled_side(augmented.detach(), index, self._params(), targets)
+            direction, losses = self.compiled_side(augmented.detach(), labels, self._params(), targets)
             return losses, torch.autograd.grad(augmented, images, direction)[0]
-        losses = self._losses(augmented, index, self._params(), targets)
+        losses = self._losses(augmented, labels, self._params(), targets)
         return losses.detach(), torch.autograd.grad(losses.sum(), images)[0]
 
     def _slot_loss(self, images: torch.Tensor, slot: torch.Tensor, target: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -206,13 +227,13 @@ class Matcher:
         return match_loss(list(found.values()), target, self.metric)
 
     def _losses(
-        self, images: torch.Tensor, index: torch.Tensor, params: Params, targets: list[torch.Tensor]
+        self, images: torch.Tensor, labels: torch.Tensor, params: Params, targets: list[torch.Tensor]
     ) -> torch.Tensor:
         """Losses of augmented images `[slots, ipc, C, H, W]`."""
-        return vmap(lambda x, slot, *target: self._pure_slot_loss(params, x, slot, target))(images, index, *targets)
+        return vmap(lambda x, slot, *target: self._pure_slot_loss(params, x, slot, target))(images, labels, *targets)
 
     def _losses_and_gradient(
-        self, images: torch.Tensor, index: torch.Tensor, params: Params, targets: list[torch.Tensor]
+        self, images: torch.Tensor, labels: torch.Tensor, params: Params, targets: list[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradient of the losses with respect to augmented images, and the losses. Only when compiled is this as fast
         as `_losses` and a backward pass."""
@@ -220,7 +241,7 @@ class Matcher:
         def one(images: torch.Tensor, slot: torch.Tensor, *target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return grad_and_value(lambda x: self._pure_slot_loss(params, x, slot, target))(images)
 
-        return vmap(one)(images, index, *targets)
+        return vmap(one)(images, labels, *targets)
 
 
 @dataclass(frozen=True)
@@ -249,9 +270,7 @@ class JointMatcher:
             return joint_loss(logits, slot.expand(len(logits) // 2), lambda_oe)
 
         self.lambda_oe = lambda_oe
-        self.images = Matcher(net, class_loss, metric, compute)
-        self.outliers = Matcher(net, outlier_loss, metric, compute)
-        self.both = Matcher(net, loss, metric, compute)
+        self.matcher = Matcher(net, metric, compute, loss=loss)
 
     def __call__(
         self,
@@ -270,17 +289,16 @@ class JointMatcher:
             The losses `[slots]`, and the gradients of their sum with respect to `images` and to `outliers`.
         """
 
-        def target(slot: int, number: torch.Tensor) -> list[torch.Tensor]:
+        def target(slot: int, label: torch.Tensor) -> list[torch.Tensor]:
+            labels = (label, torch.full_like(label, OUTLIERS))
             parts = (
-                matcher.real_gradient(transform[slot](batch(slot)), number)
-                for matcher, batch, transform in zip(
-                    (self.images, self.outliers), real_batches, transforms, strict=True
-                )
+                self.matcher.real_gradient(transform[slot](batch(slot)), kind)
+                for kind, batch, transform in zip(labels, real_batches, transforms, strict=True)
             )
             return [g.add_(g_oe, alpha=self.lambda_oe) for g, g_oe in zip(*parts, strict=True)]
 
         together = {slot: Halves(transforms[0][slot], transforms[1][slot]) for slot in transforms[0]}
-        losses, gradient = self.both.match(torch.cat([images, outliers], 1), target, together)
+        losses, gradient = self.matcher.match(torch.cat([images, outliers], 1), target, together)
         return losses, *(half.contiguous() for half in gradient.chunk(2, dim=1))
 
 
