@@ -153,8 +153,8 @@ def test_images_and_outliers_are_compiled_once(monkeypatch):
     net, synthetic, real, transforms = problem("narrow", torch.float32, equal=True)
     matcher, graphs = Matcher(net, "ours", COMPILED), torch._dynamo.utils.counters["stats"]
     counted = [graphs["unique_graphs"]]
-    for outliers in (False, True):
-        matcher(synthetic, real.__getitem__, transforms, outliers)
+    for of_outliers in (False, True):
+        matcher(synthetic, real.__getitem__, transforms, of_outliers)
         counted.append(graphs["unique_graphs"])
     assert matcher.strategies[0] is Strategy.COMPILED
     assert counted[0] < counted[1] == counted[2]
