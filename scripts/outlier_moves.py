@@ -1,0 +1,141 @@
+"""What distilling did to pseudo-outliers: how far they moved, whether they are images, and what networks say of them.
+
+    python scripts/outlier_moves.py result-tables/digits/ipc1/poe result-tables/digits/ipc10/poe --names one ten
+
+Each folder holds stage-1 folders of main_poe.py with --init real, e.g. those of several seeds. The outliers that a run
+started from are drawn again. Networks are trained on the distilled images alone, and see the outliers before and after.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from networks import get_network
+from utils.core.errors import UserError
+from utils.core.parser import Parser, count
+from utils.core.rng import generator
+from utils.data.datasets import RealData, load_dataset
+from utils.data.outliers import PseudoOutliers, initial_outliers
+from utils.data.synthetic import SyntheticSet, load_synthetic
+from utils.files.atomic import save_text
+from utils.files.text_files import read_json
+from utils.methods import augmentation_of
+from utils.report.tables import markdown_table, mean_std
+from utils.stages.entry import run_script
+from utils.training.trainer import Trainer, TrainSettings
+
+COLUMNS = {  # title, factor and digits of each value
+    "loss_first": ("matching loss, first tenth", 1, 2),
+    "loss_last": ("last tenth", 1, 2),
+    "moved": ("moved (RMS, in deviations of the data)", 1, 2),
+    "outside": ("pixels outside [0, 1], %", 100, 1),
+    "confidence_start": ("confidence at the start, %", 100, 1),
+    "confidence": ("confidence after, %", 100, 1),
+    "distance_start": ("distance at the start", 1, 3),
+    "distance": ("distance after", 1, 3),
+}
+
+
+def get_args_parser() -> Parser:
+    """The flags of this script."""
+    parser = Parser(description="What distilling did to pseudo-outliers.")
+    parser.add_argument("folders", nargs="+", help="folders that hold stage-1 folders; each becomes a row")
+    parser.add_argument("--names", nargs="+", default=None, help="one name per folder; left out: paths")
+    parser.add_argument("--networks", type=count(1), default=2, help="networks trained on each set")
+    parser.add_argument("--epochs", type=count(1), default=300, help="their epochs")
+    parser.add_argument("--out", default=None, help="markdown file to write")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print the table, and write it if asked."""
+    if args.names and len(args.names) != len(args.folders):
+        raise UserError(f"--names: {len(args.names)} names for {len(args.folders)} folders; give one each")
+    rows = []
+    for folder, name in zip(args.folders, args.names or args.folders, strict=True):
+        runs = [r for r in map(read_run, sorted(Path(folder).rglob("args.json"))) if r is not None]
+        if not runs:
+            raise UserError(f"{folder} holds no finished run of main_poe.py with --init real; give such folders")
+        values = [measure(*run, args.networks, args.epochs) for run in runs]
+        cells = [mean_std([v[key] for v in values], *unit) for key, (_, *unit) in COLUMNS.items()]
+        rows.append([name, str(len(runs)), *cells])
+    text = markdown_table(("set", "runs", *(title for title, *_ in COLUMNS.values())), rows) + "\n"
+    print(text, end="")
+    if args.out:
+        save_text(Path(args.out), text)
+
+
+def read_run(path: Path) -> tuple[dict, SyntheticSet, list[float]] | None:
+    """The flags, the set and the losses by iteration of a stage-1 run with pseudo-outliers; None for others."""
+    about = read_json(path, "arguments")
+    sets = sorted(path.parent.glob("res_*.pt"))
+    flags = about.get("flags", {})
+    if about.get("script") != "main_poe.py" or flags.get("init") != "real" or len(sets) != 1:
+        return None
+    lines = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
+    losses = [line.get("loss_oe", line["loss"]) for line in lines if "loss" in line and line["experiment"] == 0]
+    return flags, load_synthetic(sets[0]), losses
+
+
+def measure(flags: dict, synthetic: SyntheticSet, losses: list[float], networks: int, epochs: int) -> dict[str, float]:
+    """The values of `COLUMNS` of one run."""
+    real = load_dataset(flags["dataset"], flags["data_path"], flags["im_size"], False, flags["zca"])
+    source = PseudoOutliers(real, tuple(flags["corruptions"]), flags.get("mix_corruptions", False))
+    start = initial_outliers(source, real.num_classes, flags["ipc"], flags["seed"], 0)
+    pixels = raw_pixels(synthetic.images_oe, real)
+    tenth = max(1, len(losses) // 10)
+    values = {
+        "loss_first": float(np.mean(losses[:tenth])),
+        "loss_last": float(np.mean(losses[-tenth:])),
+        "moved": (synthetic.images_oe - start).square().mean().sqrt().item(),
+        "outside": ((pixels < -1e-4) | (pixels > 1 + 1e-4)).float().mean().item(),
+    }
+    seen = seen_by_networks(flags, real, synthetic, [start, synthetic.images_oe], networks, epochs)
+    for name, (confidence, distance) in zip(("_start", ""), seen, strict=True):
+        values |= {f"confidence{name}": confidence, f"distance{name}": distance}
+    return values
+
+
+def raw_pixels(images: torch.Tensor, real: RealData) -> torch.Tensor:
+    """Normalised images `[N, C, H, W]` as pixels, not clamped to [0, 1]."""
+    low, high = (real.normalize(torch.full((1, *images.shape[1:]), value)) for value in (0.0, 1.0))
+    return (images - low) / (high - low)
+
+
+def seen_by_networks(
+    flags: dict, real: RealData, synthetic: SyntheticSet, outliers: list[torch.Tensor], networks: int, epochs: int
+) -> list[tuple[float, float]]:
+    """For each set of outliers `[N, C, H, W]` the mean confidence, and the mean distance of pairs in unit features.
+
+    Means over `networks` that are trained on the images alone.
+    """
+    net = get_network(flags["model"], real.channel, real.num_classes, real.im_size, generator(flags["seed"]))
+    settings = TrainSettings(epochs, augmentation=augmentation_of(flags["method"], flags["dsa_strategy"]))
+    keys = {index: ("moves", index) for index in range(networks)}
+    images = SyntheticSet(synthetic.images, synthetic.labels)
+    found = []
+    for _ in Trainer(net, settings).networks(images, flags["seed"], keys):
+        with torch.no_grad():
+            net.eval()
+            found.append(
+                [
+                    (
+                        net(x).softmax(1).amax(1).mean().item(),
+                        F.pdist(F.normalize(net.embed(x).flatten(1))).mean().item(),
+                    )
+                    for x in outliers
+                ]
+            )
+    return [tuple(pair) for pair in np.mean(found, axis=0)]
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(get_args_parser().parse_args()), "outlier_moves.py")

@@ -1,0 +1,110 @@
+"""What `scripts/outlier_moves.py` says of a distillation, against numpy and SciPy."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from scipy.spatial.distance import pdist
+
+from networks import get_network
+from utils.core.rng import generator
+from utils.data.augment import DSA, parse_strategy
+from utils.data.outliers import PseudoOutliers
+from utils.data.synthetic import SyntheticSet
+from utils.methods.distribution_matching import DistributionMatching
+from utils.methods.match_draws import MatchSettings
+from utils.stages.entry import run_script
+from utils.training.trainer import Trainer, TrainSettings
+
+FLAGS = [
+    "--dataset",
+    "Digits",
+    "--model",
+    "ConvNetD1",
+    "--ipc",
+    2,
+    "--method",
+    "DM",
+    "--batch_real",
+    16,
+    "--batch_oe",
+    8,
+]
+FLAGS += ["--dsa_strategy", "crop_scale", "--Iteration", 20, "--num_exp", 1, "--num_eval", 1, "--epoch_eval_train", 2]
+
+
+@pytest.fixture
+def moves(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import outlier_moves
+
+    return outlier_moves
+
+
+def test_the_values_of_a_run(in_process, moves, digits, tmp_path):
+    in_process("main_poe.py", *FLAGS, "--lr_img_oe", 5, "--seed", 3)
+    (path,) = tmp_path.glob("result-poe/*/Digits/ConvNetD1/2/*/args.json")
+    values = moves.measure(*moves.read_run(path), 1, 3)
+    (file,) = path.parent.glob("res_*.pt")
+    content = torch.load(file, weights_only=True)
+    images, labels = content["data"][0]
+    outliers = content["data_oe"][0][0]
+
+    method = DistributionMatching(digits, PseudoOutliers(digits), MatchSettings("ConvNetD1", 2, seed=3, init="real"))
+    method.start(0)
+    start = method.synthetic().images_oe
+    assert values["moved"] == pytest.approx(np.sqrt(((outliers - start).numpy() ** 2).mean()), rel=1e-5)
+    assert values["moved"] > 0.1
+
+    mean, std = (np.array(content["normalisation"][name]).reshape(1, -1, 1, 1) for name in ("mean", "std"))
+    pixels = outliers.numpy() * std + mean
+    assert values["outside"] == pytest.approx(((pixels < -1e-4) | (pixels > 1 + 1e-4)).mean(), abs=1e-3)
+    lines = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss_oe"] for line in lines if "loss_oe" in line]
+    assert values["loss_first"] == pytest.approx(np.mean(losses[:2]))
+    assert values["loss_last"] == pytest.approx(np.mean(losses[-2:]))
+
+    net = get_network("ConvNetD1", 1, 10, (8, 8), generator(0))
+    trainer = Trainer(net, TrainSettings(3, augmentation=DSA(parse_strategy("crop_scale"))))
+    list(trainer.networks(SyntheticSet(images, labels), 3, {0: ("moves", 0)}))
+    with torch.no_grad():
+        for name, shown in (("_start", start), ("", outliers)):
+            features = net.embed(shown).flatten(1).numpy().astype(np.float64)
+            features /= np.linalg.norm(features, axis=1, keepdims=True)
+            assert values[f"distance{name}"] == pytest.approx(pdist(features).mean(), rel=1e-4)
+            logits = net(shown).numpy().astype(np.float64)
+            powers = np.exp(logits - logits.max(1, keepdims=True))
+            assert values[f"confidence{name}"] == pytest.approx((1 / powers.sum(1)).mean(), rel=1e-4)
+
+
+def test_the_table(in_process, moves, tmp_path, capsys):
+    for seed in (1, 2):
+        in_process("main_poe.py", *FLAGS, "--lr_img_oe", 5, "--seed", seed)
+    in_process("main.py", *FLAGS[:10], *FLAGS[12:])  # a set without outliers is no row
+    out = tmp_path / "moves.md"
+    parser = moves.get_args_parser()
+    moves.main(
+        parser.parse_args([str(tmp_path), "--names", "two", "--networks", "1", "--epochs", "2", "--out", str(out)])
+    )
+    shown = capsys.readouterr().out
+    assert out.read_text() == shown
+    (row,) = [line.split("|") for line in shown.splitlines()[2:]]
+    assert [cell.strip() for cell in row[1:3]] == ["two", "2"]
+    assert len(row) - 2 == 2 + len(moves.COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"), [(["a", "b"], "--names: 2 names for 1"), (["a"], "holds no finished run")]
+)
+def test_bad_input(moves, tmp_path, capsys, names, message):
+    with pytest.raises(SystemExit) as stopped:
+        run_script(
+            lambda: moves.main(moves.get_args_parser().parse_args([str(tmp_path), "--names", *names])),
+            "outlier_moves.py",
+        )
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert message in error
+    assert error.count("\n") == 1
