@@ -15,7 +15,7 @@ METHOD=${METHOD:-DSA}
 OUT=${OUT:-result-tables/outliers-$TABLE-$METHOD}
 IPC=${IPC:-1 10}
 KINDS=${KINDS:-poe poe-initial poe-kcenter poe-corrupt}
-RECIPES=${RECIPES:-published slow clamp kcenter mixed pool kcenter-pool spread}
+RECIPES=${RECIPES:-published slow clamp careful careful-pool kcenter mixed pool kcenter-pool spread}
 SCORE=${SCORE:-msp mls}
 
 # flags RECIPE: its flags of main_poe.py
@@ -24,9 +24,13 @@ flags() {
         published) ;;
         slow) echo "--lr_img_oe 0.01" ;;
         clamp) echo "--clamp_oe" ;;
+        careful) echo "--clamp_oe --lr_img_oe 0.01" ;;
+        careful-pool) echo "--clamp_oe --lr_img_oe 0.01 --network_pool 10" ;;
+        careful-joint) echo "--clamp_oe --lr_img_oe 0.01 --network_pool 10 --matching joint" ;;
         kcenter) echo "--init_oe kcenter" ;;
         mixed) echo "--mix_corruptions" ;;
         pool) echo "--network_pool 10" ;;
+        careful-kcenter) echo "--clamp_oe --lr_img_oe 0.01 --network_pool 10 --init_oe kcenter" ;;
         kcenter-pool) echo "--init_oe kcenter --network_pool 10" ;;
         joint) echo "--matching joint" ;;
         joint-pool) echo "--matching joint --network_pool 10" ;;
