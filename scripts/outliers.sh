@@ -15,7 +15,7 @@ METHOD=${METHOD:-DSA}
 OUT=${OUT:-result-tables/outliers-$TABLE-$METHOD}
 IPC=${IPC:-1 10}
 KINDS=${KINDS:-poe poe-initial poe-kcenter poe-corrupt}
-RECIPES=${RECIPES:-published slow clamp careful careful-pool kcenter mixed pool kcenter-pool spread}
+RECIPES=${RECIPES:-published slow clamp careful careful-pool trained kcenter mixed pool kcenter-pool spread}
 SCORE=${SCORE:-msp mls}
 
 # flags RECIPE: its flags of main_poe.py
@@ -24,6 +24,7 @@ flags() {
         published) ;;
         slow) echo "--lr_img_oe 0.01" ;;
         clamp) echo "--clamp_oe" ;;
+        trained) echo "--clamp_oe --lr_img_oe 0.05 --network_pool 10" ;;
         careful) echo "--clamp_oe --lr_img_oe 0.01" ;;
         careful-pool) echo "--clamp_oe --lr_img_oe 0.01 --network_pool 10" ;;
         careful-joint) echo "--clamp_oe --lr_img_oe 0.01 --network_pool 10 --matching joint" ;;
