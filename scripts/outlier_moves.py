@@ -3,7 +3,8 @@
     python scripts/outlier_moves.py result-tables/digits/ipc1/poe result-tables/digits/ipc10/poe --names one ten
 
 Each folder holds stage-1 folders of main_poe.py with --init real, e.g. those of several seeds. The outliers that a run
-started from are drawn again. Networks are trained on the distilled images alone, and see the outliers before and after.
+started from are drawn again; of several experiments the first counts. Networks are trained on the distilled images
+alone, and see the outliers before and after.
 """
 
 import argparse
@@ -80,6 +81,11 @@ def read_run(path: Path) -> tuple[dict, SyntheticSet, list[float]] | None:
     flags = about.get("flags", {})
     if about.get("script") != "main_poe.py" or flags.get("init") != "real" or len(sets) != 1:
         return None
+    for name, usual in (("init_oe", "random"), ("load_path", None), ("zca", False)):
+        if flags.get(name, usual) != usual:
+            raise UserError(
+                f"{path.parent} was made with --{name}, whose outliers have another start or range; leave it out"
+            )
     lines = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
     losses = [line.get("loss_oe", line["loss"]) for line in lines if "loss" in line and line["experiment"] == 0]
     return flags, load_synthetic(sets[0]), losses

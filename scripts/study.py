@@ -98,6 +98,8 @@ def read_studies(folders: list[Path], prefixes: list[str], names: list[str] | No
 def paired(studies: list[dict[str, Kind]], base: str, against: list[str] | None, columns: list[Column]) -> list[str]:
     """A table of differences for each study that has the kind `base`."""
     parts = []
+    if missing := [name for name in against or [] if not any(name in study for study in studies)]:
+        raise UserError(f"--against: no folder holds {missing[0]}")
     for study in studies:
         others = [kind for name, kind in study.items() if name != base and name in (against or study)]
         if base in study and others:
@@ -110,6 +112,8 @@ def paired(studies: list[dict[str, Kind]], base: str, against: list[str] | None,
 def title(kind: str, prefix: str) -> str:
     """The row's name, e.g. `DSA, distilled` or `random, corrupt`."""
     base, _, outliers = kind.partition("-")
+    if outliers == "none":
+        outliers = f"none ({base} images)"
     if base in TITLES:
         return (
             f"{prefix or 'distilled images'}, {outliers or TITLES[base]}{' (OE)' if base == 'oe' and outliers else ''}"

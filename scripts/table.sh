@@ -16,6 +16,7 @@
 #   DATA OE_DATA OOD    --data_path, --oe_data_path, --ood_path
 #   STAGE1 STAGE2 STAGE3  further flags of a stage, e.g. STAGE1="--batch_real 64"
 #   OUTLIERS POE        further flags of main_oe.py and main_poe.py, and of main_poe.py alone, e.g. OUTLIERS="--batch_oe 64"
+#   SOURCE              further flags of stage 2 for outliers that are not distilled, e.g. --mix_corruptions
 #   LAMBDA              --lambda_oe
 #   DOWNLOAD            what may be fetched, as --download: none, data (the data set) or all; left out: the stages' default
 #   OUT                 folder for all results
@@ -42,6 +43,7 @@ STAGE3=${STAGE3:-}
 DOWNLOAD=${DOWNLOAD:-}
 OUTLIERS=${OUTLIERS:-}
 POE=${POE:-}
+SOURCE=${SOURCE:-}
 WHOLE_EPOCHS=${WHOLE_EPOCHS:-30}
 
 # stage DIR BEFORE COMMAND: start or resume a stage that writes into DIR; BEFORE is the folder of the stage that it reads,
@@ -123,7 +125,7 @@ train() {
     if [ "$outliers" = none ]; then
         script=train_model_synthetic_no_oe.py
     else
-        more="$more --lambda_oe $LAMBDA${outliers:+ --outliers $outliers}"
+        more="$more --lambda_oe $LAMBDA${outliers:+ --outliers $outliers $SOURCE}"
         if [ "$base" = oe ] && [[ " initial kcenter real " == *" $outliers "* ]]; then more="$more --oe_data_path $OE_DATA"; fi
     fi
     stage "$5" "$before" $script $COMMON $AUGMENT --ipc "$2" --seed "$3" --num_eval "$NETWORKS" --epoch_eval_train "$epochs" $more $STAGE2

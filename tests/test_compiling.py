@@ -105,7 +105,7 @@ def test_compiled_code_gets_images_in_channels_last_order(monkeypatch):
 
 @pytest.mark.parametrize("required", [False, True])
 @pytest.mark.parametrize("failures", [0, 1, 2, 3])
-@pytest.mark.parametrize("folder", ["torchinductor_x", "trustdd/torch-2"])
+@pytest.mark.parametrize("folder", ["torchinductor_x", "trustdd/ab"])
 def test_a_compilation_that_fails(failures, required, folder, monkeypatch, tmp_path):
     """The named library is removed, then a fresh cache is used, then the compiler counts as not working: an error for
     `--compile on`, one warning for `auto`, after which functions run as they are."""

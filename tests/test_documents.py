@@ -18,6 +18,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MARK = re.compile(r"^<!-- table: (\S+) -->$", re.MULTILINE)
 NUMBERS_MARK = re.compile(r"^<!-- numbers: (.+) -->$", re.MULTILINE)
 NUMBER = r"(?<![\d.])-?\d+(?:\.\d+)?"
+VALUE = rf"{NUMBER} ± {NUMBER}|{NUMBER}"
 
 
 def cells(line: str) -> tuple[str, ...]:
@@ -67,35 +68,37 @@ def test_a_table_equals_its_file(name, shown):
 
 
 def shown_numbers() -> list:
-    """Each table that is put together from several files: those files, and its numbers as they are written."""
+    """Each table that is put together from several files: those files, and its values as they are written."""
     found = []
     for document in DOCUMENTS:
         text = document.read_text()
         for mark in NUMBERS_MARK.finditer(text):
             lines = text[mark.end() :].lstrip("\n").split("\n\n", 1)[0].splitlines()[2:]
-            values = [n for line in lines for cell in cells(line)[1:] for n in re.findall(NUMBER, cell)]
+            values = [value for line in lines for cell in cells(line)[1:] for value in re.findall(VALUE, cell)]
             found.append(pytest.param(mark[1].split(), values, id=f"{document.name} {mark[1]}"))
     return found
 
 
-def numbers_of(path: Path) -> list[float]:
-    """All numbers in a file of results."""
-    return [float(number) for number in re.findall(NUMBER + r"(?:[eE][+-]?\d+)?", path.read_text())]
+def is_measured(value: str, text: str) -> bool:
+    """Whether `x ± y` stands in a file, or a number, at its digits, is that of a file."""
+    if "±" in value:
+        return value in text
+    digits = len(value.partition(".")[2])
+    return any(f"{float(n):.{digits}f}" == value for n in re.findall(NUMBER + r"(?:[eE][+-]?\d+)?", text))
 
 
 @pytest.mark.parametrize(("names", "shown"), shown_numbers())
 def test_numbers_are_in_their_files(names, shown):
-    """Each, at the digits shown, is a number of one of the files."""
     assert shown
-    known = [number for name in names for number in numbers_of(ROOT / name)]
-    for text in shown:
-        digits = len(text.partition(".")[2])
-        assert any(f"{number:.{digits}f}" == text for number in known), f"{text} is in none of {names}"
+    texts = [(ROOT / name).read_text() for name in names]
+    for value in shown:
+        assert any(is_measured(value, text) for text in texts), f"{value} is in none of {names}"
 
 
 def test_enough_tables_are_marked():
     """A document whose tables lost their marks would not be checked at all."""
-    assert len(shown_tables()) >= 8
+    assert len(shown_tables()) >= 20
+    assert len(shown_numbers()) >= 10
 
 
 def test_every_file_of_results_is_named_in_a_document():
@@ -113,3 +116,9 @@ def test_a_wrong_number_is_found(tmp_path):
     for wrong in (("two", "4.01"), ("one", "4.00"), ("three", "4.00")):
         with pytest.raises(pytest.fail.Exception, match="first unknown"):
             test_a_table_equals_its_file(str(file), [header, rule, wrong])
+
+
+def test_values_of_a_file():
+    text = "a 1.00 ± 0.10, b 2.346, c 5e-2"
+    assert all(is_measured(value, text) for value in ("1.00 ± 0.10", "2.35", "2.3", "0.05"))
+    assert not any(is_measured(value, text) for value in ("1.00 ± 0.11", "2.34", "0.06"))

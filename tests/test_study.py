@@ -123,6 +123,7 @@ def test_the_script(study, tmp_path, run):
     [
         (["nowhere"], "nowhere is no folder"),
         (["{}", "--base", "oe"], "--base: no folder holds oe"),
+        (["{}", "--base", "poe", "--against", "oe-real"], "--against: no folder holds oe-real"),
         (["{}", "--scores", "energy"], "--scores: energy is not in distilled images, none"),
         (["{}", "--prefixes", "A", "B"], "--prefixes: 2 words for 1 folders"),
         (["{}", "--kinds", "herding"], "--kinds: no folder herding in"),

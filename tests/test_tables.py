@@ -235,6 +235,36 @@ def test_an_unknown_kind(table, kind):
     assert f"unknown kind '{kind}'" in table.err
 
 
+@pytest.mark.parametrize(("method", "rate"), [("DSA", 0.1), ("DC", 0.1), ("DM", 1.0), ("MTT", None)])
+def test_all_recipes_of_outliers(table, method, rate):
+    """Every recipe of a method gives commands that are accepted, and fractions of the method's learning rate."""
+    given = "" if method == "MTT" else "--batch_oe 32"
+    status, commands = table("outliers.sh", METHOD=method, IPC="2", SEEDS="4", KINDS="poe poe-corrupt", OUTLIERS=given)
+    assert status == 0, table.err
+    rates, recipes = set(), set()
+    for words in commands:
+        if words[0] not in PARSERS:
+            continue
+        args = PARSERS[words[0]].get_args_parser().parse_args(words[1:])
+        if words[0] == "main_poe.py":
+            assert args.batch_oe == (None if method == "MTT" else 32)
+            rates.add(args.lr_img_oe)
+            recipes.add((args.init_oe, args.clamp_oe, args.mix_corruptions, args.network_pool, args.lr_img_oe))
+            mixed = args.mix_corruptions
+        if words[0] == "train_model_synthetic_oe.py" and args.outliers == "corrupt":
+            assert args.mix_corruptions == mixed
+    assert rates == ({None} if rate is None else {None, rate / 2, rate / 10})
+    assert len(recipes) >= (3 if method == "MTT" else 9)
+    study = next(words for words in commands if words[0] == "scripts/study.py")
+    assert study[study.index("--base") + 1] == "poe"
+
+
+def test_a_recipe_that_a_method_does_not_know(table):
+    status, commands = table("outliers.sh", METHOD="MTT", RECIPES="published pool")
+    assert (status, commands) == (2, [])
+    assert "METHOD=MTT has no recipe 'pool'" in table.err
+
+
 def test_rows_of_baselines_and_of_outliers_that_are_not_distilled(table):
     kinds = "poe-corrupt oe-initial random random-real whole whole-corrupt"
     settings = {"IPC": "1 2", "SEEDS": "4", "KINDS": kinds, "EPOCHS": "9", "WHOLE_EPOCHS": "3"}

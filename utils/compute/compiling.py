@@ -195,10 +195,10 @@ def compiler_message(message: str) -> str:
 
 
 def _remove_damaged_library(message: str) -> None:
-    """Remove the cached library that an error message names: one below the cache folder, or PyTorch's own."""
+    """Remove the cached library that an error message names: one in a folder of the cache, or PyTorch's own."""
     cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     for path in re.findall(r"/\S+\.so\b", " ".join(message.split())):
-        if "/torchinductor" in path or (cache and Path(path).is_relative_to(cache)):
+        if "/torchinductor" in path or (cache and Path(path).parent.parent == Path(cache)):
             with suppress(OSError):
                 os.unlink(path)
 

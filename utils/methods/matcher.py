@@ -44,9 +44,10 @@ def slot_loss(logits: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
     Args:
         slot: int64 scalar, the class; or `OUTLIERS`, for the cross-entropy to the uniform distribution.
     """
+    log = F.log_softmax(logits, dim=1)  # float32 under autocast
     classes = torch.arange(logits.shape[1], device=logits.device)
-    target = torch.where(slot == OUTLIERS, 1 / logits.shape[1], (classes == slot).to(logits.dtype))
-    return -(F.log_softmax(logits, dim=1) * target).sum(dim=1).mean()
+    target = torch.where(slot == OUTLIERS, 1 / logits.shape[1], (classes == slot).to(log.dtype))
+    return -(log * target).sum(dim=1).mean()
 
 
 class Strategy(Enum):

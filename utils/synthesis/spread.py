@@ -1,5 +1,7 @@
 """Outliers that keep away from one another: matching alone can leave many of them alike."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,8 +18,10 @@ def closeness(features: torch.Tensor) -> torch.Tensor:
     """
     if len(features) < 2:
         return features.new_zeros(())
-    squares = F.pdist(F.normalize(features)).square()
-    return squares.mul(-SHARPNESS).exp().mean().log()
+    unit = F.normalize(features)
+    first, second = torch.triu_indices(len(unit), len(unit), offset=1, device=unit.device)
+    squares = (2 - 2 * unit @ unit.T)[first, second]  # the gradient of pdist takes N² D numbers on CUDA
+    return (-SHARPNESS * squares).logsumexp(0) - math.log(len(squares))
 
 
 def push_apart(net: nn.Module, outliers: torch.Tensor, weight: float) -> None:
