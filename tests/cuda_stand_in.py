@@ -162,7 +162,8 @@ class _Creation(TorchFunctionMode):
             if generator is not None and generator.device.type != device.type:
                 raise RuntimeError(f"expected a {device.type} generator but found one of {generator.device.type}")
             made = function(*args, **kwargs)
-            return _on(made.detach(), device).requires_grad_(made.requires_grad)
+            there = _on(made.detach(), device)
+            return there.requires_grad_() if made.requires_grad else there
         if function in (torch.Tensor.to, torch.Tensor.cuda) and not isinstance(args[0], CudaTensor):
             if _is_wrapped(args[0]):
                 return function(*args, **kwargs)
