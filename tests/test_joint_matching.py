@@ -83,7 +83,7 @@ def test_joint_matching_by_a_slow_loop(name, metric, batched, monkeypatch):
 
 @needs_compiler
 def test_compiled_joint_matching(monkeypatch):
-    narrow = lambda *args: ConvNet(3, 4, (16, 16), width=8, depth=1, norm="instance")  # noqa: E731
+    narrow = lambda *args: ConvNet(3, 4, (16, 16), width=8, depth=1, norm="none")  # noqa: E731
     monkeypatch.setitem(networks._NETWORKS, "narrow", narrow)
     matcher = compare("narrow", torch.float32, "ours", 1e-4, COMPILED)
     assert matcher.matcher.strategies[0] is Strategy.COMPILED

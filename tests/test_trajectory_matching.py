@@ -135,7 +135,7 @@ g = torch.Generator().manual_seed(0)
 images = torch.randint(0, 256, (60, 3, 32, 32), dtype=torch.uint8, generator=g)
 labels = torch.arange(60) % 10
 real = RealData("tiny", 10, (0.4,) * 3, (0.2,) * 3, images, labels, images, labels)
-method = make(real, replace(SETTINGS, model="ConvNetW32", ipc=6, syn_steps=int(sys.argv[2])), dtype=torch.float32)
+method = make(real, replace(SETTINGS, model="ConvNetW32", ipc=3, syn_steps=int(sys.argv[2])), dtype=torch.float32)
 method.iterate(0)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
@@ -145,7 +145,7 @@ def test_memory_does_not_grow_with_the_steps():
     peaks = []
     # with this threshold, freed tensors are returned to the system: what is resident is what is in use
     env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    for steps in (5, 50):
+    for steps in (5, 30):
         command = [sys.executable, "-c", PEAK, str(ROOT), str(steps)]
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
         peaks.append(int(done.stdout))
