@@ -57,22 +57,22 @@ def main(args: argparse.Namespace) -> None:
                     f"--scores: {missing[0]} is not in {kind.name}, which has {', '.join(results.scores())}"
                 )
     of_networks = [Column(measure) for measure in args.of_networks]
-    columns = [*of_networks, *columns_of(args, None)]
+    columns = [*of_networks, *columns_of(args.scores, args.measures, None)]
     parts = [mean_rows(kinds, columns)]
     if args.base:
         parts += paired(studies, args.base, args.against, columns)
     if args.sets:
         names = next(iter(kinds[0].seeds.values())).sets()
-        parts += [mean_rows(kinds, columns_of(args, name)) for name in names]
+        parts += [mean_rows(kinds, columns_of(args.scores, args.measures, name)) for name in names]
     text = "\n\n".join(parts) + "\n"
     print(text, end="")
     if args.out:
         save_text(Path(args.out), text)
 
 
-def columns_of(args: argparse.Namespace, name: str | None) -> list[Column]:
+def columns_of(scores: list[str], measures: list[str], name: str | None) -> list[Column]:
     """The columns of OOD detection, on the set `name`, or (None) in the mean."""
-    return [Column(measure, score, name) for score in args.scores for measure in args.measures]
+    return [Column(measure, score, name) for score in scores for measure in measures]
 
 
 def read_studies(folders: list[Path], prefixes: list[str], names: list[str] | None) -> list[dict[str, Kind]]:
@@ -115,9 +115,8 @@ def title(kind: str, prefix: str) -> str:
     if outliers == "none":
         outliers = f"none ({base} images)"
     if base in TITLES:
-        return (
-            f"{prefix or 'distilled images'}, {outliers or TITLES[base]}{' (OE)' if base == 'oe' and outliers else ''}"
-        )
+        pool = " (OE)" if base == "oe" and outliers else ""
+        return f"{prefix or 'distilled images'}, {outliers or TITLES[base]}{pool}"
     images = {"whole": "whole training set", "kcenter": "k-center"}.get(base, base)
     return f"{images}, {outliers or 'none'}"
 

@@ -43,6 +43,26 @@ def tiny_real() -> RealData:
     return RealData("tiny", 3, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25), images[:40], labels[:40], images[40:], labels[40:])
 
 
+def whole_and_resumed(make, stop: int, end: int) -> tuple:
+    """Two methods after `end` iterations: one without a break, one from the state of a third after `stop`.
+
+    The third goes on for an iteration before its state is read, which must not change it.
+    """
+    whole, first, second = make(), make(), make()
+    whole.start(0)
+    for it in range(end):
+        whole.iterate(it)
+    first.start(0)
+    for it in range(stop):
+        first.iterate(it)
+    state = first.state_dict()
+    first.iterate(stop)
+    second.load_state_dict(0, state)
+    for it in range(stop, end):
+        second.iterate(it)
+    return whole, second
+
+
 @pytest.fixture
 def script(tmp_path):
     """Run a script of the project in `tmp_path`, as from a shell; returns the completed process."""

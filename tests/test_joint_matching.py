@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import COMPILED, needs_compiler
+from conftest import COMPILED, needs_compiler, whole_and_resumed
 
 import networks
 from networks import get_network, initialize
@@ -140,16 +140,9 @@ def test_an_iteration_of_joint_matching(tiny_real):
 
 def test_joint_matching_resumes_with_the_same_bits(tiny_real):
     settings = replace(SETTINGS, spread_oe=0.5)
-    whole, first, second = (GradientMatching(tiny_real, PseudoOutliers(tiny_real), settings) for _ in range(3))
-    whole.start(0)
-    for it in range(4):
-        whole.iterate(it)
-    first.start(0)
-    for it in range(2):
-        first.iterate(it)
-    second.load_state_dict(0, first.state_dict())
-    for it in range(2, 4):
-        second.iterate(it)
+    whole, second = whole_and_resumed(
+        lambda: GradientMatching(tiny_real, PseudoOutliers(tiny_real), settings), stop=2, end=4
+    )
     assert torch.equal(whole.image_syn, second.image_syn)
     assert torch.equal(whole.image_oe, second.image_oe)
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import whole_and_resumed
 
 from networks import get_network, initialize
 from utils.compute.device import Compute
@@ -244,22 +245,11 @@ def test_a_pool_resumes_with_the_same_bits(tiny_real, kind):
     def make():
         return METHODS[kind](tiny_real, PseudoOutliers(tiny_real), settings)
 
-    whole, first, second = make(), make(), make()
-    whole.start(0)
-    for it in range(6):
-        whole.iterate(it)
-    first.start(0)
-    for it in range(3):
-        first.iterate(it)
-    state = first.state_dict()
-    first.iterate(3)  # does not change what was saved
-    second.load_state_dict(0, state)
-    for it in range(3, 6):
-        second.iterate(it)
+    whole, second = whole_and_resumed(make, stop=3, end=6)
     for a, b in ((whole.image_syn, second.image_syn), (whole.image_oe, second.image_oe)):
         assert torch.equal(a, b)
     with pytest.raises(ValueError, match="1 networks instead of 2"):
-        second.load_state_dict(0, state | {"pool": {"networks": [None], "ages": [0]}})
+        second.load_state_dict(0, second.state_dict() | {"pool": {"networks": [None], "ages": [0]}})
 
 
 @pytest.mark.parametrize("kind", METHODS)

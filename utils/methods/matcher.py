@@ -110,6 +110,7 @@ class Matcher:
         """
 
         def target(slot: int, label: torch.Tensor) -> list[torch.Tensor]:
+            """The gradient of the slot's real batch."""
             return self.real_gradient(transforms[slot](real_batch(slot)), label)
 
         return self.match(images_syn, target, transforms, outliers)
@@ -291,6 +292,7 @@ class JointMatcher:
         """
 
         def target(slot: int, label: torch.Tensor) -> list[torch.Tensor]:
+            """The gradient of the slot's real images plus the weighted one of its real outliers."""
             labels = (label, torch.full_like(label, OUTLIERS))
             parts = (
                 self.matcher.real_gradient(transform[slot](batch(slot)), kind)
