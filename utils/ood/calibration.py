@@ -6,6 +6,8 @@ import numpy as np
 
 BINS = 15
 CALIBRATION_MEASURES = ("ece", "nll", "brier")
+SCALED_MEASURES = ("temperature", *(f"scaled_{measure}" for measure in CALIBRATION_MEASURES))
+TEMPERATURES = (1e-3, 1e3)  # the range in which a temperature is looked for
 
 
 @dataclass(frozen=True)
@@ -75,3 +77,31 @@ def calibration(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         "nll": float(-log_probabilities[rows, labels].mean()),
         "brier": float(((np.exp(log_probabilities) - wanted) ** 2).sum(1).mean()),
     }
+
+
+def best_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The temperature T that minimises the negative log-likelihood of softmax(logits / T) (Guo et al., ICML 2017).
+
+    Args:
+        logits: `[N, K]`, of images that the network was not trained on; labels: int `[N]`; N is at least 1.
+    Returns:
+        T in [0.001, 1000].
+    Raises:
+        ValueError: when every prediction is right, since the smaller T, the better then.
+    """
+    from scipy.optimize import minimize_scalar
+
+    logits = np.asarray(logits, dtype=np.float64)
+    if (logits.argmax(1) == labels).all():
+        raise ValueError("the network is right on all of them, so that no temperature is the best one")
+    bounds = tuple(np.log(TEMPERATURES))
+    found = minimize_scalar(
+        lambda log_t: calibration(logits / np.exp(log_t), labels)["nll"], bounds=bounds, method="bounded"
+    )
+    return float(np.exp(found.x))
+
+
+def scaled_calibration(logits: np.ndarray, labels: np.ndarray, temperature: float) -> dict[str, float]:
+    """`SCALED_MEASURES`: the temperature, and the calibration of softmax(logits / temperature)."""
+    scaled = calibration(np.asarray(logits, dtype=np.float64) / temperature, labels)
+    return {"temperature": temperature} | {f"scaled_{name}": value for name, value in scaled.items()}

@@ -16,6 +16,7 @@ from torch import nn
 
 from utils.compute.cpu_batches import BatchSplitter, in_parts, padded_to
 from utils.core.errors import UserError, one_line
+from utils.ood.calibration import best_temperature
 from utils.ood.scores import SCORES
 
 INSTALL = "pip install pytorch-ood"
@@ -184,6 +185,7 @@ class Scorer:
         self.splitter = BatchSplitter(net)
         self.head = last_layer(net)
         self.detectors: dict[str, Any] = {}
+        self.fitted_temperature: float | None = None  # of temperature scaling
 
     def prepare(self, example: torch.Tensor, fit: FitSet | None, batch: int) -> "Scorer":
         """Build the detectors, fit them, and try each one on two images. Returns itself.
@@ -252,6 +254,13 @@ class Scorer:
             with torch.enable_grad():  # temperature scaling descends a gradient
                 what = f"cannot be fitted on the {fit.name} ({len(labels)} images)"
                 self._guarded(name, what, getattr(self.detectors[name], _FIT[takes]), values, labels)
+            if name == "tscaling":
+                self._guarded(name, what, self._fit_temperature, values, labels)
+
+    def _fit_temperature(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """Temperature scaling of the library stops long before the minimum; this goes there."""
+        self.fitted_temperature = best_temperature(logits.cpu().numpy(), labels.cpu().numpy())
+        self.detectors["tscaling"].t.fill_(self.fitted_temperature)
 
     def _guarded(self, name: str, what: str, function: Callable, *inputs: torch.Tensor) -> None:
         try:
@@ -276,6 +285,8 @@ class Scorer:
         values = logits if takes == "logits" else features
         if takes == "maps":
             values = features.unflatten(1, self.map_shape)
+        if name == "tscaling":  # as those of SCORES
+            values = values.double()
         return getattr(self.detectors[name], _PREDICT[takes])(values).detach()
 
     def _features(self, images: torch.Tensor, batch: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 from utils.compute import distributed
 from utils.core.errors import UserError
 from utils.data.datasets import RealData
-from utils.ood.calibration import calibration, confidence_and_correct
+from utils.ood.calibration import calibration, confidence_and_correct, scaled_calibration
 from utils.ood.detectors import Scorer
 from utils.ood.measures import MEASURES, error_detection, ood_measures
 from utils.ood.sets import OODSet
@@ -20,8 +20,9 @@ from utils.runs.run_folder import RunFolder
 class NetworkScores:
     """One network on the test images and on the OOD sets.
 
-    `errors`: error detection and calibration, by measure; `confidence`, `correct`: of each test image, `[N]`;
-    `in_scores[score]` `[N]`; `out_scores[set][score]` `[M]`; `measures[set][score]`: those of `MEASURES`.
+    `errors`: error detection and calibration, by measure, and with temperature scaling the calibration after it;
+    `confidence`, `correct`: of each test image, `[N]`; `in_scores[score]` `[N]`; `out_scores[set][score]` `[M]`;
+    `measures[set][score]`: those of `MEASURES`.
     """
 
     errors: dict[str, float]
@@ -65,6 +66,8 @@ def _on_test_images(index: int, scorer: Scorer, real: RealData, labels: np.ndarr
     if not np.isfinite(logits).all():
         raise UserError(f"--folder: network {index} has outputs that are not finite; train it again")
     errors = error_detection(logits, labels) | calibration(logits, labels)
+    if scorer.fitted_temperature is not None:
+        errors |= scaled_calibration(logits, labels, scorer.fitted_temperature)
     return NetworkScores(errors, *confidence_and_correct(logits, labels), scores)
 
 

@@ -12,19 +12,20 @@ import numpy as np
 
 from utils.core.errors import UserError
 from utils.files.text_files import read_json
-from utils.ood.calibration import CALIBRATION_MEASURES, Reliability, reliability
+from utils.ood.calibration import CALIBRATION_MEASURES, SCALED_MEASURES, Reliability, reliability
 from utils.ood.measures import ERROR_MEASURES, MEASURES
 from utils.ood.network_scores import NetworkScores
 
-NETWORK_MEASURES = (*ERROR_MEASURES, *CALIBRATION_MEASURES)
+NETWORK_MEASURES = (*ERROR_MEASURES, *CALIBRATION_MEASURES, *SCALED_MEASURES)
 
 
 @dataclass
 class Results:
     """What stage 3 measured.
 
-    `errors`: one dict of `NETWORK_MEASURES` per network. `rows`: one dict per network, OOD set and score, with the keys
-    `network`, `set`, `score` and `MEASURES`; NaN where a score was not finite. `missing`: OOD sets that were skipped.
+    `errors`: one dict of `NETWORK_MEASURES` per network (`SCALED_MEASURES` only with temperature scaling). `rows`: one
+    dict per network, OOD set and score, with the keys `network`, `set`, `score` and `MEASURES`; NaN where a score was
+    not finite. `missing`: OOD sets that were skipped.
     """
 
     errors: list[dict[str, float]] = field(default_factory=list)
@@ -49,7 +50,7 @@ class Results:
         return [float(np.mean(v)) for v in values.values()]
 
     def of_networks(self, measure: str) -> list[float]:
-        """One of `NETWORK_MEASURES` for each network; NaN if an older report lacks it."""
+        """One of `NETWORK_MEASURES` for each network; NaN if the report lacks it."""
         return [e.get(measure, math.nan) for e in self.errors]
 
 

@@ -18,6 +18,9 @@ OF_NETWORKS = {  # measure of the networks: title, factor, digits
     "nll": ("NLL ↓", 1, 3),
     "auroc": ("error AUROC ↑", 100, 2),
     "aurc": ("AURC ↓", 100, 2),
+    "temperature": ("temperature", 1, 2),
+    "scaled_ece": ("ECE, scaled ↓", 100, 2),
+    "scaled_nll": ("NLL, scaled ↓", 1, 3),
 }
 OF_SCORES = {"auroc": "AUROC {} ↑", "fpr_in": "FPR95 {} ↓", "aupr_in": "AUPR(IN) {} ↑"}
 

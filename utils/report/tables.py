@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from utils.ood.calibration import SCALED_MEASURES
 from utils.ood.measures import ERROR_MEASURES, MEASURES
 from utils.report.results import Results
 
@@ -35,6 +36,7 @@ def report_text(results: Results, scores: Sequence[str]) -> str:
         f"{len(results.errors)} networks; mean ± std over networks, in percent (NLL in nats, Brier in [0, 2]).",
         "## Accuracy and calibration",
         markdown_table(("accuracy", "ECE", "NLL", "Brier"), [(accuracy, ece, nll, brier)]),
+        *_scaled(results),
         "## Error detection (wrong predictions are positives)",
         markdown_table(("error rate", "AUROC", "AUPR", "FPR95", "AURC"), [errors]),
     ]
@@ -48,6 +50,18 @@ def report_text(results: Results, scores: Sequence[str]) -> str:
         rows += [[name, *["missing"] * len(MEASURES)] for name in results.missing]
         parts += [f"## OOD detection, score {score}", markdown_table(header, rows)]
     return "\n\n".join(parts) + "\n"
+
+
+def _scaled(results: Results) -> list[str]:
+    """Calibration after temperature scaling, if it was among the scores."""
+    if not any("temperature" in errors for errors in results.errors):
+        return []
+    scales = ((1, 2), (100, 2), (1, 4), (1, 4))
+    values = [
+        mean_std(results.of_networks(measure), scale=scale, digits=digits)
+        for measure, (scale, digits) in zip(SCALED_MEASURES, scales, strict=True)
+    ]
+    return ["## After temperature scaling", markdown_table(("temperature", "ECE", "NLL", "Brier"), [values])]
 
 
 def _row(results: Results, title: str, name: str | None, score: str) -> list[str]:
