@@ -29,8 +29,6 @@ table
 
 ablations() {
     local seed name all="jigsaw invert pixelate rgb-ghost gauss-speckle uniform-speckle avg-mean geo-mean"
-    local lambdas="0 0.1 0.5 1"
-    if [ "$METHOD" = MTT ]; then lambdas=""; fi # its experts and its matching depend on lambda_oe
     for seed in $SEEDS; do
         for name in $all; do
             POE="--corruptions $name"
@@ -39,13 +37,10 @@ ablations() {
             train poe 1 "$seed" "$dir/1-distilled" "$dir/2-networks"
             measure 1 "$seed" "$dir/2-networks" "$dir/3-ood"
         done
-        for LAMBDA in $lambdas; do # at ipc 1 distilling does not use it: no network is trained
-            dir=$OUT/lambda/$LAMBDA/seed$seed
-            train poe 1 "$seed" "$OUT/ipc1/poe/seed$seed/1-distilled" "$dir/2-networks"
-            measure 1 "$seed" "$dir/2-networks" "$dir/3-ood"
-        done
     done
     compare "$OUT/corruptions" $all
-    if [ -n "$lambdas" ]; then compare "$OUT/lambda" $lambdas; fi
+    # at ipc 1 distilling by gradients does not use lambda_oe, since no network is trained; MTT depends on it
+    POE=""
+    if [ "$METHOD" != MTT ]; then KINDS=poe sweep 1 "0 0.1 0.5 1"; fi
 }
 if [ -n "${ABLATIONS:-}" ]; then ablations; fi

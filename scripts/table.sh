@@ -18,6 +18,9 @@
 #   OUTLIERS POE        further flags of main_oe.py and main_poe.py, and of main_poe.py alone, e.g. OUTLIERS="--batch_oe 64"
 #   SOURCE              further flags of stage 2 for outliers that are not distilled, e.g. --mix_corruptions
 #   LAMBDA              --lambda_oe
+#   LAMBDAS             further weights of the outliers in stage 2, for the same distilled sets: $OUT/ipc<n>/lambda-<x>/<kind>
+#   DETECTORS           further scores of stage 3 for the same networks, fitted on the distilled and on the real images:
+#                       $OUT/ipc<n>/fit-distilled/<kind> and fit-real/<kind>
 #   DOWNLOAD            what may be fetched, as --download: none, data (the data set) or all; left out: the stages' default
 #   OUT                 folder for all results
 set -euo pipefail
@@ -37,6 +40,8 @@ EXPERTS=${EXPERTS:-}
 MTT=${MTT:-}
 SCORE=${SCORE:-msp}
 LAMBDA=${LAMBDA:-0.5}
+LAMBDAS=${LAMBDAS:-}
+DETECTORS=${DETECTORS:-}
 STAGE1=${STAGE1:-}
 STAGE2=${STAGE2:-}
 STAGE3=${STAGE3:-}
@@ -153,6 +158,39 @@ measure() {
     stage "$4" "$3" test_ood_model_syn.py $COMMON --ipc "$1" --seed "$2" --num_exp "$NETWORKS" --is_load_best --ood_path "$OOD" --ood_sets $OOD_SETS --score $SCORE --load_path "$3" $STAGE3
 }
 
+# sweep IPC LAMBDAS: stages 2 and 3 once more with other weights of the outliers, of all kinds that have any (not of whole)
+sweep() {
+    local ipc=$1 kind seed dir base distilled LAMBDA folders=()
+    for LAMBDA in $2; do
+        folders+=("$OUT/ipc$ipc/lambda-$LAMBDA")
+        for seed in $SEEDS; do
+            for kind in $KINDS; do
+                base=${kind%%-*} distilled="" dir=$OUT/ipc$ipc/lambda-$LAMBDA/$kind/seed$seed
+                if ! [[ $kind == oe || $kind == poe || $kind == *-* ]] || [[ $kind == *-none || $base == whole ]]; then continue; fi
+                if [[ $base == oe || $base == poe ]]; then distilled=$OUT/ipc$ipc/$base/seed$seed/1-distilled; fi
+                train "$kind" "$ipc" "$seed" "$distilled" "$dir/2-networks"
+                measure "$ipc" "$seed" "$dir/2-networks" "$dir/3-ood"
+            done
+        done
+    done
+    "$PYTHON" scripts/study.py "${folders[@]}" --prefixes $2 --scores $SCORE --of_networks accuracy ece nll --out "$OUT/ipc$ipc/lambda.md"
+}
+
+# detect IPC: stage 3 once more with the scores of DETECTORS, fitted on either set
+detect() {
+    local ipc=$1 kind seed fit where size SCORE=$DETECTORS more=$STAGE3 STAGE3
+    for fit in distilled real; do
+        STAGE3="$more --fit_on $fit"
+        for seed in $SEEDS; do
+            for kind in $KINDS; do
+                where=$(place "$kind" "$ipc")/seed$seed/2-networks
+                size=$([ "${kind%%-*}" = whole ] && echo 1 || echo "$ipc")
+                measure "$size" "$seed" "$where" "$OUT/ipc$ipc/fit-$fit/$kind/seed$seed/3-ood"
+            done
+        done
+    done
+}
+
 check_kinds
 
 # The whole table: $OUT/ipc<n>/<kind>/seed<s>/{1-distilled,2-networks,3-ood}, and the comparison of the kinds for each ipc.
@@ -177,6 +215,8 @@ table() {
             done
         done
         compare "$OUT/ipc$ipc" $KINDS
+        if [ -n "$LAMBDAS" ]; then sweep "$ipc" "$LAMBDAS"; fi
+        if [ -n "$DETECTORS" ]; then detect "$ipc"; fi
     done
 }
 

@@ -177,8 +177,51 @@ def test_ablations(table):
     corruptions = [w[w.index("--corruptions") + 1] for w in commands if "--corruptions" in w]
     assert len(corruptions) == 2 * 8
     assert len(set(corruptions)) == 8
-    trained = [w for w in commands if "/lambda/" in " ".join(w) and w[0] == "train_model_synthetic_oe.py"]
+    trained = [w for w in commands if "/lambda-" in " ".join(w) and w[0] == "train_model_synthetic_oe.py"]
     assert sorted(w[w.index("--lambda_oe") + 1] for w in trained) == sorted(["0", "0.1", "0.5", "1"] * 2)
+    assert not any("--corruptions" in w for w in trained)
+
+
+def test_other_weights_of_outliers(table):
+    kinds = "plain poe poe-corrupt poe-none random random-corrupt whole-corrupt"
+    status, commands = table("digits.sh", IPC="2", SEEDS="1 2", KINDS=kinds, LAMBDAS="0.25 2")
+    assert status == 0
+    first = commands.index(next(w for w in commands if "/lambda-" in " ".join(w)))
+    *again, study = commands[first:]
+    found = []
+    for words in again:
+        args = PARSERS[words[0]].get_args_parser().parse_args(words[1:])
+        kind, seed, stage = args.save_path.split("/")[-3:]
+        weight = args.save_path.split("/lambda-")[1].split("/")[0]
+        found.append((kind, seed, stage))
+        if stage == "2-networks":
+            assert args.lambda_oe == float(weight)
+            assert args.seed == int(seed[4:])
+            distilled = args.save_path.replace(f"lambda-{weight}/{kind}", "poe").replace("2-networks", "1-distilled")
+            assert args.load_path == (None if kind == "random-corrupt" else distilled)
+        else:
+            assert args.load_path == args.save_path.replace("3-ood", "2-networks")
+    with_outliers = ("poe", "poe-corrupt", "random-corrupt")
+    each = [(k, s, n) for s in ("seed1", "seed2") for k in with_outliers for n in ("2-networks", "3-ood")]
+    assert found == each * 2
+    assert study[0] == "scripts/study.py"
+    assert study[study.index("--prefixes") + 1 :][:2] == ["0.25", "2"]
+
+
+def test_further_detectors(table):
+    status, commands = table(
+        "digits.sh", IPC="2", SEEDS="1", KINDS="plain whole", DETECTORS="knn react", STAGE3="--compile off"
+    )
+    assert status == 0
+    again = [w for w in commands if "/fit-" in " ".join(w)]
+    assert len(again) == 4
+    for words, (fit, kind) in zip(
+        again, [(f, k) for f in ("distilled", "real") for k in ("plain", "whole")], strict=True
+    ):
+        args = test_ood_model_syn.get_args_parser().parse_args(words[1:])
+        assert (args.score, args.fit_on, args.compile) == (["knn", "react"], fit, "off")
+        assert f"/ipc2/fit-{fit}/{kind}/seed1/3-ood" in args.save_path
+        assert args.load_path.endswith(f"{'ipc2/' if kind == 'plain' else ''}{kind}/seed1/2-networks")
 
 
 @pytest.mark.parametrize("script", ["cifar10.sh", "cifar100.sh", "fashion_mnist.sh", "digits.sh"])
