@@ -21,7 +21,7 @@ half=0.05 tenth=0.01 # of the published learning rate
 case $METHOD in
     DC | DSA) known="published slow clamp careful careful-pool trained kcenter mixed pool kcenter-pool spread joint" ;;
     DM) known="published slow clamp careful careful-pool trained kcenter mixed pool kcenter-pool spread moments" half=0.5 tenth=0.1 ;;
-    *) known="published clamp kcenter" ;;
+    *) known="published clamp kcenter strong" ;;
 esac
 RECIPES=${RECIPES:-$known}
 
@@ -41,6 +41,7 @@ flags() {
         spread) echo "--spread_oe 100" ;;
         joint) echo "--matching joint" ;;
         moments) echo "--moments_oe 2" ;;
+        strong) echo "--outlier_recipe strong" ;;
     esac
 }
 
@@ -53,6 +54,9 @@ done
 for recipe in $RECIPES; do
     # undistilled outliers are drawn as the recipe draws its own
     source=$([ "$recipe" = mixed ] && echo --mix_corruptions || true)
+    # the experts of MTT serve all recipes but strong, whose experts weigh outliers more
+    weight=$([ "$recipe" = strong ] && echo 2 || true)
+    export EXPERT_LAMBDA=$weight BUFFERS=$OUT/buffers${weight:+-$recipe}
     OUTLIERS="$(flags "$recipe") $GIVEN" SOURCE=$source METHOD=$METHOD OUT=$OUT/$recipe IPC=$IPC KINDS=$KINDS SCORE=$SCORE \
         bash "scripts/$TABLE.sh"
 done

@@ -10,6 +10,8 @@
 #                                         (whole: alone, or with corrupt or real)
 #   METHOD              DC, DSA (default), DM or MTT
 #   EXPERTS MTT         for METHOD=MTT: flags of train_experts.py, and of stage 1, e.g. MTT="--syn_steps 50"
+#   BUFFERS             folder of the experts (left out: $OUT/buffers)
+#   EXPERT_LAMBDA       --lambda_oe of the experts (left out: LAMBDA), if OUTLIERS has an --expert_lambda_oe or --outlier_recipe
 #   MODEL ITERATIONS    the network, and the updates of the synthetic images (left out: 1000, or the method's default)
 #   NETWORKS EPOCHS     networks trained on each set, and their epochs; WHOLE_EPOCHS those on the whole training set
 #   SCORE               scores of stage 3
@@ -37,6 +39,7 @@ METHOD=${METHOD:-DSA}
 if [[ $METHOD == DC || $METHOD == DSA ]]; then ITERATIONS=${ITERATIONS:-1000}; fi
 ITERATIONS=${ITERATIONS:-}
 EXPERTS=${EXPERTS:-}
+EXPERT_LAMBDA=${EXPERT_LAMBDA:-}
 MTT=${MTT:-}
 SCORE=${SCORE:-msp}
 LAMBDA=${LAMBDA:-0.5}
@@ -83,7 +86,7 @@ stage() {
 buffers() {
     local more=""
     if [ "$1" = poe ]; then more=${POE//[^a-z]/}; fi
-    echo "$OUT/buffers/$1${more:+-$more}"
+    echo "${BUFFERS:-$OUT/buffers}/$1${more:+-$more}"
 }
 
 # experts KIND: train the experts of MTT for a kind; existing ones are not trained again
@@ -91,8 +94,8 @@ experts() {
     local kind=$1 outliers=$1 more=""
     case $kind in
         plain) outliers=none ;;
-        oe) more="--oe_data_path $OE_DATA --lambda_oe $LAMBDA" ;;
-        poe) more="--lambda_oe $LAMBDA $POE" ;;
+        oe) more="--oe_data_path $OE_DATA --lambda_oe ${EXPERT_LAMBDA:-$LAMBDA}" ;;
+        poe) more="--lambda_oe ${EXPERT_LAMBDA:-$LAMBDA} $POE" ;;
     esac
     set -- train_experts.py --dataset "$DATASET" --data_path "$DATA" --model "$MODEL" ${DOWNLOAD:+--download $DOWNLOAD} $AUGMENT \
         --outliers "$outliers" $more --buffer_path "$(buffers "$kind")" $EXPERTS

@@ -284,11 +284,15 @@ def test_all_recipes_of_outliers(table, method, rate):
     given = "" if method == "MTT" else "--batch_oe 32"
     status, commands = table("outliers.sh", METHOD=method, IPC="2", SEEDS="4", KINDS="poe poe-corrupt", OUTLIERS=given)
     assert status == 0, table.err
-    rates, recipes = set(), set()
+    rates, recipes, weights = set(), set(), {}
     for words in commands:
         if words[0] not in PARSERS:
             continue
         args = PARSERS[words[0]].get_args_parser().parse_args(words[1:])
+        if words[0] == "train_experts.py":
+            weights[args.buffer_path] = args.lambda_oe
+        if words[0] == "main_poe.py" and method == "MTT":  # the experts are those that the recipe wants
+            assert weights[args.buffer_path] == (args.expert_lambda_oe or args.lambda_oe)
         if words[0] == "main_poe.py":
             assert args.batch_oe == (None if method == "MTT" else 32)
             rates.add(args.lr_img_oe)
@@ -298,6 +302,7 @@ def test_all_recipes_of_outliers(table, method, rate):
             assert args.mix_corruptions == mixed
     assert rates == ({None} if rate is None else {None, rate / 2, rate / 10})
     assert len(recipes) >= (3 if method == "MTT" else 9)
+    assert sorted(weights.values()) == ([0.5, 2] if method == "MTT" else [])
     study = next(words for words in commands if words[0] == "scripts/study.py")
     assert study[study.index("--base") + 1] == "poe"
 

@@ -489,6 +489,27 @@ def test_experts_with_another_weight_of_outliers(in_process, refused):
     assert "are of another kind: outliers" in refused("main_poe.py", *STAGE1, "--lambda_oe", 3)
 
 
+def test_experts_that_saw_stronger_outliers(in_process, refused, tmp_path):
+    """`--outlier_recipe strong` is `--expert_lambda_oe 2`: other experts, the same student as with their own weight."""
+    few = ["--Iteration", 2, "--num_exp", 1, "--num_eval", 1, "--epoch_eval_train", 3]
+    assert "--method DC has no such; --method MTT has" in refused("main_poe.py", *DIGITS, "--outlier_recipe", "strong")
+    assert "main.py distils no outliers" in refused("main.py", *STAGE1, "--expert_lambda_oe", 2)
+    error = refused("main_poe.py", *STAGE1, "--outlier_recipe", "strong")
+    words = shlex.split(error.split("make them: ")[1])
+    assert train_experts.get_args_parser().parse_args(words[2:]).lambda_oe == 2
+    in_process("train_experts.py", *TEACH, "--outliers", "poe", "--train_epochs", 4, "--lambda_oe", 2)
+    assert '"lambda_oe": 0.5}. Give' in refused("main_poe.py", *STAGE1)
+    found = {}
+    for name, flags in {
+        "recipe": ("--outlier_recipe", "strong"), "flag": ("--expert_lambda_oe", 2), "student": ("--lambda_oe", 2)
+    }.items():  # fmt: skip
+        in_process("main_poe.py", *STAGE1, *few, *flags, "--save_path", name)
+        (file,) = (tmp_path / name).rglob("res_*.pt")
+        found[name] = torch.load(file, weights_only=True)["data_oe"][0][0]
+    assert torch.equal(found["recipe"], found["flag"])
+    assert not torch.equal(found["recipe"], found["student"])
+
+
 def test_experts_without_a_description(in_process, refused, tmp_path):
     in_process("train_experts.py", *TEACH, "--train_epochs", 4)
     (tmp_path / "buffers/Digits_NO_ZCA/ConvNetD1/experts.json").unlink()

@@ -31,6 +31,7 @@ from utils.data.outliers import OutlierSource
 from utils.data.synthetic import SyntheticSet
 from utils.methods import Flag, MethodEntry, MethodInputs, register
 from utils.methods.experts import ABOUT, ExpertBuffer, ExpertSettings, check_about, describe, expert_folder
+from utils.methods.match_draws import refuse_without_outliers
 from utils.synthesis.learnable import LearnableSet, shared_settings
 from utils.synthesis.recipe import OutlierRecipe
 from utils.training.losses import joint_loss
@@ -275,7 +276,8 @@ def _build(inputs: MethodInputs) -> TrajectoryMatching:
     net = get_network(f["model"], real.channel, real.num_classes, real.im_size, generator(0))
     last = f["max_start_epoch"] - 1 + f["expert_epochs"]
     experts = ExpertBuffer(folder, [p.shape for p in net.parameters()], f["max_experts"], _how_to_make(inputs, last))
-    described = check_about(folder, describe(real, f["model"], inputs.outliers, f.get("lambda_oe")), "--buffer_path")
+    weight = _weight_of_experts(inputs)
+    described = check_about(folder, describe(real, f["model"], inputs.outliers, weight), "--buffer_path")
     if not described and inputs.outliers is not None:
         raise UserError(
             f"--buffer_path: {folder} has no {ABOUT}, so its experts have seen no outliers; make them with "
@@ -294,9 +296,16 @@ def _build(inputs: MethodInputs) -> TrajectoryMatching:
     return method
 
 
+def _weight_of_experts(inputs: MethodInputs) -> float | None:
+    """The weight that outliers had in the training of the experts, or None without outliers."""
+    refuse_without_outliers(inputs, expert_lambda_oe=None)
+    own = inputs.flags["expert_lambda_oe"]
+    return inputs.flags.get("lambda_oe") if own is None else own
+
+
 def _how_to_make(inputs: MethodInputs, epochs: int) -> str:
     """The command that trains the experts of these flags, with at least `epochs` epochs."""
-    f = inputs.flags
+    f = {**inputs.flags, "lambda_oe": _weight_of_experts(inputs)}
     kind = "none" if inputs.outliers is None else inputs.outliers.describe()["kind"]
     names = ["dataset", "data_path", "im_size", "model", "seed", "buffer_path", "dsa_strategy"]
     names += ["lambda_oe"] if kind != "none" else []
@@ -326,6 +335,13 @@ FLAGS = (
     Flag("lr_lr", number(0), 1e-5, "learning rate of the student's learning rate; 0 keeps it fixed"),
     Flag("lr_teacher", number(0, exclusive=True), 0.01, "the student's initial learning rate"),
     Flag("batch_syn", count(1), None, "synthetic images per step; left out: all. Lower it if memory runs out"),
+    Flag(
+        "expert_lambda_oe",
+        number(0),
+        None,
+        "--lambda_oe of the experts; left out: --lambda_oe. If larger, the outliers learn to do at --lambda_oe what "
+        "others do at this weight",
+    ),
     Flag("max_experts", count(1), None, "use only this many experts, the first ones; left out: all"),
 )
 register(

@@ -1,8 +1,12 @@
 """The flags of outliers in stage 1, and of their weight in network training."""
 
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
 from utils.core.parser import Parser, count, number, one_of
 from utils.data.corruptions import CORRUPTIONS, DEFAULT_CORRUPTIONS
-from utils.synthesis.recipe import STARTS
+from utils.synthesis.recipe import METHODS_OF_RECIPES, RECIPES, STARTS
 
 
 def add_outlier_weight(parser: Parser) -> None:
@@ -36,7 +40,29 @@ def add_outliers(parser: Parser, distilled: bool = True) -> None:
         group.add_argument(
             "--clamp_oe", action="store_true", help="keep the outliers in the range of pixels, after each update"
         )
+        group.add_argument(
+            "--outlier_recipe",
+            type=one_of("outlier recipe", RECIPES),
+            default="published",
+            help="a set of flags; strong, for MTT: --expert_lambda_oe 2. The best measured (docs/results.md)",
+        )
+        parser.completions.append(_follow_recipe)
     add_outlier_weight(parser)
+
+
+def _follow_recipe(
+    parser: Parser, args: argparse.Namespace, given: Mapping[str, Any]
+) -> tuple[argparse.Namespace, Mapping[str, Any]]:
+    """Set the flags of `--outlier_recipe` that were not given."""
+    method = METHODS_OF_RECIPES.get(args.outlier_recipe, args.method)
+    if args.method != method:
+        parser.error(
+            f"--outlier_recipe {args.outlier_recipe}: --method {args.method} has no such; --method {method} has"
+        )
+    for name, value in RECIPES[args.outlier_recipe].items():
+        if name not in given:
+            setattr(args, name, value)
+    return args, given
 
 
 def add_oe(parser: Parser) -> None:

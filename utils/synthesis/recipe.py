@@ -16,6 +16,8 @@ from utils.training_sets.features import FeatureNetworks
 from utils.training_sets.undistilled import k_center_by_slot
 
 STARTS = ("random", "kcenter")
+RECIPES: dict[str, dict[str, Any]] = {"published": {}, "strong": {"expert_lambda_oe": 2.0}}  # flags, by recipe
+METHODS_OF_RECIPES = {"strong": "MTT"}  # those that only one method has
 
 
 @dataclass(frozen=True)
