@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils.core.errors import UserError
 from utils.core.parser import Parser, one_of
 from utils.files.atomic import save_text
-from utils.report.study import OF_NETWORKS, OF_SCORES, Column, Kind, differences, mean_rows, read_kind
+from utils.report.study import OF_NETWORKS, OF_SCORES, Column, Kind, differences, mean_rows, read_kind, score_rows
 from utils.stages.entry import run_script
 
 TITLES = {"plain": "none", "poe": "distilled", "oe": "distilled (OE)"}  # of the outliers of a kind
@@ -29,7 +29,9 @@ def get_args_parser() -> Parser:
     parser.add_argument("--kinds", nargs="+", default=None, help="the kinds to show, in order; left out: all")
     parser.add_argument("--base", default=None, help="the kind whose difference to each other kind is shown")
     parser.add_argument("--against", nargs="+", default=None, help="the kinds to compare --base with; left out: all")
-    parser.add_argument("--scores", nargs="+", default=["msp", "mls"], help="OOD scores, means over the sets")
+    parser.add_argument(
+        "--scores", nargs="+", default=None, help="OOD scores; left out: msp mls, or with --by_score all"
+    )
     parser.add_argument(
         "--of_networks", nargs="*", type=one_of("measure", OF_NETWORKS), default=["accuracy", "ece"],
         help=f"measures of the networks, out of {', '.join(OF_NETWORKS)}",
@@ -37,6 +39,10 @@ def get_args_parser() -> Parser:
     parser.add_argument(
         "--measures", nargs="+", type=one_of("measure", OF_SCORES), default=["auroc", "fpr_in"],
         help=f"measures of OOD detection, out of {', '.join(OF_SCORES)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--by_score", type=one_of("measure", OF_SCORES), default=None,
+        help="instead, one table of this measure: a row for each score, a column for each kind",
     )  # fmt: skip
     parser.add_argument("--sets", action="store_true", help="show each OOD set, too, beside the mean")
     parser.add_argument("--out", default=None, help="markdown file to write")
@@ -50,24 +56,33 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--prefixes: {len(args.prefixes)} words for {len(folders)} folders; give one each")
     studies = read_studies(folders, args.prefixes or [""] * len(folders), args.kinds)
     kinds = [kind for study in studies for kind in study.values()]
+    if args.by_score:
+        measured = dict.fromkeys(s for kind in kinds for results in kind.seeds.values() for s in results.scores())
+        parts = [score_rows(kinds, args.scores or list(measured), args.by_score)]
+    else:
+        parts = tables(args, studies, kinds, args.scores or ["msp", "mls"])
+    text = "\n\n".join(parts) + "\n"
+    print(text, end="")
+    if args.out:
+        save_text(Path(args.out), text)
+
+
+def tables(args: argparse.Namespace, studies: list[dict[str, Kind]], kinds: list[Kind], scores: list[str]) -> list[str]:
+    """The mean rows, the differences, and the rows of each OOD set, as the flags say."""
     for kind in kinds:
         for results in kind.seeds.values():
-            if missing := [score for score in args.scores if score not in results.scores()]:
+            if missing := [score for score in scores if score not in results.scores()]:
                 raise UserError(
                     f"--scores: {missing[0]} is not in {kind.name}, which has {', '.join(results.scores())}"
                 )
-    of_networks = [Column(measure) for measure in args.of_networks]
-    columns = [*of_networks, *columns_of(args.scores, args.measures, None)]
+    columns = [*map(Column, args.of_networks), *columns_of(scores, args.measures, None)]
     parts = [mean_rows(kinds, columns)]
     if args.base:
         parts += paired(studies, args.base, args.against, columns)
     if args.sets:
         names = next(iter(kinds[0].seeds.values())).sets()
-        parts += [mean_rows(kinds, columns_of(args.scores, args.measures, name)) for name in names]
-    text = "\n\n".join(parts) + "\n"
-    print(text, end="")
-    if args.out:
-        save_text(Path(args.out), text)
+        parts += [mean_rows(kinds, columns_of(scores, args.measures, name)) for name in names]
+    return parts
 
 
 def columns_of(scores: list[str], measures: list[str], name: str | None) -> list[Column]:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from pytorch_ood import detector as library
 from pytorch_ood.metrics import OODMetrics
 from pytorch_ood.metrics import functional as theirs
@@ -250,3 +251,24 @@ def test_a_temperature_needs_a_mistake():
     with pytest.raises(ValueError, match="right on all of them"):
         best_temperature(logits, np.arange(3))
     assert best_temperature(5 * logits, np.array([0, 1, 0])) > 1
+
+
+def test_times_of_scores(in_process, refused, monkeypatch, tmp_path):
+    """A row for each score; a dash where one cannot be fitted; times for 10,000 images from those of fewer."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    shared = ["--dataset", "Digits", "--model", "ConvNetD1", "--ipc", 1, "--method", "DC"]
+    in_process("main.py", *shared, "--init", "real", "--Iteration", 0, "--num_exp", 1, "--num_eval", 1,
+               "--epoch_eval_train", 1)  # fmt: skip
+    in_process("train_model_synthetic_no_oe.py", *shared, "--num_eval", 1, "--epoch_eval_train", 5)
+    (folder,) = (tmp_path / "result-model-synthetic-no-oe/DC/Digits/ConvNetD1/1").iterdir()
+    clock = iter(range(1000))  # each reading is a second later
+    import score_times
+
+    monkeypatch.setattr(score_times.time, "perf_counter", lambda: next(clock))
+    out = in_process("score_times.py", folder, "--scores", "msp", "knn", "openmax", "--images", 20, "--out", "t.md")
+    assert (tmp_path / "t.md").read_text() == out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[2:]]
+    assert rows == [
+        ["msp", "", "", "500.00"], ["knn", "1.00", "1.00", "500.00"], ["openmax", "-", "1.00", "500.00"]
+    ]  # fmt: skip
+    assert "is no run folder of stage 2" in refused("score_times.py", tmp_path)

@@ -118,6 +118,22 @@ def test_the_script(study, tmp_path, run):
     assert "AUROC mls uniform ↑" in shown
 
 
+def test_a_row_for_each_score(study, run):
+    folder, values = study
+    path = next((folder / "poe-corrupt/seed1").rglob("results.json"))  # one of the kinds has a further score
+    content = json.loads(path.read_text())
+    content["rows"] += [row | {"score": "knn", "fpr_in": 0.25} for row in content["rows"] if row["score"] == "msp"]
+    path.write_text(json.dumps(content))
+    status, shown, error = run(folder, "--kinds", "poe", "poe-corrupt", "--by_score", "fpr_in")
+    assert status == 0, error
+    header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines())
+    assert header == ["score, FPR95 ↓", "distilled images, distilled", "distilled images, corrupt"]
+    assert [row[0] for row in rows] == ["msp", "mls", "knn"]
+    mls = [100 * v for seed in (1, 2, 10) for v in expected(values["poe", seed], "mls", "fpr_in")]
+    assert rows[1][1] == f"{np.mean(mls):.2f} ± {np.std(mls):.2f}"
+    assert rows[2][1:] == ["-", "25.00 ± 0.00"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -96,6 +96,18 @@ def mean_rows(kinds: Sequence[Kind], columns: Sequence[Column]) -> str:
     return markdown_table(("images, outliers", *(column.title for column in columns)), rows)
 
 
+def score_rows(kinds: Sequence[Kind], scores: Sequence[str], measure: str) -> str:
+    """A markdown table of one of `OF_SCORES`, mean over the OOD sets: a row for each score, a column for each kind.
+
+    A cell is `mean ± std` over the networks of all seeds, or a dash where the kind was not measured by that score.
+    """
+    rows = []
+    for score in scores:
+        column = Column(measure, score)
+        rows.append([score, *(mean_std(kind.values(column), *column.unit) for kind in kinds)])
+    return markdown_table((f"score, {OF_SCORES[measure].replace(' {}', '')}", *(kind.name for kind in kinds)), rows)
+
+
 def differences(base: Kind, others: Sequence[Kind], columns: Sequence[Column]) -> str:
     """A markdown table: `base` minus each other kind, paired by seed.
 
