@@ -181,9 +181,11 @@ sweep() {
 
 # detect IPC: stage 3 once more with the scores of DETECTORS, fitted on either set
 detect() {
-    local ipc=$1 kind seed fit where size SCORE=$DETECTORS more=$STAGE3 STAGE3
+    local ipc=$1 kind seed fit where size SCORE more=$STAGE3 STAGE3
     for fit in distilled real; do
         STAGE3="$more --fit_on $fit"
+        # networks are right on all images that they were trained on, so that no temperature fits
+        if [ $fit = distilled ]; then SCORE=${DETECTORS//tscaling/}; else SCORE=$DETECTORS; fi
         for seed in $SEEDS; do
             for kind in $KINDS; do
                 where=$(place "$kind" "$ipc")/seed$seed/2-networks

@@ -210,7 +210,7 @@ def test_other_weights_of_outliers(table):
 
 def test_further_detectors(table):
     status, commands = table(
-        "digits.sh", IPC="2", SEEDS="1", KINDS="plain whole", DETECTORS="knn react", STAGE3="--compile off"
+        "digits.sh", IPC="2", SEEDS="1", KINDS="plain whole", DETECTORS="knn tscaling react", STAGE3="--compile off"
     )
     assert status == 0
     again = [w for w in commands if "/fit-" in " ".join(w)]
@@ -219,7 +219,8 @@ def test_further_detectors(table):
         again, [(f, k) for f in ("distilled", "real") for k in ("plain", "whole")], strict=True
     ):
         args = test_ood_model_syn.get_args_parser().parse_args(words[1:])
-        assert (args.score, args.fit_on, args.compile) == (["knn", "react"], fit, "off")
+        scores = ["knn", "react"] if fit == "distilled" else ["knn", "tscaling", "react"]
+        assert (args.score, args.fit_on, args.compile) == (scores, fit, "off")
         assert f"/ipc2/fit-{fit}/{kind}/seed1/3-ood" in args.save_path
         assert args.load_path.endswith(f"{'ipc2/' if kind == 'plain' else ''}{kind}/seed1/2-networks")
 
