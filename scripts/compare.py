@@ -14,7 +14,17 @@ from utils.core.errors import UserError
 from utils.core.parser import Parser, one_of
 from utils.files.atomic import save_text
 from utils.ood.measures import MEASURES
-from utils.report.compare import Row, Run, comparison_rows, find_runs, latex, markdown, plot_comparison, table_csv
+from utils.report.compare import (
+    Row,
+    Run,
+    comparison_rows,
+    find_runs,
+    latex,
+    markdown,
+    of_scores,
+    plot_comparison,
+    table_csv,
+)
 from utils.report.page import comparison_page
 from utils.stages.entry import run_script
 
@@ -42,6 +52,7 @@ def get_args_parser() -> Parser:
         default=["fpr_in", "auroc", "aupr_in"],
         help=f"which of {', '.join(MEASURES)}",
     )
+    parser.add_argument("--scores", nargs="+", default=None, help="only these OOD scores; left out: all")
     parser.add_argument(
         "--results",
         nargs="+",
@@ -65,6 +76,8 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--html: give --out, too: the folder that the page is written into")
     search = [Path(root) for root in args.results] if args.results else sorted(Path().glob("result*"))
     runs = find_runs([Path(folder) for folder in args.folders], args.names, search)
+    if args.scores:
+        runs = [of_scores(run, args.scores) for run in runs]
     rows = comparison_rows(runs, args.measures)
     written = write(Path(args.out), runs, rows, args.html) if args.out else []
     print(markdown(runs, rows))

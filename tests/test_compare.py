@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 from networks import get_network
@@ -106,7 +107,7 @@ STAGE3 = ["--dataset", "Digits", "--model", "ConvNetD1", "--ipc", 1, "--method",
 STAGE3 += ["--num_exp", 2, "--num_ood_ratio", 6, "--ood_sets", "patches", "uniform"]
 
 
-def test_from_stage_1_to_the_page(chain, script, in_process, tmp_path):
+def test_from_stage_1_to_the_page(chain, script, in_process, refused, monkeypatch, tmp_path):
     stage1, stage2 = chain
     printed = in_process("test_ood_model_syn.py", *STAGE3, "--score", "msp", "knn", "odin")
     assert "knn: fitted on the distilled set, 10 images" in printed
@@ -131,6 +132,11 @@ def test_from_stage_1_to_the_page(chain, script, in_process, tmp_path):
         f"compare.{e}" for e in ("md", "csv", "tex", "png", "html")
     }
     check_page((tmp_path / "out" / "compare.html").read_text(), pictures=1 + 3 * 8)
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    assert "first was not measured by gen" in refused("compare.py", stage3, "--names", "first", "--scores", "gen")
+    some = in_process("compare.py", stage3, "--names", "one", "--scores", "odin", "msp", "--measures", "auroc")
+    titles = [cells[1].strip() for line in some.splitlines() if "AUROC" in line and (cells := line.split("|"))]
+    assert titles == [f"{name} ({score})" for score in ("odin", "msp") for name in ("patches", "uniform", "mean")]
     with pytest.raises(UserError, match=r"none of the 0 under .* was made from it"):
         find_runs([stage2], None, [tmp_path / "out"])
 

@@ -4,7 +4,7 @@ import csv
 import io
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +125,19 @@ def stage3_folders(folder: Path, search: Sequence[Path]) -> list[Path]:
             "test_ood_model_syn.py, or name the root of its results with --results"
         )
     return made
+
+
+def of_scores(run: Run, scores: Sequence[str]) -> Run:
+    """The run with these scores alone, in this order.
+
+    Raises:
+        UserError: naming a score that it does not have.
+    """
+    results = run.results
+    if missing := [score for score in scores if score not in results.scores()]:
+        raise UserError(f"--scores: {run.name} was not measured by {missing[0]}, only by {', '.join(results.scores())}")
+    rows = sorted((row for row in results.rows if row["score"] in scores), key=lambda row: scores.index(row["score"]))
+    return replace(run, results=replace(results, rows=rows))
 
 
 def pooled(results: Iterable[Results]) -> Results:

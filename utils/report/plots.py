@@ -274,5 +274,6 @@ def _draw_bars(axis: "Axes", names: Sequence[str], panel: BarPanel) -> None:
     axis.set_xticks(range(len(panel.sets)), panel.sets)
     axis.set_ylabel(f"AUROC (%), {panel.score}")
     defined = panel.values[np.isfinite(panel.values)]
-    axis.set_ylim(max(0, min(45, defined.min() - 5)) if defined.size else 0, 100)
+    low, high = (min(45, defined.min() - 5), defined.max() + 5) if defined.size else (0, 100)
+    axis.set_ylim(max(0, low), min(100, 10 * np.ceil(high / 10)))
     axis.axhline(50, color="grey", linewidth=0.8, linestyle=":")
