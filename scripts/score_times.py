@@ -57,7 +57,10 @@ def main(args: argparse.Namespace) -> None:
         "distilled": FitSet("distilled set", synthetic.hard_labels, lambda index: synthetic.images[index]),
         "real": FitSet("real training set", real.labels_train, real.train_batch),
     }
-    rows = [times_of(score, folder, flags["model"], real, sets, args) for score in args.scores]
+    rows = []
+    for score in args.scores:
+        rows.append(times_of(score, folder, flags["model"], real, sets, args))
+        print(f"{len(rows)}/{len(args.scores)} {score}: {rows[-1][-1]} s", file=sys.stderr, flush=True)
     header = ("score", "fit on the distilled set, s", "fit on the real set, s", "10,000 images, s")
     text = markdown_table(header, rows) + "\n"
     print(text, end="")
