@@ -40,7 +40,6 @@ ablations() {
     done
     compare "$OUT/corruptions" $all
     # at ipc 1 distilling by gradients does not use lambda_oe, since no network is trained; MTT depends on it
-    POE=""
     if [ "$METHOD" != MTT ]; then KINDS=poe sweep 1 "0 0.1 0.5 1"; fi
 }
 if [ -n "${ABLATIONS:-}" ]; then ablations; fi

@@ -17,6 +17,7 @@ IPC=${IPC:-1 10}
 KINDS=${KINDS:-poe poe-initial poe-kcenter poe-corrupt}
 SCORE=${SCORE:-msp mls}
 GIVEN=${OUTLIERS:-}
+EXPERTS_IN=${BUFFERS:-$OUT/buffers}
 half=0.05 tenth=0.01 # of the published learning rate
 case $METHOD in
     DC | DSA) known="published slow clamp careful careful-pool trained kcenter mixed pool kcenter-pool spread joint" ;;
@@ -55,8 +56,7 @@ for recipe in $RECIPES; do
     # undistilled outliers are drawn as the recipe draws its own
     source=$([ "$recipe" = mixed ] && echo --mix_corruptions || true)
     # the experts of MTT serve all recipes but strong, whose experts weigh outliers more
-    weight=$([ "$recipe" = strong ] && echo 2 || true)
-    export EXPERT_LAMBDA=$weight BUFFERS=$OUT/buffers${weight:+-$recipe}
+    export BUFFERS=$EXPERTS_IN$([ "$recipe" = strong ] && echo -strong || true)
     OUTLIERS="$(flags "$recipe") $GIVEN" SOURCE=$source METHOD=$METHOD OUT=$OUT/$recipe IPC=$IPC KINDS=$KINDS SCORE=$SCORE \
         bash "scripts/$TABLE.sh"
 done

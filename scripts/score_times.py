@@ -71,24 +71,26 @@ def main(args: argparse.Namespace) -> None:
 def times_of(
     score: str, folder: Path, model: str, real: RealData, sets: dict[str, FitSet], args: argparse.Namespace
 ) -> list[str]:
-    """The row of a score: seconds of fitting on either set (a dash where that is not possible), and of scoring."""
+    """The row of a score: seconds of fitting on either set, and of scoring; a dash where that is not possible."""
     net = load_trained(folder, model, real, 0, "best")
     images = real.test_images[: args.images]
-    cells, scorer = [], Scorer(net, (score,), 1.0, real.std)
-    for fit in sets.values() if need_fitting([score]) else ():
+    cells, scorer = [], None
+    for fit in sets.values() if need_fitting([score]) else (None,):
         candidate = Scorer(net, (score,), 1.0, real.std)
         try:
             seconds = timed(real, lambda: candidate.prepare(images[:2], fit, args.batch_test))  # noqa: B023
-        except UserError:
+        except UserError as error:
+            print(error, file=sys.stderr)
             cells.append("-")
-            continue
-        cells.append(f"{seconds:.2f}")
-        scorer = candidate
-    if not cells:
-        scorer.prepare(images[:2], None, args.batch_test)
+        else:
+            cells.append(f"{seconds:.2f}")
+            scorer = candidate
+    cells = cells if need_fitting([score]) else ["", ""]
+    if scorer is None:
+        return [score, *cells, "-"]
     scorer(images[: args.batch_test], args.batch_test)  # also decides into how many parts a batch is split
     seconds = [timed(real, lambda: scorer(images, args.batch_test)) for _ in range(args.repeats)]
-    return [score, *(cells or ["", ""]), f"{statistics.median(seconds) * 10_000 / len(images):.2f}"]
+    return [score, *cells, f"{statistics.median(seconds) * 10_000 / len(images):.2f}"]
 
 
 def timed(real: RealData, function: Callable[[], object]) -> float:

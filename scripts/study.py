@@ -57,7 +57,11 @@ def main(args: argparse.Namespace) -> None:
     studies = read_studies(folders, args.prefixes or [""] * len(folders), args.kinds)
     kinds = [kind for study in studies for kind in study.values()]
     if args.by_score:
+        if unused := [name for name in ("base", "against", "sets") if getattr(args, name)]:
+            raise UserError(f"--{unused[0]}: --by_score is one table without it; leave one of them out")
         measured = dict.fromkeys(s for kind in kinds for results in kind.seeds.values() for s in results.scores())
+        if missing := [score for score in args.scores or [] if score not in measured]:
+            raise UserError(f"--scores: no kind has {missing[0]}; they have {', '.join(measured)}")
         parts = [score_rows(kinds, args.scores or list(measured), args.by_score)]
     else:
         parts = tables(args, studies, kinds, args.scores or ["msp", "mls"])
@@ -91,14 +95,15 @@ def columns_of(scores: list[str], measures: list[str], name: str | None) -> list
 
 
 def read_studies(folders: list[Path], prefixes: list[str], names: list[str] | None) -> list[dict[str, Kind]]:
-    """The kinds in each folder, by name; a kind may also lie beside the folder, as the whole training set does."""
+    """The kinds in each folder, by name; those of the whole training set may lie beside the folder."""
     studies: list[dict[str, Kind]] = []
     seen: set[Path] = set()
     for folder, prefix in zip(folders, prefixes, strict=True):
         if not folder.is_dir():
             raise UserError(f"{folder} is no folder; give folders of a table script, e.g. result-tables/digits/ipc1")
         known = names or sorted(path.name for path in folder.iterdir() if list(path.glob("seed*/3-ood")))
-        places = {name: folder / name if (folder / name).is_dir() else folder.parent / name for name in known}
+        beside = {name for name in known if name.startswith("whole") and not (folder / name).is_dir()}
+        places = {name: (folder.parent if name in beside else folder) / name for name in known}
         places = {name: place for name, place in places.items() if place.is_dir() and place.resolve() not in seen}
         seen |= {place.resolve() for place in places.values()}
         studies.append({name: read_kind(place, title(name, prefix)) for name, place in places.items()})

@@ -11,7 +11,7 @@
 #   METHOD              DC, DSA (default), DM or MTT
 #   EXPERTS MTT         for METHOD=MTT: flags of train_experts.py, and of stage 1, e.g. MTT="--syn_steps 50"
 #   BUFFERS             folder of the experts (left out: $OUT/buffers)
-#   EXPERT_LAMBDA       --lambda_oe of the experts (left out: LAMBDA), if OUTLIERS has an --expert_lambda_oe or --outlier_recipe
+#   EXPERT_LAMBDA       --lambda_oe of the experts, if OUTLIERS has --expert_lambda_oe (left out: LAMBDA; with the recipe strong: 2)
 #   MODEL ITERATIONS    the network, and the updates of the synthetic images (left out: 1000, or the method's default)
 #   NETWORKS EPOCHS     networks trained on each set, and their epochs; WHOLE_EPOCHS those on the whole training set
 #   SCORE               scores of stage 3
@@ -39,7 +39,6 @@ METHOD=${METHOD:-DSA}
 if [[ $METHOD == DC || $METHOD == DSA ]]; then ITERATIONS=${ITERATIONS:-1000}; fi
 ITERATIONS=${ITERATIONS:-}
 EXPERTS=${EXPERTS:-}
-EXPERT_LAMBDA=${EXPERT_LAMBDA:-}
 MTT=${MTT:-}
 SCORE=${SCORE:-msp}
 LAMBDA=${LAMBDA:-0.5}
@@ -51,6 +50,7 @@ STAGE3=${STAGE3:-}
 DOWNLOAD=${DOWNLOAD:-}
 OUTLIERS=${OUTLIERS:-}
 POE=${POE:-}
+EXPERT_LAMBDA=${EXPERT_LAMBDA:-$([[ $OUTLIERS == *"--outlier_recipe strong"* ]] && echo 2 || true)}
 SOURCE=${SOURCE:-}
 WHOLE_EPOCHS=${WHOLE_EPOCHS:-30}
 
@@ -163,7 +163,7 @@ measure() {
 
 # sweep IPC LAMBDAS: stages 2 and 3 once more with other weights of the outliers, of all kinds that have any (not of whole)
 sweep() {
-    local ipc=$1 kind seed dir base distilled LAMBDA folders=()
+    local ipc=$1 kind seed dir base distilled LAMBDA folders=() measured=""
     for LAMBDA in $2; do
         folders+=("$OUT/ipc$ipc/lambda-$LAMBDA")
         for seed in $SEEDS; do
@@ -173,24 +173,26 @@ sweep() {
                 if [[ $base == oe || $base == poe ]]; then distilled=$OUT/ipc$ipc/$base/seed$seed/1-distilled; fi
                 train "$kind" "$ipc" "$seed" "$distilled" "$dir/2-networks"
                 measure "$ipc" "$seed" "$dir/2-networks" "$dir/3-ood"
+                measured=yes
             done
         done
     done
+    if [ -z "$measured" ]; then return; fi
     "$PYTHON" scripts/study.py "${folders[@]}" --prefixes $2 --scores $SCORE --of_networks accuracy ece nll --out "$OUT/ipc$ipc/lambda.md"
 }
 
-# detect IPC: stage 3 once more with the scores of DETECTORS, fitted on either set
+# detect IPC: stage 3 once more with the scores of DETECTORS, fitted on either set; not of whole, which has but one
 detect() {
-    local ipc=$1 kind seed fit where size SCORE more=$STAGE3 STAGE3
+    local ipc=$1 kind seed fit SCORE more=$STAGE3 STAGE3
     for fit in distilled real; do
         STAGE3="$more --fit_on $fit"
         # networks are right on all images that they were trained on, so that no temperature fits
         if [ $fit = distilled ]; then SCORE=${DETECTORS//tscaling/}; else SCORE=$DETECTORS; fi
+        if [ -z "${SCORE// /}" ]; then continue; fi
         for seed in $SEEDS; do
             for kind in $KINDS; do
-                where=$(place "$kind" "$ipc")/seed$seed/2-networks
-                size=$([ "${kind%%-*}" = whole ] && echo 1 || echo "$ipc")
-                measure "$size" "$seed" "$where" "$OUT/ipc$ipc/fit-$fit/$kind/seed$seed/3-ood"
+                if [ "${kind%%-*}" = whole ]; then continue; fi
+                measure "$ipc" "$seed" "$OUT/ipc$ipc/$kind/seed$seed/2-networks" "$OUT/ipc$ipc/fit-$fit/$kind/seed$seed/3-ood"
             done
         done
     done

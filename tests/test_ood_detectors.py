@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -271,4 +272,6 @@ def test_times_of_scores(in_process, refused, monkeypatch, tmp_path):
     assert rows == [
         ["msp", "", "", "500.00"], ["knn", "1.00", "1.00", "500.00"], ["openmax", "-", "1.00", "500.00"]
     ]  # fmt: skip
+    monkeypatch.setitem(DETECTORS, "openmax", replace(DETECTORS["openmax"], least=10**6))
+    assert "| openmax | -" in in_process("score_times.py", folder, "--scores", "openmax")
     assert "is no run folder of stage 2" in refused("score_times.py", tmp_path)

@@ -179,7 +179,6 @@ def test_ablations(table):
     assert len(set(corruptions)) == 8
     trained = [w for w in commands if "/lambda-" in " ".join(w) and w[0] == "train_model_synthetic_oe.py"]
     assert sorted(w[w.index("--lambda_oe") + 1] for w in trained) == sorted(["0", "0.1", "0.5", "1"] * 2)
-    assert not any("--corruptions" in w for w in trained)
 
 
 def test_other_weights_of_outliers(table):
@@ -205,24 +204,26 @@ def test_other_weights_of_outliers(table):
     each = [(k, s, n) for s in ("seed1", "seed2") for k in with_outliers for n in ("2-networks", "3-ood")]
     assert found == each * 2
     assert study[0] == "scripts/study.py"
+    assert [word.rsplit("/", 1)[1] for word in study[1:3]] == ["lambda-0.25", "lambda-2"]
     assert study[study.index("--prefixes") + 1 :][:2] == ["0.25", "2"]
+    status, commands = table("digits.sh", IPC="1", SEEDS="1", KINDS="plain", LAMBDAS="2", OUT="none")
+    assert (status, [w[0] for w in commands if "lambda-" in " ".join(w)]) == (0, [])
 
 
 def test_further_detectors(table):
-    status, commands = table(
-        "digits.sh", IPC="2", SEEDS="1", KINDS="plain whole", DETECTORS="knn tscaling react", STAGE3="--compile off"
-    )
+    """Not of the whole training set; and no temperature is fitted on images that the networks were trained on."""
+    kinds = {"IPC": "2", "SEEDS": "1", "KINDS": "plain poe whole", "STAGE3": "--compile off"}
+    status, commands = table("digits.sh", **kinds, DETECTORS="knn tscaling react")
     assert status == 0
-    again = [w for w in commands if "/fit-" in " ".join(w)]
-    assert len(again) == 4
-    for words, (fit, kind) in zip(
-        again, [(f, k) for f in ("distilled", "real") for k in ("plain", "whole")], strict=True
-    ):
-        args = test_ood_model_syn.get_args_parser().parse_args(words[1:])
-        scores = ["knn", "react"] if fit == "distilled" else ["knn", "tscaling", "react"]
-        assert (args.score, args.fit_on, args.compile) == (scores, fit, "off")
+    again = [test_ood_model_syn.get_args_parser().parse_args(w[1:]) for w in commands if "/fit-" in " ".join(w)]
+    scores = {"distilled": ["knn", "react"], "real": ["knn", "tscaling", "react"]}
+    expected = [(fit, kind) for fit in ("distilled", "real") for kind in ("plain", "poe")]
+    for args, (fit, kind) in zip(again, expected, strict=True):
+        assert (args.score, args.fit_on, args.compile) == (scores[fit], fit, "off")
         assert f"/ipc2/fit-{fit}/{kind}/seed1/3-ood" in args.save_path
-        assert args.load_path.endswith(f"{'ipc2/' if kind == 'plain' else ''}{kind}/seed1/2-networks")
+        assert args.load_path.endswith(f"ipc2/{kind}/seed1/2-networks")
+    status, commands = table("digits.sh", **kinds, DETECTORS="tscaling", OUT="other")
+    assert (status, sum("/fit-" in " ".join(w) for w in commands)) == (0, 2)
 
 
 @pytest.mark.parametrize("script", ["cifar10.sh", "cifar100.sh", "fashion_mnist.sh", "digits.sh"])

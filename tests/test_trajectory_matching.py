@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from conftest import COMPILED, ROOT, needs_compiler
 
+import main_poe
 import train_experts
 from networks import get_network, initialize
 from tests.textbook import PlainTrajectoryMatching
@@ -25,6 +26,7 @@ from utils.core.rng import generator
 from utils.data.augment import DSA, DSA_ENTRIES
 from utils.data.outliers import PseudoOutliers
 from utils.data.synthetic import load_synthetic
+from utils.methods import METHODS, MethodEntry
 from utils.methods.experts import ExpertBuffer, ExpertSettings, ExpertTraining, describe, open_expert_run
 from utils.methods.trajectory_matching import SMALLEST_LR, TrajectoryMatching, TrajectorySettings
 from utils.runs import signals
@@ -508,6 +510,12 @@ def test_experts_that_saw_stronger_outliers(in_process, refused, tmp_path):
         found[name] = torch.load(file, weights_only=True)["data_oe"][0][0]
     assert torch.equal(found["recipe"], found["flag"])
     assert not torch.equal(found["recipe"], found["student"])
+
+
+def test_a_method_without_recipes(monkeypatch):
+    monkeypatch.setitem(METHODS, "mine", MethodEntry("mine", "", None, None, unused=("outlier_recipe",)))
+    args = main_poe.get_args_parser().parse_args(["--method", "mine"])
+    assert args.outlier_recipe is None
 
 
 def test_experts_without_a_description(in_process, refused, tmp_path):

@@ -44,7 +44,7 @@ def add_outliers(parser: Parser, distilled: bool = True) -> None:
             "--outlier_recipe",
             type=one_of("outlier recipe", RECIPES),
             default="published",
-            help="a set of flags; strong, for MTT: --expert_lambda_oe 2. The best measured (docs/results.md)",
+            help="a set of flags; strong, for MTT: --expert_lambda_oe 2 (what it did: docs/results.md)",
         )
         parser.completions.append(_follow_recipe)
     add_outlier_weight(parser)
@@ -59,7 +59,7 @@ def _follow_recipe(
         parser.error(
             f"--outlier_recipe {args.outlier_recipe}: --method {args.method} has no such; --method {method} has"
         )
-    for name, value in RECIPES[args.outlier_recipe].items():
+    for name, value in RECIPES.get(args.outlier_recipe, {}).items():
         if name not in given:
             setattr(args, name, value)
     return args, given
