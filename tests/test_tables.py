@@ -181,7 +181,7 @@ def test_ablations(table):
     assert sorted(w[w.index("--lambda_oe") + 1] for w in trained) == sorted(["0", "0.1", "0.5", "1"] * 2)
 
 
-def test_other_weights_of_outliers(table):
+def test_other_weights_of_outliers(table, tmp_path):
     kinds = "plain poe poe-corrupt poe-none random random-corrupt whole-corrupt"
     status, commands = table("digits.sh", IPC="2", SEEDS="1 2", KINDS=kinds, LAMBDAS="0.25 2")
     assert status == 0
@@ -206,11 +206,11 @@ def test_other_weights_of_outliers(table):
     assert study[0] == "scripts/study.py"
     assert [word.rsplit("/", 1)[1] for word in study[1:3]] == ["lambda-0.25", "lambda-2"]
     assert study[study.index("--prefixes") + 1 :][:2] == ["0.25", "2"]
-    status, commands = table("digits.sh", IPC="1", SEEDS="1", KINDS="plain", LAMBDAS="2", OUT="none")
+    status, commands = table("digits.sh", IPC="1", SEEDS="1", KINDS="plain", LAMBDAS="2", OUT=str(tmp_path / "plain"))
     assert (status, [w[0] for w in commands if "lambda-" in " ".join(w)]) == (0, [])
 
 
-def test_further_detectors(table):
+def test_further_detectors(table, tmp_path):
     """Not of the whole training set; and no temperature is fitted on images that the networks were trained on."""
     kinds = {"IPC": "2", "SEEDS": "1", "KINDS": "plain poe whole", "STAGE3": "--compile off"}
     status, commands = table("digits.sh", **kinds, DETECTORS="knn tscaling react")
@@ -222,7 +222,7 @@ def test_further_detectors(table):
         assert (args.score, args.fit_on, args.compile) == (scores[fit], fit, "off")
         assert f"/ipc2/fit-{fit}/{kind}/seed1/3-ood" in args.save_path
         assert args.load_path.endswith(f"ipc2/{kind}/seed1/2-networks")
-    status, commands = table("digits.sh", **kinds, DETECTORS="tscaling", OUT="other")
+    status, commands = table("digits.sh", **kinds, DETECTORS="tscaling", OUT=str(tmp_path / "other"))
     assert (status, sum("/fit-" in " ".join(w) for w in commands)) == (0, 2)
 
 
