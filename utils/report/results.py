@@ -89,7 +89,7 @@ def results_json(results: Results, about: dict) -> str:
 
 
 def results_csv(results: Results) -> str:
-    """CSV with a row per network, OOD set and score; each repeats the network's measures on the test images."""
+    """CSV with a row per network, OOD set and score; each repeats the network's accuracy, AURC and calibration."""
     repeated = {"accuracy": "error", "aurc": "aurc"} | {m: m for m in CALIBRATION_MEASURES}
     table = io.StringIO()
     writer = csv.DictWriter(table, ["network", "set", "score", *MEASURES, *repeated])
