@@ -1,5 +1,6 @@
 """The emulation of bf16 beside PyTorch's own bf16 on this processor, which is slow but exact."""
 
+import shlex
 import sys
 
 import pytest
@@ -47,8 +48,8 @@ def test_rounding_goes_both_ways():
 
 
 def test_a_run(script, tmp_path):
-    flags = "--dataset Digits --model ConvNetD1 --ipc 1 --method DM --batch_real 8 --seed 1 --num_exp 1".split()
-    flags += "--num_eval 1 --epoch_eval_train 1 --Iteration 2".split()
+    flags = shlex.split("--dataset Digits --model ConvNetD1 --ipc 1 --method DM --batch_real 8 --seed 1 --num_exp 1")
+    flags += shlex.split("--num_eval 1 --epoch_eval_train 1 --Iteration 2")
     images = {}
     for precision in ("fp32", "bf16"):
         words = [*flags, "--precision", precision, "--compile", "off", "--save_path", precision]
