@@ -10,6 +10,7 @@ from utils.compute.device import Compute
 from utils.core.rng import generator
 from utils.data.synthetic import SyntheticSet
 from utils.methods.matcher import Matcher
+from utils.synthesis.student import StudentStep
 from utils.training.trainer import Trainer, TrainSettings
 
 
@@ -40,13 +41,12 @@ def test_parts_are_equal(lengths, least, count):
 
 def test_parts_fit(monkeypatch):
     net = get_network("ConvNetW32", 3, 10, (16, 16), generator(0))  # its largest output: 32 · 16 · 16 for each image
-    monkeypatch.setattr(parts, "BACKWARD", 4 * 8192)
-    monkeypatch.setattr(parts, "FORWARD", 8 * 8192)
+    monkeypatch.setattr(parts, "LARGEST", 4 * 8192)
     cut = BatchSplitter(net)
     images = torch.zeros(16, 3, 16, 16)
-    assert (cut.backward(images), cut.forward(images), cut.backward(images, 12, 4)) == (4, 2, 4)
-    assert cut.backward(images.to("meta")) == 1
-    assert BatchSplitter(get_network("MLP", 3, 10, (16, 16), generator(0))).backward(images) == 1
+    assert (cut.count(images), cut.count(images, 12, 4), cut.count(images[:4])) == (4, 4, 1)
+    assert cut.count(images.to("meta")) == 1
+    assert BatchSplitter(get_network("MLP", 3, 10, (16, 16), generator(0))).count(images) == 1
     assert in_parts(lambda x: x + 1, images, 4).shape == images.shape
 
 
@@ -57,16 +57,42 @@ def test_training_and_matching_in_parts(name, width, tiny_real, monkeypatch):
     synthetic = SyntheticSet(images, tiny_real.labels_train[:12], outliers)
     seen = []
     for most in (2**22, 3 * width * 16 * 16):
-        monkeypatch.setattr(parts, "BACKWARD", most)
-        monkeypatch.setattr(parts, "FORWARD", most)
+        monkeypatch.setattr(parts, "LARGEST", most)
         net = get_network(name, 3, 3, (16, 16), generator(0)).double()
         trainer = Trainer(net, TrainSettings(2, batch=8))
         losses = [trainer.epoch(synthetic, generator(epoch)) for epoch in range(2)]
         logits = trainer.predict(tiny_real.test_images.double())
         matcher = Matcher(net.eval(), "ours", Compute())
         gradient = matcher.real_gradient(tiny_real.train_batch(torch.arange(12)).double(), torch.tensor(1))
-        count = matcher.splitter.backward(synthetic.images)
+        count = matcher.splitter.count(synthetic.images)
         seen.append([*losses, logits, *gradient])
     assert count > 1
+    for whole, cut in zip(*seen, strict=True):
+        torch.testing.assert_close(cut, whole, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize(("name", "width"), [("ConvNetW32", 32), ("ConvNetBN", 128)])
+@pytest.mark.parametrize("soft", [False, True])
+def test_steps_of_a_student_in_parts(name, width, soft, tiny_real, monkeypatch):
+    """12 images and 8 outliers, in four parts of 3 and 2; a ConvNetBN takes them whole."""
+    images = tiny_real.train_batch(torch.arange(20)).double()
+    labels = tiny_real.labels_train[:12]
+    if soft:
+        labels = torch.eye(3, dtype=torch.float64)[labels] * 0.7 + 0.1
+    net = get_network(name, 3, 3, (16, 16), generator(0)).double()
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # as in MTT, with the statistics of the batch alone
+            module.running_mean = module.running_var = module.num_batches_tracked = None
+    params = {key: value.detach() for key, value in net.named_parameters()}
+    v = {key: torch.randn(p.shape, generator=generator(1), dtype=torch.float64) for key, p in params.items()}
+    step, seen, calls = StudentStep(net.requires_grad_(False), Compute()), [], []
+    backward = step.part_backward
+    step.part_backward = lambda *args: calls.append(len(args[0])) or backward(*args)
+    for most in (2**22, 5 * width * 16 * 16):
+        monkeypatch.setattr(parts, "LARGEST", most)
+        product, on_images, on_params = step.backward(images, labels, 0.5, params, v)
+        gradient = step.gradient(images, labels, 0.5, params)
+        seen.append([product, on_images, *on_params.values(), *gradient.values()])
+    assert calls == [20, 20] if name == "ConvNetBN" else [20, 5, 5, 5, 5]
     for whole, cut in zip(*seen, strict=True):
         torch.testing.assert_close(cut, whole, atol=1e-10, rtol=1e-10)

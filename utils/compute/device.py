@@ -68,14 +68,14 @@ class Compute:
         """
         splitter = BatchSplitter(example)
         if not self.compiled:
-            return lambda net, images: in_parts(net.embed, images, splitter.forward(images))
+            return lambda net, images: in_parts(net.embed, images, splitter.count(images))
         shell = _Embedding(example)
         compiled = self.function(lambda images, state: functional_call(shell, state, (images,)))
 
         def embed(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
             state = dict(_Embedding(net).state_dict())
             # a CUDA graph writes into the same memory at its next call, so the result is copied
-            return in_parts(lambda part: compiled(part, state).clone(), images, splitter.forward(images))
+            return in_parts(lambda part: compiled(part, state).clone(), images, splitter.count(images))
 
         return embed
 

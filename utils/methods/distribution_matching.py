@@ -127,7 +127,7 @@ class DistributionMatching(LearnableSet):
 
     def _embedded(self, images: torch.Tensor) -> torch.Tensor:
         """Features float32 `[n, D]`; copied, because a CUDA graph overwrites its output at the next call."""
-        return in_parts(lambda part: self.embed_real(part).float().clone(), images, self.splitter.forward(images))
+        return in_parts(lambda part: self.embed_real(part).float().clone(), images, self.splitter.count(images))
 
 
 def statistics(features: torch.Tensor, moments: int) -> torch.Tensor:

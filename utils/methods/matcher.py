@@ -154,7 +154,7 @@ class Matcher:
 
         On a CPU it may be the mean over equal parts of the batch (BatchNorm is frozen, so images are independent).
         """
-        count = self.splitter.backward(images)
+        count = self.splitter.count(images)
         first, *rest = images.chunk(count)
         total = self._part_gradient(first, slot)
         for part in rest:

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
-from torch.func import functional_call, grad
 
 from networks import get_network
 from utils.compute import distributed
@@ -34,10 +33,9 @@ from utils.methods.experts import ABOUT, ExpertBuffer, ExpertSettings, check_abo
 from utils.methods.match_draws import refuse_without_outliers
 from utils.synthesis.learnable import LearnableSet, shared_settings
 from utils.synthesis.recipe import OutlierRecipe
-from utils.training.losses import joint_loss
+from utils.synthesis.student import StudentStep
 
 SMALLEST_LR = 1e-6  # lower bound of the student's learning rate
-Params = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -67,35 +65,6 @@ class StudentBatch(Draw):
 
     index: torch.Tensor
     transform: Draw | None
-
-
-class StudentStep:
-    """Gradients of one step of a student, as pure functions of its parameters and images.
-
-    `gradient(images, labels, weight, params)`: the gradient of the joint loss with respect to `params`; `images`:
-    augmented images followed by outliers `[n, C, H, W]`; `labels`: of the images. `backward(images, labels, weight,
-    params, v)`: the value of `h = <gradient, v>`, and its gradients with respect to `images` and `params`.
-    """
-
-    def __init__(self, net: nn.Module, compute: Compute):
-        self.net = net
-        self.gradient = compute.function(self._gradient)
-        self.backward = replace(compute, precision="fp32").function(self._backward)
-
-    def _gradient(self, images: torch.Tensor, labels: torch.Tensor, weight: float, params: Params) -> Params:
-        return grad(lambda p: joint_loss(functional_call(self.net, p, (images,)), labels, weight))(params)
-
-    def _backward(
-        self, images: torch.Tensor, labels: torch.Tensor, weight: float, params: Params, v: Params
-    ) -> tuple[torch.Tensor, torch.Tensor, Params]:
-        def product(x: torch.Tensor, p: Params) -> tuple[torch.Tensor, torch.Tensor]:
-            """`h`, to be differentiated, and its value."""
-            found = self._gradient(x, labels, weight, p)
-            h = sum((found[name] * v[name]).sum() for name in v)
-            return h, h.detach()
-
-        (on_images, on_params), h = grad(product, argnums=(0, 1), has_aux=True)(images, params)
-        return h, on_images, on_params
 
 
 class TrajectoryMatching(LearnableSet):

@@ -291,7 +291,7 @@ class Scorer:
 
     def _features(self, images: torch.Tensor, batch: int) -> torch.Tensor:
         if self.embed is None:
-            return in_parts(self.net.embed, images, self.splitter.forward(images))
+            return in_parts(self.net.embed, images, self.splitter.count(images))
         return self.embed(self.net, padded_to(images, batch))[: len(images)]
 
     @torch.no_grad()

@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from utils.compute.cpu_batches import BatchSplitter
+
 
 def uniform_cross_entropy(logits: torch.Tensor) -> torch.Tensor:
     """Cross-entropy from the uniform distribution to the softmax of `logits`, mean over the batch.
@@ -27,3 +29,22 @@ def joint_loss(logits: torch.Tensor, labels: torch.Tensor, lambda_oe: float) -> 
     n = len(labels)
     loss = F.cross_entropy(logits[:n], labels)
     return loss if len(logits) == n else loss + lambda_oe * uniform_cross_entropy(logits[n:])
+
+
+def joint_parts(
+    images: torch.Tensor, labels: torch.Tensor, splitter: BatchSplitter | None
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Split a batch into equal parts, the mean of whose joint losses is the loss of the batch.
+
+    Args:
+        images: labelled images followed by outliers `[N + M, C, H, W]`; labels: as for `joint_loss`.
+        splitter: decides how many parts; without one, the batch stays whole, as a network with BatchNorm needs it.
+    Returns:
+        Images and labels of each part, which has its share of labelled images and of outliers.
+    """
+    n = len(labels)
+    count = 1 if splitter is None else splitter.count(images, n, len(images) - n)
+    if count == 1:
+        return [(images, labels)]
+    parts = map(torch.cat, zip(images[:n].chunk(count), images[n:].chunk(count), strict=True))
+    return list(zip(parts, labels.chunk(count), strict=True))

@@ -14,7 +14,7 @@ from utils.core.rng import generator
 from utils.data.augment import DC, DSA
 from utils.data.synthetic import SyntheticSet
 from utils.training.draws import Batch, augmented_batches, draw_epoch, with_fresh_outliers
-from utils.training.losses import joint_loss
+from utils.training.losses import joint_loss, joint_parts
 
 TEST_BATCH = 250
 DRAWN_EPOCHS, DRAWN_IMAGES = 50, 2**18  # the most epochs that are drawn together, and the most images in them
@@ -89,7 +89,7 @@ class Trainer:
 
     def predict(self, images: torch.Tensor) -> torch.Tensor:
         """Logits `[N, num_classes]` of images `[N, C, H, W]`, in evaluation mode."""
-        batch = TEST_BATCH // self.splitter.forward(images[:TEST_BATCH])
+        batch = TEST_BATCH // self.splitter.count(images[:TEST_BATCH])
         return predict(self.net, images, batch, self.forward)
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -98,7 +98,7 @@ class Trainer:
         `labels`: of the images, int64.
         """
         self.optimizer.zero_grad(set_to_none=True)  # before a recorded CUDA graph overwrites the gradients
-        parts = self._in_parts(images, labels)
+        parts = joint_parts(images, labels, None if self.has_batchnorm else self.splitter)
         losses = []
         for some_images, some_labels in parts:
             loss = self.loss(some_images, some_labels, self.settings.lambda_oe)
@@ -106,19 +106,6 @@ class Trainer:
             losses.append(loss.detach().clone())  # a recorded CUDA graph would overwrite it
         self.optimizer.step()
         return torch.stack(losses).mean() if len(losses) > 1 else losses[0]
-
-    def _in_parts(self, images: torch.Tensor, labels: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Split a batch into equal parts, each with its share of images and outliers; the mean of their losses is the
-        batch's.
-
-        A network with BatchNorm needs the whole batch in one part.
-        """
-        n = len(labels)
-        count = 1 if self.has_batchnorm else self.splitter.backward(images, n, len(images) - n)
-        if count == 1:
-            return [(images, labels)]
-        parts = map(torch.cat, zip(images[:n].chunk(count), images[n:].chunk(count), strict=True))
-        return list(zip(parts, labels.chunk(count), strict=True))
 
     def train(
         self,
