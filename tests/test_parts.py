@@ -32,6 +32,8 @@ def test_outputs_of_convolutions_by_hand():
         ((100, 30), 4, 5),
         ((7, 3), 2, 1),
         ((9,), 1, 1),
+        ((100, 30), 70, 10),
+        ((8,), 50, 8),
     ],
 )
 def test_parts_are_equal(lengths, least, count):

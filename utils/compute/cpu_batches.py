@@ -1,5 +1,6 @@
 """Splitting batches on a CPU, so that the output of a layer is still in the cache when the next layer reads it."""
 
+import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 
@@ -24,8 +25,11 @@ def convolution_outputs(net: nn.Module, image_shape: Sequence[int]) -> list[int]
 
 
 def equal_parts(lengths: Sequence[int], least: int) -> int:
-    """The smallest number of parts, from `least` to twice that, that divides all lengths evenly; 1 if there is none."""
-    return next((k for k in range(least, 2 * least + 1) if all(n % k == 0 for n in lengths)), 1)
+    """The smallest number of parts, from `least` to twice that, that divides all lengths evenly; if there is none, the
+    largest below."""
+    common = math.gcd(*lengths)
+    even = [k for k in range(1, 2 * least + 1) if common % k == 0]
+    return next((k for k in even if k >= least), even[-1])
 
 
 class BatchSplitter:

@@ -1,1 +1,1 @@
-"""What the methods share in optimising images: the images themselves, how outliers are treated, trained networks."""
+"""What the methods share in optimising images: the images, the treatment of outliers, trained networks, a student."""
