@@ -22,7 +22,7 @@ half=0.05 tenth=0.01 # of the published learning rate
 case $METHOD in
     DC | DSA) known="published slow clamp careful careful-pool trained kcenter mixed pool kcenter-pool spread joint" ;;
     DM) known="published slow clamp careful careful-pool trained kcenter mixed pool kcenter-pool spread moments" half=0.5 tenth=0.1 ;;
-    *) known="published clamp kcenter strong" ;;
+    *) known="published clamp kcenter strong strong-kcenter" ;;
 esac
 RECIPES=${RECIPES:-$known}
 
@@ -43,6 +43,7 @@ flags() {
         joint) echo "--matching joint" ;;
         moments) echo "--moments_oe 2" ;;
         strong) echo "--outlier_recipe strong" ;;
+        strong-kcenter) echo "--outlier_recipe strong --init_oe kcenter" ;;
     esac
 }
 
@@ -55,8 +56,8 @@ done
 for recipe in $RECIPES; do
     # undistilled outliers are drawn as the recipe draws its own
     source=$([ "$recipe" = mixed ] && echo --mix_corruptions || true)
-    # the experts of MTT serve all recipes but strong, whose experts weigh outliers more
-    export BUFFERS=$EXPERTS_IN$([ "$recipe" = strong ] && echo -strong || true)
+    # the experts of MTT serve all recipes but the strong ones, whose experts weigh outliers more
+    export BUFFERS=$EXPERTS_IN$([[ $recipe == strong* ]] && echo -strong || true)
     OUTLIERS="$(flags "$recipe") $GIVEN" SOURCE=$source METHOD=$METHOD OUT=$OUT/$recipe IPC=$IPC KINDS=$KINDS SCORE=$SCORE \
         bash "scripts/$TABLE.sh"
 done
