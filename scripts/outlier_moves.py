@@ -4,7 +4,7 @@
 
 Each folder holds stage-1 folders of main_poe.py with --init real, e.g. those of several seeds. The outliers that a run
 started from are drawn again; of several experiments the first counts. Networks are trained on the distilled images
-alone, and see the outliers before and after.
+alone, and see the outliers before and after. `--picture` shows both for the first run of each folder.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from utils.data.synthetic import SyntheticSet, load_synthetic
 from utils.files.atomic import save_text
 from utils.files.text_files import read_json
 from utils.methods import augmentation_of
+from utils.report.plots import save_distilled
 from utils.report.tables import markdown_table, mean_std
 from utils.stages.entry import run_script
 from utils.training.trainer import Trainer, TrainSettings
@@ -53,18 +54,20 @@ def get_args_parser() -> Parser:
     parser.add_argument("--networks", type=count(1), default=2, help="networks trained on each set")
     parser.add_argument("--epochs", type=count(1), default=300, help="their epochs")
     parser.add_argument("--out", default=None, help="markdown file to write")
+    parser.add_argument("--picture", default=None, help="PNG file to write: outliers before and after (matplotlib)")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print the table, and write it if asked."""
+    """Print the table, and write it and the picture if asked."""
     if args.names and len(args.names) != len(args.folders):
         raise UserError(f"--names: {len(args.names)} names for {len(args.folders)} folders; give one each")
-    rows = []
+    rows, firsts = [], {}
     for folder, name in zip(args.folders, args.names or args.folders, strict=True):
         runs = [r for r in map(read_run, sorted(Path(folder).rglob("args.json"))) if r is not None]
         if not runs:
             raise UserError(f"{folder} holds no finished run of main_poe.py with --init real; give such folders")
+        firsts[name] = runs[0][:2]
         values = [measure(*run, args.networks, args.epochs) for run in runs]
         cells = [mean_std([v[key] for v in values], *unit) for key, (_, *unit) in COLUMNS.items()]
         rows.append([name, str(len(runs)), *cells])
@@ -72,6 +75,8 @@ def main(args: argparse.Namespace) -> None:
     print(text, end="")
     if args.out:
         save_text(Path(args.out), text)
+    if args.picture:
+        save_distilled(Path(args.picture), before_and_after(firsts))
 
 
 def read_run(path: Path) -> tuple[dict, SyntheticSet, list[float]] | None:
@@ -93,9 +98,7 @@ def read_run(path: Path) -> tuple[dict, SyntheticSet, list[float]] | None:
 
 def measure(flags: dict, synthetic: SyntheticSet, losses: list[float], networks: int, epochs: int) -> dict[str, float]:
     """The values of `COLUMNS` of one run."""
-    real = load_dataset(flags["dataset"], flags["data_path"], flags["im_size"], False, flags["zca"])
-    source = PseudoOutliers(real, tuple(flags["corruptions"]), flags.get("mix_corruptions", False))
-    start = initial_outliers(source, real.num_classes, flags["ipc"], flags["seed"], 0)
+    real, start = start_of(flags)
     pixels = raw_pixels(synthetic.images_oe, real)
     tenth = max(1, len(losses) // 10)
     values = {
@@ -108,6 +111,32 @@ def measure(flags: dict, synthetic: SyntheticSet, losses: list[float], networks:
     for name, (confidence, distance) in zip(("_start", ""), seen, strict=True):
         values |= {f"confidence{name}": confidence, f"distance{name}": distance}
     return values
+
+
+def start_of(flags: dict) -> tuple[RealData, torch.Tensor]:
+    """The data of a run, and the outliers that it started from, normalised `[classes·ipc, C, H, W]`."""
+    real = load_dataset(flags["dataset"], flags["data_path"], flags["im_size"], False, flags["zca"])
+    source = PseudoOutliers(real, tuple(flags["corruptions"]), flags.get("mix_corruptions", False))
+    return real, initial_outliers(source, real.num_classes, flags["ipc"], flags["seed"], 0)
+
+
+def before_and_after(firsts: dict[str, tuple[dict, SyntheticSet]]) -> list[tuple[str, torch.Tensor]]:
+    """Titles and images `[num_classes, ipc, C, H, W]` in [0, 1]: what some runs, by name, started from, and their ends.
+
+    Runs of one seed start from the same outliers, which are shown once.
+    """
+    before, after = [], []
+    for name, (flags, synthetic) in firsts.items():
+        real, start = start_of(flags)
+        first, last = (
+            real.denormalize(images).unflatten(0, (real.num_classes, -1)) for images in (start, synthetic.images_oe)
+        )
+        if not any(torch.equal(first, shown) for _, shown in before):
+            before.append((f"{name}: before", first))
+        after.append((f"{name}: after", last))
+    if len(before) == 1:
+        before = [("before", before[0][1])]
+    return before + after
 
 
 def raw_pixels(images: torch.Tensor, real: RealData) -> torch.Tensor:

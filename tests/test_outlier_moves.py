@@ -83,16 +83,33 @@ def test_the_table(in_process, moves, tmp_path, capsys):
     for seed in (1, 2):
         in_process("main_poe.py", *FLAGS, "--lr_img_oe", 5, "--seed", seed)
     in_process("main.py", *FLAGS[:10], *FLAGS[12:])  # a set without outliers is no row
-    out = tmp_path / "moves.md"
-    parser = moves.get_args_parser()
-    moves.main(
-        parser.parse_args([str(tmp_path), "--names", "two", "--networks", "1", "--epochs", "2", "--out", str(out)])
-    )
+    out, picture = tmp_path / "moves.md", tmp_path / "moves.png"
+    flags = ["--names", "two", "--networks", "1", "--epochs", "2", "--out", str(out), "--picture", str(picture)]
+    moves.main(moves.get_args_parser().parse_args([str(tmp_path), *flags]))
     shown = capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
     assert out.read_text() == shown
     (row,) = [line.split("|") for line in shown.splitlines()[2:]]
     assert [cell.strip() for cell in row[1:3]] == ["two", "2"]
     assert len(row) - 2 == 2 + len(moves.COLUMNS)
+
+
+def test_before_and_after(in_process, moves, digits, tmp_path):
+    """Two runs of one seed share the start, which holds the images that distillation began with."""
+    for name, more in (("one", ["--lr_img_oe", 5]), ("two", ["--lr_img_oe", 1e-30])):
+        in_process("main_poe.py", *FLAGS, *more, "--save_path", tmp_path / name)
+    firsts = {}
+    for name in ("one", "two"):
+        (path,) = tmp_path.glob(f"{name}/*/Digits/ConvNetD1/2/*/args.json")
+        firsts[name] = moves.read_run(path)[:2]
+    (start, first), (title, moved), (still, last) = moves.before_and_after(firsts)
+    assert (start, title, still) == ("before", "one: after", "two: after")
+    assert torch.equal(first, last)
+    assert first.shape == (10, 2, 1, 8, 8)
+    outliers = firsts["one"][1].images_oe.numpy()
+    mean, std = np.array(digits.mean), np.array(digits.std)
+    expected = (outliers * std.reshape(1, -1, 1, 1) + mean.reshape(1, -1, 1, 1)).clip(0, 1)
+    assert np.allclose(moved.flatten(0, 1).numpy(), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
