@@ -8,6 +8,7 @@ alone, and see the outliers before and after. `--picture` shows both for the fir
 """
 
 import argparse
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -62,12 +63,14 @@ def main(args: argparse.Namespace) -> None:
     """Print the table, and write it and the picture if asked."""
     if args.names and len(args.names) != len(args.folders):
         raise UserError(f"--names: {len(args.names)} names for {len(args.folders)} folders; give one each")
-    rows, firsts = [], {}
+    if args.picture and importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--picture: matplotlib is not installed; install it (pip install matplotlib), or leave it out")
+    rows, firsts = [], []
     for folder, name in zip(args.folders, args.names or args.folders, strict=True):
         runs = [r for r in map(read_run, sorted(Path(folder).rglob("args.json"))) if r is not None]
         if not runs:
             raise UserError(f"{folder} holds no finished run of main_poe.py with --init real; give such folders")
-        firsts[name] = runs[0][:2]
+        firsts.append((name, *runs[0][:2]))
         values = [measure(*run, args.networks, args.epochs) for run in runs]
         cells = [mean_std([v[key] for v in values], *unit) for key, (_, *unit) in COLUMNS.items()]
         rows.append([name, str(len(runs)), *cells])
@@ -120,13 +123,16 @@ def start_of(flags: dict) -> tuple[RealData, torch.Tensor]:
     return real, initial_outliers(source, real.num_classes, flags["ipc"], flags["seed"], 0)
 
 
-def before_and_after(firsts: dict[str, tuple[dict, SyntheticSet]]) -> list[tuple[str, torch.Tensor]]:
-    """Titles and images `[num_classes, ipc, C, H, W]` in [0, 1]: what some runs, by name, started from, and their ends.
+def before_and_after(firsts: list[tuple[str, dict, SyntheticSet]]) -> list[tuple[str, torch.Tensor]]:
+    """Titles and images `[num_classes, ipc, C, H, W]` in [0, 1]: what some runs started from, and their ends.
 
     Runs of one seed start from the same outliers, which are shown once.
+
+    Args:
+        firsts: the name, the flags and the set of each run.
     """
     before, after = [], []
-    for name, (flags, synthetic) in firsts.items():
+    for name, flags, synthetic in firsts:
         real, start = start_of(flags)
         first, last = (
             real.denormalize(images).unflatten(0, (real.num_classes, -1)) for images in (start, synthetic.images_oe)

@@ -98,18 +98,29 @@ def test_before_and_after(in_process, moves, digits, tmp_path):
     """Two runs of one seed share the start, which holds the images that distillation began with."""
     for name, more in (("one", ["--lr_img_oe", 5]), ("two", ["--lr_img_oe", 1e-30])):
         in_process("main_poe.py", *FLAGS, *more, "--save_path", tmp_path / name)
-    firsts = {}
+    firsts = []
     for name in ("one", "two"):
         (path,) = tmp_path.glob(f"{name}/*/Digits/ConvNetD1/2/*/args.json")
-        firsts[name] = moves.read_run(path)[:2]
+        firsts.append((name, *moves.read_run(path)[:2]))
     (start, first), (title, moved), (still, last) = moves.before_and_after(firsts)
     assert (start, title, still) == ("before", "one: after", "two: after")
     assert torch.equal(first, last)
     assert first.shape == (10, 2, 1, 8, 8)
-    outliers = firsts["one"][1].images_oe.numpy()
+    outliers = firsts[0][2].images_oe.numpy()
     mean, std = np.array(digits.mean), np.array(digits.std)
     expected = (outliers * std.reshape(1, -1, 1, 1) + mean.reshape(1, -1, 1, 1)).clip(0, 1)
     assert np.allclose(moved.flatten(0, 1).numpy(), expected, atol=1e-6)
+
+
+def test_a_picture_without_matplotlib(moves, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(moves.importlib.util, "find_spec", lambda name: None)
+    flags = [str(tmp_path), "--picture", str(tmp_path / "moves.png")]
+    with pytest.raises(SystemExit) as stopped:
+        run_script(lambda: moves.main(moves.get_args_parser().parse_args(flags)), "outlier_moves.py")
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert "--picture: matplotlib" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
