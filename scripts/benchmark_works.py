@@ -39,6 +39,7 @@ from utils.training.trainer import Trainer, TrainSettings, accuracy_of
 STRATEGY = DSA(tuple(DSA_ENTRIES))
 WORKS = ("startup", "iteration", "epoch", "test", "evaluation", "stage2", "stage3", "memory")
 EVALUATED = 2  # networks of `evaluation`
+SCORED = 256  # images per batch of `stage3`
 
 
 def run_until(command: Sequence[object], line: str) -> None:
@@ -206,8 +207,8 @@ class Bench:
     def stage3(self) -> dict:
         """Scores of 10,000 images."""
         loader = self._plain_loader()
-        scorer = Scorer(self.net, ["msp"], 1.0, self.real.std, self.compute.embedding(self.net))
-        return self.measure(lambda: msp_scores(self.net, loader), lambda: scorer(self.real.test_images, 256))
+        scorer = Scorer(self.net, ["msp"], 1.0, self.real.std, self.compute.embedding(self.net, SCORED))
+        return self.measure(lambda: msp_scores(self.net, loader), lambda: scorer(self.real.test_images, SCORED))
 
     def memory(self) -> float:
         """Peak memory, in GB, of a short `main_poe.py` in a separate process: resident, or reserved on the GPU."""

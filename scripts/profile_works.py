@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 from benchmark import machine
 from benchmark_methods import trajectory_matching
-from benchmark_works import STRATEGY, Bench
+from benchmark_works import SCORED, STRATEGY, Bench
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -94,8 +94,8 @@ def work_of(name: str, bench: Bench) -> Callable[[], object]:
         trainer = Trainer(bench.net, bench.settings, bench.compute)
         return lambda: trainer.train(bench.synthetic, 0, ()).item()
     else:
-        scorer = Scorer(bench.net, ["msp"], 1.0, real.std, bench.compute.embedding(bench.net))
-        return lambda: scorer(real.test_images, 256)
+        scorer = Scorer(bench.net, ["msp"], 1.0, real.std, bench.compute.embedding(bench.net, SCORED))
+        return lambda: scorer(real.test_images, SCORED)
     method.start(0)
     numbers = count_from(0)
     return lambda: method.iterate(next(numbers))["loss"].mean().item()

@@ -23,6 +23,7 @@
 #   LAMBDAS             further weights of the outliers in stage 2, for the same distilled sets: $OUT/ipc<n>/lambda-<x>/<kind>
 #   DETECTORS           further scores of stage 3 for the same networks, fitted on the distilled and on the real images:
 #                       $OUT/ipc<n>/fit-distilled/<kind> and fit-real/<kind>
+#   PRECISION           --precision of all stages and of the experts, e.g. bf16 (left out: each script's default)
 #   DOWNLOAD            what may be fetched, as --download: none, data (the data set) or all; left out: the stages' default
 #   OUT                 folder for all results
 set -euo pipefail
@@ -48,6 +49,7 @@ STAGE1=${STAGE1:-}
 STAGE2=${STAGE2:-}
 STAGE3=${STAGE3:-}
 DOWNLOAD=${DOWNLOAD:-}
+PRECISION=${PRECISION:-}
 OUTLIERS=${OUTLIERS:-}
 POE=${POE:-}
 EXPERT_LAMBDA=${EXPERT_LAMBDA:-$([[ $OUTLIERS == *"--outlier_recipe strong"* ]] && echo 2 || true)}
@@ -97,7 +99,7 @@ experts() {
         oe) more="--oe_data_path $OE_DATA --lambda_oe ${EXPERT_LAMBDA:-$LAMBDA}" ;;
         poe) more="--lambda_oe ${EXPERT_LAMBDA:-$LAMBDA} $POE" ;;
     esac
-    set -- train_experts.py --dataset "$DATASET" --data_path "$DATA" --model "$MODEL" ${DOWNLOAD:+--download $DOWNLOAD} $AUGMENT \
+    set -- train_experts.py --dataset "$DATASET" --data_path "$DATA" --model "$MODEL" ${DOWNLOAD:+--download $DOWNLOAD} ${PRECISION:+--precision $PRECISION} $AUGMENT \
         --outliers "$outliers" $more --buffer_path "$(buffers "$kind")" $EXPERTS
     echo "\$ $PYTHON $*"
     "$PYTHON" "$@"
@@ -202,7 +204,7 @@ check_kinds
 
 # The whole table: $OUT/ipc<n>/<kind>/seed<s>/{1-distilled,2-networks,3-ood}, and the comparison of the kinds for each ipc.
 table() {
-    COMMON="--dataset $DATASET --data_path $DATA --model $MODEL --method $METHOD${DOWNLOAD:+ --download $DOWNLOAD}"
+    COMMON="--dataset $DATASET --data_path $DATA --model $MODEL --method $METHOD${DOWNLOAD:+ --download $DOWNLOAD}${PRECISION:+ --precision $PRECISION}"
     local ipc kind seed dir base distilled size pool=""
     if [[ " $KINDS " == *" oe"* ]]; then pool="--oe_data_path $OE_DATA"; fi
     "$PYTHON" scripts/check_inputs.py --dataset "$DATASET" --data_path "$DATA" --ood_path "$OOD" --ood_sets $OOD_SETS \

@@ -1,5 +1,6 @@
 """The fast engine against the textbook loop of `utils/textbook.py`."""
 
+import re
 from dataclasses import replace
 from itertools import chain, product
 
@@ -15,6 +16,7 @@ from networks.convnet import ConvNet
 from tests import textbook
 from utils.compute import transfer
 from utils.compute.compiling import Workload
+from utils.compute.cpu_batches import convolution_sizes
 from utils.compute.device import Compute, choose_compute, forward_flops, set_precision
 from utils.compute.transfer import packed, tensors_of, with_tensors
 from utils.core.rng import generator
@@ -329,17 +331,57 @@ def textbook_epoch(method, s, g):
             p -= s.lr_net * grad
 
 
+@pytest.fixture
+def processor(monkeypatch, tmp_path):
+    """Gives this machine a processor with some flags."""
+
+    def has(flags):
+        path = tmp_path / "cpuinfo"
+        path.write_text(f"processor : 0\nflags : fpu {flags}\n")
+        monkeypatch.setattr(
+            "builtins.open", lambda *a, original=open: original(path if a[0] == "/proc/cpuinfo" else a[0], *a[1:])
+        )
+
+    return has
+
+
 @pytest.mark.parametrize(("flags", "has"), [("avx2 avx512_bf16", True), ("avx2 amx_bf16 x", True), ("avx2", False)])
-def test_bf16_needs_a_processor_that_has_it(monkeypatch, tmp_path, flags, has):
-    path = tmp_path / "cpuinfo"
-    path.write_text(f"processor : 0\nflags : fpu {flags}\n")
-    monkeypatch.setattr(
-        "builtins.open", lambda *a, original=open: original(path if a[0] == "/proc/cpuinfo" else a[0], *a[1:])
-    )
+def test_bf16_needs_a_processor_that_has_it(processor, flags, has):
+    processor(flags)
     net = get_network("ConvNetD1", 1, 10, (8, 8))
     compute = choose_compute("off", "bf16", torch.device("cpu"), net, (1, 8, 8), Workload(1, 1, "training"))
     assert compute.precision == ("bf16" if has else "fp32")
     assert ("AVX512-BF16" in str(compute)) == (not has)
+
+
+@pytest.mark.parametrize(
+    ("flags", "precision", "model", "hours", "told"),
+    [
+        ("avx512_bf16", "tf32", "ConvNetW32", 10, True),
+        ("avx512_bf16", "tf32", "ConvNetW32", 0.001, False),
+        ("avx512_bf16", "tf32", "MLP", 10, False),  # not measured
+        ("avx512_bf16", "fp32", "ConvNetW32", 10, False),  # the user's own choice
+        ("avx512_bf16", "bf16", "ConvNetW32", 10, False),
+        ("avx2", "tf32", "ConvNetW32", 10, False),
+    ],
+)
+def test_a_long_run_is_told_what_bf16_would_save(processor, flags, precision, model, hours, told):
+    """Minutes that grow with the run and shrink with the threads."""
+    processor(flags)
+    net = get_network(model, 3, 10, (32, 32))
+
+    def line(passes):
+        return str(
+            choose_compute("off", precision, torch.device("cpu"), net, (3, 32, 32), Workload(passes, 1, "training"))
+        )
+
+    passes = int(hours * 3600 / 0.0005)  # a pass of ConvNetW32 takes about half a millisecond
+    found = re.search(r"--precision bf16 would save about (\d+) min", line(passes))
+    assert bool(found) == told
+    if told:
+        twice = re.search(r"about (\d+) min", line(2 * passes))
+        assert int(twice[1]) == pytest.approx(2 * int(found[1]), abs=2)
+        assert 0 < int(found[1]) < 60 * hours
 
 
 def test_bf16_is_near_and_matching_stays_in_float32():
@@ -370,6 +412,7 @@ def test_flops_by_hand():
     """ConvNetD1 on 8x8: 2 · (128·9 + ...) multiply-adds of one convolution and one linear layer."""
     net = get_network("ConvNetD1", 1, 10, (8, 8), generator(0))
     assert forward_flops(net, (1, 8, 8)) == 2 * (128 * 9 * 64 + 10 * 128 * 16)
+    assert convolution_sizes(net, (1, 8, 8)) == [(128 * 64, 2 * 128 * 9 * 64)]
 
 
 def test_what_is_drawn_together_is_what_is_drawn_apart(tiny_real):
@@ -412,8 +455,25 @@ def test_transfers_in_one():
 def test_compiled_scores_equal_eager(tiny_real):
     """One compilation serves networks of other weights; the last batch is smaller."""
     nets = [get_network("ConvNetD1", 3, 3, (16, 16), generator(i)).eval().to(DEVICE) for i in range(2)]
-    embed = COMPILED.embedding(nets[0])
+    embed = COMPILED.embedding(nets[0], 4)
     for net in nets:
         eager, compiled = (Scorer(net, ["energy"], 1.0, (1.0,) * 3, e)(tiny_real.test_images, 4) for e in (None, embed))
         np.testing.assert_allclose(compiled[0], eager[0], atol=1e-4)
         np.testing.assert_allclose(compiled[1]["energy"], eager[1]["energy"], atol=1e-4)
+
+
+def test_features_in_bfloat16(tiny_real):
+    """Uncompiled, too; the last layer stays in float32, so that logits of eight bits do not tie."""
+    net = get_network("ConvNetD1", 3, 3, (16, 16), generator(0)).eval().to(DEVICE)
+    features = Compute(precision="bf16").embedding(net, 4)(net, tiny_real.test_images)
+    with torch.autocast(DEVICE.type, torch.bfloat16), torch.no_grad():
+        expected = net.embed(tiny_real.test_images).float()
+    assert features.dtype == torch.float32
+    torch.testing.assert_close(features.detach(), expected, rtol=0.01, atol=0.01)
+    exact = net.embed(tiny_real.test_images).detach()
+    assert relative(features.detach(), exact) > 1e-4
+    logits, _ = Scorer(net, ["msp"], 1.0, (1.0,) * 3, Compute(precision="bf16").embedding(net, 4))(
+        tiny_real.test_images, 4
+    )
+    with torch.no_grad():
+        np.testing.assert_allclose(logits, net.classifier(features).double().cpu().numpy(), atol=1e-5)

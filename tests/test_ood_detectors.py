@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from networks import get_network
 from networks.convnet import ConvNet
+from utils.compute import cpu_batches, device
+from utils.compute.device import Compute
 from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.synthetic import SyntheticSet
@@ -209,23 +211,18 @@ def test_an_older_library_is_told_of(monkeypatch):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_only_compiled_code_sees_padded_batches(digits, trained, noise, compiled):
-    """And a batch larger than any set is no larger than the largest set, in stage 3."""
-    seen = []
-
-    def embed(net, images):
-        seen.append(len(images))
-        return net.embed(images)
-
-    net = trained[0]
+def test_only_compiled_code_sees_padded_batches(digits, trained, noise, compiled, monkeypatch):
+    """And batches of one size alone, of which there would be two."""
+    net, seen = trained[0], []
+    monkeypatch.setattr(device, "Compiled", lambda function, mode, required: function)
+    monkeypatch.setattr(cpu_batches, "LARGEST", 10**12)
     hook = net.features[0].register_forward_hook(lambda module, x, out: seen.append(len(out)))
-    scorer = Scorer(net, ["msp"], 1.0, digits.std, embed if compiled else None)
-    scorer.splitter.largest = {tuple(noise.shape[1:]): 0}
+    batch = len(noise) - 1
     try:
-        logits, _ = scorer(noise, 20_000)
+        logits, _ = Scorer(net, ["msp"], 1.0, digits.std, Compute(compiled).embedding(net, batch))(noise, batch)
     finally:
         hook.remove()
-    assert {*seen} == ({20_000} if compiled else {len(noise)})
+    assert seen[-2:] == [batch, batch if compiled else 1]  # before it, an image to learn its size
     np.testing.assert_allclose(logits, predict(net, noise).double().numpy(), atol=1e-5)
 
 

@@ -171,6 +171,17 @@ def test_other_methods(table, method):
         assert (status, [w[0] for w in commands]) == (0, ["scripts/compare.py"])
 
 
+def test_one_precision_for_all_stages(table):
+    _, commands = table(
+        "cifar10.sh", METHOD="MTT", IPC="1", SEEDS="1", KINDS="plain", EXPERTS="", MTT="", PRECISION="bf16"
+    )
+    parsed = [(w[0], PARSERS[w[0]].get_args_parser().parse_args(w[1:])) for w in commands if w[0] in PARSERS]
+    assert [name for name, _ in parsed] == [
+        "train_experts.py", "main.py", "train_model_synthetic_no_oe.py", "test_ood_model_syn.py"
+    ]  # fmt: skip
+    assert {args.precision for _, args in parsed} == {"bf16"}
+
+
 def test_ablations(table):
     status, commands = table("digits.sh", IPC="1", SEEDS="1 2", KINDS="poe", ABLATIONS="1")
     assert status == 0

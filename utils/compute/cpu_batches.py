@@ -14,14 +14,19 @@ LARGEST = 2**22
 
 def convolution_outputs(net: nn.Module, image_shape: Sequence[int]) -> list[int]:
     """The number of output elements of each convolution of `net` for one image `[C, H, W]`."""
+    return [outputs for outputs, _ in convolution_sizes(net, image_shape)]
+
+
+def convolution_sizes(net: nn.Module, image_shape: Sequence[int]) -> list[tuple[int, int]]:
+    """Of each convolution of `net`, for one image `[C, H, W]`: output elements, and floating-point operations."""
     shadow = deepcopy(net).eval()
-    counts: list[int] = []
+    sizes: list[tuple[int, int]] = []
     for module in shadow.modules():
         if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(lambda m, x, out: counts.append(out.numel()))
+            module.register_forward_hook(lambda m, x, y: sizes.append((y.numel(), 2 * y.numel() * m.weight[0].numel())))
     with torch.no_grad():
         shadow(next(shadow.parameters()).new_zeros(1, *image_shape))
-    return counts
+    return sizes
 
 
 def equal_parts(lengths: Sequence[int], least: int) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from utils.compute.cpu_batches import BatchSplitter, in_parts, padded_to
+from utils.compute.device import Compute
 from utils.core.errors import UserError, one_line
 from utils.ood.calibration import best_temperature
 from utils.ood.scores import SCORES
@@ -169,7 +169,7 @@ class Scorer:
     """Computes every score of one network. Scores of logits, features and maps share one forward pass; scores of images
     run their own passes and gradients.
 
-    `embed`: a compiled `net.embed`, if there is one (`Compute.embedding`); its batches are padded to one size.
+    `embed`: how features are computed (`Compute.embedding`); None: in float32, uncompiled.
     """
 
     def __init__(
@@ -181,8 +181,7 @@ class Scorer:
         embed: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None,
     ):
         self.net, self.scores, self.temperature, self.std = net.eval(), tuple(scores), temperature, std
-        self.embed = embed
-        self.splitter = BatchSplitter(net)
+        self.embed = embed or Compute().embedding(net, batch=0)
         self.head = last_layer(net)
         self.detectors: dict[str, Any] = {}
         self.fitted_temperature: float | None = None  # of temperature scaling
@@ -241,7 +240,7 @@ class Scorer:
     @torch.no_grad()
     def _fit(self, fit: FitSet, batch: int) -> None:
         index = torch.arange(len(fit.labels), device=fit.labels.device)
-        features = torch.cat([self.net.embed(fit.take(part)) for part in index.split(batch)])
+        features = torch.cat([self.embed(self.net, fit.take(part)) for part in index.split(batch)])
         for name in need_fitting(self.scores):
             takes = DETECTORS[name].takes
             if takes == "logits":
@@ -289,11 +288,6 @@ class Scorer:
             values = values.double()
         return getattr(self.detectors[name], _PREDICT[takes])(values).detach()
 
-    def _features(self, images: torch.Tensor, batch: int) -> torch.Tensor:
-        if self.embed is None:
-            return in_parts(self.net.embed, images, self.splitter.count(images))
-        return self.embed(self.net, padded_to(images, batch))[: len(images)]
-
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, batch: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Logits float64 `[N, num_classes]` and every score float64 `[N]` of images `[N, C, H, W]`, including a last
@@ -301,7 +295,7 @@ class Scorer:
         logits: list[torch.Tensor] = []
         scores: dict[str, list[torch.Tensor]] = {name: [] for name in self.scores}
         for part in images.split(batch):
-            features = self._features(part, batch)
+            features = self.embed(self.net, part)
             logits.append(self.head(features))
             for name, values in scores.items():
                 values.append(self._score(name, part, features, logits[-1]))

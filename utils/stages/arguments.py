@@ -83,7 +83,7 @@ def add_data(group: argparse._ArgumentGroup) -> None:
 
 
 def add_compute(parser: Parser, training: bool = True) -> None:
-    """Flags of speed; results differ by rounding only. `training`: whether the script trains."""
+    """Flags of speed; results differ by rounding only. `training`: whether the script trains, or measures."""
     group = parser.add_argument_group("speed")
     group.add_argument(
         "--compile",
@@ -91,15 +91,15 @@ def add_compute(parser: Parser, training: bool = True) -> None:
         default="auto",
         help="torch.compile; auto compiles a run that is expected to save more time than compiling takes",
     )
-    if not training:
-        return
+    runs = "network training and the real side of matching" if training else "the layers before the last"
     group.add_argument(
         "--precision",
         type=one_of("precision", PRECISIONS),
-        default="tf32",
-        help="tf32 and fp32 differ on CUDA only; bf16 (where the processor has it) runs network training and the real "
-        "side of matching under autocast",
+        default="tf32" if training else "fp32",
+        help=f"tf32 and fp32 differ on CUDA only; bf16 (where the processor has it) runs {runs} under autocast",
     )
+    if not training:
+        return
     group.add_argument(
         "--deterministic",
         action="store_true",

@@ -1,7 +1,7 @@
 """Stage 3: accuracy, calibration, error detection and OOD detection of trained networks, as tables, files and plots."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,10 +52,12 @@ def run_stage3(args: argparse.Namespace) -> Results:
         nets = _load_networks(folder, args.model, real, args.num_exp, which)
         example = next(iter(nets.values())) if nets else load_trained(folder, args.model, real, 0, which).cpu()
         num_images = len(nets) * (len(sets) + 1) * len(real.images_test)
-        compute = _choose_compute(args.compile, example, real, num_images, args.batch_test)
-        scorers = _scorers(nets, scores, args.T, real, compute)
+        batch = min(args.batch_test, len(real.images_test))  # no set is larger than the test set, nor need a batch be
+        compute = _choose_compute(args.compile, args.precision, example, real, num_images, batch)
+        embed = compute.embedding(example, batch)
+        scorers = _scorers(nets, scores, args.T, real, embed)
         for scorer in scorers.values():
-            scorer.prepare(real.test_images[:2], fit, args.batch_test)
+            scorer.prepare(real.test_images[:2], fit, batch)
     run = RunFolder.create(args.save_path, *parts, name=folder.name)
     run.save_args(vars(args), networks=str(folder.resolve()), device=str(device))
     lines = [f"run folder: {run.path}", f"networks: {folder}, {args.num_exp} × {which}", f"computing: {compute}"]
@@ -63,8 +65,8 @@ def run_stage3(args: argparse.Namespace) -> Results:
         lines.append(f"{', '.join(need_fitting(scores))}: fitted on the {fit.name}, {len(fit.labels)} images")
     for line in lines:
         run.log(line)
-    with rank_errors():  # no set is larger than the test set, nor need a batch be
-        networks = score_networks(scorers, real, sets, min(args.batch_test, len(real.images_test)), run)
+    with rank_errors():
+        networks = score_networks(scorers, real, sets, batch, run)
     results, measured = results_of(networks)
     results.missing = list(missing)
     if run.is_main:
@@ -79,17 +81,18 @@ def _load_networks(folder: Path, model: str, real: RealData, num_networks: int, 
     return {index: load_trained(folder, model, real, index, which) for index in own}
 
 
-def _choose_compute(compile_flag: str, example: nn.Module, real: RealData, num_images: int, batch: int) -> Compute:
+def _choose_compute(
+    compile_flag: str, precision: str, example: nn.Module, real: RealData, num_images: int, batch: int
+) -> Compute:
     """How the device computes; `num_images`: how often this process passes an image through a network."""
     workload = Workload(num_images / 2, num_images // batch, "testing")
-    return choose_compute(compile_flag, "fp32", real.device, example, (real.channel, *real.im_size), workload)
+    return choose_compute(compile_flag, precision, real.device, example, (real.channel, *real.im_size), workload)
 
 
 def _scorers(
-    nets: dict[int, nn.Module], scores: Sequence[str], temperature: float, real: RealData, compute: Compute
+    nets: dict[int, nn.Module], scores: Sequence[str], temperature: float, real: RealData, embed: Callable
 ) -> dict[int, Scorer]:
-    """The scorers of the networks, by number."""
-    embed = compute.embedding(next(iter(nets.values()))) if compute.compiled and nets else None
+    """The scorers of the networks, by number; `embed` computes their features."""
     std = real.std if real.zca is None else (1.0,) * real.channel  # by which images were divided
     return {index: Scorer(net, scores, temperature, std, embed) for index, net in nets.items()}
 
