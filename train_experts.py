@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
     net = get_network(args.model, real.channel, real.num_classes, real.im_size, generator(args.seed))
     steps = args.num_experts * args.train_epochs
     images = len(real.images_train) * (1 if outliers is None else 1 + args.batch_oe / args.batch_train)
-    workload = Workload(steps * (images + len(real.images_test) / 2), steps, "training")
+    workload = Workload(steps * (images + len(real.images_test) / 2), steps, "training", steps * images)
     compute = choose_compute(args.compile, args.precision, device, net, (real.channel, *real.im_size), workload)
     about = describe(real, args.model, outliers, args.lambda_oe) | {"training": settings.about()}
     run = open_expert_run(expert_folder(args.buffer_path, real, args.model), about)

@@ -14,7 +14,7 @@ from conftest import ROOT, needs_compiler
 from torch._inductor.exc import InductorError
 
 from networks import get_network
-from utils.compute import compiling
+from utils.compute import compiling, distributed
 from utils.compute.compiling import (
     COMPILE_SECONDS,
     SAVED_SECONDS,
@@ -196,17 +196,21 @@ def test_passes_of_a_run_by_hand(digits, monkeypatch):
     evaluation = EvalSettings(2, {"ConvNet": TrainSettings(7)}, 1)
 
     def passes(run, match, outliers):
-        iteration = Workload(image_passes(match, digits, outliers is not None), match.outer_loop, "matching")
+        images = image_passes(match, digits, outliers is not None)
+        iteration = Workload(images, match.outer_loop, "matching", images)
         total = total_workload(iteration, run, evaluation, MethodInputs(digits, outliers, {}))
         assert (total.steps, total.kind) == (120, "matching")
+        tested = total.passes - total.bf16_passes  # in float32
+        evaluations = 3 * (1 if run.eval_last_only else 4) * 2
+        assert tested == pytest.approx(evaluations * len(digits.images_test) / 2 / distributed.world_size())
         return total.passes
 
     outliers, tests = PseudoOutliers(digits), len(digits.images_test) / 2
     matched, trained, evaluated = 120 * 10 * (64 + 32), 30 * 3 * 5 * 40, 3 * 4 * 2 * (7 * 40 + tests)
     assert passes(run, match, outliers) == pytest.approx(matched + trained + evaluated)
-    monkeypatch.setattr("utils.compute.distributed.world_size", lambda: 4)
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
     assert passes(run, match, outliers) == pytest.approx((matched + evaluated) / 4 + trained)
-    monkeypatch.setattr("utils.compute.distributed.world_size", lambda: 1)
+    monkeypatch.setattr(distributed, "world_size", lambda: 1)
     last = replace(run, eval_last_only=True)
     per_class = len(digits.images_train) // 10
     expected = 120 * 10 * per_class + 30 * 3 * 5 * 20 + 3 * 2 * (7 * 20 + tests)

@@ -14,7 +14,7 @@ import networks
 from networks import get_network
 from networks.convnet import ConvNet
 from tests import textbook
-from utils.compute import transfer
+from utils.compute import compiling, transfer
 from utils.compute.compiling import Workload
 from utils.compute.cpu_batches import convolution_sizes
 from utils.compute.device import Compute, choose_compute, forward_flops, set_precision
@@ -365,15 +365,16 @@ def test_bf16_needs_a_processor_that_has_it(processor, flags, has):
         ("avx2", "tf32", "ConvNetW32", 10, False),
     ],
 )
-def test_a_long_run_is_told_what_bf16_would_save(processor, flags, precision, model, hours, told):
-    """Minutes that grow with the run and shrink with the threads."""
+def test_a_long_run_is_told_what_bf16_would_save(monkeypatch, processor, flags, precision, model, hours, told):
+    """Minutes, in proportion to the run."""
     processor(flags)
+    monkeypatch.setattr(compiling, "COMPILERS", ("true",))
+    monkeypatch.setattr(compiling, "compiler_failure", lambda compiler: "")
     net = get_network(model, 3, 10, (32, 32))
 
     def line(passes):
-        return str(
-            choose_compute("off", precision, torch.device("cpu"), net, (3, 32, 32), Workload(passes, 1, "training"))
-        )
+        work = Workload(passes, 1, "training", passes)
+        return str(choose_compute("auto", precision, torch.device("cpu"), net, (3, 32, 32), work))
 
     passes = int(hours * 3600 / 0.0005)  # a pass of ConvNetW32 takes about half a millisecond
     found = re.search(r"--precision bf16 would save about (\d+) min", line(passes))

@@ -34,12 +34,14 @@ class Workload:
     """The length of a run, from which `choose_compile` decides.
 
     `passes`: forward and backward passes of single images in this process; a forward pass alone counts half.
-    `steps`: matching steps, training epochs or test batches. `kind`: a key of `COMPILE_SECONDS`.
+    `steps`: matching steps, training epochs or test batches. `kind`: a key of `COMPILE_SECONDS`. `bf16_passes`: the
+    passes that `--precision bf16` speeds up; a forward pass alone counts a quarter.
     """
 
     passes: float
     steps: int
     kind: str
+    bf16_passes: float = 0.0
 
 
 def faster_on_cpu(net: nn.Module) -> bool:

@@ -16,9 +16,9 @@ from utils.compute.cpu_batches import BatchSplitter, convolution_sizes, in_parts
 from utils.core.errors import UserError, under_torchrun
 
 PRECISIONS = ("tf32", "fp32", "bf16")
-# Measured on two CPU cores with AVX512-BF16: the thread-seconds that bf16 saves in a forward and backward pass of an
-# image, per output element of a convolution and per floating-point operation of the forward pass.
-BF16_SAVES_PER_OUTPUT, BF16_SAVES_PER_FLOP = 1e-9, 1e-12
+# Measured on two CPU cores with AVX512-BF16, with compiled ConvNets: the thread-seconds that bf16 saves in a forward and
+# backward pass of an image, per floating-point operation that its forward pass has in convolutions.
+BF16_SAVES = 7.3e-12
 BF16_WORTH_MINUTES = 2
 
 
@@ -160,17 +160,16 @@ def choose_compute(
     if device.type == "cpu" and precision == "bf16" and not has_bfloat16_instructions():
         precision, note = "fp32", "bf16 would be slower: this processor has neither AVX512-BF16 nor AMX"
     if device.type == "cpu" and precision == "tf32":
-        precision, note = "fp32", bf16_advice(net, image_shape, workload)
+        precision, note = "fp32", bf16_advice(net, image_shape, workload) if compiled else ""
     return Compute(compiled, precision, device.type == "cuda", why, note)
 
 
 def bf16_advice(net: nn.Module, image_shape: tuple[int, ...], workload: Workload) -> str:
-    """What `--precision bf16` would save in a long run of a ConvNet on this processor; empty if that is not much."""
+    """What `--precision bf16` would save in a long compiled run of a ConvNet; empty if that is little or unknown."""
     if not (isinstance(net, ConvNet) and has_bfloat16_instructions()):
         return ""
-    outputs, flops = map(sum, zip(*convolution_sizes(net, image_shape), strict=True))
-    of_pass = BF16_SAVES_PER_OUTPUT * outputs + BF16_SAVES_PER_FLOP * flops
-    minutes = workload.passes * of_pass / torch.get_num_threads() / 60
+    flops = sum(flops for _, flops in convolution_sizes(net, image_shape))
+    minutes = workload.bf16_passes * flops * BF16_SAVES / torch.get_num_threads() / 60
     return f"--precision bf16 would save about {minutes:.0f} min" if minutes >= BF16_WORTH_MINUTES else ""
 
 

@@ -200,7 +200,7 @@ def _build(inputs: MethodInputs) -> GradientMatching:
 def _workload(inputs: MethodInputs) -> Workload:
     settings = match_settings(inputs)
     passes = image_passes(settings, inputs.real, inputs.outliers is not None)
-    return Workload(passes, settings.outer_loop, "matching")
+    return Workload(passes, settings.outer_loop, "matching", passes)
 
 
 FLAGS = (

@@ -97,10 +97,16 @@ def total_workload(
     s, real = settings, inputs.real
     per_epoch = (1 if inputs.outliers is None else 2) * real.num_classes * s.ipc
     times = 1 if s.eval_last_only else 1 + -(-s.iterations // s.eval_interval)
-    network = sum(t.epochs * per_epoch + len(real.images_test) / 2 for t in evaluation.training.values())
-    evaluated = s.num_exp * times * evaluation.num_networks * network / distributed.world_size()
+    networks = s.num_exp * times * evaluation.num_networks / distributed.world_size()
+    trained = networks * sum(t.epochs for t in evaluation.training.values()) * per_epoch
+    tested = networks * len(evaluation.training) * len(real.images_test) / 2
     iterations = s.num_exp * s.iterations
-    return Workload(iterations * iteration.passes + evaluated, iterations * iteration.steps, iteration.kind)
+    return Workload(
+        iterations * iteration.passes + trained + tested,
+        iterations * iteration.steps,
+        iteration.kind,
+        iterations * iteration.bf16_passes + trained,
+    )
 
 
 def _ood_images(

@@ -152,9 +152,9 @@ def _workload(num_networks: int, epochs: int, real: RealData, synthetic: Synthet
     """The work of a run in this process; a tested image counts half a pass."""
     tested = num_networks * -(-epochs // TEST_INTERVAL) * len(real.images_test)
     images = len(synthetic.images)
-    trained = num_networks * epochs * images * (2 if synthetic.num_outliers else 1)
+    trained = num_networks * epochs * images * (2 if synthetic.num_outliers else 1) / distributed.world_size()
     steps = num_networks * epochs * -(-images // 256)
-    return Workload((trained + tested / 2) / distributed.world_size(), steps, "training")
+    return Workload(trained + tested / 2 / distributed.world_size(), steps, "training", trained)
 
 
 def _choose_compute(compile_flag: str, precision: str, model: str, real: RealData, workload: Workload) -> Compute:
