@@ -118,6 +118,8 @@ def shares(work: Callable[[], object]) -> dict[str, float]:
 def kind_of(operation: str) -> str:
     """The kind of work that an operation belongs to."""
     name = operation.lower().removeprefix("aten::")
+    if "compiledfxgraph" in name:  # the rest of the name is a hash
+        name = "compiled"
     return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), OTHER)
 
 

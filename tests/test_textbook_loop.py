@@ -149,7 +149,7 @@ def test_floating_point_operations_by_formula():
         ("aten::grid_sampler_2d", "augmentation, batches"),
         ("aten::randperm", "draws"),
         ("Optimizer.step#SGD.step", "optimiser"),
-        ("## Call CompiledFxGraph fa3xw ##", "norm, activation, pooling"),
+        ("## Call CompiledFxGraph ft2aubyg3ipwmm ##", "norm, activation, pooling"),
         ("aten::empty", profile_works.OTHER),
     ],
 )

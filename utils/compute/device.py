@@ -16,7 +16,7 @@ from utils.compute.cpu_batches import BatchSplitter, convolution_sizes, in_parts
 from utils.core.errors import UserError, under_torchrun
 
 PRECISIONS = ("tf32", "fp32", "bf16")
-# Measured on two CPU cores with AVX512-BF16, with compiled ConvNets: the thread-seconds that bf16 saves in a forward and
+# Measured on two CPU cores with AVX512-BF16, compiled ConvNets: the thread-seconds that bf16 saves in a forward and
 # backward pass of an image, per floating-point operation that its forward pass has in convolutions.
 BF16_SAVES = 7.3e-12
 BF16_WORTH_MINUTES = 2
