@@ -25,6 +25,7 @@ from utils.files.images import unit_images
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import check_inputs
+import cold_starts
 
 PARSERS = {
     "main.py": stage1,
@@ -437,3 +438,35 @@ def test_a_part_of_the_gpu_check_is_interrupted_and_resumed(gpu_check):
     status, commands, steps = gpu_check("dm", STATUS="3")
     assert (status, len(commands), steps[0]["result"]) == (1, 1, "failed")
     assert gpu_check("nothing")[0] == 2
+
+
+def test_flags_of_cold_starts(monkeypatch, refused):
+    """Each script takes those that it is measured with, and one that fails is told of."""
+    for name, flags in cold_starts.FLAGS.items():
+        parser = PARSERS[name.partition(",")[0]].get_args_parser()
+        args = parser.parse_args(shlex.split("--dataset CIFAR10 --model ConvNetW32 " + flags.format(out="out")))
+        assert "out" in (getattr(args, "save_path", None), args.buffer_path if name == "train_experts.py" else None)
+    failed = subprocess.CompletedProcess([], 2, "", "main_poe.py: error: no such data\n")
+    monkeypatch.setattr(cold_starts.subprocess, "run", lambda *args, **kwargs: failed)
+    assert "main_poe.py, DSA: exit status 2: main_poe.py: error: no such data" in refused("cold_starts.py")
+
+
+def test_the_table_of_cold_starts(monkeypatch, in_process):
+    """A row for each script: uncompiled, compiled with an empty cache, and with what that left."""
+    ran, clock = [], iter(range(100))
+    done = subprocess.CompletedProcess([], 0, "", "")
+    monkeypatch.setattr(cold_starts.subprocess, "run", lambda command, **k: ran.append((command, k["env"])) or done)
+    monkeypatch.setattr(cold_starts.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
+    rows = [line for line in in_process("cold_starts.py", "--model", "ConvNet").splitlines() if line.startswith("| ")][
+        1:
+    ]
+    assert [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows] == [
+        [name, "1.0", "1.0", "1.0"] for name in cold_starts.FLAGS
+    ]
+    flags = [command[command.index("--compile") + 1] for command, _ in ran]
+    assert flags == ["off", "on", "on"] * len(cold_starts.FLAGS)
+    caches = [env["XDG_CACHE_HOME"] for _, env in ran]
+    assert caches[::3] == caches[1::3] == caches[2::3]
+    assert len(set(caches)) == len(cold_starts.FLAGS)
+    assert not any("TORCHINDUCTOR_CACHE_DIR" in env for _, env in ran)
