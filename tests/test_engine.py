@@ -357,7 +357,7 @@ def test_bf16_needs_a_processor_that_has_it(processor, flags, has):
 @pytest.mark.parametrize(
     ("flags", "precision", "model", "hours", "told"),
     [
-        ("avx512_bf16", "tf32", "ConvNetW32", 10, True),
+        ("avx512_bf16", "tf32", "ConvNetW32", 2, True),
         ("avx512_bf16", "tf32", "ConvNetW32", 0.001, False),
         ("avx512_bf16", "tf32", "MLP", 10, False),  # not measured
         ("avx512_bf16", "fp32", "ConvNetW32", 10, False),  # the user's own choice
@@ -376,13 +376,14 @@ def test_a_long_run_is_told_what_bf16_would_save(monkeypatch, processor, flags, 
         work = Workload(passes, 1, "training", passes)
         return str(choose_compute("auto", precision, torch.device("cpu"), net, (3, 32, 32), work))
 
-    passes = int(hours * 3600 / 0.0005)  # a pass of ConvNetW32 takes about half a millisecond
+    passes = int(hours * 3600 * torch.get_num_threads() / 0.0005)  # a pass of ConvNetW32 takes about half a millisecond
     found = re.search(r"--precision bf16 would save about (\d+) min", line(passes))
     assert bool(found) == told
     if told:
         twice = re.search(r"about (\d+) min", line(2 * passes))
         assert int(twice[1]) == pytest.approx(2 * int(found[1]), abs=2)
         assert 0 < int(found[1]) < 60 * hours
+        assert int(re.search(r"about (\d+) h", line(20 * passes))[1]) == pytest.approx(20 * int(found[1]) / 60, abs=4)
 
 
 def test_bf16_is_near_and_matching_stays_in_float32():

@@ -1,6 +1,7 @@
 """Choosing and preparing the device, compilation and precision."""
 
 import ctypes
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -170,7 +171,10 @@ def bf16_advice(net: nn.Module, image_shape: tuple[int, ...], workload: Workload
         return ""
     flops = sum(flops for _, flops in convolution_sizes(net, image_shape))
     minutes = workload.bf16_passes * flops * BF16_SAVES / torch.get_num_threads() / 60
-    return f"--precision bf16 would save about {minutes:.0f} min" if minutes >= BF16_WORTH_MINUTES else ""
+    if not BF16_WORTH_MINUTES <= minutes < math.inf:
+        return ""
+    time = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
+    return f"--precision bf16 would save about {time}"
 
 
 def has_bfloat16_instructions() -> bool:
