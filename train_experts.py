@@ -9,6 +9,7 @@ The same command again trains what is missing, also after a stop.
 import argparse
 
 from networks import get_network
+from utils.compute import distributed
 from utils.compute.compiling import Workload
 from utils.compute.device import choose_compute, choose_device
 from utils.core.parser import Parser
@@ -54,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
         augmentation=None if args.dsa_strategy is None else DSA(parse_strategy(args.dsa_strategy)),
     )
     net = get_network(args.model, real.channel, real.num_classes, real.im_size, generator(args.seed))
-    steps = args.num_experts * args.train_epochs
+    steps = len(distributed.own_share(args.num_experts)) * args.train_epochs
     images = len(real.images_train) * (1 if outliers is None else 1 + args.batch_oe / args.batch_train)
     workload = Workload(steps * (images + len(real.images_test) / 2), steps, "training", steps * images)
     compute = choose_compute(args.compile, args.precision, device, net, (real.channel, *real.im_size), workload)

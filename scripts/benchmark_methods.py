@@ -2,7 +2,6 @@
 
 import multiprocessing
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import count as count_from
 from pathlib import Path
 
@@ -80,8 +79,9 @@ def mtt(bench: Bench) -> dict:
     """An iteration of trajectory matching of 30 steps, images and outliers (POE); `…_gb`: its memory, measured
     uncompiled in a separate process."""
     kinds = (textbook.PlainTrajectoryMatching, TrajectoryMatching)
-    fp32 = replace(bench.compute, precision="fp32")
-    result = _alternating(bench, [trajectory_matching(k, bench.real, bench.args.model, bench.ipc, fp32) for k in kinds])
+    result = _alternating(
+        bench, [trajectory_matching(k, bench.real, bench.args.model, bench.ipc, bench.compute) for k in kinds]
+    )
     peaks = [_peak(kind, bench) for kind in kinds]
     return result | {"plain_gb": peaks[0], "engine_gb": peaks[1]}
 

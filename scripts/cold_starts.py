@@ -72,18 +72,19 @@ def seconds(name: str, run: str, model: str, folder: Path) -> float:
     Raises:
         UserError: when it fails.
     """
-    common = f"--dataset CIFAR10 --data_path . --download none --model {model} --compile {RUNS[run]}"
+    common = f"--dataset CIFAR10 --data_path . --download none --model {model} --device cpu --compile {RUNS[run]}"
     own = name.replace(" ", "")
     flags = f"{common} {FLAGS[name]}".format(out=f"{run}/{own}")
-    cache = {"XDG_CACHE_HOME": str(folder / "cache" / own), "TORCHINDUCTOR_CACHE_DIR": ""}
-    env = {name: value for name, value in (os.environ | cache).items() if value}
+    env = os.environ | {"XDG_CACHE_HOME": str(folder / "cache" / own)}
+    env.pop("TORCHINDUCTOR_CACHE_DIR", None)
     began = time.perf_counter()
     done = subprocess.run(
         [sys.executable, str(ROOT / name.partition(",")[0]), *flags.split()],
         cwd=folder, env=env, capture_output=True, text=True,
     )  # fmt: skip
     if done.returncode:
-        raise UserError(f"{name}: exit status {done.returncode}: {one_line(done.stderr)}")
+        last = done.stderr.strip().rpartition("\n")[-1]
+        raise UserError(f"{name}: exit status {done.returncode}: {one_line(last)}")
     return time.perf_counter() - began
 
 

@@ -4,8 +4,8 @@
     python scripts/profile_works.py --model ConvNet --precision bf16 --out profile.json
 
 The data are random pixels in the shape of CIFAR-10. A work runs twice before it is profiled, so that compiling does not
-count. GFLOP/s: those of the convolutions and matrix products, in the time that they take; a product of large matrices
-of the same type shows what the processor can do.
+count. GFLOP/s: those of the convolutions and matrix products, in the time that they take; a large matrix product and a
+large convolution of the same type show what the processor can do.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import shlex
 import sys
 import time
+import timeit
 from collections.abc import Callable
 from itertools import count as count_from
 from pathlib import Path
@@ -24,6 +25,7 @@ import torch
 from benchmark import machine
 from benchmark_methods import trajectory_matching
 from benchmark_works import SCORED, STRATEGY, Bench
+from torch.nn.functional import conv2d
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -123,15 +125,16 @@ def kind_of(operation: str) -> str:
     return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), OTHER)
 
 
-def peak_gflops(dtype: torch.dtype) -> float:
-    """GFLOP/s of a product of large matrices; the best of five."""
+def peak_gflops(dtype: torch.dtype) -> dict[str, int]:
+    """GFLOP/s of a large matrix product and of a large convolution, which different libraries compute; best of five."""
     a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
-    best = 0.0
-    for _ in range(5):
-        began = time.perf_counter()
-        a @ b
-        best = max(best, 2 * 2048**3 / (time.perf_counter() - began) / 1e9)
-    return best
+    images = torch.randn(64, 256, 32, 32).to(dtype, memory_format=torch.channels_last)
+    kernel = torch.randn(256, 256, 3, 3).to(dtype, memory_format=torch.channels_last)
+    works = {
+        "matmul_gflops": (lambda: a @ b, 2 * 2048**3),
+        "convolution_gflops": (lambda: conv2d(images, kernel, padding=1), 2 * images.numel() * kernel[0].numel()),
+    }
+    return {name: round(flops / min(timeit.repeat(work, number=1)) / 1e9) for name, (work, flops) in works.items()}
 
 
 class FlopCounter(TorchDispatchMode):
@@ -169,7 +172,7 @@ def main(args: argparse.Namespace) -> None:
     bench = Bench(args)
     about = machine(bench.device) | {"compute": str(bench.compute), "command": shlex.join(sys.argv)}
     dtype = torch.bfloat16 if bench.compute.precision == "bf16" else torch.float32
-    about["matmul_gflops"] = round(peak_gflops(dtype))
+    about |= peak_gflops(dtype)
     results = {name: shares(work_of(name, bench)) for name in args.works}
     bench.compute = Compute(precision=bench.compute.precision)
     for name, of_work in results.items():

@@ -1,5 +1,7 @@
 """Scores through pytorch-ood: as the library computes them on the whole network; and the errors before any work."""
 
+import json
+import re
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -249,6 +251,24 @@ def test_a_temperature_needs_a_mistake():
     with pytest.raises(ValueError, match="right on all of them"):
         best_temperature(logits, np.arange(3))
     assert best_temperature(5 * logits, np.array([0, 1, 0])) > 1
+
+
+def test_stage_3_in_bfloat16(in_process, monkeypatch, tmp_path):
+    """`--precision` reaches the scores: they are near those of float32, and others."""
+    monkeypatch.setattr(device, "has_bfloat16_instructions", lambda: True)
+    shared = ["--dataset", "Digits", "--model", "ConvNetD1", "--ipc", 1, "--method", "DC"]
+    in_process("main.py", *shared, "--init", "real", "--Iteration", 0, "--num_exp", 1, "--num_eval", 1,
+               "--epoch_eval_train", 1)  # fmt: skip
+    in_process("train_model_synthetic_no_oe.py", *shared, "--num_eval", 1, "--epoch_eval_train", 20)
+    found = {}
+    for precision in ("fp32", "bf16"):
+        flags = ["--num_exp", 1, "--is_load_best", "--ood_sets", "gaussian", "--precision", precision]
+        out = in_process("test_ood_model_syn.py", *shared, *flags, "--save_path", precision)
+        assert re.search(rf"computing: .*, {precision}", out)
+        (path,) = (tmp_path / precision).rglob("results.json")
+        found[precision] = json.loads(path.read_text())["errors"][0]["nll"]
+    assert found["bf16"] != found["fp32"]
+    assert found["bf16"] == pytest.approx(found["fp32"], rel=0.02)
 
 
 def test_times_of_scores(in_process, refused, monkeypatch, tmp_path):

@@ -47,6 +47,7 @@ def test_parts_fit(monkeypatch):
     cut = BatchSplitter(net)
     images = torch.zeros(16, 3, 16, 16)
     assert (cut.count(images), cut.count(images, 12, 4), cut.count(images[:4])) == (4, 4, 1)
+    assert BatchSplitter(net, "bf16").count(images) == 2  # half the bytes
     assert cut.count(images.to("meta")) == 1
     assert BatchSplitter(get_network("MLP", 3, 10, (16, 16), generator(0))).count(images) == 1
     assert in_parts(lambda x: x + 1, images, 4).shape == images.shape

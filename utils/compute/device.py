@@ -1,7 +1,6 @@
 """Choosing and preparing the device, compilation and precision."""
 
 import ctypes
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,7 +17,8 @@ from utils.core.errors import UserError, under_torchrun
 
 PRECISIONS = ("tf32", "fp32", "bf16")
 # Measured on two CPU cores with AVX512-BF16, compiled ConvNets: the thread-seconds that bf16 saves in a forward and
-# backward pass of an image, per floating-point operation that its forward pass has in convolutions.
+# backward pass of an image, per floating-point operation that its forward pass has in convolutions. It was 7.1e-12 to
+# 7.7e-12 with ConvNet, and with ConvNetW32 5e-12 (training) to 11e-12 (DSA).
 BF16_SAVES = 7.3e-12
 BF16_WORTH_MINUTES = 2
 
@@ -39,9 +39,9 @@ class Compute:
     """Compilation and precision of a run; results depend on them only by rounding.
 
     `compiled`: matching, network training and testing use `torch.compile`. `precision`: `bf16` runs network training,
-    and in matching the real gradients or embeddings and MTT's student steps, under autocast; the gradient of the
-    synthetic images stays in float32. `why`: the reason for the choice of `--compile auto`; empty if the user chose.
-    `note`: why the precision is not the one asked for.
+    in matching the real gradients or embeddings and MTT's student steps, and in stage 3 the features, under autocast;
+    the gradient of the synthetic images stays in float32. `why`: the reason for the choice of `--compile auto`; empty
+    if the user chose. `note`: why the precision is not the one asked for, or what another would save.
     """
 
     compiled: bool = False
@@ -73,7 +73,7 @@ class Compute:
         It is compiled once, for all networks of the architecture of `example`, and for `batch` images, the most that it
         takes: fewer are padded. If it is not compiled, `batch` does not matter.
         """
-        splitter = BatchSplitter(example)
+        splitter = BatchSplitter(example, self.precision)
         if not self.compiled:
             eager = self.function(lambda images, net: net.embed(images).float())
             return lambda net, images: in_parts(lambda part: eager(part, net), images, splitter.count(images))
@@ -171,7 +171,7 @@ def bf16_advice(net: nn.Module, image_shape: tuple[int, ...], workload: Workload
         return ""
     flops = sum(flops for _, flops in convolution_sizes(net, image_shape))
     minutes = workload.bf16_passes * flops * BF16_SAVES / torch.get_num_threads() / 60
-    if not BF16_WORTH_MINUTES <= minutes < math.inf:
+    if minutes < BF16_WORTH_MINUTES:
         return ""
     time = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
     return f"--precision bf16 would save about {time}"

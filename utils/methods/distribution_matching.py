@@ -61,7 +61,7 @@ class DistributionMatching(LearnableSet):
         training = TrainSettings(1, s.lr_net, s.batch_train, s.lambda_oe, s.dsa)
         self.pool = s.pool and NetworkPool(real, s.model, s.pool, training, s.seed, compute)
         self.moments_oe, self.spread_oe = s.moments_oe, s.spread_oe
-        self.splitter = BatchSplitter(self.net)
+        self.splitter = BatchSplitter(self.net, compute.precision)
         self.has_batchnorm = has_batchnorm(self.net)
         self.embed_real = compute.function(lambda images: self.net.embed(images))
         self.embed_synthetic = replace(compute, precision="fp32").function(lambda images: self.net.embed(images))

@@ -80,7 +80,7 @@ class Matcher:
         loss: SlotLoss = slot_loss,
     ):
         self.net, self.loss, self.metric = net, loss, metric
-        self.splitter = BatchSplitter(net)
+        self.splitter = BatchSplitter(net, compute.precision)
         self.real_loss = compute.function(lambda images, slot: slot_loss(net(images), slot))
         self.compiled_side = replace(compute, precision="fp32").function(self._losses_and_gradient)
         # PyTorch's second derivative of a layer norm under vmap is wrong (seen in 2.14); a test compares them

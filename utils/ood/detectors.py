@@ -240,10 +240,13 @@ class Scorer:
     @torch.no_grad()
     def _fit(self, fit: FitSet, batch: int) -> None:
         index = torch.arange(len(fit.labels), device=fit.labels.device)
-        features = torch.cat([self.embed(self.net, fit.take(part)) for part in index.split(batch)])
+        batches = index.split(batch)
+        features = torch.cat([self.embed(self.net, fit.take(part)) for part in batches])
         for name in need_fitting(self.scores):
             takes = DETECTORS[name].takes
-            if takes == "logits":
+            if takes == "images":  # its scores run the network itself
+                values = torch.cat([self.net.embed(fit.take(part)) for part in batches])
+            elif takes == "logits":
                 values = self.head(features)
             else:
                 values = features.unflatten(1, self.map_shape) if takes == "maps" else features

@@ -91,7 +91,9 @@ def add_compute(parser: Parser, training: bool = True) -> None:
         default="auto",
         help="torch.compile; auto compiles a run that is expected to save more time than compiling takes",
     )
-    runs = "network training and the real side of matching" if training else "the layers before the last"
+    runs = "network training and the real side of matching"
+    if not training:
+        runs = "the layers before the last (but not for scores of images, as odin)"
     group.add_argument(
         "--precision",
         type=one_of("precision", PRECISIONS),

@@ -48,14 +48,13 @@ def run_stage3(args: argparse.Namespace) -> Results:
     source = OODSource(real, Path(args.ood_path), Path(args.data_path), args.download == "all", limit, args.seed)
     sets, missing = _find_sets(source, args.ood_sets, args.skip_missing, args.validate)
     fit = _fit_set(args.fit_on, folder, real) if need_fitting(scores) else None
+    batch = min(args.batch_test, len(real.images_test))  # no set is larger than the test set, nor need a batch be
     with rank_errors():
         nets = _load_networks(folder, args.model, real, args.num_exp, which)
         example = next(iter(nets.values())) if nets else load_trained(folder, args.model, real, 0, which).cpu()
-        num_images = len(nets) * (len(sets) + 1) * len(real.images_test)
-        batch = min(args.batch_test, len(real.images_test))  # no set is larger than the test set, nor need a batch be
-        compute = _choose_compute(args.compile, args.precision, example, real, num_images, batch)
-        embed = compute.embedding(example, batch)
-        scorers = _scorers(nets, scores, args.T, real, embed)
+        of_network = (len(sets) + 1) * len(real.images_test) + (0 if fit is None else len(fit.labels))
+        compute = _choose_compute(args.compile, args.precision, example, real, len(nets) * of_network, batch)
+        scorers = _scorers(nets, scores, args.T, real, compute.embedding(example, batch))
         for scorer in scorers.values():
             scorer.prepare(real.test_images[:2], fit, batch)
     run = RunFolder.create(args.save_path, *parts, name=folder.name)

@@ -24,9 +24,11 @@ class StudentStep:
 
     def __init__(self, net: nn.Module, compute: Compute):
         self.net = net
-        self.splitter = None if has_batchnorm(net) else BatchSplitter(net)
+        whole, fp32 = has_batchnorm(net), replace(compute, precision="fp32")
+        self.splitter = None if whole else BatchSplitter(net, compute.precision)
+        self.backward_splitter = None if whole else BatchSplitter(net)
         self.part_gradient = compute.function(self._gradient)
-        self.part_backward = replace(compute, precision="fp32").function(self._backward)
+        self.part_backward = fp32.function(self._backward)
 
     def gradient(self, images: torch.Tensor, labels: torch.Tensor, weight: float, params: Params) -> Params:
         """The gradient of the joint loss with respect to `params`.
@@ -42,7 +44,7 @@ class StudentStep:
         self, images: torch.Tensor, labels: torch.Tensor, weight: float, params: Params, v: Params
     ) -> tuple[torch.Tensor, torch.Tensor, Params]:
         """The value of `h = <gradient, v>`, and its gradients with respect to `images` and `params`."""
-        parts = joint_parts(images, labels, self.splitter)
+        parts = joint_parts(images, labels, self.backward_splitter)
         found = [self.part_backward(*part, weight, params, v) for part in parts]
         products, on_images, on_params = zip(*found, strict=True)
         if len(parts) == 1:

@@ -49,9 +49,9 @@ class Trainer:
 
     def __init__(self, net: nn.Module, settings: TrainSettings, compute: Compute | None = None):
         self.net, self.settings = net, settings
-        self.splitter = BatchSplitter(net)
-        self.has_batchnorm = has_batchnorm(net)
         compute = compute or Compute()
+        self.splitter = BatchSplitter(net, compute.precision)
+        self.has_batchnorm = has_batchnorm(net)
         self.loss = compute.function(lambda images, labels, weight: joint_loss(net(images), labels, weight))
         self.forward = replace(compute, precision="fp32").function(net) if compute.compiled else None
         self.restart(settings.lr or LR_NET)
