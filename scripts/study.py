@@ -19,6 +19,7 @@ from utils.report.study import OF_NETWORKS, OF_SCORES, Column, Kind, differences
 from utils.stages.entry import run_script
 
 TITLES = {"plain": "none", "poe": "distilled", "oe": "distilled (OE)"}  # of the outliers of a kind
+CHOSEN = {"random": "random", "herding": "herding", "kcenter": "k-center", "whole": "whole training set"}
 
 
 def get_args_parser() -> Parser:
@@ -137,8 +138,9 @@ def title(kind: str, prefix: str) -> str:
     if base in TITLES:
         pool = " (OE)" if base == "oe" and outliers else ""
         return f"{prefix or 'distilled images'}, {outliers or TITLES[base]}{pool}"
-    images = {"whole": "whole training set", "kcenter": "k-center"}.get(base, base)
-    return f"{images}, {outliers or 'none'}"
+    if base in CHOSEN:  # the same images, whatever was distilled beside them
+        return f"{CHOSEN[base]}, {outliers or 'none'}"
+    return f"{prefix}, {kind}" if prefix else kind
 
 
 if __name__ == "__main__":

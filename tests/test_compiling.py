@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from conftest import ROOT, needs_compiler
 from torch._inductor.exc import InductorError
 
+import main_poe
 from networks import get_network
 from utils.compute import compiling, distributed
 from utils.compute.compiling import (
@@ -28,7 +29,7 @@ from utils.compute.device import Compute
 from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.outliers import PseudoOutliers
-from utils.methods import MethodInputs
+from utils.methods import METHODS, MethodInputs
 from utils.methods.gradient_matching import image_passes
 from utils.methods.match_draws import MatchSettings
 from utils.stages.distill import total_workload
@@ -260,3 +261,19 @@ def test_a_second_process_compiles_nothing_anew(tmp_path):
         libraries.append({path: path.stat().st_mtime_ns for path in (tmp_path / "trustdd").rglob("*.so")})
     assert libraries[0]
     assert libraries[0] == libraries[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "passes", "bf16_passes"),
+    [
+        # ten slots of 64 real images and 32 corrupted ones, which go forward alone, and ipc 2 of both kinds
+        ("--method DM --batch_real 64 --batch_oe 32", 10 * 96 / 2 + 40, 10 * 96 / 4),
+        # ten steps of 20 images and 20 outliers, three passes each, of which the first is fast
+        ("--method MTT --syn_steps 10", 3 * 10 * 40, 10 * 40),
+    ],
+)
+def test_passes_of_an_iteration_by_hand(digits, flags, passes, bf16_passes):
+    parser = main_poe.get_args_parser()
+    args = parser.parse_args(f"--dataset Digits --model ConvNetD1 --ipc 2 {flags}".split())
+    found = METHODS[args.method].workload(MethodInputs(digits, PseudoOutliers(digits), vars(args)))
+    assert (found.passes, found.bf16_passes) == (passes, bf16_passes)

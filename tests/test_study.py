@@ -173,6 +173,20 @@ def test_kinds_of_several_folders_and_one_beside_them(study, run):
     assert first == ["images, outliers", *rows, "difference", *pairs]
 
 
+def test_other_names_of_kinds(study, run):
+    """Such as links to the same kind in several tables, e.g. of two precisions."""
+    folder, _ = study
+    both = folder.parent / "both"
+    both.mkdir()
+    (both / "fp32").symlink_to(folder / "plain")
+    (both / "bf16").symlink_to(folder / "poe")
+    status, shown, error = run(both, "--prefixes", "A", "--base", "bf16")
+    assert status == 0, error
+    rows = [line.split("|")[1].strip() for line in shown.splitlines() if line.startswith("| ")]
+    assert rows == ["images, outliers", "A, bf16", "A, fp32", "difference", "A, bf16 minus A, fp32"]
+    assert "| bf16 " in run(both)[1]
+
+
 def test_two_results_of_one_seed(study):
     folder, _ = study
     again = folder / "poe" / "seed1" / "3-ood" / "DSA" / "20260102-000000"
