@@ -87,7 +87,7 @@ class RealData:
         if self.zca is not None:
             return self.zca.whiten(images)
         mean, std = self._scale
-        return (images - mean) / std
+        return (images - mean).div_(std)
 
     def denormalize(self, images: torch.Tensor) -> torch.Tensor:
         """The inverse of `normalize`, clipped to [0, 1]."""
@@ -98,7 +98,7 @@ class RealData:
 
     def unit_train(self, indices: torch.Tensor) -> torch.Tensor:
         """Training images at `indices`, float32 in [0, 1]."""
-        return unit_images(self.images_train[send(indices, self.device)])
+        return unit_images(self.images_train.index_select(0, send(indices, self.device)))  # far faster than []
 
     def train_batch(self, indices: torch.Tensor) -> torch.Tensor:
         """Training images at `indices`, normalised."""

@@ -122,7 +122,7 @@ class OutlierPool(OutlierSource):
 
     def batch(self, drawn: OutlierBatch) -> torch.Tensor:
         """The drawn images, converted with `conform` and normalised."""
-        images = self.images[send(drawn.index, self.images.device)]
+        images = self.images.index_select(0, send(drawn.index, self.images.device))
         return self.real.normalize(conform(images, self.real.channel, self.real.im_size))
 
     def fingerprint(self) -> str:

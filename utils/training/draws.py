@@ -93,4 +93,5 @@ def _augmented(
 ) -> Sequence[torch.Tensor]:
     """`transform(images[i])` for each `i` of `index`."""
     lengths = [len(i) for i in index]
-    return apply_by_part(images[torch.cat(list(index))], [t or identity for t in transforms], lengths).split(lengths)
+    chosen = images.index_select(0, torch.cat(list(index)))
+    return apply_by_part(chosen, [t or identity for t in transforms], lengths).split(lengths)
