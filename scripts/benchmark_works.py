@@ -42,6 +42,16 @@ EVALUATED = 2  # networks of `evaluation`
 SCORED = 256  # images per batch of `stage3`
 
 
+def make_data(folder: Path, **sizes: int) -> None:
+    """Write random images in the shape of CIFAR-10, as many of each class; `sizes`: how many of `train` and `test`."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for part, n in sizes.items():
+        arrays[f"{part}_images"] = rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+        arrays[f"{part}_labels"] = np.arange(n) % 10
+    np.savez(folder / "cifar10.npz", **arrays)
+
+
 def run_until(command: Sequence[object], line: str) -> None:
     """Run a Python script until it prints a line that begins so, then end it.
 
@@ -61,12 +71,7 @@ class Bench:
         self.device = choose_device(args.device, args.deterministic)
         self.args, self.ipc, self.batch, self.repeats = args, args.ipc, args.batch_real, args.repeats
         self.folder = tempfile.TemporaryDirectory()
-        rng = np.random.default_rng(0)
-        arrays = {}
-        for part, n in (("train", 50_000), ("test", 10_000)):
-            arrays[f"{part}_images"] = rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
-            arrays[f"{part}_labels"] = np.arange(n) % 10
-        np.savez(Path(self.folder.name) / "cifar10.npz", **arrays)
+        make_data(Path(self.folder.name), train=50_000, test=10_000)
         self.real: RealData = load_dataset("CIFAR10", self.folder.name).to(self.device)
         self.net = get_network(args.model, 3, 10, (32, 32), generator(0)).to(self.device)
         long = Workload(math.inf, sys.maxsize, "matching")  # so `--compile auto` compiles whatever that speeds up

@@ -18,9 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import numpy as np
 import torch
 from benchmark import machine
+from benchmark_works import make_data
 
 from utils.core.errors import UserError, one_line
 from utils.core.parser import Parser
@@ -56,16 +56,6 @@ def get_args_parser() -> Parser:
     return parser
 
 
-def make_data(folder: Path) -> None:
-    """Random images in the shape of CIFAR-10, as many of each class."""
-    rng = np.random.default_rng(0)
-    arrays = {}
-    for part in ("train", "test"):
-        arrays[f"{part}_images"] = rng.integers(0, 256, (IMAGES, 32, 32, 3), dtype=np.uint8)
-        arrays[f"{part}_labels"] = np.arange(IMAGES) % 10
-    np.savez(folder / "cifar10.npz", **arrays)
-
-
 def seconds(name: str, run: str, model: str, folder: Path) -> float:
     """How long a script takes. It works in `folder`, and has a cache of compiled code of its own there.
 
@@ -92,7 +82,7 @@ def main(args: argparse.Namespace) -> None:
     """Measure, print the table, and write it if asked."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        make_data(Path(folder))
+        make_data(Path(folder), train=IMAGES, test=IMAGES)
         for name in FLAGS:
             times = [f"{seconds(name, run, args.model, Path(folder)):.1f}" for run in RUNS]
             print(f"{name}: {', '.join(times)} s", flush=True)

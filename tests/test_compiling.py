@@ -29,9 +29,11 @@ from utils.compute.device import Compute
 from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.outliers import PseudoOutliers
+from utils.data.synthetic import SyntheticSet
 from utils.methods import METHODS, MethodInputs
 from utils.methods.gradient_matching import image_passes
 from utils.methods.match_draws import MatchSettings
+from utils.stages import train
 from utils.stages.distill import total_workload
 from utils.stages.distillation import DistillSettings
 from utils.training.evaluator import EvalSettings
@@ -261,6 +263,15 @@ def test_a_second_process_compiles_nothing_anew(tmp_path):
         libraries.append({path: path.stat().st_mtime_ns for path in (tmp_path / "trustdd").rglob("*.so")})
     assert libraries[0]
     assert libraries[0] == libraries[1]
+
+
+def test_passes_of_stage_2_by_hand(digits, monkeypatch):
+    """Six networks of 300 epochs on 20 images and 20 outliers, shared by two processes, tested every 50."""
+    synthetic = SyntheticSet(torch.zeros(20, 1, 8, 8), torch.arange(20) % 10, torch.zeros(20, 1, 8, 8))
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    found = train.stage2_workload(6, 300, digits, synthetic)
+    trained, tests = 3 * 300 * 40, -(-300 // train.TEST_INTERVAL)
+    assert (found.passes, found.bf16_passes) == (trained + 3 * tests * len(digits.images_test) / 2, trained)
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def run_stage2(args: argparse.Namespace, outliers: str) -> None:
         lr=args.lr_net or chosen.synthetic.lr_net or LR_NET,
         lambda_oe=0.0 if outliers == "none" else args.lambda_oe,
     )
-    work = _workload(args.num_eval, settings.epochs, real, chosen.synthetic)
+    work = stage2_workload(args.num_eval, settings.epochs, real, chosen.synthetic)
     compute = _choose_compute(args.compile, args.precision, args.model, real, work)
     net = get_network(args.model, real.channel, real.num_classes, real.im_size, generator(args.seed)).to(device)
     inputs = _fingerprints(real, chosen.synthetic)
@@ -148,7 +148,7 @@ def _fingerprints(real: RealData, synthetic: SyntheticSet) -> dict[str, str]:
     return prints | ({"oe_data_path": pool} if pool else {})
 
 
-def _workload(num_networks: int, epochs: int, real: RealData, synthetic: SyntheticSet) -> Workload:
+def stage2_workload(num_networks: int, epochs: int, real: RealData, synthetic: SyntheticSet) -> Workload:
     """The work of a run in this process; a tested image counts half a pass."""
     tested = num_networks * -(-epochs // TEST_INTERVAL) * len(real.images_test)
     images = len(synthetic.images)

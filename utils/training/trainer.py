@@ -50,7 +50,7 @@ class Trainer:
     def __init__(self, net: nn.Module, settings: TrainSettings, compute: Compute | None = None):
         self.net, self.settings = net, settings
         compute = compute or Compute()
-        self.splitter = BatchSplitter(net, compute.precision)
+        self.splitter, self.test_splitter = BatchSplitter(net, compute.precision), BatchSplitter(net)
         self.has_batchnorm = has_batchnorm(net)
         self.loss = compute.function(lambda images, labels, weight: joint_loss(net(images), labels, weight))
         self.forward = replace(compute, precision="fp32").function(net) if compute.compiled else None
@@ -89,7 +89,7 @@ class Trainer:
 
     def predict(self, images: torch.Tensor) -> torch.Tensor:
         """Logits `[N, num_classes]` of images `[N, C, H, W]`, in evaluation mode."""
-        batch = TEST_BATCH // self.splitter.count(images[:TEST_BATCH])
+        batch = TEST_BATCH // self.test_splitter.count(images[:TEST_BATCH])
         return predict(self.net, images, batch, self.forward)
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
