@@ -16,10 +16,11 @@ from test_ood_model_syn import get_args_parser
 from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.synthetic import SyntheticSet, save_synthetic
+from utils.ood.calibration import SCALED_MEASURES
 from utils.ood.measures import MEASURES
 from utils.report.compare import Run, comparison_rows, find_runs, latex, markdown, plot_comparison, pooled, table_csv
 from utils.report.page import comparison_page
-from utils.report.results import Results, load_results
+from utils.report.results import NETWORK_MEASURES, Results, load_results, results_csv
 from utils.report.tables import report_text
 
 RUN = "DSA/Digits/ConvNetD1/1/20260101-000000"
@@ -101,6 +102,17 @@ def chain(tmp_path, digits):
         state = get_network("ConvNetD1", 1, 10, (8, 8), generator(index)).state_dict()
         torch.save(state, stage2 / f"syn_trained_Digits_ConvNetD1_exp{index}_best.pt")
     return stage1, stage2
+
+
+def test_the_csv_repeats_what_was_measured_of_each_network():
+    """The temperature, too, where there is one."""
+    errors = [dict.fromkeys(NETWORK_MEASURES, i + 0.25) for i in range(2)]
+    rows = [{"network": i, "set": "blob", "score": "msp", **dict.fromkeys(MEASURES, 0.5)} for i in (1, 0)]
+    first, second = csv.DictReader(results_csv(Results(errors, rows)).splitlines())
+    assert (first["temperature"], second["temperature"]) == ("1.25", "0.25")
+    assert (first["accuracy"], first["scaled_nll"], first["ece"]) == ("-0.25", "1.25", "1.25")
+    plain = [{m: v for m, v in e.items() if m not in SCALED_MEASURES} for e in errors]
+    assert set(first) - set(next(csv.DictReader(results_csv(Results(plain, rows)).splitlines()))) == {*SCALED_MEASURES}
 
 
 STAGE3 = ["--dataset", "Digits", "--model", "ConvNetD1", "--ipc", 1, "--method", "DSA", "--is_load_best"]

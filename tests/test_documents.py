@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import sys
 from fnmatch import fnmatch
 from pathlib import Path
@@ -12,7 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import benchmark
+import keep_results
 import profile_works
+import study
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MARK = re.compile(r"^<!-- table: (\S+) -->$", re.MULTILINE)
@@ -105,7 +108,39 @@ def test_every_file_of_results_is_named_in_a_document():
     text = "".join(document.read_text() for document in DOCUMENTS)
     patterns = re.findall(r"[\w*.-]+\.(?:md|json)", text)
     for path in sorted((ROOT / "assets" / "results").iterdir()):
+        if path.is_dir():
+            assert path.name == "raw"
+            continue
         assert any(fnmatch(path.name, pattern) for pattern in patterns), path.name
+
+
+def study_commands() -> list:
+    """Each command of a document that makes a table from raw results: its words, the last the file that holds it."""
+    found = []
+    for document in DOCUMENTS:
+        text = document.read_text().replace("\\\n", " ")
+        for line in re.findall(r"^python scripts/study\.py (assets/results/raw/.+)$", text, re.MULTILINE):
+            words = shlex.split(line)
+            found.append(pytest.param(words, id=f"{document.name} {words[-1]}"))
+    return found
+
+
+@pytest.mark.parametrize("words", study_commands())
+def test_a_file_of_results_is_made_of_raw_ones(words, tmp_path, monkeypatch, capsys):
+    """The command, run again, gives the same file."""
+    *words, flag, out = words
+    assert flag == "--out"
+    monkeypatch.chdir(ROOT)
+    study.main(study.get_args_parser().parse_args([*words, "--out", str(tmp_path / "again.md")]))
+    assert (tmp_path / "again.md").read_text() == (ROOT / out).read_text()
+
+
+def test_raw_results_are_used_and_hold_no_paths():
+    used = {word for parameter in study_commands() for word in parameter.values[0]}
+    for folder in sorted((ROOT / "assets/results/raw").iterdir()):
+        assert f"assets/results/raw/{folder.name}" in used
+        for path in folder.rglob("results.json"):
+            assert not {"networks", *keep_results.PATHS} & set(str(json.loads(path.read_text())["about"]).split("'"))
 
 
 def test_a_wrong_number_is_found(tmp_path):

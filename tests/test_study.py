@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -92,12 +93,12 @@ def test_a_clear_difference(study):
 def run(monkeypatch, capsys):
     """Run the script within this process; returns its exit status, and what it wrote to stdout and stderr."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import study as script
+    import study as study_script
 
-    def run_(*words: object) -> tuple[int, str, str]:
+    def run_(*words: object, script: ModuleType = study_script) -> tuple[int, str, str]:
         status = 0
         try:
-            run_script(lambda: script.main(script.get_args_parser().parse_args(list(map(str, words)))), "study.py")
+            run_script(lambda: script.main(script.get_args_parser().parse_args(list(map(str, words)))), script.__name__)
         except SystemExit as stopped:
             status = stopped.code
         return status, *capsys.readouterr()
@@ -194,3 +195,35 @@ def test_two_results_of_one_seed(study):
     again.joinpath("results.json").write_text("{}")
     with pytest.raises(UserError, match=r"holds 2 files results\.json"):
         read_kind(folder / "poe", "poe")
+
+
+def test_kept_results(study, run, tmp_path):
+    """Copies give the same tables, whatever machine they were measured on, and tell nothing of it."""
+    folder, values = study
+    path = next((folder / "poe/seed1").rglob("results.json"))
+    flags = {"ipc": 10, "data_path": "/home/x/data", "ood_path": "/home/x/ood"}
+    path.write_text(json.dumps(values["poe", 1] | {"about": {"networks": "/home/x/2-networks", "flags": flags}}))
+    import keep_results
+
+    status, shown, error = run(folder, tmp_path / "kept", script=keep_results)
+    assert (status, shown) == (0, f"{tmp_path / 'kept'}: 8 results\n"), error
+    shutil.rmtree(folder / "poe/seed10")
+    moved = tmp_path / "kept/poe/seed1/3-ood/results.json"
+    assert json.loads(moved.read_text())["about"] == {"flags": {"ipc": 10}}
+    run(folder, tmp_path / "kept", script=keep_results)  # from a machine that lacks a seed
+    shutil.copytree(tmp_path / "kept/poe/seed10", folder / "poe/seed10")
+    words = ["--base", "poe", "--sets"]
+    assert run(tmp_path / "kept", *words)[1] == run(folder, *words)[1] != ""
+
+
+def test_results_that_cannot_be_kept(study, run, tmp_path):
+    import keep_results
+
+    folder, _ = study
+    assert "poe holds no results in" in run(folder / "poe", tmp_path / "kept", script=keep_results)[2]
+    again = folder / "poe/seed1/3-ood/DSA/20260102-000000"
+    shutil.copytree(next(again.parent.iterdir()), again)
+    status, shown, error = run(folder, tmp_path / "kept", script=keep_results)
+    assert (status, shown, error.count("\n")) == (2, "", 1)
+    assert "a seed has several files results.json" in error
+    assert not (tmp_path / "kept").exists()

@@ -82,15 +82,19 @@ def results_of(networks: Sequence[NetworkScores]) -> tuple[Results, PlotData]:
     return Results([n.errors for n in networks], rows), PlotData(in_scores, out_scores, bins)
 
 
-def results_json(results: Results, about: dict) -> str:
-    """The results, and plain values about them, as JSON; NaN becomes null."""
+def results_json(results: Results, about: dict, indent: int | None = 1) -> str:
+    """The results, and plain values about them, as JSON (`indent` None: on one line); NaN becomes null."""
     content = {"about": about, "errors": results.errors, "rows": results.rows, "missing": results.missing}
-    return json.dumps(_without_nan(content), indent=1) + "\n"
+    return json.dumps(_without_nan(content), indent=indent) + "\n"
 
 
 def results_csv(results: Results) -> str:
-    """CSV with a row per network, OOD set and score; each repeats the network's accuracy, AURC and calibration."""
-    repeated = {"accuracy": "error", "aurc": "aurc"} | {m: m for m in CALIBRATION_MEASURES}
+    """CSV with a row per network, OOD set and score; each repeats the network's accuracy, AURC and calibration.
+
+    After temperature scaling the temperature and the calibration with it, too.
+    """
+    scaled = SCALED_MEASURES if any("temperature" in errors for errors in results.errors) else ()
+    repeated = {"accuracy": "error", "aurc": "aurc"} | {m: m for m in (*CALIBRATION_MEASURES, *scaled)}
     table = io.StringIO()
     writer = csv.DictWriter(table, ["network", "set", "score", *MEASURES, *repeated])
     writer.writeheader()
