@@ -7,6 +7,7 @@ Seeds that were measured on several machines come together so. Paths of the mach
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -16,11 +17,10 @@ from utils.core.errors import UserError
 from utils.core.parser import Parser
 from utils.files.atomic import save_text
 from utils.files.text_files import read_json
-from utils.report.results import load_results, results_json
+from utils.report.results import load_results
 from utils.stages.entry import run_script
 
 STAGE3 = "3-ood"
-PATHS = ("data_path", "method_file", "folder", "load_path", "save_path", "ood_path")  # flags that are left out
 
 
 def get_args_parser() -> Parser:
@@ -54,10 +54,12 @@ def place(path: Path, folder: Path) -> Path:
 
 
 def kept(path: Path) -> str:
-    """A file `results.json` with the flags of its run, but no paths."""
-    results = load_results(path.parent)
-    flags = read_json(path, "results", most=64 << 20)["about"].get("flags", {})
-    return results_json(results, {"flags": {k: v for k, v in flags.items() if k not in PATHS}}, indent=None)
+    """A file `results.json` on one line, with the flags of its run whose values are no paths."""
+    load_results(path.parent)  # refuses a damaged file
+    content = read_json(path, "results", most=64 << 20)
+    flags = content.get("about", {}).get("flags", {})
+    about = {"flags": {name: value for name, value in flags.items() if "/" not in str(value)}}
+    return json.dumps(content | {"about": about}) + "\n"
 
 
 if __name__ == "__main__":

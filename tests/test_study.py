@@ -98,7 +98,7 @@ def run(monkeypatch, capsys):
     def run_(*words: object, script: ModuleType = study_script) -> tuple[int, str, str]:
         status = 0
         try:
-            run_script(lambda: script.main(script.get_args_parser().parse_args(list(map(str, words)))), script.__name__)
+            run_script(lambda: script.main(script.get_args_parser().parse_args(list(map(str, words)))), "script")
         except SystemExit as stopped:
             status = stopped.code
         return status, *capsys.readouterr()

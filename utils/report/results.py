@@ -82,10 +82,10 @@ def results_of(networks: Sequence[NetworkScores]) -> tuple[Results, PlotData]:
     return Results([n.errors for n in networks], rows), PlotData(in_scores, out_scores, bins)
 
 
-def results_json(results: Results, about: dict, indent: int | None = 1) -> str:
-    """The results, and plain values about them, as JSON (`indent` None: on one line); NaN becomes null."""
+def results_json(results: Results, about: dict) -> str:
+    """The results, and plain values about them, as JSON; NaN becomes null."""
     content = {"about": about, "errors": results.errors, "rows": results.rows, "missing": results.missing}
-    return json.dumps(_without_nan(content), indent=indent) + "\n"
+    return json.dumps(_without_nan(content), indent=1) + "\n"
 
 
 def results_csv(results: Results) -> str:
