@@ -5,7 +5,8 @@
 # Parts:
 #   tests       the engine's tests on CUDA (needs pytest)
 #   distil      Digits: all stages, compiled and not
-#   iterations  ConvNet, ipc 10, POE: an iteration of DSA, DM and MTT beside the textbook, an expert's epoch, peak memory
+#   iterations  ConvNet, ipc 10, POE: an iteration of DSA (2 outer steps of 10 epochs), DM and MTT beside the textbook,
+#               an expert's epoch, compiled and not, peak memory
 #   dm dsa mtt  CIFAR-10, ConvNet, POE: a whole distillation with stages 2 and 3 (dm, dsa: ipc 10; mtt: ipc 1, plain)
 #   expert      two expert trajectories of CIFAR-10
 #   all_tests   the whole suite, on the CPU beside the GPU (needs requirements-dev.txt)
@@ -13,7 +14,7 @@
 # DATA is the folder of cifar10.npz or of torchvision's CIFAR-10; OOD, a folder of OOD sets, adds them to those without files.
 # DM_ITERATIONS (2000), DSA_ITERATIONS (1000), MTT_ITERATIONS (1000) and EXPERTS (10) set the length of the distillations.
 # PYTHON is the interpreter, OUT (assets/results) the folder of a log and a JSON for each part, WORK (result-gpu-check) that
-# of the runs. pytorch-ood is not needed.
+# of the runs. PYTEST_ADDOPTS="-n 8" runs tests side by side (needs pytest-xdist). pytorch-ood is not needed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -90,10 +91,12 @@ part_distil() {
     stage digits-3 test_ood_model_syn.py $common --num_exp 2 --is_load_best --ood_sets patches uniform --load_path "$work/digits-2"
 }
 part_iterations() {
-    local flags="--device cuda --model ConvNet --ipc 10 --repeats 2"
-    step "DSA, stages" "$python" scripts/benchmark.py $flags --works iteration stage2 stage3 memory --out "$out/benchmark-$name-dsa.json"
-    step "DM, experts" "$python" scripts/benchmark.py $flags --works dm experts --out "$out/benchmark-$name-methods.json"
-    step "MTT" "$python" scripts/benchmark.py $flags --works mtt --out "$out/benchmark-$name-mtt.json"
+    local flags="--device cuda --model ConvNet --ipc 10 --repeats 2" to="$out/benchmark-$name"
+    step "DSA, stages" "$python" scripts/benchmark.py $flags --compile off --outer_loop 2 --inner_loop 10 --works iteration stage2 stage3 --out "$to-dsa.json"
+    step "DM, experts" "$python" scripts/benchmark.py $flags --compile off --works dm experts --out "$to-methods.json"
+    step "DM, compiled" "$python" scripts/benchmark.py $flags --works dm --out "$to-dm-compiled.json"
+    step "MTT" "$python" scripts/benchmark.py $flags --compile off --works mtt --out "$to-mtt.json"
+    step "DSA, compiled, memory" "$python" scripts/benchmark.py $flags --outer_loop 2 --inner_loop 10 --works iteration memory --out "$to-dsa-compiled.json"
 }
 part_dm() { whole dm 10 DM main_poe.py train_model_synthetic_oe.py --Iteration "${DM_ITERATIONS:-2000}"; }
 part_dsa() { whole dsa 10 DSA main_poe.py train_model_synthetic_oe.py --Iteration "${DSA_ITERATIONS:-1000}"; }

@@ -76,8 +76,8 @@ def test_networks_that_compiling_does_not_help_on_a_cpu(name, helps, monkeypatch
     assert choose_compile("auto", CPU, net, (3, 32, 32), Workload(1e15, 1, "training"))[0] is helps
     assert choose_compile("on", CPU, net, (3, 32, 32), Workload(0, 1, "training")) == (True, "")
     assert choose_compile("off", CPU, net, (3, 32, 32), Workload(1e15, 1, "training")) == (False, "")
-    assert choose_compile("auto", CUDA, net, (3, 32, 32), Workload(0, 500, "training"))[0]
-    assert not choose_compile("auto", CUDA, net, (3, 32, 32), Workload(1e15, 499, "training"))[0]
+    assert choose_compile("auto", CUDA, net, (3, 32, 32), Workload(0, 3500, "training"))[0]
+    assert not choose_compile("auto", CUDA, net, (3, 32, 32), Workload(1e15, 3499, "training"))[0]
     chosen = Compute(compiled=True, why="auto: it pays")
     assert chosen.for_network(net).compiled is helps
     assert Compute(compiled=True).for_network(net).compiled  # the user did
