@@ -1,5 +1,7 @@
 # Sourced by the scripts of the tables: all three stages for each kind (plain, oe, poe), ipc and seed.
-# Finished stages are skipped and interrupted ones resume, so a script can be started again at any time.
+# Finished stages are skipped and interrupted ones resume, so a script can be started again at any time. Seeds can run at
+# once, each by a call of its own (SEEDS=1, SEEDS=2, …) with the same OUT; what they share, the experts of MTT and the
+# features of herding and kcenter, must be there before.
 #
 # A script sets DATASET, AUGMENT, OOD_SETS and defaults. The caller may set these, e.g. IPC="1 10" SEEDS="1 2" bash …:
 #   IPC SEEDS KINDS     lists: images per class, seeds, and kinds:
