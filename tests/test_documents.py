@@ -105,7 +105,7 @@ def test_enough_tables_are_marked():
 
 def test_every_file_of_results_is_named_in_a_document():
     text = "".join(document.read_text() for document in DOCUMENTS)
-    patterns = re.findall(r"[\w*.-]+\.(?:md|json)", text)
+    patterns = re.findall(r"[\w*.-]+\.(?:md|json|log)", text)
     for path in sorted((ROOT / "assets" / "results").iterdir()):
         if path.is_dir():
             assert path.name == "raw"

@@ -24,6 +24,7 @@ from utils.data.datasets import load_dataset
 from utils.files.images import unit_images
 
 sys.path.insert(0, str(ROOT / "scripts"))
+import benchmark
 import check_inputs
 import cold_starts
 
@@ -425,6 +426,15 @@ def test_every_part_of_the_gpu_check_gives_flags_that_the_scripts_take(gpu_check
         assert args.data_path == ("data" if args.dataset == "Digits" else "place")
     assert [step["result"] for step in steps] == ["passed"] * 4
     assert gpu_check("dsa")[1] == []  # it is done
+    status, commands, steps = gpu_check("iterations")
+    assert (status, len(commands)) == (0, len(steps))
+    works = set()
+    for script, *words in commands:
+        assert script == "scripts/benchmark.py"
+        args = benchmark.get_args_parser().parse_args(words)
+        assert args.device == "cuda"
+        works |= set(args.works)
+    assert {"iteration", "stage2", "stage3", "dm", "experts", "mtt", "memory"} == works
 
 
 def test_a_part_of_the_gpu_check_is_interrupted_and_resumed(gpu_check):

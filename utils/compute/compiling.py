@@ -23,7 +23,7 @@ from utils.core.errors import UserError, one_line
 
 COMPILERS = ("c++", "g++", "clang++")
 # On a GPU, `auto` compiles runs of at least this many steps. Measured on an H100 with DM (ConvNet, ipc 10): compiling
-# takes 21 s and saves 6 ms an iteration. Taken for all other work, too.
+# takes 21 s and saves 6 ms an iteration (a single measurement). Taken for all other work, too, which was not measured.
 CUDA_STEPS = 3500
 # Measured on two CPU cores: the seconds that compiling takes, and the thread-seconds that it saves for each output
 # element of a convolution in one forward and backward pass of an image.
