@@ -4,7 +4,8 @@
 
 Each folder holds stage-1 folders of main_poe.py with --init real, e.g. those of several seeds. The outliers that a run
 started from are drawn again; of several experiments the first counts. Networks are trained on the distilled images
-alone, and see the outliers before and after. `--picture` shows both for the first run of each folder.
+alone, and see the outliers before and after. `--picture` shows both for the first run of each folder. `--curves` draws
+the measures over the iterations, if each folder holds runs of several --Iteration: a line for each seed.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from utils.data.synthetic import SyntheticSet, load_synthetic
 from utils.files.atomic import save_text
 from utils.files.text_files import read_json
 from utils.methods import augmentation_of
-from utils.report.plots import save_distilled
+from utils.report.plots import save_distilled, save_panels
 from utils.report.tables import markdown_table, mean_std
 from utils.stages.entry import run_script
 from utils.training.trainer import Trainer, TrainSettings
@@ -45,6 +46,14 @@ COLUMNS = {  # title, factor and digits of each value
     "distance_start": ("distance at the start", 1, 3),
     "distance": ("distance after", 1, 3),
 }
+CURVES = {  # title: the value before the first iteration, and after the last
+    "matching loss": (None, "loss_last"),
+    "moved (RMS, in deviations of the data)": (None, "moved"),
+    "pixels outside [0, 1], %": ("outside_start", "outside"),
+    "confidence, %": ("confidence_start", "confidence"),
+    "distance of two outliers": ("distance_start", "distance"),
+}
+LOGARITHMIC = ("matching loss", "moved (RMS, in deviations of the data)")
 
 
 def get_args_parser() -> Parser:
@@ -56,30 +65,66 @@ def get_args_parser() -> Parser:
     parser.add_argument("--epochs", type=count(1), default=300, help="their epochs")
     parser.add_argument("--out", default=None, help="markdown file to write")
     parser.add_argument("--picture", default=None, help="PNG file to write: outliers before and after (matplotlib)")
+    parser.add_argument("--curves", default=None, help="PNG file to write: measures over iterations (matplotlib)")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print the table, and write it and the picture if asked."""
-    if args.names and len(args.names) != len(args.folders):
-        raise UserError(f"--names: {len(args.names)} names for {len(args.folders)} folders; give one each")
-    if args.picture and importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--picture: matplotlib is not installed; install it (pip install matplotlib), or leave it out")
-    rows, firsts = [], []
-    for folder, name in zip(args.folders, args.names or args.folders, strict=True):
+    """Print the table, and write it and the pictures if asked."""
+    names = args.names or args.folders
+    if len(names) != len(args.folders):
+        raise UserError(f"--names: {len(names)} names for {len(args.folders)} folders; give one each")
+    for flag in ("picture", "curves"):
+        if getattr(args, flag) and importlib.util.find_spec("matplotlib") is None:
+            raise UserError(
+                f"--{flag}: matplotlib is not installed (pip install matplotlib); install it or leave it out"
+            )
+    rows, firsts, measured = [], [], {}
+    for folder, name in zip(args.folders, names, strict=True):
         runs = [r for r in map(read_run, sorted(Path(folder).rglob("args.json"))) if r is not None]
         if not runs:
             raise UserError(f"{folder} holds no finished run of main_poe.py with --init real; give such folders")
         firsts.append((name, *runs[0][:2]))
-        values = [measure(*run, args.networks, args.epochs) for run in runs]
-        cells = [mean_std([v[key] for v in values], *unit) for key, (_, *unit) in COLUMNS.items()]
-        rows.append([name, str(len(runs)), *cells])
+        measured[name] = [(run[0], measure(*run, args.networks, args.epochs)) for run in runs]
+        rows += rows_of(name, measured[name])
     text = markdown_table(("set", "runs", *(title for title, *_ in COLUMNS.values())), rows) + "\n"
     print(text, end="")
     if args.out:
         save_text(Path(args.out), text)
     if args.picture:
         save_distilled(Path(args.picture), before_and_after(firsts))
+    if args.curves:
+        save_panels(Path(args.curves), curves_of(measured), points=list(CURVES), log=LOGARITHMIC, log_iterations=True)
+
+
+def rows_of(name: str, runs: list[tuple[dict, dict[str, float]]]) -> list[list[str]]:
+    """A row for each number of iterations among `runs`, the flags and the measures of each run."""
+    groups: dict[int, list[dict[str, float]]] = {}
+    for flags, values in runs:
+        groups.setdefault(flags["Iteration"], []).append(values)
+    rows = []
+    for iterations, group in sorted(groups.items()):
+        cells = [mean_std([v[key] for v in group], *unit) for key, (_, *unit) in COLUMNS.items()]
+        title = name if len(groups) == 1 else f"{name}, {iterations} iterations"
+        rows.append([title, str(len(group)), *cells])
+    return rows
+
+
+def curves_of(measured: dict[str, list[tuple[dict, dict[str, float]]]]) -> dict[str, dict]:
+    """The panels of `save_panels`: for each folder the measures of its runs by seed and iteration; 0 is the start."""
+    panels = {}
+    for title, (first, last) in CURVES.items():
+        factor = 100 if title.endswith("%") else 1
+        panels[title] = {}
+        for name, runs in measured.items():
+            seeds: dict[int, dict[int, float]] = {}
+            for flags, values in sorted(runs, key=lambda run: run[0]["Iteration"]):
+                points = seeds.setdefault(flags["seed"], {})
+                if first:
+                    points[0] = factor * values[first]
+                points[flags["Iteration"]] = factor * values[last]
+            panels[title][name] = seeds
+    return panels
 
 
 def read_run(path: Path) -> tuple[dict, SyntheticSet, list[float]] | None:
@@ -100,15 +145,15 @@ def read_run(path: Path) -> tuple[dict, SyntheticSet, list[float]] | None:
 
 
 def measure(flags: dict, synthetic: SyntheticSet, losses: list[float], networks: int, epochs: int) -> dict[str, float]:
-    """The values of `COLUMNS` of one run."""
+    """The values of `COLUMNS` and `CURVES` of one run."""
     real, start = start_of(flags)
-    pixels = raw_pixels(synthetic.images_oe, real)
     tenth = max(1, len(losses) // 10)
     values = {
         "loss_first": float(np.mean(losses[:tenth])),
         "loss_last": float(np.mean(losses[-tenth:])),
         "moved": (synthetic.images_oe - start).square().mean().sqrt().item(),
-        "outside": ((pixels < -1e-4) | (pixels > 1 + 1e-4)).float().mean().item(),
+        "outside_start": share_outside(start, real),
+        "outside": share_outside(synthetic.images_oe, real),
     }
     seen = seen_by_networks(flags, real, synthetic, [start, synthetic.images_oe], networks, epochs)
     for name, (confidence, distance) in zip(("_start", ""), seen, strict=True):
@@ -143,6 +188,12 @@ def before_and_after(firsts: list[tuple[str, dict, SyntheticSet]]) -> list[tuple
     if len(before) == 1:
         before = [("before", before[0][1])]
     return before + after
+
+
+def share_outside(images: torch.Tensor, real: RealData) -> float:
+    """The share of values of normalised images `[N, C, H, W]` that lie outside [0, 1] as pixels."""
+    pixels = raw_pixels(images, real)
+    return ((pixels < -1e-4) | (pixels > 1 + 1e-4)).float().mean().item()
 
 
 def raw_pixels(images: torch.Tensor, real: RealData) -> torch.Tensor:

@@ -131,7 +131,9 @@ def paired(studies: list[dict[str, Kind]], base: str, against: list[str] | None,
 
 
 def title(kind: str, prefix: str) -> str:
-    """The row's name, e.g. `DSA, distilled` or `random, corrupt`."""
+    """The row's name, e.g. `DSA, distilled` or `random, corrupt`; of `poe-again`: `DSA, distilled, corrupted again`."""
+    if kind.endswith("-again"):
+        return f"{title(kind.removesuffix('-again'), prefix)}, corrupted again"
     base, _, outliers = kind.partition("-")
     if outliers == "none":
         outliers = f"none ({base} images)"

@@ -8,6 +8,7 @@
 #                       plain oe poe      distilled sets
 #                       oe-X poe-X        the images of oe, poe with outliers that are not distilled; X as --outliers:
 #                                         initial kcenter corrupt real none
+#                       Y-again           outliers of Y corrupted again in every epoch; Y: oe, poe or …-initial, …-kcenter
 #                       B B-X             real images instead: B as --train_on: random herding kcenter whole
 #                                         (whole: alone, or with corrupt or real)
 #   METHOD              DC, DSA (default), DM or MTT
@@ -126,12 +127,13 @@ distil() {
 train() {
     local kind=$1 before=$4 script=train_model_synthetic_oe.py more="" epochs=$EPOCHS
     local base=${kind%%-*} outliers=""
+    if [[ $kind == *-again ]]; then more=--corrupt_again kind=${kind%-again}; fi
     if [ "$kind" != "$base" ]; then outliers=${kind#*-}; fi
     case $base in
         plain) outliers=none more="--load_path $before" ;;
-        oe | poe) more="--load_path $before" ;;
-        herding | kcenter) outliers=${outliers:-none} more="--train_on $base --features $OUT/features" ;;
-        *) outliers=${outliers:-none} more="--train_on $base" ;;
+        oe | poe) more="--load_path $before $more" ;;
+        herding | kcenter) outliers=${outliers:-none} more="--train_on $base --features $OUT/features $more" ;;
+        *) outliers=${outliers:-none} more="--train_on $base $more" ;;
     esac
     if [ "$base" = whole ]; then epochs=$WHOLE_EPOCHS; fi
     if [ "$outliers" = none ]; then
@@ -152,9 +154,9 @@ place() {
 check_kinds() {
     local kind
     for kind in $KINDS; do
-        if ! [[ $kind =~ ^(plain|oe|poe|random|herding|kcenter|whole)$|^(oe|poe|random|herding|kcenter)-(initial|kcenter|corrupt|real|none)$|^whole-(corrupt|real)$ ]]; then
+        if ! [[ $kind =~ ^(plain|oe|poe|random|herding|kcenter|whole)$|^(oe|poe|random|herding|kcenter)-(initial|kcenter|corrupt|real|none)$|^whole-(corrupt|real)$|^(oe|poe)-again$|^(oe|poe|random|herding|kcenter)-(initial|kcenter)-again$ ]]; then
             echo "KINDS: unknown kind '$kind'. Accepted: plain; oe poe random herding kcenter, alone or with -X, X out of" \
-                "initial kcenter corrupt real none; whole whole-corrupt whole-real" >&2
+                "initial kcenter corrupt real none; whole whole-corrupt whole-real; with -again: oe poe …-initial …-kcenter" >&2
             exit 2
         fi
     done

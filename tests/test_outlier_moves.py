@@ -94,6 +94,34 @@ def test_the_table(in_process, moves, tmp_path, capsys):
     assert len(row) - 2 == 2 + len(moves.COLUMNS)
 
 
+def test_the_curves(in_process, moves, tmp_path, capsys):
+    """A line for each seed, over the iterations of its runs; rows are told apart by iterations, too."""
+    at = FLAGS.index("--Iteration") + 1
+    for iterations, seed in ((20, 1), (5, 1), (5, 2)):
+        flags = [*FLAGS[:at], iterations, *FLAGS[at + 1 :]]
+        in_process("main_poe.py", *flags, "--lr_img_oe", 5, "--seed", seed)
+    picture = tmp_path / "curves.png"
+    flags = ["--names", "DM", "--networks", "1", "--epochs", "2", "--curves", str(picture)]
+    moves.main(moves.get_args_parser().parse_args([str(tmp_path), *flags]))
+    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert rows == [["DM, 5 iterations", "2"], ["DM, 20 iterations", "1"]]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+    runs = [moves.read_run(path) for path in tmp_path.glob("result-poe/*/Digits/ConvNetD1/2/*/args.json")]
+    measured = {"DM": [(run[0], moves.measure(*run, 1, 2)) for run in runs]}
+    panels = moves.curves_of(measured)
+    assert list(panels) == list(moves.CURVES)
+    for flags, values in measured["DM"]:
+        seed, iterations = flags["seed"], flags["Iteration"]
+        assert panels["matching loss"]["DM"][seed][iterations] == values["loss_last"]
+        outside = panels["pixels outside [0, 1], %"]["DM"][seed]
+        assert outside[0] == 0  # they start as images
+        assert outside[iterations] == 100 * values["outside"] > 0
+        assert list(outside) == ([0, 5, 20] if seed == 1 else [0, 5])
+        confidence = panels["confidence, %"]["DM"][seed]
+        assert confidence[iterations] == 100 * values["confidence"]
+
+
 def test_before_and_after(in_process, moves, digits, tmp_path):
     """Two runs of one seed share the start, which holds the images that distillation began with."""
     for name, more in (("one", ["--lr_img_oe", 5]), ("two", ["--lr_img_oe", 1e-30])):
@@ -112,14 +140,15 @@ def test_before_and_after(in_process, moves, digits, tmp_path):
     assert np.allclose(moved.flatten(0, 1).numpy(), expected, atol=1e-6)
 
 
-def test_a_picture_without_matplotlib(moves, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("flag", ["--picture", "--curves"])
+def test_a_picture_without_matplotlib(moves, monkeypatch, tmp_path, capsys, flag):
     monkeypatch.setattr(moves.importlib.util, "find_spec", lambda name: None)
-    flags = [str(tmp_path), "--picture", str(tmp_path / "moves.png")]
+    flags = [str(tmp_path), flag, str(tmp_path / "moves.png")]
     with pytest.raises(SystemExit) as stopped:
         run_script(lambda: moves.main(moves.get_args_parser().parse_args(flags)), "outlier_moves.py")
     error = capsys.readouterr().err
     assert stopped.value.code == 2
-    assert "--picture: matplotlib" in error
+    assert f"{flag}: matplotlib" in error
     assert error.count("\n") == 1
 
 

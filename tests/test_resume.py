@@ -241,7 +241,7 @@ def test_killed_training_ends_with_the_same_bits(processes, whole, tmp_path):
     assert "is finished" in processes.run(tmp_path, script, ["--resume", "latest", "--save_path", "two"])
 
 
-@pytest.mark.parametrize("chosen", ["--outliers corrupt", "--train_on herding --outliers kcenter"])
+@pytest.mark.parametrize("chosen", ["--outliers corrupt", "--train_on herding --outliers kcenter", "--corrupt_again"])
 def test_killed_training_on_other_sets_ends_with_the_same_bits(processes, whole, tmp_path, chosen):
     """Outliers that are drawn in every epoch, and a set that is chosen anew but stored with the run."""
     script, source = "train_model_synthetic_oe.py", [] if "train_on" in chosen else ["--load_path", whole / "one"]

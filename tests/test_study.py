@@ -227,3 +227,20 @@ def test_results_that_cannot_be_kept(study, run, tmp_path):
     assert (status, shown, error.count("\n")) == (2, "", 1)
     assert "a seed has several files results.json" in error
     assert not (tmp_path / "kept").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "prefix", "expected"),
+    [
+        ("poe-again", "", "distilled images, distilled, corrupted again"),
+        ("poe-kcenter-again", "DM", "DM, kcenter, corrupted again"),
+        ("oe-again", "", "distilled images, distilled (OE), corrupted again"),
+        ("random-initial-again", "DM", "random, initial, corrupted again"),
+        ("poe-corrupt", "DM", "DM, corrupt"),
+    ],
+)
+def test_names_of_rows(monkeypatch, kind, prefix, expected):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import study
+
+    assert study.title(kind, prefix) == expected

@@ -286,7 +286,10 @@ def test_all_missing_inputs_are_listed_together(tmp_path, capsys):
     check_inputs.main(args)
 
 
-@pytest.mark.parametrize("kind", ["plane", "plain-corrupt", "poe-distilled", "whole-", "whole-initial", "-real"])
+@pytest.mark.parametrize(
+    "kind",
+    ["plane", "plain-corrupt", "poe-distilled", "whole-", "whole-initial", "-real", "plain-again", "poe-corrupt-again"],
+)
 def test_an_unknown_kind(table, kind):
     status, commands = table("cifar10.sh", KINDS=f"plain {kind}")
     assert (status, commands) == (2, [])
@@ -356,6 +359,24 @@ def test_rows_of_baselines_and_of_outliers_that_are_not_distilled(table):
     assert trained["random", "none"][1].ipc == 2
     columns = [words for words in commands if words[0] == "scripts/compare.py"]
     assert [sum(word.endswith("out/whole") for word in words) for words in columns] == [1, 1]
+
+
+def test_rows_of_outliers_that_are_corrupted_again(table):
+    kinds = "poe-again oe-initial-again random-kcenter-again"
+    status, commands = table("cifar10.sh", IPC="1", SEEDS="4", KINDS=kinds, EPOCHS="9")
+    assert status == 0, table.err
+    trained = [
+        PARSERS[words[0]].get_args_parser().parse_args(words[1:])
+        for words in commands
+        if words[0] == "train_model_synthetic_oe.py"
+    ]
+    assert [(a.train_on, a.outliers, a.corrupt_again, bool(a.oe_data_path)) for a in trained] == [
+        ("distilled", "distilled", True, False),
+        ("distilled", "initial", True, True),
+        ("random", "kcenter", True, False),
+    ]
+    assert [a.save_path.split("/")[-3] for a in trained] == kinds.split()
+    assert trained[0].load_path.endswith("ipc1/poe/seed4/1-distilled")
 
 
 def test_a_data_set_as_outliers(tmp_path, monkeypatch, capsys):

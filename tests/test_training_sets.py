@@ -29,7 +29,7 @@ from utils.training.losses import joint_loss
 from utils.training.trainer import Trainer, TrainSettings
 from utils.training_sets.baselines import coreset, random_images
 from utils.training_sets.coresets import herding, k_center
-from utils.training_sets.undistilled import corrupted, with_fresh, with_k_center
+from utils.training_sets.undistilled import corrupted, with_corrupted_again, with_fresh, with_k_center
 
 AUGMENT = ["--method", "DSA", "--dsa_strategy", "color_crop_cutout_scale_rotate"]
 COMMON = ["--dataset", "Digits", "--model", "ConvNetD1", *AUGMENT, "--compile", "off"]
@@ -213,7 +213,7 @@ def test_k_center_spreads_outliers(digits):
 def test_corrupted_images_of_the_set_itself(digits):
     """Slot c has corruption c mod 4 of distilled images; without noise they are found among these."""
     images = random_images(digits, 4, 1, 0)
-    source = corrupted(images, digits, ("jigsaw", "invert"))
+    source = corrupted(images.images, digits, ("jigsaw", "invert"))
     fresh = with_fresh(images, source, 10).fresh_oe
     first, again, other = (fresh.make(generator(1, key)) for key in (0, 0, 1))
     assert torch.equal(first, again)
@@ -223,6 +223,40 @@ def test_corrupted_images_of_the_set_itself(digits):
         accepted = digits.normalize(corrupt(pixels, ("jigsaw", "invert")[slot % 2]))
         for outlier in first[4 * slot : 4 * slot + 4]:
             assert (accepted - outlier).abs().flatten(1).amax(1).min() < 1e-5
+
+
+def test_outliers_that_are_corrupted_again(digits):
+    """Those of an epoch are the stored ones, inverted: as many, clipped to the range of pixels first."""
+    images = random_images(digits, 4, 1, 0)
+    outliers = random_images(digits, 2, 5, 0).images
+    outliers[0] *= 9  # far outside the range
+    again = with_corrupted_again(replace(images, images_oe=outliers), digits, ("invert",))
+    assert again.num_outliers == len(outliers) == 20
+    assert torch.equal(again.images_oe, outliers)  # they are kept, so that a resumed run finds them
+    assert torch.equal(again.images, images.images)
+    made = again.fresh_oe.make(generator(1))
+    mean, std = (np.array(v).reshape(1, -1, 1, 1) for v in (digits.mean, digits.std))
+    inverted = (1 - (outliers.numpy() * std + mean).clip(0, 1) - mean) / std
+    distance = np.abs(made.numpy()[:, None] - inverted[None]).reshape(20, 20, -1).max(2)
+    assert distance.min(1).max() < 1e-5
+    assert len(set(distance.argmin(1))) > 8  # they are drawn from all of them
+
+
+def test_corrupted_again_by_a_slow_loop(digits):
+    """Networks see the outliers of each epoch and never the stored ones."""
+    stored = replace(random_images(digits, 2, 1, 0), images_oe=random_images(digits, 2, 7, 0).images)
+    again = with_corrupted_again(stored, digits, ("invert", "jigsaw"))
+    settings = TrainSettings(epochs=4, batch=8)
+    nets = [get_network("ConvNetD1", 1, 10, (8, 8), generator(0)) for _ in range(2)]
+    Trainer(nets[0], settings).train(again, 3, ("a",))
+    slow = Trainer(nets[1], settings)
+    for epoch in range(4):
+        if epoch == 2:
+            slow.restart(0.001)
+        made = again.fresh_oe.make(generator(3, "a", "outliers", epoch))
+        slow.epoch(replace(stored, images_oe=made), generator(3, "a", "epoch", epoch))
+    for a, b in zip(*(net.parameters() for net in nets), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
 
 
 def test_fresh_outliers_by_a_slow_loop(digits):
@@ -273,6 +307,20 @@ def test_every_kind_of_outliers_trains_and_resumes_finished(made, in_process, tm
     in_process(PLAIN, *QUICK, "--distilled", made, "--save_path", "plain")
     assert same(nets.pop("none"), network(tmp_path / "plain"))
     assert not any(same(nets[a], nets[b]) for a, b in itertools.combinations(nets, 2))
+
+
+@pytest.mark.parametrize("kind", ["distilled", "initial"])
+def test_outliers_corrupted_again_train_and_resume_finished(made, in_process, tmp_path, kind):
+    common = [WITH_OE, *QUICK, "--distilled", made, "--outliers", kind]
+    once = in_process(*common, "--save_path", "once")
+    again = in_process(*common, "--corrupt_again", "--save_path", "again")
+    assert "corrupted again" in again
+    assert "corrupted again" not in once
+    assert run_folder(tmp_path / "again").name.endswith("-again")
+    assert not same(network(tmp_path / "once"), network(tmp_path / "again"))
+    stored = [load_synthetic(run_folder(tmp_path / name) / "trained_on.pt") for name in ("once", "again")]
+    assert torch.equal(stored[0].images_oe, stored[1].images_oe)
+    assert "is finished" in in_process(WITH_OE, "--resume", "latest", "--save_path", "again")
 
 
 def test_outliers_of_a_pool(made, in_process, tmp_path):
@@ -397,6 +445,8 @@ def test_lossless_formats_train_the_same_networks(made, in_process, tmp_path, di
         (["--outliers", "corrupt", "--oe_data_path", "pool.npy"], "--oe_data_path"),
         (["--outliers", "real", "--oe_data_path", "pool.npy", "--corruptions", "invert"], "one of them"),
         (["--outliers", "real", "--num_oe_per_class", "5"], "--num_oe_per_class"),
+        (["--outliers", "corrupt", "--corrupt_again"], "--corrupt_again: --outliers corrupt stores none"),
+        (["--outliers", "none", "--corrupt_again"], "--outliers distilled, initial, kcenter do"),
         (["--train_on", "random"], "--outliers distilled"),
         (["--train_on", "herding", "--outliers", "none", "--folder", "x"], "--folder"),
         (["--train_on", "random", "--outliers", "none", "--load_path", "x"], "--load_path"),

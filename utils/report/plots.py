@@ -143,8 +143,6 @@ def save_curves(path: Path, lines: Sequence[dict]) -> None:
         lines: of `metrics.jsonl`. Thin lines are experiments, the thick one is their mean at each iteration; networks
             of one evaluation are averaged.
     """
-    from matplotlib.figure import Figure
-
     curves: dict[str, dict[str, dict[int, dict[int, float]]]] = {"matching loss": {}, "accuracy, %": {}, "AUROC, %": {}}
     for line in lines:
         for name, value in line.items():
@@ -160,25 +158,48 @@ def save_curves(path: Path, lines: Sequence[dict]) -> None:
             if values:
                 points = curves[panel].setdefault(curve, {}).setdefault(line["experiment"], {})
                 points[line["iteration"]] = scale * float(np.mean(values))
-    shown = {panel: found for panel, found in curves.items() if found}
-    figure = Figure(figsize=(4.6 * max(1, len(shown)), 3.4), layout="constrained")
-    axes = figure.subplots(1, max(1, len(shown)), squeeze=False)[0]
-    for axis, (panel, found) in zip(axes, shown.items(), strict=False):
-        for index, (name, experiments) in enumerate(found.items()):
-            _draw_curve(axis, name, experiments, _color(index), marker="" if panel == "matching loss" else "o")
+    save_panels(path, {panel: found for panel, found in curves.items() if found}, points=("accuracy, %", "AUROC, %"))
+
+
+def save_panels(
+    path: Path,
+    panels: dict[str, dict[str, dict[int, dict[int, float]]]],
+    points: Sequence[str] = (),
+    log: Sequence[str] = (),
+    log_iterations: bool = False,
+) -> None:
+    """Curves over iterations, a panel for each quantity. Needs matplotlib.
+
+    Args:
+        panels: title to name of a curve to number of a run to `{iteration: value}`. Thin lines are runs, the thick one
+            is their mean at each iteration.
+        points: titles of panels whose means are marked by points; log: of those with a logarithmic axis of values.
+        log_iterations: the axis of iterations is logarithmic from 1 on; 0 stands to the left of it.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6 * max(1, len(panels)), 3.4), layout="constrained")
+    axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
+    for axis, (panel, found) in zip(axes, panels.items(), strict=False):
+        for index, (name, runs) in enumerate(found.items()):
+            _draw_curve(axis, name, runs, _color(index), marker="o" if panel in points else "")
         axis.set(xlabel="iteration", title=panel)
+        if log_iterations:
+            axis.set_xscale("symlog", linthresh=1)
+        if panel in log:
+            axis.set_yscale("log")
         axis.legend(fontsize=8)
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
 def _draw_curve(
-    axis: "Axes", name: str, experiments: dict[int, dict[int, float]], color: tuple[float, ...], marker: str
+    axis: "Axes", name: str, runs: dict[int, dict[int, float]], color: tuple[float, ...], marker: str
 ) -> None:
-    """The experiments `{number: {iteration: value}}` and their mean."""
-    for points in experiments.values():
+    """The runs `{number: {iteration: value}}` and their mean."""
+    for points in runs.values():
         axis.plot(list(points), list(points.values()), color=color, linewidth=0.6, alpha=0.5)
-    steps = sorted({step for points in experiments.values() for step in points})
-    means = [np.mean([p[step] for p in experiments.values() if step in p]) for step in steps]
+    steps = sorted({step for points in runs.values() for step in points})
+    means = [np.mean([p[step] for p in runs.values() if step in p]) for step in steps]
     axis.plot(steps, means, color=color, linewidth=1.6, marker=marker, markersize=3, label=name)
 
 

@@ -135,6 +135,7 @@ def _choice(flags: Mapping[str, Any], outliers: str) -> Choice:
         oe_data_path=flags.get("oe_data_path"),
         num_oe_per_class=flags.get("num_oe_per_class", 10000),
         download=flags["download"] == "all",
+        again=flags.get("corrupt_again", False),
     )
 
 
@@ -202,7 +203,8 @@ def _start(flags: dict, choice: Choice, chosen: TrainingSet, real: RealData, abo
     """
     parts = (flags["method"], flags["dataset"], flags["model"], flags["ipc"])
     name = chosen.origin and chosen.origin.name
-    ending = "".join(f"-{e}" for e in (choice.train_on, choice.outliers) if e not in ("distilled", "none"))
+    kinds = (choice.train_on, choice.outliers, "again" if choice.again else "none")
+    ending = "".join(f"-{kind}" for kind in kinds if kind not in ("distilled", "none"))
     run = RunFolder.create(flags["save_path"], *parts, name=name, ending=ending)
     path, experiment = chosen.path, choice.exp_idx
     if is_stored(choice, chosen):

@@ -16,7 +16,7 @@ from utils.exchange.convert import Assumptions, read_distilled
 from utils.runs.lineage import TRAINED_ON
 from utils.training_sets.baselines import coreset, random_images
 from utils.training_sets.features import whole_set
-from utils.training_sets.undistilled import corrupted, with_fresh, with_initial, with_k_center
+from utils.training_sets.undistilled import corrupted, with_corrupted_again, with_fresh, with_initial, with_k_center
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Choice:
     `train_on`: one of `TRAIN_ON`; `outliers`: one of `OUTLIERS`; `ipc`: None for that of the set; `exp_idx`: which
     experiment; `distilled`, `distilled_oe`: paths of a set of any repository. The source of outliers that are not
     distilled: `corruptions`, one for each class or `mixed`, or the pool `oe_data_path` of which each class slot gets
-    `num_oe_per_class`.
+    `num_oe_per_class`. `again`: whether stored outliers are corrupted once more in every epoch.
     """
 
     train_on: str
@@ -42,6 +42,7 @@ class Choice:
     oe_data_path: str | None = None
     num_oe_per_class: int = 10000
     download: bool = False
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,16 @@ def with_outliers(
     Raises:
         UserError: when the set has no distilled outliers and they are wanted.
     """
+    if choice.outliers in ("corrupt", "real"):
+        return with_fresh_outliers(choice, chosen, real)
+    stored = with_stored_outliers(choice, chosen, real, feature_network)
+    return with_outliers_corrupted_again(choice, stored, real) if choice.again else stored
+
+
+def with_stored_outliers(
+    choice: Choice, chosen: TrainingSet, real: RealData, feature_network: Callable[[], nn.Module]
+) -> TrainingSet:
+    """The chosen set with outliers that stay the same, or without any; see `with_outliers`."""
     kind, synthetic = choice.outliers, chosen.synthetic
     ipc = choice.ipc or chosen.ipc(real.num_classes)
     if kind == "none":
@@ -122,8 +133,6 @@ def with_outliers(
                 "choose others with --outliers, or use train_model_synthetic_no_oe.py"
             )
         return chosen
-    if kind in ("corrupt", "real"):
-        return with_fresh_outliers(choice, chosen, real)
     source = outlier_source(choice, real)
     if kind == "initial":
         made, how = with_initial(synthetic, source, real, ipc, choice.seed, choice.exp_idx), "as distillation begins"
@@ -140,12 +149,19 @@ def with_outliers(
 def with_fresh_outliers(choice: Choice, chosen: TrainingSet, real: RealData) -> TrainingSet:
     """The chosen set with outliers that are made anew in every epoch."""
     if choice.outliers == "corrupt":
-        source = corrupted(chosen.synthetic, real, choice.corruptions, choice.mixed)
+        source = corrupted(chosen.synthetic.images, real, choice.corruptions, choice.mixed)
         what = "the images of the set, corrupted"
     else:
         source, what = outlier_source(choice, real), f"{_named(choice)}; no distilled set, but an upper bound"
     line = f"outliers, anew in every epoch: {what}"
     synthetic = with_fresh(chosen.synthetic, source, real.num_classes)
+    return replace(chosen, synthetic=synthetic, lines=(*chosen.lines, line))
+
+
+def with_outliers_corrupted_again(choice: Choice, chosen: TrainingSet, real: RealData) -> TrainingSet:
+    """The chosen set whose outliers are corrupted once more, anew in every epoch."""
+    synthetic = with_corrupted_again(chosen.synthetic, real, choice.corruptions, choice.mixed)
+    line = "outliers, anew in every epoch: these, corrupted again"
     return replace(chosen, synthetic=synthetic, lines=(*chosen.lines, line))
 
 
@@ -167,7 +183,7 @@ def stored_set(choice: Choice, path: Path, real: RealData) -> TrainingSet:
         return with_fresh_outliers(choice, chosen, real)
     if choice.outliers == "none":
         return replace(chosen, synthetic=chosen.synthetic.without_outliers())
-    return chosen
+    return with_outliers_corrupted_again(choice, chosen, real) if choice.again else chosen
 
 
 def is_stored(choice: Choice, chosen: TrainingSet) -> bool:

@@ -13,6 +13,7 @@ from utils.exchange.formats import FORMATS, SPACES
 LARGEST = 1e9  # mean of pixels, in any unit
 TRAIN_ON = ("distilled", "random", "herding", "kcenter", "whole")
 OUTLIERS = ("distilled", "initial", "kcenter", "corrupt", "real", "none")
+STORED = ("distilled", "initial", "kcenter")
 FOREIGN = (
     "distilled_format", "distilled_space", "distilled_mean", "distilled_std", "distilled_factor", "soft_labels",
     "label_temperature", "distilled_oe",
@@ -132,12 +133,18 @@ def add_training_outliers(parser: Parser) -> None:
         nargs="+",
         type=one_of("corruption", CORRUPTIONS),
         default=list(DEFAULT_CORRUPTIONS),
-        help="how --outliers initial, kcenter, corrupt and real are made: class 0 uses the first, and so on",
+        help="how --outliers initial, kcenter, corrupt and real are made, and --corrupt_again changes them: class 0 uses "
+        "the first, and so on",
     )
     group.add_argument(
         "--mix_corruptions",
         action="store_true",
         help="draw the corruption of each of these outliers out of --corruptions, instead of one for each class",
+    )
+    group.add_argument(
+        "--corrupt_again",
+        action="store_true",
+        help="corrupt the outliers of --outliers distilled, initial or kcenter once more, anew in every epoch",
     )
     group.add_argument(
         "--oe_data_path",
@@ -200,11 +207,15 @@ def _complete_outliers(
         "oe_data_path": ("initial", "kcenter", "real"),
         "num_oe_per_class": ("initial", "kcenter", "real"),
     }
+    if args.corrupt_again:
+        if kind not in STORED:
+            parser.error(f"--corrupt_again: --outliers {kind} stores none; --outliers {', '.join(STORED)} do")
+        users |= {"corruptions": OUTLIERS, "mix_corruptions": OUTLIERS}
     for name, kinds in users.items():
         if name in given and kind not in kinds:
             parser.error(f"--{name}: --outliers {kind} does not use it; --outliers {', '.join(kinds)} do")
     for name in ("corruptions", "mix_corruptions"):
-        if name in given and args.oe_data_path:
+        if name in given and args.oe_data_path and not args.corrupt_again:
             parser.error(f"--oe_data_path: --{name} is for outliers made of training images; give one of them")
     if "num_oe_per_class" in given and not args.oe_data_path:
         parser.error("--num_oe_per_class: it cuts the pool of --oe_data_path, which is not given")

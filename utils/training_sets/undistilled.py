@@ -1,4 +1,4 @@
-"""Outliers that were not distilled: the references by which distilled ones are judged."""
+"""Outliers that were not distilled, the references by which distilled ones are judged; and outliers made anew."""
 
 from dataclasses import replace
 
@@ -67,10 +67,23 @@ def with_fresh(synthetic: SyntheticSet, source: OutlierSource, num_classes: int)
     return replace(synthetic, images_oe=None, fresh_oe=FreshOutliers(source, num_classes, per_slot))
 
 
-def corrupted(
+def with_corrupted_again(
     synthetic: SyntheticSet, real: RealData, corruptions: tuple[str, ...], mixed: bool = False
+) -> SyntheticSet:
+    """The set whose outliers are corrupted once more, anew in every epoch, as many as it has; it keeps them, too."""
+    source = corrupted(synthetic.images_oe, real, corruptions, mixed)
+    per_slot = -(-len(synthetic.images_oe) // real.num_classes)
+    return replace(synthetic, fresh_oe=FreshOutliers(source, real.num_classes, per_slot))
+
+
+def corrupted(
+    images: torch.Tensor, real: RealData, corruptions: tuple[str, ...], mixed: bool = False
 ) -> PseudoOutliers:
-    """A source of pseudo-outliers that corrupts the images of the set itself in place of real training images."""
-    images = real.denormalize(synthetic.images.to(real.device))
-    own = replace(real, images_train=images, labels_train=synthetic.hard_labels.to(real.device))
-    return PseudoOutliers(own, corruptions, mixed)
+    """A source of pseudo-outliers that corrupts given images in place of real training images.
+
+    Args:
+        images: normalised `[N, C, H, W]`; what lies outside the range of pixels is clipped first.
+    """
+    unit = real.denormalize(images.to(real.device))
+    unlabelled = torch.zeros(len(unit), dtype=torch.int64, device=real.device)
+    return PseudoOutliers(replace(real, images_train=unit, labels_train=unlabelled), corruptions, mixed)
