@@ -133,7 +133,7 @@ def add_training_outliers(parser: Parser) -> None:
         nargs="+",
         type=one_of("corruption", CORRUPTIONS),
         default=list(DEFAULT_CORRUPTIONS),
-        help="how --outliers initial, kcenter, corrupt and real are made, and --corrupt_again changes them: class 0 uses "
+        help="how --outliers initial, kcenter, corrupt and real are made, or --corrupt_again changes any: class 0 uses "
         "the first, and so on",
     )
     group.add_argument(
