@@ -32,7 +32,7 @@ from utils.stages.entry import run_script
 from utils.training_sets.flags import add_foreign, assumptions
 
 BASELINES = ("random", "herding", "kcenter", "whole")
-OUTLIERS = ("distilled", "corrupt", "initial", "kcenter", "real")
+OUTLIERS = ("distilled", "again", "corrupt", "initial", "kcenter", "real")
 DONE = "done"
 
 
@@ -54,7 +54,8 @@ def get_args_parser() -> Parser:
         nargs="*",
         type=one_of("kind of outliers", OUTLIERS),
         default=["distilled", "corrupt"],
-        help="columns of the set with outliers; distilled is left out where the set has none",
+        help="columns of the set with outliers, as in stage 2; again: its own, corrupted again in every epoch; "
+        "distilled and again are left out where the set has none",
     )
     parser.add_argument(
         "--baselines",
@@ -112,10 +113,13 @@ def _columns(args: argparse.Namespace, ipc: int, has_outliers: bool) -> dict[str
     plain, with_oe = "train_model_synthetic_no_oe.py", "train_model_synthetic_oe.py"
     columns = {"distilled": [plain, *common, *epochs, *given]}
     for kind in args.outliers:
-        if kind != "distilled" or has_outliers:
-            weight = ["--lambda_oe", str(args.lambda_oe)]
-            apart = ["--distilled_oe", *args.distilled_oe] if kind == "distilled" and args.distilled_oe else []
-            columns[f"with {kind} outliers"] = [with_oe, *common, *epochs, *weight, *given, *apart, "--outliers", kind]
+        own = kind in ("distilled", "again")
+        if own and not has_outliers:
+            continue
+        apart = ["--distilled_oe", *args.distilled_oe] if own and args.distilled_oe else []
+        outliers = ["--outliers", *(["distilled", "--corrupt_again"] if kind == "again" else [kind])]
+        name = "with outliers corrupted again" if kind == "again" else f"with {kind} outliers"
+        columns[name] = [with_oe, *common, *epochs, "--lambda_oe", str(args.lambda_oe), *given, *apart, *outliers]
     for kind in args.baselines:
         own = whole if kind == "whole" else epochs
         features = ["--features", str(Path(args.out) / "features")] if kind in ("herding", "kcenter") else []

@@ -594,13 +594,14 @@ def test_trust_report_of_one_line(made, tmp_path):
     import sys
 
     command = [sys.executable, ROOT / "scripts" / "trust_report.py", made, "--dataset", "Digits", "--model", "MLP"]
-    command += ["--num_eval", 1, "--epoch_eval_train", 2, "--baselines", "random", "--outliers", "distilled"]
+    command += ["--num_eval", 1, "--epoch_eval_train", 2, "--baselines", "random", "--outliers", "distilled", "again"]
     command = [*map(str, [*command, "--ood_sets", "patches", "--out", "report"])]
     first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True).stdout
     page = (tmp_path / "report" / "compare.html").read_text(encoding="utf-8")
-    for column in ("distilled", "with distilled outliers", "random"):
+    for column in ("distilled", "with distilled outliers", "with outliers corrupted again", "random"):
         assert f"<th>{column}</th>" in page
-    assert first.count("$ python train_model") == 3
+    assert first.count("$ python train_model") == 4
+    assert first.count("--corrupt_again") == 1
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True).stdout
     assert "$ python train_model" not in again
     missing = [*command[:-4], "--ood_sets", "Textures", "--out", "another"]
