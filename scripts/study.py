@@ -135,11 +135,10 @@ def title(kind: str, prefix: str) -> str:
     if kind.endswith("-again"):
         return f"{title(kind.removesuffix('-again'), prefix)}, corrupted again"
     base, _, outliers = kind.partition("-")
-    if outliers == "none":
-        outliers = f"none ({base} images)"
     if base in TITLES:
-        pool = " (OE)" if base == "oe" and outliers else ""
-        return f"{prefix or 'distilled images'}, {outliers or TITLES[base]}{pool}"
+        notes = {"oe": " (OE)", "plain": " (plain images)"}
+        note = f" ({base} images)" if outliers == "none" else notes.get(base, "") if outliers else ""
+        return f"{prefix or 'distilled images'}, {outliers or TITLES[base]}{note}"
     if base in CHOSEN:  # the same images, whatever was distilled beside them
         return f"{CHOSEN[base]}, {outliers or 'none'}"
     return f"{prefix}, {kind}" if prefix else kind

@@ -6,8 +6,8 @@
 # A script sets DATASET, AUGMENT, OOD_SETS and defaults. The caller may set these, e.g. IPC="1 10" SEEDS="1 2" bash …:
 #   IPC SEEDS KINDS     lists: images per class, seeds, and kinds:
 #                       plain oe poe      distilled sets
-#                       oe-X poe-X        the images of oe, poe with outliers that are not distilled; X as --outliers:
-#                                         initial kcenter corrupt real none
+#                       plain-X oe-X poe-X  the images of plain, oe, poe with outliers that are not distilled; X as
+#                                         --outliers: initial kcenter corrupt real none
 #                       Y-again           outliers of Y corrupted again in every epoch; Y: oe, poe or …-initial, …-kcenter
 #                       B B-X             real images instead: B as --train_on: random herding kcenter whole
 #                                         (whole: alone, or with corrupt or real)
@@ -130,7 +130,7 @@ train() {
     if [[ $kind == *-again ]]; then more=--corrupt_again kind=${kind%-again}; fi
     if [ "$kind" != "$base" ]; then outliers=${kind#*-}; fi
     case $base in
-        plain) outliers=none more="--load_path $before" ;;
+        plain) outliers=${outliers:-none} more="--load_path $before $more" ;;
         oe | poe) more="--load_path $before $more" ;;
         herding | kcenter) outliers=${outliers:-none} more="--train_on $base --features $OUT/features $more" ;;
         *) outliers=${outliers:-none} more="--train_on $base $more" ;;
@@ -154,8 +154,8 @@ place() {
 check_kinds() {
     local kind
     for kind in $KINDS; do
-        if ! [[ $kind =~ ^(plain|oe|poe|random|herding|kcenter|whole)$|^(oe|poe|random|herding|kcenter)-(initial|kcenter|corrupt|real|none)$|^whole-(corrupt|real)$|^(oe|poe)-again$|^(oe|poe|random|herding|kcenter)-(initial|kcenter)-again$ ]]; then
-            echo "KINDS: unknown kind '$kind'. Accepted: plain; oe poe random herding kcenter, alone or with -X, X out of" \
+        if ! [[ $kind =~ ^(plain|oe|poe|random|herding|kcenter|whole)$|^(plain|oe|poe|random|herding|kcenter)-(initial|kcenter|corrupt|real|none)$|^whole-(corrupt|real)$|^(oe|poe)-again$|^(plain|oe|poe|random|herding|kcenter)-(initial|kcenter)-again$ ]]; then
+            echo "KINDS: unknown kind '$kind'. Accepted: plain oe poe random herding kcenter, alone or with -X, X out of" \
                 "initial kcenter corrupt real none; whole whole-corrupt whole-real; with -again: oe poe …-initial …-kcenter" >&2
             exit 2
         fi
@@ -176,7 +176,7 @@ sweep() {
             for kind in $KINDS; do
                 base=${kind%%-*} distilled="" dir=$OUT/ipc$ipc/lambda-$LAMBDA/$kind/seed$seed
                 if ! [[ $kind == oe || $kind == poe || $kind == *-* ]] || [[ $kind == *-none || $base == whole ]]; then continue; fi
-                if [[ $base == oe || $base == poe ]]; then distilled=$OUT/ipc$ipc/$base/seed$seed/1-distilled; fi
+                if [[ " plain oe poe " == *" $base "* ]]; then distilled=$OUT/ipc$ipc/$base/seed$seed/1-distilled; fi
                 train "$kind" "$ipc" "$seed" "$distilled" "$dir/2-networks"
                 measure "$ipc" "$seed" "$dir/2-networks" "$dir/3-ood"
                 measured=yes

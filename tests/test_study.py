@@ -237,6 +237,10 @@ def test_results_that_cannot_be_kept(study, run, tmp_path):
         ("oe-again", "", "distilled images, distilled (OE), corrupted again"),
         ("random-initial-again", "DM", "random, initial, corrupted again"),
         ("poe-corrupt", "DM", "DM, corrupt"),
+        ("plain-corrupt", "DM", "DM, corrupt (plain images)"),
+        ("plain", "DM", "DM, none"),
+        ("poe-none", "DM", "DM, none (poe images)"),
+        ("oe-initial", "", "distilled images, initial (OE)"),
     ],
 )
 def test_names_of_rows(monkeypatch, kind, prefix, expected):

@@ -195,7 +195,7 @@ def test_ablations(table):
 
 
 def test_other_weights_of_outliers(table, tmp_path):
-    kinds = "plain poe poe-corrupt poe-none random random-corrupt whole-corrupt"
+    kinds = "plain plain-initial poe poe-corrupt poe-none random random-corrupt whole-corrupt"
     status, commands = table("digits.sh", IPC="2", SEEDS="1 2", KINDS=kinds, LAMBDAS="0.25 2")
     assert status == 0
     first = commands.index(next(w for w in commands if "/lambda-" in " ".join(w)))
@@ -209,11 +209,12 @@ def test_other_weights_of_outliers(table, tmp_path):
         if stage == "2-networks":
             assert args.lambda_oe == float(weight)
             assert args.seed == int(seed[4:])
-            distilled = args.save_path.replace(f"lambda-{weight}/{kind}", "poe").replace("2-networks", "1-distilled")
+            images = args.save_path.replace(f"lambda-{weight}/{kind}", kind.split("-")[0])
+            distilled = images.replace("2-networks", "1-distilled")
             assert args.load_path == (None if kind == "random-corrupt" else distilled)
         else:
             assert args.load_path == args.save_path.replace("3-ood", "2-networks")
-    with_outliers = ("poe", "poe-corrupt", "random-corrupt")
+    with_outliers = ("plain-initial", "poe", "poe-corrupt", "random-corrupt")
     each = [(k, s, n) for s in ("seed1", "seed2") for k in with_outliers for n in ("2-networks", "3-ood")]
     assert found == each * 2
     assert study[0] == "scripts/study.py"
@@ -288,7 +289,16 @@ def test_all_missing_inputs_are_listed_together(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "kind",
-    ["plane", "plain-corrupt", "poe-distilled", "whole-", "whole-initial", "-real", "plain-again", "poe-corrupt-again"],
+    [
+        "plane",
+        "plain-distilled",
+        "poe-distilled",
+        "whole-",
+        "whole-initial",
+        "-real",
+        "plain-again",
+        "poe-corrupt-again",
+    ],
 )
 def test_an_unknown_kind(table, kind):
     status, commands = table("cifar10.sh", KINDS=f"plain {kind}")
@@ -332,7 +342,7 @@ def test_a_recipe_that_a_method_does_not_know(table):
 
 
 def test_rows_of_baselines_and_of_outliers_that_are_not_distilled(table):
-    kinds = "poe-corrupt oe-initial random random-real whole whole-corrupt"
+    kinds = "poe-corrupt oe-initial plain-kcenter random random-real whole whole-corrupt"
     settings = {"IPC": "1 2", "SEEDS": "4", "KINDS": kinds, "EPOCHS": "9", "WHOLE_EPOCHS": "3"}
     status, commands = table("cifar10.sh", **settings)
     assert status == 0
@@ -344,6 +354,7 @@ def test_rows_of_baselines_and_of_outliers_that_are_not_distilled(table):
     assert {key: len(of_key) for key, of_key in trained.items()} == {
         ("distilled", "corrupt"): 2,
         ("distilled", "initial"): 2,
+        ("distilled", "kcenter"): 2,
         ("random", "none"): 2,
         ("random", "real"): 2,
         ("whole", "none"): 1,  # it does not depend on ipc
@@ -353,6 +364,7 @@ def test_rows_of_baselines_and_of_outliers_that_are_not_distilled(table):
     (corrupt, _), (initial, _) = trained["distilled", "corrupt"], trained["distilled", "initial"]
     assert corrupt.load_path.endswith("ipc1/poe/seed4/1-distilled")
     assert initial.load_path.endswith("ipc1/oe/seed4/1-distilled")
+    assert trained["distilled", "kcenter"][0].load_path.endswith("ipc1/plain/seed4/1-distilled")
     assert initial.oe_data_path
     assert corrupt.oe_data_path is None
     assert trained["whole", "none"][0].epoch_eval_train == 3
