@@ -428,7 +428,7 @@ def test_lossless_formats_train_the_same_networks(made, in_process, tmp_path, di
         (["--distilled", "x.pt", "--distilled_mean", "0.5", "--distilled_std", "0"], "above 0"),
         (["--distilled", "x.pt", "--distilled_oe", "y.pt", "--outliers", "corrupt"], "--outliers corrupt"),
         (["--outliers", "distilled", "--corruptions", "invert"], "--corruptions"),
-        (["--outliers", "distilled", "--mix_corruptions"], "--mix_corruptions"),
+        (["--outliers", "distilled", "--mix_corruptions"], "initial, kcenter, corrupt, real and --corrupt_again do"),
         (["--outliers", "real", "--oe_data_path", "pool.npy", "--mix_corruptions"], "--mix_corruptions"),
         (["--outliers", "corrupt", "--oe_data_path", "pool.npy"], "--oe_data_path"),
         (["--outliers", "real", "--oe_data_path", "pool.npy", "--corruptions", "invert"], "one of them"),

@@ -133,8 +133,8 @@ def add_training_outliers(parser: Parser) -> None:
         nargs="+",
         type=one_of("corruption", CORRUPTIONS),
         default=list(DEFAULT_CORRUPTIONS),
-        help="how --outliers initial, kcenter, corrupt and real are made, or --corrupt_again changes any: class 0 uses "
-        "the first, and so on",
+        help="how --outliers initial, kcenter, corrupt and real, and --corrupt_again, corrupt images: class 0 uses the "
+        "first, and so on",
     )
     group.add_argument(
         "--mix_corruptions",
@@ -213,7 +213,8 @@ def _complete_outliers(
         users |= {"corruptions": OUTLIERS, "mix_corruptions": OUTLIERS}
     for name, kinds in users.items():
         if name in given and kind not in kinds:
-            parser.error(f"--{name}: --outliers {kind} does not use it; --outliers {', '.join(kinds)} do")
+            again = " and --corrupt_again" if "corruptions" in name else ""
+            parser.error(f"--{name}: --outliers {kind} does not use it; --outliers {', '.join(kinds)}{again} do")
     for name in ("corruptions", "mix_corruptions"):
         if name in given and args.oe_data_path and not args.corrupt_again:
             parser.error(f"--oe_data_path: --{name} is for outliers made of training images; give one of them")
