@@ -105,13 +105,16 @@ def rows_of(name: str, runs: list[tuple[dict, dict[str, float]]]) -> list[list[s
     rows = []
     for iterations, group in sorted(groups.items()):
         cells = [mean_std([v[key] for v in group], *unit) for key, (_, *unit) in COLUMNS.items()]
-        title = name if len(groups) == 1 else f"{name}, {iterations} iterations"
+        title = name if len(groups) == 1 else f"{name}, {iterations} iteration{'s' * (iterations != 1)}"
         rows.append([title, str(len(group)), *cells])
     return rows
 
 
 def curves_of(measured: dict[str, list[tuple[dict, dict[str, float]]]]) -> dict[str, dict]:
-    """The panels of `save_panels`: for each folder the measures of its runs by seed and iteration; 0 is the start."""
+    """The panels of `save_panels`: for each folder the measures of its runs by seed and iteration.
+
+    Iteration 0 is the start, seen by the networks of the run with the most iterations.
+    """
     panels = {}
     for title, (first, last) in CURVES.items():
         factor = 100 if title.endswith("%") else 1

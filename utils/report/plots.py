@@ -168,7 +168,7 @@ def save_panels(
     log: Sequence[str] = (),
     log_iterations: bool = False,
 ) -> None:
-    """Curves over iterations, a panel for each quantity. Needs matplotlib.
+    """Curves over iterations, a panel for each quantity, three in a row. Needs matplotlib.
 
     Args:
         panels: title to name of a curve to number of a run to `{iteration: value}`. Thin lines are runs, the thick one
@@ -178,8 +178,11 @@ def save_panels(
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.6 * max(1, len(panels)), 3.4), layout="constrained")
-    axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
+    columns = min(3, max(1, len(panels)))
+    rows = max(1, -(-len(panels) // columns))
+    figure = Figure(figsize=(4.6 * columns, 3.4 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    explained: list[str] = []
     for axis, (panel, found) in zip(axes, panels.items(), strict=False):
         for index, (name, runs) in enumerate(found.items()):
             _draw_curve(axis, name, runs, _color(index), marker="o" if panel in points else "")
@@ -188,7 +191,11 @@ def save_panels(
             axis.set_xscale("symlog", linthresh=1)
         if panel in log:
             axis.set_yscale("log")
-        axis.legend(fontsize=8)
+        if list(found) != explained:  # one legend serves panels of the same curves
+            axis.legend(fontsize=8)
+            explained = list(found)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
