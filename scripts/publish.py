@@ -142,6 +142,7 @@ def _results(folders: list[str], synthetic: SyntheticSet) -> dict[str, Results]:
         flags = args_or_nothing(Path(str(networks))).get("flags") or {}
         model, outliers = str(flags.get("model")), flags.get("outliers", "none")
         title = model if outliers == "none" else f"{model}, {outliers} outliers"
+        title += ", corrupted again" if flags.get("corrupt_again") else ""
         same = sum(name.split(" (")[0] == title for name in results)
         results[f"{title} ({same + 1})" if same else title] = load_results(folder)
     return results

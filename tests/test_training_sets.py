@@ -600,8 +600,11 @@ def test_trust_report_of_one_line(made, tmp_path):
     assert len(other.stderr.strip().splitlines()) == 1
 
 
-def test_results_of_the_card_are_those_of_stage_3(made, in_process, refused, tmp_path):
-    in_process(WITH_OE, *QUICK, "--distilled", made, "--save_path", "two")
+@pytest.mark.parametrize(
+    ("more", "outliers"), [([], "distilled outliers"), (["--corrupt_again"], "distilled outliers, corrupted again")]
+)
+def test_results_of_the_card_are_those_of_stage_3(made, in_process, refused, tmp_path, more, outliers):
+    in_process(WITH_OE, *QUICK, "--distilled", made, *more, "--save_path", "two")
     test = [*COMMON[:6], "--ipc", 2, "--num_exp", 1, "--is_load_best", "--load_path", "two", "--ood_sets", "patches"]
     in_process("test_ood_model_syn.py", *test, "--save_path", "three")
     in_process("scripts.publish", made, "--out", "published", "--results", run_folder(tmp_path / "three"))
@@ -617,4 +620,4 @@ def test_results_of_the_card_are_those_of_stage_3(made, in_process, refused, tmp
     assert math.isfinite(accuracy)
     assert f"{accuracy:.2f} ± 0.00" in text
     assert f"{auroc:.2f} ± 0.00" in text
-    assert "1 × ConvNetD1, distilled outliers" in text
+    assert re.search(rf"1 × ConvNetD1, {outliers}\b(?!, corrupted)", text)
