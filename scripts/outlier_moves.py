@@ -74,6 +74,8 @@ def main(args: argparse.Namespace) -> None:
     names = args.names or args.folders
     if len(names) != len(args.folders):
         raise UserError(f"--names: {len(names)} names for {len(args.folders)} folders; give one each")
+    if len(set(names)) < len(names):
+        raise UserError(f"--names: {' '.join(names)} names two folders alike; give each a name of its own")
     for flag in ("picture", "curves"):
         if getattr(args, flag) and importlib.util.find_spec("matplotlib") is None:
             raise UserError(

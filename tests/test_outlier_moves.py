@@ -153,12 +153,17 @@ def test_a_picture_without_matplotlib(moves, monkeypatch, tmp_path, capsys, flag
 
 
 @pytest.mark.parametrize(
-    ("names", "message"), [(["a", "b"], "--names: 2 names for 1"), (["a"], "holds no finished run")]
+    ("folders", "names", "message"),
+    [
+        (1, ["a", "b"], "--names: 2 names for 1"),
+        (2, ["a", "a"], "--names: a a names two folders alike"),
+        (1, ["a"], "holds no finished run"),
+    ],
 )
-def test_bad_input(moves, tmp_path, capsys, names, message):
+def test_bad_input(moves, tmp_path, capsys, folders, names, message):
     with pytest.raises(SystemExit) as stopped:
         run_script(
-            lambda: moves.main(moves.get_args_parser().parse_args([str(tmp_path), "--names", *names])),
+            lambda: moves.main(moves.get_args_parser().parse_args([str(tmp_path)] * folders + ["--names", *names])),
             "outlier_moves.py",
         )
     error = capsys.readouterr().err

@@ -128,6 +128,20 @@ def add_training_outliers(parser: Parser) -> None:
         metavar="PATH",
         help="outliers of --distilled where they are in files of their own",
     )
+    _add_corruptions(group)
+    group.add_argument(
+        "--oe_data_path",
+        default=None,
+        help="take --outliers initial, kcenter and real from this pool instead of corrupting training images",
+    )
+    group.add_argument(
+        "--num_oe_per_class", type=count(1), default=10000, help="outliers of the pool for each class slot"
+    )
+    parser.completions.append(_complete_outliers)
+
+
+def _add_corruptions(group: argparse._ArgumentGroup) -> None:
+    """Flags of how images become outliers, and outliers others."""
     group.add_argument(
         "--corruptions",
         nargs="+",
@@ -146,15 +160,6 @@ def add_training_outliers(parser: Parser) -> None:
         action="store_true",
         help="corrupt the outliers of --outliers distilled, initial or kcenter once more, anew in every epoch",
     )
-    group.add_argument(
-        "--oe_data_path",
-        default=None,
-        help="take --outliers initial, kcenter and real from this pool instead of corrupting training images",
-    )
-    group.add_argument(
-        "--num_oe_per_class", type=count(1), default=10000, help="outliers of the pool for each class slot"
-    )
-    parser.completions.append(_complete_outliers)
 
 
 def _complete_training_set(
