@@ -56,6 +56,15 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_a_list_of_contents_names_every_section(page):
+    """A page that begins with one lists its sections in their order."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    listed = re.match(r"# .+\n\n((?:- \[.+\]\(#\S+\)\n)+)", text)
+    if listed:
+        assert re.findall(r"\[(.+)\]\(#", listed[1]) == re.findall(r"^## (.+)$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_files_that_are_named_are_there(page):
     """A name in backquotes that starts with a folder of the project is a file, a folder or a pattern of files."""
     names = re.findall(r"`((?:utils|networks|scripts|tests|docs|assets)/[\w./*-]*)`", page.read_text())
