@@ -17,7 +17,7 @@ from utils.core.rng import generator
 from utils.data.augment import DSA, parse_strategy
 from utils.data.datasets import RealData, load_dataset
 from utils.data.outliers import OutlierSource, PseudoOutliers, load_outlier_pool
-from utils.methods.experts import ExpertSettings, ExpertTraining, describe, expert_folder, open_expert_run
+from utils.methods.experts import ExpertSettings, ExpertTraining, all_trained, describe, expert_folder, open_expert_run
 from utils.stages import arguments
 from utils.stages.entry import run_script
 
@@ -60,11 +60,17 @@ def main(args: argparse.Namespace) -> None:
     workload = Workload(steps * (images + len(real.images_test) / 2), steps, "training", steps * images)
     compute = choose_compute(args.compile, args.precision, device, net, (real.channel, *real.im_size), workload)
     about = describe(real, args.model, outliers, args.lambda_oe) | {"training": settings.about()}
-    run = open_expert_run(expert_folder(args.buffer_path, real, args.model), about)
+    folder = expert_folder(args.buffer_path, real, args.model)
+    done = f"{args.num_experts} experts of {args.train_epochs} epochs: {folder}"
+    if all_trained(folder, about, args.num_experts):
+        if distributed.is_main():
+            print(f"{done}, trained before")
+        return
+    run = open_expert_run(folder, about)
     run.log(f"experts: {run.path}")
     run.log(f"computing: {compute}")
     ExpertTraining(net.to(device), real, outliers, settings, compute, run).train_all(args.num_experts)
-    run.log(f"{args.num_experts} experts of {args.train_epochs} epochs: {run.path}")
+    run.log(done)
 
 
 if __name__ == "__main__":

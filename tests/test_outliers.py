@@ -179,3 +179,28 @@ def test_pool_of_objects_is_not_unpickled(tiny_real, tmp_path):
     np.save(tmp_path / "bad.npy", np.array([{"a": 1}] * 9, dtype=object), allow_pickle=True)
     with pytest.raises(UserError, match="cannot read"):
         load_outlier_pool(tmp_path / "bad.npy", tiny_real, 1, 1)
+
+
+@pytest.mark.parametrize("name", ["avg-mean", "geo-mean"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_single_outlier_is_a_mean_of_two_images(name, mixed, tiny_real):
+    """At one image per class, too, no training image passes for an outlier."""
+    source = PseudoOutliers(tiny_real, (name,), mixed)
+    drawn = source.choose(0, 1, generator(4))
+    (out,) = source.batch(drawn)
+    first, second = tiny_real.images_train[drawn.index] / 255
+    mean = (first + second) / 2 if name == "avg-mean" else (first * second).sqrt()
+    torch.testing.assert_close(out, tiny_real.normalize(mean[None])[0])
+
+
+def test_no_mixed_mean_leaves_an_image_as_it_is(tiny_real):
+    source = PseudoOutliers(tiny_real, ("invert", "avg-mean", "geo-mean"), mixed=True)
+    for seed in range(20):
+        drawn = source.choose(0, 4, generator(seed))
+        outliers = source.batch(drawn)
+        assert len(outliers) == 4
+        images = tiny_real.normalize(tiny_real.images_train / 255)
+        assert (
+            torch.cdist(outliers.flatten(1), images.flatten(1), compute_mode="donot_use_mm_for_euclid_dist").min()
+            > 0.01
+        )

@@ -478,6 +478,19 @@ def test_a_resumed_run_wants_the_same_experts(in_process, refused, monkeypatch):
     assert "--buffer_path: the data differ from those" in error
 
 
+def test_experts_that_are_there_need_no_lock(in_process, refused, monkeypatch):
+    """So several seeds of a table can run at once with the same experts."""
+    in_process("train_experts.py", *TEACH)
+    opened = []
+    original = train_experts.open_expert_run
+    monkeypatch.setattr(train_experts, "open_expert_run", lambda *args: opened.append(args) or original(*args))
+    assert "trained before" in in_process("train_experts.py", *TEACH)
+    assert not opened
+    assert "are of another kind" in refused("train_experts.py", *TEACH, "--lr_teacher", 0.5)
+    in_process("train_experts.py", *TEACH, "--num_experts", 3)
+    assert len(opened) == 1
+
+
 def test_the_command_that_makes_the_experts_is_whole(refused):
     flags = [*STAGE1, "--corruptions", "invert", "--lambda_oe", 3, "--max_start_epoch", 60]
     words = shlex.split(refused("main_poe.py", *flags, "--buffer_path", "a b").split("make them: ")[1])

@@ -120,6 +120,11 @@ CORRUPTIONS: dict[str, tuple[Callable, Callable]] = {
 NOISES = (torch.randn, torch.rand)  # one number per pixel and channel
 
 
+def needs_partner(name: str) -> bool:
+    """Whether the corruption takes a second image, so that a batch of one would stay as it is."""
+    return CORRUPTIONS[name][0] is _draw_partner
+
+
 @dataclass(frozen=True)
 class Corruption(Draw):
     """One draw of a corruption for a batch.
@@ -141,16 +146,19 @@ class Corruption(Draw):
 
 @dataclass(frozen=True)
 class MixedCorruption(Draw):
-    """A corruption for each image of a batch: `parts[i]` is applied to the images `rows[i]` (int64)."""
+    """A corruption for each image of a batch: `parts[i]` is applied to the images `taken[i]` and changes `rows[i]`.
+
+    Both are int64; `taken[i]` begins with `rows[i]`, and may go on with a partner of a single image.
+    """
 
     rows: list[torch.Tensor]
+    taken: list[torch.Tensor]
     parts: list[Corruption]
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         out = images.clone()
-        for rows, part in zip(self.rows, self.parts, strict=True):
-            index = send(rows, images.device)
-            out[index] = part(images[index])
+        for rows, taken, part in zip(self.rows, self.taken, self.parts, strict=True):
+            out[send(rows, images.device)] = part(images[send(taken, images.device)])[: len(rows)]
         return out
 
 
@@ -184,5 +192,17 @@ def draw_mixed(names: Sequence[str], shape: Shape, generator: torch.Generator, d
     which = torch.randint(len(names), shape[:1], generator=generator)
     rows = [(which == i).nonzero().flatten() for i in range(len(names))]
     used = [(name, index) for name, index in zip(names, rows, strict=True) if len(index)]
-    parts = [draw_corruption(name, (len(index), *shape[1:]), generator, device) for name, index in used]
-    return MixedCorruption([index for _, index in used], parts)
+    taken = [_with_partner(index, shape[0], generator) if needs_partner(name) else index for name, index in used]
+    parts = [
+        draw_corruption(name, (len(index), *shape[1:]), generator, device)
+        for (name, _), index in zip(used, taken, strict=True)
+    ]
+    return MixedCorruption([index for _, index in used], taken, parts)
+
+
+def _with_partner(rows: torch.Tensor, total: int, generator: torch.Generator) -> torch.Tensor:
+    """`rows` of a batch of `total`; a single one is followed by another row, if there is any."""
+    if len(rows) > 1 or total == 1:
+        return rows
+    other = torch.randint(total - 1, (1,), generator=generator)
+    return torch.cat([rows, other + (other >= rows)])

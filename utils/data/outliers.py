@@ -10,7 +10,14 @@ import torch
 from utils.compute.transfer import Draw, send
 from utils.core.errors import UserError
 from utils.core.rng import generator as keyed_generator
-from utils.data.corruptions import DEFAULT_CORRUPTIONS, Corruption, MixedCorruption, draw_corruption, draw_mixed
+from utils.data.corruptions import (
+    DEFAULT_CORRUPTIONS,
+    Corruption,
+    MixedCorruption,
+    draw_corruption,
+    draw_mixed,
+    needs_partner,
+)
 from utils.data.datasets import RealData
 from utils.data.download import TINYIMAGES, fetch_tinyimages
 from utils.files.arrays import images_to_nchw, read_npy, read_npz
@@ -36,10 +43,14 @@ def distinct(total: int, n: int, generator: torch.Generator) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class OutlierBatch(Draw):
-    """The random part of a batch of outliers: image indices (int64 `[n]`), and the corruption."""
+    """The random part of a batch of outliers: image indices (int64), and the corruption.
+
+    `kept`: how many of them are outliers of the batch; the others are partners of a corruption. None: all.
+    """
 
     index: torch.Tensor
     corruption: Corruption | MixedCorruption | None = None
+    kept: int | None = None
 
 
 class OutlierSource(ABC):
@@ -85,17 +96,23 @@ class PseudoOutliers(OutlierSource):
         return {"kind": "poe", "corruptions": list(self.corruptions)} | ({"mixed": True} if self.mixed else {})
 
     def choose(self, slot: int, n: int, generator: torch.Generator) -> OutlierBatch:
-        """Draw `n` distinct training images of any class (all if there are fewer), and their corruption."""
-        index = distinct(len(self.real.images_train), n, generator)
+        """Draw `n` distinct training images of any class (all if there are fewer), and their corruption.
+
+        To a single one whose corruption is a mean of two images, a partner is drawn, too.
+        """
+        names = self.corruptions if self.mixed else (self.corruptions[slot % len(self.corruptions)],)
+        alone = n == 1 and any(map(needs_partner, names))
+        index = distinct(len(self.real.images_train), 2 if alone else n, generator)
         shape = (len(index), *self.real.images_train.shape[1:])
         if self.mixed:
-            return OutlierBatch(index, draw_mixed(self.corruptions, shape, generator, self.real.device))
-        name = self.corruptions[slot % len(self.corruptions)]
-        return OutlierBatch(index, draw_corruption(name, shape, generator, self.real.device))
+            corruption = draw_mixed(names, shape, generator, self.real.device)
+        else:
+            corruption = draw_corruption(names[0], shape, generator, self.real.device)
+        return OutlierBatch(index, corruption, 1 if alone else None)
 
     def batch(self, drawn: OutlierBatch) -> torch.Tensor:
         """The drawn training images, corrupted and normalised."""
-        return self.real.normalize(drawn.corruption(self.real.unit_train(drawn.index)))
+        return self.real.normalize(drawn.corruption(self.real.unit_train(drawn.index))[: drawn.kept])
 
 
 @dataclass(frozen=True)

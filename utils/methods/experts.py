@@ -267,6 +267,16 @@ class ExpertTraining:
         return torch.cat([self.outliers.batch(d) for d in send_draws(drawn, self.real.device)])
 
 
+def all_trained(folder: Path, about: dict, num_experts: int) -> bool:
+    """Whether the folder has all experts, of the kind `about`, so that none must be trained and no lock is needed.
+
+    Raises:
+        UserError: when it has experts of another kind.
+    """
+    complete = all((folder / f"replay_buffer_{index}.pt").is_file() for index in range(num_experts))
+    return check_about(folder, about, "--buffer_path") and complete and not any(folder.glob("unfinished_expert_*"))
+
+
 def open_expert_run(folder: Path, about: dict) -> RunFolder:
     """Open the folder of an expert training: a new one, or one with experts of the same kind.
 
