@@ -40,6 +40,9 @@ def main(args: argparse.Namespace) -> None:
     files = {"--oe": args.oe, "--ood": args.ood}
     if not any(files.values()):
         raise UserError("--oe, --ood: neither is given; name the file for the training or for the test images")
+    for flag, path in files.items():
+        if path and not path.endswith(".npz"):
+            raise UserError(f"{flag}: {path} does not end in .npz; give the name of an .npz file")
     real = load_dataset(args.dataset, args.data_path)
     for flag, images in (("--oe", real.images_train), ("--ood", real.images_test)):
         if not files[flag]:

@@ -8,6 +8,10 @@
 DATASET=Digits
 AUGMENT="--dsa_strategy color_crop_cutout_scale_rotate"
 IPC=${IPC:-1 10}
+if [[ -n "${ABLATIONS:-}" && " $IPC " != *" 1 "* ]]; then
+    echo "ABLATIONS: they are at ipc 1, and IPC is $IPC; add 1 to IPC or leave ABLATIONS out" >&2
+    exit 2
+fi
 SEEDS=${SEEDS:-1 2 3 4 5}
 MODEL=${MODEL:-ConvNetD1}
 ITERATIONS=${ITERATIONS:-100}

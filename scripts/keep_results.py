@@ -57,7 +57,9 @@ def kept(path: Path) -> str:
     """A file `results.json` on one line, with the flags of its run whose values are no paths."""
     load_results(path.parent)  # refuses a damaged file
     content = read_json(path, "results", most=64 << 20)
-    flags = content.get("about", {}).get("flags", {})
+    about = content.get("about")
+    flags = about.get("flags") if isinstance(about, dict) else None
+    flags = flags if isinstance(flags, dict) else {}
     about = {"flags": {name: value for name, value in flags.items() if "/" not in str(value)}}
     return json.dumps(content | {"about": about}) + "\n"
 

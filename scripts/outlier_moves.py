@@ -10,7 +10,6 @@ the measures over the iterations, if each folder holds runs of several --Iterati
 
 import argparse
 import importlib.util
-import json
 import sys
 from pathlib import Path
 
@@ -27,12 +26,13 @@ from utils.core.parser import Parser, count
 from utils.core.rng import generator
 from utils.data.datasets import RealData, load_dataset
 from utils.data.outliers import PseudoOutliers, initial_outliers
-from utils.data.synthetic import SyntheticSet, load_synthetic
+from utils.data.synthetic import SyntheticSet, iterations_left, load_synthetic
 from utils.files.atomic import save_text
 from utils.files.text_files import read_json
 from utils.methods import augmentation_of
 from utils.report.plots import save_distilled, save_panels
 from utils.report.tables import markdown_table, mean_std
+from utils.runs.run_folder import read_metrics
 from utils.stages.entry import run_script
 from utils.training.trainer import Trainer, TrainSettings
 
@@ -133,19 +133,23 @@ def curves_of(measured: dict[str, list[tuple[dict, dict[str, float]]]]) -> dict[
 
 
 def read_run(path: Path) -> tuple[dict, SyntheticSet, list[float]] | None:
-    """The flags, the set and the losses by iteration of a stage-1 run with pseudo-outliers; None for others."""
+    """Flags, set and losses by iteration of a finished stage-1 run with pseudo-outliers; None for others."""
     about = read_json(path, "arguments")
     sets = sorted(path.parent.glob("res_*.pt"))
     flags = about.get("flags", {})
     if about.get("script") != "main_poe.py" or flags.get("init") != "real" or len(sets) != 1:
+        return None
+    if iterations_left(sets[0]):
         return None
     for name, usual in (("init_oe", "random"), ("load_path", None), ("zca", False)):
         if flags.get(name, usual) != usual:
             raise UserError(
                 f"{path.parent} was made with --{name}, whose outliers have another start or range; leave it out"
             )
-    lines = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
-    losses = [line.get("loss_oe", line["loss"]) for line in lines if "loss" in line and line["experiment"] == 0]
+    lines = [line for line in read_metrics(path.parent) if "loss" in line and line.get("experiment") == 0]
+    losses = [line.get("loss_oe", line["loss"]) for line in lines]
+    if not losses:
+        raise UserError(f"{path.parent}/metrics.jsonl has no losses of the run; leave the run out")
     return flags, load_synthetic(sets[0]), losses
 
 
@@ -212,12 +216,12 @@ def seen_by_networks(
 ) -> list[tuple[float, float]]:
     """For each set of outliers `[N, C, H, W]` the mean confidence, and the mean distance of pairs in unit features.
 
-    Means over `networks` that are trained on the images alone.
+    Means over `networks` that are trained on the images alone, at the learning rate of the set, if it has one.
     """
     net = get_network(flags["model"], real.channel, real.num_classes, real.im_size, generator(flags["seed"]))
-    settings = TrainSettings(epochs, augmentation=augmentation_of(flags["method"], flags["dsa_strategy"]))
+    settings = TrainSettings(epochs, None, augmentation=augmentation_of(flags["method"], flags["dsa_strategy"]))
     keys = {index: ("moves", index) for index in range(networks)}
-    images = SyntheticSet(synthetic.images, synthetic.labels)
+    images = synthetic.without_outliers()
     found = []
     for _ in Trainer(net, settings).networks(images, flags["seed"], keys):
         with torch.no_grad():

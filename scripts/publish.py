@@ -23,7 +23,7 @@ from utils.core.errors import UserError, one_line
 from utils.core.parser import Parser, count
 from utils.core.version import VERSION
 from utils.data.datasets import load_dataset
-from utils.data.synthetic import SyntheticSet, load_synthetic
+from utils.data.synthetic import SyntheticSet, iterations_left, load_synthetic
 from utils.data.whitening import ZCA
 from utils.exchange.convert import Assumptions, read_distilled
 from utils.exchange.formats import SAFETENSORS, find_files
@@ -164,6 +164,9 @@ def _of_run(paths: list[str], assumed: Assumptions, exp_idx: int) -> Published |
         raise UserError(
             f"PATH: {files.images} says itself what its images are; leave out --distilled_… and --soft_labels"
         )
+    left = iterations_left(files.images, exp_idx)
+    if left and left[0] == 0:
+        raise UserError(f"PATH: {files.images} has the images that its run starts from; go on with it: --resume")
     where = f"PATH: {files.images}"
     synthetic = load_synthetic(files.images, exp_idx, None, "PATH")
     _, statistics, zca = stored_space(content["normalisation"], where)
@@ -174,7 +177,7 @@ def _of_run(paths: list[str], assumed: Assumptions, exp_idx: int) -> Published |
     if not isinstance(classes, int) or classes != known or not fits:
         raise UserError(f"{where} is damaged: its classes or its normalisation do not fit its images; write it again")
     mean, std = statistics or ((0.0,) * channel, (1.0,) * channel)
-    about = args_or_nothing(files.images.parent)
+    about = args_or_nothing(files.images.parent) | ({"stopped": left} if left else {})
     return Published(synthetic, mean, std, zca, one_line(content.get("dataset"), 40), classes, about)
 
 

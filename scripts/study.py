@@ -56,7 +56,10 @@ def main(args: argparse.Namespace) -> None:
     if args.prefixes and len(args.prefixes) != len(folders):
         raise UserError(f"--prefixes: {len(args.prefixes)} words for {len(folders)} folders; give one each")
     studies = read_studies(folders, args.prefixes or [""] * len(folders), args.kinds)
-    kinds = [kind for study in studies for kind in study.values()]
+    kinds = list({id(kind): kind for study in studies for kind in study.values()}.values())
+    if args.against and not args.base:
+        raise UserError("--against: it names what --base is compared with; give --base")
+    check_sets(kinds)
     if args.by_score:
         if unused := [name for name in ("base", "against", "sets") if getattr(args, name)]:
             raise UserError(f"--{unused[0]}: --by_score is one table without it; leave one of them out")
@@ -90,6 +93,19 @@ def tables(args: argparse.Namespace, studies: list[dict[str, Kind]], kinds: list
     return parts
 
 
+def check_sets(kinds: list[Kind]) -> None:
+    """Raise `UserError` unless all were measured on the same OOD sets; means over others do not compare."""
+    known: list[str] = []
+    for kind in kinds:
+        for seed, results in kind.seeds.items():
+            known = known or results.sets()
+            if odd := sorted(set(known).symmetric_difference(results.sets())):
+                raise UserError(
+                    f"{kind.name}, seed {seed}, was not measured on the same OOD sets as {kinds[0].name}: "
+                    f"{', '.join(odd)} only in one of them; measure both on the same --ood_sets"
+                )
+
+
 def columns_of(scores: list[str], measures: list[str], name: str | None) -> list[Column]:
     """The columns of OOD detection, on the set `name`, or (None) in the mean."""
     return [Column(measure, score, name) for score in scores for measure in measures]
@@ -98,16 +114,16 @@ def columns_of(scores: list[str], measures: list[str], name: str | None) -> list
 def read_studies(folders: list[Path], prefixes: list[str], names: list[str] | None) -> list[dict[str, Kind]]:
     """The kinds in each folder, by name; those of the whole training set may lie beside the folder."""
     studies: list[dict[str, Kind]] = []
-    seen: set[Path] = set()
+    read: dict[tuple[Path, str], Kind] = {}
     for folder, prefix in zip(folders, prefixes, strict=True):
         if not folder.is_dir():
             raise UserError(f"{folder} is no folder; give folders of a table script, e.g. result-tables/digits/ipc1")
         known = names or sorted(path.name for path in folder.iterdir() if list(path.glob("seed*/3-ood")))
         beside = {name for name in known if name.startswith("whole") and not (folder / name).is_dir()}
         places = {name: (folder.parent if name in beside else folder) / name for name in known}
-        places = {name: place for name, place in places.items() if place.is_dir() and place.resolve() not in seen}
-        seen |= {place.resolve() for place in places.values()}
-        studies.append({name: read_kind(place, title(name, prefix)) for name, place in places.items()})
+        keys = {name: (place.resolve(), title(name, prefix)) for name, place in places.items() if place.is_dir()}
+        read |= {key: read_kind(*key) for key in keys.values() if key not in read}
+        studies.append({name: read[key] for name, key in keys.items()})
     found = {name for study in studies for name in study}
     if missing := [name for name in names or [] if name not in found]:
         raise UserError(f"--kinds: no folder {missing[0]} in {' or '.join(map(str, folders))}")

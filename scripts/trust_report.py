@@ -97,7 +97,7 @@ def main(args: argparse.Namespace) -> None:
         folder = out / name.replace(" ", "-")
         stage(folder / "networks", train)
         test = _test(args, ipc if "--train_on" in train else decoded)
-        stage(folder / "measures", [*test, "--load_path", str(folder / "networks")])
+        stage(folder / "measures", [*test, "--load_path", str(folder / "networks")], folder / "networks")
     folders = [str(out / name.replace(" ", "-") / "measures") for name in columns]
     _run(["scripts/compare.py", *folders, "--names", *columns, "--out", str(out), "--html"])
 
@@ -155,16 +155,20 @@ def _test(args: argparse.Namespace, ipc: int) -> list[str]:
     return ["test_ood_model_syn.py", *_common(args), *flags, *sets, "--score", *args.score]
 
 
-def stage(folder: Path, command: list[str]) -> None:
+def stage(folder: Path, command: list[str], before: Path | None = None) -> None:
     """Run a stage into `folder`, unless that is done; resume it if it was stopped.
 
+    Args:
+        before: the folder of the stage that it reads, whose command must be the same, too.
     Raises:
         UserError: when the folder was made by another command.
     """
-    done, text = folder / DONE, shlex.join(command) + "\n"
+    done = folder / DONE
+    text = (before / DONE).read_text(encoding="utf-8") if before else ""
+    text += shlex.join(command) + "\n"
     if done.is_file():
         if done.read_text(encoding="utf-8") != text:
-            raise UserError(f"--out: {folder} was made with other flags; give another --out, or remove it")
+            raise UserError(f"--out: {folder.parent} was made with other flags; give another --out, or remove it")
         return
     command = [*command, "--save_path", str(folder)]
     if command[0] == "test_ood_model_syn.py":

@@ -215,3 +215,14 @@ def test_a_picture_and_a_page_of_runs_without_folders(tmp_path):
     plot_comparison(tmp_path / "plot.png", runs)
     assert Image.open(tmp_path / "plot.png").width > 800
     check_page(comparison_page(runs, comparison_rows(runs, ["auroc"]), None), pictures=0)
+
+
+def test_the_mean_is_over_the_sets_of_all_runs():
+    """Another set, on which only one run was measured, does not count in the mean, which names its sets."""
+    runs = [run("both", [[0.5, 0.9]] * 2), run("one", [[0.9]] * 2, sets=("blob",))]
+    rows = {row.set: row for row in comparison_rows(runs, ["auroc"]) if row.score}
+    assert list(rows) == ["patches", "blob", "mean of blob"]
+    assert rows["mean of blob"].cells() == ["90.00 ± 0.00", "90.00 ± 0.00"]
+    assert rows["patches"].cells() == ["50.00 ± 0.00", "-"]
+    seeds = pooled([results([[0.5, 0.9]] * 2), results([[0.7]] * 2, sets=("blob",))])
+    assert seeds.sets_of_all() == ["blob"]

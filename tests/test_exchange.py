@@ -392,6 +392,24 @@ def test_unknown_and_ambiguous_files(real, pixels, tmp_path):
     assert torch.equal(read(real, tmp_path, format="mtt").images, real.normalize(pixels))
 
 
+def test_names_without_an_iteration(real, pixels, tmp_path):
+    save_all(tmp_path, images=real.normalize(pixels), labels=LABELS)
+    assert torch.equal(read(real, tmp_path).images, real.normalize(pixels))
+    assert torch.equal(read(real, tmp_path / "images.pt").labels, LABELS)
+
+
+def test_a_temperature_belongs_to_logits(real, pixels, tmp_path):
+    """It is not taken for that of outliers in a file of their own, nor accepted where labels are one-hot."""
+    one_hot = torch.nn.functional.one_hot(LABELS, K).float()
+    save_all(tmp_path, images_a=real.normalize(pixels), labels_a=one_hot)
+    save_all(tmp_path, images_b=real.normalize(pixels), labels_b=3 * one_hot - 1)
+    assert "--label_temperature" in refusal(real, tmp_path / "images_a.pt", temperature=2.0)
+    outliers = [str(tmp_path / "images_a.pt")]
+    found = read_distilled([str(tmp_path / "images_b.pt")], real, Assumptions(temperature=2.0), 0, outliers)
+    assert torch.allclose(found.synthetic.labels, ((3 * one_hot - 1) / 2).softmax(1))
+    assert len(found.synthetic.images_oe) == len(pixels)
+
+
 def test_images_without_labels(real, pixels, tmp_path):
     save_all(tmp_path, images_best=real.normalize(pixels), other=real.normalize(pixels))
     assert "labels_best.pt" in refusal(real, tmp_path / "images_best.pt")

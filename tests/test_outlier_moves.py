@@ -12,7 +12,7 @@ from networks import get_network
 from utils.core.rng import generator
 from utils.data.augment import DSA, parse_strategy
 from utils.data.outliers import PseudoOutliers
-from utils.data.synthetic import SyntheticSet
+from utils.data.synthetic import SyntheticSet, iterations_left
 from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.match_draws import MatchSettings
 from utils.stages.entry import run_script
@@ -170,3 +170,35 @@ def test_bad_input(moves, tmp_path, capsys, folders, names, message):
     assert stopped.value.code == 2
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_only_finished_runs_count(in_process, moves, tmp_path):
+    """An unfinished run holds the images of its last evaluation, at first those that it starts from."""
+    in_process("main_poe.py", *FLAGS, "--lr_img_oe", 5)
+    (path,) = tmp_path.glob("result-poe/*/Digits/ConvNetD1/2/*/args.json")
+    (file,) = path.parent.glob("res_*.pt")
+    with open(path.parent / "metrics.jsonl", "a") as metrics:
+        metrics.write('{"experiment": 0, "los')  # cut off by a power cut
+    assert moves.read_run(path) is not None
+    assert iterations_left(file) is None
+    content = torch.load(file, weights_only=True)
+    content["about"]["iteration"] = 7
+    torch.save(content, file)
+    assert iterations_left(file) == (7, 20)
+    assert moves.read_run(path) is None
+    assert iterations_left(file, 1) is None
+
+
+def test_networks_train_at_the_learning_rate_of_the_set(moves, digits, monkeypatch):
+    rates = []
+    original = Trainer.networks
+    monkeypatch.setattr(
+        moves.Trainer,
+        "networks",
+        lambda self, images, *a: rates.append((self.settings.lr, images.lr_net)) or original(self, images, *a),
+    )
+    images = digits.train_batch(torch.arange(10))
+    synthetic = SyntheticSet(images, torch.arange(10), images, 0.03)
+    flags = {"model": "ConvNetD1", "seed": 1, "method": "MTT", "dsa_strategy": "crop_scale"}
+    moves.seen_by_networks(flags, digits, synthetic, [images], 1, 1)
+    assert rates == [(None, 0.03)]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -248,3 +249,48 @@ def test_names_of_rows(monkeypatch, kind, prefix, expected):
     import study
 
     assert study.title(kind, prefix) == expected
+
+
+def change(folder: Path, edit) -> None:
+    """Edit the content of the one results.json below `folder`."""
+    (path,) = folder.rglob("results.json")
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def test_other_ood_sets_are_not_compared(study, run):
+    folder, _ = study
+
+    def without_blob(content):
+        content["rows"] = [row for row in content["rows"] if row["set"] != "blob"]
+
+    change(folder / "poe" / "seed2", without_blob)
+    status, _, error = run(folder, "--base", "poe")
+    assert status == 2
+    assert "distilled images, distilled, seed 2, was not measured on the same OOD sets" in error
+    assert "blob" in error
+
+
+def test_a_network_without_a_value_is_left_out(study):
+    """Error detection has none where a network makes no errors: the mean is over the others, and p over their seeds."""
+    folder, values = study
+    for seed, networks in ((1, (0,)), (2, (0, 1))):
+        for network in networks:
+            change(folder / "poe" / f"seed{seed}", lambda c, n=network: c["errors"][n].update(auroc=None))
+    kind = read_kind(folder / "poe", "poe")
+    means = kind.by_seed(Column("auroc"))
+    assert list(means) == [1, 10]
+    assert means[1] == values["poe", 1]["errors"][1]["auroc"]
+
+
+def test_the_whole_set_is_compared_in_every_folder(study, run):
+    folder, _ = study
+    shutil.copytree(folder, folder.parent / "ipc10")
+    shutil.copytree(folder / "plain", folder.parent / "whole")
+    words = [folder, folder.parent / "ipc10", "--prefixes", "one", "ten", "--kinds", "poe", "whole", "--base", "poe"]
+    status, out, _ = run(*words)
+    assert status == 0
+    assert sum(line.startswith("| whole training set, none ") for line in out.splitlines()) == 1
+    differences = [line for line in out.splitlines() if " minus " in line]
+    assert [line.split("|")[1].split(",")[0].strip() for line in differences] == ["one", "ten"]

@@ -18,6 +18,7 @@ from sklearn.metrics import pairwise_distances
 from test_distributed import start
 
 from networks import get_network
+from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.corruptions import corrupt
 from utils.data.outliers import FreshOutliers, PseudoOutliers
@@ -28,7 +29,9 @@ from utils.training.draws import draw_epoch, with_fresh_outliers
 from utils.training.losses import joint_loss
 from utils.training.trainer import Trainer, TrainSettings
 from utils.training_sets.baselines import coreset, random_images
+from utils.training_sets.choose import Choice, labelled_images
 from utils.training_sets.coresets import herding, k_center
+from utils.training_sets.features import FeatureNetworks
 from utils.training_sets.undistilled import corrupted, with_corrupted_again, with_fresh, with_k_center
 
 AUGMENT = ["--method", "DSA", "--dsa_strategy", "color_crop_cutout_scale_rotate"]
@@ -191,6 +194,29 @@ def test_initial_outliers_are_those_that_distillation_starts_from(in_process, tm
     stored = load_synthetic(run_folder(tmp_path / "initial") / "trained_on.pt")
     assert torch.equal(stored.images_oe, load_synthetic(path, 1).images_oe)
     assert same(network(tmp_path / "initial"), network(tmp_path / "distilled"))
+
+
+def test_feature_networks_of_whitened_images_are_others(digits, tmp_path):
+    """And the network that chooses outliers in float32 leaves TF32 to the run as it was."""
+    asked = []
+    for real in (digits, digits.whitened(), digits):
+        networks = FeatureNetworks("MLP", real, TrainSettings(1), 1, "off", "fp32")
+        torch.set_float32_matmul_precision("high")
+        try:
+            trained = networks.train(random_images(real, 1, 1, 0), 1)
+            assert torch.get_float32_matmul_precision() == "high"
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(FeatureNetworks, "train", lambda self, *a, net=trained: asked.append(self.real) or net)
+            networks.for_coresets(None, tmp_path)
+    assert [real is digits for real in asked] == [True, False]
+
+
+def test_a_class_that_is_too_small_is_told_before_networks_train(digits):
+    choice = Choice("herding", "none", 10_000, 1)
+    with pytest.raises(UserError, match="--ipc 10000: the smallest class of Digits"):
+        labelled_images(choice, digits, lambda: None, lambda: pytest.fail("a network was trained"))
 
 
 def test_k_center_spreads_outliers(digits):
@@ -515,8 +541,8 @@ def test_the_cards_own_code_runs(made, published, tmp_path, monkeypatch, digits)
 def test_the_cards_training_command_trains_as_the_set_was_made(digits, in_process, tmp_path, monkeypatch):
     """With the method, its augmentation and the weight of the outliers."""
     loop = ["--init", "real", "--Iteration", 0, "--num_exp", 1, "--num_eval", 1, "--epoch_eval_train", 1]
-    flags = ["--ipc", 1, *loop, "--lambda_oe", 0.25, f"--data_path={tmp_path}"]
-    in_process("main_poe.py", *COMMON, *flags, "--save_path", "one")
+    flags = ["--ipc", 1, *loop, "--lambda_oe", 0.25, f"--data-path={tmp_path}"]
+    in_process("main_poe.py", *COMMON, *flags, "--save-path", tmp_path / "one")
     in_process("scripts.publish", run_folder(tmp_path / "one"), "--out", "SET", "--license", "a: b")
     text = (tmp_path / "SET" / "README.md").read_text(encoding="utf-8")
     assert 'license: "a: b"' in text
@@ -526,6 +552,25 @@ def test_the_cards_training_command_trains_as_the_set_was_made(digits, in_proces
     in_process(script, *words, "--num_eval", 1, "--epoch_eval_train", 2, "--compile", "off", "--save_path", "two")
     about = json.loads((run_folder(tmp_path / "two") / "args.json").read_text())["flags"]
     assert (about["method"], about["dsa_strategy"], about["lambda_oe"]) == ("DSA", AUGMENT[3], 0.25)
+
+
+def test_a_set_of_a_stopped_run(digits, made, in_process, refused, tmp_path):
+    """The card, and stage 2, say how far it came; what a run starts from is not published."""
+    content = torch.load(made, weights_only=True)
+    total = 9
+    for name, at in (("first", 0), ("later", total - 1), ("last", total)):
+        about = {"iteration": at, "experiment": 0, "flags": {"Iteration": total}}
+        torch.save(content | {"about": about}, tmp_path / f"res_{name}.pt")
+    assert "images that its run starts from" in refused("scripts.publish", "res_first.pt", "--out", "first")
+    cards = {}
+    for name in ("later", "last"):
+        in_process("scripts.publish", f"res_{name}.pt", "--out", name)
+        cards[name] = (tmp_path / name / "README.md").read_text(encoding="utf-8")
+    assert f"after iteration {total - 1} of {total}" in cards["later"]
+    assert "stopped" not in cards["last"]
+    choice = Choice("distilled", "none", None, 1)
+    found = [labelled_images(choice, digits, lambda n=n: tmp_path / f"res_{n}.pt", None) for n in ("later", "last")]
+    assert [f"not finished: after iteration {total - 1} of {total}" in f.lines[0] for f in found] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -598,6 +643,13 @@ def test_trust_report_of_one_line(made, tmp_path):
     other = subprocess.run([*command, "--seed", "2"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert other.returncode == 2
     assert len(other.stderr.strip().splitlines()) == 1
+    # networks that were made anew do not keep the measures of those before
+    heavier = [*command, "--lambda_oe", "2"]
+    told = subprocess.run(heavier, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert "report/with-distilled-outliers was made with other flags" in told.stderr
+    shutil.rmtree(tmp_path / "report" / "with-distilled-outliers" / "networks")
+    told = subprocess.run(heavier, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert "report/with-distilled-outliers was made with other flags" in told.stderr
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,20 @@ def load_synthetic(
     return SyntheticSet(images, labels, images_oe, _stored_lr(content, exp_idx, path))
 
 
+def iterations_left(path: str | Path, exp_idx: int = 0) -> tuple[int, int] | None:
+    """Where an experiment of a `res_….pt` stands whose run was stopped: its iteration, and `--Iteration`.
+
+    None if it is finished, or the file does not say, as those of the published code.
+    """
+    content = read_pt(Path(path), "distilled set")
+    about = content.get("about") if isinstance(content, dict) else None
+    flags = about.get("flags") if isinstance(about, dict) else None
+    done, total = (about.get("iteration"), flags.get("Iteration")) if isinstance(flags, dict) else (None, None)
+    if not isinstance(done, int) or not isinstance(total, int) or about.get("experiment") != exp_idx or done >= total:
+        return None
+    return done, total
+
+
 def _soft_labels(content: dict, exp_idx: int, path: Path) -> torch.Tensor:
     """The soft labels of an experiment, checked."""
     stored, num_classes = content["soft_labels"], content.get("num_classes")

@@ -84,7 +84,9 @@ def read_distilled(
     )
     images_oe, line_oe = None, ""
     if outliers:
-        images_oe, line_oe = _outliers(outliers, real, replace(assumed, soft_labels=None), exp_idx, space, statistics)
+        images_oe, line_oe = _outliers(
+            outliers, real, replace(assumed, soft_labels=None, temperature=None), exp_idx, space, statistics
+        )
     elif raw.images_oe is not None:
         images_oe = to_training_space(raw.images_oe, space, statistics, real, raw.zca)
     synthetic = SyntheticSet(images, labels, images_oe, raw.lr_net)

@@ -108,8 +108,8 @@ def _of_file(path: Path, flag: str) -> SetFiles:
 
 def _with_labels(images: Path, flag: str) -> SetFiles:
     """The set of a file `images_….pt` and the files of labels and learning rate beside it."""
-    suffix = re.sub(r"^images_(zca_)?", "", images.name)
-    labels, lr = images.with_name(f"labels_{suffix}"), images.with_name(f"lr_{suffix}")
+    suffix = re.sub(r"^images(_zca)?(?=[_.])", "", images.name)  # "_best.pt", "_500.pt" or ".pt"
+    labels, lr = images.with_name(f"labels{suffix}"), images.with_name(f"lr{suffix}")
     if suffix == images.name or not labels.is_file():
         wanted = labels.name if suffix != images.name else "its labels"
         raise UserError(f"{flag}: {images} holds images alone; {wanted} must be beside it, or give both files")

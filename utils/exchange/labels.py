@@ -37,6 +37,8 @@ def training_labels(
     if not torch.isfinite(soft).all():
         raise UserError(f"{where} has labels that are NaN or infinite; write it again")
     if kind is None and _is_one_hot(soft):
+        if temperature is not None:
+            raise UserError(f"--label_temperature: {where} has one class for each image, no logits; leave it out")
         return _classes(soft.argmax(1), num_classes, where), "hard"
     kind = kind or _kind(soft, guess, where)
     if kind == "logits":

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from utils.core.version import versions
+from utils.data.augment import dc_augmentation
 from utils.report.results import Results
 from utils.report.tables import markdown_table, mean_std
 
@@ -146,7 +147,7 @@ def _train(f: CardFacts) -> str:
     command += ["--lambda_oe", f"{flags.get('lambda_oe', 0.5):g}"] if f.counts[1] else []
     text = f"With the code of TrustDD (this folder is `SET`):\n\n```\n{shlex.join(command)}\n```"
     hints = [
-        f"{1000 if f.strategy else 300} epochs of SGD with batches of 256, learning rate "
+        f"{_epochs(f)} epochs of SGD with batches of 256, learning rate "
         f"{0.01 if f.learning_rate is None else f.learning_rate:g}, momentum 0.9 and weight decay 0.0005; the learning "
         "rate drops to a tenth after half the epochs."
     ]
@@ -162,12 +163,20 @@ def _train(f: CardFacts) -> str:
     return f"{text}\n\n{' '.join(hints)}"
 
 
+def _epochs(f: CardFacts) -> int:
+    """The default of stage 2 with the flags of `_train`."""
+    augmented = f.strategy or dc_augmentation(f.dataset, (f.origin.get("flags") or {}).get("model", "ConvNet"))
+    return 1000 if augmented else 300
+
+
 def _origin(f: CardFacts) -> str:
     if f.source:
         return f"Converted from the files of another repository. {f.source}"
     about = f.origin
+    stopped = about.get("stopped")  # publish.py adds it
     rows = [
         ("command", f"`{_command(about)}`"),
+        *([("stopped", f"after iteration {stopped[0]} of {stopped[1]}")] if stopped else []),
         ("commit of TrustDD", f"`{about.get('git_commit') or 'unknown'}`"),
         ("seed", str((about.get("flags") or {}).get("seed", "unknown"))),
         ("versions", ", ".join(f"{k} {v}" for k, v in (about.get("versions") or versions()).items())),
@@ -184,7 +193,8 @@ def _command(about: dict) -> str:
         words = []
     paths = [f"--{name}" for name in PATH_FLAGS]
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    shown = [before[2:].upper() if before in paths else w for before, w in zip(["", *words], words, strict=False)]
+    flags = [word.replace("-", "_").replace("__", "--", 1) for word in ["", *words]]  # --data-path is --data_path
+    shown = [flag[2:].upper() if flag in paths else word for flag, word in zip(flags, words, strict=False)]
     return shlex.join(["python", str(about.get("script", "main.py")), *shown])
 
 

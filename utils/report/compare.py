@@ -155,7 +155,10 @@ def pooled(results: Iterable[Results]) -> Results:
 
 
 def comparison_rows(runs: Sequence[Run], measures: Sequence[str]) -> list[Row]:
-    """The table: accuracy and calibration; then, for each score, each measure on each OOD set and their mean."""
+    """The table: accuracy and calibration; then, for each score, each measure on each OOD set and their mean.
+
+    The mean is over the sets on which all runs were measured; its title says so where there are others.
+    """
     results = [run.results for run in runs]
     rows = []
     for name, (title, unit, high) in OF_NETWORKS.items():
@@ -163,13 +166,15 @@ def comparison_rows(runs: Sequence[Run], measures: Sequence[str]) -> list[Row]:
         rows.append(Row("", "", title, unit, high, _defined(values)))
     scores = list(dict.fromkeys(score for r in results for score in r.scores()))
     sets = list(dict.fromkeys(name for r in results for name in r.sets()))
-    means = [None] if any(not name.startswith("val:") for name in sets) else []
+    shared = [name for name in sets if all(name in r.sets_of_all() for r in results if r.rows)]
+    others = [name for name in sets if name not in shared and not name.startswith("val:")]
+    mean = f"mean of {', '.join(shared)}" if others else "mean"
     for score in scores:
-        for name in [*sets, *means]:
+        for name in [*sets, *([None] if shared else [])]:
             for measure in measures:
-                values = _defined([r.per_network(name, score, measure) for r in results])
+                values = _defined([r.per_network(name, score, measure, shared) for r in results])
                 title = TITLES[measure]
-                rows.append(Row(score, name or "mean", title, PERCENT, not measure.startswith("fpr"), values))
+                rows.append(Row(score, name or mean, title, PERCENT, not measure.startswith("fpr"), values))
     return [row for row in rows if any(row.values)]
 
 

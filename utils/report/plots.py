@@ -58,7 +58,8 @@ def distilled_pictures(networks: Path) -> list[tuple[str, torch.Tensor]]:
     except (UserError, KeyError, TypeError, RuntimeError):
         return []
     flags = args_or_nothing(networks).get("flags") or {}
-    images, outliers = (flags.get(name, "distilled") for name in ("train_on", "outliers"))
+    images = flags.get("train_on", "distilled")
+    outliers = flags.get("outliers", "none")  # train_model_synthetic_no_oe.py has no such flag
     order = synthetic.hard_labels.argsort(stable=True)
     classes = int(synthetic.hard_labels.max()) + 1
     parts = [(f"{images} images", synthetic.images[order])]

@@ -40,11 +40,23 @@ class Results:
         """Names of the scores, in order."""
         return list(dict.fromkeys(row["score"] for row in self.rows))
 
-    def per_network(self, name: str | None, score: str, measure: str) -> list[float]:
-        """One value per network: of one set, or (name None) the mean over the OOD sets except validation sets."""
+    def sets_of_all(self) -> list[str]:
+        """Names of the sets on which every network was measured, in order, without validation sets."""
+        of = {name: {row["network"] for row in self.rows if row["set"] == name} for name in self.sets()}
+        everyone = set().union(*of.values())
+        return [name for name, networks in of.items() if networks == everyone and not name.startswith("val:")]
+
+    def per_network(
+        self, name: str | None, score: str, measure: str, among: Sequence[str] | None = None
+    ) -> list[float]:
+        """One value per network: of one set, or (name None) the mean over the OOD sets `among`.
+
+        `among` left out: all but validation sets.
+        """
         values: dict[int, list[float]] = {}
         for row in self.rows:
-            wanted = row["set"] == name if name else not row["set"].startswith("val:")
+            in_mean = row["set"] in among if among is not None else not row["set"].startswith("val:")
+            wanted = row["set"] == name if name else in_mean
             if wanted and row["score"] == score:
                 values.setdefault(row["network"], []).append(row[measure])
         return [float(np.mean(v)) for v in values.values()]
@@ -124,7 +136,7 @@ def load_results(folder: Path) -> Results:
     try:
         errors, rows = ([_with_nan(row) for row in content[key]] for key in ("errors", "rows"))
         for row in rows:
-            _ = errors[row["network"]]["error"], row["set"], row["score"], [row[m] for m in MEASURES]
+            _ = row["set"], row["score"], [float(row[m]) for m in MEASURES], float(errors[row["network"]]["error"])
         return Results(errors, rows, list(content["missing"]))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise UserError(f"{path} is damaged, or is not what test_ood_model_syn.py writes; run it again") from None

@@ -37,8 +37,10 @@ class Kind:
         return [value for results in self.seeds.values() for value in column.of(results)]
 
     def by_seed(self, column: "Column") -> dict[int, float]:
-        """The mean over the networks of each seed."""
-        return {seed: float(np.mean(column.of(results))) for seed, results in self.seeds.items()}
+        """The mean over the networks of each seed; networks and seeds without a value are left out."""
+        values = {seed: np.array(column.of(results)) for seed, results in self.seeds.items()}
+        defined = {seed: v[~np.isnan(v)] for seed, v in values.items()}
+        return {seed: float(v.mean()) for seed, v in defined.items() if len(v)}
 
 
 @dataclass(frozen=True)

@@ -109,22 +109,12 @@ class RunFolder:
 
     def metrics(self) -> list[dict]:
         """The lines of `metrics.jsonl`, parsed; damaged ones are skipped."""
-        return [json.loads(line) for line in self._kept_lines(lambda line: True)]
+        return read_metrics(self.path)
 
     def keep_metrics(self, keep: Callable[[dict], bool]) -> None:
         """Drop damaged lines of `metrics.jsonl`, and those that a resumed run writes again (`keep` is false)."""
         if self.is_main:
-            save_text(self.path / METRICS, "".join(line + "\n" for line in self._kept_lines(keep)))
-
-    def _kept_lines(self, keep: Callable[[dict], bool]) -> list[str]:
-        """The lines of `metrics.jsonl` that are whole and for which `keep` is true."""
-        kept = []
-        for line in read_lines(self.path / METRICS):
-            with suppress(ValueError, TypeError, KeyError, RecursionError):
-                value = json.loads(line)
-                if _is_metric(value) and keep(value):
-                    kept.append(line)
-        return kept
+            save_text(self.path / METRICS, "".join(line + "\n" for line in _kept_lines(self.path, keep)))
 
     def save_args(self, flags: dict, **more: object) -> None:
         """Write the flags to `args` (JSON, as in published runs); `args.json` adds the command, versions and `more`."""
@@ -154,6 +144,22 @@ class RunFolder:
             yield progress
         finally:
             progress.close()
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The lines of a run folder's `metrics.jsonl`, parsed; damaged ones are skipped. Takes no lock."""
+    return [json.loads(line) for line in _kept_lines(folder, lambda line: True)]
+
+
+def _kept_lines(folder: Path, keep: Callable[[dict], bool]) -> list[str]:
+    """The lines of `metrics.jsonl` that are whole and for which `keep` is true."""
+    kept = []
+    for line in read_lines(folder / METRICS):
+        with suppress(ValueError, TypeError, KeyError, RecursionError):
+            value = json.loads(line)
+            if _is_metric(value) and keep(value):
+                kept.append(line)
+    return kept
 
 
 def _is_metric(line: object) -> bool:

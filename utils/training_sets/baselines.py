@@ -36,9 +36,14 @@ def coreset(kind: str, real: RealData, ipc: int, net: nn.Module) -> SyntheticSet
     return _of_indices(real, chosen, ipc)
 
 
-def _of_indices(real: RealData, chosen: list[torch.Tensor], ipc: int) -> SyntheticSet:
-    smallest = min(map(len, chosen))
+def check_ipc(real: RealData, ipc: int) -> None:
+    """Raise `UserError` when a class has fewer than `ipc` training images."""
+    smallest = min(map(len, real.class_indices))
     if smallest < ipc:
         raise UserError(f"--ipc {ipc}: the smallest class of {real.name} has {smallest} training images; lower --ipc")
+
+
+def _of_indices(real: RealData, chosen: list[torch.Tensor], ipc: int) -> SyntheticSet:
+    check_ipc(real, ipc)
     labels = torch.arange(real.num_classes).repeat_interleave(ipc)
     return SyntheticSet(real.train_batch(torch.cat(chosen)).cpu(), labels)

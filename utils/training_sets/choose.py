@@ -11,10 +11,10 @@ from utils.core.errors import UserError
 from utils.data.corruptions import DEFAULT_CORRUPTIONS
 from utils.data.datasets import RealData
 from utils.data.outliers import OutlierSource, PseudoOutliers, load_outlier_pool
-from utils.data.synthetic import SyntheticSet, load_synthetic
+from utils.data.synthetic import SyntheticSet, iterations_left, load_synthetic
 from utils.exchange.convert import Assumptions, read_distilled
 from utils.runs.lineage import TRAINED_ON
-from utils.training_sets.baselines import coreset, random_images
+from utils.training_sets.baselines import check_ipc, coreset, random_images
 from utils.training_sets.features import whole_set
 from utils.training_sets.undistilled import corrupted, with_corrupted_again, with_fresh, with_initial, with_k_center
 
@@ -78,6 +78,8 @@ def labelled_images(
     if choice.train_on == "distilled":
         path = stage1()
         line = f"distilled set: {path}, experiment {choice.exp_idx}"
+        if left := iterations_left(path, choice.exp_idx):
+            line += f", not finished: after iteration {left[0]} of {left[1]}"
         return TrainingSet(load_synthetic(path, choice.exp_idx, real), (line,), path, path.parent)
     if choice.train_on == "whole":
         line = f"baseline: the whole training set, {len(real.images_train)} images"
@@ -85,6 +87,7 @@ def labelled_images(
     if choice.train_on == "random":
         images, how = random_images(real, choice.ipc, choice.seed, choice.exp_idx), "at random"
     else:
+        check_ipc(real, choice.ipc)
         made = coreset(choice.train_on, real, choice.ipc, feature_network()) if distributed.is_main() else None
         images, how = distributed.from_main(made), f"by {choice.train_on}"
     return TrainingSet(images, (f"baseline: {choice.ipc} real images per class, chosen {how}",))

@@ -11,7 +11,7 @@ from torch import nn
 
 from networks import get_network
 from utils.compute.compiling import Workload
-from utils.compute.device import choose_compute
+from utils.compute.device import choose_compute, kept_precision
 from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.datasets import RealData
@@ -76,10 +76,11 @@ class FeatureNetworks:
         passes = epochs * len(synthetic.images)
         workload = Workload(passes, epochs, "training", passes)
         shape = (real.channel, *real.im_size)
-        compute = choose_compute(self.compile_flag, self.precision, real.device, net, shape, workload)
-        net = net.to(real.device)
-        images = synthetic.without_outliers().to(real.device)
-        Trainer(net, replace(self.settings, epochs=epochs), compute).train(images, self.seed, key)
+        with kept_precision():
+            compute = choose_compute(self.compile_flag, self.precision, real.device, net, shape, workload)
+            net = net.to(real.device)
+            images = synthetic.without_outliers().to(real.device)
+            Trainer(net, replace(self.settings, epochs=epochs), compute).train(images, self.seed, key)
         return net.eval()
 
     def for_coresets(self, given: str | None, cache: Path) -> nn.Module:
@@ -91,6 +92,7 @@ class FeatureNetworks:
             return load_network(Path(given), self.model, self.real, "--features")
         cache = cache if given is None else Path(given)
         about = f"{self.real.fingerprint()} {replace(self.settings, epochs=WHOLE_EPOCHS)} {self.seed}"
+        about += " whitened" if self.real.zca is not None else ""
         path = cache / f"{self.real.name}_{self.model}_{hashlib.sha256(about.encode()).hexdigest()[:12]}.pt"
         if path.is_file():
             return load_network(path, self.model, self.real, "--features")
