@@ -82,7 +82,7 @@ def main(args: argparse.Namespace) -> None:
     if out.exists():
         raise UserError(f"--out: {out} exists; remove it or give another name")
     assumed = assumptions(vars(args))
-    run = None if args.distilled_oe else _of_run(args.distilled, assumed, args.exp_idx)
+    run = None if args.distilled_oe else _of_run(args.distilled, assumed, args.exp_idx, args.zca)
     published = run or _of_another(args, assumed)
     flags = published.origin.get("flags") or {}
     s, images = published.synthetic, published.synthetic.images
@@ -148,7 +148,7 @@ def _results(folders: list[str], synthetic: SyntheticSet) -> dict[str, Results]:
     return results
 
 
-def _of_run(paths: list[str], assumed: Assumptions, exp_idx: int) -> Published | None:
+def _of_run(paths: list[str], assumed: Assumptions, exp_idx: int, zca: bool) -> Published | None:
     """The set of a run of stage 1; None for any other, or one of the published code, which lacks the normalisation.
 
     Raises:
@@ -160,25 +160,27 @@ def _of_run(paths: list[str], assumed: Assumptions, exp_idx: int) -> Published |
         raise UserError(f"PATH: {files.images} is published already; copy its folder")
     if "normalisation" not in content or "num_classes" not in content:
         return None
-    if replace(assumed, format=None) != Assumptions():
+    if replace(assumed, format=None) != Assumptions() or zca:
         raise UserError(
-            f"PATH: {files.images} says itself what its images are; leave out --distilled_… and --soft_labels"
+            f"PATH: {files.images} says itself what its images are; leave out --distilled_…, --soft_labels and --zca"
         )
     left = iterations_left(files.images, exp_idx)
     if left and left[0] == 0:
         raise UserError(f"PATH: {files.images} has the images that its run starts from; go on with it: --resume")
     where = f"PATH: {files.images}"
     synthetic = load_synthetic(files.images, exp_idx, None, "PATH")
-    _, statistics, zca = stored_space(content["normalisation"], where)
+    _, statistics, whitening = stored_space(content["normalisation"], where)
     classes = content["num_classes"]
     known = synthetic.labels.shape[1] if synthetic.labels.is_floating_point() else len(synthetic.labels.unique())
     channel = synthetic.images.shape[1]
-    fits = (zca and len(zca.mean) == synthetic.images[0].numel()) or (statistics and len(statistics[0]) == channel)
+    fits = (whitening and len(whitening.mean) == synthetic.images[0].numel()) or (
+        statistics and len(statistics[0]) == channel
+    )
     if not isinstance(classes, int) or classes != known or not fits:
         raise UserError(f"{where} is damaged: its classes or its normalisation do not fit its images; write it again")
     mean, std = statistics or ((0.0,) * channel, (1.0,) * channel)
     about = args_or_nothing(files.images.parent) | ({"stopped": left} if left else {})
-    return Published(synthetic, mean, std, zca, one_line(content.get("dataset"), 40), classes, about)
+    return Published(synthetic, mean, std, whitening, one_line(content.get("dataset"), 40), classes, about)
 
 
 def _of_another(args: argparse.Namespace, assumed: Assumptions) -> Published:

@@ -586,6 +586,7 @@ def test_a_set_of_a_stopped_run(digits, made, in_process, refused, tmp_path):
     ],
 )
 def test_damaged_sets_are_not_published(made, refused, tmp_path, damage):
+    assert "--zca" in refused("scripts.publish", made, "--out", "published", "--zca")
     torch.save(torch.load(made, weights_only=True) | damage, made)
     assert str(made) in refused("scripts.publish", made, "--out", "published")
     assert not (tmp_path / "published").exists()

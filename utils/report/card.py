@@ -143,6 +143,7 @@ def _train(f: CardFacts) -> str:
     command = ["python", script, "--distilled", "SET", "--dataset", f.dataset, "--model", flags.get("model", "ConvNet")]
     command += ["--method", f.method] if flags.get("method") == f.method else []
     command += ["--dsa_strategy", f.strategy] if f.strategy else []
+    command += ["--im_size", str(flags["im_size"])] if flags.get("im_size") else []
     command += ["--zca"] if f.zca else []
     command += ["--lambda_oe", f"{flags.get('lambda_oe', 0.5):g}"] if f.counts[1] else []
     text = f"With the code of TrustDD (this folder is `SET`):\n\n```\n{shlex.join(command)}\n```"
