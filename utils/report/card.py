@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from utils.core.version import versions
 from utils.data.augment import dc_augmentation
-from utils.report.results import Results
+from utils.report.results import Results, shared_sets
 from utils.report.tables import markdown_table, mean_std
 
 PATH_FLAGS = ("data_path", "oe_data_path", "ood_path", "buffer_path", "save_path", "load_path", "resume", "method_file")
@@ -208,16 +208,17 @@ def _measured(results: dict[str, Results]) -> str:
         ("accuracy ↑", lambda r: [1 - e for e in r.of_networks("error")]),
         ("ECE ↓", lambda r: r.of_networks("ece")),
     ]
-    for score in scores:
+    sets = shared_sets(list(results.values()))
+    for score in scores if sets else []:
         columns += [
-            (f"mean AUROC ({score}) ↑", lambda r, s=score: r.per_network(None, s, "auroc")),
-            (f"mean FPR95 ({score}) ↓", lambda r, s=score: r.per_network(None, s, "fpr_in")),
+            (f"mean AUROC ({score}) ↑", lambda r, s=score: r.per_network(None, s, "auroc", sets)),
+            (f"mean FPR95 ({score}) ↓", lambda r, s=score: r.per_network(None, s, "fpr_in", sets)),
         ]
     rows = [[f"{len(r.errors)} × {title}", *(mean_std(of(r)) for _, of in columns)] for title, r in results.items()]
-    sets = list(dict.fromkeys(name for r in results.values() for name in r.sets()))
+    named = f"means over these OOD sets: {', '.join(sets)}" if sets else "no OOD set was measured in all of them"
     return (
         markdown_table(["networks", *(name for name, _ in columns)], rows)
-        + f"\n\nPercent, mean ± standard deviation over networks; OOD sets: {', '.join(sets)}."
+        + f"\n\nPercent, mean ± standard deviation over networks; {named}."
     )
 
 

@@ -12,7 +12,7 @@ import torch
 
 from utils.core.errors import UserError
 from utils.report.plots import BarPanel, distilled_pictures, save_comparison
-from utils.report.results import Results, load_results
+from utils.report.results import Results, load_results, shared_sets
 from utils.report.tables import markdown_table, mean_std
 from utils.runs.lineage import args_or_nothing, sources_of
 
@@ -166,7 +166,7 @@ def comparison_rows(runs: Sequence[Run], measures: Sequence[str]) -> list[Row]:
         rows.append(Row("", "", title, unit, high, _defined(values)))
     scores = list(dict.fromkeys(score for r in results for score in r.scores()))
     sets = list(dict.fromkeys(name for r in results for name in r.sets()))
-    shared = [name for name in sets if all(name in r.sets_of_all() for r in results if r.rows)]
+    shared = shared_sets(results)
     others = [name for name in sets if name not in shared and not name.startswith("val:")]
     mean = f"mean of {', '.join(shared)}" if others else "mean"
     for score in scores:
@@ -243,14 +243,16 @@ def plot_comparison(path: Path, runs: Sequence[Run]) -> None:
     """Draw the distilled images and outliers of each run above the AUROC of each score on each OOD set."""
     results = [run.results for run in runs]
     sets = list(dict.fromkeys(n for r in results for n in r.sets() if not n.startswith("val:")))
-    wanted = [*sets, None] if len(sets) > 1 else sets
+    shared = shared_sets(results)
+    wanted = [*sets, None] if len(sets) > 1 and shared else sets
+    mean = "mean" if shared == sets else f"mean of {len(shared)}"
     panels = []
     for score in dict.fromkeys(score for r in results for score in r.scores()):
-        values = [_defined([r.per_network(name, score, "auroc") for name in wanted]) for r in results]
+        values = [_defined([r.per_network(name, score, "auroc", shared) for name in wanted]) for r in results]
         means, spread = (
             np.array([[100 * f(v) if v else np.nan for v in row] for row in values]) for f in (np.mean, np.std)
         )
-        panels.append(BarPanel(score, [name or "mean" for name in wanted], means, spread))
+        panels.append(BarPanel(score, [name or mean for name in wanted], means, spread))
     save_comparison(path, [run.name for run in runs], panels, [s for run in runs for s in _strips(run)])
 
 

@@ -66,6 +66,13 @@ class Results:
         return [e.get(measure, math.nan) for e in self.errors]
 
 
+def shared_sets(results: Sequence[Results]) -> list[str]:
+    """The OOD sets on which all networks of all `results` were measured, in order: those whose means compare."""
+    measured = [r for r in results if r.rows]
+    names = dict.fromkeys(name for r in measured for name in r.sets())
+    return [name for name in names if all(name in r.sets_of_all() for r in measured)]
+
+
 @dataclass
 class PlotData:
     """What the plots need beside the results.
