@@ -20,8 +20,8 @@ GIVEN=${OUTLIERS:-}
 EXPERTS_IN=${BUFFERS:-$OUT/buffers}
 half=0.05 tenth=0.01 # of the published learning rate
 case $METHOD in
-    DC | DSA) known="published slow clamp careful careful-pool trained kcenter mixed pool kcenter-pool spread joint" ;;
-    DM) known="published slow clamp careful careful-pool trained kcenter mixed pool kcenter-pool spread moments" half=0.5 tenth=0.1 ;;
+    DC | DSA) known="published slow clamp careful careful-pool trained kcenter mixed pool kcenter-pool spread mixed-spread joint" ;;
+    DM) known="published slow clamp careful careful-pool trained kcenter mixed pool kcenter-pool spread mixed-spread moments" half=0.5 tenth=0.1 ;;
     *) known="published clamp kcenter strong strong-kcenter" ;;
 esac
 RECIPES=${RECIPES:-$known}
@@ -40,6 +40,7 @@ flags() {
         mixed) echo "--mix_corruptions" ;;
         pool) echo "--network_pool 10" ;;
         spread) echo "--spread_oe 100" ;;
+        mixed-spread) echo "--mix_corruptions --spread_oe 100" ;;
         joint) echo "--matching joint" ;;
         moments) echo "--moments_oe 2" ;;
         strong) echo "--outlier_recipe strong" ;;
@@ -63,7 +64,7 @@ for recipe in $RECIPES; do
     ipcs=$(ipc_of "$recipe" | xargs)
     if [ -z "$ipcs" ]; then echo "recipe $recipe: left out at IPC=$IPC, it needs 2 or more"; continue; fi
     # undistilled outliers are drawn as the recipe draws its own
-    source=$([ "$recipe" = mixed ] && echo --mix_corruptions || true)
+    source=$([[ $recipe == mixed* ]] && echo --mix_corruptions || true)
     # the experts of MTT serve all recipes but the strong ones, whose experts weigh outliers more
     export BUFFERS=$EXPERTS_IN$([[ $recipe == strong* ]] && echo -strong || true)
     OUTLIERS="$(flags "$recipe") $GIVEN" SOURCE=$source METHOD=$METHOD OUT=$OUT/$recipe IPC=$ipcs KINDS=$KINDS SCORE=$SCORE \
