@@ -139,9 +139,8 @@ train() {
     if [ "$outliers" = none ]; then
         script=train_model_synthetic_no_oe.py
     else
-        if [ -n "$outliers" ]; then more="$more --outliers $outliers"; fi
+        more="$more --lambda_oe $LAMBDA${outliers:+ --outliers $outliers}"
         if [[ -n "$outliers" || "$more" == *--corrupt_again* ]]; then more="$more $SOURCE"; fi
-        more="$more --lambda_oe $LAMBDA"
         if [ "$base" = oe ] && [[ " initial kcenter real " == *" $outliers "* ]]; then more="$more --oe_data_path $OE_DATA"; fi
     fi
     stage "$5" "$before" $script $COMMON $AUGMENT --ipc "$2" --seed "$3" --num_eval "$NETWORKS" --epoch_eval_train "$epochs" $more $STAGE2

@@ -20,6 +20,7 @@ from utils.ood.calibration import SCALED_MEASURES
 from utils.ood.measures import MEASURES
 from utils.report.compare import Run, comparison_rows, find_runs, latex, markdown, plot_comparison, pooled, table_csv
 from utils.report.page import comparison_page
+from utils.report.plots import distilled_pictures
 from utils.report.results import NETWORK_MEASURES, Results, load_results, results_csv
 from utils.report.tables import report_text
 
@@ -226,3 +227,22 @@ def test_the_mean_is_over_the_sets_of_all_runs():
     assert rows["patches"].cells() == ["50.00 ± 0.00", "-"]
     seeds = pooled([results([[0.5, 0.9]] * 2), results([[0.7]] * 2, sets=("blob",))])
     assert seeds.sets_of_all() == ["blob"]
+
+
+def test_pictures_show_the_outliers_that_networks_were_trained_with(tmp_path, digits):
+    """train_model_synthetic_no_oe.py leaves those of a set out, and has no flag that says so."""
+    images, labels = digits.train_batch(torch.arange(0, 20)), torch.arange(10).repeat_interleave(2)
+    save_synthetic(tmp_path / "res.pt", [SyntheticSet(images, labels, images)], {}, digits, {})
+    titles = {}
+    for outliers in (None, "distilled", "initial", "corrupt"):
+        flags = {"dataset": "Digits"} | ({"outliers": outliers} if outliers else {})
+        about = {"script": "", "flags": flags, "distilled_set": str(tmp_path / "res.pt")}
+        (tmp_path / "args.json").write_text(json.dumps(about))
+        titles[outliers] = [title for title, _ in distilled_pictures(tmp_path)]
+    alone = ["distilled images"]
+    assert titles == {
+        None: alone,
+        "distilled": [*alone, "distilled outliers"],
+        "initial": [*alone, "initial outliers"],
+        "corrupt": alone,
+    }
