@@ -70,10 +70,7 @@ def read_distilled(
     where = f"{flag}: {files.images}"
     raw = read_raw(files, real, exp_idx, flag)
     space, statistics = _space(raw, files, real, assumed, where)
-    factor = assumed.factor or DEFAULT_FACTOR.get(files.format, 1)
-    if factor > max(1, min(real.im_size) // 2):
-        size = "x".join(map(str, real.im_size))
-        raise UserError(f"--distilled_factor {factor}: images of {size} do not hold so many")
+    factor = _factor(files, real, assumed)
     images = to_training_space(decode(raw.images, factor), space, statistics, real, raw.zca)
     labels, kind = _labels(raw, files.format, real.num_classes, assumed, where)
     labels = labels.repeat(factor**2, *[1] * (labels.ndim - 1))
@@ -84,13 +81,20 @@ def read_distilled(
     )
     images_oe, line_oe = None, ""
     if outliers:
-        images_oe, line_oe = _outliers(
-            outliers, real, replace(assumed, soft_labels=None, temperature=None), exp_idx, space, statistics
-        )
+        images_oe, line_oe = _outliers(outliers, real, assumed, exp_idx, space, statistics)
     elif raw.images_oe is not None:
         images_oe = to_training_space(raw.images_oe, space, statistics, real, raw.zca)
     synthetic = SyntheticSet(images, labels, images_oe, raw.lr_net)
     return Found(synthetic, tuple(text for text in (line, raw.note, line_oe) if text), len(raw.images))
+
+
+def _factor(files: SetFiles, real: RealData, assumed: Assumptions) -> int:
+    """How many images a stored one holds along each side."""
+    factor = assumed.factor or DEFAULT_FACTOR.get(files.format, 1)
+    if factor > max(1, min(real.im_size) // 2):
+        size = "x".join(map(str, real.im_size))
+        raise UserError(f"--distilled_factor {factor}: images of {size} do not hold so many")
+    return factor
 
 
 def _labels(raw: RawSet, form: str, num_classes: int, assumed: Assumptions, where: str) -> tuple[torch.Tensor, str]:
@@ -122,7 +126,8 @@ def _outliers(
     flag = "--distilled_oe"
     content = read_pt(Path(paths[0]), flag) if len(paths) == 1 and paths[0].endswith(".pt") else None
     if not isinstance(content, torch.Tensor):
-        found = read_distilled(paths, real, replace(assumed, format=None), exp_idx, flag=flag)
+        of_images = replace(assumed, format=None, soft_labels=None, temperature=None)
+        found = read_distilled(paths, real, of_images, exp_idx, flag=flag)
         synthetic = found.synthetic
         images = synthetic.images if synthetic.images_oe is None else synthetic.images_oe
         return images, f"outliers: {len(images)}, of the {found.lines[0]}"
