@@ -30,7 +30,7 @@ from benchmark_works import WORKS, Bench
 
 from utils.core.errors import UserError
 from utils.core.parser import Parser, count, one_of
-from utils.files.atomic import save_text
+from utils.files.atomic import save_output
 from utils.files.text_files import read_json
 from utils.report.tables import markdown_table
 from utils.stages.arguments import add_compute
@@ -118,7 +118,7 @@ def main(args: argparse.Namespace) -> None:
     print(json.dumps(about))
     if args.out:
         content = {"about": about, "flags": vars(args), "results": results}
-        save_text(Path(args.out), json.dumps(content, indent=1) + "\n")
+        save_output(args.out, json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

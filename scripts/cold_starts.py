@@ -24,7 +24,7 @@ from benchmark_works import make_data
 
 from utils.core.errors import UserError, one_line
 from utils.core.parser import Parser
-from utils.files.atomic import save_text
+from utils.files.atomic import save_output
 from utils.report.tables import markdown_table
 from utils.stages.entry import run_script
 
@@ -91,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
     print(text)
     print(json.dumps(machine(torch.device("cpu"))))
     if args.out:
-        save_text(Path(args.out), text + "\n")
+        save_output(args.out, text + "\n")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,9 @@ def get_args_parser() -> Parser:
         "--dataset", type=one_of("dataset", DATASET_NAMES), default="FashionMNIST", help="the data set to write"
     )
     parser.add_argument("--data_path", default="data", help="where it is, or is downloaded to")
+    parser.add_argument(
+        "--download", choices=("none", "data", "all"), default="data", help="none: the data set is not downloaded"
+    )
     parser.add_argument("--oe", default=None, help=".npz file for the training images; left out: not written")
     parser.add_argument("--ood", default=None, help=".npz file for the test images; left out: not written")
     return parser
@@ -43,7 +46,7 @@ def main(args: argparse.Namespace) -> None:
     for flag, path in files.items():
         if path and not path.endswith(".npz"):
             raise UserError(f"{flag}: {path} does not end in .npz; give the name of an .npz file")
-    real = load_dataset(args.dataset, args.data_path)
+    real = load_dataset(args.dataset, args.data_path, download=args.download != "none")
     for flag, images in (("--oe", real.images_train), ("--ood", real.images_test)):
         if not files[flag]:
             continue

@@ -26,8 +26,11 @@ EXPERTS=${EXPERTS:---num_experts 10 --train_epochs 20 --batch_train 64 --lr_teac
 MTT=${MTT:---syn_steps 20 --max_start_epoch 5 --lr_img 10 --lr_teacher 0.05}
 OOD_SETS=${OOD_SETS:-patches gaussian uniform rademacher blob FashionMNIST}
 . "$(dirname "$0")/table.sh"
-if [[ " $OOD_SETS " == *" FashionMNIST "* && ! -e $OOD/FashionMNIST.npz ]]; then
-    "$PYTHON" scripts/dataset_outliers.py --dataset FashionMNIST --data_path "$DATA" --oe "$OE_DATA" --ood "$OOD/FashionMNIST.npz"
+files=()
+if [[ " $OOD_SETS " == *" FashionMNIST "* && ! -e $OOD/FashionMNIST.npz ]]; then files+=(--ood "$OOD/FashionMNIST.npz"); fi
+if [[ " $KINDS" == *" oe"* && $OE_DATA == *.npz && ! -e $OE_DATA ]]; then files+=(--oe "$OE_DATA"); fi
+if [ ${#files[@]} -gt 0 ]; then
+    "$PYTHON" scripts/dataset_outliers.py --dataset FashionMNIST --data_path "$DATA" ${DOWNLOAD:+--download $DOWNLOAD} "${files[@]}"
 fi
 table
 

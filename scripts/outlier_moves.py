@@ -27,7 +27,7 @@ from utils.core.rng import generator
 from utils.data.datasets import RealData, load_dataset
 from utils.data.outliers import PseudoOutliers, initial_outliers
 from utils.data.synthetic import SyntheticSet, iterations_left, load_synthetic
-from utils.files.atomic import save_text
+from utils.files.atomic import save_output
 from utils.files.text_files import read_json
 from utils.methods import augmentation_of
 from utils.report.plots import save_distilled, save_panels
@@ -92,7 +92,7 @@ def main(args: argparse.Namespace) -> None:
     text = markdown_table(("set", "runs", *(title for title, *_ in COLUMNS.values())), rows) + "\n"
     print(text, end="")
     if args.out:
-        save_text(Path(args.out), text)
+        save_output(args.out, text)
     if args.picture:
         save_distilled(Path(args.picture), before_and_after(firsts))
     if args.curves:

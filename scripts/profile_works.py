@@ -33,7 +33,7 @@ from torch.utils.flop_counter import flop_registry
 from utils.compute.device import Compute
 from utils.core.parser import Parser, count, one_of
 from utils.data.outliers import PseudoOutliers
-from utils.files.atomic import save_text
+from utils.files.atomic import save_output
 from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.gradient_matching import GradientMatching
 from utils.methods.match_draws import MatchSettings
@@ -180,9 +180,7 @@ def main(args: argparse.Namespace) -> None:
     print(table(results))
     print(json.dumps(about))
     if args.out:
-        save_text(
-            Path(args.out), json.dumps({"about": about, "flags": vars(args), "results": results}, indent=1) + "\n"
-        )
+        save_output(args.out, json.dumps({"about": about, "flags": vars(args), "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -132,20 +132,28 @@ def _results(folders: list[str], synthetic: SyntheticSet) -> dict[str, Results]:
     results: dict[str, Results] = {}
     for folder in map(Path, folders):
         networks = args_or_nothing(folder).get("networks")
+        if not isinstance(networks, str):
+            raise UserError(f"--results: {folder} is no folder of stage 3: its args.json names no networks")
         try:
-            path, exp_idx = distilled_set_of(Path(str(networks)))
+            path, exp_idx = distilled_set_of(Path(networks))
             trained_on = load_synthetic(path, exp_idx)
         except UserError as error:
             raise UserError(f"--results: {folder}: {error}; its set cannot be compared with this one") from None
         if not torch.equal(trained_on.images, synthetic.images):
             raise UserError(f"--results: the networks of {folder} were trained on another set, {path}")
-        flags = args_or_nothing(Path(str(networks))).get("flags") or {}
+        flags = args_or_nothing(Path(networks)).get("flags") or {}
         model, outliers = str(flags.get("model")), flags.get("outliers", "none")
+        if outliers == "distilled" and not _equal(trained_on.images_oe, synthetic.images_oe):
+            raise UserError(f"--results: the networks of {folder} were trained with other outliers, those of {path}")
         title = model if outliers == "none" else f"{model}, {outliers} outliers"
         title += ", corrupted again" if flags.get("corrupt_again") else ""
         same = sum(name.split(" (")[0] == title for name in results)
         results[f"{title} ({same + 1})" if same else title] = load_results(folder)
     return results
+
+
+def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is not None and b is not None and torch.equal(a, b)
 
 
 def _of_run(paths: list[str], assumed: Assumptions, exp_idx: int, zca: bool) -> Published | None:

@@ -20,7 +20,7 @@ from utils.core.errors import UserError
 from utils.core.parser import Parser, count, one_of
 from utils.data.datasets import RealData, load_dataset
 from utils.data.synthetic import load_synthetic
-from utils.files.atomic import save_text
+from utils.files.atomic import save_output
 from utils.ood.detectors import ALL_SCORES, FitSet, Scorer, need_fitting, require_library
 from utils.report.tables import markdown_table
 from utils.runs.lineage import args_or_nothing, distilled_set_of
@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> None:
     text = markdown_table(header, rows) + "\n"
     print(text, end="")
     if args.out:
-        save_text(Path(args.out), text)
+        save_output(args.out, text)
 
 
 def times_of(

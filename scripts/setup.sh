@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Make .venv and install a requirements file into it; a second call with the same file does nothing.
 #   bash scripts/setup.sh [requirements.txt]
-# PYTHON=python3.12 chooses another interpreter.
+# BASE_PYTHON=python3.12 makes it with another interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 requirements=${1:-requirements.txt}
-python=${PYTHON:-python3}
+python=${BASE_PYTHON:-python3}
 
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
-    echo "setup: needs Python 3.10 or newer as $python; set PYTHON to one, e.g. PYTHON=python3.12" >&2
+    echo "setup: needs Python 3.10 or newer as $python; set BASE_PYTHON to one, e.g. BASE_PYTHON=python3.12" >&2
     exit 2
 fi
 stamp=.venv/.installed-$(cat requirements*.txt | cksum | cut -d' ' -f1)-$(basename "$requirements")

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.core.errors import UserError
 from utils.core.parser import Parser, one_of
-from utils.files.atomic import save_text
+from utils.files.atomic import save_output
 from utils.report.study import OF_NETWORKS, OF_SCORES, Column, Kind, differences, mean_rows, read_kind, score_rows
 from utils.stages.entry import run_script
 
@@ -27,11 +27,14 @@ def get_args_parser() -> Parser:
     parser = Parser(description="Mean rows and paired differences of what a table script measured.")
     parser.add_argument("folders", nargs="+", help="folders of kinds, e.g. result-tables/digits/ipc1")
     parser.add_argument("--prefixes", nargs="+", default=None, help="one word per folder that its rows begin with")
-    parser.add_argument("--kinds", nargs="+", default=None, help="the kinds to show, in order; left out: all")
+    parser.add_argument("--kinds", nargs="+", default=None, help="the kinds to show, in order; left out: all, by name")
     parser.add_argument("--base", default=None, help="the kind whose difference to each other kind is shown")
     parser.add_argument("--against", nargs="+", default=None, help="the kinds to compare --base with; left out: all")
     parser.add_argument(
-        "--scores", nargs="+", default=None, help="OOD scores; left out: msp mls, or with --by_score all"
+        "--scores",
+        nargs="+",
+        default=None,
+        help="OOD scores; left out: those of msp and mls that were measured, or with --by_score all",
     )
     parser.add_argument(
         "--of_networks", nargs="*", type=one_of("measure", OF_NETWORKS), default=["accuracy", "ece"],
@@ -68,11 +71,11 @@ def main(args: argparse.Namespace) -> None:
             raise UserError(f"--scores: no kind has {missing[0]}; they have {', '.join(measured)}")
         parts = [score_rows(kinds, args.scores or list(measured), args.by_score)]
     else:
-        parts = tables(args, studies, kinds, args.scores or ["msp", "mls"])
+        parts = tables(args, studies, kinds, args.scores or default_scores(kinds))
     text = "\n\n".join(parts) + "\n"
     print(text, end="")
     if args.out:
-        save_text(Path(args.out), text)
+        save_output(args.out, text)
 
 
 def tables(args: argparse.Namespace, studies: list[dict[str, Kind]], kinds: list[Kind], scores: list[str]) -> list[str]:
@@ -88,22 +91,31 @@ def tables(args: argparse.Namespace, studies: list[dict[str, Kind]], kinds: list
     if args.base:
         parts += paired(studies, args.base, args.against, columns)
     if args.sets:
-        names = next(iter(kinds[0].seeds.values())).sets()
+        names = [name for name in next(iter(kinds[0].seeds.values())).sets() if not name.startswith("val:")]
         parts += [mean_rows(kinds, columns_of(scores, args.measures, name)) for name in names]
     return parts
 
 
+def default_scores(kinds: list[Kind]) -> list[str]:
+    """Those of msp and mls that every run measured; msp if there is none."""
+    runs = [results for kind in kinds for results in kind.seeds.values()]
+    return [score for score in ("msp", "mls") if all(score in results.scores() for results in runs)] or ["msp"]
+
+
 def check_sets(kinds: list[Kind]) -> None:
     """Raise `UserError` unless all were measured on the same OOD sets; means over others do not compare."""
-    known: list[str] = []
-    for kind in kinds:
-        for seed, results in kind.seeds.items():
-            known = known or results.sets()
-            if odd := sorted(set(known).symmetric_difference(results.sets())):
-                raise UserError(
-                    f"{kind.name}, seed {seed}, was not measured on the same OOD sets as {kinds[0].name}: "
-                    f"{', '.join(odd)} only in one of them; measure both on the same --ood_sets"
-                )
+    measured = {
+        f"{kind.name}, seed {seed}": {name for name in results.sets() if not name.startswith("val:")}
+        for kind in kinds
+        for seed, results in kind.seeds.items()
+    }
+    first, known = next(iter(measured.items()))
+    for name, sets in measured.items():
+        if odd := sorted(known ^ sets):
+            raise UserError(
+                f"{name}, was not measured on the same OOD sets as {first}: {', '.join(odd)} only in one of them; "
+                "measure both on the same --ood_sets"
+            )
 
 
 def columns_of(scores: list[str], measures: list[str], name: str | None) -> list[Column]:
@@ -118,7 +130,8 @@ def read_studies(folders: list[Path], prefixes: list[str], names: list[str] | No
     for folder, prefix in zip(folders, prefixes, strict=True):
         if not folder.is_dir():
             raise UserError(f"{folder} is no folder; give folders of a table script, e.g. result-tables/digits/ipc1")
-        known = names or sorted(path.name for path in folder.iterdir() if list(path.glob("seed*/3-ood")))
+        there = [*folder.iterdir(), *folder.parent.glob("whole*")]
+        known = names or sorted({path.name for path in there if list(path.glob("seed*/3-ood"))})
         beside = {name for name in known if name.startswith("whole") and not (folder / name).is_dir()}
         places = {name: (folder.parent if name in beside else folder) / name for name in known}
         keys = {name: (place.resolve(), title(name, prefix)) for name, place in places.items() if place.is_dir()}

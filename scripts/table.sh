@@ -3,7 +3,7 @@
 # once, each by a call of its own (SEEDS=1, SEEDS=2, …) with the same OUT; what they share, the experts of MTT and the
 # features of herding and kcenter, must be there before.
 #
-# A script sets DATASET, AUGMENT, OOD_SETS and defaults. The caller may set these, e.g. IPC="1 10" SEEDS="1 2" bash …:
+# A script sets DATASET, AUGMENT and defaults. The caller may set these, e.g. IPC="1 10" SEEDS="1 2" bash …:
 #   IPC SEEDS KINDS     lists: images per class, seeds, and kinds:
 #                       plain oe poe      distilled sets
 #                       plain-X oe-X poe-X  the images of plain, oe, poe with outliers that are not distilled; X as
@@ -17,7 +17,7 @@
 #   EXPERT_LAMBDA       --lambda_oe of the experts, if OUTLIERS has --expert_lambda_oe (left out: LAMBDA; with the recipe strong: 2)
 #   MODEL ITERATIONS    the network, and the updates of the synthetic images (left out: 1000, or the method's default)
 #   NETWORKS EPOCHS     networks trained on each set, and their epochs; WHOLE_EPOCHS those on the whole training set
-#   SCORE               scores of stage 3
+#   SCORE OOD_SETS      scores of stage 3, and the OOD sets
 #   DATA OE_DATA OOD    --data_path, --oe_data_path, --ood_path
 #   STAGE1 STAGE2 STAGE3  further flags of a stage, e.g. STAGE1="--batch_real 64"
 #   OUTLIERS POE        further flags of main_oe.py and main_poe.py, and of main_poe.py alone, e.g. OUTLIERS="--batch_oe 64"
@@ -29,6 +29,7 @@
 #   PRECISION           --precision of all stages and of the experts, e.g. bf16 (left out: each script's default)
 #   DOWNLOAD            what may be fetched, as --download: none, data (the data set) or all; left out: the stages' default
 #   OUT                 folder for all results
+#   PYTHON              the interpreter (left out: that of .venv if there is one, else python3)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
@@ -55,7 +56,7 @@ DOWNLOAD=${DOWNLOAD:-}
 PRECISION=${PRECISION:-}
 OUTLIERS=${OUTLIERS:-}
 POE=${POE:-}
-EXPERT_LAMBDA=${EXPERT_LAMBDA:-$([[ $OUTLIERS == *"--outlier_recipe strong"* ]] && echo 2 || true)}
+EXPERT_LAMBDA=${EXPERT_LAMBDA:-$([[ ${OUTLIERS//-/_} == *__outlier_recipe[=\ ]strong* ]] && echo 2 || true)}
 SOURCE=${SOURCE:-}
 WHOLE_EPOCHS=${WHOLE_EPOCHS:-30}
 
@@ -151,9 +152,15 @@ place() {
     case $1 in whole*) echo "$OUT/$1" ;; *) echo "$OUT/ipc$2/$1" ;; esac
 }
 
-# check_kinds: every kind is known before the first hours are spent
+# check_kinds: every kind is known before the first hours are spent, and paths are single words
 check_kinds() {
-    local kind
+    local kind name
+    for name in OUT DATA OE_DATA OOD BUFFERS; do
+        if [[ ${!name:-} == *[[:space:]]* ]]; then
+            echo "$name: '${!name}' has a space in it; give a path without one" >&2
+            exit 2
+        fi
+    done
     for kind in $KINDS; do
         if ! [[ $kind =~ ^(plain|oe|poe|random|herding|kcenter|whole)$|^(plain|oe|poe|random|herding|kcenter)-(initial|kcenter|corrupt|real|none)$|^whole-(corrupt|real)$|^(oe|poe)-again$|^(plain|oe|poe|random|herding|kcenter)-(initial|kcenter)-again$ ]]; then
             echo "KINDS: unknown kind '$kind'. Accepted: plain oe poe random herding kcenter, alone or with -X, X out of" \

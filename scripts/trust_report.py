@@ -25,7 +25,7 @@ from utils.data.datasets import load_dataset
 from utils.exchange.convert import read_distilled
 from utils.files.atomic import save_text
 from utils.methods import METHODS
-from utils.ood.detectors import ALL_SCORES
+from utils.ood.detectors import ALL_SCORES, require_library
 from utils.ood.sets import OODSource
 from utils.stages import arguments
 from utils.stages.entry import run_script
@@ -73,6 +73,12 @@ def get_args_parser() -> Parser:
     parser.add_argument(
         "--score", nargs="+", type=one_of("score", ALL_SCORES), default=["msp", "mls"], help="scores of stage 3"
     )
+    parser.add_argument(
+        "--fit_on",
+        type=one_of("fitting set", ("distilled", "real")),
+        default="distilled",
+        help="what scores that are fitted are fitted on: the images of the column, or the real training set",
+    )
     parser.add_argument("--precision", default="tf32", type=one_of("precision", PRECISIONS), help="as in stage 2")
     arguments.add_network(parser.add_argument_group("network"))
     arguments.add_data(parser.add_argument_group("data"))
@@ -86,7 +92,8 @@ def main(args: argparse.Namespace) -> None:
     assumed = assumptions(vars(args))
     found = read_distilled(args.distilled, real, assumed, args.exp_idx, args.distilled_oe, flag="PATH")
     source = OODSource(real, Path(args.ood_path), Path(args.data_path), args.download == "all", limit=1, seed=args.seed)
-    source.find_all(args.ood_sets or source.default_names(), "--ood_sets")  # before hours of training
+    source.find_all(args.ood_sets or source.default_names())  # before hours of training
+    require_library(args.score)
     for line in found.lines:
         print(line)
     ipc = max(1, found.stored // real.num_classes)  # small images inside one count once: they share its memory
@@ -152,7 +159,8 @@ def _test(args: argparse.Namespace, ipc: int) -> list[str]:
     """The command of stage 3, without its folders."""
     flags = ["--ipc", str(ipc), "--num_exp", str(args.num_eval), "--is_load_best", "--ood_path", args.ood_path]
     sets = ["--ood_sets", *args.ood_sets] if args.ood_sets else []
-    return ["test_ood_model_syn.py", *_common(args), *flags, *sets, "--score", *args.score]
+    fit = ["--fit_on", "real"] if args.fit_on == "real" else []
+    return ["test_ood_model_syn.py", *_common(args), *flags, *sets, "--score", *args.score, *fit]
 
 
 def stage(folder: Path, command: list[str], before: Path | None = None) -> None:

@@ -75,11 +75,13 @@ COMPANIONS = {  # without which a flag of stage 2 would have no effect
     **dict.fromkeys(("soft_labels", "label_temperature"), FOREIGN),
     "distilled_mean": [*FOREIGN, "--distilled_std", "1"],
     "distilled_std": [*FOREIGN, "--distilled_mean", "1"],
+    ("ood_path", "distillation"): ["--eval_ood", "patches"],
     ("oe_data_path", "outliers"): ["--outliers", "real"],
     ("mix_corruptions", "outliers"): ["--outliers", "real"],
     ("num_oe_per_class", "outliers"): ["--outliers", "real", "--oe_data_path", "pool.npy"],
 }
 VALID = {
+    "fit_on": "real",
     "dsa_strategy": "crop_scale",
     "distilled_format": "mtt",
     "distilled_space": "unit",
@@ -171,16 +173,29 @@ WRONG = [
         ["--dataset", "Digits", "--model", "VGG11"],
         ["--model VGG11", "8x8", "smallest size it takes is 28x28"],
     ),
-    ("main.py", ["--dataset", "Digits", "--eval_mode", "M"], ["too deep for images of 8x8"]),
+    ("main.py", ["--dataset", "Digits", "--eval_mode", "M"], ["--eval_mode M: LeNet: too deep for images of 8x8"]),
     ("main.py", [*QUICK, "--ipc", "100000000000"], ["out of memory", "--ipc"]),
     ("main.py", ["--dataset", "Digits", "--im_size", "9"], ["--im_size: only ImageFolder"]),
     ("main.py", ["--download", "none"], ["--data_path data: CIFAR10 is not there", "cifar10.npz"]),
     ("main.py", ["--dataset", "npz", "--data_path", "no.npz"], ["--data_path: no.npz is not there"]),
-    ("main.py", [*QUICK, "--eval_ood", "blob", "patch"], ["unknown", "did you mean patches"]),
+    ("main.py", [*QUICK, "--eval_ood", "blob", "patch"], ["--eval_ood: unknown", "did you mean patches"]),
+    ("main.py", [*QUICK, "--eval_ood", "a/b"], ["--eval_ood: 'a/b' is not a name"]),
+    ("main.py", [*QUICK, "--ood_path", "ood"], ["--ood_path: it is the folder of the sets of --eval_ood"]),
     ("main.py", [*QUICK, "--eval_ood", "blob", "iSUN"], ["--eval_ood: 1 missing. iSUN"]),
     ("main.py", [*QUICK, "--checkpoint_interval", "0"], ["--checkpoint_interval", "at least 1"]),
     ("main_oe.py", QUICK, ["--oe_data_path: data/300K_random_images.npy is not there", "--download all"]),
     ("main_oe.py", [*QUICK, "--oe_data_path", "bad.npy"], ["--oe_data_path: bad.npy holds float32 [5, 3]", "uint8"]),
+    ("main_oe.py", [*QUICK, "--oe_data_path", "no.npz"], ["no.npz is not there", "a folder of images"]),
+    (
+        "main_oe.py",
+        [*QUICK, "--oe_data_path", "small.npy", "--ipc", "3", "--init", "real"],
+        ["--ipc 3: the outlier source has 2 outliers for each class"],
+    ),
+    (
+        "main_poe.py",
+        [*QUICK[:4], "--method", "DM", "--moments_oe", "2", "--ipc", "2", "--batch_oe", "1"],
+        ["--moments_oe 2: one real outlier per slot"],
+    ),
     ("train_model_synthetic_oe.py", [*QUICK, "--folder", "20200101-000000"], ["--folder: no 20200101-000000 under"]),
     ("train_model_synthetic_no_oe.py", [*QUICK, "--folder", "../x"], ["--folder: '../x' is not the name"]),
     ("test_ood_model_syn.py", ["--dataset", "Digits", "--folder", "20200101-000000"], ["result-model-synthetic-oe"]),
@@ -191,6 +206,7 @@ WRONG = [
 @pytest.mark.parametrize(("name", "flags", "expected"), WRONG, ids=[f"{w[0]} {' '.join(w[1])}"[:60] for w in WRONG])
 def test_errors_are_one_line(name, flags, expected, tmp_path, refused):
     np.save(tmp_path / "bad.npy", np.zeros((5, 3), np.float32))
+    np.save(tmp_path / "small.npy", np.zeros((29, 8, 8), np.uint8))  # two for each class
     before = sorted(tmp_path.rglob("*"))
     error = refused(name, *flags)
     for text in expected:
@@ -215,7 +231,7 @@ def test_distilled_set_of_another_data_set(tmp_path, refused):
     for flags, message in (
         ([], "(5 classes, images 1x8x8), not from 10 classes of 1x8x8"),
         (["--exp_idx", "3"], "--exp_idx 3"),
-        (["--is_load_oe"], "no run folder under result-oe"),
+        (["--is_load_oe"], "no run folder with outliers under result-oe"),
     ):
         assert message in refused("train_model_synthetic_no_oe.py", *QUICK, *flags)
     assert not (tmp_path / "result-model-synthetic-no-oe").exists()

@@ -228,6 +228,10 @@ def test_image_folder_faults(tmp_path):
     with pytest.raises(UserError, match="train is not there"):
         load_dataset("ImageFolder", tmp_path)
     write_folders(tmp_path)
+    (tmp_path / "train" / "zebra").mkdir()
+    with pytest.raises(UserError, match=r"no images below .*train/zebra"):
+        load_dataset("ImageFolder", tmp_path)
+    (tmp_path / "train" / "zebra").rmdir()
     (tmp_path / "train" / "cat" / "9.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"cannot read the image .*9.png"):
         load_dataset("ImageFolder", tmp_path)

@@ -569,7 +569,7 @@ def test_setup_mends_an_environment_without_pip(tmp_path):
     (tmp_path / "scripts" / "setup.sh").write_bytes((ROOT / "scripts" / "setup.sh").read_bytes())
     (tmp_path / "requirements.txt").write_text("")
     for _ in range(2):  # the second call has nothing to do
-        environment = os.environ | {"PYTHON": str(tmp_path / "base")}
+        environment = os.environ | {"BASE_PYTHON": str(tmp_path / "base")}
         subprocess.run(["bash", str(tmp_path / "scripts" / "setup.sh")], env=environment, check=True)
     calls = [line for line in (tmp_path / "calls").read_text().splitlines() if " -m " in line]
     install = "new -m pip install --quiet --disable-pip-version-check -r requirements.txt"
@@ -634,3 +634,16 @@ def test_names(text, accepted):
     else:
         with pytest.raises(argparse.ArgumentTypeError, match="unknown name"):
             one_of("name", accepted)(text)
+
+
+def test_pixels_of_16_bits(tmp_path):
+    """PIL would make all above 255 white."""
+    values = np.arange(0, 65536, 257 * 4 + 13, dtype=np.uint16)[:63].reshape(7, 9)
+    for name in ("a.png", "b.tif"):
+        Image.fromarray(values).save(tmp_path / name)
+    images = read_image_pool(tmp_path, 3, (7, 9), "--ood_path")
+    expected = torch.from_numpy(np.rint(values / 257).astype(np.uint8))
+    assert all(torch.equal(channel, expected) for image in images for channel in image)
+    Image.fromarray(values.astype(np.float32)).save(tmp_path / "c.tif")
+    with pytest.raises(UserError, match=r"c.tif: pixels of 32 bits \(mode F\) have no range"):
+        read_image_pool(tmp_path, 3, (7, 9), "--ood_path")

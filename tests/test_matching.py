@@ -152,7 +152,7 @@ def test_real_initialisation_takes_images_of_the_class(tiny_real):
 
 def test_real_initialisation_needs_enough_images(tiny_real):
     with pytest.raises(UserError, match="smallest class of tiny has 13"):
-        GradientMatching(tiny_real, None, settings(init="real", ipc=14))
+        GradientMatching(tiny_real, None, settings(init="real", ipc=14)).start(0)
 
 
 def test_batchnorm_is_frozen_for_matching(tiny_real):

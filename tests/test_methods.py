@@ -1,6 +1,7 @@
 """The registry of methods: defaults and flags by method, methods in files of their own."""
 
 import re
+import shlex
 
 import pytest
 from conftest import ROOT
@@ -9,6 +10,7 @@ import main as stage1
 import main_poe
 from utils.core.errors import UserError
 from utils.methods import METHODS
+from utils.runs.resume import resume_command
 
 NETWORK = ["--dataset", "Digits", "--model", "ConvNetD1", "--ipc", "1", "--num_exp", "1", "--num_eval", "1"]
 SHORT = [*NETWORK, "--epoch_eval_train", "3", "--Iteration", "3"]
@@ -76,14 +78,16 @@ def test_a_method_in_a_file_of_its_own(tmp_path, in_process):
     mine = ["--method", "Mean", "--method_file", path]
     out = in_process("main_poe.py", *SHORT, *mine, "--power", 2)
     assert "loss_oe" in out
+    words = shlex.split(resume_command(next(tmp_path.glob("result-poe/Mean/Digits/ConvNetD1/1/*"))))
+    assert words[-2:] == ["--method_file", str(path)]
     assert "2.0" in (next(tmp_path.glob("result-poe/Mean/Digits/ConvNetD1/1/*/args.json"))).read_text()
     with pytest.raises(UserError, match=r"was started with --method_file .*my_method.py; give that file again"):
         main_poe.get_args_parser().parse_args(["--resume", "latest"])
     assert "is finished" in in_process("main_poe.py", "--resume", "latest", "--method_file", path)
     two = [*NETWORK[:6], *mine, "--num_eval", 1, "--epoch_eval_train", 5]
-    in_process("train_model_synthetic_oe.py", *two)
-    three = [*NETWORK[:6], *mine, "--num_exp", 1, "--is_load_best", "--ood_sets", "blob"]
-    assert "accuracy" in in_process("test_ood_model_syn.py", *three)
+    out = in_process("train_model_synthetic_oe.py", *two)
+    (three,) = re.findall("^to test them: python test_ood_model_syn.py (.*)$", out, re.MULTILINE)
+    assert "accuracy" in in_process("test_ood_model_syn.py", *shlex.split(three), "--ood_sets", "blob")
 
 
 @pytest.mark.parametrize(
@@ -121,3 +125,20 @@ def test_a_file_with_two_methods(in_process, tmp_path):
     path = tmp_path / "two.py"
     path.write_text(TWO_METHODS)
     assert "accuracy" in in_process("main.py", *SHORT, "--method", "B", "--method_file", path, "--power", 3)
+
+
+@pytest.mark.parametrize(("name", "known"), [("syn_steps", True), ("ipc", True), ("power", False)])
+def test_a_flag_of_a_file_whose_name_is_taken(in_process, refused, tmp_path, name, known):
+    path = tmp_path / "two.py"
+    path.write_text(TWO_METHODS.replace('"power"', f'"{name}"'))
+    words = ["main.py", *SHORT, "--method", "A", "--method_file", path]
+    if known:
+        assert f"two.py defines --{name}, which is another flag already" in refused(*words)
+    else:
+        assert "accuracy" in in_process(*words)
+
+
+def test_an_inner_loop_that_is_not_used_is_told(in_process):
+    words = [*SHORT, "--method", "DC", "--inner_loop", 3]
+    assert "--inner_loop is not used" in in_process("main.py", *words)
+    assert "--inner_loop is not used" not in in_process("main.py", *words, "--outer_loop", 2)

@@ -133,7 +133,7 @@ def check_events(folder):
 
 def test_auroc_of_evaluations_by_scikit_learn(digits, tmp_path):
     source = OODSource(digits, tmp_path, tmp_path, False, 200, 1)
-    (ood,) = source.find_all(["patches"], "--eval_ood")
+    (ood,) = source.find_all(["patches"])
     training = {"MLP": TrainSettings(20)}
     evaluator = Evaluator(digits, EvalSettings(1, training, 1, {ood.name: ood.load()}), RunFolder(tmp_path), Compute())
     index = torch.cat([c[:5] for c in digits.class_indices])

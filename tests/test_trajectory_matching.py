@@ -473,7 +473,11 @@ def test_a_resumed_run_wants_the_same_experts(in_process, refused, monkeypatch):
     os.rename("buffers", "moved")
     assert "--buffer_path: no experts in" in refused("main.py", "--resume", "latest")
     assert "stopped" not in in_process("main.py", "--resume", "latest", "--buffer_path", "moved")
+    # those that were trained since are not used; others in their place are noticed
     in_process("train_experts.py", *TEACH, "--num_experts", 3, "--buffer_path", "moved")
+    assert "is finished" in in_process("main.py", "--resume", "latest", "--buffer_path", "moved")
+    folder = Path("moved/Digits_NO_ZCA/ConvNetD1")
+    os.replace(folder / "replay_buffer_2.pt", folder / "replay_buffer_0.pt")
     error = refused("main.py", "--resume", "latest", "--buffer_path", "moved")
     assert "--buffer_path: the data differ from those" in error
 
@@ -486,7 +490,8 @@ def test_experts_that_are_there_need_no_lock(in_process, refused, monkeypatch):
     monkeypatch.setattr(train_experts, "open_expert_run", lambda *args: opened.append(args) or original(*args))
     assert "trained before" in in_process("train_experts.py", *TEACH)
     assert not opened
-    assert "are of another kind" in refused("train_experts.py", *TEACH, "--lr_teacher", 0.5)
+    error = refused("train_experts.py", *TEACH, "--lr_teacher", 0.5)
+    assert 'are of another kind: training {"lr": 0.05} instead of {"lr": 0.5}' in error
     in_process("train_experts.py", *TEACH, "--num_experts", 3)
     assert len(opened) == 1
 
@@ -552,3 +557,26 @@ def test_a_learning_rate_that_explodes_is_named(in_process, refused):
     error = refused("main.py", *STAGE1, "--lr_lr", 1e30, "--num_eval", 1, "--epoch_eval_train", 2)
     assert "not finite. Lower --lr_img or --lr_lr; --load_path" in error
     assert "loss of slot" not in error
+
+
+def test_experts_that_diverged_at_once_can_be_trained_anew(in_process, refused):
+    """Nothing was trained yet, so the folder is of no kind yet."""
+    error = refused("train_experts.py", *TEACH, "--lr_teacher", 1e30)
+    assert "--lr_teacher 1e+30: expert 0 diverged in epoch 0; lower it, and delete buffers/Digits_NO_ZCA" in error
+    assert "expert 1: test accuracy" in in_process("train_experts.py", *TEACH)
+
+
+def test_a_stored_set_keeps_its_learning_rate(in_process, tmp_path, tiny_real):
+    """Where `--lr_teacher` is not given."""
+    in_process("train_experts.py", *TEACH)
+    quick = [*MTT, "--num_exp", 1, "--num_eval", 1, "--epoch_eval_train", 1, "--Iteration", 0]
+    in_process("main.py", *quick, "--lr_teacher", 0.4, "--save_path", "one")
+    (first,) = (tmp_path / "one").rglob("res_*.pt")
+    for flags, rate in (([], 0.4), (["--lr_teacher", 0.2], 0.2)):
+        place = f"two{len(flags)}"
+        in_process("main.py", *quick, "--load_path", first, *flags, "--save_path", place)
+        (second,) = (tmp_path / place).rglob("res_*.pt")
+        assert load_synthetic(second).lr_net == pytest.approx(rate)
+    in_process("main.py", *quick, "--save_path", "three")
+    (third,) = (tmp_path / "three").rglob("res_*.pt")
+    assert load_synthetic(third).lr_net == pytest.approx(0.01)

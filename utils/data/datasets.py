@@ -294,6 +294,9 @@ def _read_folders(data_path: Path, side: int) -> Arrays:
         )
     parts: list[torch.Tensor] = []
     tree = data_path.resolve()
+    bare = [c for c in classes if not list_images(train / c, tree, "--data_path")]
+    if bare and len(bare) < len(classes):
+        raise UserError(f"--data_path: no images below {train / bare[0]}; put some there, or remove that class")
     for folder in (train, test):
         check_link(folder, tree, "--data_path")
         there = [(label, folder / c) for label, c in enumerate(classes) if os.path.lexists(folder / c)]

@@ -59,6 +59,10 @@ class OutlierSource(ABC):
     notice: str
 
     @abstractmethod
+    def per_slot(self) -> int:
+        """How many different outliers a slot has."""
+
+    @abstractmethod
     def choose(self, slot: int, n: int, generator: torch.Generator) -> OutlierBatch:
         """Draw `n` distinct outliers of a slot, or all if there are fewer."""
 
@@ -94,6 +98,10 @@ class PseudoOutliers(OutlierSource):
     def describe(self) -> dict:
         """The corruptions, in the order of the slots, and whether they are mixed."""
         return {"kind": "poe", "corruptions": list(self.corruptions)} | ({"mixed": True} if self.mixed else {})
+
+    def per_slot(self) -> int:
+        """As many as there are training images."""
+        return len(self.real.images_train)
 
     def choose(self, slot: int, n: int, generator: torch.Generator) -> OutlierBatch:
         """Draw `n` distinct training images of any class (all if there are fewer), and their corruption.
@@ -133,9 +141,13 @@ class OutlierPool(OutlierSource):
         """The fingerprint of some images of the pool."""
         return {"kind": "oe", "sample": self.sample}
 
+    def per_slot(self) -> int:
+        """The length of a slice."""
+        return self.slices.shape[1]
+
     def choose(self, slot: int, n: int, generator: torch.Generator) -> OutlierBatch:
         """Draw `n` distinct images of the slot's slice (all if it has fewer)."""
-        return OutlierBatch(self.slices[slot][distinct(self.slices.shape[1], n, generator)])
+        return OutlierBatch(self.slices[slot][distinct(self.per_slot(), n, generator)])
 
     def batch(self, drawn: OutlierBatch) -> torch.Tensor:
         """The drawn images, converted with `conform` and normalised."""
@@ -209,9 +221,10 @@ def load_outlier_pool(
     path = Path(path)
     if not path.exists():
         if not (download and path.name == TINYIMAGES):
+            fetch = f", or let --download all fetch {TINYIMAGES} (pip install pytorch-ood)"
             raise UserError(
                 f"--oe_data_path: {path} is not there; give a .npy (uint8 NHWC), an .npz (key images) or a folder of "
-                f"images, or let --download all fetch {TINYIMAGES} (pip install pytorch-ood)"
+                f"images{fetch if path.name == TINYIMAGES else ''}"
             )
         fetch_tinyimages(path)
     images = read_image_pool(path, real.channel, real.im_size, "--oe_data_path")

@@ -40,7 +40,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None], keep: Path | Non
                 raise
     except (OSError, RuntimeError) as error:
         reason = error if isinstance(error, OSError) else "not all of it could be written"  # RuntimeError of torch.save
-        raise UserError(f"cannot write {path}: {reason}. Free space or choose another --save_path") from None
+        raise UserError(f"cannot write {path}: {reason}. Free space or choose another folder") from None
 
 
 def save_pt(path: Path, value: object, keep: Path | None = None) -> None:
@@ -51,6 +51,19 @@ def save_pt(path: Path, value: object, keep: Path | None = None) -> None:
 def save_text(path: Path, text: str) -> None:
     """Write a text file atomically: a failure leaves the old file."""
     atomic_write(path, lambda file: file.write(text.encode()))
+
+
+def save_output(path: str, text: str) -> None:
+    """Write the text file of a flag `--out`; its folder is made.
+
+    Raises:
+        UserError: when it cannot be written.
+    """
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: cannot make {Path(path).parent}: {error}") from None
+    save_text(Path(path), text)
 
 
 def append_line(path: Path, line: str, sync: bool = True) -> None:
@@ -75,7 +88,7 @@ def append_line(path: Path, line: str, sync: bool = True) -> None:
                     file.truncate(file.seek(0, os.SEEK_END) - written)
                 raise
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error}. Free space or choose another --save_path") from None
+        raise UserError(f"cannot write {path}: {error}. Free space or choose another folder") from None
 
 
 def sync_file(path: Path) -> None:

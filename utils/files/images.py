@@ -93,8 +93,24 @@ def _fitted(image: "PIL.Image.Image", channel: int, size: tuple[int, int]) -> "P
     from PIL import Image, ImageOps
 
     mode = "L" if channel == 1 else "RGB"
+    image = _eight_bits(image)
     converted = image if image.mode == mode else image.convert(mode)  # convert always copies
     return ImageOps.fit(converted, size, Image.Resampling.BILINEAR)
+
+
+def _eight_bits(image: "PIL.Image.Image") -> "PIL.Image.Image":  # noqa: F821
+    """The image, one of 16 bits a pixel scaled to 8: PIL's `convert` would make all above 255 white.
+
+    Raises:
+        ValueError: for pixels of 32 bits, whose range is not known.
+    """
+    from PIL import Image
+
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):  # older PIL: I
+        return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of 32 bits (mode {image.mode}) have no range; store 8 or 16 bits")
+    return image
 
 
 def unit_images(images: torch.Tensor) -> torch.Tensor:

@@ -176,11 +176,17 @@ def _load_method_file(parser: Parser, words: list[str]) -> None:
     if not new:
         raise UserError(f"--method_file: {path} registers no method; it must call utils.methods.register")
     known = {action.dest for action in parser._actions}
+    of_methods = {flag for entry in before.values() for flag in entry.flags}
     for entry in new:
         for flag in entry.flags if "Iteration" in known else ():  # only stage 1 has flags of methods
+            if flag.name in known and flag not in of_methods:
+                raise UserError(
+                    f"--method_file: {path} defines --{flag.name}, which is another flag already; give it another name"
+                )
             if flag.name not in known:
                 _add_flag(parser.add_argument_group(entry.name), flag, [entry.name])
                 known.add(flag.name)
+                of_methods.add(flag)
 
 
 def _complete_flags(

@@ -144,6 +144,8 @@ def _settings(inputs: MethodInputs) -> MatchSettings:
     refuse_without_outliers(inputs, moments_oe=1, spread_oe=0)
     if f["moments_oe"] == 2 and f["ipc"] == 1:
         raise UserError("--moments_oe 2: one outlier per slot has no deviation; give --ipc 2 or more")
+    if f["moments_oe"] == 2 and min(f["batch_oe"], inputs.outliers.per_slot()) == 1:
+        raise UserError("--moments_oe 2: one real outlier per slot has no deviation; give a larger --batch_oe or pool")
     return MatchSettings(
         model=f["model"],
         ipc=f["ipc"],

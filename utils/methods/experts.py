@@ -64,11 +64,20 @@ def check_about(folder: Path, expected: dict, flag: str) -> bool:
     stored = read_json(path, flag)
     for name, value in expected.items():
         if stored.get(name) != value:
+            found, wanted = _differing(stored.get(name), value)
             raise UserError(
-                f"{flag}: the experts in {folder} are of another kind: {name} {json.dumps(stored.get(name))[:120]} "
-                f"instead of {json.dumps(value)[:120]}. Give the {flag} of the right ones"
+                f"{flag}: the experts in {folder} are of another kind: {name} {json.dumps(found)[:120]} "
+                f"instead of {json.dumps(wanted)[:120]}. Give the {flag} of the right ones"
             )
     return True
+
+
+def _differing(found: object, wanted: object) -> tuple[object, object]:
+    """Of two dictionaries only what differs; other values as they are."""
+    if not (isinstance(found, dict) and isinstance(wanted, dict)):
+        return found, wanted
+    names = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
+    return {n: found.get(n) for n in names}, {n: wanted.get(n) for n in names}
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -207,7 +216,10 @@ class ExpertTraining:
                     loss = self._epoch(index, epoch)
                     accuracy = accuracy_of(self.trainer.predict(self.real.test_images), self.real.labels_test)
                 if not all(torch.isfinite(t).all() for t in (loss, *self.net.parameters())):
-                    raise UserError(f"--lr_teacher {s.lr:g}: expert {index} diverged in epoch {epoch}; lower it")
+                    raise UserError(
+                        f"--lr_teacher {s.lr:g}: expert {index} diverged in epoch {epoch}; lower it, and delete "
+                        f"{self.run.path} or give another --buffer_path"
+                    )
                 save_pt(folder / f"epoch_{epoch + 1}.pt", self.trainer.state_dict())
                 progress.step(loss=loss, accuracy=accuracy)
                 signals.check()
@@ -271,8 +283,10 @@ def all_trained(folder: Path, about: dict, num_experts: int) -> bool:
     """Whether the folder has all experts, of the kind `about`, so that none must be trained and no lock is needed.
 
     Raises:
-        UserError: when it has experts of another kind.
+        UserError: when it has experts of another kind, or has begun to train them.
     """
+    if not _is_begun(folder):
+        return False
     complete = all((folder / f"replay_buffer_{index}.pt").is_file() for index in range(num_experts))
     return check_about(folder, about, "--buffer_path") and complete and not any(folder.glob("unfinished_expert_*"))
 
@@ -289,9 +303,20 @@ def open_expert_run(folder: Path, about: dict) -> RunFolder:
         except OSError as error:
             raise UserError(f"--buffer_path: cannot make {folder}: {error}") from None
     distributed.barrier()
-    if not check_about(folder, about, "--buffer_path") and any(folder.glob("replay_buffer_*.pt")):
-        raise UserError(f"--buffer_path: {folder} has experts without {ABOUT}, made elsewhere; give another folder")
+    _check_kind(folder, about)
     run = RunFolder(folder)
     if run.is_main:
+        _check_kind(folder, about)  # what was there before the lock may have grown
         save_text(folder / ABOUT, json.dumps(about, indent=1) + "\n")
     return run
+
+
+def _is_begun(folder: Path) -> bool:
+    """Whether a folder has an expert, or an epoch of one."""
+    return any(folder.glob("replay_buffer_*.pt")) or any(folder.glob("unfinished_expert_*/epoch_1.pt"))
+
+
+def _check_kind(folder: Path, about: dict) -> None:
+    """Raise a `UserError` if what has begun in a folder is not known to be of the kind `about`."""
+    if _is_begun(folder) and not check_about(folder, about, "--buffer_path"):
+        raise UserError(f"--buffer_path: {folder} has experts without {ABOUT}, made elsewhere; give another folder")

@@ -194,6 +194,8 @@ def _build(inputs: MethodInputs) -> GradientMatching:
     if settings.ipc not in LOOPS and None in (inputs.flags["outer_loop"], inputs.flags["inner_loop"]):
         loops = f"outer {settings.outer_loop}, inner {settings.inner_loop}"
         method.notices.append(f"ipc {settings.ipc} has no published loops: {loops} by rule")
+    if inputs.flags["inner_loop"] and settings.outer_loop == 1:
+        method.notices.append("--inner_loop is not used: with an outer loop of 1 no network is trained in between")
     return method
 
 

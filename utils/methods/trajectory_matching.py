@@ -12,6 +12,7 @@ import shlex
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -31,23 +32,28 @@ from utils.data.synthetic import SyntheticSet
 from utils.methods import Flag, MethodEntry, MethodInputs, register
 from utils.methods.experts import ABOUT, ExpertBuffer, ExpertSettings, check_about, describe, expert_folder
 from utils.methods.match_draws import refuse_without_outliers
+from utils.runs.lineage import args_or_nothing
 from utils.synthesis.learnable import LearnableSet, shared_settings
 from utils.synthesis.recipe import OutlierRecipe
 from utils.synthesis.student import StudentStep
 
+LR_TEACHER = 0.01
 SMALLEST_LR = 1e-6  # lower bound of the student's learning rate
 
 
 @dataclass(frozen=True)
 class TrajectorySettings:
-    """The settings of trajectory matching; each is described at the flag of its name."""
+    """The settings of trajectory matching; each is described at the flag of its name.
+
+    `lr_teacher` None: the learning rate of the set that an experiment starts from, if it has one, else `LR_TEACHER`.
+    """
 
     model: str
     ipc: int
     seed: int = 1
     lr_img: float = 1000.0
     lr_img_oe: float | None = None
-    lr_teacher: float = 0.01
+    lr_teacher: float | None = None
     lr_lr: float = 1e-5
     lambda_oe: float = 0.5
     init: str = "real"
@@ -92,7 +98,10 @@ class TrajectoryMatching(LearnableSet):
 
     def _hold(self, exp: int, images: torch.Tensor, outliers: torch.Tensor | None) -> None:
         super()._hold(exp, images, outliers)
-        self.lr_student = torch.tensor(self.settings.lr_teacher, device=self.device, requires_grad=True)
+        start = self.initial[exp % len(self.initial)].lr_net if self.initial else None
+        self.lr_student = torch.tensor(
+            self.settings.lr_teacher or start or LR_TEACHER, device=self.device, requires_grad=True
+        )
         self.optimizer_lr = torch.optim.SGD([self.lr_student], lr=self.settings.lr_lr, momentum=self.MOMENTUM)
 
     def iterate(self, it: int) -> dict[str, torch.Tensor]:
@@ -244,7 +253,10 @@ def _build(inputs: MethodInputs) -> TrajectoryMatching:
     folder = expert_folder(f["buffer_path"], real, f["model"])
     net = get_network(f["model"], real.channel, real.num_classes, real.im_size, generator(0))
     last = f["max_start_epoch"] - 1 + f["expert_epochs"]
-    experts = ExpertBuffer(folder, [p.shape for p in net.parameters()], f["max_experts"], _how_to_make(inputs, last))
+    most = f["max_experts"]
+    if f.get("resume"):  # more may have been trained since the run began
+        most = args_or_nothing(Path(f["resume"])).get("num_experts", most)
+    experts = ExpertBuffer(folder, [p.shape for p in net.parameters()], most, _how_to_make(inputs, last))
     weight = _weight_of_experts(inputs)
     described = check_about(folder, describe(real, f["model"], inputs.outliers, weight), "--buffer_path")
     if not described and inputs.outliers is not None:
@@ -302,7 +314,13 @@ FLAGS = (
     Flag("syn_steps", count(1), 30, "steps of the student; more are slower, the memory stays the same"),
     Flag("max_start_epoch", count(1), 15, "the student starts at an epoch below this; more for a larger ipc"),
     Flag("lr_lr", number(0), 1e-5, "learning rate of the student's learning rate; 0 keeps it fixed"),
-    Flag("lr_teacher", number(0, exclusive=True), 0.01, "the student's initial learning rate"),
+    Flag(
+        "lr_teacher",
+        number(0, exclusive=True),
+        None,
+        "the student's initial learning rate; left out: that of the set of --load_path if it has one, else "
+        f"{LR_TEACHER}",
+    ),
     Flag("batch_syn", count(1), None, "synthetic images per step; left out: all. Lower it if memory runs out"),
     Flag(
         "expert_lambda_oe",

@@ -269,7 +269,9 @@ class Scorer:
             function(*inputs)
         except (ValueError, RuntimeError, AssertionError, IndexError) as error:
             reason = one_line(error)
-            raise UserError(f"--score {name}: {what}: {reason}. Try the other --fit_on, or leave it out") from None
+            raise UserError(
+                f"--score {name}: {what}: {reason}. Fit it on more images (--fit_on real), or leave it out"
+            ) from None
 
     def _of_detector(self, name: str, images: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -289,7 +291,11 @@ class Scorer:
             values = features.unflatten(1, self.map_shape)
         if name == "tscaling":  # as those of SCORES
             values = values.double()
-        return getattr(self.detectors[name], _PREDICT[takes])(values).detach()
+        predict = getattr(self.detectors[name], _PREDICT[takes])
+        if name == "openmax":  # it measures the distances to the classes that a batch is predicted to be of: to all
+            of_each_class = torch.eye(values.shape[1], dtype=values.dtype, device=values.device)
+            return predict(torch.cat([values, of_each_class])).detach()[: len(values)]
+        return predict(values).detach()
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, batch: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -10,7 +10,7 @@ import torch
 
 from utils.core.errors import UserError, unknown_name
 from utils.core.rng import generator
-from utils.data.corruptions import corrupt
+from utils.data.corruptions import corrupt, needs_partner
 from utils.data.datasets import RealData, load_test_images
 from utils.data.download import FROM_PYTORCH_OOD, NotThere, fetch_pytorch_ood
 from utils.data.outliers import read_image_pool
@@ -39,7 +39,7 @@ class OODSource:
     """Where to look for OOD sets, and how many images to take from each.
 
     `real`: the in-distribution data, which set shape and normalisation; `ood_path`: folder of local sets; `download`:
-    whether libraries may fetch what is missing.
+    whether libraries may fetch what is missing; `flag`: the flag that names the sets, for messages.
     """
 
     real: RealData
@@ -48,6 +48,7 @@ class OODSource:
     download: bool
     limit: int
     seed: int
+    flag: str = "--ood_sets"
 
     def default_names(self) -> tuple[str, ...]:
         """The paper's OOD sets for this data set; one that is in no library only if it is on disk."""
@@ -82,12 +83,12 @@ class OODSource:
                     missing[name] = f"{error}; or {self._put(name)}"
         return [there[name] for name in names if name in there], missing
 
-    def find_all(self, names: Sequence[str], flag: str) -> list[OODSet]:
-        """Look up `names`; raises a `UserError` that names `flag` and lists all missing sets."""
+    def find_all(self, names: Sequence[str]) -> list[OODSet]:
+        """Look up `names`; raises a `UserError` that lists all missing sets."""
         there, missing = self.find(list(dict.fromkeys(names)), skip_missing=False)
         if missing:
             lines = "; ".join(f"{name}: {what}" for name, what in missing.items())
-            raise UserError(f"{flag}: {len(missing)} missing. {lines}")
+            raise UserError(f"{self.flag}: {len(missing)} missing. {lines}")
         return there
 
     def local_path(self, name: str) -> Path | None:
@@ -98,7 +99,7 @@ class OODSource:
         """
         if Path(name).name != name or name in ("", ".", "..") or len(os.fsencode(name)) > 200 or "\0" in name:
             raise UserError(
-                f"--ood_sets: {name[:200]!r} is not a name; sets are looked for in --ood_path by their plain names"
+                f"{self.flag}: {name[:200]!r} is not a name; sets are looked for in --ood_path by their plain names"
             )
         candidates = [self.ood_path / name, *(self.ood_path / f"{name}{suffix}" for suffix in ARRAY_SUFFIXES)]
         return next((path for path in candidates if os.path.lexists(path)), None)
@@ -112,7 +113,7 @@ class OODSource:
             return OODSet(name, "drawn", lambda: self._drawn(name))
         if name not in KNOWN_SETS:
             raise UserError(
-                f"--ood_sets: {unknown_name('OOD set', name, KNOWN_SETS)}, and what --ood_path {self.ood_path} holds"
+                f"{self.flag}: {unknown_name('OOD set', name, KNOWN_SETS)}, and what --ood_path {self.ood_path} holds"
             )
         if name in FROM_TORCHVISION:
             try:
@@ -186,8 +187,9 @@ def validation_sets(source: OODSource) -> list[OODSet]:
     def load(name: str) -> torch.Tensor:
         """A random subset under the corruption `name`, normalised."""
         g = generator(source.seed, "validation", name)
-        chosen = images[torch.randperm(len(images), generator=g)[: source.limit]].to(real.device)
-        return real.normalize(corrupt(conform(chosen, real.channel, real.im_size), name, g))
+        count = 2 if source.limit == 1 and needs_partner(name) else source.limit  # the mean of two images takes two
+        chosen = images[torch.randperm(len(images), generator=g)[:count]].to(real.device)
+        return real.normalize(corrupt(conform(chosen, real.channel, real.im_size), name, g)[: source.limit])
 
     made_of = "test images" if other is None else "the other CIFAR"
     return [OODSet(f"val:{name}", made_of, lambda n=name: load(n)) for name in VALIDATION]

@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 
 from utils.report.compare import Row, Run
+from utils.runs.lineage import args_or_nothing
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --best: #2f7d4f; }
@@ -78,7 +79,9 @@ def _run(folder: Path) -> str:
     titles = {"reliability": "reliability of the confidence", "distilled": "the distilled set"}
     order = sorted(folder.glob("*.png"), key=lambda path: (path.stem not in titles, path.stem))
     figures = [_figure(path, titles.get(path.stem, path.stem.replace("_", " ", 1))) for path in order]
-    return f'<p><code>{escape(str(folder))}</code></p>\n<div class="plots">\n' + "\n".join(figures) + "\n</div>"
+    fitted = args_or_nothing(folder).get("fitted_on")
+    note = f" (detectors fitted on the {escape(str(fitted))})" if fitted else ""
+    return f'<p><code>{escape(str(folder))}</code>{note}</p>\n<div class="plots">\n' + "\n".join(figures) + "\n</div>"
 
 
 def _figure(path: Path, caption: str) -> str:

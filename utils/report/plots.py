@@ -80,6 +80,16 @@ def _to_unit(content: dict, about: dict, where: str) -> Callable[[torch.Tensor],
     return lambda images: to_unit(images, statistics, zca)
 
 
+def _edges(values: np.ndarray) -> np.ndarray:
+    """41 edges of bins that hold the finite `values`; values too close for 40 bins lie in the middle of wider ones."""
+    finite = values[np.isfinite(values)]
+    low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
+    smallest = 1e-6 * max(abs(low), abs(high), 1e-300)
+    if high - low < smallest:
+        low, high = low - smallest, high + smallest
+    return np.linspace(low, high, 41)
+
+
 def save_score_histograms(path: Path, score: str, in_scores: np.ndarray, out_scores: dict[str, np.ndarray]) -> None:
     """One panel per OOD set: densities of its scores and of the in-distribution scores. Needs matplotlib."""
     from matplotlib.figure import Figure
@@ -89,7 +99,7 @@ def save_score_histograms(path: Path, score: str, in_scores: np.ndarray, out_sco
     figure = Figure(figsize=(3.6 * columns, 2.6 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, (name, values) in zip(axes, out_scores.items(), strict=False):
-        bins = np.histogram_bin_edges(np.concatenate([in_scores, values]), bins=40)
+        bins = _edges(np.concatenate([in_scores, values]))
         axis.hist(in_scores, bins, density=True, alpha=0.6, label="in-distribution", color="#3b6ea5")
         axis.hist(values, bins, density=True, alpha=0.6, label="OOD", color="#d1733c")
         axis.set_title(name, fontsize=10)

@@ -17,7 +17,12 @@ STAGE2_ROOTS = ("result-model-synthetic-no-oe", "result-model-synthetic-oe")
 
 
 def find_run_folder(
-    roots: Sequence[str | Path], parts: Sequence[str | int], folder: str | None, holds: str, flag_roots: str
+    roots: Sequence[str | Path],
+    parts: Sequence[str | int],
+    folder: str | None,
+    holds: str,
+    flag_roots: str,
+    only_oe: bool = False,
 ) -> Path:
     """Find a run folder that an earlier stage wrote.
 
@@ -27,6 +32,7 @@ def find_run_folder(
         folder: its name; None for the newest.
         holds: a glob pattern of a file that the folder must hold.
         flag_roots: the flag that sets `roots`, for the message, e.g. `--load_path`.
+        only_oe: leave out runs of scripts without outliers.
     Raises:
         UserError: when there is none, `folder` is not a plain name, or several roots have one of that name.
     """
@@ -34,11 +40,11 @@ def find_run_folder(
         raise UserError(f"--folder: {folder!r} is not the name of a folder; give the name alone, e.g. 20230206-232257")
     places = [Path(root).joinpath(*map(str, parts)) for root in roots]
     named = [place / folder for place in places] if folder else [p for place in places for p in _folders(place)]
-    there = [path for path in named if path.is_dir()]
+    there = [path for path in named if path.is_dir() and not (only_oe and _is_plain(path))]
     found = [path for path in there if any(path.glob(holds))]
     where = ", ".join(map(str, places))
     if not found:
-        what = f"--folder: no {folder}" if folder else "no run folder"
+        what = (f"--folder: no {folder}" if folder else "no run folder") + (" with outliers" if only_oe else "")
         bare = f" ({', '.join(map(str, there[:3]))} has no {holds})" if there else ""
         raise UserError(f"{what} under {where}{bare}. Run the earlier stage first, or give {flag_roots} and --folder")
     if folder and len(found) > 1:
@@ -46,6 +52,12 @@ def find_run_folder(
             f"--folder: {folder} exists {len(found)} times: {', '.join(map(str, found))}. Give {flag_roots}"
         )
     return max(found, key=lambda path: (path.stat().st_mtime, path.name))
+
+
+def _is_plain(folder: Path) -> bool:
+    """Whether a run is known to be of a script without outliers, which has no `--lambda_oe`."""
+    flags = args_or_nothing(folder).get("flags")
+    return isinstance(flags, dict) and "lambda_oe" not in flags
 
 
 def _folders(place: Path) -> list[Path]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from utils.compute import distributed
 from utils.core.errors import UserError, one_line
 from utils.core.parser import Parser
+from utils.runs.lineage import args_or_nothing
 from utils.runs.run_folder import ARGS, read_args
 
 MAY_CHANGE = (
@@ -153,7 +154,14 @@ def resume_command(folder: Path) -> str:
     """
     start = ["torchrun", *_launcher_flags()] if distributed.world_size() > 1 else [sys.orig_argv[0]]
     where = [f"--resume={folder}"] if str(folder).startswith("-") else ["--resume", str(folder)]
-    return shlex.join([*start, sys.argv[0], *where])
+    return shlex.join([*start, sys.argv[0], *where, *_method_file(folder)])
+
+
+def _method_file(folder: Path) -> list[str]:
+    """The `--method_file` of a run, which is run as code and so must be given again."""
+    flags = args_or_nothing(folder).get("flags")
+    path = flags.get("method_file") if isinstance(flags, dict) else None
+    return ["--method_file", path] if isinstance(path, str) else []
 
 
 def _launcher_flags() -> list[str]:

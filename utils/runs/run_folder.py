@@ -208,7 +208,7 @@ class RunLock:
             path = folder / ".lock"
             self.file = open(path, "a+", encoding="utf-8", opener=open_no_link)  # noqa: SIM115 - as long as the process lives
         except OSError as error:
-            raise UserError(f"cannot write into {folder}: {error}. Choose another --save_path") from None
+            raise UserError(f"cannot write into {folder}: {error}. Choose another folder") from None
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -157,6 +157,13 @@ def add_stage1(parser: Parser, save_path: str) -> None:
         help="a res_….pt whose images (and outliers) are the start, instead of --init; continues with other flags",
     )
     add_method_flags(parser, parser.add_argument_group("methods"))
+    parser.completions.append(_refuse_unused_ood_path)
+
+
+def _refuse_unused_ood_path(parser: Parser, args: argparse.Namespace, given: dict) -> tuple[argparse.Namespace, dict]:
+    if "ood_path" in given and not args.eval_ood and not args.resume:
+        parser.error("--ood_path: it is the folder of the sets of --eval_ood, which is not given")
+    return args, given
 
 
 def _add_loop(group: argparse._ArgumentGroup) -> None:
@@ -341,9 +348,9 @@ def _add_scores(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--fit_on",
         type=one_of("fitting set", ("distilled", "real")),
-        default="distilled",
-        help="what detectors are fitted on: the distilled set of these networks, or the real training set. knn, "
-        "mahalanobis and the like need more images than a small ipc has",
+        default=None,
+        help="what detectors are fitted on: the distilled set of these networks, or the real training set; left out: "
+        "the set that they were trained on. knn, mahalanobis and the like need more images than a small ipc has",
     )
     group.add_argument("--T", type=number(0, exclusive=True), default=1.0, help="temperature of --score energy")
     group.add_argument("-x", "--use_xent", action="store_true", help="adds xent to --score")
@@ -360,7 +367,5 @@ def add_folder(parser: Parser, save_path: str, searched: Sequence[str]) -> None:
     group.add_argument(
         "--load_path", default=None, help=f"root folder in which --folder is searched; left out: {', '.join(searched)}"
     )
-    group.add_argument(
-        "--is_load_oe", action="store_true", help="search only where runs with outliers (OE, POE) are written"
-    )
+    group.add_argument("--is_load_oe", action="store_true", help="search only runs with outliers (OE, POE)")
     group.add_argument("--save_path", default=save_path, help="run folders are made in this folder")

@@ -12,6 +12,7 @@ from networks import get_network
 from utils.compute import distributed
 from utils.compute.compiling import Workload
 from utils.compute.device import Compute, choose_compute, choose_device
+from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.datasets import RealData, load_dataset
 from utils.data.outliers import OutlierSource
@@ -24,6 +25,7 @@ from utils.runs.resume import check_inputs
 from utils.runs.run_folder import RunFolder
 from utils.runs.tensorboard import TensorBoardWriter, require_tensorboard
 from utils.stages.distillation import Distillation, DistillSettings
+from utils.synthesis.learnable import check_enough
 from utils.training.evaluator import EvalSettings, Evaluator, evaluation_models, training_of
 
 
@@ -39,6 +41,8 @@ def run_stage1(args: argparse.Namespace, make_outliers: Callable[[RealData], Out
     how = (args.epoch_eval_train, args.lr_net, args.batch_train, getattr(args, "lambda_oe", 0.0))
     training = {model: training_of(model, args.dataset, augmentation, *how) for model in models}
     outliers = make_outliers(real)
+    if args.init == "real" and not args.load_path:
+        check_enough(real, outliers, args.ipc)
     start = [] if args.resume else load_start(args.load_path, real, args.ipc, outliers is not None)
     ood = _ood_images(args.eval_ood or (), real, args.ood_path, args.data_path, args.download == "all", args.seed)
     evaluation = EvalSettings(args.num_eval, training, args.seed, ood)
@@ -77,7 +81,13 @@ def _evaluation_models(eval_mode: str, model: str, real: RealData) -> list[str]:
     """
     models = list(evaluation_models(eval_mode, model))
     for name in models:
-        get_network(name, real.channel, real.num_classes, real.im_size, generator(0))
+        try:
+            get_network(name, real.channel, real.num_classes, real.im_size, generator(0))
+        except UserError as error:
+            if name == model:
+                raise
+            reason = str(error).removeprefix(f"--model {name}: ").split(". ")[0]
+            raise UserError(f"--eval_mode {eval_mode}: {name}: {reason}. Choose another mode, e.g. S") from None
     return models
 
 
@@ -114,8 +124,8 @@ def _ood_images(
 ) -> dict[str, torch.Tensor]:
     """The images of the sets of `--eval_ood`, by name."""
     limit = len(real.images_test)
-    source = OODSource(real, Path(ood_path), Path(data_path), download=download, limit=limit, seed=seed)
-    return {ood.name: ood.load() for ood in source.find_all(names, "--eval_ood")}
+    source = OODSource(real, Path(ood_path), Path(data_path), download, limit, seed, flag="--eval_ood")
+    return {ood.name: ood.load() for ood in source.find_all(names)}
 
 
 def _fingerprints(inputs: MethodInputs, ood: dict[str, torch.Tensor]) -> dict[str, str]:

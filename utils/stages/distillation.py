@@ -129,8 +129,10 @@ class Distillation:
         """Run experiment `state.exp` from its present iteration to its end."""
         s, state = self.settings, self.state
         if state.method is None:
-            self.method.start(state.exp)
-            state.method = self.method.state_dict()
+            with signals.interruptible():
+                self.method.start(state.exp)
+                first = self.method.state_dict()
+            state.method = first
         with self.run.progress(s.iterations, f"exp {state.exp}", start=state.iteration) as progress:
             while True:
                 last = state.iteration == s.iterations

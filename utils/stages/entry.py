@@ -47,8 +47,8 @@ def _status(main: Callable[[], None], prog: str) -> int:
         if _is_out_of_memory(error):
             return print_error(
                 prog,
-                "out of memory: lower --batch_real, --batch_oe, --batch_syn, --batch_train or --ipc, or choose "
-                "a narrower --model",
+                "out of memory: lower --ipc or the flags of this script that begin with --batch_, or choose a "
+                "narrower --model; --zca needs much for large images",
             )
         if under_torchrun() and "peer" in str(error):
             print_error(prog, "another process of this run has ended, so this one ends, too")

@@ -30,6 +30,8 @@ from utils.runs.lineage import STAGE2_ROOTS, args_or_nothing, distilled_set_of, 
 from utils.runs.run_folder import RunFolder
 from utils.training.saved import checkpoint_name, load_trained
 
+DISTILLED = "distilled set"
+
 
 def run_stage3(args: argparse.Namespace) -> Results:
     """Everything that the stage-3 script does after parsing; under `torchrun` each process tests some networks."""
@@ -45,7 +47,8 @@ def run_stage3(args: argparse.Namespace) -> Results:
     _check_whitening(folder, args.zca)
     real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none", args.zca).to(device)
     limit = _images_per_set(len(real.images_test), args.num_ood_ratio)
-    source = OODSource(real, Path(args.ood_path), Path(args.data_path), args.download == "all", limit, args.seed)
+    flag = "--ood_sets (--skip_missing tests without the missing ones)"
+    source = OODSource(real, Path(args.ood_path), Path(args.data_path), args.download == "all", limit, args.seed, flag)
     sets, missing = _find_sets(source, args.ood_sets, args.skip_missing, args.validate)
     fit = _fit_set(args.fit_on, folder, real) if need_fitting(scores) else None
     batch = min(args.batch_test, len(real.images_test))  # no set is larger than the test set, nor need a batch be
@@ -58,10 +61,15 @@ def run_stage3(args: argparse.Namespace) -> Results:
         for scorer in scorers.values():
             scorer.prepare(real.test_images[:2], fit, batch)
     run = RunFolder.create(args.save_path, *parts, name=folder.name)
-    run.save_args(vars(args), networks=str(folder.resolve()), device=str(device))
+    fitted_on = fit and fit.name
+    run.save_args(vars(args), networks=str(folder.resolve()), device=str(device), fitted_on=fitted_on)
     lines = [f"run folder: {run.path}", f"networks: {folder}, {args.num_exp} × {which}", f"computing: {compute}"]
     if fit is not None:
         lines.append(f"{', '.join(need_fitting(scores))}: fitted on the {fit.name}, {len(fit.labels)} images")
+        if "tscaling" in scores and _has_trained_on(folder, fit):
+            lines.append("tscaling: the networks were trained on these images, so its temperature is too low")
+    elif args.fit_on:
+        lines.append(f"--fit_on {args.fit_on}: none of the scores {', '.join(scores)} is fitted")
     for line in lines:
         run.log(line)
     with rank_errors():
@@ -113,17 +121,31 @@ def _images_per_set(num_test: int, ratio: int) -> int:
     return num_test // ratio
 
 
-def _fit_set(which: str, networks: Path, real: RealData) -> FitSet:
-    """The images that detectors are fitted on: the real training set, or the distilled set behind the networks."""
+def _fit_set(which: str | None, networks: Path, real: RealData) -> FitSet:
+    """The images that detectors are fitted on: the real training set, or the distilled set behind the networks.
+
+    `which` None: the set that the networks were trained on.
+    """
     flags = args_or_nothing(networks).get("flags") or {}
-    if which == "real" or flags.get("train_on") == "whole":
+    on_whole = flags.get("train_on") == "whole"
+    if which == "distilled" and on_whole:
+        raise UserError(
+            f"--fit_on distilled: the networks in {networks} were trained on the whole real set; leave it out"
+        )
+    if which == "real" or on_whole:
         return FitSet("real training set", real.labels_train, real.train_batch)
     try:
         path, exp_idx = distilled_set_of(networks)
         synthetic = load_synthetic(path, exp_idx, real).to(real.device)
     except UserError as error:
         raise UserError(f"--fit_on distilled: {error}. Use --fit_on real") from None
-    return FitSet("distilled set", synthetic.hard_labels, lambda index: synthetic.images[index])
+    return FitSet(DISTILLED, synthetic.hard_labels, lambda index: synthetic.images[index])
+
+
+def _has_trained_on(networks: Path, fit: FitSet) -> bool:
+    """Whether the networks of a folder were trained on the images of `fit`."""
+    flags = args_or_nothing(networks).get("flags") or {}
+    return fit.name == DISTILLED or flags.get("train_on") == "whole"
 
 
 def _find_networks(
@@ -135,7 +157,7 @@ def _find_networks(
         roots: Sequence[str] = [load_path]
     else:
         roots = STAGE2_ROOTS[1:] if is_load_oe else STAGE2_ROOTS
-    return find_run_folder(roots, parts, folder, checkpoint_name(dataset, model, 0, "*"), "--load_path")
+    return find_run_folder(roots, parts, folder, checkpoint_name(dataset, model, 0, "*"), "--load_path", is_load_oe)
 
 
 def _check_enough(folder: Path, dataset: str, model: str, wanted: int, which: str) -> None:
@@ -171,7 +193,7 @@ def _find_sets(
     if skip_missing:
         sets, missing = source.find(list(dict.fromkeys(names)), skip_missing=True)
     else:
-        sets = source.find_all(names, "--ood_sets (--skip_missing tests without the missing ones)")
+        sets = source.find_all(names)
     if validate:
         try:
             sets += validation_sets(source)

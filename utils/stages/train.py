@@ -47,7 +47,7 @@ def find_distilled(
 
     Args:
         parts: method, data set, network and images per class.
-        only_oe: look only where runs with outliers are written, when there is no `load_path`.
+        only_oe: look only for runs with outliers.
 
     Raises:
         UserError: when there is none.
@@ -56,7 +56,7 @@ def find_distilled(
     if load_path is not None:
         roots = [load_path]
     name = result_name(*parts)
-    return find_run_folder(roots, parts, folder, name, "--load_path") / name
+    return find_run_folder(roots, parts, folder, name, "--load_path", only_oe) / name
 
 
 def run_stage2(args: argparse.Namespace, outliers: str) -> None:
@@ -104,7 +104,7 @@ def run_stage2(args: argparse.Namespace, outliers: str) -> None:
 
 def stage3_command(flags: Mapping[str, Any], folder: str) -> str:
     """The command that tests the networks of a stage-2 folder, on the default OOD sets."""
-    names = ("method", "dataset", "model", "ipc", "data_path", "im_size")
+    names = ("method", "method_file", "dataset", "model", "ipc", "data_path", "im_size")
     words = ["python", "test_ood_model_syn.py", *(w for n in names if flags[n] for w in (f"--{n}", str(flags[n])))]
     words += ["--zca"] if flags["zca"] else []
     words += [
@@ -218,7 +218,7 @@ def _start(flags: dict, choice: Choice, chosen: TrainingSet, real: RealData, abo
     )
     run.log(f"run folder: {run.path}")
     if name and run.path.name != name + ending:
-        run.log(f"{name} has been trained on before; stage 3 finds this run by --folder {run.path.name}")
+        run.log(f"there is a folder {name}{ending} already; stage 3 finds this run by --folder {run.path.name}")
     for line in chosen.lines:
         run.log(line)
     if flags["dsa_strategy"] and METHODS[flags["method"]].augmentation == "unused":

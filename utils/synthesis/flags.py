@@ -15,7 +15,7 @@ def add_outlier_weight(parser: Parser) -> None:
         "--lambda_oe",
         type=number(0),
         default=0.5,
-        help="weight of the outlier loss in network training; 0 trains as if there were none",
+        help="weight of the outlier loss in network training; at 0 it counts nothing",
     )
 
 

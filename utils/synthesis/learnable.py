@@ -25,6 +25,27 @@ def shared_settings(settings: object) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in SHARED}
 
 
+def check_enough(real: RealData, outliers: OutlierSource | None, ipc: int) -> None:
+    """Check that `--init real` finds `ipc` different images of each class, and as many outliers of each slot.
+
+    Copies would stay copies: they are augmented alike and so get the same gradients.
+
+    Raises:
+        UserError: when there are fewer.
+    """
+    smallest = min(len(i) for i in real.class_indices)
+    if smallest < ipc:
+        raise UserError(
+            f"--ipc {ipc}: the smallest class of {real.name} has {smallest} training images, and --init real takes "
+            "that many of each; lower --ipc or use --init noise"
+        )
+    if outliers is not None and outliers.per_slot() < ipc:
+        raise UserError(
+            f"--ipc {ipc}: the outlier source has {outliers.per_slot()} outliers for each class, and --init real takes "
+            "that many; give more (--oe_data_path, --num_oe_per_class), lower --ipc or use --init noise"
+        )
+
+
 class LearnableSet:
     """Synthetic images, and with an outlier source the same number of synthetic outliers, optimised by SGD.
 
@@ -40,8 +61,7 @@ class LearnableSet:
         initial: distilled sets to start the experiments from, in turn, instead of `init`.
         recipe: how outliers start and where they are kept; default: as published.
     Raises:
-        UserError: for `init` real when a class has fewer than `ipc` training images, and for a recipe that cannot be
-            followed.
+        UserError: for a recipe that cannot be followed; `start` raises what `check_enough` does.
     """
 
     MOMENTUM = 0.5
@@ -61,12 +81,6 @@ class LearnableSet:
         initial: Sequence[SyntheticSet] = (),
         recipe: OutlierRecipe | None = None,
     ):
-        smallest = min(len(i) for i in real.class_indices)
-        if init == "real" and smallest < ipc:
-            raise UserError(
-                f"--ipc {ipc}: the smallest class of {real.name} has {smallest} training images, and --init real takes "
-                "that many of each; lower --ipc or use --init noise"
-            )
         self.real, self.outliers, self.initial = real, outliers, initial
         self.recipe = recipe or OutlierRecipe()
         self.recipe.check(real, init, bool(initial))
@@ -78,6 +92,8 @@ class LearnableSet:
 
     def start(self, exp: int) -> None:
         """Initialise the images (and outliers) of experiment `exp`."""
+        if self.init == "real" and not self.initial:
+            check_enough(self.real, self.outliers, self.ipc)
         images = self._initial(exp, "images", lambda slot, n, g: self.real.train_batch(self.real.choose(slot, n, g)))
         self._hold(exp, images, None if self.outliers is None else self._initial_outliers(exp, images))
 

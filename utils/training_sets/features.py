@@ -50,7 +50,9 @@ def save_network(path: Path, net: nn.Module) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--save_path: cannot make {path.parent}: {error}") from None
+        raise UserError(
+            f"cannot make {path.parent}: {error}. Choose another folder with --features or --save_path"
+        ) from None
     save_pt(path, {name: tensor.cpu() for name, tensor in net.state_dict().items()})
 
 
