@@ -20,7 +20,7 @@ from utils.ood.calibration import SCALED_MEASURES
 from utils.ood.measures import MEASURES
 from utils.report.compare import Run, comparison_rows, find_runs, latex, markdown, plot_comparison, pooled, table_csv
 from utils.report.page import comparison_page
-from utils.report.plots import distilled_pictures
+from utils.report.plots import distilled_pictures, save_score_histograms
 from utils.report.results import NETWORK_MEASURES, Results, load_results, results_csv
 from utils.report.tables import report_text
 
@@ -246,3 +246,11 @@ def test_pictures_show_the_outliers_that_networks_were_trained_with(tmp_path, di
         "initial": [*alone, "initial outliers"],
         "corrupt": alone,
     }
+
+
+@pytest.mark.parametrize("width", [0.0, 1e-17, 1e-3, 1e18])
+def test_histograms_of_scores_that_collapse(tmp_path, width):
+    """So do those of saturated networks; the picture is drawn, whatever they are."""
+    path = tmp_path / "scores.png"
+    save_score_histograms(path, "msp", np.full(9, -1.0), {"a": np.linspace(-1 - width, -1, 9)})
+    assert Image.open(path).size[0] > 100

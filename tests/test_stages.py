@@ -392,6 +392,14 @@ def test_validation_outliers_of_the_test_images(digits, tmp_path):
     assert torch.allclose(sets["val:invert"].flatten().sort().values, expected.flatten().sort().values, atol=1e-5)
 
 
+def test_a_single_validation_outlier_is_a_mean_of_two_images(digits, tmp_path):
+    source = OODSource(digits, tmp_path, tmp_path, False, 1, 1)
+    for ood in validation_sets(source):
+        (image,) = ood.load()
+        distances = (digits.test_images[:] - image).abs().flatten(1).amax(1)
+        assert distances.min() > 0.01, ood.name
+
+
 def test_default_ood_sets_can_all_be_had(digits, tmp_path):
     """Libraries fetch each of them; iSUN, which none has, is among them only where it is on the disk."""
     source = OODSource(digits, tmp_path, tmp_path, False, 20, 1)

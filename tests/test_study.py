@@ -269,7 +269,31 @@ def test_other_ood_sets_are_not_compared(study, run):
     status, _, error = run(folder, "--base", "poe")
     assert status == 2
     assert "distilled images, distilled, seed 2, was not measured on the same OOD sets" in error
-    assert "blob" in error
+    assert "as distilled images, none, seed 1: blob" in error
+
+
+def test_validation_sets_are_left_out(study, run):
+    folder, _ = study
+    _, before, _ = run(folder, "--base", "poe", "--sets")
+
+    def with_validation(content):
+        content["rows"] += [row | {"set": "val:invert"} for row in content["rows"] if row["set"] == "blob"]
+
+    change(folder / "plain" / "seed1", with_validation)
+    status, after, _ = run(folder, "--base", "poe", "--sets")
+    assert (status, after) == (0, before)
+
+
+def test_scores_left_out_are_those_that_all_have(study, run):
+    folder, _ = study
+    _, msp, _ = run(folder, "--scores", "msp")
+
+    def without_mls(content):
+        content["rows"] = [row for row in content["rows"] if row["score"] != "mls"]
+
+    change(folder / "poe" / "seed2", without_mls)
+    status, out, _ = run(folder)
+    assert (status, out) == (0, msp)
 
 
 def test_a_network_without_a_value_is_left_out(study):
@@ -288,6 +312,7 @@ def test_the_whole_set_is_compared_in_every_folder(study, run):
     folder, _ = study
     shutil.copytree(folder, folder.parent / "ipc10")
     shutil.copytree(folder / "plain", folder.parent / "whole")
+    assert "| whole training set, none " in run(folder)[1]  # beside the folder, without being named
     words = [folder, folder.parent / "ipc10", "--prefixes", "one", "ten", "--kinds", "poe", "whole", "--base", "poe"]
     status, out, _ = run(*words)
     assert status == 0

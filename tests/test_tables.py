@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import benchmark
 import check_inputs
 import cold_starts
+import dataset_outliers
 
 PARSERS = {
     "main.py": stage1,
@@ -306,6 +307,34 @@ def test_an_unknown_kind(table, kind):
     assert f"unknown kind '{kind}'" in table.err
 
 
+@pytest.mark.parametrize("name", ["OUT", "DATA", "OE_DATA", "OOD"])
+def test_a_path_with_a_space(table, name):
+    status, commands = table("cifar10.sh", **{name: "a b"})
+    assert (status, commands) == (2, [])
+    assert f"{name}: 'a b' has a space in it" in table.err
+
+
+@pytest.mark.parametrize("flags", ["--outlier_recipe strong", "--outlier-recipe strong", "--outlier-recipe=strong"])
+def test_the_strong_recipe_in_every_spelling(table, flags):
+    status, commands = table("cifar10.sh", METHOD="MTT", IPC="1", SEEDS="1", KINDS="poe", OUTLIERS=flags)
+    experts = train_experts.get_args_parser().parse_args(commands[0][1:])
+    assert (status, commands[0][0], experts.lambda_oe) == (0, "train_experts.py", 2)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "sets", "made"), [("oe", "patches", "--oe"), ("plain", "FashionMNIST", "--ood"), ("poe", "blob", "")]
+)
+def test_files_of_digits_are_made_where_they_are_used(table, tmp_path, kinds, sets, made):
+    pool = {"OE_DATA": str(tmp_path / "pool.npz"), "DOWNLOAD": "none"}
+    status, commands = table("digits.sh", IPC="1", SEEDS="1", KINDS=kinds, OOD_SETS=sets, **pool)
+    first = commands[0]
+    assert status == 0
+    assert (first[0] == "scripts/dataset_outliers.py") == bool(made)
+    if made:
+        args = dataset_outliers.get_args_parser().parse_args(first[1:])
+        assert (args.download, args.oe is not None, args.ood is not None) == ("none", made == "--oe", made == "--ood")
+
+
 @pytest.mark.parametrize(("method", "rate"), [("DSA", 0.1), ("DC", 0.1), ("DM", 1.0), ("MTT", None)])
 def test_all_recipes_of_outliers(table, method, rate):
     """Every recipe of a method gives commands that are accepted, and fractions of the method's learning rate."""
@@ -419,9 +448,6 @@ def test_rows_of_outliers_that_are_corrupted_again(table):
 
 
 def test_a_data_set_as_outliers(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import dataset_outliers
-
     def write(*flags) -> None:
         dataset_outliers.main(dataset_outliers.get_args_parser().parse_args(list(map(str, flags))))
 

@@ -390,10 +390,18 @@ def test_stage_2_prints_the_line_of_stage_3(made, in_process, tmp_path):
     assert "mean" in in_process(script, *words, "--ood_sets", "patches", "gaussian")
 
 
-def test_fitted_scores_of_networks_on_the_whole_set(in_process, tmp_path):
+def test_fitted_scores_of_networks_on_the_whole_set(in_process, refused, tmp_path):
     in_process(PLAIN, *QUICK, "--ipc", 1, "--train_on", "whole", "--save_path", "two")
     test = [*COMMON[:6], "--ipc", 1, "--num_exp", 1, "--is_load_best", "--load_path", "two", "--ood_sets", "patches"]
-    assert "real training set" in in_process("test_ood_model_syn.py", *test, "--score", "knn")
+    out = in_process("test_ood_model_syn.py", *test, "--score", "knn", "tscaling", "--save_path", "three")
+    assert "knn, tscaling: fitted on the real training set" in out
+    assert "tscaling: the networks were trained on these images" in out
+    about = json.loads((run_folder(tmp_path / "three") / "args.json").read_text())
+    assert about["fitted_on"] == "real training set"
+    error = refused("test_ood_model_syn.py", *test, "--score", "knn", "--fit_on", "distilled")
+    assert "--fit_on distilled: the networks in two/" in error
+    out = in_process("test_ood_model_syn.py", *test, "--fit_on", "real")
+    assert "--fit_on real: none of the scores msp is fitted" in out
 
 
 def test_one_name_leads_through_the_stages(in_process, tmp_path):
@@ -629,11 +637,14 @@ def test_trust_report_of_one_line(made, tmp_path):
 
     command = [sys.executable, ROOT / "scripts" / "trust_report.py", made, "--dataset", "Digits", "--model", "MLP"]
     command += ["--num_eval", 1, "--epoch_eval_train", 2, "--baselines", "random", "--outliers", "distilled", "again"]
-    command = [*map(str, [*command, "--ood_sets", "patches", "--out", "report"])]
+    command = [
+        *map(str, [*command, "--ood_sets", "patches", "--score", "msp", "knn", "--fit_on", "real", "--out", "report"])
+    ]
     first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True).stdout
     page = (tmp_path / "report" / "compare.html").read_text(encoding="utf-8")
     for column in ("distilled", "with distilled outliers", "with outliers corrupted again", "random"):
         assert f"<th>{column}</th>" in page
+    assert page.count("(detectors fitted on the real training set)") == 4
     assert first.count("$ python train_model") == 4
     assert first.count("--corrupt_again") == 1
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True).stdout
@@ -666,6 +677,14 @@ def test_results_of_the_card_are_those_of_stage_3(made, in_process, refused, tmp
     in_process("test_ood_model_syn.py", *test, "--save_path", "four")
     other = run_folder(tmp_path / "four")
     assert "another set" in refused("scripts.publish", made, "--out", "x", "--results", other)
+    networks = run_folder(tmp_path / "two")
+    assert "is no folder of stage 3" in refused("scripts.publish", made, "--out", "x", "--results", networks)
+    content = torch.load(made, weights_only=True)
+    content["data_oe"][0][0].mul_(0.5)
+    torch.save(content, tmp_path / "others.pt")
+    three = run_folder(tmp_path / "three")
+    error = refused("scripts.publish", tmp_path / "others.pt", "--out", "x", "--results", three)
+    assert "were trained with other outliers" in error
     results = json.loads((run_folder(tmp_path / "three") / "results.json").read_text())
     text = (tmp_path / "published" / "README.md").read_text(encoding="utf-8")
     accuracy = 100 * (1 - results["errors"][0]["error"])
