@@ -19,7 +19,8 @@ EPOCHS=${EPOCHS:-300}
 NETWORKS=${NETWORKS:-3}
 SCORE=${SCORE:-msp mls energy}
 OUT=${OUT:-result-tables/digits}
-OE_DATA=${OE_DATA:-data/oe/FashionMNIST.npz}
+POOL=data/oe/FashionMNIST.npz
+OE_DATA=${OE_DATA:-$POOL}
 METHOD=${METHOD:-DSA}
 STAGE1=${STAGE1:---num_eval 1 --epoch_eval_train 300$([ "$METHOD" = MTT ] || echo " --batch_real 64")}
 EXPERTS=${EXPERTS:---num_experts 10 --train_epochs 20 --batch_train 64 --lr_teacher 0.05}
@@ -28,7 +29,7 @@ OOD_SETS=${OOD_SETS:-patches gaussian uniform rademacher blob FashionMNIST}
 . "$(dirname "$0")/table.sh"
 files=()
 if [[ " $OOD_SETS " == *" FashionMNIST "* && ! -e $OOD/FashionMNIST.npz ]]; then files+=(--ood "$OOD/FashionMNIST.npz"); fi
-if [[ " $KINDS" == *" oe"* && $OE_DATA == *.npz && ! -e $OE_DATA ]]; then files+=(--oe "$OE_DATA"); fi
+if [[ " $KINDS" == *" oe"* && $OE_DATA == "$POOL" && ! -e $POOL ]]; then files+=(--oe "$OE_DATA"); fi
 if [ ${#files[@]} -gt 0 ]; then
     "$PYTHON" scripts/dataset_outliers.py --dataset FashionMNIST --data_path "$DATA" ${DOWNLOAD:+--download $DOWNLOAD} "${files[@]}"
 fi

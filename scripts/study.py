@@ -104,13 +104,13 @@ def default_scores(kinds: list[Kind]) -> list[str]:
 
 def check_sets(kinds: list[Kind]) -> None:
     """Raise `UserError` unless all were measured on the same OOD sets; means over others do not compare."""
-    measured = {
-        f"{kind.name}, seed {seed}": {name for name in results.sets() if not name.startswith("val:")}
+    measured = [
+        (f"{kind.name}, seed {seed}", {name for name in results.sets() if not name.startswith("val:")})
         for kind in kinds
         for seed, results in kind.seeds.items()
-    }
-    first, known = next(iter(measured.items()))
-    for name, sets in measured.items():
+    ]
+    first, known = measured[0]
+    for name, sets in measured:
         if odd := sorted(known ^ sets):
             raise UserError(
                 f"{name}, was not measured on the same OOD sets as {first}: {', '.join(odd)} only in one of them; "

@@ -248,9 +248,23 @@ def test_pictures_show_the_outliers_that_networks_were_trained_with(tmp_path, di
     }
 
 
-@pytest.mark.parametrize("width", [0.0, 1e-17, 1e-3, 1e18])
-def test_histograms_of_scores_that_collapse(tmp_path, width):
-    """So do those of saturated networks; the picture is drawn, whatever they are."""
-    path = tmp_path / "scores.png"
-    save_score_histograms(path, "msp", np.full(9, -1.0), {"a": np.linspace(-1 - width, -1, 9)})
-    assert Image.open(path).size[0] > 100
+@pytest.mark.parametrize(("at", "width"), [(0, 0), (0, 1e-9), (-1, 0), (-1, 1e-16), (-1, 1e-3), (-1, 1e18), (1e9, 0)])
+@pytest.mark.filterwarnings("error")
+def test_histograms_of_scores_that_collapse(tmp_path, monkeypatch, at, width):
+    """So do those of saturated networks. All scores are drawn, and as far apart as numpy would where it can."""
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.hist", lambda self, values, bins, **_: drawn.append((values, bins)))
+    monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda self, **_: None)
+    inside, outside = np.full(9, float(at)), np.linspace(at - width, at, 9)
+    save_score_histograms(tmp_path / "scores.png", "msp", inside, {"a": outside})
+    for values, bins in drawn:
+        counts, _ = np.histogram(values, bins, density=True)
+        assert np.isfinite(counts).all()
+        assert np.histogram(values, bins)[0].sum() == 9
+    if width > 1e-12:
+        np.testing.assert_allclose(drawn[0][1], np.histogram_bin_edges(np.r_[inside, outside], 40), rtol=1e-12)
+
+
+def test_a_picture_of_histograms(tmp_path):
+    save_score_histograms(tmp_path / "scores.png", "msp", np.zeros(9), {"a": np.arange(9.0)})
+    assert Image.open(tmp_path / "scores.png").size[0] > 100

@@ -15,6 +15,7 @@ import train_model_synthetic_oe
 from utils.core.errors import Interrupted
 from utils.methods.gradient_matching import GradientMatching
 from utils.runs import signals
+from utils.synthesis.learnable import LearnableSet
 from utils.training.stacked import StackedTrainer
 from utils.training.trainer import Trainer
 
@@ -76,6 +77,7 @@ def same(a, b):
     ("owner", "name", "n", "iteration"),
     [
         (GradientMatching, "_matching_step", 5, 1),  # the second outer step of the second iteration
+        (LearnableSet, "_initial", 2, 0),  # in the start, at the outliers
         (StackedTrainer, "step", 3, 0),  # in an evaluation, before the first iteration
         (Trainer, "step", 6, 1),  # in the training between two matching steps
     ],

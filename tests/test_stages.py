@@ -176,14 +176,15 @@ def test_missing_ood_sets_are_all_named(in_process, refused, tmp_path):
     common = [*COMMON, "--num_exp", 1, "--is_load_best", "--download", "none"]
     flags = [*common, "--ood_sets", "patches", "iSUN", "LSUN_resize"]
     error = refused("test_ood_model_syn.py", *flags)
-    assert "2 missing" in error
+    assert "--ood_sets (--skip_missing tests without the missing ones): 2 missing" in error
     assert "data/ood/iSUN" in error
     assert "data/ood/LSUN_resize" in error
     assert not (tmp_path / "result-test-ood-synthetic").exists()
     printed = in_process("test_ood_model_syn.py", *flags, "--skip_missing")
     assert "| iSUN " in printed
     assert "missing" in printed
-    assert "did you mean Textures" in refused("test_ood_model_syn.py", *common, "--ood_sets", "Texture")
+    error = refused("test_ood_model_syn.py", *common, "--ood_sets", "Texture")
+    assert "error: --ood_sets: unknown OOD set 'Texture'; did you mean Textures" in error
 
 
 DSA_SETTINGS = DSA(parse_strategy(STRATEGY))
@@ -426,3 +427,30 @@ def test_a_training_that_explodes_writes_no_network(in_process, refused, tmp_pat
     error = refused("train_model_synthetic_no_oe.py", *STAGE2, "--lr_net", 1e38, "--epoch_eval_train", 1)
     assert "--lr_net 1e+38: network 0 diverged by epoch 1: its outputs are not finite" in error
     assert not list(tmp_path.rglob("syn_trained_*.pt"))
+
+
+@pytest.mark.parametrize("flag", [["--is_load_oe"], []])
+def test_runs_with_outliers_among_others_of_one_root(in_process, flag):
+    """The newest is a plain one; stages 2 and 3 take the one with outliers where they are asked for it."""
+    quick = ["--dataset", "Digits", "--model", "MLP", "--ipc", 1]
+    one = [*quick, "--num_exp", 1, "--num_eval", 1, "--epoch_eval_train", 1, "--Iteration", 0, "--save_path", "all"]
+    made = [in_process(script, *one) for script in ("main_poe.py", "main.py")]
+    names = [re.search(r"^run folder: .*/(\S+)$", text, re.MULTILINE)[1] for text in made]
+    expected = names[0] if flag else names[1]
+    two = [*quick, "--num_eval", 1, "--epoch_eval_train", 1, "--load_path", "all", "--save_path", "two"]
+    plain = in_process("train_model_synthetic_no_oe.py", *two, *flag)
+    assert f"run folder: two/DC/Digits/MLP/1/{expected}" in plain
+    with_oe = in_process("train_model_synthetic_oe.py", *two)
+    assert f"run folder: two/DC/Digits/MLP/1/{names[0]}" in with_oe
+    in_process("train_model_synthetic_no_oe.py", *two, "--folder", names[1])
+    networks = [re.search(r"^run folder: .*/(\S+)$", text, re.MULTILINE)[1] for text in (plain, with_oe)]
+    test = ["--num_exp", 1, "--is_load_best", "--load_path", "two", "--ood_sets", "blob"]
+    out = in_process("test_ood_model_syn.py", *quick, *test, *flag)
+    assert (f"/{networks[1]}, 1 × best" in out) == bool(flag)
+
+
+def test_a_last_batch_of_one_image_at_batchnorm(refused):
+    """ResNet18BN_AP ends in maps of one pixel on images of 8×8."""
+    flags = ["--dataset", "Digits", "--model", "ResNet18BN_AP", "--train_on", "random", "--ipc", 1, "--batch_train", 3]
+    error = refused("train_model_synthetic_no_oe.py", *flags, "--num_eval", 1, "--epoch_eval_train", 1)
+    assert "--batch_train 3: the last batch of an epoch is a single image" in error

@@ -272,6 +272,20 @@ def test_other_ood_sets_are_not_compared(study, run):
     assert "as distilled images, none, seed 1: blob" in error
 
 
+def test_other_ood_sets_of_rows_of_the_same_name(study, run):
+    folder, _ = study
+    other = folder.parent / "ipc10"
+    shutil.copytree(folder, other)
+    assert run(folder, other)[0] == 0
+    for path in other.rglob("results.json"):
+        content = json.loads(path.read_text())
+        content["rows"] = [row for row in content["rows"] if row["set"] != "blob"]
+        path.write_text(json.dumps(content))
+    assert run(other)[0] == 0
+    for words in ([folder, other], [other, folder]):
+        assert run(*words)[0] == 2
+
+
 def test_validation_sets_are_left_out(study, run):
     folder, _ = study
     _, before, _ = run(folder, "--base", "poe", "--sets")

@@ -404,6 +404,13 @@ def test_fitted_scores_of_networks_on_the_whole_set(in_process, refused, tmp_pat
     assert "--fit_on real: none of the scores msp is fitted" in out
 
 
+def test_fitted_scores_of_networks_on_chosen_images(in_process, tmp_path):
+    in_process(PLAIN, *QUICK, "--ipc", 3, "--train_on", "random", "--save_path", "two")
+    test = [*COMMON[:6], "--ipc", 3, "--num_exp", 1, "--is_load_best", "--load_path", "two", "--ood_sets", "patches"]
+    out = in_process("test_ood_model_syn.py", *test, "--score", "knn")
+    assert "knn: fitted on the real images chosen by random, 30 images" in out
+
+
 def test_one_name_leads_through_the_stages(in_process, tmp_path):
     loop = ["--init", "real", "--Iteration", 0, "--num_exp", 1, "--num_eval", 1, "--epoch_eval_train", 1]
     in_process("main_poe.py", *COMMON, "--ipc", 1, *loop, "--save_path", "one")

@@ -566,6 +566,15 @@ def test_experts_that_diverged_at_once_can_be_trained_anew(in_process, refused):
     assert "expert 1: test accuracy" in in_process("train_experts.py", *TEACH)
 
 
+def test_what_diverged_by_its_learning_rate_can_go_on(in_process, refused):
+    """The stored images are the last finite ones; the learning rate that threw them is not stored with them."""
+    in_process("train_experts.py", *TEACH)
+    flags = [*MTT, "--num_exp", 1, "--num_eval", 1, "--epoch_eval_train", 1]
+    path = refused("main.py", *flags, "--Iteration", 5, "--lr_lr", 1e30).split("--load_path ")[1].split()[0]
+    assert load_synthetic(path).lr_net is None
+    assert "accuracy" in in_process("main.py", *flags, "--Iteration", 1, "--load_path", path)
+
+
 def test_a_stored_set_keeps_its_learning_rate(in_process, tmp_path, tiny_real):
     """Where `--lr_teacher` is not given."""
     in_process("train_experts.py", *TEACH)

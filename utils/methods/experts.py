@@ -283,7 +283,7 @@ def all_trained(folder: Path, about: dict, num_experts: int) -> bool:
     """Whether the folder has all experts, of the kind `about`, so that none must be trained and no lock is needed.
 
     Raises:
-        UserError: when it has experts of another kind, or has begun to train them.
+        UserError: when it holds experts of another kind, finished or begun.
     """
     if not _is_begun(folder):
         return False

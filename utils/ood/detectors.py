@@ -28,12 +28,14 @@ GRADIENT_BATCH = 32  # per-image gradients need this many copies of the paramete
 class FitSet:
     """Labelled images that detectors are fitted on.
 
-    `name`: for messages; `labels`: int64 `[N]`; `take`: indices to normalised images `[n, C, H, W]` on the device.
+    `name`: for messages; `labels`: int64 `[N]`; `take`: indices to normalised images `[n, C, H, W]` on the device;
+    `was_trained_on`: whether the networks have seen these images.
     """
 
     name: str
     labels: torch.Tensor
     take: Callable[[torch.Tensor], torch.Tensor]
+    was_trained_on: bool = False
 
 
 @dataclass(frozen=True)
@@ -294,7 +296,8 @@ class Scorer:
         predict = getattr(self.detectors[name], _PREDICT[takes])
         if name == "openmax":  # it measures the distances to the classes that a batch is predicted to be of: to all
             of_each_class = torch.eye(values.shape[1], dtype=values.dtype, device=values.device)
-            return predict(torch.cat([values, of_each_class])).detach()[: len(values)]
+            lacking = values.argmax(1).bincount(minlength=values.shape[1]) == 0
+            return predict(torch.cat([values, of_each_class[lacking]])).detach()[: len(values)]
         return predict(values).detach()
 
     @torch.no_grad()

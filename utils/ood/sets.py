@@ -83,12 +83,12 @@ class OODSource:
                     missing[name] = f"{error}; or {self._put(name)}"
         return [there[name] for name in names if name in there], missing
 
-    def find_all(self, names: Sequence[str]) -> list[OODSet]:
-        """Look up `names`; raises a `UserError` that lists all missing sets."""
+    def find_all(self, names: Sequence[str], advice: str = "") -> list[OODSet]:
+        """Look up `names`; raises a `UserError` that lists all missing sets, with `advice` behind the flag."""
         there, missing = self.find(list(dict.fromkeys(names)), skip_missing=False)
         if missing:
             lines = "; ".join(f"{name}: {what}" for name, what in missing.items())
-            raise UserError(f"{self.flag}: {len(missing)} missing. {lines}")
+            raise UserError(f"{self.flag}{advice}: {len(missing)} missing. {lines}")
         return there
 
     def local_path(self, name: str) -> Path | None:

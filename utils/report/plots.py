@@ -84,9 +84,9 @@ def _edges(values: np.ndarray) -> np.ndarray:
     """41 edges of bins that hold the finite `values`; values too close for 40 bins lie in the middle of wider ones."""
     finite = values[np.isfinite(values)]
     low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
-    smallest = 1e-6 * max(abs(low), abs(high), 1e-300)
-    if high - low < smallest:
-        low, high = low - smallest, high + smallest
+    smallest = 1e-13 * max(abs(low), abs(high))  # of less, 40 parts cannot be told from one another
+    if high - low <= smallest:
+        low, high = low - (smallest or 0.5), high + (smallest or 0.5)
     return np.linspace(low, high, 41)
 
 

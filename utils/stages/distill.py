@@ -41,7 +41,7 @@ def run_stage1(args: argparse.Namespace, make_outliers: Callable[[RealData], Out
     how = (args.epoch_eval_train, args.lr_net, args.batch_train, getattr(args, "lambda_oe", 0.0))
     training = {model: training_of(model, args.dataset, augmentation, *how) for model in models}
     outliers = make_outliers(real)
-    if args.init == "real" and not args.load_path:
+    if args.init == "real" and not args.load_path and not args.resume:
         check_enough(real, outliers, args.ipc)
     start = [] if args.resume else load_start(args.load_path, real, args.ipc, outliers is not None)
     ood = _ood_images(args.eval_ood or (), real, args.ood_path, args.data_path, args.download == "all", args.seed)

@@ -1,6 +1,6 @@
 """The loop of stage 1: iterate, evaluate, save. It knows a method by the protocol of `utils/methods` alone."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,10 +57,13 @@ class ResultFiles:
                 save_grid(self.run.path / name, shown, s.ipc)
 
     def save_last_finite(self, state: DistillState, before: SyntheticSet) -> Path:
-        """Write the images from before the update that diverged; returns the path."""
+        """Write the images from before the update that diverged, without a learning rate, which may have caused it.
+
+        Returns the path.
+        """
         path = self.path.with_name(self.path.stem + "_last_finite.pt")
         if distributed.is_main():
-            save_synthetic(path, [before.detached_cpu()], {}, self.real, self._about(state))
+            save_synthetic(path, [replace(before.detached_cpu(), lr_net=None)], {}, self.real, self._about(state))
         return path
 
     def draw_curves(self) -> None:

@@ -30,8 +30,6 @@ from utils.runs.lineage import STAGE2_ROOTS, args_or_nothing, distilled_set_of, 
 from utils.runs.run_folder import RunFolder
 from utils.training.saved import checkpoint_name, load_trained
 
-DISTILLED = "distilled set"
-
 
 def run_stage3(args: argparse.Namespace) -> Results:
     """Everything that the stage-3 script does after parsing; under `torchrun` each process tests some networks."""
@@ -47,8 +45,7 @@ def run_stage3(args: argparse.Namespace) -> Results:
     _check_whitening(folder, args.zca)
     real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none", args.zca).to(device)
     limit = _images_per_set(len(real.images_test), args.num_ood_ratio)
-    flag = "--ood_sets (--skip_missing tests without the missing ones)"
-    source = OODSource(real, Path(args.ood_path), Path(args.data_path), args.download == "all", limit, args.seed, flag)
+    source = OODSource(real, Path(args.ood_path), Path(args.data_path), args.download == "all", limit, args.seed)
     sets, missing = _find_sets(source, args.ood_sets, args.skip_missing, args.validate)
     fit = _fit_set(args.fit_on, folder, real) if need_fitting(scores) else None
     batch = min(args.batch_test, len(real.images_test))  # no set is larger than the test set, nor need a batch be
@@ -66,7 +63,7 @@ def run_stage3(args: argparse.Namespace) -> Results:
     lines = [f"run folder: {run.path}", f"networks: {folder}, {args.num_exp} × {which}", f"computing: {compute}"]
     if fit is not None:
         lines.append(f"{', '.join(need_fitting(scores))}: fitted on the {fit.name}, {len(fit.labels)} images")
-        if "tscaling" in scores and _has_trained_on(folder, fit):
+        if "tscaling" in scores and fit.was_trained_on:
             lines.append("tscaling: the networks were trained on these images, so its temperature is too low")
     elif args.fit_on:
         lines.append(f"--fit_on {args.fit_on}: none of the scores {', '.join(scores)} is fitted")
@@ -127,25 +124,21 @@ def _fit_set(which: str | None, networks: Path, real: RealData) -> FitSet:
     `which` None: the set that the networks were trained on.
     """
     flags = args_or_nothing(networks).get("flags") or {}
-    on_whole = flags.get("train_on") == "whole"
+    trained_on = flags.get("train_on", "distilled")
+    on_whole = trained_on == "whole"
     if which == "distilled" and on_whole:
         raise UserError(
             f"--fit_on distilled: the networks in {networks} were trained on the whole real set; leave it out"
         )
     if which == "real" or on_whole:
-        return FitSet("real training set", real.labels_train, real.train_batch)
+        return FitSet("real training set", real.labels_train, real.train_batch, on_whole)
     try:
         path, exp_idx = distilled_set_of(networks)
         synthetic = load_synthetic(path, exp_idx, real).to(real.device)
     except UserError as error:
         raise UserError(f"--fit_on distilled: {error}. Use --fit_on real") from None
-    return FitSet(DISTILLED, synthetic.hard_labels, lambda index: synthetic.images[index])
-
-
-def _has_trained_on(networks: Path, fit: FitSet) -> bool:
-    """Whether the networks of a folder were trained on the images of `fit`."""
-    flags = args_or_nothing(networks).get("flags") or {}
-    return fit.name == DISTILLED or flags.get("train_on") == "whole"
+    name = "distilled set" if trained_on == "distilled" else f"real images chosen by {trained_on}"
+    return FitSet(name, synthetic.hard_labels, lambda index: synthetic.images[index], True)
 
 
 def _find_networks(
@@ -193,7 +186,7 @@ def _find_sets(
     if skip_missing:
         sets, missing = source.find(list(dict.fromkeys(names)), skip_missing=True)
     else:
-        sets = source.find_all(names)
+        sets = source.find_all(names, " (--skip_missing tests without the missing ones)")
     if validate:
         try:
             sets += validation_sets(source)

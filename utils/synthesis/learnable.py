@@ -28,7 +28,7 @@ def shared_settings(settings: object) -> dict[str, Any]:
 def check_enough(real: RealData, outliers: OutlierSource | None, ipc: int) -> None:
     """Check that `--init real` finds `ipc` different images of each class, and as many outliers of each slot.
 
-    Copies would stay copies: they are augmented alike and so get the same gradients.
+    Copies would stay copies in DC, DSA and DM: they are augmented alike and so get the same gradients.
 
     Raises:
         UserError: when there are fewer.
