@@ -322,13 +322,21 @@ def test_the_strong_recipe_in_every_spelling(table, flags):
 
 
 @pytest.mark.parametrize(
-    ("kinds", "sets", "made"), [("oe", "patches", "--oe"), ("plain", "FashionMNIST", "--ood"), ("poe", "blob", "")]
+    ("kinds", "sets", "pool", "made"),
+    [
+        ("oe", "patches", None, "--oe"),
+        ("oe", "patches", "mine.npz", ""),  # a pool of one's own is never made
+        ("plain", "FashionMNIST", None, "--ood"),
+        ("poe", "blob", None, ""),
+    ],
 )
-def test_files_of_digits_are_made_where_they_are_used(table, tmp_path, kinds, sets, made):
-    pool = {"OE_DATA": str(tmp_path / "pool.npz"), "DOWNLOAD": "none"}
-    status, commands = table("digits.sh", IPC="1", SEEDS="1", KINDS=kinds, OOD_SETS=sets, **pool)
+def test_files_of_digits_are_made_where_they_are_used(table, kinds, sets, pool, made):
+    given = {"OE_DATA": pool} if pool else {}
+    status, commands = table("digits.sh", IPC="1", SEEDS="1", KINDS=kinds, OOD_SETS=sets, DOWNLOAD="none", **given)
     first = commands[0]
     assert status == 0
+    if made == "--oe" and (ROOT / "data/oe/FashionMNIST.npz").exists():
+        made = ""
     assert (first[0] == "scripts/dataset_outliers.py") == bool(made)
     if made:
         args = dataset_outliers.get_args_parser().parse_args(first[1:])

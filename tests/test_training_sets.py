@@ -380,7 +380,7 @@ def test_a_moved_run_keeps_its_set(in_process, tmp_path):
     (tmp_path / "two").rename(tmp_path / "moved")
     assert "is finished" in in_process(PLAIN, "--resume", "latest", "--save_path", "moved")
     test = [*COMMON[:6], "--ipc", 2, "--num_exp", 1, "--is_load_best", "--load_path", "moved", "--ood_sets", "patches"]
-    assert "distilled set, 20 images" in in_process("test_ood_model_syn.py", *test, "--score", "knn")
+    assert "real images chosen by random, 20 images" in in_process("test_ood_model_syn.py", *test, "--score", "knn")
 
 
 def test_stage_2_prints_the_line_of_stage_3(made, in_process, tmp_path):
