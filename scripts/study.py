@@ -91,7 +91,7 @@ def tables(args: argparse.Namespace, studies: list[dict[str, Kind]], kinds: list
     if args.base:
         parts += paired(studies, args.base, args.against, columns)
     if args.sets:
-        names = [name for name in next(iter(kinds[0].seeds.values())).sets() if not name.startswith("val:")]
+        names = next(iter(kinds[0].seeds.values())).ood_sets()
         parts += [mean_rows(kinds, columns_of(scores, args.measures, name)) for name in names]
     return parts
 
@@ -105,9 +105,7 @@ def default_scores(kinds: list[Kind]) -> list[str]:
 def check_sets(kinds: list[Kind]) -> None:
     """Raise `UserError` unless all were measured on the same OOD sets; means over others do not compare."""
     measured = [
-        (f"{kind.name}, seed {seed}", {name for name in results.sets() if not name.startswith("val:")})
-        for kind in kinds
-        for seed, results in kind.seeds.items()
+        (f"{kind.name}, seed {seed}", set(results.ood_sets())) for kind in kinds for seed, results in kind.seeds.items()
     ]
     first, known = measured[0]
     for name, sets in measured:

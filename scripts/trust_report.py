@@ -68,6 +68,16 @@ def get_args_parser() -> Parser:
     parser.add_argument("--epoch_eval_train", type=count(1), default=None, help="epochs; left out: as in stage 2")
     parser.add_argument("--whole_epochs", type=count(1), default=None, help="epochs on the whole set; left out: 30")
     parser.add_argument("--lambda_oe", type=number(0), default=0.5, help="weight of the outlier loss")
+    _add_tests(parser)
+    parser.add_argument("--precision", default="tf32", type=one_of("precision", PRECISIONS), help="as in stage 2")
+    arguments.add_network(parser.add_argument_group("network"))
+    arguments.add_data(parser.add_argument_group("data"))
+    add_foreign(parser.add_argument_group("sets of other repositories"))
+    return parser
+
+
+def _add_tests(parser: Parser) -> None:
+    """Flags of stage 3."""
     parser.add_argument("--ood_path", default="data/ood", help="folder of OOD sets")
     parser.add_argument("--ood_sets", nargs="+", default=None, help="OOD sets; left out: those of the paper")
     parser.add_argument(
@@ -79,11 +89,6 @@ def get_args_parser() -> Parser:
         default="distilled",
         help="what scores that are fitted are fitted on: the images of the column, or the real training set",
     )
-    parser.add_argument("--precision", default="tf32", type=one_of("precision", PRECISIONS), help="as in stage 2")
-    arguments.add_network(parser.add_argument_group("network"))
-    arguments.add_data(parser.add_argument_group("data"))
-    add_foreign(parser.add_argument_group("sets of other repositories"))
-    return parser
 
 
 def main(args: argparse.Namespace) -> None:

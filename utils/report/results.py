@@ -36,6 +36,10 @@ class Results:
         """Names of the measured sets, in order."""
         return list(dict.fromkeys(row["set"] for row in self.rows))
 
+    def ood_sets(self) -> list[str]:
+        """Those of `sets` that are no validation sets."""
+        return [name for name in self.sets() if not name.startswith("val:")]
+
     def scores(self) -> list[str]:
         """Names of the scores, in order."""
         return list(dict.fromkeys(row["score"] for row in self.rows))
@@ -44,7 +48,7 @@ class Results:
         """Names of the sets on which every network was measured, in order, without validation sets."""
         of = {name: {row["network"] for row in self.rows if row["set"] == name} for name in self.sets()}
         everyone = set().union(*of.values())
-        return [name for name, networks in of.items() if networks == everyone and not name.startswith("val:")]
+        return [name for name in self.ood_sets() if of[name] == everyone]
 
     def per_network(
         self, name: str | None, score: str, measure: str, among: Sequence[str] | None = None

@@ -58,16 +58,9 @@ def run_stage3(args: argparse.Namespace) -> Results:
         for scorer in scorers.values():
             scorer.prepare(real.test_images[:2], fit, batch)
     run = RunFolder.create(args.save_path, *parts, name=folder.name)
-    fitted_on = fit and fit.name
-    run.save_args(vars(args), networks=str(folder.resolve()), device=str(device), fitted_on=fitted_on)
+    run.save_args(vars(args), networks=str(folder.resolve()), device=str(device), fitted_on=fit and fit.name)
     lines = [f"run folder: {run.path}", f"networks: {folder}, {args.num_exp} × {which}", f"computing: {compute}"]
-    if fit is not None:
-        lines.append(f"{', '.join(need_fitting(scores))}: fitted on the {fit.name}, {len(fit.labels)} images")
-        if "tscaling" in scores and fit.was_trained_on:
-            lines.append("tscaling: the networks were trained on these images, so its temperature is too low")
-    elif args.fit_on:
-        lines.append(f"--fit_on {args.fit_on}: none of the scores {', '.join(scores)} is fitted")
-    for line in lines:
+    for line in [*lines, *_about_fitting(fit, scores, args.fit_on)]:
         run.log(line)
     with rank_errors():
         networks = score_networks(scorers, real, sets, batch, run)
@@ -77,6 +70,16 @@ def run_stage3(args: argparse.Namespace) -> Results:
         _write_report(results, scores, run, {"networks": str(folder), "flags": vars(args)})
         _draw_plots(run, measured, folder)
     return results
+
+
+def _about_fitting(fit: FitSet | None, scores: Sequence[str], given: str | None) -> list[str]:
+    """Lines for the log: what detectors are fitted on; `given`: the value of `--fit_on`."""
+    if fit is None:
+        return [f"--fit_on {given}: none of the scores {', '.join(scores)} is fitted"] if given else []
+    lines = [f"{', '.join(need_fitting(scores))}: fitted on the {fit.name}, {len(fit.labels)} images"]
+    if "tscaling" in scores and fit.was_trained_on:
+        lines.append("tscaling: the networks were trained on these images, so its temperature is too low")
+    return lines
 
 
 def _load_networks(folder: Path, model: str, real: RealData, num_networks: int, which: str) -> dict[int, nn.Module]:
