@@ -15,6 +15,7 @@ import main_poe
 import test_ood_model_syn
 import train_model_synthetic_no_oe
 import train_model_synthetic_oe
+from utils.core.errors import print_line
 from utils.methods import METHODS, MethodInputs
 from utils.stages.entry import run_script
 
@@ -250,3 +251,24 @@ def test_names_that_the_terminal_cannot_show(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
     run_script(lambda: print("run folder: caf\xe9 \udcff", flush=True), "main.py")
     assert written.getvalue() == b"run folder: caf\\xe9 \\udcff\n"
+
+
+class Writes(io.RawIOBase):
+    """A file that keeps each call of the operating system apart."""
+
+    def __init__(self):
+        self.calls = []
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        self.calls.append(bytes(data))
+        return len(data)
+
+
+def test_a_line_is_one_write_where_python_does_not_buffer():
+    """Otherwise the lines of the processes of torchrun, which share one stdout, mix."""
+    raw = Writes()
+    print_line("run folder: a", io.TextIOWrapper(raw, write_through=True))
+    assert [call for call in raw.calls if call] == [b"run folder: a\n"]

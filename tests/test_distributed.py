@@ -166,7 +166,7 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 from utils.compute import distributed
 from utils.compute.device import choose_device
-from utils.core.errors import UserError
+from utils.core.errors import UserError, print_line
 from utils.runs.run_folder import RunFolder
 from utils.stages.entry import run_script
 
@@ -174,19 +174,19 @@ def main():
     try:
         choose_device("cuda:0")
     except UserError as error:
-        print("refused:", error, flush=True)
+        print_line(f"refused: {{error}}")
     choose_device("cpu")
     with distributed.main_first():
         if not Path("fetched").exists():  # only the first process finds nothing
             time.sleep(0.5)
-            print("fetching", flush=True)
+            print_line("fetching")
             Path("fetched").write_text("whole")
     try:
         with distributed.main_first():
             if distributed.is_main():
                 raise UserError("no network")
     except UserError as error:
-        os.write(1, f"{{distributed.rank()}} {{error}}\\n".encode())
+        print_line(f"{{distributed.rank()}} {{error}}")
     run = RunFolder.create("runs", name="a")
     run.log("common")
     run.log_own("own")

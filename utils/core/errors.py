@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 
 class UserError(ValueError):
@@ -56,10 +57,18 @@ def under_torchrun() -> bool:
     return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
+def print_line(line: str, stream: TextIO | None = None) -> None:
+    """Print a line to `stream` (stdout if none is given) in one write, so that processes do not mix their lines.
+
+    `print` alone writes the line and its end apart when Python does not buffer (`PYTHONUNBUFFERED`).
+    """
+    print(f"{line}\n", end="", file=stream, flush=True)
+
+
 def print_error(prog: str, message: object) -> int:
     """Print an error as one line on stderr; return the exit status, 2."""
     where = f"process {os.environ.get('RANK')}: " if under_torchrun() else ""
-    print(f"{prog}: error: {where}{' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    print_line(f"{prog}: error: {where}{' '.join(str(message).split())}", sys.stderr)
     return 2
 
 

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 from utils.compute import distributed
-from utils.core.errors import UserError
+from utils.core.errors import UserError, print_line
 from utils.core.version import git_commit, versions
 from utils.files.atomic import append_line, open_no_link, remove_unfinished, save_text, sync_file
 from utils.files.text_files import read_json, read_lines
@@ -66,7 +66,7 @@ class RunFolder:
     def log(self, message: str) -> None:
         """Print a line, and append it with the time to `logs.txt`. Only rank 0 does so."""
         if self.is_main:
-            print(message, flush=True)
+            print_line(message)
         self.log_file_only(message)
 
     def log_own(self, message: str) -> None:
@@ -75,7 +75,7 @@ class RunFolder:
             self.log(message)
             return
         message = f"process {distributed.rank()}: {message}"
-        print(message, flush=True)
+        print_line(message)
         self._append_log(message)
 
     def log_file_only(self, message: str) -> None:
