@@ -1,9 +1,9 @@
 """The networks of `--model`. Parameter names and shapes equal those of published dataset-condensation checkpoints."""
 
+from utils.core.errors import UserError, unknown_name  # isort: skip (utils tells OpenMP how to wait, before torch loads it)
+
 import torch
 from torch import nn
-
-from utils.core.errors import UserError, unknown_name
 
 from . import convnet, resnet, small, vgg
 from .common import has_batchnorm, initialize

@@ -1,6 +1,7 @@
 """The command line: help, both spellings of every flag, and every error as users see it."""
 
 import io
+import os
 import subprocess
 import sys
 
@@ -272,3 +273,24 @@ def test_a_line_is_one_write_where_python_does_not_buffer():
     raw = Writes()
     print_line("run folder: a", io.TextIOWrapper(raw, write_through=True))
     assert [call for call in raw.calls if call] == [b"run folder: a\n"]
+
+
+SPINS = [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
+
+
+@pytest.mark.parametrize("script", [p.stem for p in ROOT.glob("*.py")])
+@pytest.mark.parametrize(("given", "expected"), SPINS)
+def test_how_long_threads_spin_is_set_before_torch_is_imported(script, given, expected):
+    code = f"""
+import os, sys
+class Watch:
+    def find_spec(name, path=None, target=None):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"))
+            sys.exit()
+sys.meta_path.insert(0, Watch)
+import {script}
+"""
+    env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | given
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == [expected]
