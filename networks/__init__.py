@@ -1,6 +1,6 @@
 """The networks of `--model`. Parameter names and shapes equal those of published dataset-condensation checkpoints."""
 
-from utils.core.errors import UserError, unknown_name  # isort: skip (utils tells OpenMP how to wait, before torch loads it)
+from utils.core.errors import UserError, unknown_name  # isort: skip (before torch: utils tells OpenMP how to wait)
 
 import torch
 from torch import nn

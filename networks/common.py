@@ -47,7 +47,7 @@ def initialize(net: nn.Module, generator: torch.Generator) -> nn.Module:
     zeros; running statistics are reset.
 
     Raises:
-        TypeError: for any other module with parameters, which would keep their values.
+        TypeError: for any other module with parameters or buffers, which would keep their values.
     """
     parameters, draws = [], []
     for module in net.modules():
@@ -58,8 +58,10 @@ def initialize(net: nn.Module, generator: torch.Generator) -> nn.Module:
                 draws.append(torch.empty(parameter.numel()).uniform_(-bound, bound, generator=generator))
         elif isinstance(module, (nn.GroupNorm, nn.LayerNorm, nn.BatchNorm2d)):
             module.reset_parameters()
-        elif next(module.parameters(recurse=False), None) is not None:
-            raise TypeError(f"networks/common.py: initialize does not know the parameters of {type(module).__name__}")
+        elif [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            raise TypeError(
+                f"initialize of networks/common.py knows no parameters or buffers of {type(module).__name__}"
+            )
     device, flat = parameters[0].device, torch.cat(draws)  # one transfer for all
     flat = flat.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else flat.to(device)
     for parameter, draw in zip(parameters, flat.split([len(d) for d in draws]), strict=True):

@@ -24,6 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import utils  # noqa: F401  # isort: skip (before torch: it tells OpenMP how to wait)
+
 import torch
 from benchmark_methods import METHOD_WORKS
 from benchmark_works import WORKS, Bench

@@ -9,6 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import utils  # noqa: F401  # isort: skip (before torch: it tells OpenMP how to wait)
+
 import torch
 
 from utils.core.errors import UserError

@@ -10,10 +10,12 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import utils  # noqa: F401  # isort: skip (before torch: it tells OpenMP how to wait)
+
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.core.errors import UserError
 from utils.core.parser import Parser, one_of

@@ -15,6 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import utils  # noqa: F401  # isort: skip (before torch: it tells OpenMP how to wait)
+
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode

@@ -47,7 +47,8 @@ step() {
     shift
     if [ -n "$stopped" ]; then return; fi
     echo "== $what: $*"
-    timeout --signal=INT --kill-after=30 $((limit - (SECONDS - part_began) + 1)) "$@" || status=$?
+    local left=$((limit - (SECONDS - part_began) + 1))
+    if [ "$left" -gt 0 ]; then timeout --signal=INT --kill-after=30 "$left" "$@" || status=$?; else status=124; fi
     case $status in
         0) ;;
         124 | 130) result=interrupted stopped=yes ;;
@@ -114,9 +115,10 @@ part_expert() { experts 2 20; }
 failures=0
 for part in "${parts[@]}"; do
     log=$out/gpu_check-$name-$part.log
-    part_began=$SECONDS stopped="" failed=0 lines=()
+    stopped="" failed=0 lines=()
     {
         nvidia-smi || true
+        part_began=$SECONDS
         part_$part
         printf '%s\n' "${lines[@]}" | "$python" -c '
 import datetime, json, sys, torch

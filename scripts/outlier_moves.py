@@ -16,6 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import utils  # noqa: F401  # isort: skip (before torch: it tells OpenMP how to wait)
+
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -21,6 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import utils  # noqa: F401  # isort: skip (before torch: it tells OpenMP how to wait)
+
 import torch
 from benchmark import machine
 from benchmark_methods import trajectory_matching

@@ -14,9 +14,14 @@ fi
 stamp=.venv/.installed-$(cat requirements*.txt | cksum | cut -d' ' -f1)-$(basename "$requirements")
 if [ ! -e "$stamp" ]; then
     echo "setup: installing $requirements into .venv (PyTorch is large: minutes)"
-    # without ensurepip, venv fails but leaves a Python without pip
-    .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv ||
-        { echo "setup: cannot make .venv; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
+    if [ ! -e .venv ]; then
+        "$python" -m venv .venv || true
+    elif ! .venv/bin/python -c "" 2>/dev/null; then # e.g. of a Python that is no more
+        "$python" -m venv --clear .venv || true
+    fi
+    # without ensurepip, venv fails but leaves a Python without pip; uv makes environments without pip, too
+    .venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip >/dev/null 2>&1 ||
+        { echo "setup: .venv has no pip. On Debian and Ubuntu: apt-get install python3-venv, and try again; or remove .venv" >&2; exit 2; }
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
     touch "$stamp"
 fi

@@ -177,7 +177,8 @@ def test_dc_entries_one_per_image():
 
 def test_dc_strategy_by_data_set():
     assert augment.dc_augmentation("MNIST", "ConvNet").strategy == ("crop", "scale", "rotate")
-    assert augment.dc_augmentation("CIFAR10", "ConvNetBN").strategy == ("crop", "noise")
+    for dataset in ("CIFAR10", "MNIST"):
+        assert augment.dc_augmentation(dataset, "ConvNetBN").strategy == ("crop", "noise")
     assert augment.dc_augmentation("CIFAR10", "ConvNet") is None
 
 

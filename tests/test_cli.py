@@ -254,6 +254,56 @@ def test_names_that_the_terminal_cannot_show(monkeypatch):
     assert written.getvalue() == b"run folder: caf\\xe9 \\udcff\n"
 
 
+@pytest.mark.parametrize("lines", ["print_line('b' * 9)", "print('b' * 9, flush=True)"])
+def test_a_reader_that_goes_away(lines):
+    """A run goes on, as its lines are in logs.txt, too; what only prints ends. Neither has a traceback."""
+    code = f"""
+import sys, time
+from utils.core.errors import print_line
+from utils.stages.entry import run_script
+def main():
+    print("a", flush=True)
+    sys.stdin.read()  # until the reader has gone
+    {lines}
+    {lines}
+    print("the end", file=sys.stderr)
+run_script(main, "main.py")
+"""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    assert process.stdout.readline() == "a\n"
+    process.stdout.close()
+    process.stdin.close()
+    error = process.stderr.read()
+    status = process.wait(timeout=60)
+    assert (error, status) == (("the end\n", 0) if lines.startswith("print_line") else ("", 141))
+
+
+def test_a_variable_of_torchrun_alone_changes_nothing(refused, monkeypatch):
+    """Some schedulers set RANK for a single process."""
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits for a first process"))
+    monkeypatch.setenv("RANK", "1")
+    assert "--ipc: '0' is not" in refused("main.py", "--ipc", "0")
+    assert "no.npz" in refused("main.py", "--dataset", "npz", "--data_path", "no.npz")
+    monkeypatch.delenv("RANK")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert "process" not in refused("main.py", "--ipc", "0")
+
+
+@pytest.mark.parametrize(("text", "peer"), [("Connection closed by peer [1.2.3.4]", True), ("peer access is", False)])
+def test_what_means_that_another_process_has_left(monkeypatch, capsys, text, peer):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("utils.compute.distributed.leave", sys.exit)
+
+    def fails():
+        raise RuntimeError(text)
+
+    with pytest.raises(SystemExit if peer else RuntimeError):
+        run_script(fails, "main.py")
+    assert ("another process of this run has ended" in capsys.readouterr().err) == peer
+
+
 class Writes(io.RawIOBase):
     """A file that keeps each call of the operating system apart."""
 
@@ -275,14 +325,16 @@ def test_a_line_is_one_write_where_python_does_not_buffer():
     assert [call for call in raw.calls if call] == [b"run folder: a\n"]
 
 
+PROGRAMS = [p.stem for p in (*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")) if "run_script(" in p.read_text()]
 SPINS = [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
 
 
-@pytest.mark.parametrize("script", [p.stem for p in ROOT.glob("*.py")])
+@pytest.mark.parametrize("script", PROGRAMS)
 @pytest.mark.parametrize(("given", "expected"), SPINS)
 def test_how_long_threads_spin_is_set_before_torch_is_imported(script, given, expected):
     code = f"""
 import os, sys
+sys.path.insert(0, "scripts")
 class Watch:
     def find_spec(name, path=None, target=None):
         if name == "torch":

@@ -241,9 +241,12 @@ def test_a_cache_folder_that_cannot_be_made(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "set, so that it is restored after the test")
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    compiling.use_lasting_cache()
-    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    monkeypatch.chdir(tmp_path)
+    for folder in (str(tmp_path / "file"), "~/.cache"):  # the second is what a user without a home has
+        monkeypatch.setenv("XDG_CACHE_HOME", folder)
+        compiling.use_lasting_cache()
+        assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 @needs_compiler

@@ -220,6 +220,7 @@ def test_image_folder(test, tmp_path):
     real = load_dataset("ImageFolder", tmp_path, im_size=16)
     assert real.images_train.shape == (8, 3, 16, 16)
     assert real.labels_train.tolist() == [0] * 4 + [1] * 4  # "a dog's Öre" sorts before "cat"
+    assert real.class_names == ("a dog's Öre", "cat")
     assert real.images_train[1, :, 3, 3].tolist() == [100, 10, 7]
     assert real.images_test.shape == (4, 3, 16, 16)
 
@@ -268,6 +269,20 @@ def test_an_interrupted_fetch_leaves_nothing(tmp_path, monkeypatch, error):
     with pytest.raises((UserError, KeyboardInterrupt)):
         load_dataset("CIFAR10", root)
     assert not root.exists()
+
+
+def test_a_failed_fetch_leaves_an_archive_of_the_users_as_it_was(tmp_path, monkeypatch):
+    """torchvision writes over an archive whose checksum is wrong, e.g. one that is still being copied there."""
+
+    def broken_off(url, root, **kwargs):
+        (Path(root) / "cifar-10-python.tar.gz").write_bytes(b"500 bytes")
+        raise OSError("no network")
+
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"part of an archive")
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", broken_off)
+    with pytest.raises(UserError, match="no network"):
+        load_dataset("CIFAR10", tmp_path)
+    assert (tmp_path / "cifar-10-python.tar.gz").read_bytes() == b"part of an archive"
 
 
 @pytest.mark.parametrize("fails", [True, False])

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -169,6 +170,9 @@ from utils.compute.device import choose_device
 from utils.core.errors import UserError, print_line
 from utils.runs.run_folder import RunFolder
 from utils.stages.entry import run_script
+from utils.data.datasets import load_dataset
+from utils.data.download import NotThere
+from utils.ood.sets import OODSource
 
 def main():
     try:
@@ -184,25 +188,57 @@ def main():
     try:
         with distributed.main_first():
             if distributed.is_main():
-                raise UserError("no network")
-    except UserError as error:
+                raise NotThere("no network")
+    except NotThere as error:
         print_line(f"{{distributed.rank()}} {{error}}")
     run = RunFolder.create("runs", name="a")
     run.log("common")
     run.log_own("own")
+    source = OODSource(load_dataset("Digits", "."), Path(f"ood{{distributed.rank()}}"), Path("."), False, 10, 0)
+    there, missing = source.find(["CIFAR100", "Textures", "patches"])  # Textures: for the second process only
+    print_line(f"{{distributed.rank()}} has {{len(there)}} lacks {{sorted(missing)}}")
 
+run_script(main, "program.py")
+"""
+OWN_ERROR = """
+import sys
+sys.path.insert(0, {root!r})
+from utils.compute import distributed
+from utils.compute.device import choose_device
+from utils.core import errors
+from utils.stages.entry import run_script
+
+def main():
+    choose_device("cpu")
+    if distributed.rank() == 1:
+        raise errors.UserError("seen here alone")
+    distributed.barrier()
+
+errors.PRINT_SECONDS = 0.1
 run_script(main, "program.py")
 """
 
 
+def test_an_error_that_the_first_process_does_not_meet(tmp_path):
+    (tmp_path / "program.py").write_text(OWN_ERROR.format(root=str(ROOT)))
+    process = start(tmp_path, 2, tmp_path / "program.py")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "error: process 1: seen here alone" in err
+
+
 def test_what_one_process_does_for_all(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM.format(root=str(ROOT)))
+    (tmp_path / "ood1").mkdir()
+    np.save(tmp_path / "ood1" / "Textures.npy", np.zeros((3, 8, 8, 1), np.uint8))
     process = start(tmp_path, 2, tmp_path / "program.py")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert out.count("fetching") == 1
     assert "0 no network" in out
-    assert "1 the first process failed" in out
+    assert "1 no network" in out
+    for rank in range(2):
+        assert f"{rank} has 1 lacks ['CIFAR100', 'Textures']" in out
     assert out.count("refused: --device cuda:0: under torchrun each process takes a GPU of its own") == 2
     lines = [line.split("] ", 1)[1] for line in (tmp_path / "runs/a/logs.txt").read_text().splitlines()]
     assert sorted(lines) == ["common", "own", "process 1: own"]

@@ -1,6 +1,8 @@
 """Distilled sets, run folders, atomic files: round trips, published layouts, damage."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -12,8 +14,8 @@ from conftest import ROOT
 from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.synthetic import SyntheticSet, load_synthetic, result_name, save_synthetic
-from utils.files.atomic import append_line, atomic_write, save_pt
-from utils.files.torch_files import fingerprint
+from utils.files.atomic import append_line, atomic_write, save_pt, save_text
+from utils.files.torch_files import fingerprint, read_pt
 from utils.runs.checkpoints import Checkpointer
 from utils.runs.lineage import find_run_folder
 from utils.runs.run_folder import RunFolder
@@ -164,6 +166,44 @@ def test_finding_run_folders(tmp_path):
     for bad in ("../DSA/20230101-000000", "/tmp", "..", ""):
         with pytest.raises(UserError, match="is not the name of a folder"):
             find(bad)
+
+
+def test_files_have_the_mode_that_the_user_wants(tmp_path):
+    code = "import sys; from pathlib import Path; from utils.files.atomic import append_line, save_text; "
+    code += "save_text(Path(sys.argv[1]), 'x'); append_line(Path(sys.argv[2]), 'x')"
+    for mask in (0o077, 0o002):
+        files = [tmp_path / f"{mask}-{n}" for n in "ab"]
+        subprocess.run([sys.executable, "-c", code, *files], cwd=ROOT, umask=mask, check=True)
+        assert [p.stat().st_mode & 0o777 for p in files] == [0o666 & ~mask] * 2
+
+
+def test_a_text_with_a_name_that_is_no_utf8(tmp_path):
+    save_text(tmp_path / "page.html", "folder \udcff")
+    assert (tmp_path / "page.html").read_text() == "folder ?"
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_a_file_whose_name_is_no_utf8(tmp_path, mmap):
+    path = tmp_path / "a\udcff.pt"
+    save_pt(path, {"a": torch.ones(3)})
+    assert torch.equal(read_pt(path, "--buffer_path", mmap=mmap)["a"], torch.ones(3))
+
+
+def test_the_commit_is_that_of_this_code(tmp_path):
+    """Not that of another repository that it was unpacked into."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from utils.core.version import git_commit; print(git_commit())"
+    (tmp_path / "copy" / "utils" / "core").mkdir(parents=True)
+    for name in ("__init__.py", "core/__init__.py", "core/version.py"):
+        shutil.copy(ROOT / "utils" / name, tmp_path / "copy" / "utils" / name)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "another"]):
+        subprocess.run([*git, *words], check=True)
+    command = [sys.executable, "-c", code, str(tmp_path / "copy")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout == "None\n"
+    subprocess.run([*git, "add", "copy"], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "with it"], check=True)
+    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+    assert re.fullmatch(r"[0-9a-f]{40}\n", found)
 
 
 def test_keyed_generators():

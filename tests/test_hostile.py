@@ -554,7 +554,7 @@ def test_downloads_are_moved_when_they_are_complete(tmp_path, monkeypatch):
 
 
 def test_setup_mends_an_environment_without_pip(tmp_path):
-    """Stand-ins for Python: the one in `.venv` has no pip until `-m venv` has made it anew."""
+    """Stand-ins for Python: the one in `.venv` does not start until `-m venv` has made it anew."""
 
     def stand_in(path, body):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -573,7 +573,26 @@ def test_setup_mends_an_environment_without_pip(tmp_path):
         subprocess.run(["bash", str(tmp_path / "scripts" / "setup.sh")], env=environment, check=True)
     calls = [line for line in (tmp_path / "calls").read_text().splitlines() if " -m " in line]
     install = "new -m pip install --quiet --disable-pip-version-check -r requirements.txt"
-    assert calls == ["python -m pip --version", "base -m venv --clear .venv", install]
+    assert calls == ["base -m venv --clear .venv", "new -m pip --version", install]
+
+
+@pytest.mark.parametrize("ensurepip", [True, False])
+def test_setup_keeps_an_environment_without_pip(tmp_path, ensurepip):
+    """As uv makes them. pip is put into it, or the error says what to do; nothing of it is deleted."""
+    folder = tmp_path / ".venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    (folder / "mine").write_text("kept")
+    if not ensurepip:
+        (folder / "bin" / "python").unlink()
+        (folder / "bin" / "python").write_text('#!/bin/sh\nif [ "$1" = -m ]; then exit 1; fi\n')
+        (folder / "bin" / "python").chmod(0o755)
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "setup.sh").write_bytes((ROOT / "scripts" / "setup.sh").read_bytes())
+    (tmp_path / "requirements.txt").write_text("")
+    done = subprocess.run(["bash", str(tmp_path / "scripts" / "setup.sh")], capture_output=True, text=True)
+    assert (folder / "mine").read_text() == "kept"
+    assert done.returncode == (0 if ensurepip else 2)
+    assert ensurepip or ".venv has no pip" in done.stderr
 
 
 # --- draws and flags --------------------------------------------------------------------------------------------------
@@ -597,14 +616,17 @@ def test_distinct_indices_are_uniform():
     assert ((off - 100) ** 2 / 100).sum() < 71 + 5 * (2 * 71) ** 0.5
 
 
-@given(st.one_of(st.text(), st.integers().map(str)), st.integers(-3, 3))
+@given(st.one_of(st.text(), st.integers().map(str), st.just("9" * 30)), st.integers(-3, 3))
 @settings(max_examples=200, deadline=None)
 def test_counts(text, least):
     try:
         expected = int(text)
     except ValueError:
         expected = least - 1
-    if expected >= least:
+    if expected >= 2**63:
+        with pytest.raises(argparse.ArgumentTypeError, match="is too large"):
+            count(least)(text)
+    elif expected >= least:
         assert count(least)(text) == expected
     else:
         with pytest.raises(argparse.ArgumentTypeError, match=re.escape(f"{text!r} is not a whole number")):

@@ -156,6 +156,9 @@ def test_keyed_initialisation(name):
 
 
 def test_a_module_that_initialize_does_not_know():
-    """Its parameters would stay uninitialised memory."""
-    with pytest.raises(TypeError, match="does not know the parameters of Conv1d"):
-        initialize(nn.Sequential(nn.Linear(2, 2), nn.Conv1d(1, 1, 1)), torch.Generator())
+    """Its parameters, or buffers, would stay uninitialised memory."""
+    with_buffer = nn.ReLU()
+    with_buffer.register_buffer("scale", torch.ones(4))
+    for module in (nn.Conv1d(1, 1, 1), with_buffer):
+        with pytest.raises(TypeError, match=f"no parameters or buffers of {type(module).__name__}"):
+            initialize(nn.Sequential(nn.Linear(2, 2), module), torch.Generator())

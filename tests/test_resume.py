@@ -1,5 +1,6 @@
 """Runs that are killed, stopped or hindered go on as if nothing had been: real processes on Digits."""
 
+import errno
 import json
 import os
 import random
@@ -21,6 +22,7 @@ from utils.core.errors import UserError
 from utils.core.parser import Parser
 from utils.data.datasets import load_dataset
 from utils.data.outliers import load_outlier_pool
+from utils.runs import resume
 from utils.runs.checkpoints import Checkpointer
 from utils.runs.resume import resume_command
 from utils.runs.run_folder import RunFolder
@@ -491,6 +493,23 @@ def test_the_command_of_a_folder_with_a_dash(monkeypatch):
         found = Parser()
         found.add_argument("--resume")
         assert found.parse_args(words[words.index("main.py") + 1 :]).resume == name
+
+
+@pytest.mark.parametrize("value", [1.23456789e-05, 3e-08, -2.5e-07, 1e22, 0.1, -3.0])
+def test_a_number_is_the_same_as_a_word(value):
+    assert float(resume._word(value)) == value
+    assert "e" not in resume._word(value)  # argparse takes -1e-7 for a flag
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    """Such as some network drives: the run goes on without one."""
+
+    def no_locks(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", no_locks)
+    RunFolder(tmp_path).log("goes on")
+    assert "goes on" in (tmp_path / "logs.txt").read_text()
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):

@@ -61,11 +61,8 @@ def table(tmp_path):
         notes.write_text("")
         fail = tmp_path / "notes.fail"
         fail.write_text(str(fail_at)) if fail_at else fail.unlink(missing_ok=True)
-        env = (
-            os.environ
-            | {"PYTHON": str(stand_in), "NOTES": str(notes), "OUT": str(tmp_path / "out"), "OOD": str(tmp_path)}
-            | variables
-        )
+        places = {"PYTHON": str(stand_in), "NOTES": str(notes), "OUT": str(tmp_path / "out"), "OOD": str(tmp_path)}
+        env = {"PATH": os.environ["PATH"]} | places | variables  # not what the caller has exported
         done = subprocess.run(["bash", str(ROOT / "scripts" / script)], env=env, capture_output=True, text=True)
         run.err = done.stderr
         return done.returncode, [shlex.split(line) for line in notes.read_text().splitlines()]
@@ -494,13 +491,16 @@ def gpu_check(tmp_path):
     """Run parts of gpu_check.sh with a stand-in for Python; returns the status, the commands, and the last's steps."""
     stand_in = tmp_path / "python"
     stand_in.write_text(GPU_STAND_IN)
-    stand_in.chmod(0o755)
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nsleep 2.5\n")  # as with a driver that is not loaded yet
+    for program in (stand_in, tmp_path / "nvidia-smi"):
+        program.chmod(0o755)
     notes = tmp_path / "notes"
 
     def run(*parts, **variables):
         notes.write_text("")
         places = {"OUT": str(tmp_path / "out"), "WORK": str(tmp_path / "work"), "DATA": "place"}
-        env = os.environ | {"PYTHON": str(stand_in), "NOTES": str(notes), "REAL": sys.executable, "SLOW": ""}
+        env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(stand_in), "NOTES": str(notes)}
+        env |= {"REAL": sys.executable, "SLOW": ""}
         command = ["bash", str(ROOT / "scripts" / "gpu_check.sh"), *parts]
         done = subprocess.run(command, env=env | places | variables, capture_output=True, text=True, timeout=120)
         found = sorted((tmp_path / "out").glob(f"gpu_check-Stand-in-{parts[-1]}.json"))

@@ -173,6 +173,8 @@ def use_lasting_cache() -> None:
     root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     kind = f"torch-{torch.__version__}-{_processor()}".replace("+", "-")
     folder = os.path.join(root, "trustdd", kind)
+    if not os.path.isabs(root):  # no home: `~` is not expanded
+        return
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError:

@@ -102,19 +102,27 @@ def main_first() -> Iterator[None]:
     """Let rank 0 run the block first, e.g. to download a file; the others wait and then run it, too.
 
     Raises:
-        UserError: on the other processes when the block failed on rank 0.
+        UserError: on the other processes the error of rank 0, if the block failed there.
     """
     if not is_main():
-        if from_main(None):
-            raise UserError("the first process failed; its message says why")
+        if (failure := from_main(None)) is not None:
+            raise failure
         yield
         return
-    failed = True
+    failure = UserError("the first process failed; its message says why")
     try:
         yield
-        failed = False
+        failure = None
+    except UserError as error:
+        failure = error.with_traceback(None)
+        raise
     finally:
-        from_main(failed)
+        from_main(failure)
+
+
+def anywhere(condition: bool) -> bool:
+    """Whether `condition` holds on any process, so that all of them decide alike, e.g. whether a file is missing."""
+    return any(gather({rank(): condition}).values())
 
 
 def barrier() -> None:

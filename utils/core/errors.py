@@ -4,9 +4,12 @@ import difflib
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
+
+PRINT_SECONDS = 5.0  # how long another process waits for the first one to print an error
 
 
 class UserError(ValueError):
@@ -43,7 +46,7 @@ def unknown_name(what: str, name: str, accepted: Iterable[str]) -> str:
     by_lower = {a.lower(): a for a in reversed(accepted)}
     nearest = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.4)
     hint = f"; did you mean {by_lower[nearest[0]]}?" if nearest else ""
-    return f"unknown {what} {name!r}{hint} Accepted: {', '.join(accepted)}"
+    return f"unknown {what} {name!r}{hint or '.'} Accepted: {', '.join(accepted)}"
 
 
 def one_line(value: object, most: int = 160) -> str:
@@ -54,24 +57,38 @@ def one_line(value: object, most: int = 160) -> str:
 
 def under_torchrun() -> bool:
     """Whether `torchrun` started this process as one of several."""
-    return os.environ.get("WORLD_SIZE", "1") != "1"
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def print_line(line: str, stream: TextIO | None = None) -> None:
     """Print a line to `stream` (stdout if none is given) in one write, so that processes do not mix their lines.
 
-    `print` alone writes the line and its end apart when Python does not buffer (`PYTHONUNBUFFERED`).
+    `print` alone writes the line and its end apart when Python does not buffer (`PYTHONUNBUFFERED`). If the reader of
+    the stream has gone (`| head`), this line and the next ones are dropped.
     """
-    print(f"{line}\n", end="", file=stream, flush=True)
+    try:
+        print(f"{line}\n", end="", file=stream, flush=True)
+    except BrokenPipeError:
+        drop_output(stream or sys.stdout)
+
+
+def drop_output(stream: TextIO) -> None:
+    """Let a stream whose reader has gone write to nowhere, so that neither this program nor Python's exit fails."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def print_error(prog: str, message: object) -> int:
     """Print an error as one line on stderr; return the exit status, 2."""
-    where = f"process {os.environ.get('RANK')}: " if under_torchrun() else ""
+    where = f"process {os.environ['RANK']}: " if under_torchrun() else ""
     print_line(f"{prog}: error: {where}{' '.join(str(message).split())}", sys.stderr)
     return 2
 
 
 def print_error_once(prog: str, message: object) -> int:
-    """Like `print_error`, but under `torchrun` only rank 0 prints."""
-    return print_error(prog, message) if os.environ.get("RANK", "0") == "0" else 2
+    """Like `print_error`, for an error that all processes of `torchrun` are likely to meet: the first one prints it.
+
+    `torchrun` ends the others when the first has left. One that is still there after a while met the error alone.
+    """
+    if under_torchrun() and os.environ["RANK"] != "0":
+        time.sleep(PRINT_SECONDS)
+    return print_error(prog, message)

@@ -85,6 +85,8 @@ def count(least: int) -> Callable[[str], int]:
             value = None
         if value is None or value < least:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        if value >= 2**63:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is too large; numbers must be below 2**63")
         return value
 
     return check

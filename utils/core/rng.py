@@ -9,8 +9,9 @@ import torch
 def generator(seed: int, *key: int | str) -> torch.Generator:
     """Return a fresh CPU generator that depends only on `seed` and `key`.
 
-    The key names the purpose of the draw, e.g. `("real", experiment, iteration, outer_step, slot)`. Draws under
-    different keys are independent, so a resumed or distributed run draws the same as an uninterrupted single process.
+    The key names the purpose of the draw, e.g. `("real", experiment, iteration, outer_step, slot)`. No draw depends on
+    what was drawn before, so a resumed or distributed run draws the same as an uninterrupted single process. PyTorch's
+    CPU generator uses 32 bits of the seed: of 100,000 keys about one pair draws the same.
     The generator is on the CPU whatever the device of the computation, so draws are the same on every device (except
     `noise`).
     """

@@ -18,8 +18,14 @@ def versions() -> dict[str, str | int | None]:
 
 def git_commit() -> str | None:
     """The git commit of this code, with `+changes` if tracked files differ from it; None if it is unknown."""
-    folder = str(Path(__file__).parent)
-    command = ["git", "-C", folder, "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+changes"]
+    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:  # a copy within another repository
+        return None
+    return _git("describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+changes")
+
+
+def _git(*words: str) -> str | None:
+    """What git says about the folder of this file; None if it fails or says nothing."""
+    command = ["git", "-C", str(Path(__file__).parent), *words]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=10, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.SubprocessError):

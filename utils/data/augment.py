@@ -297,8 +297,8 @@ class DC:
 
 def dc_augmentation(dataset: str, model_eval: str) -> DC | None:
     """The augmentation that method DC uses to evaluate `model_eval` on `dataset`; None if it uses none."""
-    if dataset == "MNIST":
-        return DC(parse_strategy("crop_scale_rotate", DC_ENTRIES))
     if model_eval == "ConvNetBN":
         return DC(parse_strategy("crop_noise", DC_ENTRIES))
+    if dataset == "MNIST":
+        return DC(parse_strategy("crop_scale_rotate", DC_ENTRIES))
     return None

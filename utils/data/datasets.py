@@ -50,7 +50,8 @@ class RealData:
     """A classification data set in memory.
 
     `images_train`, `images_test`: `[N, C, H, W]`, uint8 (or float32 in [0, 1]); `labels_*`: int64 `[N]` in
-    0..num_classes-1; `mean`, `std`: per channel, of pixels scaled to [0, 1]; `zca`: whitening instead of these.
+    0..num_classes-1; `mean`, `std`: per channel, of pixels scaled to [0, 1]; `zca`: whitening instead of these;
+    `class_names`: the folders of ImageFolder in the order of the labels, else empty.
     """
 
     name: str
@@ -62,6 +63,7 @@ class RealData:
     images_test: torch.Tensor
     labels_test: torch.Tensor
     zca: ZCA | None = None
+    class_names: tuple[str, ...] = ()
 
     @property
     def channel(self) -> int:
@@ -162,7 +164,8 @@ def load_dataset(
     if name == "npz":
         return _checked(name, None, _read_npz_set(data_path, "--data_path"), data_path)
     if name == "ImageFolder":
-        return _checked(name, None, _read_folders(data_path, im_size or 64), data_path)
+        arrays, class_names = _read_folders(data_path, im_size or 64)
+        return replace(_checked(name, None, arrays, data_path), class_names=class_names)
     local = data_path / f"{name.lower()}.npz"
     if local.is_file():
         arrays, source = _read_npz_set(local, "--data_path"), local
@@ -279,8 +282,8 @@ def _read_tinyimagenet(data_path: Path) -> Arrays:
     return arrays[0], arrays[1].long(), arrays[2], arrays[3].long()
 
 
-def _read_folders(data_path: Path, side: int) -> Arrays:
-    """`train/<class>/*` and `test/<class>/*` (or `val/`); classes are the sorted names of the folders of `train/`."""
+def _read_folders(data_path: Path, side: int) -> tuple[Arrays, tuple[str, ...]]:
+    """`train/<class>/*` and `test/<class>/*` (or `val/`), and the classes: the sorted names of `train/`'s folders."""
     train = data_path / "train"
     test = next((data_path / n for n in ("test", "val") if (data_path / n).is_dir()), data_path / "test")
     for folder in (train, test):
@@ -305,7 +308,7 @@ def _read_folders(data_path: Path, side: int) -> Arrays:
             raise UserError(f"--data_path: no images below {folder}")
         parts.append(read_images([p for p, _ in found], 3, (side, side), "--data_path"))
         parts.append(torch.tensor([label for _, label in found]))
-    return tuple(parts)
+    return tuple(parts), tuple(classes)
 
 
 def load_test_images(name: str, root: Path, download: bool, flag: str = "--data_path") -> torch.Tensor:

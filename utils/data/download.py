@@ -5,6 +5,7 @@ A download goes into a temporary folder first, so that an interrupted one leaves
 """
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 
 from utils.compute import distributed
-from utils.core.errors import UserError, one_line
+from utils.core.errors import UserError, one_line, print_line
 
 NPZ_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 TINYIMAGES = "300K_random_images.npy"
@@ -58,15 +59,21 @@ def read_torchvision(name: str, root: Path, download: bool, flag: str = "--data_
     Raises:
         NotThere: when the set cannot be opened from `root`, and `download` is false or fails.
     """
-    with distributed.main_first():
-        try:
-            parts = _open_torchvision(name, root, False)
-        except Exception as error:
-            if not download:
-                found = f"not there ({one_line(error, 80)})"
-                raise NotThere(_how_to_get(name, root, found, flag)) from None
-            parts = _fetch_torchvision(name, root, flag)
+    parts, why = _try_torchvision(name, root)
+    if parts is None and not download:
+        raise NotThere(_how_to_get(name, root, f"not there ({why})", flag))
+    if download and distributed.anywhere(parts is None):
+        with distributed.main_first():
+            parts = _try_torchvision(name, root)[0] or _fetch_torchvision(name, root, flag)
     return tuple(t for part in parts for t in _whole_tensors(part))
+
+
+def _try_torchvision(name: str, root: Path) -> tuple[list | None, str]:
+    """The training and the test part if they are in `root`, else None and what is wrong."""
+    try:
+        return _open_torchvision(name, root, False), ""
+    except Exception as error:
+        return None, one_line(error, 80)
 
 
 def _open_torchvision(name: str, root: Path, download: bool) -> list:
@@ -80,15 +87,15 @@ def _open_torchvision(name: str, root: Path, download: bool) -> list:
 
 
 def _fetch_torchvision(name: str, root: Path, flag: str) -> list:
-    print(f"{name} is not in {root}; downloading it through torchvision", flush=True)
+    print_line(f"{name} is not in {root}; downloading it through torchvision")
 
     def fetch(folder: Path) -> list:
         """Download both parts into `folder`; archives that `root` already has are not downloaded again."""
         for pattern in _ARCHIVES[name]:
             for path in root.glob(pattern):
-                link = folder / path.relative_to(root)
-                link.parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to(path.resolve())
+                copy = folder / path.relative_to(root)  # no link: torchvision writes over an archive that is not whole
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
         return _open_torchvision(name, folder, True)
 
     try:

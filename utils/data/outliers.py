@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from utils.compute import distributed
 from utils.compute.transfer import Draw, send
 from utils.core.errors import UserError
 from utils.core.rng import generator as keyed_generator
@@ -219,14 +220,15 @@ def load_outlier_pool(
     `300K_random_images.npy` is downloaded.
     """
     path = Path(path)
-    if not path.exists():
-        if not (download and path.name == TINYIMAGES):
-            fetch = f", or let --download all fetch {TINYIMAGES} (pip install pytorch-ood)"
-            raise UserError(
-                f"--oe_data_path: {path} is not there; give a .npy (uint8 NHWC), an .npz (key images) or a folder of "
-                f"images{fetch if path.name == TINYIMAGES else ''}"
-            )
-        fetch_tinyimages(path)
+    if download and path.name == TINYIMAGES:
+        if distributed.anywhere(not path.exists()):
+            fetch_tinyimages(path)
+    elif not path.exists():
+        fetch = f", or let --download all fetch {TINYIMAGES} (pip install pytorch-ood)"
+        raise UserError(
+            f"--oe_data_path: {path} is not there; give a .npy (uint8 NHWC), an .npz (key images) or a folder of "
+            f"images{fetch if path.name == TINYIMAGES else ''}"
+        )
     images = read_image_pool(path, real.channel, real.im_size, "--oe_data_path")
     fits = len(images) // real.num_classes
     if not fits:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,8 +162,8 @@ def _read_pair(files: SetFiles, real: RealData, exp_idx: int, flag: str) -> RawS
 
 
 def _read_folders(files: SetFiles, real: RealData, exp_idx: int, flag: str) -> RawSet:
-    """A folder of images for each class; the classes are the folders in the order of their numbers, or names."""
-    folders = _in_order([p for p in files.images.iterdir() if p.is_dir()])
+    """A folder of images for each class: in the order of `real`'s, if it has the same names, or of numbers or names."""
+    folders = _in_order([p for p in files.images.iterdir() if p.is_dir()], real.class_names)
     if len(folders) != real.num_classes:
         raise UserError(f"{flag}: {files.images} has {len(folders)} folders; --dataset has {real.num_classes} classes")
     paths, labels = [], []
@@ -175,12 +176,20 @@ def _read_folders(files: SetFiles, real: RealData, exp_idx: int, flag: str) -> R
     for path in paths:
         _check_size(path, real, flag)
     images = read_images(paths, real.channel, real.im_size, flag)
-    note = f"classes in the order of the folders: {folders[0].name}, {folders[1].name}, … {folders[-1].name}"
+    note = f"classes in the order of the folders: {_ends([folder.name for folder in folders])}"
+    if real.class_names:
+        note += f"; those of --data_path: {_ends(real.class_names)}"
     return RawSet(unit_images(images), torch.tensor(labels), note=note)
 
 
-def _in_order(folders: list[Path]) -> list[Path]:
-    """By their numbers if all names are one word and a number (or a number alone), else by their names."""
+def _ends(names: Sequence[str]) -> str:
+    return f"{names[0]}, {names[1]}, … {names[-1]}"
+
+
+def _in_order(folders: list[Path], class_names: tuple[str, ...]) -> list[Path]:
+    """As `class_names`, if these are their names; by number if all are one word and a number; else by name."""
+    if {folder.name for folder in folders} == set(class_names):
+        return sorted(folders, key=lambda folder: class_names.index(folder.name))
     parts = [re.fullmatch(r"(\D*)(\d+)", folder.name) for folder in folders]
     numbered = all(parts) and len({part[1] for part in parts}) == 1
     return sorted(folders, key=lambda p: int(re.sub(r"\D", "", p.name))) if numbered else sorted(folders)

@@ -12,6 +12,8 @@ import torch
 from utils.core.errors import UserError
 
 _UNFINISHED = ".unfinished"
+_UMASK = os.umask(0o077)  # it can be read only by setting it
+os.umask(_UMASK)
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], None], keep: Path | None = None) -> None:
@@ -31,7 +33,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None], keep: Path | Non
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-                os.chmod(file.name, 0o644)
+                os.chmod(file.name, 0o666 & ~_UMASK)
                 if keep is not None and path.exists():
                     os.replace(path, keep)
                 os.replace(file.name, path)
@@ -50,7 +52,7 @@ def save_pt(path: Path, value: object, keep: Path | None = None) -> None:
 
 def save_text(path: Path, text: str) -> None:
     """Write a text file atomically: a failure leaves the old file."""
-    atomic_write(path, lambda file: file.write(text.encode()))
+    atomic_write(path, lambda file: file.write(text.encode(errors="replace")))
 
 
 def save_output(path: str, text: str) -> None:
@@ -118,4 +120,4 @@ def remove_unfinished(folder: Path) -> None:
 
 def open_no_link(path: str, flags: int) -> int:
     """An `opener` for `open` that refuses symbolic links and never blocks on a named pipe."""
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o644)
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)

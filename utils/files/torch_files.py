@@ -75,6 +75,7 @@ def read_pt(path: Path, what: str, check_crc: bool = False, mmap: bool = False) 
             _check_archive(file, check_crc) if file.read(2) == b"PK" else _check_old_format(file)
             file.seek(0)
             with torch.serialization.safe_globals(_NUMPY_SCALARS):
+                mmap = mmap and _is_utf8(path)  # torch maps by name, and knows no other names
                 source = str(path) if mmap else file
                 value = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
             _check_tensors(value, path.stat().st_size)
@@ -84,6 +85,13 @@ def read_pt(path: Path, what: str, check_crc: bool = False, mmap: bool = False) 
         if "Weights only load failed" in str(error):
             reason = _FOREIGN
         raise UserError(f"{what}: cannot read {path}: {reason}. Write it again with the stage that makes it") from None
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        return bool(str(path).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 _FOREIGN = "it holds objects other than tensors and plain values, or is damaged; it was not executed"

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from utils.compute import distributed
 from utils.core.errors import UserError, unknown_name
 from utils.core.rng import generator
 from utils.data.corruptions import corrupt, needs_partner
@@ -75,13 +76,22 @@ class OODSource:
                     to_fetch.append(name)
                 else:
                     missing[name] = str(error)
+        missing, to_fetch = self._agreed(missing, to_fetch)
         if skip_missing or not missing:
             for name in to_fetch:
                 try:
                     there[name] = self._fetched(name)
                 except UserError as error:
                     missing[name] = f"{error}; or {self._put(name)}"
-        return [there[name] for name in names if name in there], missing
+            missing = self._agreed(missing, [])[0]
+        return [there[name] for name in names if name in there and name not in missing], missing
+
+    @staticmethod
+    def _agreed(missing: dict[str, str], to_fetch: list[str]) -> tuple[dict[str, str], list[str]]:
+        """What any process of `torchrun` lacks, so that all of them fetch together and test on the same sets."""
+        parts = distributed.gather({distributed.rank(): (missing, to_fetch)}).values()
+        lacking = {name: why for part, _ in parts for name, why in part.items()}
+        return lacking, list(dict.fromkeys(name for _, part in parts for name in part if name not in lacking))
 
     def find_all(self, names: Sequence[str], advice: str = "") -> list[OODSet]:
         """Look up `names`; raises a `UserError` that lists all missing sets, with `advice` behind the flag."""

@@ -8,6 +8,7 @@ import argparse
 import os
 import shlex
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 from utils.compute import distributed
@@ -110,7 +111,7 @@ def _command_line(flags: dict, parser: Parser, folder: Path) -> list[str]:
 
 def _word(value: object) -> str:
     """A value as a word; argparse takes negative numbers for flags if they have an exponent."""
-    return f"{value:f}" if isinstance(value, float) and "e" in str(value) else str(value)
+    return f"{Decimal(str(value)):f}" if isinstance(value, float) and "e" in str(value) else str(value)
 
 
 def _latest(root: Path, script: str) -> Path:

@@ -1,5 +1,6 @@
 """Run folders: how they are made and locked, and what is written into them: logs, metrics, arguments."""
 
+import errno
 import json
 import math
 import os
@@ -211,7 +212,9 @@ class RunLock:
             raise UserError(f"cannot write into {folder}: {error}. Choose another folder") from None
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
+                return
             self.file.seek(0)
             owner = self.file.read(200).strip() or "another process"
             self.file.close()

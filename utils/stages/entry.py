@@ -1,18 +1,24 @@
 """How a script starts and ends: errors in one line, exit statuses."""
 
 import faulthandler
-import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 
 from utils.compute import distributed
 from utils.compute.compiling import remove_fresh_cache
-from utils.core.errors import Interrupted, RankError, UserError, print_error, print_error_once, under_torchrun
+from utils.core.errors import (
+    Interrupted,
+    RankError,
+    UserError,
+    drop_output,
+    print_error,
+    print_error_once,
+    under_torchrun,
+)
 
-PRINT_SECONDS = 5.0  # the first process prints an error of all; torchrun ends it when another one leaves before
+SIGPIPE = 13  # by number: Windows has no such signal
 
 
 def run_script(main: Callable[[], None], prog: str) -> None:
@@ -36,13 +42,13 @@ def _status(main: Callable[[], None], prog: str) -> int:
         main()
     except (Interrupted, KeyboardInterrupt) as stopped:
         return 128 + getattr(stopped, "number", signal.SIGINT)
+    except BrokenPipeError:  # the reader of stdout has gone: `study.py … | head`
+        drop_output(sys.stdout)
+        return 128 + SIGPIPE
     except RankError as error:
         return print_error(prog, error)
     except UserError as error:
-        status = print_error_once(prog, error)
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(PRINT_SECONDS)
-        return status
+        return print_error_once(prog, error)
     except (MemoryError, RuntimeError) as error:
         if _is_out_of_memory(error):
             return print_error(
@@ -50,11 +56,16 @@ def _status(main: Callable[[], None], prog: str) -> int:
                 "out of memory: lower --ipc or the flags of this script that begin with --batch_, or choose a "
                 "narrower --model; --zca needs much for large images",
             )
-        if under_torchrun() and "peer" in str(error):
+        if under_torchrun() and _is_broken_connection(error):
             print_error(prog, "another process of this run has ended, so this one ends, too")
             return 1
         raise
     return 0
+
+
+def _is_broken_connection(error: Exception) -> bool:
+    """Whether gloo or NCCL says that another process has left."""
+    return "by peer" in str(error) or "ncclRemoteError" in str(error)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
