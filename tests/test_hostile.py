@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from test_datasets import write_mnist
@@ -38,6 +38,8 @@ from utils.ood.sets import OODSource
 from utils.training.saved import load_trained
 
 MEMORY = 1 << 30
+settings.register_profile("busy", suppress_health_check=[HealthCheck.too_slow])  # the machine may have other work
+settings.load_profile("busy")
 
 
 @pytest.mark.parametrize("reader", fuzz_readers.READERS)
