@@ -279,6 +279,14 @@ run_script(main, "main.py")
     assert (error, status) == (("the end\n", 0) if lines.startswith("print_line") else ("", 141))
 
 
+def test_another_broken_pipe_is_no_secret():
+    def fails():
+        raise BrokenPipeError("of a process of the compiler")
+
+    with pytest.raises(BrokenPipeError):
+        run_script(fails, "main.py")
+
+
 def test_a_variable_of_torchrun_alone_changes_nothing(refused, monkeypatch):
     """Some schedulers set RANK for a single process."""
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits for a first process"))

@@ -114,7 +114,7 @@ def main_first() -> Iterator[None]:
         yield
         failure = None
     except UserError as error:
-        failure = error.with_traceback(None)
+        failure = error
         raise
     finally:
         from_main(failure)

@@ -183,7 +183,7 @@ def _read_folders(files: SetFiles, real: RealData, exp_idx: int, flag: str) -> R
 
 
 def _ends(names: Sequence[str]) -> str:
-    return f"{names[0]}, {names[1]}, … {names[-1]}"
+    return ", ".join(names) if len(names) < 4 else f"{names[0]}, {names[1]}, … {names[-1]}"
 
 
 def _in_order(folders: list[Path], class_names: tuple[str, ...]) -> list[Path]:

@@ -42,7 +42,9 @@ def _status(main: Callable[[], None], prog: str) -> int:
         main()
     except (Interrupted, KeyboardInterrupt) as stopped:
         return 128 + getattr(stopped, "number", signal.SIGINT)
-    except BrokenPipeError:  # the reader of stdout has gone: `study.py … | head`
+    except BrokenPipeError:
+        if not _reader_has_gone():
+            raise
         drop_output(sys.stdout)
         return 128 + SIGPIPE
     except RankError as error:
@@ -61,6 +63,15 @@ def _status(main: Callable[[], None], prog: str) -> int:
             return 1
         raise
     return 0
+
+
+def _reader_has_gone() -> bool:
+    """Whether nobody reads stdout any more, as with `study.py … | head`."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        return True
+    return False
 
 
 def _is_broken_connection(error: Exception) -> bool:
