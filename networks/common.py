@@ -59,9 +59,8 @@ def initialize(net: nn.Module, generator: torch.Generator) -> nn.Module:
         elif isinstance(module, (nn.GroupNorm, nn.LayerNorm, nn.BatchNorm2d)):
             module.reset_parameters()
         elif [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
-            raise TypeError(
-                f"initialize of networks/common.py knows no parameters or buffers of {type(module).__name__}"
-            )
+            name = type(module).__name__
+            raise TypeError(f"networks/common.py: initialize does not know the parameters or buffers of {name}")
     device, flat = parameters[0].device, torch.cat(draws)  # one transfer for all
     flat = flat.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else flat.to(device)
     for parameter, draw in zip(parameters, flat.split([len(d) for d in draws]), strict=True):

@@ -258,7 +258,7 @@ def test_names_that_the_terminal_cannot_show(monkeypatch):
 def test_a_reader_that_goes_away(lines):
     """A run goes on, as its lines are in logs.txt, too; what only prints ends. Neither has a traceback."""
     code = f"""
-import sys, time
+import sys
 from utils.core.errors import print_line
 from utils.stages.entry import run_script
 def main():

@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -555,7 +556,14 @@ def test_downloads_are_moved_when_they_are_complete(tmp_path, monkeypatch):
     assert torch.equal(load_dataset("MNIST", tmp_path / "data", download=False).images_train, real.images_train)
 
 
-def test_setup_mends_an_environment_without_pip(tmp_path):
+def copy_of_setup(folder):
+    """`scripts/setup.sh` in a project that requires nothing."""
+    (folder / "scripts").mkdir()
+    (folder / "requirements.txt").write_text("")
+    return shutil.copy(ROOT / "scripts" / "setup.sh", folder / "scripts")
+
+
+def test_setup_mends_an_environment_that_does_not_start(tmp_path):
     """Stand-ins for Python: the one in `.venv` does not start until `-m venv` has made it anew."""
 
     def stand_in(path, body):
@@ -567,12 +575,10 @@ def test_setup_mends_an_environment_without_pip(tmp_path):
     stand_in(
         tmp_path / "base", 'case "$2" in venv) printf "#!/bin/sh\\necho new \\$* >> calls" > .venv/bin/python;; esac'
     )
-    (tmp_path / "scripts").mkdir()
-    (tmp_path / "scripts" / "setup.sh").write_bytes((ROOT / "scripts" / "setup.sh").read_bytes())
-    (tmp_path / "requirements.txt").write_text("")
+    setup = copy_of_setup(tmp_path)
     for _ in range(2):  # the second call has nothing to do
         environment = os.environ | {"BASE_PYTHON": str(tmp_path / "base")}
-        subprocess.run(["bash", str(tmp_path / "scripts" / "setup.sh")], env=environment, check=True)
+        subprocess.run(["bash", str(setup)], env=environment, check=True)
     calls = [line for line in (tmp_path / "calls").read_text().splitlines() if " -m " in line]
     install = "new -m pip install --quiet --disable-pip-version-check -r requirements.txt"
     assert calls == ["base -m venv --clear .venv", "new -m pip --version", install]
@@ -588,10 +594,8 @@ def test_setup_keeps_an_environment_without_pip(tmp_path, ensurepip):
         (folder / "bin" / "python").unlink()
         (folder / "bin" / "python").write_text('#!/bin/sh\nif [ "$1" = -m ]; then exit 1; fi\n')
         (folder / "bin" / "python").chmod(0o755)
-    (tmp_path / "scripts").mkdir()
-    (tmp_path / "scripts" / "setup.sh").write_bytes((ROOT / "scripts" / "setup.sh").read_bytes())
-    (tmp_path / "requirements.txt").write_text("")
-    done = subprocess.run(["bash", str(tmp_path / "scripts" / "setup.sh")], capture_output=True, text=True)
+    setup = copy_of_setup(tmp_path)
+    done = subprocess.run(["bash", str(setup)], capture_output=True, text=True)
     assert (folder / "mine").read_text() == "kept"
     assert done.returncode == (0 if ensurepip else 2)
     assert ensurepip or ".venv has no pip" in done.stderr

@@ -160,5 +160,5 @@ def test_a_module_that_initialize_does_not_know():
     with_buffer = nn.ReLU()
     with_buffer.register_buffer("scale", torch.ones(4))
     for module in (nn.Conv1d(1, 1, 1), with_buffer):
-        with pytest.raises(TypeError, match=f"no parameters or buffers of {type(module).__name__}"):
+        with pytest.raises(TypeError, match=f"does not know the parameters or buffers of {type(module).__name__}"):
             initialize(nn.Sequential(nn.Linear(2, 2), module), torch.Generator())
