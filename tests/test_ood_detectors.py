@@ -5,6 +5,7 @@ import re
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib import metadata
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,6 +24,8 @@ from utils.compute import cpu_batches, device
 from utils.compute.device import Compute
 from utils.core.errors import UserError
 from utils.core.rng import generator
+from utils.core.version import versions, versions_line
+from utils.data.download import fetch_pytorch_ood, fetch_tinyimages
 from utils.data.synthetic import SyntheticSet
 from utils.ood.calibration import best_temperature, calibration
 from utils.ood.detectors import ALL_SCORES, DETECTORS, FitSet, Scorer, feature_map_shape, last_layer, require_library
@@ -207,6 +210,42 @@ def test_errors_come_before_work(digits, trained, noise, monkeypatch):
     require_library(("msp", "energy"))
     with pytest.raises(UserError, match=r"--score knn vim: .*pip install pytorch-ood"):
         require_library(("msp", "knn", "vim"))
+
+
+@pytest.mark.parametrize(
+    ("version", "refused"), [("0.3.3", True), ("0.4", False), ("0.4.0rc1", False), ("0.10", False)]
+)
+def test_an_older_version_is_refused_wherever_it_is_used(version, refused, monkeypatch, tmp_path):
+    """With 0.3.3 some detectors gave other numbers. The version counts, as what pip says of it."""
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: version if name == "pytorch-ood" else real(name))
+    monkeypatch.setattr("utils.data.download._fetch_into", None)  # nothing is fetched
+    needed = "pytorch-ood 0.3.3 is installed; 0.4 or newer is needed: pip install --upgrade pytorch-ood"
+    uses = {
+        "--score knn vim": lambda: require_library(("msp", "knn", "vim")),
+        "fetching Textures": lambda: fetch_pytorch_ood("Textures", tmp_path),
+        "--oe_data_path: fetching": lambda: fetch_tinyimages(tmp_path / "300K_random_images.npy"),
+    }
+    require_library(("msp", "energy"))
+    for what, use in uses.items():
+        try:
+            use()
+            message = ""
+        except UserError as error:
+            message = str(error)
+        assert (message.startswith(what) and message.endswith(f": {needed}")) if refused else needed not in message
+
+
+def test_versions_name_what_computed(monkeypatch):
+    """Each library of requirements.txt that computes; the optional one where it was loaded."""
+    computing = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "pillow")
+    assert {name: versions()[name] for name in computing} == {name: metadata.version(name) for name in computing}
+    require_library(("knn",))
+    assert versions()["pytorch-ood"] == metadata.version("pytorch-ood")
+    assert f"pytorch-ood {metadata.version('pytorch-ood')}" in versions_line(versions())
+    monkeypatch.delitem(sys.modules, "pytorch_ood")
+    require_library(("msp",))
+    assert "pytorch-ood" not in versions()
 
 
 def test_an_older_library_is_told_of(monkeypatch):

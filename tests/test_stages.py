@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from dataclasses import replace
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -114,7 +115,13 @@ def check_report(folder):
     assert len(rows) == len(results["rows"]) == 2 * 2 * (3 + 7)
     assert {r["set"] for r in rows} >= {"patches", "blob", "mine", "val:jigsaw"}
     assert all(0 <= float(r[m]) <= 1 for r in rows for m in MEASURES)
-    assert "| mean " in (folder / "report.md").read_text()
+    report = (folder / "report.md").read_text()
+    assert "| mean " in report
+    used = json.loads((folder / "args.json").read_text())["versions"]
+    computing = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "pillow")
+    for name in computing:
+        assert used[name] == metadata.version(name)
+        assert re.search(rf"^Versions: .*\b{name} {re.escape(used[name])}[,.]", report, re.MULTILINE)
     assert (folder / "scores_msp.png").stat().st_size > 1000
 
 

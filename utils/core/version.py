@@ -1,19 +1,57 @@
 """Versions of this program and of the libraries that its numbers depend on."""
 
 import platform
+import re
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from utils.core.errors import UserError
+
 VERSION = 1  # stored in the files that the stages write
+LIBRARIES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "pillow")  # those that read or compute something
+OLDEST_PYTORCH_OOD = (0, 4)  # older ones compute other numbers under the same names
 
 
 def versions() -> dict[str, str | int | None]:
-    """Version of this program, of Python, and of the libraries; `cuda` is None in builds without it."""
-    libraries = {name: metadata.version(name) for name in ("torch", "torchvision", "numpy")}
+    """Version of this program, of Python, and of the libraries; `cuda` is None in builds without it.
+
+    pytorch-ood, which is optional, is among them if this process has loaded it: for a detector, or to fetch a set.
+    """
+    names = (*LIBRARIES, *(["pytorch-ood"] if sys.modules.get("pytorch_ood") else []))
+    libraries = {name: installed(name) for name in names}
     return {"trustdd": VERSION, "python": platform.python_version(), **libraries, "cuda": torch.version.cuda}
+
+
+def versions_line(found: dict[str, str | int | None]) -> str:
+    """What `versions` returns as one line."""
+    return ", ".join(f"{name} {version}" for name, version in found.items())
+
+
+def installed(name: str) -> str | None:
+    """The version of an installed package; None if it is not installed, or not under this name."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def require_pytorch_ood(what: str) -> None:
+    """Raise a `UserError` that begins with `what`, if pytorch-ood is not installed or too old."""
+    found = installed("pytorch-ood") or ""
+    numbers = re.match(r"\d+(\.\d+)*", found)
+    if numbers and tuple(map(int, numbers[0].split("."))) < OLDEST_PYTORCH_OOD:
+        oldest = ".".join(map(str, OLDEST_PYTORCH_OOD))
+        raise UserError(
+            f"{what}: pytorch-ood {found} is installed; {oldest} or newer is needed: pip install --upgrade pytorch-ood"
+        )
+    try:
+        import pytorch_ood  # noqa: F401
+    except ImportError:
+        raise UserError(f"{what}: needs the package pytorch-ood: pip install pytorch-ood") from None
 
 
 def git_commit() -> str | None:

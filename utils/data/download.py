@@ -15,6 +15,7 @@ import torch
 
 from utils.compute import distributed
 from utils.core.errors import UserError, one_line, print_line
+from utils.core.version import require_pytorch_ood
 
 NPZ_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 TINYIMAGES = "300K_random_images.npy"
@@ -147,15 +148,14 @@ def fetch_tinyimages(path: Path) -> None:
     """Download 300K Random Images (Hendrycks et al.) to `path` through pytorch-ood, which checks the MD5 sum.
 
     Raises:
-        UserError: without pytorch-ood, and when the download fails.
+        UserError: without pytorch-ood 0.4 or newer, and when the download fails.
     """
     with distributed.main_first():
         if path.exists():  # rank 0 has downloaded it
             return
-        try:
-            from pytorch_ood.dataset.img import TinyImages300k
-        except ImportError:
-            raise UserError(f"--oe_data_path: fetching {path} needs pytorch-ood: pip install pytorch-ood") from None
+        require_pytorch_ood(f"--oe_data_path: fetching {path}")
+        from pytorch_ood.dataset.img import TinyImages300k
+
         try:
             _fetch_into(path.parent, lambda folder: TinyImages300k(root=str(folder), download=True))
         except Exception as error:
@@ -167,12 +167,11 @@ def fetch_pytorch_ood(name: str, root: Path) -> Sequence:
     """The OOD set `name` of `FROM_PYTORCH_OOD` as a pytorch-ood data set, downloaded to `root` if it is missing there.
 
     Raises:
-        UserError: without pytorch-ood, and when the download or its checksum fails.
+        UserError: without pytorch-ood 0.4 or newer, and when the download or its checksum fails.
     """
-    try:
-        from pytorch_ood.dataset import img
-    except ImportError:
-        raise UserError(f"fetching {name} needs pytorch-ood: pip install pytorch-ood") from None
+    require_pytorch_ood(f"fetching {name}")
+    from pytorch_ood.dataset import img
+
     cls, kwargs = FROM_PYTORCH_OOD[name]
     make = getattr(img, cls)
     with distributed.main_first():

@@ -16,10 +16,10 @@ from torch import nn
 
 from utils.compute.device import Compute
 from utils.core.errors import UserError, one_line
+from utils.core.version import require_pytorch_ood
 from utils.ood.calibration import best_temperature
 from utils.ood.scores import SCORES
 
-INSTALL = "pip install pytorch-ood"
 LAST_LAYERS = ("classifier", "fc", "fc_3")
 GRADIENT_BATCH = 32  # per-image gradients need this many copies of the parameters
 
@@ -132,14 +132,15 @@ def require_library(scores: Sequence[str]) -> None:
     wanted = [name for name in scores if name in DETECTORS]
     if not wanted:
         return
-    try:
-        from pytorch_ood import detector
-    except ImportError:
-        raise UserError(f"--score {' '.join(wanted)}: needs the package pytorch-ood: {INSTALL}") from None
+    require_pytorch_ood(f"--score {' '.join(wanted)}")
+    from pytorch_ood import detector
+
     for name in wanted:
         spec = DETECTORS[name]
         if not hasattr(getattr(detector, spec.cls, None), _PREDICT.get(spec.takes, "predict")):
-            raise UserError(f"--score {name}: this version of pytorch-ood does not have it: {INSTALL} --upgrade")
+            raise UserError(
+                f"--score {name}: this version of pytorch-ood does not have it: pip install --upgrade pytorch-ood"
+            )
 
 
 def last_layer(net: nn.Module) -> nn.Linear:

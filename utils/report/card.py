@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from utils.core.version import versions
+from utils.core.version import versions, versions_line
 from utils.data.augment import dc_augmentation
 from utils.report.results import Results, shared_sets
 from utils.report.tables import markdown_table, mean_std
@@ -180,7 +180,7 @@ def _origin(f: CardFacts) -> str:
         *([("stopped", f"after iteration {stopped[0]} of {stopped[1]}")] if stopped else []),
         ("commit of TrustDD", f"`{about.get('git_commit') or 'unknown'}`"),
         ("seed", str((about.get("flags") or {}).get("seed", "unknown"))),
-        ("versions", ", ".join(f"{k} {v}" for k, v in (about.get("versions") or versions()).items())),
+        ("versions", versions_line(about.get("versions") or versions())),
         ("date", str(about.get("started", "unknown"))),
     ]
     return markdown_table(["", ""], [list(row) for row in rows])

@@ -134,7 +134,8 @@ class RunFolder:
         about = read_args(self.path)
         resumed = about.get("resumed") if isinstance(about.get("resumed"), list) else []
         now = {"command": shlex.join(sys.orig_argv), "at": datetime.now().isoformat(timespec="seconds")}
-        about |= {"flags": flags | {"resume": None}, "resumed": [*resumed, now | {"git_commit": git_commit()}], **more}
+        now |= {"git_commit": git_commit(), "versions": versions()}
+        about |= {"flags": flags | {"resume": None}, "resumed": [*resumed, now], **more}
         save_text(self.path / ARGS, json.dumps(about, indent=1, default=str) + "\n")
 
     @contextmanager

@@ -11,6 +11,7 @@ from utils.compute import distributed
 from utils.compute.compiling import Workload
 from utils.compute.device import Compute, choose_compute, choose_device
 from utils.core.errors import UserError, rank_errors
+from utils.core.version import versions, versions_line
 from utils.data.datasets import RealData, load_dataset
 from utils.data.synthetic import load_synthetic
 from utils.files.atomic import save_text
@@ -230,7 +231,7 @@ def _finite(in_scores: Sequence[np.ndarray], out_scores: dict[str, list[np.ndarr
 
 def _write_report(results: Results, scores: Sequence[str], run: RunFolder, about: dict) -> None:
     """Write `results.json`, `results.csv` and `report.md`, and log the report."""
-    text = report_text(results, scores)
+    text = report_text(results, scores) + f"\nVersions: {versions_line(versions())}.\n"
     for line in text.splitlines():
         run.log(line)
     save_text(run.path / "report.md", text)
