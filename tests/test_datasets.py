@@ -225,6 +225,103 @@ def test_image_folder(test, tmp_path):
     assert real.images_test.shape == (4, 3, 16, 16)
 
 
+def test_val_is_the_test_set_where_test_has_no_classes(tmp_path):
+    """As ImageNet and TinyImageNet are unpacked: `test/` holds images without classes."""
+    write_folders(tmp_path, "val")
+    (tmp_path / "test" / "images").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "test" / "images" / "test_0.JPEG")
+    Image.new("RGB", (8, 8)).save(tmp_path / "test" / "ILSVRC2012_test_00000001.JPEG")
+    real = load_dataset("ImageFolder", tmp_path, im_size=16)
+    assert real.labels_test.tolist() == [0, 0, 1, 1]
+    assert real.images_test[:, 0].amax((1, 2)).tolist() == [100, 100, 0, 0]
+    (line,) = real.notes
+    assert f"the test set is {tmp_path / 'val'}; {tmp_path / 'test'} has no folder of a class of train/" in line
+    (tmp_path / "test" / "cat").mkdir()
+    Image.new("RGB", (8, 8), "white").save(tmp_path / "test" / "cat" / "0.JPEG")
+    (tmp_path / "test" / "images").rename(tmp_path / "elsewhere")
+    real = load_dataset("ImageFolder", tmp_path, im_size=16)
+    assert (real.labels_test.tolist(), real.notes) == ([1], ())
+    (tmp_path / "test").rename(tmp_path / "kept")
+    (line,) = load_dataset("ImageFolder", tmp_path, im_size=16).notes
+    assert "/test is not there" in line
+
+
+def write_tinyimagenet(root, classes):
+    """As the archive unpacks, with two training images of a class and one of `val/`; returns each image by its path."""
+    pictures, lines = {}, []
+    for i, wnid in enumerate(classes):
+        for part in (f"train/{wnid}/images/{wnid}_0.JPEG", f"train/{wnid}/images/{wnid}_1.JPEG"):
+            pictures[part] = i
+        (root / "train" / wnid / "images").mkdir(parents=True)
+        (root / "train" / wnid / f"{wnid}_boxes.txt").write_text(f"{wnid}_0.JPEG\t0\t0\t63\t63\n")
+        name = f"val_{(7 * i) % len(classes)}.JPEG"
+        pictures[f"val/images/{name}"] = i
+        lines.append(f"{name}\t{wnid}\t0\t32\t44\t62\n")
+    (root / "val" / "images").mkdir(parents=True)
+    (root / "test" / "images").mkdir(parents=True)
+    (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    for path in (*pictures, "test/images/test_0.JPEG"):
+        Image.fromarray(np.full((64, 64, 3), G.integers(256), np.uint8)).save(root / path)
+    return pictures
+
+
+def check_tinyimagenet(real, root, pictures, classes):
+    """Each part against PIL, whatever its order."""
+    assert real.class_names == tuple(sorted(classes))
+    for part, images, labels in (
+        ("train/", real.images_train, real.labels_train),
+        ("val/", real.images_test, real.labels_test),
+    ):
+        expected = sorted(
+            (sorted(classes).index(classes[i]), np.asarray(Image.open(root / path)).tobytes())
+            for path, i in pictures.items()
+            if path.startswith(part)
+        )
+        arrays = images.permute(0, 2, 3, 1).numpy()
+        assert sorted((int(c), a.tobytes()) for c, a in zip(labels, arrays, strict=True)) == expected
+
+
+@pytest.mark.parametrize("inner", ["tiny-imagenet-200", "."])
+def test_tinyimagenet_as_unpacked(inner, tmp_path):
+    root = tmp_path / inner
+    classes = [f"n{(37 * i) % 200:08}" for i in range(200)]
+    pictures = write_tinyimagenet(root, classes)
+    real = load_dataset("TinyImageNet", tmp_path)
+    check_tinyimagenet(real, root, pictures, classes)
+    assert (real.mean, real.num_classes) == (SPECS["TinyImageNet"].mean, 200)
+    assert "/val, with the classes of val_annotations.txt; " in real.notes[0]
+
+
+def test_unpacked_annotations_that_do_not_fit(tmp_path):
+    root = tmp_path / "tiny-imagenet-200"
+    classes = [f"n{i:08}" for i in range(30)]
+    pictures = write_tinyimagenet(root, classes)
+    with pytest.raises(UserError, match=r"train has 30 classes; TinyImageNet has 200\. Use --dataset ImageFolder"):
+        load_dataset("TinyImageNet", tmp_path)
+    check_tinyimagenet(load_dataset("ImageFolder", root), root, pictures, classes)
+    file = root / "val" / "val_annotations.txt"
+    text = file.read_text()
+    for line in ("../val_1.JPEG\tn00000001\t0\n", "val_1.JPEG n00000001\n", "val_1.JPEG\tn00000031\n"):
+        file.write_text(text + line)
+        with pytest.raises(UserError, match=r"--data_path: line 31 of .*val_annotations.txt is '.*'; it must be"):
+            load_dataset("ImageFolder", root)
+    file.write_text(text)
+    for i in range(25):
+        (root / "val" / "images" / f"val_{i}.JPEG").unlink()
+    with pytest.raises(UserError, match=r"images that are not there: .*/val_\d+.JPEG and 5 more"):
+        load_dataset("ImageFolder", root)
+
+
+def test_image_folder_without_a_test_set(tmp_path):
+    write_folders(tmp_path)
+    (tmp_path / "test").rename(tmp_path / "other")
+    for part in ("test", "val"):
+        (tmp_path / part).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / part / "0.JPEG")
+    with pytest.raises(UserError, match=r"/test and .*/val hold no folder of a class of train/ \(a dog's Öre, cat\)"):
+        load_dataset("ImageFolder", tmp_path)
+
+
 def test_image_folder_faults(tmp_path):
     with pytest.raises(UserError, match="train is not there"):
         load_dataset("ImageFolder", tmp_path)

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -53,6 +53,12 @@ def one_line(value: object, most: int = 160) -> str:
     """A value or an error as one printable line of at most `most` characters; its type name if the text is empty."""
     text = " ".join(str(value).split()) or type(value).__name__
     return "".join(c if c.isprintable() else "?" for c in text[:most])
+
+
+def named(names: Sequence[str], most: int = 20) -> str:
+    """The first `most` of some names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def under_torchrun() -> bool:

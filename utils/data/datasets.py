@@ -11,6 +11,7 @@ import torch
 from utils.compute.transfer import send
 from utils.core.errors import UserError, unknown_name
 from utils.data.download import NPZ_KEYS, read_torchvision
+from utils.data.folders import annotated_images, annotates, test_folder
 from utils.data.whitening import ZCA, fit_zca
 from utils.files.arrays import images_to_nchw, read_npz
 from utils.files.images import check_link, list_images, read_images, unit_images
@@ -51,7 +52,7 @@ class RealData:
 
     `images_train`, `images_test`: `[N, C, H, W]`, uint8 (or float32 in [0, 1]); `labels_*`: int64 `[N]` in
     0..num_classes-1; `mean`, `std`: per channel, of pixels scaled to [0, 1]; `zca`: whitening instead of these;
-    `class_names`: the folders of ImageFolder in the order of the labels, else empty.
+    `class_names`: the folders of ImageFolder in the order of the labels, else empty; `notes`: lines for the log.
     """
 
     name: str
@@ -64,6 +65,7 @@ class RealData:
     labels_test: torch.Tensor
     zca: ZCA | None = None
     class_names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def channel(self) -> int:
@@ -164,12 +166,14 @@ def load_dataset(
     if name == "npz":
         return _checked(name, None, _read_npz_set(data_path, "--data_path"), data_path)
     if name == "ImageFolder":
-        arrays, class_names = _read_folders(data_path, im_size or 64)
-        return replace(_checked(name, None, arrays, data_path), class_names=class_names)
+        return _of_folders(name, None, data_path, im_size or 64)
     local = data_path / f"{name.lower()}.npz"
     if local.is_file():
         arrays, source = _read_npz_set(local, "--data_path"), local
     else:
+        unpacked = _unpacked_tinyimagenet(data_path) if name == "TinyImageNet" else None
+        if unpacked is not None:
+            return _of_folders(name, SPECS[name], unpacked, SPECS[name].side)
         read = {"Digits": _read_digits, "TinyImageNet": _read_tinyimagenet}.get(name)
         arrays = read(data_path) if read else read_torchvision(name, data_path, download)
         source = data_path
@@ -177,6 +181,16 @@ def load_dataset(
 
 
 Arrays = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _of_folders(name: str, spec: Spec | None, folder: Path, side: int) -> RealData:
+    arrays, class_names, notes = _read_folders(folder, side)
+    if spec and len(class_names) != spec.num_classes:
+        raise UserError(
+            f"--data_path: {folder / 'train'} has {len(class_names)} classes; {name} has {spec.num_classes}. "
+            f"Use --dataset ImageFolder --im_size {side} for a part of it"
+        )
+    return replace(_checked(name, spec, arrays, folder), class_names=class_names, notes=notes)
 
 
 def _checked(name: str, spec: Spec | None, arrays: Arrays, source: Path) -> RealData:
@@ -260,10 +274,21 @@ def _read_digits(_: Path) -> Arrays:
     return images[train], labels[train], images[test], labels[test]
 
 
+def _unpacked_tinyimagenet(data_path: Path) -> Path | None:
+    """The folder of TinyImageNet as it is unpacked; None if there is none, or `tinyimagenet.pt`, which is read sooner."""
+    if (data_path / "tinyimagenet.pt").is_file():
+        return None
+    folders = (data_path / "tiny-imagenet-200", data_path)
+    return next((folder for folder in folders if (folder / "train").is_dir()), None)
+
+
 def _read_tinyimagenet(data_path: Path) -> Arrays:
     path = data_path / "tinyimagenet.pt"
     if not path.is_file():
-        raise UserError(f"--data_path: {path} is not there; TinyImageNet is read from that file (see README, Data)")
+        raise UserError(
+            f"--data_path: {path} is not there, nor {data_path / 'tiny-imagenet-200' / 'train'}; TinyImageNet is read "
+            "from that file or that folder (see README, Data)"
+        )
     data = read_pt(path, "--data_path")
     accepted = (
         "it must hold the keys classes, images_train, labels_train, images_val and labels_val: images uint8 "
@@ -282,15 +307,19 @@ def _read_tinyimagenet(data_path: Path) -> Arrays:
     return arrays[0], arrays[1].long(), arrays[2], arrays[3].long()
 
 
-def _read_folders(data_path: Path, side: int) -> tuple[Arrays, tuple[str, ...]]:
-    """`train/<class>/*` and `test/<class>/*` (or `val/`), and the classes: the sorted names of `train/`'s folders."""
+def _read_folders(data_path: Path, side: int) -> tuple[Arrays, tuple[str, ...], tuple[str, ...]]:
+    """`train/<class>/*` and the test set (`test_folder`), the classes, and lines for the log.
+
+    The classes are the sorted names of `train/`'s folders.
+    """
     train = data_path / "train"
-    test = next((data_path / n for n in ("test", "val") if (data_path / n).is_dir()), data_path / "test")
+    classes = sorted(p.name for p in train.iterdir() if p.is_dir()) if train.is_dir() else []
+    test, notes = test_folder(data_path, classes)
     for folder in (train, test):
         if not folder.is_dir():
             raise UserError(f"--data_path: {folder} is not there; ImageFolder reads train/<class>/* and test/<class>/*")
-    classes = sorted(p.name for p in train.iterdir() if p.is_dir())
-    extra = sorted(p.name for p in test.iterdir() if p.is_dir() and p.name not in classes)
+    in_file = annotates(test, classes)
+    extra = [] if in_file else sorted(p.name for p in test.iterdir() if p.is_dir() and p.name not in classes)
     if len(classes) < 2 or extra:
         raise UserError(
             f"--data_path: {train} has {len(classes)} classes; {test} has others: {', '.join(extra) or 'none'}"
@@ -304,11 +333,12 @@ def _read_folders(data_path: Path, side: int) -> tuple[Arrays, tuple[str, ...]]:
         check_link(folder, tree, "--data_path")
         there = [(label, folder / c) for label, c in enumerate(classes) if os.path.lexists(folder / c)]
         found = [(p, label) for label, place in there for p in list_images(place, tree, "--data_path")]
+        found = annotated_images(test, classes, tree) if in_file and folder == test else found
         if not found:
             raise UserError(f"--data_path: no images below {folder}")
         parts.append(read_images([p for p, _ in found], 3, (side, side), "--data_path"))
         parts.append(torch.tensor([label for _, label in found]))
-    return tuple(parts), tuple(classes)
+    return tuple(parts), tuple(classes), notes
 
 
 def load_test_images(name: str, root: Path, download: bool, flag: str = "--data_path") -> torch.Tensor:
