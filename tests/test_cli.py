@@ -181,7 +181,7 @@ WRONG = [
     ("main.py", ["--download", "none"], ["--data_path data: CIFAR10 is not there", "cifar10.npz"]),
     ("main.py", ["--dataset", "npz", "--data_path", "no.npz"], ["--data_path: no.npz is not there"]),
     ("main.py", [*QUICK, "--eval_ood", "blob", "patch"], ["--eval_ood: unknown", "did you mean patches"]),
-    ("main.py", [*QUICK, "--eval_ood", "a/b"], ["--eval_ood: 'a/b' is not a name"]),
+    ("main.py", [*QUICK, "--eval_ood", "a/b"], ["--eval_ood: 1 missing. a/b: looked for a/b and data/ood/a/b"]),
     ("main.py", [*QUICK, "--ood_path", "ood"], ["--ood_path: it is the folder of the sets of --eval_ood"]),
     ("main.py", [*QUICK, "--eval_ood", "blob", "iSUN"], ["--eval_ood: 1 missing. iSUN"]),
     ("main.py", [*QUICK, "--checkpoint_interval", "0"], ["--checkpoint_interval", "at least 1"]),

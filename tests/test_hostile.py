@@ -456,10 +456,17 @@ def source(real, path, download=False, data_path=None):
     return OODSource(real, path, data_path or path, download, 20, 1)
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", "/etc", "x" * 300])
-def test_names_that_are_paths(name, digits, tmp_path):
-    with pytest.raises(UserError, match="is not a name"):
+@pytest.mark.parametrize("name", ["", ".", "..", "x" * 300, "a/" + "x" * 300, "a\0b"])
+def test_neither_a_name_nor_a_path(name, digits, tmp_path):
+    with pytest.raises(UserError, match="is neither the name nor the path of a set"):
         source(digits, tmp_path).find([name])
+
+
+@pytest.mark.parametrize("name", ["a/b", "../nothing", "/nowhere", "a.npz", "a.txt"])
+def test_paths_that_lead_nowhere(name, digits, tmp_path):
+    found, missing = source(digits, tmp_path).find([name, "blob"])
+    assert [s.name for s in found] == ["blob"]
+    assert f"looked for {name} and {tmp_path / name}; give the path" in missing[name]
 
 
 def test_damage_shows_when_sets_are_looked_for(digits, tmp_path):
@@ -503,7 +510,8 @@ def test_torchvision_sets_beside_own_data(digits, tmp_path):
     (found,), missing = source(own, tmp_path / "ood", data_path=tmp_path / "own.npz").find(["SVHN"])
     assert not missing
     assert found.load().shape == (9, 1, 8, 8)
-    assert "SVHN" in source(digits, tmp_path / "ood", data_path=tmp_path).find(["SVHN"])[1]
+    assert not source(digits, tmp_path / "ood", data_path=tmp_path).find(["SVHN"])[1]  # there, too, it is looked for
+    assert f"--data_path {tmp_path}: SVHN" in source(digits, tmp_path, data_path=tmp_path).find(["SVHN"])[1]["SVHN"]
 
 
 def test_nothing_is_fetched_when_a_set_cannot_be_had(digits, tmp_path, monkeypatch):

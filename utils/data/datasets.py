@@ -1,6 +1,7 @@
 """Real data as whole tensors: read once, kept as uint8, normalised where they are used."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 from utils.compute.transfer import send
 from utils.core.errors import UserError, unknown_name
-from utils.data.download import NPZ_KEYS, read_torchvision
+from utils.data.download import NPZ_KEYS, read_torchvision, read_torchvision_test
 from utils.data.folders import annotated_images, annotates, test_folder
 from utils.data.whitening import ZCA, fit_zca
 from utils.files.arrays import images_to_nchw, read_npz
@@ -275,7 +276,7 @@ def _read_digits(_: Path) -> Arrays:
 
 
 def _unpacked_tinyimagenet(data_path: Path) -> Path | None:
-    """The folder of TinyImageNet as it is unpacked; None if there is none, or `tinyimagenet.pt`, which is read sooner."""
+    """The folder of TinyImageNet as unpacked; None if it is not there, or `tinyimagenet.pt` is, which goes first."""
     if (data_path / "tinyimagenet.pt").is_file():
         return None
     folders = (data_path / "tiny-imagenet-200", data_path)
@@ -341,8 +342,10 @@ def _read_folders(data_path: Path, side: int) -> tuple[Arrays, tuple[str, ...], 
     return tuple(parts), tuple(classes), notes
 
 
-def load_test_images(name: str, root: Path, download: bool, flag: str = "--data_path") -> torch.Tensor:
-    """Only the test images of a torchvision set, uint8 `[N, C, H, W]`: CIFAR and SVHN are also used as OOD sets.
+def load_test_images(
+    name: str, root: Path, download: bool, flag: str = "--data_path"
+) -> torch.Tensor | Sequence[tuple]:
+    """Only the test images of a torchvision set, which is used as an OOD set: as `read_torchvision_test` returns them.
 
     Raises:
         UserError: naming `flag`, when they are not in `root`, and `download` is false or fails.
@@ -351,4 +354,4 @@ def load_test_images(name: str, root: Path, download: bool, flag: str = "--data_
     if local.is_file():
         (images,) = read_npz(check_file(local, flag), ["test_images"], flag)
         return images_to_nchw(images, local, flag).contiguous()
-    return read_torchvision(name, root, download, flag)[2]
+    return read_torchvision_test(name, root, download, flag)

@@ -27,12 +27,29 @@ FROM_PYTORCH_OOD = {  # class and arguments in pytorch_ood.dataset.img
     "LSUN_resize": ("LSUNResize", {}),
     "LSUN_crop": ("LSUNCrop", {}),
 }
-_UNPACKED_FILES = {
+TORCHVISION_FILES = {  # what each set of torchvision is made of, for messages
     "MNIST": "MNIST/raw/*-ubyte (the four unpacked files)",
     "FashionMNIST": "FashionMNIST/raw/*-ubyte (the four unpacked files)",
     "SVHN": "train_32x32.mat and test_32x32.mat",
     "CIFAR10": "cifar-10-batches-py/ (cifar-10-python.tar.gz, unpacked)",
     "CIFAR100": "cifar-100-python/ (cifar-100-python.tar.gz, unpacked)",
+    "KMNIST": "KMNIST/raw/*-ubyte (the four unpacked files)",
+    "EMNIST": "EMNIST/raw/emnist-letters-test-*-ubyte (the two unpacked files)",
+    "USPS": "usps.t.bz2",
+    "STL10": "stl10_binary/ (stl10_binary.tar.gz, unpacked)",
+    "Omniglot": "omniglot-py/images_evaluation.zip and omniglot-py/images_evaluation/ (unpacked from it)",
+    "GTSRB": "gtsrb/ (GTSRB_Final_Test_Images.zip and GTSRB_Final_Test_GT.zip, unpacked)",
+    "Flowers102": "flowers-102/ (102flowers.tgz, unpacked, imagelabels.mat and setid.mat)",
+    "Food101": "food-101/ (food-101.tar.gz, unpacked)",
+}
+_TEST_PART = {  # its arguments; those of the others: train=False
+    "SVHN": {"split": "test"},
+    "EMNIST": {"split": "letters", "train": False},  # letters alone: beside digits no class is known
+    "STL10": {"split": "test"},
+    "Omniglot": {"background": False},
+    "GTSRB": {"split": "test"},
+    "Flowers102": {"split": "test"},
+    "Food101": {"split": "test"},
 }
 _ARCHIVES = {
     "MNIST": ("MNIST/raw/*.gz",),
@@ -40,6 +57,14 @@ _ARCHIVES = {
     "SVHN": ("*_32x32.mat",),
     "CIFAR10": ("cifar-10-python.tar.gz",),
     "CIFAR100": ("cifar-100-python.tar.gz",),
+    "KMNIST": ("KMNIST/raw/*.gz",),
+    "EMNIST": ("EMNIST/raw/*.zip",),
+    "USPS": ("usps.t.bz2",),
+    "STL10": ("stl10_binary.tar.gz",),
+    "Omniglot": ("omniglot-py/*.zip",),
+    "GTSRB": ("gtsrb/*.zip",),
+    "Flowers102": ("flowers-102/*.tgz", "flowers-102/*.mat"),
+    "Food101": ("food-101.tar.gz",),
 }
 
 
@@ -60,50 +85,76 @@ def read_torchvision(name: str, root: Path, download: bool, flag: str = "--data_
     Raises:
         NotThere: when the set cannot be opened from `root`, and `download` is false or fails.
     """
-    parts, why = _try_torchvision(name, root)
-    if parts is None and not download:
-        raise NotThere(_how_to_get(name, root, f"not there ({why})", flag))
-    if download and distributed.anywhere(parts is None):
-        with distributed.main_first():
-            parts = _try_torchvision(name, root)[0] or _fetch_torchvision(name, root, flag)
+    training = {"split": "train"} if name == "SVHN" else {"train": True}
+    parts = _opened(name, root, [training, _test_part(name)], download, flag, NPZ_KEYS)
     return tuple(t for part in parts for t in _whole_tensors(part))
 
 
-def _try_torchvision(name: str, root: Path) -> tuple[list | None, str]:
-    """The training and the test part if they are in `root`, else None and what is wrong."""
+def read_torchvision_test(name: str, root: Path, download: bool, flag: str) -> torch.Tensor | Sequence:
+    """The test part of a torchvision data set, to be an OOD set: of `TORCHVISION_FILES`.
+
+    Arguments and errors as for `read_torchvision`.
+
+    Returns:
+        Its images, uint8 `[N, C, H, W]`; or, where they are files of many sizes, the data set, whose items begin with a
+        PIL image.
+    """
+    (part,) = _opened(name, root, [_test_part(name)], download, flag, ("test_images",))
+    if not hasattr(part, "data"):
+        return part
+    images = _whole_tensors(part)[0]
+    return images.transpose(2, 3).contiguous() if name == "EMNIST" else images  # it is stored with rows as columns
+
+
+def _test_part(name: str) -> dict:
+    return _TEST_PART.get(name, {"train": False})
+
+
+def _opened(name: str, root: Path, which: Sequence[dict], download: bool, flag: str, keys: Sequence[str]) -> list:
+    """The parts `which` (torchvision's arguments); `keys`: those of the file that may replace them, for the message."""
+    parts, why = _try_torchvision(name, root, which)
+    if parts is None and not download:
+        raise NotThere(_how_to_get(name, root, f"not there ({why})", flag, keys))
+    if download and distributed.anywhere(parts is None):
+        with distributed.main_first():
+            parts = _try_torchvision(name, root, which)[0] or _fetch_torchvision(name, root, which, flag, keys)
+    return parts
+
+
+def _try_torchvision(name: str, root: Path, which: Sequence[dict]) -> tuple[list | None, str]:
+    """The parts if they are in `root`, else None and what is wrong."""
     try:
-        return _open_torchvision(name, root, False), ""
+        return _open_torchvision(name, root, which, False), ""
     except Exception as error:
         return None, one_line(error, 80)
 
 
-def _open_torchvision(name: str, root: Path, download: bool) -> list:
-    """The training and the test part, as torchvision reads them."""
+def _open_torchvision(name: str, root: Path, which: Sequence[dict], download: bool) -> list:
+    """The parts, as torchvision reads them."""
     from torchvision import datasets
 
-    make = getattr(datasets, name)
-    if name == "SVHN":
-        return [make(root, split=split, download=download) for split in ("train", "test")]
-    return [make(root, train=train, download=download) for train in (True, False)]
+    return [getattr(datasets, name)(root, **part, download=download) for part in which]
 
 
-def _fetch_torchvision(name: str, root: Path, flag: str) -> list:
+def _fetch_torchvision(name: str, root: Path, which: Sequence[dict], flag: str, keys: Sequence[str]) -> list:
     print_line(f"{name} is not in {root}; downloading it through torchvision")
 
     def fetch(folder: Path) -> list:
-        """Download both parts into `folder`; archives that `root` already has are not downloaded again."""
+        """Download the parts into `folder`; archives that `root` already has are not downloaded again."""
         for pattern in _ARCHIVES[name]:
             for path in root.glob(pattern):
                 copy = folder / path.relative_to(root)  # no link: torchvision writes over an archive that is not whole
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, copy)
-        return _open_torchvision(name, folder, True)
+        return _open_torchvision(name, folder, which, True)
 
     try:
-        return _fetch_into(root, fetch)
+        parts = _fetch_into(root, fetch)
+        in_memory = all(hasattr(part, "data") for part in parts)
+        return parts if in_memory else _open_torchvision(name, root, which, False)  # the files have moved
     except Exception as error:
         found = f"not there, and its download failed ({one_line(error, 80)})"
-        raise NotThere(_how_to_get(name, root, found, flag)) from None
+        raise NotThere(_how_to_get(name, root, found, flag, keys)) from None
 
 
 def _fetch_into(root: Path, fetch: Callable[[Path], object]) -> object:
@@ -126,10 +177,10 @@ def _fetch_into(root: Path, fetch: Callable[[Path], object]) -> object:
         raise
 
 
-def _how_to_get(name: str, data_path: Path, found: str, flag: str) -> str:
+def _how_to_get(name: str, data_path: Path, found: str, flag: str, keys: Sequence[str]) -> str:
     return (
-        f"{flag} {data_path}: {name} is {found}. Put {_UNPACKED_FILES[name]} into {data_path}, "
-        f"or {name.lower()}.npz with the keys {', '.join(NPZ_KEYS)}"
+        f"{flag} {data_path}: {name} is {found}. Put {TORCHVISION_FILES[name]} into {data_path}, "
+        f"or {name.lower()}.npz with the {'keys' if len(keys) > 1 else 'key'} {', '.join(keys)}"
     )
 
 

@@ -1,8 +1,8 @@
-"""The OOD sets of stage 3: read from local files, downloaded through libraries, or generated."""
+"""The OOD sets of stage 3, by name or path: read from local files, downloaded through libraries, or generated."""
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +12,18 @@ from utils.compute import distributed
 from utils.core.errors import UserError, unknown_name
 from utils.core.rng import generator
 from utils.data.corruptions import corrupt, needs_partner
-from utils.data.datasets import RealData, load_test_images
-from utils.data.download import FROM_PYTORCH_OOD, NotThere, fetch_pytorch_ood
+from utils.data.datasets import SPECS, RealData, load_test_images
+from utils.data.download import FROM_PYTORCH_OOD, TORCHVISION_FILES, NotThere, fetch_pytorch_ood
 from utils.data.outliers import read_image_pool
 from utils.files.images import conform, list_images, read_images, unit_images
 from utils.ood.drawn import DRAWN
+from utils.ood.files import ARRAY_SUFFIXES, LIST_SUFFIX, is_path, listed_images, shown_names, stem
 
 PAPER_SETS = ("Textures", "Places365", "TinyImageNet_resize", "LSUN_resize")
 LOCAL_ONLY = ("iSUN",)  # also in the paper, but in no library: used if it is on disk
-FROM_TORCHVISION = ("CIFAR10", "CIFAR100", "SVHN")
+FROM_TORCHVISION = tuple(TORCHVISION_FILES)
+SAME_IMAGES = {"TinyImageNet": ("TinyImageNet_resize", "TinyImageNet_crop")}  # sets of images of a data set
 VALIDATION = ("avg-mean", "geo-mean", "jigsaw", "gauss-speckle", "pixelate", "rgb-ghost", "invert")
-ARRAY_SUFFIXES = (".npz", ".npy")
 KNOWN_SETS = tuple(dict.fromkeys((*PAPER_SETS, *LOCAL_ONLY, *FROM_TORCHVISION, *FROM_PYTORCH_OOD, *DRAWN)))
 
 
@@ -54,7 +55,8 @@ class OODSource:
     def default_names(self) -> tuple[str, ...]:
         """The paper's OOD sets for this data set; one that is in no library only if it is on disk."""
         local = [name for name in LOCAL_ONLY if self.local_path(name) is not None]
-        return (*PAPER_SETS, *local, "CIFAR100" if self.real.name == "CIFAR10" else "CIFAR10")
+        names = (*PAPER_SETS, *local, "CIFAR100" if self.real.name == "CIFAR10" else "CIFAR10")
+        return tuple(name for name in names if not self._in_distribution(name))
 
     def find(self, names: Sequence[str], skip_missing: bool = True) -> tuple[list[OODSet], dict[str, str]]:
         """Look up `names`; returns the sets found, and for each missing one what to do.
@@ -68,9 +70,10 @@ class OODSource:
         there: dict[str, OODSet] = {}
         missing: dict[str, str] = {}
         to_fetch = []
+        shown = shown_names(names)
         for name in names:
             try:
-                there[name] = self._at_hand(name)
+                there[name] = replace(self._at_hand(name), name=shown[name])
             except NotThere as error:
                 if self.download and name in (*FROM_TORCHVISION, *FROM_PYTORCH_OOD):
                     to_fetch.append(name)
@@ -102,28 +105,44 @@ class OODSource:
         return there
 
     def local_path(self, name: str) -> Path | None:
-        """The folder or array file of a set in `ood_path`, or None.
+        """The folder, array or list of a set: a path as it is given or below `ood_path`, a name in `ood_path`; or None.
 
         Raises:
-            UserError: when `name` is not a plain file name, or is too long.
+            NotThere: when a path leads to nothing.
+            UserError: when `name` can be neither a name nor a path.
         """
-        if Path(name).name != name or name in ("", ".", "..") or len(os.fsencode(name)) > 200 or "\0" in name:
-            raise UserError(
-                f"{self.flag}: {name[:200]!r} is not a name; sets are looked for in --ood_path by their plain names"
-            )
+        if (
+            name in ("", ".", "..")
+            or "\0" in name
+            or max(len(os.fsencode(part)) for part in ("", *Path(name).parts)) > 200
+        ):
+            raise UserError(f"{self.flag}: {name[:200]!r} is neither the name nor the path of a set")
+        if is_path(name):
+            path = next((p for p in (Path(name), self.ood_path / name) if os.path.lexists(p)), None)
+            if path is None:
+                raise NotThere(f"looked for {Path(name)} and {self.ood_path / name}; give the path of the set")
+            return path
         candidates = [self.ood_path / name, *(self.ood_path / f"{name}{suffix}" for suffix in ARRAY_SUFFIXES)]
         return next((path for path in candidates if os.path.lexists(path)), None)
 
     def _at_hand(self, name: str) -> OODSet:
         """The set `name` without a download; if it needs one, raises `NotThere`, which says what to do."""
+        if self._in_distribution(name):
+            raise UserError(
+                f"{self.flag} {name}: its images are of --dataset {self.real.name}, so they are not out of "
+                "distribution. Leave it out"
+            )
         local = self.local_path(name)
-        if local is not None:
+        if local is not None and not (name in FROM_TORCHVISION and (local / "raw").is_dir()):  # torchvision's layout
             return self._from_files(name, local)
         if name in DRAWN:
             return OODSet(name, "drawn", lambda: self._drawn(name))
+        if name not in KNOWN_SETS and os.path.lexists(name):
+            return self._from_files(name, Path(name))
         if name not in KNOWN_SETS:
             raise UserError(
-                f"{self.flag}: {unknown_name('OOD set', name, KNOWN_SETS)}, and what --ood_path {self.ood_path} holds"
+                f"{self.flag}: {unknown_name('OOD set', name, KNOWN_SETS)}, what --ood_path {self.ood_path} holds, and "
+                "paths of folders, arrays and lists; scripts/dataset_outliers.py makes a set of a data set"
             )
         if name in FROM_TORCHVISION:
             try:
@@ -133,10 +152,26 @@ class OODSource:
         fetch = ", or let --download all fetch it (pip install pytorch-ood)" if name in FROM_PYTORCH_OOD else ""
         raise NotThere(f"looked for {self.ood_path / name}[/, .npz, .npy]; {self._put(name)}{fetch}")
 
+    def _in_distribution(self, name: str) -> bool:
+        """Whether a set of this name has images of the in-distribution data."""
+        return (name == self.real.name and name in SPECS) or name in SAME_IMAGES.get(self.real.name, ())
+
     def _of_torchvision(self, name: str, download: bool) -> OODSet:
-        in_own_folder = self.real.name in ("npz", "ImageFolder")  # --data_path then holds only that data set
-        root, flag = (self.ood_path, "--ood_path") if in_own_folder else (self.data_path, "--data_path")
-        images = load_test_images(name, root, download, flag)
+        """A set as torchvision stores it, in `data_path` or `ood_path`; `download`: into the first of them."""
+        places = [(self.data_path, "--data_path"), (self.ood_path, "--ood_path")]
+        if self.real.name in ("npz", "ImageFolder"):  # --data_path then holds only that data set
+            del places[0]
+        errors = []
+        for root, flag in places[: 1 if download else None]:
+            try:
+                return self._of_test_images(name, root, load_test_images(name, root, download, flag))
+            except NotThere as error:
+                errors.append(error)
+        raise errors[0]
+
+    def _of_test_images(self, name: str, root: Path, images: torch.Tensor | Sequence[tuple]) -> OODSet:
+        if not isinstance(images, torch.Tensor):
+            return OODSet(name, str(root), lambda: self._from_library(name, images))
         chosen = images[self.subset(name, len(images))]
         return OODSet(name, str(root), lambda: self.prepare(chosen))
 
@@ -161,23 +196,24 @@ class OODSource:
         return self.real.normalize(torch.cat(parts))
 
     def _from_files(self, name: str, path: Path) -> OODSet:
-        """A set from a local array or folder; of a folder only the images that are used are decoded."""
-        if path.is_dir():
-            files = list_images(path, flag="--ood_path")
+        """A set from a local array, folder or list; of files only the images that are used are decoded."""
+        flag, key = (self.flag, stem(name)) if is_path(name) else ("--ood_path", name)
+        if path.is_dir() or path.suffix == LIST_SUFFIX:
+            files = list_images(path, flag=flag) if path.is_dir() else listed_images(path, self.ood_path, flag)
             if not files:
-                raise UserError(f"--ood_path: {path} holds no images")
-            files = [files[i] for i in self.subset(name, len(files)).tolist()]
-            chosen = read_images(files, self.real.channel, self.real.im_size, "--ood_path")
+                raise UserError(f"{flag}: {path} holds no images")
+            files = [files[i] for i in self.subset(key, len(files)).tolist()]
+            chosen = read_images(files, self.real.channel, self.real.im_size, flag)
         else:
-            images = read_image_pool(path, self.real.channel, self.real.im_size, "--ood_path")
-            chosen = images[self.subset(name, len(images))]
+            images = read_image_pool(path, self.real.channel, self.real.im_size, flag)
+            chosen = images[self.subset(key, len(images))]
         return OODSet(name, str(path), lambda: self.prepare(chosen))
 
     def _drawn(self, name: str) -> torch.Tensor:
         return DRAWN[name](self.real, self.limit, generator(self.seed, "ood", name)).to(self.real.device)
 
     def _from_library(self, name: str, dataset: Sequence) -> torch.Tensor:
-        """Normalised images of a pytorch-ood data set, whose items are pairs of a PIL image and a label."""
+        """Normalised images of a library's data set, whose items are pairs of a PIL image and a label."""
         images = []
         for index in self.subset(name, len(dataset)).tolist():
             image = torch.from_numpy(np.array(dataset[index][0].convert("RGB"))).permute(2, 0, 1)

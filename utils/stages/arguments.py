@@ -312,14 +312,14 @@ def _add_ood_sets(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--ood_path",
         default="data/ood",
-        help="folder of OOD sets: <name>/ (images), <name>.npz (key images) or <name>.npy",
+        help="folder of OOD sets: <name>/ (images), <name>.npz (key images) or <name>.npy; and of the images in a list",
     )
     group.add_argument(
         "--ood_sets",
         nargs="+",
         default=None,
-        help="which sets, in order; left out: those of the paper. gaussian uniform rademacher blob patches "
-        "need no files",
+        help="which sets, in order; left out: those of the paper. Names (gaussian uniform rademacher blob patches need "
+        "no files), or paths: a folder, .npz, .npy, or a list (.txt, `path label` a line, as OpenOOD's)",
     )
     group.add_argument(
         "--skip_missing", action="store_true", help="test without the sets that are missing; the table names them"
