@@ -24,7 +24,6 @@ import torch
 from utils.core.errors import UserError, one_line
 from utils.core.parser import Parser, count
 from utils.core.version import VERSION
-from utils.data.datasets import load_dataset
 from utils.data.synthetic import SyntheticSet, iterations_left, load_synthetic
 from utils.data.whitening import ZCA
 from utils.exchange.convert import Assumptions, read_distilled
@@ -195,7 +194,7 @@ def _of_run(paths: list[str], assumed: Assumptions, exp_idx: int, zca: bool) -> 
 
 def _of_another(args: argparse.Namespace, assumed: Assumptions) -> Published:
     """A set of another repository, as stage 2 would read it."""
-    real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none", args.zca)
+    real = arguments.read_data(args)
     found = read_distilled(args.distilled, real, assumed, args.exp_idx, args.distilled_oe, flag="PATH")
     source = f"Read as: {'; '.join(found.lines)}".replace(str(Path(args.distilled[0]).parent) + os.sep, "")
     return Published(found.synthetic, real.mean, real.std, real.zca, real.name, real.num_classes, {}, source)

@@ -20,7 +20,7 @@ from utils.data.corruptions import corrupt
 from utils.data.download import FROM_PYTORCH_OOD
 from utils.data.outliers import PseudoOutliers
 from utils.data.synthetic import SyntheticSet, load_synthetic
-from utils.files.images import conform
+from utils.files.pixels import conform
 from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.experts import ExpertBuffer, ExpertSettings, ExpertTraining, describe, open_expert_run
 from utils.methods.gradient_matching import GradientMatching, MatchSettings

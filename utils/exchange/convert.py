@@ -132,7 +132,7 @@ def _outliers(
         images = synthetic.images if synthetic.images_oe is None else synthetic.images_oe
         return images, f"outliers: {len(images)}, of the {found.lines[0]}"
     where = f"{flag}: {paths[0]}"
-    images = floats(content, where)
+    images = floats(content, real, where)
     check_images(images, real, where)
     if not (assumed.space or assumed.statistics):
         check_guess(images, space, real, where)

@@ -14,8 +14,8 @@ from utils.core.rng import generator
 from utils.data.corruptions import corrupt, needs_partner
 from utils.data.datasets import RealData, load_test_images
 from utils.data.download import FROM_PYTORCH_OOD, NotThere, fetch_pytorch_ood
-from utils.data.outliers import read_image_pool
-from utils.files.images import conform, list_images, read_images, unit_images
+from utils.files.images import ImageReader
+from utils.files.pixels import conform, unit_images
 from utils.ood.drawn import DRAWN
 
 PAPER_SETS = ("Textures", "Places365", "TinyImageNet_resize", "LSUN_resize")
@@ -28,11 +28,15 @@ KNOWN_SETS = tuple(dict.fromkeys((*PAPER_SETS, *LOCAL_ONLY, *FROM_TORCHVISION, *
 
 @dataclass(frozen=True)
 class OODSet:
-    """An OOD set that was found: `load()` returns its normalised images `[N, C, H, W]`, at most `limit`."""
+    """An OOD set that was found: `load()` returns its normalised images `[N, C, H, W]`, at most `limit`.
+
+    `notes`: lines for the log.
+    """
 
     name: str
     source: str
     load: Callable[[], torch.Tensor]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ class OODSource:
     def _of_torchvision(self, name: str, download: bool) -> OODSet:
         in_own_folder = self.real.name in ("npz", "ImageFolder")  # --data_path then holds only that data set
         root, flag = (self.ood_path, "--ood_path") if in_own_folder else (self.data_path, "--data_path")
-        images = load_test_images(name, root, download, flag)
+        images = load_test_images(name, root, download, flag, self.real.pixel_max)
         chosen = images[self.subset(name, len(images))]
         return OODSet(name, str(root), lambda: self.prepare(chosen))
 
@@ -162,16 +166,19 @@ class OODSource:
 
     def _from_files(self, name: str, path: Path) -> OODSet:
         """A set from a local array or folder; of a folder only the images that are used are decoded."""
+        reader = self.reader()
         if path.is_dir():
-            files = list_images(path, flag="--ood_path")
-            if not files:
-                raise UserError(f"--ood_path: {path} holds no images")
+            files = reader.some(path)
             files = [files[i] for i in self.subset(name, len(files)).tolist()]
-            chosen = read_images(files, self.real.channel, self.real.im_size, "--ood_path")
+            chosen = reader.files(files, self.real.channel, self.real.im_size)
         else:
-            images = read_image_pool(path, self.real.channel, self.real.im_size, "--ood_path")
+            images = reader.array(path)
             chosen = images[self.subset(name, len(images))]
-        return OODSet(name, str(path), lambda: self.prepare(chosen))
+        return OODSet(name, str(path), lambda: self.prepare(chosen), reader.notes())
+
+    def reader(self) -> ImageReader:
+        """A reader of the images of one set."""
+        return ImageReader("--ood_path", self.real.pixel_max)
 
     def _drawn(self, name: str) -> torch.Tensor:
         return DRAWN[name](self.real, self.limit, generator(self.seed, "ood", name)).to(self.real.device)
@@ -213,7 +220,7 @@ def _other_cifar(source: OODSource) -> torch.Tensor | None:
         return None
     local = source.local_path(name)
     if local is not None:
-        return read_image_pool(local, real.channel, real.im_size, "--ood_path")
+        return source.reader().folder_or_array(local, real.channel, real.im_size)
     try:
         return load_test_images(name, source.data_path, source.download)
     except UserError as error:

@@ -8,7 +8,7 @@ from utils.compute.device import PRECISIONS
 from utils.core.errors import UserError
 from utils.core.parser import Parser, count, number, one_of
 from utils.data.augment import DSA_ENTRIES, parse_strategy
-from utils.data.datasets import DATASET_NAMES
+from utils.data.datasets import DATASET_NAMES, RealData, load_dataset
 from utils.methods import add_method_choice, add_method_flags
 from utils.ood.detectors import ALL_SCORES, DETECTORS
 from utils.ood.scores import SCORES
@@ -80,6 +80,19 @@ def add_data(group: argparse._ArgumentGroup) -> None:
         default=None,
         help="side of the images with --dataset ImageFolder (64 when left out)",
     )
+    group.add_argument(
+        "--pixel_max",
+        type=count(1),
+        default=None,
+        help="the value of white in images that use a small part of their type's range, e.g. 4095 for 12 bits in "
+        "files of 16; also of outliers and OOD sets; needed only where a message asks for it",
+    )
+
+
+def read_data(args: argparse.Namespace) -> RealData:
+    """The data set that the flags of `add_data` name, on the CPU."""
+    download = args.download != "none"
+    return load_dataset(args.dataset, args.data_path, args.im_size, download, args.zca, args.pixel_max)
 
 
 def add_compute(parser: Parser, training: bool = True) -> None:

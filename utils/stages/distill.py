@@ -14,7 +14,7 @@ from utils.compute.compiling import Workload
 from utils.compute.device import Compute, choose_compute, choose_device
 from utils.core.errors import UserError
 from utils.core.rng import generator
-from utils.data.datasets import RealData, load_dataset
+from utils.data.datasets import RealData
 from utils.data.outliers import OutlierSource
 from utils.data.synthetic import SyntheticSet, load_start
 from utils.files.torch_files import fingerprint
@@ -24,6 +24,7 @@ from utils.runs.checkpoints import Checkpointer
 from utils.runs.resume import check_inputs
 from utils.runs.run_folder import RunFolder
 from utils.runs.tensorboard import TensorBoardWriter, require_tensorboard
+from utils.stages.arguments import read_data
 from utils.stages.distillation import Distillation, DistillSettings
 from utils.synthesis.learnable import check_enough
 from utils.training.evaluator import EvalSettings, Evaluator, evaluation_models, training_of
@@ -36,7 +37,7 @@ def run_stage1(args: argparse.Namespace, make_outliers: Callable[[RealData], Out
     if args.tensorboard:
         require_tensorboard()
     args.load_path = args.load_path and os.path.abspath(args.load_path)  # a run may be resumed from another folder
-    real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none", args.zca).to(device)
+    real = read_data(args).to(device)
     models = _evaluation_models(args.eval_mode, args.model, real)
     how = (args.epoch_eval_train, args.lr_net, args.batch_train, getattr(args, "lambda_oe", 0.0))
     training = {model: training_of(model, args.dataset, augmentation, *how) for model in models}
@@ -173,7 +174,7 @@ def _notices(inputs: MethodInputs, method: Method, models: Sequence[str]) -> lis
     """What the user should know before the run starts; `models`: the networks that evaluate."""
     flags = inputs.flags
     entry = METHODS[flags["method"]]
-    lines = [*method.notices, method.outliers.notice if method.outliers else ""]
+    lines = [*inputs.real.lines(), *method.notices, method.outliers.notice if method.outliers else ""]
     defaults = " ".join(f"--{n} {v}" for n, v in entry.defaults.items() if flags.get(n) == v)
     if defaults:
         lines.append(f"defaults of --method {entry.name}: {defaults}")

@@ -11,7 +11,7 @@ from utils.compute import distributed
 from utils.compute.compiling import Workload
 from utils.compute.device import Compute, choose_compute, choose_device
 from utils.core.errors import UserError, rank_errors
-from utils.data.datasets import RealData, load_dataset
+from utils.data.datasets import RealData
 from utils.data.synthetic import load_synthetic
 from utils.files.atomic import save_text
 from utils.ood.detectors import FitSet, Scorer, need_fitting, require_library
@@ -28,6 +28,7 @@ from utils.report.results import PlotData, Results, results_csv, results_json, r
 from utils.report.tables import report_text
 from utils.runs.lineage import STAGE2_ROOTS, args_or_nothing, distilled_set_of, find_run_folder
 from utils.runs.run_folder import RunFolder
+from utils.stages.arguments import read_data
 from utils.training.saved import checkpoint_name, load_trained
 
 
@@ -43,7 +44,7 @@ def run_stage3(args: argparse.Namespace) -> Results:
     which = "best" if args.is_load_best else f"epoch{args.epoch_train}"
     _check_enough(folder, args.dataset, args.model, args.num_exp, which)
     _check_whitening(folder, args.zca)
-    real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none", args.zca).to(device)
+    real = read_data(args).to(device)
     limit = _images_per_set(len(real.images_test), args.num_ood_ratio)
     source = OODSource(real, Path(args.ood_path), Path(args.data_path), args.download == "all", limit, args.seed)
     sets, missing = _find_sets(source, args.ood_sets, args.skip_missing, args.validate)
@@ -59,7 +60,8 @@ def run_stage3(args: argparse.Namespace) -> Results:
             scorer.prepare(real.test_images[:2], fit, batch)
     run = RunFolder.create(args.save_path, *parts, name=folder.name)
     run.save_args(vars(args), networks=str(folder.resolve()), device=str(device), fitted_on=fit and fit.name)
-    lines = [f"run folder: {run.path}", f"networks: {folder}, {args.num_exp} × {which}", f"computing: {compute}"]
+    lines = [f"run folder: {run.path}", *real.lines(), *(line for ood in sets for line in ood.notes)]
+    lines += [f"networks: {folder}, {args.num_exp} × {which}", f"computing: {compute}"]
     for line in [*lines, *_about_fitting(fit, scores, args.fit_on)]:
         run.log(line)
     with rank_errors():

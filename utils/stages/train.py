@@ -16,7 +16,7 @@ from utils.compute.device import Compute, choose_compute, choose_device
 from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.corruptions import DEFAULT_CORRUPTIONS
-from utils.data.datasets import RealData, load_dataset
+from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet, result_name, save_synthetic
 from utils.files.torch_files import fingerprint
 from utils.methods import METHODS, augmentation_of
@@ -24,6 +24,7 @@ from utils.report.tables import mean_std
 from utils.runs.lineage import STAGE1_ROOTS, TRAINED_ON, find_run_folder, stored_set_path
 from utils.runs.resume import check_inputs
 from utils.runs.run_folder import RunFolder, read_args
+from utils.stages.arguments import read_data
 from utils.training.evaluator import training_of
 from utils.training.network_training import TEST_INTERVAL, NetworkTraining
 from utils.training.trainer import LR_NET, Trainer
@@ -63,7 +64,7 @@ def run_stage2(args: argparse.Namespace, outliers: str) -> None:
     """Everything that a stage-2 script does after parsing; `outliers`: one of `OUTLIERS`."""
     device = choose_device(args.device, args.deterministic)
     augmentation = augmentation_of(args.method, args.dsa_strategy)
-    real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none", args.zca).to(device)
+    real = read_data(args).to(device)
     choice = _choice(vars(args), outliers)
     how = training_of(args.model, args.dataset, augmentation, args.epoch_eval_train, LR_NET, args.batch_train, 0.0)
     networks = FeatureNetworks(args.model, real, how, args.seed, args.compile, args.precision)
@@ -104,7 +105,7 @@ def run_stage2(args: argparse.Namespace, outliers: str) -> None:
 
 def stage3_command(flags: Mapping[str, Any], folder: str) -> str:
     """The command that tests the networks of a stage-2 folder, on the default OOD sets."""
-    names = ("method", "method_file", "dataset", "model", "ipc", "data_path", "im_size")
+    names = ("method", "method_file", "dataset", "model", "ipc", "data_path", "im_size", "pixel_max")
     words = ["python", "test_ood_model_syn.py", *(w for n in names if flags[n] for w in (f"--{n}", str(flags[n])))]
     words += ["--zca"] if flags["zca"] else []
     words += [
@@ -219,7 +220,7 @@ def _start(flags: dict, choice: Choice, chosen: TrainingSet, real: RealData, abo
     run.log(f"run folder: {run.path}")
     if name and run.path.name != name + ending:
         run.log(f"there is a folder {name}{ending} already; stage 3 finds this run by --folder {run.path.name}")
-    for line in chosen.lines:
+    for line in (*real.lines(), *chosen.lines):
         run.log(line)
     if flags["dsa_strategy"] and METHODS[flags["method"]].augmentation == "unused":
         run.log(f"--dsa_strategy {flags['dsa_strategy']} is not used by --method {flags['method']}")
