@@ -28,7 +28,7 @@ class RawSet:
 
     `images`, `images_oe`: float32 `[N, C, H, W]`; `labels`: of any kind; `lr_net`: the learning rate; `space`,
     `statistics`, `zca`: what the files, or their names, say of the space of the images; None where they do not;
-    `note`: a further line for the log.
+    `note`: a further line for the log; `class_names`: in the order of the labels, as the file says, unchecked.
     """
 
     images: torch.Tensor
@@ -39,6 +39,7 @@ class RawSet:
     statistics: Statistics | None = None
     zca: ZCA | None = None
     note: str = ""
+    class_names: object = None
 
 
 def read_raw(files: SetFiles, real: RealData, exp_idx: int, flag: str) -> RawSet:
@@ -93,7 +94,8 @@ def _read_res(files: SetFiles, real: RealData, exp_idx: int, flag: str) -> RawSe
     s = load_synthetic(files.images, exp_idx, None, flag)
     check_dataset(content.get("dataset", real.name), real, where)
     space, statistics, zca = stored_space(content.get("normalisation"), where)
-    return RawSet(s.images, s.labels, s.images_oe, s.lr_net, space, statistics, zca)
+    names = content.get("class_names")
+    return RawSet(s.images, s.labels, s.images_oe, s.lr_net, space, statistics, zca, class_names=names)
 
 
 def check_dataset(name: object, real: RealData, where: str) -> None:
@@ -245,7 +247,8 @@ def _read_published(files: SetFiles, real: RealData, exp_idx: int, flag: str) ->
     if "zca_matrix" in tensors:
         stored = {"zca": {name: tensors.get(f"zca_{name}") for name in ("mean", "matrix", "inverse")}}
     space, statistics, zca = stored_space(stored, where)
-    return RawSet(floats(tensors["images"], real, where), labels, images_oe, lr, space, statistics, zca)
+    images = floats(tensors["images"], real, where)
+    return RawSet(images, labels, images_oe, lr, space, statistics, zca, class_names=about.get("class_names"))
 
 
 def read_safetensors(path: Path, flag: str) -> tuple[dict[str, torch.Tensor], dict]:

@@ -242,8 +242,8 @@ class _Decoder:
         height, width = self.im_size
         if (whole.height, whole.width) != (height, width):
             top, left, h, w = centre_box((whole.height, whole.width), (height, width))
-            box = (left, top, left + w, top + h)
-            whole = whole.resize((width, height), Image.Resampling.BILINEAR, box=box)
+            part = whole.crop((left, top, left + w, top + h))  # `resize(box=…)` would mix in pixels from outside
+            whole = part.resize((width, height), Image.Resampling.BILINEAR)
         return np.asarray(whole, dtype=np.uint8).reshape(height, width, self.channel)
 
     def _eight_bits(self, image: "PILImage") -> "PILImage":

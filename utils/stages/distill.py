@@ -15,6 +15,7 @@ from utils.compute.device import Compute, choose_compute, choose_device
 from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.datasets import RealData
+from utils.data.identity import identity
 from utils.data.outliers import OutlierSource
 from utils.data.synthetic import SyntheticSet, load_start
 from utils.files.torch_files import fingerprint
@@ -154,7 +155,8 @@ def _run_folder(
         check_inputs(Path(flags["resume"]), fingerprints)
         return RunFolder(Path(flags["resume"]))
     run = RunFolder.create(flags["save_path"], s.method, real.name, s.model, s.ipc)
-    run.save_args(flags, device=str(real.device), seed=flags["seed"], inputs=fingerprints, **method.about)
+    about = {"device": str(real.device), "seed": flags["seed"], "inputs": fingerprints, "data": identity(real)}
+    run.save_args(flags, **about, **method.about)
     run.log(f"run folder: {run.path}")
     return run
 

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,12 @@ from utils.compute.compiling import Workload
 from utils.compute.device import Compute, choose_compute, choose_device
 from utils.core.errors import UserError, rank_errors
 from utils.data.datasets import RealData
+from utils.data.identity import as_trained_on
 from utils.data.synthetic import load_synthetic
+from utils.data.whitening import ZCA
+from utils.exchange.readers import stored_space
 from utils.files.atomic import save_text
+from utils.files.torch_files import read_pt
 from utils.ood.detectors import FitSet, Scorer, need_fitting, require_library
 from utils.ood.network_scores import score_networks
 from utils.ood.sets import OODSet, OODSource, validation_sets
@@ -44,7 +49,7 @@ def run_stage3(args: argparse.Namespace) -> Results:
     which = "best" if args.is_load_best else f"epoch{args.epoch_train}"
     _check_enough(folder, args.dataset, args.model, args.num_exp, which)
     _check_whitening(folder, args.zca)
-    real = read_data(args).to(device)
+    real, changed = _as_trained_on(folder, read_data(args).to(device))
     limit = _images_per_set(len(real.images_test), args.num_ood_ratio)
     source = OODSource(real, Path(args.ood_path), Path(args.data_path), args.download == "all", limit, args.seed)
     sets, missing = _find_sets(source, args.ood_sets, args.skip_missing, args.validate)
@@ -60,7 +65,7 @@ def run_stage3(args: argparse.Namespace) -> Results:
             scorer.prepare(real.test_images[:2], fit, batch)
     run = RunFolder.create(args.save_path, *parts, name=folder.name)
     run.save_args(vars(args), networks=str(folder.resolve()), device=str(device), fitted_on=fit and fit.name)
-    lines = [f"run folder: {run.path}", *real.lines(), *(line for ood in sets for line in ood.notes)]
+    lines = [f"run folder: {run.path}", *real.lines(), *changed, *(line for ood in sets for line in ood.notes)]
     lines += [f"networks: {folder}, {args.num_exp} × {which}", f"computing: {compute}"]
     for line in [*lines, *_about_fitting(fit, scores, args.fit_on)]:
         run.log(line)
@@ -180,6 +185,26 @@ def _check_whitening(networks: Path, zca: bool) -> None:
     if trained is not None and bool(trained) != zca:
         how = "with it; give --zca" if trained else "without it; leave out --zca"
         raise UserError(f"--zca: the networks in {networks} were trained {how}")
+
+
+def _as_trained_on(networks: Path, real: RealData) -> tuple[RealData, tuple[str, ...]]:
+    """The data in the form in which the networks of a folder know it, and lines for the log."""
+    about, what = args_or_nothing(networks), f"the networks in {networks}"
+    stored, flags = about.get("data"), about.get("flags")
+    if isinstance(stored, dict):
+        return as_trained_on(real, stored, what, partial(_whitening_of, networks))
+    if isinstance(flags, dict) and real.name == "ImageFolder" and (flags.get("im_size") or 64) != real.im_size[0]:
+        raise UserError(f"--im_size {real.im_size[0]}: {what} were trained on {flags.get('im_size') or 64}; give that")
+    return real, (f"{what} do not say what they were trained on: images are normalised by --data_path's statistics",)
+
+
+def _whitening_of(networks: Path) -> ZCA | None:
+    """The whitening of the set that networks were trained on, if that is there and holds it."""
+    try:
+        path, _ = distilled_set_of(networks)
+        return stored_space(read_pt(path, "--folder").get("normalisation"), f"--folder: {path}")[2]
+    except UserError:
+        return None
 
 
 def _find_sets(

@@ -17,6 +17,7 @@ from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.corruptions import DEFAULT_CORRUPTIONS
 from utils.data.datasets import RealData
+from utils.data.identity import identity
 from utils.data.synthetic import SyntheticSet, result_name, save_synthetic
 from utils.files.torch_files import fingerprint
 from utils.methods import METHODS, augmentation_of
@@ -91,6 +92,7 @@ def run_stage2(args: argparse.Namespace, outliers: str) -> None:
         run = _resume(Path(args.resume), inputs, vars(args), chosen.path)
     else:
         about = {"device": str(device), "seed": args.seed, "epochs": settings.epochs, "inputs": inputs}
+        about["data"] = identity(real)
         run = _start(vars(args), choice, chosen, real, about)
         run.log(f"{settings.epochs} epochs, batch {settings.batch}, learning rate {settings.lr:g}")
     run.log(f"computing: {compute}")
