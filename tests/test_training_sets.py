@@ -368,10 +368,10 @@ def test_two_processes_train_on_the_set_of_the_first(in_process, tmp_path):
 
 
 def test_a_changed_pool_is_noticed(made, in_process, refused, tmp_path):
-    np.save(tmp_path / "pool.npy", np.full((40, 8, 8), 9, np.uint8))
+    np.save(tmp_path / "pool.npy", np.full((40, 8, 8), 90, np.uint8))
     flags = ["--distilled", made, "--outliers", "real", "--oe_data_path", "pool.npy", "--save_path", "two"]
     in_process(WITH_OE, *QUICK, *flags)
-    np.save(tmp_path / "pool.npy", np.zeros((40, 8, 8), np.uint8))
+    np.save(tmp_path / "pool.npy", np.full((40, 8, 8), 200, np.uint8))
     assert "--oe_data_path" in refused(WITH_OE, "--resume", "latest", "--save_path", "two")
 
 

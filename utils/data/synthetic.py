@@ -229,6 +229,7 @@ def _check_fits(images: torch.Tensor, labels: torch.Tensor, real: RealData, path
             f"--dataset {real.name}: {path} has the labels {int(labels.min())}..{int(labels.max())}; they must be all "
             f"of 0..{classes - 1}"
         )
+    class_order(content.get("class_names"), real.class_names, str(path))
     stored = content.get("normalisation")
     whitened = isinstance(stored, dict) and "zca" in stored
     if whitened != (real.zca is not None):
