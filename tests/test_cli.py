@@ -183,7 +183,7 @@ WRONG = [
     ("main.py", [*QUICK, "--eval_ood", "blob", "patch"], ["--eval_ood: unknown", "did you mean patches"]),
     ("main.py", [*QUICK, "--eval_ood", "a/b"], ["--eval_ood: 'a/b' is not a name"]),
     ("main.py", [*QUICK, "--ood_path", "ood"], ["--ood_path: it is the folder of the sets of --eval_ood"]),
-    ("main.py", [*QUICK, "--eval_ood", "blob", "iSUN"], ["--eval_ood: 1 missing. iSUN"]),
+    ("main.py", [*QUICK, "--eval_ood", "blob", "iSUN"], ["--eval_ood: iSUN is missing. Put NAME/"]),
     ("main.py", [*QUICK, "--checkpoint_interval", "0"], ["--checkpoint_interval", "at least 1"]),
     ("main_oe.py", QUICK, ["--oe_data_path: data/300K_random_images.npy is not there", "--download all"]),
     ("main_oe.py", [*QUICK, "--oe_data_path", "bad.npy"], ["--oe_data_path: bad.npy holds float32 [5, 3]", "uint8"]),

@@ -187,7 +187,8 @@ class ImageReader:
             try:
                 images[index] = decoder(paths[index], self._one_large)
             except Exception as error:
-                return f"{paths[index]}: {one_line(error)}"
+                damaged = type(error).__name__ == "UnidentifiedImageError"  # its message shows the object of the file
+                return f"{paths[index]}: {'no image that can be read' if damaged else one_line(error)}"
             return ""
 
         with warnings.catch_warnings(), ThreadPoolExecutor(DECODERS) as pool:

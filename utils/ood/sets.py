@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,12 +99,33 @@ class OODSource:
         return lacking, list(dict.fromkeys(name for _, part in parts for name in part if name not in lacking))
 
     def find_all(self, names: Sequence[str], advice: str = "") -> list[OODSet]:
-        """Look up `names`; raises a `UserError` that lists all missing sets, with `advice` behind the flag."""
+        """Look up `names`; raises a `UserError` that lists all missing sets and what to do; `advice`: one way more."""
         there, missing = self.find(list(dict.fromkeys(names)), skip_missing=False)
         if missing:
-            lines = "; ".join(f"{name}: {what}" for name, what in missing.items())
-            raise UserError(f"{self.flag}{advice}: {len(missing)} missing. {lines}")
+            raise UserError(f"{self.flag}: {self._without(missing, advice)}")
         return there
+
+    def _without(self, missing: dict[str, str], advice: str) -> str:
+        """The message for sets that are missing: their names, why they could not be fetched, and what to do."""
+        fetchable = [name for name in missing if name in (*FROM_TORCHVISION, *FROM_PYTORCH_OOD)]
+        what = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+        ways = [f"put NAME/ or NAME.npz (key images) into {self.ood_path}", *([advice] if advice else [])]
+        ways.append(f"choose sets that need no files: {' '.join(DRAWN)}")
+        if fetchable and self.download:
+            what += f" ({missing[fetchable[0]].removesuffix(f'; or {self._put(fetchable[0])}')[:120]})"
+        elif fetchable:
+            names = "them" if len(fetchable) == len(missing) else ", ".join(fetchable)
+            ways.insert(0, f"fetch {names} by --download all (pip install pytorch-ood)")
+        text = "; or ".join(ways)
+        return f"{what}. {text[0].upper()}{text[1:]}"
+
+    def at_hand(self, names: Sequence[str]) -> list[str]:
+        """Those of `names` that are there and can be read without a download."""
+        found = []
+        for name in names:
+            with suppress(UserError):
+                found.append(self._at_hand(name).name)
+        return found
 
     def local_path(self, name: str) -> Path | None:
         """The folder or array file of a set in `ood_path`, or None.

@@ -22,10 +22,11 @@ from utils.files.torch_files import fingerprint
 from utils.methods import METHODS, Method, MethodInputs, augmentation_of
 from utils.ood.sets import OODSource
 from utils.runs.checkpoints import Checkpointer
+from utils.runs.lineage import next_command, root_of
 from utils.runs.resume import check_inputs
 from utils.runs.run_folder import RunFolder
 from utils.runs.tensorboard import TensorBoardWriter, require_tensorboard
-from utils.stages.arguments import read_data
+from utils.stages.arguments import passed_on, read_data
 from utils.stages.distillation import Distillation, DistillSettings
 from utils.synthesis.learnable import check_enough
 from utils.training.evaluator import EvalSettings, Evaluator, evaluation_models, training_of
@@ -71,8 +72,26 @@ def run_stage1(args: argparse.Namespace, make_outliers: Callable[[RealData], Out
     for line in [*([] if restored else _notices(inputs, method, evaluator.models)), _computing(inputs.compute)]:
         run.log(line)
     distillation.run_all()
+    _end(run, vars(args), real.device, outliers is not None)
+
+
+def _end(run: RunFolder, flags: dict, device: torch.device, with_outliers: bool) -> None:
+    """Record that the run has ended, and log the command of the next stage."""
+    run.finish()
     if device.type == "cuda":
         run.log(f"peak GPU memory: {torch.cuda.max_memory_reserved() / 1e9:.2f} GB")
+    if command := stage2_command(flags, run.path, with_outliers):
+        run.log(f"to train networks on it: {command}")
+
+
+def stage2_command(flags: dict, folder: Path, with_outliers: bool) -> str | None:
+    """The command that trains networks on the distilled set of a run folder; None where stage 2 would not find it."""
+    own = ("num_eval", "epoch_eval_train", "lr_net", "batch_train", "dsa_strategy", "precision", "lambda_oe")
+    kept = passed_on(flags, *own)
+    root = root_of(folder, (flags["method"], flags["dataset"], flags["model"], flags["ipc"]))
+    script = "train_model_synthetic_oe.py" if with_outliers else "train_model_synthetic_no_oe.py"
+    where = {"is_load_oe": with_outliers, "load_path": root, "folder": folder.name}
+    return root and next_command(script, kept | where)
 
 
 def _evaluation_models(eval_mode: str, model: str, real: RealData) -> list[str]:
