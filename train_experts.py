@@ -15,7 +15,7 @@ from utils.compute.device import choose_compute, choose_device
 from utils.core.parser import Parser
 from utils.core.rng import generator
 from utils.data.augment import DSA, parse_strategy
-from utils.data.datasets import RealData, load_dataset
+from utils.data.datasets import RealData
 from utils.data.outliers import OutlierSource, PseudoOutliers, load_outlier_pool
 from utils.methods.experts import ExpertSettings, ExpertTraining, all_trained, describe, expert_folder, open_expert_run
 from utils.stages import arguments
@@ -40,7 +40,7 @@ def make_outliers(args: argparse.Namespace, real: RealData) -> OutlierSource | N
 def main(args: argparse.Namespace) -> None:
     """Train the experts that are missing in the folder of this network and data set."""
     device = choose_device(args.device, args.deterministic)
-    real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none", args.zca).to(device)
+    real = arguments.read_data(args).to(device)
     outliers = make_outliers(args, real)
     settings = ExpertSettings(
         epochs=args.train_epochs,
@@ -67,7 +67,8 @@ def main(args: argparse.Namespace) -> None:
             print(f"{done}, trained before")
         return
     run = open_expert_run(folder, about)
-    run.log(f"experts: {run.path}")
+    for line in (f"experts: {run.path}", *real.lines()):
+        run.log(line)
     run.log(f"computing: {compute}")
     ExpertTraining(net.to(device), real, outliers, settings, compute, run).train_all(args.num_experts)
     run.log(done)

@@ -21,7 +21,7 @@ from utils.core.errors import UserError
 from utils.core.parser import Parser, one_of
 from utils.data.datasets import DATASET_NAMES, load_dataset
 from utils.files.atomic import atomic_write
-from utils.files.images import unit_images
+from utils.files.pixels import unit_images
 from utils.stages.entry import run_script
 
 

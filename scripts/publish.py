@@ -24,7 +24,6 @@ import torch
 from utils.core.errors import UserError, one_line
 from utils.core.parser import Parser, count
 from utils.core.version import VERSION
-from utils.data.datasets import load_dataset
 from utils.data.synthetic import SyntheticSet, iterations_left, load_synthetic
 from utils.data.whitening import ZCA
 from utils.exchange.convert import Assumptions, read_distilled
@@ -56,6 +55,7 @@ class Published:
     num_classes: int
     origin: dict
     source: str = ""
+    class_names: tuple[str, ...] = ()
 
     def to_pixels(self, images: torch.Tensor) -> torch.Tensor:
         """Images in [0, 1], clipped."""
@@ -190,15 +190,19 @@ def _of_run(paths: list[str], assumed: Assumptions, exp_idx: int, zca: bool) -> 
         raise UserError(f"{where} is damaged: its classes or its normalisation do not fit its images; write it again")
     mean, std = statistics or ((0.0,) * channel, (1.0,) * channel)
     about = args_or_nothing(files.images.parent) | ({"stopped": left} if left else {})
-    return Published(synthetic, mean, std, whitening, one_line(content.get("dataset"), 40), classes, about)
+    names = content.get("class_names")
+    names = tuple(map(str, names)) if isinstance(names, list) else ()
+    dataset = one_line(content.get("dataset"), 40)
+    return Published(synthetic, mean, std, whitening, dataset, classes, about, class_names=names)
 
 
 def _of_another(args: argparse.Namespace, assumed: Assumptions) -> Published:
     """A set of another repository, as stage 2 would read it."""
-    real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none", args.zca)
+    real = arguments.read_data(args)
     found = read_distilled(args.distilled, real, assumed, args.exp_idx, args.distilled_oe, flag="PATH")
     source = f"Read as: {'; '.join(found.lines)}".replace(str(Path(args.distilled[0]).parent) + os.sep, "")
-    return Published(found.synthetic, real.mean, real.std, real.zca, real.name, real.num_classes, {}, source)
+    statistics = (real.mean, real.std, real.zca)
+    return Published(found.synthetic, *statistics, real.name, real.num_classes, {}, source, real.class_names)
 
 
 def write(folder: Path, published: Published, facts: CardFacts) -> None:
@@ -220,6 +224,7 @@ def write(folder: Path, published: Published, facts: CardFacts) -> None:
     if s.lr_net is not None:
         tensors["lr_net"] = torch.tensor(s.lr_net, dtype=torch.float64)
     about: dict = {"version": VERSION, "dataset": facts.dataset, "method": facts.method}
+    about["class_names"] = list(published.class_names)
     if published.zca is None:
         about["normalisation"] = {"mean": list(published.mean), "std": list(published.std)}
     else:

@@ -21,7 +21,6 @@ sys.path.insert(0, str(ROOT))
 from utils.compute.device import PRECISIONS
 from utils.core.errors import UserError
 from utils.core.parser import Parser, count, number, one_of
-from utils.data.datasets import load_dataset
 from utils.exchange.convert import read_distilled
 from utils.files.atomic import save_text
 from utils.methods import METHODS
@@ -93,7 +92,7 @@ def _add_tests(parser: Parser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Read the set, train and test each column, and compare them."""
-    real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none", args.zca)
+    real = arguments.read_data(args)
     assumed = assumptions(vars(args))
     found = read_distilled(args.distilled, real, assumed, args.exp_idx, args.distilled_oe, flag="PATH")
     source = OODSource(real, Path(args.ood_path), Path(args.data_path), args.download == "all", limit=1, seed=args.seed)
@@ -145,6 +144,7 @@ def _common(args: argparse.Namespace) -> list[str]:
     flags = ["--dataset", args.dataset, "--data_path", args.data_path, "--model", args.model, "--method", method]
     flags += ["--seed", str(args.seed), "--device", args.device, "--download", args.download]
     flags += ["--im_size", str(args.im_size)] if args.im_size else []
+    flags += ["--pixel_max", str(args.pixel_max)] if args.pixel_max else []
     return [*flags, *(["--zca"] if args.zca else [])]
 
 

@@ -34,8 +34,9 @@ from utils.compute.device import Compute
 from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.datasets import RealData, load_dataset
-from utils.data.outliers import PseudoOutliers, read_image_pool
+from utils.data.outliers import PseudoOutliers
 from utils.data.synthetic import SyntheticSet, load_synthetic, save_synthetic
+from utils.files.images import ImageReader
 from utils.methods.experts import ExpertBuffer
 from utils.methods.gradient_matching import GradientMatching, MatchSettings
 from utils.runs.checkpoints import Checkpointer
@@ -93,7 +94,7 @@ def _networks(real: RealData) -> list[bytes]:
 
 
 def _tinyimagenet(real: RealData) -> list[bytes]:
-    images = torch.zeros(200, 3, 64, 64, dtype=torch.uint8)
+    images = torch.full((200, 3, 64, 64), 255, dtype=torch.uint8)
     content = {"classes": [f"n{i}" for i in range(200)], "images_train": images, "labels_train": torch.arange(200)}
     content |= {"images_val": images[:4].clone(), "labels_val": torch.arange(4)}
     return [_saved(content), _saved(content | {"evil": Payload()})]
@@ -133,12 +134,12 @@ def _images(real: RealData) -> list[bytes]:
 
 
 def _read_folder(path: Path, real: RealData) -> None:
-    images = read_image_pool(path.parent, 3, SHAPE[1:], "--ood_path")
+    images = ImageReader("--ood_path").folder_or_array(path.parent, 3, SHAPE[1:])
     assert images.shape == (1, *SHAPE)
 
 
 def _read_pool(path: Path, real: RealData) -> None:
-    images = read_image_pool(path, 3, SHAPE[1:], "--oe_data_path")
+    images = ImageReader("--oe_data_path").folder_or_array(path, 3, SHAPE[1:])
     assert images.dtype == torch.uint8
     int(images[:, :, :1, :1].sum())  # touches every page of a memory-mapped array
 

@@ -154,7 +154,9 @@ def test_npz_file(tmp_path):
 
 
 def test_grey_npz_has_one_channel(tmp_path):
-    npz(tmp_path / "grey.npz", train_images=np.ones((12, 9, 9), np.uint8), test_images=np.ones((8, 9, 9), np.uint8))
+    npz(
+        tmp_path / "grey.npz", train_images=np.full((12, 9, 9), 255, np.uint8), test_images=np.ones((8, 9, 9), np.uint8)
+    )
     assert load_dataset("npz", tmp_path / "grey.npz").images_train.shape == (12, 1, 9, 9)
 
 

@@ -475,7 +475,7 @@ def test_folders_beside_other_files(real, tmp_path):
         (tmp_path / name).write_text("x")
     for c in range(K):
         (tmp_path / f"n{c}").mkdir()
-        Image.new("RGB", (16, 16)).save(tmp_path / f"n{c}" / "a.png")
+        Image.new("RGB", (16, 16), "white").save(tmp_path / f"n{c}" / "a.png")
     assert len(read(real, tmp_path).images) == K
 
 

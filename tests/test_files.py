@@ -1,10 +1,13 @@
 """Distilled sets, run folders, atomic files: round trips, published layouts, damage."""
 
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -12,12 +15,13 @@ import torch
 from conftest import ROOT
 
 from utils.core.errors import UserError
+from utils.core.parser import Parser, flag_words
 from utils.core.rng import generator
 from utils.data.synthetic import SyntheticSet, load_synthetic, result_name, save_synthetic
 from utils.files.atomic import append_line, atomic_write, save_pt, save_text
 from utils.files.torch_files import fingerprint, read_pt
 from utils.runs.checkpoints import Checkpointer
-from utils.runs.lineage import find_run_folder
+from utils.runs.lineage import find_run_folder, nothing_left
 from utils.runs.run_folder import RunFolder
 
 
@@ -155,8 +159,8 @@ def test_finding_run_folders(tmp_path):
         find(None)
     put(roots[0], "20230101-000000")
     put(roots[1], "20230102-000000")
-    assert find("20230102-000000") == roots[1] / "DSA" / "20230102-000000"
-    assert find(None).name == "20230102-000000"
+    assert find("20230102-000000") == (roots[1] / "DSA" / "20230102-000000", "")
+    assert find(None).path.name == "20230102-000000"
     put(roots[1], "20230101-000000")
     with pytest.raises(UserError, match=r"exists 2 times: .*a/DSA/20230101-000000, .*b/DSA/20230101-000000"):
         find("20230101-000000")
@@ -166,6 +170,101 @@ def test_finding_run_folders(tmp_path):
     for bad in ("../DSA/20230101-000000", "/tmp", "..", ""):
         with pytest.raises(UserError, match="is not the name of a folder"):
             find(bad)
+
+
+def run_of(place, name, about=None, mtime=1.7e9):
+    """A run folder that holds a file `res`, with an `args.json` unless `about` is None, changed last at `mtime`."""
+    folder = place / name
+    folder.mkdir(parents=True)
+    (folder / "res").write_text("")
+    if about is not None:
+        (folder / "args.json").write_text(json.dumps(about))
+    os.utime(folder, (mtime, mtime))
+    return folder
+
+
+def test_the_newest_run_is_the_finished_one_that_was_started_last(tmp_path):
+    """Neither the time of a folder's last change nor an unfinished run decides."""
+    place, done = tmp_path / "root" / "DSA", "2023-02-01T00:00:00"
+
+    def find(folder=None, left=nothing_left):
+        return find_run_folder([tmp_path / "root"], ["DSA"], folder, "res", "--load_path", left=left)
+
+    published = run_of(place, "20230101-000000", mtime=1.8e9)  # written to last of all
+    assert find() == (published, "")
+    named = run_of(place, "20230102-000000", mtime=1.6e9)  # by its name: a day later
+    path, note = find()
+    assert path == named
+    assert note.startswith(f"--folder is left out and 2 runs fit: {named} is taken (the newest). To choose another")
+    assert note.endswith("--folder NAME, of 20230101-000000")
+    assert find("20230101-000000") == (published, "")
+    later = run_of(place, "again", {"started": "2023-01-03T00:00:00", "finished": done}, mtime=1.5e9)
+    assert find().path == later
+    stopped = run_of(place, "20230104-000000", {"started": "2023-01-04T00:00:00", "finished": None}, mtime=1.9e9)
+    path, note = find()
+    assert path == later
+    assert "4 runs fit" in note
+    assert "is taken (the newest finished one)" in note
+    assert "20230104-000000 (not finished)" in note
+    assert find(stopped.name).note.startswith(f"{stopped} is not finished (stopped")
+    path, note = find(left=lambda folder: "after iteration 4000 of 20000" if folder != published else "")
+    assert path == later  # its own args.json says that it is finished
+    path, note = find(left=lambda folder: "after iteration 4000 of 20000")
+    assert (path, "20230102-000000 (not finished), 20230101-000000 (not finished)" in note) == (later, True)
+    for folder in (later, published, named):
+        shutil.rmtree(folder)
+    assert find() == (stopped, find(stopped.name).note)
+    older = run_of(place, "20230103-000000", {"started": "2023-01-03T00:00:00", "finished": None})
+    path, note = find()
+    assert path == stopped
+    assert f"2 runs fit: {stopped} is taken (not finished: stopped" in note
+    assert note.endswith(f"--folder NAME, of {older.name} (not finished)")
+
+
+def test_a_run_that_another_process_writes_is_not_finished(tmp_path):
+    """Also one of the published layout, whose files do not say so; it takes part again when the process has ended."""
+    older, live = (run_of(tmp_path / "root" / "DSA", name) for name in ("20230101-000000", "20230102-000000"))
+
+    def find(folder=None):
+        return find_run_folder([tmp_path / "root"], ["DSA"], folder, "res", "--load_path")
+
+    code = "import sys; from pathlib import Path; from utils.runs.run_folder import RunFolder; "
+    code += "run = RunFolder(Path(sys.argv[1])); print('locked', flush=True); input()"
+    command = [sys.executable, "-c", code, str(live)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "locked\n"
+        assert find().path == older
+        assert "is not finished (still running)" in find(live.name).note
+        with pytest.raises(UserError, match="is a live run of process"):  # asking did not take the lock away
+            RunFolder(live)
+        process.communicate("\n")
+    assert find().path == live
+    assert find(live.name).note == ""
+
+
+def test_args_say_when_a_run_has_ended(tmp_path):
+    def finished():
+        return json.loads((tmp_path / "args.json").read_text())["finished"]
+
+    run = RunFolder(tmp_path)
+    run.save_args({"seed": 1})
+    assert finished() is None
+    run.finish()
+    assert datetime.fromisoformat(finished()) <= datetime.now()
+    run.update_args({"seed": 1})  # resumed
+    assert finished() is None
+
+
+@pytest.mark.parametrize("value", [None, False, True, "a b", "-x", 3, -3, -1e-5, [-1e-5, 2.0], ["a", "b c"]])
+def test_flags_become_words_and_the_same_values_again(value):
+    parser = Parser()
+    if value in (None, True, False):
+        parser.add_argument("--it", action="store_true", default=value)
+    else:
+        several = isinstance(value, list)
+        parser.add_argument("--it", type=type(value[0] if several else value), nargs="+" if several else None)
+    words = shlex.split(shlex.join(flag_words("it", value)))
+    assert parser.parse_args(words).it == value
 
 
 def test_files_have_the_mode_that_the_user_wants(tmp_path):

@@ -30,10 +30,11 @@ from utils.core.parser import count, number, one_of
 from utils.core.rng import generator
 from utils.data.datasets import load_dataset
 from utils.data.download import NotThere
-from utils.data.outliers import distinct, read_image_pool
+from utils.data.outliers import distinct
 from utils.data.synthetic import SyntheticSet, load_synthetic, save_synthetic
 from utils.files.arrays import free_memory, read_npy, read_npz
-from utils.files.images import conform, list_images, read_images
+from utils.files.images import ImageReader
+from utils.files.pixels import conform
 from utils.files.torch_files import read_pt
 from utils.ood.sets import OODSource
 from utils.training.saved import load_trained
@@ -186,7 +187,7 @@ HUGE = [
     (npz_with_false_sizes, read_npz_pool),
     (lambda path: zeros_npz(path, 300 << 20), read_npz_pool),
     (npy_of_terabytes, lambda path: read_npy(path, "--oe_data_path")),
-    (png_bomb, lambda path: read_images([path], 3, (8, 8), "--ood_path")),
+    (png_bomb, lambda path: ImageReader("--ood_path").files([path], 3, (8, 8))),
     (pt_with_bytearray, read_distilled),
     (pt_expanded, read_distilled),
     (pt_claiming, read_distilled),
@@ -405,22 +406,22 @@ def test_links_in_folders(tmp_path):
     inside, outside = picture(tmp_path / "pool" / "a.png"), picture(tmp_path / "else" / "b.png")
     pool = inside.parent
     (pool / "link.png").symlink_to("a.png")
-    assert [p.name for p in list_images(pool)] == ["a.png", "link.png"]
+    assert [p.name for p in ImageReader("--ood_path").find(pool)] == ["a.png", "link.png"]
     (tmp_path / "named").symlink_to(pool)
-    assert len(list_images(tmp_path / "named")) == 2  # the folder that the user names may be a link
+    assert len(ImageReader("--ood_path").find(tmp_path / "named")) == 2  # the folder that the user names may be a link
     (pool / "more").symlink_to(outside.parent)
-    assert len(list_images(pool)) == 2  # folders behind links are not entered
+    assert len(ImageReader("--ood_path").find(pool)) == 2  # folders behind links are not entered
     for target, message in ((outside, "leads out of"), ("gone.png", "broken link"), ("c.png", "cannot list|broken")):
         (pool / "c.png").symlink_to(target)
         with pytest.raises(UserError, match=f"--ood_path: .*({message})"):
-            read_image_pool(pool, 3, (8, 8), "--ood_path")
+            ImageReader("--ood_path").folder_or_array(pool, 3, (8, 8))
         (pool / "c.png").unlink()
 
 
 def test_links_in_image_folders(tmp_path):
     for part in ("train", "test"):
         for name in ("a", "b"):
-            picture(tmp_path / "data" / part / name / "0.png")
+            picture(tmp_path / "data" / part / name / "0.png", 200)
     picture(tmp_path / "c" / "0.png")
     assert len(load_dataset("ImageFolder", tmp_path / "data").images_train) == 2
     (tmp_path / "data" / "train" / "c").symlink_to(tmp_path / "c")
@@ -433,11 +434,11 @@ def test_names_of_all_kinds(tmp_path):
     names = ["a b", "it's", 'say "ü"', "图像", "-x", os.fsdecode(b"\xff\xfe")]
     for value, name in enumerate(names):
         picture(tmp_path / "pool" / f"{name}.png", 40 * value)
-    images = read_image_pool(tmp_path / "pool", 3, (4, 4), "--ood_path")
+    images = ImageReader("--ood_path").folder_or_array(tmp_path / "pool", 3, (4, 4))
     assert sorted(images[:, 0, 0, 0].tolist()) == [0, 40, 80, 120, 160, 200]
     for name in names:
-        np.save(tmp_path / f"{name}.npy", np.zeros((3, 8, 8), np.uint8))
-        assert len(read_image_pool(tmp_path / f"{name}.npy", 3, (8, 8), "")) == 3
+        np.save(tmp_path / f"{name}.npy", np.full((7, 8, 8), 255, np.uint8))
+        assert len(ImageReader("").folder_or_array(tmp_path / f"{name}.npy", 3, (8, 8))) == 7
         torch.save([1], tmp_path / name) if name.isprintable() else None
         assert not name.isprintable() or read_pt(tmp_path / name, "file") == [1]
 
@@ -446,7 +447,7 @@ def test_other_formats_under_the_name_of_an_image(tmp_path):
     """PIL would start an outside program for PostScript."""
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
     with pytest.raises(UserError, match="cannot identify"):
-        read_images([tmp_path / "a.png"], 3, (8, 8), "--ood_path")
+        ImageReader("--ood_path").files([tmp_path / "a.png"], 3, (8, 8))
 
 
 # --- OOD sets ---------------------------------------------------------------------------------------------------------
@@ -491,11 +492,12 @@ def test_folders_are_decoded_for_the_chosen_images_only(digits, tmp_path, monkey
     for value in range(50):
         picture(tmp_path / "mine" / f"{value:02}.png", 5 * value)
     decoded = []
-    monkeypatch.setattr("utils.ood.sets.read_images", lambda p, *a: decoded.append(p) or read_images(p, *a))
+    read = ImageReader.files
+    monkeypatch.setattr(ImageReader, "files", lambda self, p, *a: decoded.append(p) or read(self, p, *a))
     out = source(digits, tmp_path).find(["mine"])[0][0].load()
     chosen = torch.randperm(50, generator=generator(1, "ood", "mine"))[:20]
     assert [[int(p.stem) for p in paths] for paths in decoded] == [chosen.tolist()]
-    everything = read_image_pool(tmp_path / "mine", 1, (8, 8), "")
+    everything = ImageReader("").folder_or_array(tmp_path / "mine", 1, (8, 8))
     assert torch.equal(out, digits.normalize(conform(everything[chosen], 1, (8, 8))))
 
 
@@ -677,9 +679,9 @@ def test_pixels_of_16_bits(tmp_path):
     values = np.arange(0, 65536, 257 * 4 + 13, dtype=np.uint16)[:63].reshape(7, 9)
     for name in ("a.png", "b.tif"):
         Image.fromarray(values).save(tmp_path / name)
-    images = read_image_pool(tmp_path, 3, (7, 9), "--ood_path")
+    images = ImageReader("--ood_path").folder_or_array(tmp_path, 3, (7, 9))
     expected = torch.from_numpy(np.rint(values / 257).astype(np.uint8))
     assert all(torch.equal(channel, expected) for image in images for channel in image)
     Image.fromarray(values.astype(np.float32)).save(tmp_path / "c.tif")
     with pytest.raises(UserError, match=r"c.tif: pixels of 32 bits \(mode F\) have no range"):
-        read_image_pool(tmp_path, 3, (7, 9), "--ood_path")
+        ImageReader("--ood_path").folder_or_array(tmp_path, 3, (7, 9))

@@ -86,8 +86,8 @@ def test_a_method_in_a_file_of_its_own(tmp_path, in_process):
     assert "is finished" in in_process("main_poe.py", "--resume", "latest", "--method_file", path)
     two = [*NETWORK[:6], *mine, "--num_eval", 1, "--epoch_eval_train", 5]
     out = in_process("train_model_synthetic_oe.py", *two)
-    (three,) = re.findall("^to test them: python test_ood_model_syn.py (.*)$", out, re.MULTILINE)
-    assert "accuracy" in in_process("test_ood_model_syn.py", *shlex.split(three), "--ood_sets", "blob")
+    _, three, *words = shlex.split(re.findall("^to test them: (.*)$", out, re.MULTILINE)[0])
+    assert "accuracy" in in_process(three, *words)
 
 
 @pytest.mark.parametrize(

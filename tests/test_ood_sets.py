@@ -16,7 +16,7 @@ from torchvision import datasets as tv
 from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.download import NotThere
-from utils.files.images import conform
+from utils.files.pixels import conform
 from utils.ood.files import shown_names
 from utils.ood.sets import OODSource
 
@@ -142,7 +142,7 @@ def test_sets_of_files_are_read_where_they_were_moved(digits, tmp_path, monkeypa
 
 
 def test_the_data_set_itself_is_no_ood_set(digits, tmp_path):
-    np.savez(tmp_path / "FashionMNIST.npz", images=pixels(3, 28, 28))
+    np.savez(tmp_path / "FashionMNIST.npz", images=pixels(30, 28, 28))
     own = replace(digits, name="FashionMNIST")
     with pytest.raises(UserError, match="--ood_sets FashionMNIST: its images are of --dataset FashionMNIST"):
         source(own, tmp_path).find(["blob", "FashionMNIST"])

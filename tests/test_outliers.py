@@ -9,7 +9,7 @@ from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.corruptions import CORRUPTIONS, DEFAULT_CORRUPTIONS, corrupt
 from utils.data.outliers import OutlierPool, PseudoOutliers, load_outlier_pool
-from utils.files.images import conform
+from utils.files.pixels import conform
 
 
 def images(n=6, c=3, h=32, w=32) -> torch.Tensor:

@@ -24,7 +24,7 @@ from utils.data.datasets import load_dataset
 from utils.data.outliers import load_outlier_pool
 from utils.runs import resume
 from utils.runs.checkpoints import Checkpointer
-from utils.runs.resume import resume_command
+from utils.runs.resume import _latest, resume_command
 from utils.runs.run_folder import RunFolder
 
 KILLS = int(os.environ.get("TRUSTDD_KILLS", "5"))  # of each kind, in each stage
@@ -357,6 +357,17 @@ def test_save_path_only_finds_the_latest(whole, copied, in_process, refused):
     folder = copied("one")
     assert "is finished" in in_process("main_poe.py", "--resume", "latest", "--save_path", folder.parent)
     assert "--save_path: given is" in refused("main_poe.py", "--resume", folder, "--save_path", "elsewhere")
+
+
+def test_the_latest_run_is_the_one_that_was_started_last(tmp_path):
+    """Not the one whose files changed last."""
+    for name, day, mtime in (("a", 1, 1.8e9), ("b", 3, 1.6e9), ("c", 2, 1.7e9)):
+        folder = tmp_path / "one" / name
+        folder.mkdir(parents=True)
+        about = {"script": "main.py", "flags": {}, "started": f"2023-01-0{day}T00:00:00"}
+        (folder / "args.json").write_text(json.dumps(about))
+        os.utime(folder / "args.json", (mtime, mtime))
+    assert _latest(tmp_path / "one", "main.py") == tmp_path / "one" / "b"
 
 
 def test_inputs_that_changed_are_noticed(whole, copied, refused):

@@ -3,6 +3,8 @@
 import csv
 import json
 import re
+import shlex
+import sys
 from dataclasses import replace
 from importlib import metadata
 
@@ -15,13 +17,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from networks import get_network
 from utils.compute.device import Compute
+from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.augment import DSA, parse_strategy
 from utils.data.corruptions import corrupt
 from utils.data.download import FROM_PYTORCH_OOD
 from utils.data.outliers import PseudoOutliers
 from utils.data.synthetic import SyntheticSet, load_synthetic
-from utils.files.images import conform
+from utils.files.pixels import conform
 from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.experts import ExpertBuffer, ExpertSettings, ExpertTraining, describe, open_expert_run
 from utils.methods.gradient_matching import GradientMatching, MatchSettings
@@ -29,8 +32,10 @@ from utils.methods.trajectory_matching import TrajectoryMatching, TrajectorySett
 from utils.ood.drawn import DRAWN
 from utils.ood.measures import MEASURES, ood_measures
 from utils.ood.scores import msp
-from utils.ood.sets import FROM_TORCHVISION, OODSource, validation_sets
+from utils.ood.sets import FROM_TORCHVISION, PAPER_SETS, OODSource, validation_sets
+from utils.runs.lineage import next_command
 from utils.runs.run_folder import RunFolder
+from utils.stages.train import stage3_command
 from utils.training.evaluator import EvalSettings, Evaluator
 from utils.training.saved import is_checkpoint_epoch, load_trained
 from utils.training.trainer import Trainer, TrainSettings, accuracy_of, predict
@@ -183,15 +188,146 @@ def test_missing_ood_sets_are_all_named(in_process, refused, tmp_path):
     common = [*COMMON, "--num_exp", 1, "--is_load_best", "--download", "none"]
     flags = [*common, "--ood_sets", "patches", "iSUN", "LSUN_resize"]
     error = refused("test_ood_model_syn.py", *flags)
-    assert "--ood_sets (--skip_missing tests without the missing ones): 2 missing" in error
-    assert "data/ood/iSUN" in error
-    assert "data/ood/LSUN_resize" in error
+    assert "--ood_sets: iSUN, LSUN_resize are missing. Fetch LSUN_resize by --download all" in error
+    assert "put NAME/ or NAME.npz (key images) into data/ood; or test without them by --skip_missing" in error
+    everything = refused("test_ood_model_syn.py", *common)
+    assert all(name in everything for name in (*PAPER_SETS, "CIFAR10", *DRAWN, "--download all", "--skip_missing"))
+    assert len(everything) < 500
     assert not (tmp_path / "result-test-ood-synthetic").exists()
     printed = in_process("test_ood_model_syn.py", *flags, "--skip_missing")
     assert "| iSUN " in printed
     assert "missing" in printed
     error = refused("test_ood_model_syn.py", *common, "--ood_sets", "Texture")
     assert "error: --ood_sets: unknown OOD set 'Texture'; did you mean Textures" in error
+
+
+def test_why_a_set_could_not_be_fetched(digits, tmp_path, monkeypatch):
+    def fetch(name, *_):
+        raise UserError(f"{name} could not be fetched: no network")
+
+    monkeypatch.setattr("utils.ood.sets.fetch_pytorch_ood", fetch)
+    with pytest.raises(UserError) as error:
+        OODSource(digits, tmp_path, tmp_path, True, 20, 1).find_all(["Textures", "LSUN_resize", "blob"])
+    text = "--ood_sets: Textures, LSUN_resize are missing (Textures could not be fetched: no network). Put NAME/ or"
+    assert str(error.value).startswith(text)
+
+
+@pytest.mark.parametrize("kind", ["plain", "poe"])
+def test_each_stage_prints_the_line_of_the_next(kind, in_process, tmp_path):
+    """They run as they stand, from the same folder, and carry what was given before; so does a run that was resumed."""
+    shared = [*COMMON, "--dsa_strategy", STRATEGY, "--data_path", "my data", "--seed", 7, "--device", "cpu", "--zca"]
+    weight = ["--lambda_oe", 0.25] if kind == "poe" else []
+    flags = [*shared, *weight, "--num_exp", 1, "--num_eval", 1, "--epoch_eval_train", 5, "--Iteration", 1]
+    out = in_process(KINDS[kind][0], *flags, "--save_path", tmp_path / "one")
+    (folder,) = (tmp_path / "one" / RUN).iterdir()
+
+    def follow(out: str, text: str) -> tuple[str, str, dict]:
+        """Run the line that follows `text`; returns its script, its output, and its flags as the run stored them."""
+        (line,) = re.findall(rf"^{text}: (.*)$", out, re.MULTILINE)
+        _, name, *words = shlex.split(line)
+        out = in_process(name, *words)
+        (made,) = re.findall(r"^run folder: (.*)$", out, re.MULTILINE)
+        return name, out, json.loads((tmp_path / made / "args.json").read_text())["flags"]
+
+    name, out, found = follow(out, "to train networks on it")
+    assert name == f"train_model_synthetic_{'oe' if weight else 'no_oe'}.py"
+    expected = {"load_path": "one", "folder": folder.name, "num_eval": 1, "epoch_eval_train": 5, "zca": True, "seed": 7}
+    expected |= {"dsa_strategy": STRATEGY, "is_load_oe": bool(weight), "data_path": "my data", "device": "cpu"}
+    assert found.items() >= expected.items()
+    assert found.get("lambda_oe") == (0.25 if weight else None)
+    _, out, found = follow(out, "to test them")
+    expected = {"num_exp": 1, "ood_sets": list(DRAWN), "zca": True, "seed": 7, "data_path": "my data", "device": "cpu"}
+    assert found.items() >= expected.items()
+    assert "| mean " in out
+    assert all(json.loads(p.read_text())["finished"] for p in tmp_path.rglob("args.json"))
+    assert f"--load_path one --folder {folder.name}" in in_process(KINDS[kind][0], "--resume", folder)
+
+
+def test_a_printed_line_calls_the_scripts_as_this_one_was_called(monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["../.venv/bin/python", "-u", "../my code/main.py"])
+    monkeypatch.setattr(sys, "argv", ["../my code/main.py"])
+    line = next_command("two.py", {"zca": True, "is_load_oe": False, "im_size": None, "folder": "-a", "seed": 3})
+    assert line == "../.venv/bin/python '../my code/two.py' --zca --folder=-a --seed 3"
+
+
+def test_the_line_of_stage_3_names_the_sets_that_are_there(digits, tmp_path, monkeypatch):
+    flags = {"method": "DC", "method_file": None, "dataset": "Digits", "model": "MLP", "ipc": 1, "num_eval": 2}
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "two" / "DC" / "Digits" / "MLP" / "1" / "name"
+
+    def sets() -> str:
+        return stage3_command({**flags, "data_path": "data"}, folder, digits).partition(" --ood_sets ")[2]
+
+    assert sets() == " ".join(DRAWN)
+    (tmp_path / "data" / "ood" / "Places365").mkdir(parents=True)
+    Image.new("L", (8, 8)).save(tmp_path / "data" / "ood" / "Places365" / "a.png")
+    np.savez(tmp_path / "data" / "ood" / "iSUN.npz", images=np.zeros((30, 8, 8), np.uint8))
+    (tmp_path / "data" / "ood" / "LSUN_resize.npz").write_text("damaged")
+    assert sets() == "Places365 iSUN"
+    for name in (*PAPER_SETS, "CIFAR10"):
+        np.savez(tmp_path / "data" / "ood" / f"{name}.npz", images=np.zeros((30, 8, 8), np.uint8))
+    assert sets() == ""  # all: the default
+    assert stage3_command({**flags, "data_path": "data"}, tmp_path / "moved", digits) is None
+
+
+@pytest.fixture
+def networks_of(tmp_path):
+    """A stage-2 folder of tiny networks, with these checkpoints of each, and an `args.json` unless `epochs` is None."""
+
+    def make(*kept: tuple[object, ...], epochs=None):
+        folder = tmp_path / "result-model-synthetic-no-oe" / RUN / "20230101-000000"
+        folder.mkdir(parents=True)
+        for index, names in enumerate(kept):
+            net = get_network("ConvNetD1", 1, 10, (8, 8), generator(0, index))
+            for name in names:
+                which = name if name == "best" else f"epoch{name}"
+                torch.save(net.state_dict(), folder / f"syn_trained_Digits_ConvNetD1_exp{index}_{which}.pt")
+        if epochs is not None:
+            (folder / "args.json").write_text(json.dumps({"epochs": epochs, "flags": {}}))
+
+    return make
+
+
+TEST = ["test_ood_model_syn.py", *COMMON, "--ood_sets", "blob", "--num_exp"]
+
+
+@pytest.mark.parametrize("epochs", [None, 200])
+def test_the_last_epoch_is_tested_when_none_is_named(epochs, networks_of, in_process, tmp_path):
+    networks_of((120, 160, 200, "best"), (120, 160, 200, "best"), epochs=epochs)
+    out = in_process(*TEST, 2)
+    assert "2 × epoch200 (--epoch_train is left out: 200 is the last epoch)" in out
+    (about,) = (tmp_path / "result-test-ood-synthetic").rglob("args.json")
+    assert json.loads(about.read_text())["flags"]["epoch_train"] == 200
+    assert re.search(r"2 × epoch160$", in_process(*TEST, 2, "--epoch_train", 160), re.MULTILINE)
+
+
+def test_all_networks_are_tested_at_the_same_epoch(networks_of, in_process):
+    """A published folder, which does not say how long it trained: the largest epoch that all have, as numbers."""
+    networks_of((800, 1000, "best"), (800, 1000), (800, "best"))
+    assert "2 × epoch1000 (" in in_process(*TEST, 2)
+    assert "3 × epoch800 (" in in_process(*TEST, 3)
+
+
+def test_a_stopped_training_is_not_tested_at_an_earlier_epoch(networks_of, refused):
+    networks_of((800, 1000, "best"), (800,), epochs=1000)
+    error = refused(*TEST, 2)
+    assert "--num_exp 2: " in error
+    assert "has 1 networks of the kind epoch1000. Lower --num_exp" in error
+    assert error.strip().endswith("the first network has: --epoch_train 800, --epoch_train 1000, --is_load_best")
+
+
+def test_checkpoints_that_are_not_there(networks_of, refused):
+    networks_of((600, 1000, "best"), (600, 1000))
+    error = refused(*TEST, 1, "--epoch_train", 300)
+    assert "--epoch_train 300: no network in " in error
+    assert error.strip().endswith("--epoch_train 600, --epoch_train 1000, --is_load_best")
+    assert "has 1 networks of the kind best" in refused(*TEST, 2, "--is_load_best")
+    assert "--num_exp 999999999999: " in refused(*TEST, 999999999999)
+
+
+def test_networks_without_a_checkpoint_of_an_epoch(networks_of, refused):
+    networks_of(("best",))
+    assert "have no checkpoint of an epoch; give --is_load_best" in refused(*TEST, 1)
 
 
 DSA_SETTINGS = DSA(parse_strategy(STRATEGY))

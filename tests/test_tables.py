@@ -21,7 +21,7 @@ import train_model_synthetic_no_oe
 import train_model_synthetic_oe
 from utils.core.errors import UserError
 from utils.data.datasets import load_dataset
-from utils.files.images import unit_images
+from utils.files.pixels import unit_images
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import benchmark

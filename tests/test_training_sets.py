@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from utils.data.outliers import FreshOutliers, PseudoOutliers
 from utils.data.synthetic import load_synthetic, save_synthetic
 from utils.exchange.convert import Assumptions, read_distilled
 from utils.exchange.readers import read_safetensors
+from utils.stages.train import find_distilled
 from utils.training.draws import draw_epoch, with_fresh_outliers
 from utils.training.losses import joint_loss
 from utils.training.trainer import Trainer, TrainSettings
@@ -368,10 +370,10 @@ def test_two_processes_train_on_the_set_of_the_first(in_process, tmp_path):
 
 
 def test_a_changed_pool_is_noticed(made, in_process, refused, tmp_path):
-    np.save(tmp_path / "pool.npy", np.full((40, 8, 8), 9, np.uint8))
+    np.save(tmp_path / "pool.npy", np.full((40, 8, 8), 90, np.uint8))
     flags = ["--distilled", made, "--outliers", "real", "--oe_data_path", "pool.npy", "--save_path", "two"]
     in_process(WITH_OE, *QUICK, *flags)
-    np.save(tmp_path / "pool.npy", np.zeros((40, 8, 8), np.uint8))
+    np.save(tmp_path / "pool.npy", np.full((40, 8, 8), 200, np.uint8))
     assert "--oe_data_path" in refused(WITH_OE, "--resume", "latest", "--save_path", "two")
 
 
@@ -385,9 +387,8 @@ def test_a_moved_run_keeps_its_set(in_process, tmp_path):
 
 def test_stage_2_prints_the_line_of_stage_3(made, in_process, tmp_path):
     text = in_process(WITH_OE, *QUICK, "--distilled", made, "--save_path", "two")
-    (line,) = re.findall(r"^to test them: python (test_ood_model_syn.py .*)$", text, re.MULTILINE)
-    script, *words = shlex.split(line)
-    assert "mean" in in_process(script, *words, "--ood_sets", "patches", "gaussian")
+    _, script, *words = shlex.split(re.findall(r"^to test them: (.*)$", text, re.MULTILINE)[0])
+    assert "| mean " in in_process(script, *words)
 
 
 def test_fitted_scores_of_networks_on_the_whole_set(in_process, refused, tmp_path):
@@ -584,8 +585,13 @@ def test_a_set_of_a_stopped_run(digits, made, in_process, refused, tmp_path):
     assert f"after iteration {total - 1} of {total}" in cards["later"]
     assert "stopped" not in cards["last"]
     choice = Choice("distilled", "none", None, 1)
-    found = [labelled_images(choice, digits, lambda n=n: tmp_path / f"res_{n}.pt", None) for n in ("later", "last")]
-    assert [f"not finished: after iteration {total - 1} of {total}" in f.lines[0] for f in found] == [True, False]
+    for name in ("later", "last"):
+        folder = tmp_path / "root" / "DSA" / "Digits" / "ConvNetD1" / "1" / name
+        folder.mkdir(parents=True)
+        shutil.copy(tmp_path / f"res_{name}.pt", folder / "res_DSA_Digits_ConvNetD1_1ipc.pt")
+        stage1 = partial(find_distilled, ("DSA", "Digits", "ConvNetD1", 1), name, str(tmp_path / "root"))
+        lines = labelled_images(choice, digits, stage1, None).lines
+        assert ("is not finished (after iteration 8 of 9)" in lines[-1]) == (name == "later")
 
 
 @pytest.mark.parametrize(

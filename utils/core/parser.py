@@ -4,6 +4,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from decimal import Decimal
 
 from utils.core.errors import print_error_once, unknown_name
 
@@ -60,6 +61,22 @@ def _underscored(argument: str) -> str:
         return argument
     name, equals, value = argument[2:].partition("=")
     return "--" + name.replace("-", "_") + equals + value
+
+
+def flag_words(name: str, value: object) -> list[str]:
+    """A flag and its value as words of a command line that parse to the same value; none for None and False."""
+    if value is None or value is False:
+        return []
+    if value is True:
+        return [f"--{name}"]
+    if isinstance(value, (list, tuple)):
+        return [f"--{name}", *map(_word, value)]
+    return [f"--{name}={value}"] if str(value).startswith("-") else [f"--{name}", str(value)]
+
+
+def _word(value: object) -> str:
+    """A value as a word; argparse takes negative numbers for flags if they have an exponent."""
+    return f"{Decimal(str(value)):f}" if isinstance(value, float) and "e" in str(value) else str(value)
 
 
 def one_of(what: str, accepted: Iterable[str]) -> Callable[[str], str]:

@@ -1,6 +1,5 @@
 """Real data as whole tensors: read once, kept as uint8, normalised where they are used."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,10 +11,11 @@ import torch
 from utils.compute.transfer import send
 from utils.core.errors import UserError, unknown_name
 from utils.data.download import NPZ_KEYS, read_torchvision, read_torchvision_test
-from utils.data.folders import annotated_images, annotates, test_folder
 from utils.data.whitening import ZCA, fit_zca
 from utils.files.arrays import images_to_nchw, read_npz
-from utils.files.images import check_link, list_images, read_images, unit_images
+from utils.files.class_folders import read_class_folders
+from utils.files.images import ImageReader
+from utils.files.pixels import in_full_range, unit_images
 from utils.files.text_files import check_file
 from utils.files.torch_files import PLAIN_INTEGERS, fingerprint, read_pt
 
@@ -53,7 +53,8 @@ class RealData:
 
     `images_train`, `images_test`: `[N, C, H, W]`, uint8 (or float32 in [0, 1]); `labels_*`: int64 `[N]` in
     0..num_classes-1; `mean`, `std`: per channel, of pixels scaled to [0, 1]; `zca`: whitening instead of these;
-    `class_names`: the folders of ImageFolder in the order of the labels, else empty; `notes`: lines for the log.
+    `class_names`: in the order of the labels, those of the folders or of torchvision; empty where none are known;
+    `notes`: lines for the log; `pixel_max`: the value of white in dark images, of outliers too (`--pixel_max`).
     """
 
     name: str
@@ -67,6 +68,7 @@ class RealData:
     zca: ZCA | None = None
     class_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    pixel_max: int | None = None
 
     @property
     def channel(self) -> int:
@@ -126,6 +128,15 @@ class RealData:
         indices = self.class_indices[label]
         return indices[torch.randperm(len(indices), generator=generator)[:n]]
 
+    def lines(self) -> tuple[str, ...]:
+        """Lines for the log: how many images there are, and what was noted when they were read."""
+        sizes = self.labels_train.bincount(minlength=self.num_classes)
+        counts = (
+            f"{len(self.labels_train)} training images of {self.num_classes} classes (smallest {int(sizes.min())}, "
+            f"largest {int(sizes.max())}), {len(self.labels_test)} test images"
+        )
+        return counts, *self.notes
+
     def fingerprint(self) -> str:
         """SHA-256 of the images and labels."""
         return fingerprint((self.images_train, self.labels_train, self.images_test, self.labels_test))
@@ -143,7 +154,12 @@ class RealData:
 
 
 def load_dataset(
-    name: str, data_path: str | Path, im_size: int | None = None, download: bool = True, zca: bool = False
+    name: str,
+    data_path: str | Path,
+    im_size: int | None = None,
+    download: bool = True,
+    zca: bool = False,
+    pixel_max: int | None = None,
 ) -> RealData:
     """Load a data set as whole CPU tensors.
 
@@ -154,47 +170,40 @@ def load_dataset(
         im_size: side of the images, `ImageFolder` only (default 64).
         download: fetch a missing set through torchvision.
         zca: whiten the images instead of normalising them.
+        pixel_max: the value of white in images that use a small part of their type's range, see `white_value`.
     Raises:
-        UserError: for an unknown name, `im_size` with another set, missing files, or wrong dtypes, shapes or labels.
+        UserError: for an unknown name, `im_size` with another set, missing files, wrong dtypes, shapes or labels, and
+            dark images.
     """
     if zca:
-        return load_dataset(name, data_path, im_size, download).whitened()
+        return load_dataset(name, data_path, im_size, download, pixel_max=pixel_max).whitened()
     if name not in DATASET_NAMES:
         raise UserError(unknown_name("dataset", name, DATASET_NAMES))
     if im_size is not None and name != "ImageFolder":
         raise UserError(f"--im_size: only ImageFolder takes it; {name} has its own size")
     data_path = Path(data_path)
+    class_names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    source, local = data_path, data_path / f"{name.lower()}.npz"
     if name == "npz":
-        return _checked(name, None, _read_npz_set(data_path, "--data_path"), data_path)
-    if name == "ImageFolder":
-        return _of_folders(name, None, data_path, im_size or 64)
-    local = data_path / f"{name.lower()}.npz"
-    if local.is_file():
+        arrays = _read_npz_set(data_path, "--data_path")
+    elif name == "ImageFolder":
+        arrays, class_names, notes = read_class_folders(data_path, im_size or 64, ImageReader("--data_path", pixel_max))
+    elif local.is_file():
         arrays, source = _read_npz_set(local, "--data_path"), local
+    elif name == "TinyImageNet" and (unpacked := _unpacked_tinyimagenet(data_path)):
+        arrays, class_names, notes = _read_unpacked(unpacked, ImageReader("--data_path", pixel_max))
     else:
-        unpacked = _unpacked_tinyimagenet(data_path) if name == "TinyImageNet" else None
-        if unpacked is not None:
-            return _of_folders(name, SPECS[name], unpacked, SPECS[name].side)
         read = {"Digits": _read_digits, "TinyImageNet": _read_tinyimagenet}.get(name)
-        arrays = read(data_path) if read else read_torchvision(name, data_path, download)
-        source = data_path
-    return _checked(name, SPECS[name], arrays, source)
+        *arrays, class_names = read(data_path) if read else read_torchvision(name, data_path, download)
+    real = _checked(name, SPECS.get(name), arrays, source, pixel_max)
+    return replace(real, class_names=class_names, notes=notes)
 
 
-Arrays = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Arrays = Sequence[torch.Tensor]  # training images and labels, test images and labels
 
 
-def _of_folders(name: str, spec: Spec | None, folder: Path, side: int) -> RealData:
-    arrays, class_names, notes = _read_folders(folder, side)
-    if spec and len(class_names) != spec.num_classes:
-        raise UserError(
-            f"--data_path: {folder / 'train'} has {len(class_names)} classes; {name} has {spec.num_classes}. "
-            f"Use --dataset ImageFolder --im_size {side} for a part of it"
-        )
-    return replace(_checked(name, spec, arrays, folder), class_names=class_names, notes=notes)
-
-
-def _checked(name: str, spec: Spec | None, arrays: Arrays, source: Path) -> RealData:
+def _checked(name: str, spec: Spec | None, arrays: Arrays, source: Path, pixel_max: int | None) -> RealData:
     """Check shapes and labels, compute what `spec` leaves out, and make the `RealData`."""
     images, labels, images_test, labels_test = arrays
     where = f"--data_path: {source}"
@@ -226,8 +235,9 @@ def _checked(name: str, spec: Spec | None, arrays: Arrays, source: Path) -> Real
         raise UserError(f"{where}: all images are of one class; two classes or more are needed")
     if empty:
         raise UserError(f"{where}: classes {', '.join(map(str, empty[:10]))} have no training images; each needs some")
+    images, images_test = in_full_range([images, images_test], pixel_max, where)
     mean, std = (spec.mean, spec.std) if spec and spec.mean else _moments(images)
-    return RealData(name, num_classes, mean, std, images, labels, images_test, labels_test)
+    return RealData(name, num_classes, mean, std, images, labels, images_test, labels_test, pixel_max=pixel_max)
 
 
 def _shape(images: torch.Tensor) -> str:
@@ -263,7 +273,7 @@ def _labels(array: np.ndarray, path: Path, flag: str) -> torch.Tensor:
     return torch.from_numpy(array.reshape(-1).astype(np.int64))
 
 
-def _read_digits(_: Path) -> Arrays:
+def _read_digits(_: Path) -> tuple:
     """scikit-learn's 8×8 digits; a fifth of them, stratified, is the test set."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -272,7 +282,7 @@ def _read_digits(_: Path) -> Arrays:
     images = torch.from_numpy(digits.images / 16).float().unsqueeze(1)
     labels = torch.from_numpy(digits.target.astype(np.int64))
     train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=digits.target, random_state=0)
-    return images[train], labels[train], images[test], labels[test]
+    return images[train], labels[train], images[test], labels[test], tuple(map(str, digits.target_names))
 
 
 def _unpacked_tinyimagenet(data_path: Path) -> Path | None:
@@ -283,7 +293,19 @@ def _unpacked_tinyimagenet(data_path: Path) -> Path | None:
     return next((folder for folder in folders if (folder / "train").is_dir()), None)
 
 
-def _read_tinyimagenet(data_path: Path) -> Arrays:
+def _read_unpacked(folder: Path, reader: ImageReader) -> tuple[Arrays, tuple[str, ...], tuple[str, ...]]:
+    """TinyImageNet as unpacked: what `read_class_folders` returns, if it is whole."""
+    spec = SPECS["TinyImageNet"]
+    arrays, class_names, notes = read_class_folders(folder, spec.side, reader)
+    if len(class_names) != spec.num_classes:
+        raise UserError(
+            f"--data_path: {folder / 'train'} has {len(class_names)} classes; TinyImageNet has {spec.num_classes}. "
+            f"Use --dataset ImageFolder --im_size {spec.side} for a part of it"
+        )
+    return arrays, class_names, notes
+
+
+def _read_tinyimagenet(data_path: Path) -> tuple:
     path = data_path / "tinyimagenet.pt"
     if not path.is_file():
         raise UserError(
@@ -305,45 +327,14 @@ def _read_tinyimagenet(data_path: Path) -> Arrays:
         if not (of_images if key.startswith("images") else of_labels):
             found = f"{array.dtype} {list(array.shape[:8])}".removeprefix("torch.")
             raise UserError(f"--data_path: {path} has {key} {found}; {accepted}")
-    return arrays[0], arrays[1].long(), arrays[2], arrays[3].long()
-
-
-def _read_folders(data_path: Path, side: int) -> tuple[Arrays, tuple[str, ...], tuple[str, ...]]:
-    """`train/<class>/*` and the test set (`test_folder`), the classes, and lines for the log.
-
-    The classes are the sorted names of `train/`'s folders.
-    """
-    train = data_path / "train"
-    classes = sorted(p.name for p in train.iterdir() if p.is_dir()) if train.is_dir() else []
-    test, notes = test_folder(data_path, classes)
-    for folder in (train, test):
-        if not folder.is_dir():
-            raise UserError(f"--data_path: {folder} is not there; ImageFolder reads train/<class>/* and test/<class>/*")
-    in_file = annotates(test, classes)
-    extra = [] if in_file else sorted(p.name for p in test.iterdir() if p.is_dir() and p.name not in classes)
-    if len(classes) < 2 or extra:
-        raise UserError(
-            f"--data_path: {train} has {len(classes)} classes; {test} has others: {', '.join(extra) or 'none'}"
-        )
-    parts: list[torch.Tensor] = []
-    tree = data_path.resolve()
-    bare = [c for c in classes if not list_images(train / c, tree, "--data_path")]
-    if bare and len(bare) < len(classes):
-        raise UserError(f"--data_path: no images below {train / bare[0]}; put some there, or remove that class")
-    for folder in (train, test):
-        check_link(folder, tree, "--data_path")
-        there = [(label, folder / c) for label, c in enumerate(classes) if os.path.lexists(folder / c)]
-        found = [(p, label) for label, place in there for p in list_images(place, tree, "--data_path")]
-        found = annotated_images(test, classes, tree) if in_file and folder == test else found
-        if not found:
-            raise UserError(f"--data_path: no images below {folder}")
-        parts.append(read_images([p for p, _ in found], 3, (side, side), "--data_path"))
-        parts.append(torch.tensor([label for _, label in found]))
-    return tuple(parts), tuple(classes), notes
+    names = data.get("classes")
+    named = isinstance(names, (list, tuple)) and len(names) == SPECS["TinyImageNet"].num_classes
+    names = tuple(names) if named and all(isinstance(n, str) for n in names) else ()
+    return arrays[0], arrays[1].long(), arrays[2], arrays[3].long(), names
 
 
 def load_test_images(
-    name: str, root: Path, download: bool, flag: str = "--data_path"
+    name: str, root: Path, download: bool, flag: str = "--data_path", pixel_max: int | None = None
 ) -> torch.Tensor | Sequence[tuple]:
     """Only the test images of a torchvision set, which is used as an OOD set: as `read_torchvision_test` returns them.
 
@@ -353,5 +344,5 @@ def load_test_images(
     local = root / f"{name.lower()}.npz"
     if local.is_file():
         (images,) = read_npz(check_file(local, flag), ["test_images"], flag)
-        return images_to_nchw(images, local, flag).contiguous()
+        return in_full_range([images_to_nchw(images, local, flag).contiguous()], pixel_max, f"{flag}: {local}")[0]
     return read_torchvision_test(name, root, download, flag)

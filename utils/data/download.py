@@ -72,8 +72,8 @@ class NotThere(UserError):
     """A data set that can be downloaded cannot be opened from the disk, and downloading is off or failed."""
 
 
-def read_torchvision(name: str, root: Path, download: bool, flag: str = "--data_path") -> tuple[torch.Tensor, ...]:
-    """Training and test images (uint8 `[N, C, H, W]`) and labels (int64 `[N]`) of a torchvision data set.
+def read_torchvision(name: str, root: Path, download: bool, flag: str = "--data_path") -> tuple:
+    """Training and test images (uint8 `[N, C, H, W]`), labels (int64 `[N]`) and class names of a torchvision data set.
 
     torchvision checks the MD5 sums of its downloads, and those of CIFAR's files each time before it unpickles them.
 
@@ -81,13 +81,14 @@ def read_torchvision(name: str, root: Path, download: bool, flag: str = "--data_
         root: its folder; download: download missing files.
         flag: the flag that names the folder, for the message.
     Returns:
-        `images_train, labels_train, images_test, labels_test`.
+        `images_train, labels_train, images_test, labels_test, class_names`; no names where torchvision has none.
     Raises:
         NotThere: when the set cannot be opened from `root`, and `download` is false or fails.
     """
     training = {"split": "train"} if name == "SVHN" else {"train": True}
     parts = _opened(name, root, [training, _test_part(name)], download, flag, NPZ_KEYS)
-    return tuple(t for part in parts for t in _whole_tensors(part))
+    names = tuple(getattr(parts[0], "classes", ()))
+    return *(t for part in parts for t in _whole_tensors(part)), names
 
 
 def read_torchvision_test(name: str, root: Path, download: bool, flag: str) -> torch.Tensor | Sequence:

@@ -21,8 +21,8 @@ from utils.data.corruptions import (
 )
 from utils.data.datasets import RealData
 from utils.data.download import TINYIMAGES, fetch_tinyimages
-from utils.files.arrays import images_to_nchw, read_npy, read_npz
-from utils.files.images import conform, list_images, read_images
+from utils.files.images import ImageReader
+from utils.files.pixels import conform
 from utils.files.torch_files import fingerprint
 
 
@@ -194,23 +194,6 @@ def initial_outliers(source: OutlierSource, num_slots: int, per_slot: int, seed:
     return torch.cat([draw_repeated(source, slot, per_slot, g) for slot, g in enumerate(keys)])
 
 
-def read_image_pool(path: str | Path, channel: int, im_size: tuple[int, int], flag: str) -> torch.Tensor:
-    """Images of a `.npy` file, an `.npz` file (key `images`) or a folder, uint8 `[N, C, H, W]`.
-
-    A `.npy` file is memory-mapped. Arrays keep their own size and channels; images of a folder are decoded to `channel`
-    and `im_size`.
-    """
-    path = Path(path)
-    if path.is_dir():
-        files = list_images(path, flag=flag)
-        if not files:
-            raise UserError(f"{flag}: {path} holds no images")
-        return read_images(files, channel, im_size, flag)
-    if path.suffix == ".npz":
-        return images_to_nchw(read_npz(path, ["images"], flag)[0], path, flag)
-    return images_to_nchw(read_npy(path, flag), path, flag)
-
-
 def load_outlier_pool(
     path: str | Path, real: RealData, per_slot: int, seed: int, download: bool = False
 ) -> OutlierPool:
@@ -229,15 +212,16 @@ def load_outlier_pool(
             f"--oe_data_path: {path} is not there; give a .npy (uint8 NHWC), an .npz (key images) or a folder of "
             f"images{fetch if path.name == TINYIMAGES else ''}"
         )
-    images = read_image_pool(path, real.channel, real.im_size, "--oe_data_path")
+    reader = ImageReader("--oe_data_path", real.pixel_max)
+    images = reader.folder_or_array(path, real.channel, real.im_size)
     fits = len(images) // real.num_classes
     if not fits:
         raise UserError(
             f"--oe_data_path: {path} has {len(images)} images; {real.num_classes} classes need at least one each"
         )
-    notice = ""
+    notices = [*reader.notes()]
     if fits < per_slot:
-        notice = (
+        notices.append(
             f"{path} has {len(images)} images, too few for {per_slot} per class: the slices shrink to {fits} "
             f"(N // num_classes = {len(images)} // {real.num_classes})"
         )
@@ -248,4 +232,4 @@ def load_outlier_pool(
     if real.device.type == "cuda":  # copy all images that are used to the GPU
         images = images[slices.flatten()].to(real.device)
         slices = torch.arange(slices.numel()).view_as(slices)
-    return OutlierPool(real, images, slices, notice, sample)
+    return OutlierPool(real, images, slices, "; ".join(notices), sample)

@@ -10,6 +10,7 @@ import torch
 from utils.core.errors import UserError
 from utils.core.version import VERSION
 from utils.data.datasets import RealData
+from utils.data.identity import class_order, renumbered
 from utils.data.outliers import FreshOutliers
 from utils.files.atomic import save_pt
 from utils.files.torch_files import PLAIN_INTEGERS, PLAIN_TENSORS, read_pt
@@ -75,7 +76,8 @@ def save_synthetic(
     `[outliers, zeros]` (CPU, float32, normalised; int64); `accs_all_exps`: lists of accuracies by evaluation model. Not
     in published files: `normalisation` (`mean`, `std`; with `--zca` also `zca`), `lr_net` (MTT: the learning rate of
     each experiment), `soft_labels` (probabilities `[N, num_classes]` of each experiment, where `labels` has the most
-    probable class), `dataset`, `num_classes`, `about`, `version`.
+    probable class), `dataset`, `num_classes`, `class_names`,
+    `about`, `version`.
 
     Args:
         accs: accuracies in [0, 1] by evaluation model; about: plain values that describe the run.
@@ -91,6 +93,7 @@ def save_synthetic(
     if real.zca is not None:
         normalisation["zca"] = {n: getattr(real.zca, n).cpu() for n in ("mean", "matrix", "inverse")}
     content |= {"normalisation": normalisation, "dataset": real.name, "num_classes": real.num_classes}
+    content["class_names"] = list(real.class_names)
     save_pt(path, content | {"about": about, "version": VERSION})
 
 
@@ -102,7 +105,8 @@ def load_synthetic(
     Args:
         path: a `res_….pt` file.
         exp_idx: which experiment.
-        real: the data set that it must match, if given: name, image shape, classes and normalisation.
+        real: the data set that it must match, if given: name, image shape, classes and normalisation. If the names of
+            classes are the same in another order, the set is brought into that order.
         what: the name of the file in messages, e.g. its flag.
     Raises:
         UserError: when the file is damaged, not a distilled set, from other data, or has no such experiment.
@@ -123,9 +127,27 @@ def load_synthetic(
             raise UserError(f"{path} is damaged: images and outliers differ in shape")
     if "soft_labels" in content:
         labels = _soft_labels(content, exp_idx, path)
-    if real is not None:
-        _check_fits(images, labels, real, path, content)
-    return SyntheticSet(images, labels, images_oe, _stored_lr(content, exp_idx, path))
+    synthetic = SyntheticSet(images, labels, images_oe, _stored_lr(content, exp_idx, path))
+    if real is None:
+        return synthetic
+    _check_fits(images, labels, real, path, content)
+    return in_classes_of(real, synthetic, content.get("class_names"), str(path))
+
+
+def in_classes_of(real: RealData, synthetic: SyntheticSet, class_names: object, what: str) -> SyntheticSet:
+    """The set with the labels of `real`, sorted by class, if its own classes had another order.
+
+    Args:
+        class_names: those of the set in the order of its labels; what: the file, for messages.
+    Raises:
+        UserError: when the names of the classes differ.
+    """
+    order = class_order(class_names, real.class_names, what)
+    if order is None:
+        return synthetic
+    moved = replace(synthetic, labels=renumbered(synthetic.labels, order))
+    by_class = moved.hard_labels.argsort(stable=True)
+    return replace(moved, images=moved.images[by_class], labels=moved.labels[by_class])
 
 
 def iterations_left(path: str | Path, exp_idx: int = 0) -> tuple[int, int] | None:
@@ -195,26 +217,39 @@ def _check_fits(images: torch.Tensor, labels: torch.Tensor, real: RealData, path
     classes = labels.shape[1] if soft else len(labels.unique())
     shape = (real.channel, *real.im_size)
     if dataset != real.name or tuple(images.shape[1:]) != shape or classes != real.num_classes:
+        size = images.shape[-1]
+        cure = f". Give --im_size {size}" if dataset == "ImageFolder" and size != shape[-1] else ""
         raise UserError(
             f"--dataset {real.name}: {path} was distilled from {str(dataset)[:40] if isinstance(dataset, str) else '?'}"
             f" ({classes} classes, images {'x'.join(map(str, images.shape[1:]))}), not from {real.num_classes} "
-            f"classes of {'x'.join(map(str, shape))}"
+            f"classes of {'x'.join(map(str, shape))}{cure}"
         )
     if not soft and int(labels.max()) != classes - 1:
         raise UserError(
             f"--dataset {real.name}: {path} has the labels {int(labels.min())}..{int(labels.max())}; they must be all "
             f"of 0..{classes - 1}"
         )
+    class_order(content.get("class_names"), real.class_names, str(path))
     stored = content.get("normalisation")
     whitened = isinstance(stored, dict) and "zca" in stored
     if whitened != (real.zca is not None):
         made = "with" if whitened else "without"
         raise UserError(f"--zca: {path} was made {made} it; {'give' if made == 'with' else 'leave out'} --zca")
+    if whitened and not _whitened_alike(stored["zca"], real):
+        raise UserError(
+            f"--zca: {path} was whitened by another data set: give the data that it was distilled from (--data_path)"
+        )
     if "normalisation" in content and not _same_normalisation(content["normalisation"], real):
         raise UserError(
             f"--dataset {real.name}: {path} was distilled from other data: the mean and deviation stored in it are not "
             "those of the data set. Give the data that it was distilled from (--data_path)"
         )
+
+
+def _whitened_alike(stored: object, real: RealData) -> bool:
+    """Whether the stored whitening is that of `real`."""
+    parts = [stored.get(name) for name in ("mean", "matrix")] if isinstance(stored, dict) else [None]
+    return all(isinstance(p, torch.Tensor) for p in parts) and real.zca.to("cpu").is_close(*(p.float() for p in parts))
 
 
 def _same_normalisation(stored: object, real: RealData) -> bool:

@@ -29,6 +29,14 @@ class ZCA:
         """The inverse of `whiten`."""
         return (_product(images.flatten(1), self.inverse) + self.mean).view_as(images)
 
+    def is_close(self, mean: torch.Tensor, matrix: torch.Tensor) -> bool:
+        """Whether a whitening of this mean and matrix is the same but for rounding."""
+        same_shape = matrix.shape == self.matrix.shape and mean.shape == self.mean.shape
+        return same_shape and all(
+            torch.allclose(ours, theirs, rtol=1e-5, atol=atol)
+            for ours, theirs, atol in ((self.matrix, matrix, 1e-3), (self.mean, mean, 1e-4))
+        )
+
     def to(self, device: torch.device | str) -> "ZCA":
         """The same map on `device`."""
         return replace(self, **{n: getattr(self, n).to(device) for n in ("mean", "matrix", "inverse")})

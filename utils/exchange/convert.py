@@ -8,7 +8,7 @@ import torch
 
 from utils.core.errors import UserError
 from utils.data.datasets import SPECS, RealData
-from utils.data.synthetic import SyntheticSet
+from utils.data.synthetic import SyntheticSet, in_classes_of
 from utils.exchange.formats import SetFiles, find_files
 from utils.exchange.labels import training_labels
 from utils.exchange.readers import RawSet, check_images, floats, read_raw
@@ -85,6 +85,7 @@ def read_distilled(
     elif raw.images_oe is not None:
         images_oe = to_training_space(raw.images_oe, space, statistics, real, raw.zca)
     synthetic = SyntheticSet(images, labels, images_oe, raw.lr_net)
+    synthetic = in_classes_of(real, synthetic, raw.class_names, str(files.images))
     return Found(synthetic, tuple(text for text in (line, raw.note, line_oe) if text), len(raw.images))
 
 
@@ -132,7 +133,7 @@ def _outliers(
         images = synthetic.images if synthetic.images_oe is None else synthetic.images_oe
         return images, f"outliers: {len(images)}, of the {found.lines[0]}"
     where = f"{flag}: {paths[0]}"
-    images = floats(content, where)
+    images = floats(content, real, where)
     check_images(images, real, where)
     if not (assumed.space or assumed.statistics):
         check_guess(images, space, real, where)

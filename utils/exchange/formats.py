@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from utils.core.errors import UserError
-from utils.files.images import IMAGE_SUFFIXES
+from utils.files.images import image_suffixes, is_content
 from utils.files.torch_files import read_pt
 
 SPACES = ("normalised", "unit", "zca")
@@ -133,7 +133,7 @@ def _in_folder(folder: Path, flag: str) -> list[SetFiles]:
             found.append(SetFiles("res", folder / name))
         elif name.endswith(".npz"):
             found.append(SetFiles("kip", folder / name))
-    folders = [folder / name for name in sorted(names) if os.path.isdir(folder / name)]
+    folders = [folder / name for name in sorted(names) if is_content(name) and os.path.isdir(folder / name)]
     if any(_has_images(inner) for inner in folders[:3]):
         found.append(SetFiles("folders", folder))
     return found
@@ -150,4 +150,5 @@ def _newest(names: Sequence[str], stem: str) -> list[str]:
 
 def _has_images(folder: Path) -> bool:
     with os.scandir(folder) as entries:
-        return any(Path(e.name).suffix.lower() in IMAGE_SUFFIXES for _, e in zip(range(100), entries, strict=False))
+        names = [e.name for _, e in zip(range(100), entries, strict=False) if is_content(e.name)]
+    return any(Path(name).suffix.lower() in image_suffixes() for name in names)

@@ -16,7 +16,8 @@ from utils.data.whitening import ZCA
 from utils.exchange.formats import MAX_NAMES, SetFiles
 from utils.exchange.spaces import Statistics
 from utils.files.arrays import read_npz
-from utils.files.images import IMAGE_FORMATS, list_images, read_images, unit_images
+from utils.files.images import ImageReader, image_formats, is_content
+from utils.files.pixels import in_full_range, unit_images
 from utils.files.text_files import check_file
 from utils.files.torch_files import PLAIN_TENSORS, read_pt
 
@@ -27,7 +28,7 @@ class RawSet:
 
     `images`, `images_oe`: float32 `[N, C, H, W]`; `labels`: of any kind; `lr_net`: the learning rate; `space`,
     `statistics`, `zca`: what the files, or their names, say of the space of the images; None where they do not;
-    `note`: a further line for the log.
+    `note`: a further line for the log; `class_names`: in the order of the labels, as the file says, unchecked.
     """
 
     images: torch.Tensor
@@ -38,6 +39,7 @@ class RawSet:
     statistics: Statistics | None = None
     zca: ZCA | None = None
     note: str = ""
+    class_names: object = None
 
 
 def read_raw(files: SetFiles, real: RealData, exp_idx: int, flag: str) -> RawSet:
@@ -74,12 +76,13 @@ def check_images(images: torch.Tensor, real: RealData, where: str) -> None:
         raise UserError(f"{where} has images that are NaN or infinite; write it again")
 
 
-def floats(images: object, where: str) -> torch.Tensor:
+def floats(images: object, real: RealData, where: str) -> torch.Tensor:
     """Images of a file as float32 `[N, C, H, W]`, uint8 ones as pixels in [0, 1]; a `UserError` for anything else."""
     if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.dtype not in (*PLAIN_TENSORS, torch.uint8):
         found = f"{images.dtype} {list(images.shape[:8])}" if isinstance(images, torch.Tensor) else "no tensor"
         raise UserError(f"{where} has images {found}; they must be floating or uint8 [N, C, H, W]")
-    return unit_images(images.detach()).float()
+    (images,) = in_full_range([images.detach()], real.pixel_max, where)
+    return unit_images(images).float()
 
 
 # --- one reader for each format --------------------------------------------------------------------------------------
@@ -91,7 +94,8 @@ def _read_res(files: SetFiles, real: RealData, exp_idx: int, flag: str) -> RawSe
     s = load_synthetic(files.images, exp_idx, None, flag)
     check_dataset(content.get("dataset", real.name), real, where)
     space, statistics, zca = stored_space(content.get("normalisation"), where)
-    return RawSet(s.images, s.labels, s.images_oe, s.lr_net, space, statistics, zca)
+    names = content.get("class_names")
+    return RawSet(s.images, s.labels, s.images_oe, s.lr_net, space, statistics, zca, class_names=names)
 
 
 def check_dataset(name: object, real: RealData, where: str) -> None:
@@ -136,7 +140,7 @@ def _statistics(stored: dict, damaged: UserError) -> Statistics:
 
 def _read_tensors(files: SetFiles, real: RealData, exp_idx: int, flag: str) -> RawSet:
     """MTT and its descendants. CIFAR-100 was normalised with the statistics of CIFAR-10 there."""
-    images = floats(read_pt(files.images, flag), f"{flag}: {files.images}")
+    images = floats(read_pt(files.images, flag), real, f"{flag}: {files.images}")
     labels = read_pt(files.labels, flag)
     if not isinstance(labels, torch.Tensor):
         raise UserError(f"{flag}: {files.labels} is no tensor of labels; write it again")
@@ -158,28 +162,30 @@ def _read_tensors(files: SetFiles, real: RealData, exp_idx: int, flag: str) -> R
 
 def _read_pair(files: SetFiles, real: RealData, exp_idx: int, flag: str) -> RawSet:
     images, labels = read_pt(files.images, flag)
-    return RawSet(floats(images, f"{flag}: {files.images}"), labels.detach())
+    return RawSet(floats(images, real, f"{flag}: {files.images}"), labels.detach())
 
 
 def _read_folders(files: SetFiles, real: RealData, exp_idx: int, flag: str) -> RawSet:
     """A folder of images for each class: in the order of `real`'s, if it has the same names, or of numbers or names."""
-    folders = _in_order([p for p in files.images.iterdir() if p.is_dir()], real.class_names)
+    reader = ImageReader(flag, real.pixel_max)
+    folders = [p for p in files.images.iterdir() if p.is_dir() and is_content(p.name)]
+    folders = _in_order(folders, real.class_names)
     if len(folders) != real.num_classes:
         raise UserError(f"{flag}: {files.images} has {len(folders)} folders; --dataset has {real.num_classes} classes")
     paths, labels = [], []
     for label, folder in enumerate(folders):
-        images = list_images(folder, files.images, flag)
+        images = reader.find(folder, files.images)
         paths += images
         labels += [label] * len(images)
         if not images or len(paths) > MAX_NAMES:
             raise UserError(f"{flag}: {folder} has {len(images)} images; a class has some, and all at most {MAX_NAMES}")
     for path in paths:
         _check_size(path, real, flag)
-    images = read_images(paths, real.channel, real.im_size, flag)
+    images = reader.files(paths, real.channel, real.im_size)
     note = f"classes in the order of the folders: {_ends([folder.name for folder in folders])}"
     if real.class_names:
         note += f"; those of --data_path: {_ends(real.class_names)}"
-    return RawSet(unit_images(images), torch.tensor(labels), note=note)
+    return RawSet(unit_images(images), torch.tensor(labels), note="; ".join([note, *reader.notes()]))
 
 
 def _ends(names: Sequence[str]) -> str:
@@ -200,11 +206,11 @@ def _check_size(path: Path, real: RealData, flag: str) -> None:
     from PIL import Image
 
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
+        with Image.open(path, formats=image_formats()) as image:
             width, height = image.size
             channel = 1 if image.mode in ("1", "L", "I;16", "I") else 3
-    except Exception as error:
-        raise UserError(f"{flag}: cannot read the image {path}: {one_line(error)}. Mend or remove it") from None
+    except Exception:  # damaged: the reader names all such files
+        return
     if (channel, height, width) != (real.channel, *real.im_size):
         wanted = "x".join(map(str, (real.channel, *real.im_size)))
         raise UserError(f"{flag}: {path} is {channel}x{height}x{width}; --dataset {real.name} has {wanted}")
@@ -221,7 +227,7 @@ def _read_kip(files: SetFiles, real: RealData, exp_idx: int, flag: str) -> RawSe
         ) from None
     if images.ndim == 4:
         images = images.permute(0, 3, 1, 2).contiguous()
-    return RawSet(floats(images, f"{flag}: {files.images}"), labels)
+    return RawSet(floats(images, real, f"{flag}: {files.images}"), labels)
 
 
 def _read_published(files: SetFiles, real: RealData, exp_idx: int, flag: str) -> RawSet:
@@ -231,7 +237,7 @@ def _read_published(files: SetFiles, real: RealData, exp_idx: int, flag: str) ->
     if labels is None or "images" not in tensors:
         raise UserError(f"{where} lacks images or labels; publish the set again")
     check_dataset(about.get("dataset", real.name), real, where)
-    images_oe = floats(tensors["outliers"], where) if "outliers" in tensors else None
+    images_oe = floats(tensors["outliers"], real, where) if "outliers" in tensors else None
     lr = None
     if "lr_net" in tensors:
         lr = float(tensors["lr_net"]) if tensors["lr_net"].numel() == 1 else -1.0
@@ -241,7 +247,8 @@ def _read_published(files: SetFiles, real: RealData, exp_idx: int, flag: str) ->
     if "zca_matrix" in tensors:
         stored = {"zca": {name: tensors.get(f"zca_{name}") for name in ("mean", "matrix", "inverse")}}
     space, statistics, zca = stored_space(stored, where)
-    return RawSet(floats(tensors["images"], where), labels, images_oe, lr, space, statistics, zca)
+    images = floats(tensors["images"], real, where)
+    return RawSet(images, labels, images_oe, lr, space, statistics, zca, class_names=about.get("class_names"))
 
 
 def read_safetensors(path: Path, flag: str) -> tuple[dict[str, torch.Tensor], dict]:

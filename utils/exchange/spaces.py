@@ -44,7 +44,7 @@ def to_training_space(
             were whitened, if that is known.
     """
     if space == "zca":
-        same = zca is None or (zca.matrix.shape == real.zca.matrix.shape and _same_whitening(zca, real.zca.to("cpu")))
+        same = zca is None or real.zca.to("cpu").is_close(zca.mean, zca.matrix)
         return images if same else real.normalize(to_unit(images, None, zca).to(real.device)).cpu()
     if space == "unit":
         return real.normalize(images.to(real.device)).cpu()
@@ -59,11 +59,6 @@ def to_unit(images: torch.Tensor, statistics: Statistics | None, zca: ZCA | None
         return zca.undo(images)
     mean, std = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in statistics)
     return images * std + mean
-
-
-def _same_whitening(a: ZCA, b: ZCA) -> bool:
-    """Whether two whitenings are the same but for rounding."""
-    return torch.allclose(a.matrix, b.matrix, atol=1e-3) and torch.allclose(a.mean, b.mean, atol=1e-4)
 
 
 def _close(a: tuple[float, ...], b: tuple[float, ...]) -> bool:

@@ -12,6 +12,7 @@ from utils.core.errors import UserError, one_line
 from utils.files.text_files import check_file
 
 MAX_PACKED = 256 << 20  # bytes; up to this unpacked size any compression ratio is accepted
+LEAST_SIDE = 5  # pixels; a narrower side may be an axis of channels
 MAX_RATIO = 100  # the highest ratio above that size; images seldom compress by 10
 
 
@@ -87,12 +88,22 @@ def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
 
 
 def images_to_nchw(array: np.ndarray, path: Path, flag: str) -> torch.Tensor:
-    """uint8 `[N, H, W]`, `[N, H, W, 1]` or `[N, H, W, 3]` as a view `[N, C, H, W]`; a `UserError` for other arrays."""
+    """uint8 `[N, H, W]`, `[N, H, W, 1]` or `[N, H, W, 3]` as a view `[N, C, H, W]`.
+
+    Raises:
+        UserError: for other arrays, and for shapes that can be read in several ways, as `[32, 32, 3]`: one picture in
+            colour, or 32 grey ones of 32×3.
+    """
+    accepted = "it must be uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3]"
+    found = f"{flag}: {path} holds {array.dtype} {list(array.shape)}"
     shape_ok = array.ndim == 3 or (array.ndim == 4 and array.shape[3] in (1, 3))
     if array.dtype != np.uint8 or not shape_ok or 0 in array.shape:
+        raise UserError(f"{found}; {accepted}")
+    if min(array.shape[1:3]) < LEAST_SIDE or (array.ndim == 3 and array.shape[0] in (3, 4)):
+        one = "one picture, or several" if array.ndim == 3 else "[N, H, W, C] or [N, C, H, W]"
         raise UserError(
-            f"{flag}: {path} holds {array.dtype} {list(array.shape)}; it must be uint8 [N, H, W], [N, H, W, "
-            "1] or [N, H, W, 3]"
+            f"{found}, which may be {one}; {accepted}, with sides of {LEAST_SIDE} pixels or more; 3 or 4 grey images "
+            "as [N, H, W, 1]"
         )
     images = torch.from_numpy(array)
     return images.unsqueeze(1) if array.ndim == 3 else images.permute(0, 3, 1, 2)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from utils.data.datasets import RealData
-from utils.files.images import conform
+from utils.files.pixels import conform
 
 
 def gaussian(real: RealData, n: int, g: torch.Generator) -> torch.Tensor:

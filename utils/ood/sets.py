@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from utils.core.rng import generator
 from utils.data.corruptions import corrupt, needs_partner
 from utils.data.datasets import SPECS, RealData, load_test_images
 from utils.data.download import FROM_PYTORCH_OOD, TORCHVISION_FILES, NotThere, fetch_pytorch_ood
-from utils.data.outliers import read_image_pool
-from utils.files.images import conform, list_images, read_images, unit_images
+from utils.files.images import ImageReader
+from utils.files.pixels import conform, unit_images
 from utils.ood.drawn import DRAWN
 from utils.ood.files import ARRAY_SUFFIXES, LIST_SUFFIX, is_path, listed_images, shown_names, stem
 
@@ -29,11 +30,15 @@ KNOWN_SETS = tuple(dict.fromkeys((*PAPER_SETS, *LOCAL_ONLY, *FROM_TORCHVISION, *
 
 @dataclass(frozen=True)
 class OODSet:
-    """An OOD set that was found: `load()` returns its normalised images `[N, C, H, W]`, at most `limit`."""
+    """An OOD set that was found: `load()` returns its normalised images `[N, C, H, W]`, at most `limit`.
+
+    `notes`: lines for the log.
+    """
 
     name: str
     source: str
     load: Callable[[], torch.Tensor]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,12 +102,36 @@ class OODSource:
         return lacking, list(dict.fromkeys(name for _, part in parts for name in part if name not in lacking))
 
     def find_all(self, names: Sequence[str], advice: str = "") -> list[OODSet]:
-        """Look up `names`; raises a `UserError` that lists all missing sets, with `advice` behind the flag."""
+        """Look up `names`; raises a `UserError` that lists all missing sets and what to do; `advice`: one way more."""
         there, missing = self.find(list(dict.fromkeys(names)), skip_missing=False)
         if missing:
-            lines = "; ".join(f"{name}: {what}" for name, what in missing.items())
-            raise UserError(f"{self.flag}{advice}: {len(missing)} missing. {lines}")
+            raise UserError(f"{self.flag}: {self._without(missing, advice)}")
         return there
+
+    def _without(self, missing: dict[str, str], advice: str) -> str:
+        """The message for sets that are missing: their names, why they could not be fetched, and what to do."""
+        fetchable = [name for name in missing if name in (*FROM_TORCHVISION, *FROM_PYTORCH_OOD)]
+        what = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+        paths = [name for name in missing if is_path(name)]
+        ways = [f"give {', '.join(paths)} as seen from here or from {self.ood_path}"] if paths else []
+        ways += [] if len(paths) == len(missing) else [f"put NAME/ or NAME.npz (key images) into {self.ood_path}"]
+        ways += [advice] if advice else []
+        ways.append(f"choose sets that need no files: {' '.join(DRAWN)}")
+        if fetchable and self.download:
+            what += f" ({missing[fetchable[0]].removesuffix(f'; or {self._put(fetchable[0])}')[:120]})"
+        elif fetchable:
+            names = "them" if len(fetchable) == len(missing) else ", ".join(fetchable)
+            ways.insert(0, f"fetch {names} by --download all (pip install pytorch-ood)")
+        text = "; or ".join(ways)
+        return f"{what}. {text[0].upper()}{text[1:]}"
+
+    def at_hand(self, names: Sequence[str]) -> list[str]:
+        """Those of `names` that are there and can be read without a download."""
+        found = []
+        for name in names:
+            with suppress(UserError):
+                found.append(self._at_hand(name).name)
+        return found
 
     def local_path(self, name: str) -> Path | None:
         """The folder, array or list of a set: a path as it is given or below `ood_path`, a name in `ood_path`; or None.
@@ -164,7 +193,9 @@ class OODSource:
         errors = []
         for root, flag in places[: 1 if download else None]:
             try:
-                return self._of_test_images(name, root, load_test_images(name, root, download, flag))
+                return self._of_test_images(
+                    name, root, load_test_images(name, root, download, flag, self.real.pixel_max)
+                )
             except NotThere as error:
                 errors.append(error)
         raise errors[0]
@@ -198,16 +229,19 @@ class OODSource:
     def _from_files(self, name: str, path: Path) -> OODSet:
         """A set from a local array, folder or list; of files only the images that are used are decoded."""
         flag, key = (self.flag, stem(name)) if is_path(name) else ("--ood_path", name)
+        reader = self.reader(flag)
         if path.is_dir() or path.suffix == LIST_SUFFIX:
-            files = list_images(path, flag=flag) if path.is_dir() else listed_images(path, self.ood_path, flag)
-            if not files:
-                raise UserError(f"{flag}: {path} holds no images")
+            files = reader.some(path) if path.is_dir() else listed_images(path, self.ood_path, flag)
             files = [files[i] for i in self.subset(key, len(files)).tolist()]
-            chosen = read_images(files, self.real.channel, self.real.im_size, flag)
+            chosen = reader.files(files, self.real.channel, self.real.im_size)
         else:
-            images = read_image_pool(path, self.real.channel, self.real.im_size, flag)
+            images = reader.array(path)
             chosen = images[self.subset(key, len(images))]
-        return OODSet(name, str(path), lambda: self.prepare(chosen))
+        return OODSet(name, str(path), lambda: self.prepare(chosen), reader.notes())
+
+    def reader(self, flag: str = "--ood_path") -> ImageReader:
+        """A reader of the images of one set; `flag` names it in messages."""
+        return ImageReader(flag, self.real.pixel_max)
 
     def _drawn(self, name: str) -> torch.Tensor:
         return DRAWN[name](self.real, self.limit, generator(self.seed, "ood", name)).to(self.real.device)
@@ -249,7 +283,7 @@ def _other_cifar(source: OODSource) -> torch.Tensor | None:
         return None
     local = source.local_path(name)
     if local is not None:
-        return read_image_pool(local, real.channel, real.im_size, "--ood_path")
+        return source.reader().folder_or_array(local, real.channel, real.im_size)
     try:
         return load_test_images(name, source.data_path, source.download)
     except UserError as error:

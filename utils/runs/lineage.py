@@ -1,19 +1,38 @@
-"""Links between runs: finding the folder of an earlier stage, and tracing results to their sources.
+"""Links between runs: the folder of an earlier stage, the command of the next, the sources of results.
 
 The `args.json` of stage 3 names the folder of its networks; that of stage 2 names the distilled set.
 """
 
 import os
-from collections.abc import Sequence
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
+from utils.compute import distributed
 from utils.core.errors import UserError
+from utils.core.parser import flag_words
 from utils.files.text_files import read_json
-from utils.runs.run_folder import ARGS
+from utils.runs.run_folder import ARGS, is_live
 
 TRAINED_ON = "trained_on.pt"  # in a folder of stage 2: the set, where no file of stage 1 holds it
 STAGE1_ROOTS = ("result", "result-oe", "result-poe")
 STAGE2_ROOTS = ("result-model-synthetic-no-oe", "result-model-synthetic-oe")
+
+
+class Found(NamedTuple):
+    """A run folder, and a line for the log where several fit or the run is not finished; else that line is empty."""
+
+    path: Path
+    note: str
+
+
+def nothing_left(folder: Path) -> str:
+    """For runs that tell nothing but their `args.json`; see `unfinished`."""
+    return ""
 
 
 def find_run_folder(
@@ -23,16 +42,18 @@ def find_run_folder(
     holds: str,
     flag_roots: str,
     only_oe: bool = False,
-) -> Path:
-    """Find a run folder that an earlier stage wrote.
+    left: Callable[[Path], str] = nothing_left,
+) -> Found:
+    """Find a run folder that an earlier stage wrote: of several, the finished one that was started last.
 
     Args:
         roots: the save paths to search.
         parts: method, dataset, model and ipc, the sub-folders of a root.
-        folder: its name; None for the newest.
+        folder: its name; None for the newest, finished runs before others.
         holds: a glob pattern of a file that the folder must hold.
         flag_roots: the flag that sets `roots`, for the message, e.g. `--load_path`.
         only_oe: leave out runs of scripts without outliers.
+        left: what the files of a run say of how far it came; empty if it came to its end.
     Raises:
         UserError: when there is none, `folder` is not a plain name, or several roots have one of that name.
     """
@@ -42,16 +63,61 @@ def find_run_folder(
     named = [place / folder for place in places] if folder else [p for place in places for p in _folders(place)]
     there = [path for path in named if path.is_dir() and not (only_oe and _is_plain(path))]
     found = [path for path in there if any(path.glob(holds))]
-    where = ", ".join(map(str, places))
     if not found:
+        where = ", ".join(map(str, places))
         what = (f"--folder: no {folder}" if folder else "no run folder") + (" with outliers" if only_oe else "")
         bare = f" ({', '.join(map(str, there[:3]))} has no {holds})" if there else ""
         raise UserError(f"{what} under {where}{bare}. Run the earlier stage first, or give {flag_roots} and --folder")
     if folder and len(found) > 1:
-        raise UserError(
-            f"--folder: {folder} exists {len(found)} times: {', '.join(map(str, found))}. Give {flag_roots}"
-        )
-    return max(found, key=lambda path: (path.stat().st_mtime, path.name))
+        several = ", ".join(map(str, found))
+        raise UserError(f"--folder: {folder} exists {len(found)} times: {several}. Give {flag_roots}")
+    why = {path: unfinished(path, left) for path in found}
+    found.sort(key=lambda path: (not why[path], started(path), path.stat().st_mtime, path.name), reverse=True)
+    note = _note({path: why[path] for path in found}, folder is None)
+    return distributed.from_main(Found(found[0], note))  # a run may have ended while the processes looked
+
+
+def _note(why: Mapping[Path, str], left_out: bool) -> str:
+    """What to say of the choice of the first of several runs; `why` each is not finished, `left_out`: `--folder`."""
+    first, *others = why
+    if not left_out or not others:
+        ways = "wait for its end, resume it, or choose another by --folder NAME"
+        return f"{first} is not finished ({why[first]}): {ways}" if why[first] else ""
+    is_newest = started(first) >= max(map(started, others))
+    which = f"not finished: {why[first]}" if why[first] else "the newest" if is_newest else "the newest finished one"
+    several = len({path.parent for path in why}) > 1
+    shown = [f"{path if several else path.name}{' (not finished)' if why[path] else ''}" for path in others[:4]]
+    more = f" and {len(others) - 4} more" if len(others) > 4 else ""
+    how = "--load_path ROOT --folder NAME" if several else "--folder NAME"
+    return (
+        f"--folder is left out and {len(why)} runs fit: {first} is taken ({which}). To choose another: {how}, "
+        f"of {', '.join(shown)}{more}"
+    )
+
+
+def unfinished(folder: Path, left: Callable[[Path], str] = nothing_left) -> str:
+    """Why a run is not finished, in a few words; empty if it is.
+
+    A run that ends writes the time into its `args.json`. Of runs of older code, which do not, `left` decides.
+    """
+    about = args_or_nothing(folder)
+    if about.get("finished"):
+        return ""
+    with suppress(UserError):  # a damaged file: whoever reads it says so
+        if where := left(folder):
+            return f"{where}, still running" if is_live(folder) else where
+    if is_live(folder):
+        return "still running"
+    return "stopped, or running on another machine" if "finished" in about else ""
+
+
+def started(folder: Path) -> float:
+    """When a run was started, in seconds: by its `args.json`, else by its name, else when its folder last changed."""
+    with suppress(ValueError, TypeError, OverflowError, OSError):
+        return datetime.fromisoformat(args_or_nothing(folder).get("started")).timestamp()
+    with suppress(ValueError, OverflowError, OSError):
+        return datetime.strptime(folder.name[:15], "%Y%m%d-%H%M%S").timestamp()
+    return folder.stat().st_mtime
 
 
 def _is_plain(folder: Path) -> bool:
@@ -70,6 +136,21 @@ def args_or_nothing(folder: Path) -> dict:
         return read_json(folder / ARGS, "--folder")
     except UserError:
         return {}
+
+
+def root_of(folder: Path, parts: Sequence[str | int]) -> str | None:
+    """The root below which `find_run_folder` finds a run folder, as seen from here; None if it lies elsewhere."""
+    path = Path(os.path.abspath(folder))
+    if path.parts[-1 - len(parts) : -1] != tuple(map(str, parts)):
+        return None
+    root, here = path.parents[len(parts)], Path.cwd()
+    return str(root.relative_to(here) if root.is_relative_to(here) else root)
+
+
+def next_command(script: str, flags: Mapping[str, object]) -> str:
+    """The shell command of the next stage, with the interpreter and the folder of this script as they were called."""
+    words = [sys.orig_argv[0], str(Path(sys.argv[0]).with_name(script))]
+    return shlex.join([*words, *(word for name, value in flags.items() for word in flag_words(name, value))])
 
 
 def distilled_set_of(networks: Path) -> tuple[Path, int]:

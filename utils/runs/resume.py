@@ -8,13 +8,12 @@ import argparse
 import os
 import shlex
 import sys
-from decimal import Decimal
 from pathlib import Path
 
 from utils.compute import distributed
 from utils.core.errors import UserError, one_line
-from utils.core.parser import Parser
-from utils.runs.lineage import args_or_nothing
+from utils.core.parser import Parser, flag_words
+from utils.runs.lineage import args_or_nothing, started
 from utils.runs.run_folder import ARGS, read_args
 
 MAY_CHANGE = (
@@ -97,25 +96,17 @@ def _command_line(flags: dict, parser: Parser, folder: Path) -> list[str]:
     for name, value in flags.items():
         if name == "resume" or value is None or value is False:
             continue
-        values = [_word(v) for v in value] if isinstance(value, list) else []
+        values = flag_words(name, value)[1:] if isinstance(value, list) else []
         fits = name in known and (isinstance(value, list) == (known[name] == "+"))
         if not fits or any(v.startswith("-") and not v[1:2].isdigit() for v in values):
             flag = one_line(f"--{name}={value}")
             raise UserError(f"--resume: {folder / ARGS} has a flag that {parser.prog} does not know: {flag}")
-        if isinstance(value, list):
-            words += [f"--{name}", *values]
-        else:
-            words.append(f"--{name}" if value is True else f"--{name}={value}")
+        words += flag_words(name, value) if isinstance(value, (bool, list)) else [f"--{name}={value}"]
     return words
 
 
-def _word(value: object) -> str:
-    """A value as a word; argparse takes negative numbers for flags if they have an exponent."""
-    return f"{Decimal(str(value)):f}" if isinstance(value, float) and "e" in str(value) else str(value)
-
-
 def _latest(root: Path, script: str) -> Path:
-    """The run folder of this script under `root` that was last written to."""
+    """The run folder of this script under `root` that was started last."""
     found = []
     try:
         folders = [path.parent for path in root.rglob(ARGS)]
@@ -124,12 +115,12 @@ def _latest(root: Path, script: str) -> Path:
     for folder in folders:
         try:
             if read_args(folder)["script"] == script:
-                found.append((max(p.stat().st_mtime for p in folder.iterdir()), folder))
+                found.append((started(folder), max(p.stat().st_mtime for p in folder.iterdir()), folder))
         except (UserError, OSError):
             continue
     if not found:
         raise UserError(f"--resume latest: no run of {script} under {root}; give the folder, or --save_path")
-    return max(found)[1]
+    return max(found)[-1]
 
 
 def check_inputs(folder: Path, inputs: dict[str, str]) -> None:

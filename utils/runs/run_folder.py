@@ -124,7 +124,7 @@ class RunFolder:
         save_text(self.path / "args", json.dumps(flags, indent=1, default=str) + "\n")
         about = {"script": Path(sys.argv[0]).name, "command": shlex.join(sys.orig_argv), "flags": flags}
         about |= {"started": datetime.now().isoformat(timespec="seconds"), "git_commit": git_commit()}
-        about |= {"versions": versions(), "processes": distributed.world_size(), **more}
+        about |= {"finished": None, "versions": versions(), "processes": distributed.world_size(), **more}
         save_text(self.path / ARGS, json.dumps(about, indent=1, default=str) + "\n")
 
     def update_args(self, flags: dict, **more: object) -> None:
@@ -136,6 +136,13 @@ class RunFolder:
         now = {"command": shlex.join(sys.orig_argv), "at": datetime.now().isoformat(timespec="seconds")}
         now |= {"git_commit": git_commit(), "versions": versions()}
         about |= {"flags": flags | {"resume": None}, "resumed": [*resumed, now], **more}
+        save_text(self.path / ARGS, json.dumps(about | {"finished": None}, indent=1, default=str) + "\n")
+
+    def finish(self) -> None:
+        """Record in `args.json` that the run has come to its end, and when."""
+        if not self.is_main:
+            return
+        about = read_args(self.path) | {"finished": datetime.now().isoformat(timespec="seconds")}
         save_text(self.path / ARGS, json.dumps(about, indent=1, default=str) + "\n")
 
     @contextmanager
@@ -196,6 +203,25 @@ def read_args(folder: Path) -> dict:
     if not isinstance(about.get("flags"), dict) or not isinstance(about.get("script"), str):
         raise UserError(f"--resume: {path} is damaged: it has no flags. Give the folder of another run")
     return about
+
+
+def is_live(folder: Path) -> bool:
+    """Whether another process holds the lock of a run folder."""
+    path = Path(folder) / ".lock"
+    try:
+        import fcntl
+
+        if not os.path.isfile(path):
+            return False
+        file = open(path, "rb", opener=open_no_link)  # noqa: SIM115 - closed below
+    except (ImportError, OSError):  # no such locks on this system, or a folder of somebody else
+        return False
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: several processes may ask at once
+        except OSError as error:
+            return error.errno in (errno.EACCES, errno.EAGAIN)
+    return False
 
 
 class RunLock:

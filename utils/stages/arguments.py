@@ -1,20 +1,24 @@
 """The flags of the scripts, in groups; those that only some methods use are in the files of `utils/methods`."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from networks import MODEL_NAMES
 from utils.compute.device import PRECISIONS
 from utils.core.errors import UserError
 from utils.core.parser import Parser, count, number, one_of
 from utils.data.augment import DSA_ENTRIES, parse_strategy
-from utils.data.datasets import DATASET_NAMES
+from utils.data.datasets import DATASET_NAMES, RealData, load_dataset
 from utils.methods import add_method_choice, add_method_flags
 from utils.ood.detectors import ALL_SCORES, DETECTORS
 from utils.ood.scores import SCORES
 from utils.runs.lineage import STAGE1_ROOTS, STAGE2_ROOTS
-from utils.synthesis.flags import add_oe, add_outliers, add_poe
+from utils.synthesis.flags import add_oe, add_outlier_weight, add_outliers, add_poe
 from utils.training_sets.flags import add_training_set
+
+OOD_PATH = "data/ood"
+NUM_EVAL = 20  # networks of an evaluation in stage 1
 
 
 def _strategy(text: str) -> str | None:
@@ -34,6 +38,20 @@ def add_common(parser: Parser) -> None:
     add_data(group)
     add_network(group)
     group.add_argument("--ipc", type=count(1), default=1, help="synthetic images per class")
+
+
+def passed_on(flags: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """The flags that the next stage is given as they were: what names the run, and those of stage 1 and 2 that differ
+    from their defaults in stage 1, out of these that all stages have and `names`.
+    """
+    parser = Parser()
+    add_common(parser)
+    add_training(parser, NUM_EVAL)
+    add_compute(parser)
+    add_outlier_weight(parser)
+    known = ("data_path", "im_size", "pixel_max", "zca", "seed", "device", "compile", *names)
+    changed = {n: flags[n] for n in known if n in flags and flags[n] != parser.get_default(n)}
+    return {n: flags[n] for n in ("method", "method_file", "dataset", "model", "ipc")} | changed
 
 
 def add_network(group: argparse._ArgumentGroup) -> None:
@@ -80,6 +98,19 @@ def add_data(group: argparse._ArgumentGroup) -> None:
         default=None,
         help="side of the images with --dataset ImageFolder (64 when left out)",
     )
+    group.add_argument(
+        "--pixel_max",
+        type=count(1),
+        default=None,
+        help="the value of white in images that use a small part of their type's range, e.g. 4095 for 12 bits in "
+        "files of 16; also of outliers and OOD sets; needed only where a message asks for it",
+    )
+
+
+def read_data(args: argparse.Namespace) -> RealData:
+    """The data set that the flags of `add_data` name, on the CPU."""
+    download = args.download != "none"
+    return load_dataset(args.dataset, args.data_path, args.im_size, download, args.zca, args.pixel_max)
 
 
 def add_compute(parser: Parser, training: bool = True) -> None:
@@ -144,7 +175,7 @@ def add_training(parser: Parser, num_eval: int) -> None:
 def add_stage1(parser: Parser, save_path: str) -> None:
     """All flags of a stage-1 script without outliers."""
     add_common(parser)
-    add_training(parser, num_eval=20)
+    add_training(parser, NUM_EVAL)
     add_compute(parser)
     group = parser.add_argument_group("distillation")
     _add_loop(group)
@@ -194,7 +225,7 @@ def _add_trust(group: argparse._ArgumentGroup) -> None:
         metavar="SET",
         help="evaluations also report the AUROC (score msp) on these OOD sets: any of stage 3, e.g. patches gaussian",
     )
-    group.add_argument("--ood_path", default="data/ood", help="folder of the sets of --eval_ood")
+    group.add_argument("--ood_path", default=OOD_PATH, help="folder of the sets of --eval_ood")
     group.add_argument(
         "--tensorboard",
         action="store_true",
@@ -301,8 +332,9 @@ def add_stage3(parser: Parser) -> None:
     group.add_argument(
         "--epoch_train",
         type=count(1),
-        default=1000,
-        help="which epoch's checkpoints to test; --is_load_best tests the best instead",
+        default=None,
+        help="which epoch's checkpoints to test; left out: the last that the networks have; --is_load_best tests the "
+        "best instead",
     )
     _add_ood_sets(parser.add_argument_group("OOD sets"))
     _add_scores(parser.add_argument_group("scores"))
@@ -311,7 +343,7 @@ def add_stage3(parser: Parser) -> None:
 def _add_ood_sets(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--ood_path",
-        default="data/ood",
+        default=OOD_PATH,
         help="folder of OOD sets: <name>/ (images), <name>.npz (key images) or <name>.npy; and of the images in a list",
     )
     group.add_argument(
@@ -362,7 +394,7 @@ def add_folder(parser: Parser, save_path: str, searched: Sequence[str]) -> None:
     group.add_argument(
         "--folder",
         default=None,
-        help="name of the run folder to read; left out: the newest that matches the other flags",
+        help="name of the run folder to read; left out: the newest finished one that matches the other flags",
     )
     group.add_argument(
         "--load_path", default=None, help=f"root folder in which --folder is searched; left out: {', '.join(searched)}"

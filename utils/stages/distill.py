@@ -14,16 +14,19 @@ from utils.compute.compiling import Workload
 from utils.compute.device import Compute, choose_compute, choose_device
 from utils.core.errors import UserError
 from utils.core.rng import generator
-from utils.data.datasets import RealData, load_dataset
+from utils.data.datasets import RealData
+from utils.data.identity import identity
 from utils.data.outliers import OutlierSource
 from utils.data.synthetic import SyntheticSet, load_start
 from utils.files.torch_files import fingerprint
 from utils.methods import METHODS, Method, MethodInputs, augmentation_of
 from utils.ood.sets import OODSource
 from utils.runs.checkpoints import Checkpointer
+from utils.runs.lineage import next_command, root_of
 from utils.runs.resume import check_inputs
 from utils.runs.run_folder import RunFolder
 from utils.runs.tensorboard import TensorBoardWriter, require_tensorboard
+from utils.stages.arguments import passed_on, read_data
 from utils.stages.distillation import Distillation, DistillSettings
 from utils.synthesis.learnable import check_enough
 from utils.training.evaluator import EvalSettings, Evaluator, evaluation_models, training_of
@@ -36,7 +39,7 @@ def run_stage1(args: argparse.Namespace, make_outliers: Callable[[RealData], Out
     if args.tensorboard:
         require_tensorboard()
     args.load_path = args.load_path and os.path.abspath(args.load_path)  # a run may be resumed from another folder
-    real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none", args.zca).to(device)
+    real = read_data(args).to(device)
     models = _evaluation_models(args.eval_mode, args.model, real)
     how = (args.epoch_eval_train, args.lr_net, args.batch_train, getattr(args, "lambda_oe", 0.0))
     training = {model: training_of(model, args.dataset, augmentation, *how) for model in models}
@@ -69,8 +72,26 @@ def run_stage1(args: argparse.Namespace, make_outliers: Callable[[RealData], Out
     for line in [*([] if restored else _notices(inputs, method, evaluator.models)), _computing(inputs.compute)]:
         run.log(line)
     distillation.run_all()
+    _end(run, vars(args), real.device, outliers is not None)
+
+
+def _end(run: RunFolder, flags: dict, device: torch.device, with_outliers: bool) -> None:
+    """Record that the run has ended, and log the command of the next stage."""
+    run.finish()
     if device.type == "cuda":
         run.log(f"peak GPU memory: {torch.cuda.max_memory_reserved() / 1e9:.2f} GB")
+    if command := stage2_command(flags, run.path, with_outliers):
+        run.log(f"to train networks on it: {command}")
+
+
+def stage2_command(flags: dict, folder: Path, with_outliers: bool) -> str | None:
+    """The command that trains networks on the distilled set of a run folder; None where stage 2 would not find it."""
+    own = ("num_eval", "epoch_eval_train", "lr_net", "batch_train", "dsa_strategy", "precision", "lambda_oe")
+    kept = passed_on(flags, *own)
+    root = root_of(folder, (flags["method"], flags["dataset"], flags["model"], flags["ipc"]))
+    script = "train_model_synthetic_oe.py" if with_outliers else "train_model_synthetic_no_oe.py"
+    where = {"is_load_oe": with_outliers, "load_path": root, "folder": folder.name}
+    return root and next_command(script, kept | where)
 
 
 def _evaluation_models(eval_mode: str, model: str, real: RealData) -> list[str]:
@@ -153,7 +174,8 @@ def _run_folder(
         check_inputs(Path(flags["resume"]), fingerprints)
         return RunFolder(Path(flags["resume"]))
     run = RunFolder.create(flags["save_path"], s.method, real.name, s.model, s.ipc)
-    run.save_args(flags, device=str(real.device), seed=flags["seed"], inputs=fingerprints, **method.about)
+    about = {"device": str(real.device), "seed": flags["seed"], "inputs": fingerprints, "data": identity(real)}
+    run.save_args(flags, **about, **method.about)
     run.log(f"run folder: {run.path}")
     return run
 
@@ -173,7 +195,7 @@ def _notices(inputs: MethodInputs, method: Method, models: Sequence[str]) -> lis
     """What the user should know before the run starts; `models`: the networks that evaluate."""
     flags = inputs.flags
     entry = METHODS[flags["method"]]
-    lines = [*method.notices, method.outliers.notice if method.outliers else ""]
+    lines = [*inputs.real.lines(), *method.notices, method.outliers.notice if method.outliers else ""]
     defaults = " ".join(f"--{n} {v}" for n, v in entry.defaults.items() if flags.get(n) == v)
     if defaults:
         lines.append(f"defaults of --method {entry.name}: {defaults}")

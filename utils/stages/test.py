@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,13 @@ from utils.compute.compiling import Workload
 from utils.compute.device import Compute, choose_compute, choose_device
 from utils.core.errors import UserError, rank_errors
 from utils.core.version import versions, versions_line
-from utils.data.datasets import RealData, load_dataset
+from utils.data.datasets import RealData
+from utils.data.identity import as_trained_on
 from utils.data.synthetic import load_synthetic
+from utils.data.whitening import ZCA
+from utils.exchange.readers import stored_space
 from utils.files.atomic import save_text
+from utils.files.torch_files import read_pt
 from utils.ood.detectors import FitSet, Scorer, need_fitting, require_library
 from utils.ood.network_scores import score_networks
 from utils.ood.sets import OODSet, OODSource, validation_sets
@@ -27,9 +32,10 @@ from utils.report.plots import (
 )
 from utils.report.results import PlotData, Results, results_csv, results_json, results_of
 from utils.report.tables import report_text
-from utils.runs.lineage import STAGE2_ROOTS, args_or_nothing, distilled_set_of, find_run_folder
+from utils.runs.lineage import STAGE2_ROOTS, Found, args_or_nothing, distilled_set_of, find_run_folder
 from utils.runs.run_folder import RunFolder
-from utils.training.saved import checkpoint_name, load_trained
+from utils.stages.arguments import read_data
+from utils.training.saved import checkpoint_name, checkpoints_of, epochs_of, load_trained
 
 
 def run_stage3(args: argparse.Namespace) -> Results:
@@ -40,11 +46,10 @@ def run_stage3(args: argparse.Namespace) -> Results:
         raise UserError(f"--T {args.T:g}: only --score energy has a temperature; leave --T out or add energy")
     require_library(scores)
     parts = (args.method, args.dataset, args.model, args.ipc)
-    folder = _find_networks(parts, args.folder, args.load_path, args.is_load_oe)
-    which = "best" if args.is_load_best else f"epoch{args.epoch_train}"
-    _check_enough(folder, args.dataset, args.model, args.num_exp, which)
+    folder, note = _find_networks(parts, args.folder, args.load_path, args.is_load_oe)
+    which, chosen = _which_checkpoints(folder, args)
     _check_whitening(folder, args.zca)
-    real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none", args.zca).to(device)
+    real, changed = _as_trained_on(folder, read_data(args).to(device))
     limit = _images_per_set(len(real.images_test), args.num_ood_ratio)
     source = OODSource(real, Path(args.ood_path), Path(args.data_path), args.download == "all", limit, args.seed)
     sets, missing = _find_sets(source, args.ood_sets, args.skip_missing, args.validate)
@@ -60,8 +65,10 @@ def run_stage3(args: argparse.Namespace) -> Results:
             scorer.prepare(real.test_images[:2], fit, batch)
     run = RunFolder.create(args.save_path, *parts, name=folder.name)
     run.save_args(vars(args), networks=str(folder.resolve()), device=str(device), fitted_on=fit and fit.name)
-    lines = [f"run folder: {run.path}", f"networks: {folder}, {args.num_exp} × {which}", f"computing: {compute}"]
-    for line in [*lines, *_about_fitting(fit, scores, args.fit_on)]:
+    run.log(f"run folder: {run.path}")
+    about = [note, *real.lines(), *changed, *(line for ood in sets for line in ood.notes)]
+    about += [f"networks: {folder}, {args.num_exp} × {which}{chosen}", f"computing: {compute}"]
+    for line in filter(None, [*about, *_about_fitting(fit, scores, args.fit_on)]):
         run.log(line)
     with rank_errors():
         networks = score_networks(scorers, real, sets, batch, run)
@@ -70,6 +77,7 @@ def run_stage3(args: argparse.Namespace) -> Results:
     if run.is_main:
         _write_report(results, scores, run, {"networks": str(folder), "flags": vars(args)})
         _draw_plots(run, measured, folder)
+    run.finish()
     return results
 
 
@@ -147,7 +155,7 @@ def _fit_set(which: str | None, networks: Path, real: RealData) -> FitSet:
 
 def _find_networks(
     parts: tuple[str, str, str, int], folder: str | None, load_path: str | None, is_load_oe: bool
-) -> Path:
+) -> Found:
     """The stage-2 folder that the flags name: under `--load_path`, else under the roots of stage 2."""
     _, dataset, model, _ = parts
     if load_path is not None:
@@ -157,19 +165,44 @@ def _find_networks(
     return find_run_folder(roots, parts, folder, checkpoint_name(dataset, model, 0, "*"), "--load_path", is_load_oe)
 
 
-def _check_enough(folder: Path, dataset: str, model: str, wanted: int, which: str) -> None:
-    def there(index: int) -> bool:
-        return (folder / checkpoint_name(dataset, model, index, which)).is_file()
+def _which_checkpoints(folder: Path, args: argparse.Namespace) -> tuple[str, str]:
+    """The checkpoints to test, `best` or `epoch<e>`, and how they were chosen, for the log.
 
-    if all(map(there, range(wanted))):
-        return
-    has = sum(map(there, range(10_000)))
-    files = checkpoint_name(dataset, model, 0, which)
-    other = sorted({p.stem.rsplit("_", 1)[1] for p in folder.glob(checkpoint_name(dataset, model, 0, "*"))})
-    raise UserError(
-        f"--num_exp {wanted}: {folder} has {has} networks of the kind {files} (its first has: {', '.join(other)}). "
-        "Lower --num_exp, choose another checkpoint with --is_load_best or --epoch_train, or train more in stage 2"
-    )
+    `--epoch_train` left out is set to the last epoch of the training, as the folder says; of a folder of the published
+    code, which does not say it, to the last that all networks have.
+
+    Raises:
+        UserError: when one of the `--num_exp` networks has no such checkpoint.
+    """
+    kept = checkpoints_of(folder, args.dataset, args.model)
+    first = kept.get(0, set())
+    of_all = set.intersection(*(kept.get(index, set()) for index in range(min(args.num_exp, len(kept) + 1))))
+    which, how = "best", ""
+    if not args.is_load_best:
+        if args.epoch_train is None:
+            args.epoch_train = _last_epoch(folder, of_all or first)
+            how = f" (--epoch_train is left out: {args.epoch_train} is the last epoch)"
+        which = f"epoch{args.epoch_train}"
+    if which not in of_all:
+        has = sum(which in names for names in kept.values())
+        others = [f"--epoch_train {epoch}" for epoch in epochs_of(first)] + ["--is_load_best"] * ("best" in first)
+        choose = f"choose what the first network has: {', '.join(others)}"
+        if has:
+            raise UserError(
+                f"--num_exp {args.num_exp}: {folder} has {has} networks of the kind {which}. Lower --num_exp, train "
+                f"more networks in stage 2, or {choose}"
+            )
+        flag = "--is_load_best" if which == "best" else f"--epoch_train {args.epoch_train}"
+        raise UserError(f"{flag}: no network in {folder} is of the kind {which}. Train longer in stage 2, or {choose}")
+    return which, how
+
+
+def _last_epoch(folder: Path, kept: set[str]) -> int:
+    """The last epoch of the training, or, where the folder does not say, of the checkpoints `kept`."""
+    stored, epochs = args_or_nothing(folder).get("epochs"), epochs_of(kept)
+    if not epochs:
+        raise UserError(f"--epoch_train: the networks in {folder} have no checkpoint of an epoch; give --is_load_best")
+    return stored if isinstance(stored, int) else epochs[-1]
 
 
 def _check_whitening(networks: Path, zca: bool) -> None:
@@ -181,6 +214,26 @@ def _check_whitening(networks: Path, zca: bool) -> None:
         raise UserError(f"--zca: the networks in {networks} were trained {how}")
 
 
+def _as_trained_on(networks: Path, real: RealData) -> tuple[RealData, tuple[str, ...]]:
+    """The data in the form in which the networks of a folder know it, and lines for the log."""
+    about, what = args_or_nothing(networks), f"the networks in {networks}"
+    stored, flags = about.get("data"), about.get("flags")
+    if isinstance(stored, dict):
+        return as_trained_on(real, stored, what, partial(_whitening_of, networks))
+    if isinstance(flags, dict) and real.name == "ImageFolder" and (flags.get("im_size") or 64) != real.im_size[0]:
+        raise UserError(f"--im_size {real.im_size[0]}: {what} were trained on {flags.get('im_size') or 64}; give that")
+    return real, (f"{what} do not say what they were trained on: images are normalised by --data_path's statistics",)
+
+
+def _whitening_of(networks: Path) -> ZCA | None:
+    """The whitening of the set that networks were trained on, if that is there and holds it."""
+    try:
+        path, _ = distilled_set_of(networks)
+        return stored_space(read_pt(path, "--folder").get("normalisation"), f"--folder: {path}")[2]
+    except UserError:
+        return None
+
+
 def _find_sets(
     source: OODSource, ood_sets: Sequence[str] | None, skip_missing: bool, validate: bool
 ) -> tuple[list[OODSet], dict[str, str]]:
@@ -190,7 +243,7 @@ def _find_sets(
     if skip_missing:
         sets, missing = source.find(list(dict.fromkeys(names)), skip_missing=True)
     else:
-        sets = source.find_all(names, " (--skip_missing tests without the missing ones)")
+        sets = source.find_all(names, "test without them by --skip_missing")
     if validate:
         try:
             sets += validation_sets(source)

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,14 +15,26 @@ from utils.compute.device import Compute, choose_compute, choose_device
 from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.corruptions import DEFAULT_CORRUPTIONS
-from utils.data.datasets import RealData, load_dataset
-from utils.data.synthetic import SyntheticSet, result_name, save_synthetic
+from utils.data.datasets import RealData
+from utils.data.identity import identity
+from utils.data.synthetic import SyntheticSet, iterations_left, result_name, save_synthetic
 from utils.files.torch_files import fingerprint
 from utils.methods import METHODS, augmentation_of
+from utils.ood.drawn import DRAWN
+from utils.ood.sets import OODSource
 from utils.report.tables import mean_std
-from utils.runs.lineage import STAGE1_ROOTS, TRAINED_ON, find_run_folder, stored_set_path
+from utils.runs.lineage import (
+    STAGE1_ROOTS,
+    TRAINED_ON,
+    Found,
+    find_run_folder,
+    next_command,
+    root_of,
+    stored_set_path,
+)
 from utils.runs.resume import check_inputs
 from utils.runs.run_folder import RunFolder, read_args
+from utils.stages.arguments import OOD_PATH, passed_on, read_data
 from utils.training.evaluator import training_of
 from utils.training.network_training import TEST_INTERVAL, NetworkTraining
 from utils.training.trainer import LR_NET, Trainer
@@ -41,13 +52,18 @@ from utils.training_sets.flags import assumptions
 
 
 def find_distilled(
-    parts: tuple[str, str, str, int], folder: str | None = None, load_path: str | None = None, only_oe: bool = False
-) -> Path:
+    parts: tuple[str, str, str, int],
+    folder: str | None = None,
+    load_path: str | None = None,
+    only_oe: bool = False,
+    exp_idx: int = 0,
+) -> Found:
     """The `res_….pt` of the run `folder` (None: the newest that fits) under `load_path` or the roots of stage 1.
 
     Args:
         parts: method, data set, network and images per class.
         only_oe: look only for runs with outliers.
+        exp_idx: the experiment that is wanted of it.
 
     Raises:
         UserError: when there is none.
@@ -56,14 +72,21 @@ def find_distilled(
     if load_path is not None:
         roots = [load_path]
     name = result_name(*parts)
-    return find_run_folder(roots, parts, folder, name, "--load_path", only_oe) / name
+
+    def left(run: Path) -> str:
+        """How far the experiment came, if it did not come to its end."""
+        position = iterations_left(run / name, exp_idx)
+        return f"after iteration {position[0]} of {position[1]}" if position else ""
+
+    found = find_run_folder(roots, parts, folder, name, "--load_path", only_oe, left)
+    return Found(found.path / name, found.note)
 
 
 def run_stage2(args: argparse.Namespace, outliers: str) -> None:
     """Everything that a stage-2 script does after parsing; `outliers`: one of `OUTLIERS`."""
     device = choose_device(args.device, args.deterministic)
     augmentation = augmentation_of(args.method, args.dsa_strategy)
-    real = load_dataset(args.dataset, args.data_path, args.im_size, args.download != "none", args.zca).to(device)
+    real = read_data(args).to(device)
     choice = _choice(vars(args), outliers)
     how = training_of(args.model, args.dataset, augmentation, args.epoch_eval_train, LR_NET, args.batch_train, 0.0)
     networks = FeatureNetworks(args.model, real, how, args.seed, args.compile, args.precision)
@@ -71,7 +94,7 @@ def run_stage2(args: argparse.Namespace, outliers: str) -> None:
     if chosen is None:
         only_oe = args.is_load_oe or (outliers == "distilled" and args.folder is None)  # the newest of those with some
         parts = (args.method, args.dataset, args.model, args.ipc)
-        stage1 = partial(find_distilled, parts, args.folder, args.load_path, only_oe)
+        stage1 = partial(find_distilled, parts, args.folder, args.load_path, only_oe, args.exp_idx)
         cache = Path(args.save_path) / "features"
         chosen = labelled_images(choice, real, stage1, partial(networks.for_coresets, args.features, cache))
         chosen = with_outliers(choice, chosen, real, partial(networks.train, chosen.synthetic))
@@ -90,6 +113,7 @@ def run_stage2(args: argparse.Namespace, outliers: str) -> None:
         run = _resume(Path(args.resume), inputs, vars(args), chosen.path)
     else:
         about = {"device": str(device), "seed": args.seed, "epochs": settings.epochs, "inputs": inputs}
+        about["data"] = identity(real)
         run = _start(vars(args), choice, chosen, real, about)
         run.log(f"{settings.epochs} epochs, batch {settings.batch}, learning rate {settings.lr:g}")
     run.log(f"computing: {compute}")
@@ -99,24 +123,27 @@ def run_stage2(args: argparse.Namespace, outliers: str) -> None:
     )
     best, last = zip(*training.train_all(args.num_eval, args.checkpoint_interval), strict=True)
     run.log(f"accuracy over {args.num_eval} networks: best {mean_std(best)} %, last epoch {mean_std(last)} %")
-    run.log(f"to test them: {stage3_command(vars(args), run.path.name)}")
+    _end(run, vars(args), real)
 
 
-def stage3_command(flags: Mapping[str, Any], folder: str) -> str:
-    """The command that tests the networks of a stage-2 folder, on the default OOD sets."""
-    names = ("method", "method_file", "dataset", "model", "ipc", "data_path", "im_size")
-    words = ["python", "test_ood_model_syn.py", *(w for n in names if flags[n] for w in (f"--{n}", str(flags[n])))]
-    words += ["--zca"] if flags["zca"] else []
-    words += [
-        "--num_exp",
-        str(flags["num_eval"]),
-        "--is_load_best",
-        "--load_path",
-        flags["save_path"],
-        "--folder",
-        folder,
-    ]
-    return shlex.join(words)
+def _end(run: RunFolder, flags: Mapping[str, Any], real: RealData) -> None:
+    """Record that the run has ended, and log the command of the next stage."""
+    run.finish()
+    if run.is_main and (command := stage3_command(flags, run.path, real)):
+        run.log(f"to test them: {command}")
+
+
+def stage3_command(flags: Mapping[str, Any], folder: Path, real: RealData) -> str | None:
+    """The command that tests the networks of a run folder on OOD sets that are at hand: those of the paper, else those
+    that need no files. None where stage 3 would not find the folder.
+    """
+    root = root_of(folder, (flags["method"], flags["dataset"], flags["model"], flags["ipc"]))
+    source = OODSource(real, Path(OOD_PATH), Path(flags["data_path"]), False, limit=1, seed=1)
+    names = source.default_names()
+    there = source.at_hand(names)
+    sets = None if len(there) == len(names) else there or list(DRAWN)
+    where = {"num_exp": flags["num_eval"], "is_load_best": True, "load_path": root, "folder": folder.name}
+    return root and next_command("test_ood_model_syn.py", passed_on(flags) | where | {"ood_sets": sets})
 
 
 def _choice(flags: Mapping[str, Any], outliers: str) -> Choice:
@@ -219,7 +246,7 @@ def _start(flags: dict, choice: Choice, chosen: TrainingSet, real: RealData, abo
     run.log(f"run folder: {run.path}")
     if name and run.path.name != name + ending:
         run.log(f"there is a folder {name}{ending} already; stage 3 finds this run by --folder {run.path.name}")
-    for line in chosen.lines:
+    for line in (*real.lines(), *chosen.lines):
         run.log(line)
     if flags["dsa_strategy"] and METHODS[flags["method"]].augmentation == "unused":
         run.log(f"--dsa_strategy {flags['dsa_strategy']} is not used by --method {flags['method']}")

@@ -15,9 +15,24 @@ from utils.training.trainer import TEST_BATCH, predict
 CHECKPOINT_INTERVAL = 200
 
 
-def checkpoint_name(dataset: str, model: str, index: int, which: str) -> str:
+def checkpoint_name(dataset: str, model: str, index: int | str, which: str) -> str:
     """File name of network `index`; `which` is `best` or `epoch<e>`."""
     return f"syn_trained_{dataset}_{model}_exp{index}_{which}.pt"
+
+
+def checkpoints_of(folder: Path, dataset: str, model: str) -> dict[int, set[str]]:
+    """What a stage-2 folder keeps of each network, by its index: `best`, `epoch<e>`."""
+    kept: dict[int, set[str]] = {}
+    for path in folder.glob(checkpoint_name(dataset, model, "*", "*")):
+        index, _, which = path.stem.rpartition("_exp")[2].partition("_")
+        if index.isdecimal() and path.is_file():
+            kept.setdefault(int(index), set()).add(which)
+    return kept
+
+
+def epochs_of(kept: set[str]) -> list[int]:
+    """The epochs of the checkpoints of a network, sorted."""
+    return sorted(int(which[5:]) for which in kept if which.startswith("epoch") and which[5:].isdecimal())
 
 
 def is_checkpoint_epoch(epoch: int, epochs: int) -> bool:

@@ -11,9 +11,9 @@ from utils.core.errors import UserError
 from utils.data.corruptions import DEFAULT_CORRUPTIONS
 from utils.data.datasets import RealData
 from utils.data.outliers import OutlierSource, PseudoOutliers, load_outlier_pool
-from utils.data.synthetic import SyntheticSet, iterations_left, load_synthetic
+from utils.data.synthetic import SyntheticSet, load_synthetic
 from utils.exchange.convert import Assumptions, read_distilled
-from utils.runs.lineage import TRAINED_ON
+from utils.runs.lineage import TRAINED_ON, Found
 from utils.training_sets.baselines import check_ipc, coreset, random_images
 from utils.training_sets.features import whole_set
 from utils.training_sets.undistilled import corrupted, with_corrupted_again, with_fresh, with_initial, with_k_center
@@ -64,7 +64,7 @@ class TrainingSet:
 
 
 def labelled_images(
-    choice: Choice, real: RealData, stage1: Callable[[], Path], feature_network: Callable[[], nn.Module]
+    choice: Choice, real: RealData, stage1: Callable[[], Found], feature_network: Callable[[], nn.Module]
 ) -> TrainingSet:
     """The images and labels of a choice, and the outliers that are stored with them.
 
@@ -76,11 +76,9 @@ def labelled_images(
     if choice.distilled:
         return _foreign(choice, real)
     if choice.train_on == "distilled":
-        path = stage1()
-        line = f"distilled set: {path}, experiment {choice.exp_idx}"
-        if left := iterations_left(path, choice.exp_idx):
-            line += f", not finished: after iteration {left[0]} of {left[1]}"
-        return TrainingSet(load_synthetic(path, choice.exp_idx, real), (line,), path, path.parent)
+        path, note = stage1()
+        lines = (f"distilled set: {path}, experiment {choice.exp_idx}", *([note] if note else []))
+        return TrainingSet(load_synthetic(path, choice.exp_idx, real), lines, path, path.parent)
     if choice.train_on == "whole":
         line = f"baseline: the whole training set, {len(real.images_train)} images"
         return TrainingSet(whole_set(real), (line,))

@@ -1,0 +1,92 @@
+"""Pixels of images that were read: in [0, 1], of one size and number of channels, over the full range of their type."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from utils.core.errors import UserError
+
+DARK = 8  # images whose brightest value is at most this part of their type's range are not taken as they are
+LOOKED_AT = 1000  # images in which a bright value is looked for first
+
+
+def unit_images(images: torch.Tensor) -> torch.Tensor:
+    """Pixels in [0, 1] as float32: uint8 is divided by 255, float is returned unchanged."""
+    return images.float().div_(255) if images.dtype == torch.uint8 else images
+
+
+def centre_box(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The largest centred part of an image that has the shape of `wanted`, in whole pixels.
+
+    Args:
+        size, wanted: height and width.
+    Returns:
+        Top, left, height and width of the part.
+    """
+    (height, width), (h, w) = size, wanted
+    if width * h >= height * w:
+        inner = max(1, round(height * w / h))
+        return 0, (width - inner) // 2, height, inner
+    inner = max(1, round(width * h / w))
+    return (height - inner) // 2, 0, inner, width
+
+
+def conform(images: torch.Tensor, channel: int, im_size: tuple[int, int]) -> torch.Tensor:
+    """Bring images `[N, C, H, W]` to float32 [0, 1] with `channel` channels and size `im_size`.
+
+    Three channels become one with the ITU-R 601 luma weights; one becomes three by repetition. Of another size, the
+    shorter side is scaled and the centre is cut out, as of image files: antialiased bilinear interpolation of
+    `centre_box`.
+    """
+    images = unit_images(images)
+    if images.shape[1] == 3 and channel == 1:
+        images = 0.299 * images[:, :1] + 0.587 * images[:, 1:2] + 0.114 * images[:, 2:]
+    elif images.shape[1] == 1 and channel == 3:
+        images = images.expand(-1, 3, -1, -1)
+    if tuple(images.shape[2:]) != tuple(im_size):
+        top, left, height, width = centre_box(tuple(images.shape[2:]), tuple(im_size))
+        images = images[:, :, top : top + height, left : left + width]
+        images = F.interpolate(images, tuple(im_size), mode="bilinear", antialias=True, align_corners=False)
+    return images.clamp(0, 1)
+
+
+def white_value(brightest: int, full: int, pixel_max: int | None, where: str) -> int:
+    """The value of white in images that hold values up to `brightest`, of a type that holds up to `full`.
+
+    It is `full` for all but dark images: those use at most 1/8 of the range, as values of 12 bits in files of 16, or
+    0 and 1 in bytes. `pixel_max`: what the user says that white is in dark images (`--pixel_max`).
+
+    Raises:
+        UserError: for dark images, if the user says nothing or what cannot be. `where` begins the message.
+    """
+    if brightest * DARK > full or (pixel_max is not None and pixel_max >= full):
+        return full
+    found = f"{where}: the brightest pixel is {brightest}, and white is {full} in this type"
+    as_they_are = f"--pixel_max {full} takes them as they are"
+    if pixel_max is None:
+        white = f"if white is {brightest}, give --pixel_max {brightest}; " if brightest else ""
+        raise UserError(f"{found}, so these images are nearly black: {white}{as_they_are}")
+    if not brightest <= pixel_max < max(1, brightest) * DARK:
+        raise UserError(f"{found}; --pixel_max {pixel_max} does not fit: give the value of white, or {as_they_are}")
+    return pixel_max
+
+
+def in_full_range(parts: Sequence[torch.Tensor], pixel_max: int | None, where: str) -> list[torch.Tensor]:
+    """The parts of one source of images, uint8 ones scaled so that white is 255; see `white_value`."""
+    if any(part.dtype != torch.uint8 for part in parts):
+        return list(parts)
+    looked_at = max(int(part[:: max(1, len(part) // LOOKED_AT)].max()) for part in parts)
+    if looked_at * DARK > 255:
+        return list(parts)
+    white = white_value(max(int(part.max()) for part in parts), 255, pixel_max, where)
+    if white == 255:
+        return list(parts)
+    table = scale_table(white)
+    return [torch.from_numpy(table[part.numpy()]) for part in parts]
+
+
+def scale_table(white: int) -> np.ndarray:
+    """For each value of 8 bits the one that it becomes when `white` becomes 255, uint8 `[256]`."""
+    return (np.arange(256) * 255 / white).round().clip(0, 255).astype(np.uint8)
