@@ -212,9 +212,9 @@ def _checked(name: str, spec: Spec | None, arrays: Arrays, source: Path) -> Real
         raise UserError(f"{where}: all images are of one class; two classes or more are needed")
     if empty:
         raise UserError(
-            f"{where}: train labels are {int(labels.min())}..{int(labels.max())}, and classes "
-            f"{', '.join(map(str, empty[:10]))} have no training images. Labels start at 0 and leave out no class; "
-            "renumber them, in the test set, too"
+            f"{where}: train labels are {int(labels.min())}..{int(labels.max())}, and no training image is of class "
+            f"{', '.join(map(str, empty[:10]))}. Labels start at 0 and leave out no class; renumber them, in the test "
+            "set, too"
         )
     mean, std = (spec.mean, spec.std) if spec and spec.mean else _moments(images)
     return RealData(name, num_classes, mean, std, images, labels, images_test, labels_test)
