@@ -10,7 +10,7 @@ import argparse
 
 from networks import get_network
 from utils.compute import distributed
-from utils.compute.compiling import Workload
+from utils.compute.compiling import Workload, batches
 from utils.compute.device import choose_compute, choose_device
 from utils.core.parser import Parser
 from utils.core.rng import generator
@@ -20,6 +20,7 @@ from utils.data.outliers import OutlierSource, PseudoOutliers, load_outlier_pool
 from utils.methods.experts import ExpertSettings, ExpertTraining, all_trained, describe, expert_folder, open_expert_run
 from utils.stages import arguments
 from utils.stages.entry import run_script
+from utils.training.trainer import TEST_BATCH
 
 
 def get_args_parser() -> Parser:
@@ -35,6 +36,15 @@ def make_outliers(args: argparse.Namespace, real: RealData) -> OutlierSource | N
         fetch = args.download == "all"
         return load_outlier_pool(args.oe_data_path, real, args.num_oe_per_class, args.seed, fetch)
     return PseudoOutliers(real, tuple(args.corruptions), args.mix_corruptions) if args.outliers == "poe" else None
+
+
+def workload(num_experts: int, settings: ExpertSettings, real: RealData, with_outliers: bool) -> Workload:
+    """The work of this process, as if no expert had been trained before; each epoch ends in a test."""
+    s, train, test = settings, len(real.images_train), len(real.images_test)
+    epochs = len(distributed.own_share(num_experts)) * s.epochs
+    images = train * (1 + s.batch_oe / s.batch if with_outliers else 1)
+    steps = epochs * (batches(train, s.batch) + batches(test, TEST_BATCH))
+    return Workload(epochs * (images + test / 2), steps, "training", epochs * images)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -55,10 +65,8 @@ def main(args: argparse.Namespace) -> None:
         augmentation=None if args.dsa_strategy is None else DSA(parse_strategy(args.dsa_strategy)),
     )
     net = get_network(args.model, real.channel, real.num_classes, real.im_size, generator(args.seed))
-    steps = len(distributed.own_share(args.num_experts)) * args.train_epochs
-    images = len(real.images_train) * (1 if outliers is None else 1 + args.batch_oe / args.batch_train)
-    workload = Workload(steps * (images + len(real.images_test) / 2), steps, "training", steps * images)
-    compute = choose_compute(args.compile, args.precision, device, net, (real.channel, *real.im_size), workload)
+    work = workload(args.num_experts, settings, real, outliers is not None)
+    compute = choose_compute(args.compile, args.precision, device, net, (real.channel, *real.im_size), work)
     about = describe(real, args.model, outliers, args.lambda_oe) | {"training": settings.about()}
     folder = expert_folder(args.buffer_path, real, args.model)
     done = f"{args.num_experts} experts of {args.train_epochs} epochs: {folder}"

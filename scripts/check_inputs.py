@@ -15,10 +15,12 @@ import torch
 
 from utils.core.errors import UserError
 from utils.core.parser import Parser, one_of
-from utils.data.datasets import DATASET_NAMES, SPECS, RealData, load_dataset
+from utils.data.datasets import DATASET_NAMES, SPECS, RealData, Spec, load_dataset
 from utils.data.outliers import load_outlier_pool
 from utils.ood.sets import OODSource
 from utils.stages.entry import run_script
+
+UNKNOWN = Spec(channel=3, side=64, num_classes=2, mean=None, std=None)
 
 
 def get_args_parser() -> Parser:
@@ -34,10 +36,11 @@ def get_args_parser() -> Parser:
 
 
 def stand_in(name: str) -> RealData:
-    """Two black images in the shape of a data set that is missing, so that the other inputs can be checked."""
-    if name not in SPECS:
-        raise UserError(f"--dataset {name}: no other input can be checked without it")
-    spec = SPECS[name]
+    """Two black images in the shape of a data set that is missing, so that the other inputs can be checked.
+
+    The shape and classes of a data set of the user's own are not known without it; other inputs are fitted to any.
+    """
+    spec = SPECS.get(name, UNKNOWN)
     images = torch.zeros(2, spec.channel, spec.side, spec.side, dtype=torch.uint8)
     scale = (1.0,) * spec.channel
     return RealData(name, spec.num_classes, scale, scale, images, torch.arange(2), images, torch.arange(2))
@@ -66,7 +69,8 @@ def main(args: argparse.Namespace) -> None:
         except UserError as error:  # unknown or damaged
             problems.append(str(error))
     if problems:
-        raise UserError(f"{len(problems)} inputs are missing. " + " | ".join(problems))
+        what = "1 input is" if len(problems) == 1 else f"{len(problems)} inputs are"
+        raise UserError(f"{what} missing or damaged. " + " | ".join(problems))
 
 
 if __name__ == "__main__":

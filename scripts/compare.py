@@ -62,6 +62,7 @@ def get_args_parser() -> Parser:
     parser.add_argument(
         "--out", default=None, help="folder to write compare.md, .csv, .tex and .png into; left out: print only"
     )
+    parser.add_argument("--notes", nargs="+", default=[], help="lines to write below the table and on the page")
     parser.add_argument(
         "--html", action="store_true", help="also write compare.html there, one page with all tables and plots"
     )
@@ -79,27 +80,33 @@ def main(args: argparse.Namespace) -> None:
     if args.scores:
         runs = [of_scores(run, args.scores) for run in runs]
     rows = comparison_rows(runs, args.measures)
-    written = write(Path(args.out), runs, rows, args.html) if args.out else []
-    print(markdown(runs, rows))
+    text = "\n".join([markdown(runs, rows), *(f"{note}\n" for note in args.notes)])
+    written = write(Path(args.out), runs, rows, text, args.notes if args.html else None) if args.out else []
+    print(text)
     if written:
         print(f"written into {args.out}: {', '.join(written)}")
 
 
-def write(out: Path, runs: Sequence[Run], rows: Sequence[Row], html: bool) -> list[str]:
-    """Write the table in all formats into `out`; returns the names of the files."""
+def write(
+    out: Path, runs: Sequence[Run], rows: Sequence[Row], text: str, notes: Sequence[str] | None = None
+) -> list[str]:
+    """Write the table in all formats into `out`, and with `notes` the page; returns the names of the files.
+
+    `text`: the table in markdown, with what stands below it.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out: cannot make {out}: {error}") from None
-    files = {"compare.md": markdown(runs, rows), "compare.csv": table_csv(runs, rows), "compare.tex": latex(runs, rows)}
+    files = {"compare.md": text, "compare.csv": table_csv(runs, rows), "compare.tex": latex(runs, rows)}
     picture = out / "compare.png"
     try:
         plot_comparison(picture, runs)
     except ImportError:
         picture = None
         print("no picture: matplotlib is not installed (pip install matplotlib)")
-    if html:
-        files["compare.html"] = comparison_page(runs, rows, picture)
+    if notes is not None:
+        files["compare.html"] = comparison_page(runs, rows, picture, notes)
     for name, text in files.items():
         save_text(out / name, text)
     return [*files, *([picture.name] if picture else [])]

@@ -8,12 +8,15 @@ and the whole training set. The page OUT/compare.html puts them side by side. Th
 """
 
 import argparse
+import math
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -21,11 +24,13 @@ sys.path.insert(0, str(ROOT))
 from utils.compute.device import PRECISIONS
 from utils.core.errors import UserError
 from utils.core.parser import Parser, count, number, one_of
+from utils.data.datasets import RealData
 from utils.exchange.convert import read_distilled
 from utils.files.atomic import save_text
 from utils.methods import METHODS
 from utils.ood.detectors import ALL_SCORES, require_library
 from utils.ood.sets import OODSource
+from utils.report.compare import Run, find_runs
 from utils.stages import arguments
 from utils.stages.entry import run_script
 from utils.training_sets.flags import add_foreign, assumptions
@@ -104,13 +109,33 @@ def main(args: argparse.Namespace) -> None:
     decoded = max(1, len(found.synthetic.images) // real.num_classes)
     out = Path(args.out)
     columns = _columns(args, ipc, found.synthetic.images_oe is not None)
-    for name, train in columns.items():
-        folder = out / name.replace(" ", "-")
+    folders = {name: out / name.replace(" = ", " ").replace(" ", "-") for name in columns}
+    for place, (name, train) in enumerate(columns.items(), 1):
+        print(f"column {place} of {len(columns)}: {name}", flush=True)
+        folder = folders[name]
         stage(folder / "networks", train)
         test = _test(args, ipc if "--train_on" in train else decoded)
         stage(folder / "measures", [*test, "--load_path", str(folder / "networks")], folder / "networks")
-    folders = [str(out / name.replace(" ", "-") / "measures") for name in columns]
-    _run(["scripts/compare.py", *folders, "--names", *columns, "--out", str(out), "--html"])
+    measures = [folder / "measures" for folder in folders.values()]
+    notes = at_chance(find_runs(measures, list(columns), []), real)
+    command = ["scripts/compare.py", *map(str, measures), "--names", *columns, "--out", str(out), "--html"]
+    _run([*command, *(["--notes", *notes] if notes else [])])
+
+
+def at_chance(runs: Sequence[Run], real: RealData) -> list[str]:
+    """A line for each run whose networks are not more accurate than guessing, within two standard errors."""
+    chance = 1 / real.num_classes
+    error = math.sqrt(chance * (1 - chance) / len(real.images_test))
+    lines = []
+    for run in runs:
+        accuracy = 1 - fmean(run.results.of_networks("error"))
+        if accuracy <= chance + 2 * error:
+            lines.append(
+                f"{run.name}: its accuracy, {100 * accuracy:.1f} %, is at chance level: guessing among "
+                f"{real.num_classes} classes gives {100 * chance:.1f} ± {100 * error:.1f} %. Its networks have learned "
+                "nothing."
+            )
+    return lines
 
 
 def _columns(args: argparse.Namespace, ipc: int, has_outliers: bool) -> dict[str, list[str]]:
@@ -131,11 +156,21 @@ def _columns(args: argparse.Namespace, ipc: int, has_outliers: bool) -> dict[str
         outliers = ["--outliers", *(["distilled", "--corrupt_again"] if kind == "again" else [kind])]
         name = "with outliers corrupted again" if kind == "again" else f"with {kind} outliers"
         columns[name] = [with_oe, *common, *epochs, "--lambda_oe", str(args.lambda_oe), *given, *apart, *outliers]
-    for kind in args.baselines:
+    for name, kind in _baselines(args.baselines, ipc).items():
         own = whole if kind == "whole" else epochs
         features = ["--features", str(Path(args.out) / "features")] if kind in ("herding", "kcenter") else []
-        columns[kind] = [plain, *common, *own, "--ipc", str(ipc), "--train_on", kind, *features]
+        columns[name] = [plain, *common, *own, "--ipc", str(ipc), "--train_on", kind, *features]
     return columns
+
+
+def _baselines(kinds: Sequence[str], ipc: int) -> dict[str, str]:
+    """The name of each column of real images, and what `--train_on` calls it.
+
+    Herding and k-center begin with the same image, the one nearest to the mean, so at ipc 1 they are one column.
+    """
+    if ipc > 1 or not {"herding", "kcenter"} <= set(kinds):
+        return {kind: kind for kind in kinds}
+    return {"herding = kcenter" if kind == "herding" else kind: kind for kind in kinds if kind != "kcenter"}
 
 
 def _common(args: argparse.Namespace) -> list[str]:

@@ -212,7 +212,7 @@ WRONG = [
 @pytest.mark.parametrize(("name", "flags", "expected"), WRONG, ids=[f"{w[0]} {' '.join(w[1])}"[:60] for w in WRONG])
 def test_errors_are_one_line(name, flags, expected, tmp_path, refused):
     np.save(tmp_path / "bad.npy", np.zeros((5, 3), np.float32))
-    np.save(tmp_path / "small.npy", np.zeros((29, 8, 8), np.uint8))  # two for each class
+    np.save(tmp_path / "small.npy", np.full((29, 8, 8), 255, np.uint8))  # two for each class
     before = sorted(tmp_path.rglob("*"))
     error = refused(name, *flags)
     for text in expected:

@@ -17,12 +17,15 @@ from test_ood_model_syn import get_args_parser
 from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.synthetic import SyntheticSet, save_synthetic
+from utils.files.text_files import csv_text
 from utils.ood.calibration import SCALED_MEASURES
 from utils.ood.measures import MEASURES
+from utils.report.card import _measured
 from utils.report.compare import Run, comparison_rows, find_runs, latex, markdown, plot_comparison, pooled, table_csv
 from utils.report.page import comparison_page
 from utils.report.plots import distilled_pictures, save_score_histograms
-from utils.report.results import NETWORK_MEASURES, Results, load_results, results_csv
+from utils.report.results import NETWORK_MEASURES, Results, load_results, results_csv, results_json
+from utils.report.study import Column, Kind, mean_rows, score_rows
 from utils.report.tables import report_text
 
 RUN = "DSA/Digits/ConvNetD1/1/20260101-000000"
@@ -104,6 +107,45 @@ def chain(tmp_path, digits):
         state = get_network("ConvNetD1", 1, 10, (8, 8), generator(index)).state_dict()
         torch.save(state, stage2 / f"syn_trained_Digits_ConvNetD1_exp{index}_best.pt")
     return stage1, stage2
+
+
+def row(network, name):
+    return {"network": network, "set": name, "score": "msp", **dict.fromkeys(MEASURES, 0.5)}
+
+
+def test_a_line_in_a_name_does_not_break_a_table():
+    """In the report of stage 3, a comparison, a study and a card; other tables are made by the same function."""
+    found = Results([dict.fromkeys(NETWORK_MEASURES, 0.5)], [row(0, "a|b"), row(0, "c\nd")], ["e|f"])
+    column = Run("one|two", (), found)
+    kind = Kind("g|h", {1: found})
+    texts = [
+        report_text(found, ["msp"]),
+        markdown([column], comparison_rows([column], ["auroc"])),
+        mean_rows([kind], [Column("auroc", "msp", "a|b")]) + "\n" + score_rows([kind], ["msp"], "auroc"),
+        _measured({"i|j": found}),
+    ]
+    names = [("a|b", "c d", "e|f"), ("one|two", "a|b"), ("g|h", "AUROC msp a|b ↑"), ("1 × i|j",)]
+    for text, inside in zip(texts, names, strict=True):
+        tables = re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE)
+        split = [[re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines()] for table in tables]
+        assert all(len(cells) == len(table[0]) for table in split for cells in table)
+        cells = {cell.strip().replace(r"\|", "|") for table in split for cells in table for cell in cells}
+        assert cells >= {*inside}
+
+
+def test_a_spreadsheet_computes_no_cell(tmp_path):
+    """Text that begins like a formula is quoted; numbers, also those that are text, stay as they are."""
+    values = ["=1+1", "+x", "-x", "@x", "\tx", "a=b", "-0.5", "+1e3", "", -0.5, 3]
+    (line,) = csv.reader(csv_text([values]).splitlines())
+    assert line == ["'=1+1", "'+x", "'-x", "'@x", "'\tx", "a=b", "-0.5", "+1e3", "", "-0.5", "3"]
+    found = Results([dict.fromkeys(NETWORK_MEASURES, 1.5)], [row(0, '=HYPERLINK("x")')])
+    (first,) = csv.DictReader(results_csv(found).splitlines())
+    assert (first["set"], first["accuracy"], first["auroc"]) == ('\'=HYPERLINK("x")', "-0.5", "0.5")
+    column = Run("-cmd", (), found)
+    (first, *_) = csv.reader(table_csv([column], comparison_rows([column], ["auroc"])).splitlines())
+    assert first[4:] == ["'-cmd mean", "'-cmd std", "'-cmd networks"]
+    (tmp_path / "results.json").write_text(results_json(found, {}))
+    assert load_results(tmp_path).sets() == ['=HYPERLINK("x")']  # what the program itself reads is not quoted
 
 
 def test_the_csv_repeats_what_was_measured_of_each_network():

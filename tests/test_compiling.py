@@ -1,5 +1,6 @@
 """When `torch.compile` is used, and what happens when it fails."""
 
+import math
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import main_poe
 from networks import get_network
-from utils.compute import compiling, distributed
+from utils.compute import compiling, device, distributed
 from utils.compute.compiling import (
     COMPILE_SECONDS,
     SAVED_SECONDS,
@@ -27,16 +28,21 @@ from utils.compute.compiling import (
 from utils.compute.device import Compute
 from utils.core.errors import UserError
 from utils.core.rng import generator
+from utils.data.augment import DSA
 from utils.data.outliers import PseudoOutliers
 from utils.data.synthetic import SyntheticSet
 from utils.methods import METHODS, MethodInputs
-from utils.methods.gradient_matching import image_passes
+from utils.methods.distribution_matching import DistributionMatching
+from utils.methods.gradient_matching import GradientMatching, image_passes
 from utils.methods.match_draws import MatchSettings
+from utils.ood.detectors import Scorer
 from utils.stages import train
 from utils.stages.distill import total_workload
 from utils.stages.distillation import DistillSettings
+from utils.synthesis.student import StudentStep
+from utils.training import trainer
 from utils.training.evaluator import EvalSettings
-from utils.training.trainer import TrainSettings
+from utils.training.trainer import Trainer, TrainSettings
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -208,7 +214,7 @@ def test_passes_of_a_run_by_hand(digits, monkeypatch):
         images = image_passes(match, digits, outliers is not None)
         iteration = Workload(images, match.outer_loop, "matching", images)
         total = total_workload(iteration, run, evaluation, MethodInputs(digits, outliers, {}))
-        assert (total.steps, total.kind) == (120, "matching")
+        assert total.kind == "matching"
         tested = total.passes - total.bf16_passes  # in float32
         evaluations = 3 * (1 if run.eval_last_only else 4) * 2
         assert tested == pytest.approx(evaluations * len(digits.images_test) / 2 / distributed.world_size())
@@ -263,12 +269,14 @@ def test_a_second_process_compiles_nothing_anew(tmp_path):
         "f = Compiled(lambda x: (x * 2).relu().sum(), None, True); print(f(torch.ones(2, 3, 4, 4)).item())"
     )
     env = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"} | {"XDG_CACHE_HOME": str(tmp_path)}
+    env["CUDA_HOME"] = str(tmp_path)  # PyTorch built for CUDA would say that there is a toolkit, but no GPU
     libraries = []
     for _ in range(2):
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
         )
         assert done.stdout.strip() == "192.0", done.stderr
+        assert "No CUDA runtime" not in done.stderr
         libraries.append({path: path.stat().st_mtime_ns for path in (tmp_path / "trustdd").rglob("*.so")})
     assert libraries[0]
     assert libraries[0] == libraries[1]
@@ -278,7 +286,7 @@ def test_passes_of_stage_2_by_hand(digits, monkeypatch):
     """Six networks of 300 epochs on 20 images and 20 outliers, shared by two processes, tested every 50."""
     synthetic = SyntheticSet(torch.zeros(20, 1, 8, 8), torch.arange(20) % 10, torch.zeros(20, 1, 8, 8))
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    found = train.stage2_workload(6, 300, digits, synthetic)
+    found = train.stage2_workload(6, TrainSettings(300), digits, synthetic)
     trained, tests = 3 * 300 * 40, -(-300 // train.TEST_INTERVAL)
     assert (found.passes, found.bf16_passes) == (trained + 3 * tests * len(digits.images_test) / 2, trained)
 
@@ -297,3 +305,102 @@ def test_passes_of_an_iteration_by_hand(digits, flags, passes, bf16_passes):
     args = parser.parse_args(f"--dataset Digits --model ConvNetD1 --ipc 2 {flags}".split())
     found = METHODS[args.method].workload(MethodInputs(digits, PseudoOutliers(digits), vars(args)))
     assert (found.passes, found.bf16_passes) == (passes, bf16_passes)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """What a script reckons its steps to be, one number for each choice to compile, and how many are made."""
+    reckoned, made = [], []
+    choose = device.choose_compile
+
+    def note(flag, where, net, shape, workload):
+        reckoned.append(workload.steps)
+        return choose(flag, where, net, shape, workload)
+
+    def counting(owner, name, steps):
+        original = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            made.append(steps(*args))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    monkeypatch.setattr(device, "choose_compile", note)
+    counting(Trainer, "step", lambda *args: 1)
+    counting(trainer, "predict", lambda net, images, *rest: math.ceil(len(images) / 250))
+    counting(GradientMatching, "_matching_step", lambda *args: 1)
+    counting(DistributionMatching, "iterate", lambda *args: 1)
+    counting(StudentStep, "gradient", lambda *args: 1)
+    counting(Scorer, "__call__", lambda self, images, batch: math.ceil(len(images) / batch))
+    return reckoned, made
+
+
+SMALL = ["--dataset", "Digits", "--model", "ConvNetD1", "--ipc", 2, "--batch_train", 16]
+SHORT = ["--num_exp", 1, "--num_eval", 1, "--epoch_eval_train", 3, "--Iteration", 3, "--eval_interval", 2]
+AUGMENT = ["--method", "DSA", "--dsa_strategy", "flip"]
+EXPERTS = ["--dataset", "Digits", "--model", "ConvNetD1", "--num_experts", 2, "--train_epochs", 3]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--method", "DC", "--outer_loop", 3, "--inner_loop", 2, "--batch_real", 16, "--batch_oe", 16],
+        [*AUGMENT, "--outer_loop", 2, "--inner_loop", 1, "--batch_real", 8, "--batch_oe", 8, "--eval_ood", "blob"],
+        ["--method", "DM", "--batch_real", 16, "--batch_oe", 16],
+    ],
+    ids=["DC", "DSA", "DM"],
+)
+def test_steps_of_stage_1_are_those_that_it_makes(flags, counted, in_process):
+    reckoned, made = counted
+    in_process("main_poe.py", *SMALL, *SHORT, *flags)
+    assert reckoned == [sum(made)]
+
+
+def test_steps_of_a_pool_of_networks_by_hand(digits):
+    """Two epochs of two batches before each turn; in its first turn a network trains for longer, which is left out."""
+    parser = main_poe.get_args_parser()
+    for method, steps in (("DM", 1 + 2 * 2), ("DSA --dsa_strategy flip --outer_loop 1", 1 + 2 * 2)):
+        args = parser.parse_args([*map(str, SMALL), *f"--network_pool 2 --pool_epochs 2 --method {method}".split()])
+        inputs = MethodInputs(digits, PseudoOutliers(digits), vars(args), DSA(("flip",)))
+        assert METHODS[args.method].workload(inputs).steps == steps
+
+
+def test_steps_of_trajectory_matching_are_those_that_it_makes(counted, in_process):
+    """Of the experts, too; 1437 training images and 360 test images."""
+    reckoned, made = counted
+    in_process("train_experts.py", *EXPERTS, "--batch_train", 100)
+    assert reckoned == [sum(made)] == [2 * 3 * (15 + 2)]
+    made.clear()
+    few = ["--syn_steps", 4, "--max_start_epoch", 1]
+    in_process("main.py", *SMALL, *SHORT, "--method", "MTT", *few)
+    assert reckoned[1:] == [sum(made)] == [3 * 4 + 3 * (3 * 2 + 2)]
+
+
+def test_steps_of_stages_2_and_3_are_those_that_they_make(counted, in_process):
+    """Stage 2 on k-center's choice also trains a network for its features, on the whole training set."""
+    reckoned, made = counted
+    small = ["--dataset", "Digits", "--model", "MLP", "--ipc", 12, "--method", "DC"]
+    train = ["--num_eval", 2, "--epoch_eval_train", 60, "--batch_train", 100, "--train_on", "kcenter"]
+    in_process("train_model_synthetic_no_oe.py", *small, *train)
+    features, networks = 30 * 15, 2 * (60 * 2 + 2 * 2)
+    assert reckoned == [features, networks]
+    assert sum(made) == features + networks
+    reckoned.clear()
+    made.clear()
+    test = [
+        "--ipc",
+        12,
+        "--num_exp",
+        2,
+        "--is_load_best",
+        "--num_ood_ratio",
+        3,
+        "--batch_test",
+        50,
+        "--ood_sets",
+        "blob",
+        "uniform",
+    ]
+    in_process("test_ood_model_syn.py", *small, *test)
+    assert reckoned == [sum(made)] == [2 * (8 + 3 + 3)]

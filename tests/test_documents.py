@@ -8,6 +8,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+import torch
+
+import main_poe
+from utils.core.rng import generator
+from utils.data import corruptions
+from utils.data.outliers import PseudoOutliers
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -156,3 +162,20 @@ def test_values_of_a_file():
     text = "a 1.00 ± 0.10, b 2.346, c 5e-2"
     assert all(is_measured(value, text) for value in ("1.00 ± 0.10", "2.35", "2.3", "0.05"))
     assert not any(is_measured(value, text) for value in ("1.00 ± 0.11", "2.34", "0.06"))
+
+
+def test_a_corruption_is_added_as_the_readme_says(monkeypatch, tiny_real):
+    """Its entry, in the table of corruptions, gives pseudo-outliers, mixed ones, too, and a value of --corruptions."""
+    ((name, function),) = re.findall(r"^  `\"([\w-]+)\": (lambda .+),`", (ROOT / "README.md").read_text(), re.MULTILINE)
+    monkeypatch.setitem(corruptions.CORRUPTIONS, name, eval(function))
+    images = tiny_real.images_train / 255
+    expected = torch.from_numpy(images.numpy()[:, :, ::-1].copy())
+    assert torch.equal(corruptions.corrupt(images, name), expected)
+    args = main_poe.get_args_parser().parse_args(["--dataset", "Digits", "--corruptions", "invert", name])
+    assert args.corruptions == ["invert", name]
+    for names, mixed, slot in ((args.corruptions, False, 1), ([name], True, 0), ([name], False, 0)):
+        batch = PseudoOutliers(tiny_real, tuple(names), mixed).draw(slot, 5, generator(1))
+        distance = (batch[:, None] - tiny_real.normalize(expected)).abs().amax((2, 3, 4))
+        assert len(batch) == 5
+        assert distance.amin(1).max() < 1e-6
+        assert distance.argmin(1).unique().numel() == 5

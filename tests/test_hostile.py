@@ -446,7 +446,7 @@ def test_names_of_all_kinds(tmp_path):
 def test_other_formats_under_the_name_of_an_image(tmp_path):
     """PIL would start an outside program for PostScript."""
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
-    with pytest.raises(UserError, match="cannot identify"):
+    with pytest.raises(UserError, match="no image that can be read"):
         ImageReader("--ood_path").files([tmp_path / "a.png"], 3, (8, 8))
 
 

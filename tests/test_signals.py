@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -204,3 +205,24 @@ def test_an_interruption_that_python_swallows_is_repeated(monkeypatch):
 
     with pytest.raises(Interrupted):
         work()
+
+
+def test_in_another_thread_a_run_goes_on_without_signals(tmp_path, monkeypatch, capfd):
+    """As in notebooks and web apps: Python lets the main thread alone handle signals."""
+    monkeypatch.chdir(tmp_path)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    failed = []
+
+    def work():
+        try:
+            run(main_poe, [*STAGE1, "--save_path", "thread"])
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not failed
+    assert len(list((tmp_path / "thread").rglob("res_*.pt"))) == 1
+    assert capfd.readouterr().err.count("not in the main thread: ") == 1
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers

@@ -1,6 +1,7 @@
 """The three stages end to end on Digits, as users run them; and that distilling is worth it."""
 
 import csv
+import io
 import json
 import re
 import shlex
@@ -33,7 +34,9 @@ from utils.ood.drawn import DRAWN
 from utils.ood.measures import MEASURES, ood_measures
 from utils.ood.scores import msp
 from utils.ood.sets import FROM_TORCHVISION, PAPER_SETS, OODSource, validation_sets
+from utils.runs import progress
 from utils.runs.lineage import next_command
+from utils.runs.progress import Progress
 from utils.runs.run_folder import RunFolder
 from utils.stages.train import stage3_command
 from utils.training.evaluator import EvalSettings, Evaluator
@@ -260,12 +263,12 @@ def test_the_line_of_stage_3_names_the_sets_that_are_there(digits, tmp_path, mon
 
     assert sets() == " ".join(DRAWN)
     (tmp_path / "data" / "ood" / "Places365").mkdir(parents=True)
-    Image.new("L", (8, 8)).save(tmp_path / "data" / "ood" / "Places365" / "a.png")
-    np.savez(tmp_path / "data" / "ood" / "iSUN.npz", images=np.zeros((30, 8, 8), np.uint8))
+    Image.new("L", (8, 8), 255).save(tmp_path / "data" / "ood" / "Places365" / "a.png")
+    np.savez(tmp_path / "data" / "ood" / "iSUN.npz", images=np.full((30, 8, 8), 255, np.uint8))
     (tmp_path / "data" / "ood" / "LSUN_resize.npz").write_text("damaged")
     assert sets() == "Places365 iSUN"
     for name in (*PAPER_SETS, "CIFAR10"):
-        np.savez(tmp_path / "data" / "ood" / f"{name}.npz", images=np.zeros((30, 8, 8), np.uint8))
+        np.savez(tmp_path / "data" / "ood" / f"{name}.npz", images=np.full((30, 8, 8), 255, np.uint8))
     assert sets() == ""  # all: the default
     assert stage3_command({**flags, "data_path": "data"}, tmp_path / "moved", digits) is None
 
@@ -550,7 +553,7 @@ def test_default_ood_sets_can_all_be_had(digits, tmp_path):
     assert source.default_names()[-1] == "CIFAR10"
     assert set(source.default_names()) <= {*FROM_TORCHVISION, *FROM_PYTORCH_OOD}
     assert replace(source, real=replace(digits, name="CIFAR10")).default_names()[-1] == "CIFAR100"
-    np.savez(tmp_path / "iSUN.npz", images=np.zeros((30, 8, 8), np.uint8))
+    np.savez(tmp_path / "iSUN.npz", images=np.full((30, 8, 8), 255, np.uint8))
     assert "iSUN" in source.default_names()
 
 
@@ -597,3 +600,41 @@ def test_a_last_batch_of_one_image_at_batchnorm(refused):
     flags = ["--dataset", "Digits", "--model", "ResNet18BN_AP", "--train_on", "random", "--ipc", 1, "--batch_train", 3]
     error = refused("train_model_synthetic_no_oe.py", *flags, "--num_eval", 1, "--epoch_eval_train", 1)
     assert "--batch_train 3: the last batch of an epoch is a single image" in error
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def progress_lines(monkeypatch, total, first, other, **more):
+    """The lines of a loop whose first step takes `first` seconds and all others `other`: those shown, those logged."""
+    shown, logged, now = [], [], [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    loop = Progress(shown.append, logged.append, total, "exp 0", **more)
+    for step in range(loop.count, total):
+        now[0] += other if step > loop.first else first
+        loop.step(loss=step)
+    loop.close()
+    return shown, logged
+
+
+def test_the_time_left_leaves_out_the_first_step_which_compiles(monkeypatch):
+    shown, _ = progress_lines(monkeypatch, 20_000, 600, 1)
+    assert len(shown) == 50
+    assert shown[0] == "exp 0: 400/20000  loss 199.5000  left 5:26 h"  # 19,600 s
+    assert shown[-2].endswith("  left 6:40 min")
+    assert shown[-1].endswith("  left 0:00 min")
+    shown, _ = progress_lines(monkeypatch, 30, 100, 2)
+    assert [line.split("  ")[0] for line in shown] == [f"exp 0: {n}/30" for n in (10, 20, 30)]
+    assert shown[0].endswith("left 0:40 min")
+    shown, _ = progress_lines(monkeypatch, 25, 100, 2, start=20, every=1)  # a run that was resumed
+    assert shown[0] == "exp 0: 21/25  loss 20.0000"  # there is no pace yet
+    assert shown[1].endswith("left 0:06 min")
+
+
+def test_on_a_terminal_there_is_a_bar_instead(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    shown, logged = progress_lines(monkeypatch, 1000, 1, 1)
+    assert (len(shown), len(logged)) == (0, 100)
+    assert "exp 0" in sys.stderr.getvalue()

@@ -279,10 +279,27 @@ def test_all_missing_inputs_are_listed_together(tmp_path, capsys):
     with pytest.raises(UserError) as error:
         check_inputs.main(args)
     text = str(error.value)
-    assert text.startswith("3 inputs are missing. ")
+    assert text.startswith("3 inputs are missing or damaged. ")
     assert all(name in text for name in ("CIFAR10 is not there", "pool.npy is not there", "--ood_sets Textures"))
     args = check_inputs.get_args_parser().parse_args(["--dataset", "Digits", "--ood_sets", "gaussian"])
     check_inputs.main(args)
+
+
+@pytest.mark.parametrize(("dataset", "fault"), [("npz", "has no key 'test_images'"), ("ImageFolder", "is not there")])
+def test_what_is_wrong_with_own_data_comes_before_what_else_is(tmp_path, dataset, fault):
+    """Other inputs are checked, too, though the shape and the classes of the data are not known."""
+    np.savez(tmp_path / "own.npz", train_images=np.zeros((4, 9, 9), np.uint8), train_labels=np.arange(4))
+    np.savez(tmp_path / "mine.npz", images=np.zeros((3, 32, 32, 3), np.uint8))
+    np.save(tmp_path / "pool.npy", np.zeros((30, 16, 16, 3), np.uint8))
+    data = tmp_path / ("own.npz" if dataset == "npz" else "no-folder")
+    flags = ["--dataset", dataset, "--data_path", data, "--ood_path", tmp_path, "--download", "none"]
+    flags += ["--oe_data_path", tmp_path / "pool.npy", "--ood_sets", "Textures", "mine", "gaussian"]
+    with pytest.raises(UserError) as error:
+        check_inputs.main(check_inputs.get_args_parser().parse_args(list(map(str, flags))))
+    first, second = str(error.value).split(" | ")
+    assert first.startswith("2 inputs are missing or damaged. --data_path: ")
+    assert fault in first
+    assert second.startswith("--ood_sets Textures: ")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What stage 2 trains on: baselines, soft labels, outliers that were not distilled, and publishing."""
 
+import importlib
 import itertools
 import json
 import math
@@ -675,6 +676,46 @@ def test_trust_report_of_one_line(made, tmp_path):
     shutil.rmtree(tmp_path / "report" / "with-distilled-outliers" / "networks")
     told = subprocess.run(heavier, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert "report/with-distilled-outliers was made with other flags" in told.stderr
+
+
+def test_a_trust_report_has_no_column_twice_and_names_those_at_chance(digits, in_process, monkeypatch, tmp_path):
+    """At ipc 1 herding and k-center choose the same images; black images teach nothing."""
+    net = get_network("MLP", 1, 10, (8, 8), generator(3))
+    first, second = (coreset(kind, digits, 1, net).images for kind in ("herding", "kcenter"))
+    assert torch.equal(first, second)
+    path = tmp_path / "res_DSA_Digits_MLP_1ipc.pt"
+    save_synthetic(path, [replace(random_images(digits, 1, 5, 0), images=torch.zeros(10, 1, 8, 8))], {}, digits, {})
+    module = importlib.import_module("scripts.trust_report")
+    monkeypatch.setattr(module, "_run", lambda c: print(in_process(c[0].removesuffix(".py").replace("/", "."), *c[1:])))
+    flags = [
+        path,
+        "--dataset",
+        "Digits",
+        "--model",
+        "MLP",
+        "--num_eval",
+        1,
+        "--epoch_eval_train",
+        40,
+        "--out",
+        "report",
+    ]
+    flags += ["--outliers", "--baselines", "kcenter", "herding", "--ood_sets", "patches", "--score", "msp"]
+    printed = in_process("scripts.trust_report", *flags).splitlines()
+    columns = [line for line in printed if line.startswith("column ")]
+    assert columns == ["column 1 of 2: distilled", "column 2 of 2: herding = kcenter"]
+    (note,) = {line for line in printed if "at chance level" in line}
+    shown = [100 * (1 - error_rate(tmp_path / "report" / name)) for name in ("distilled", "herding-kcenter")]
+    assert note.startswith(f"distilled: its accuracy, {shown[0]:.1f} %, is at chance level")
+    assert shown[0] < 10 + 200 * math.sqrt(0.1 * 0.9 / 360) < shown[1]
+    for page in ("compare.html", "compare.md"):
+        assert note in (tmp_path / "report" / page).read_text(encoding="utf-8")
+
+
+def error_rate(column: Path) -> float:
+    """The error rate of the one network of a column."""
+    (path,) = column.rglob("results.json")
+    return json.loads(path.read_text())["errors"][0]["error"]
 
 
 @pytest.mark.parametrize(

@@ -36,14 +36,21 @@ class Workload:
     """The length of a run, from which `choose_compile` decides.
 
     `passes`: forward and backward passes of single images in this process; a forward pass alone counts half.
-    `steps`: matching steps, training epochs or test batches. `kind`: a key of `COMPILE_SECONDS`. `bf16_passes`: the
-    passes that `--precision bf16` speeds up; a forward pass alone counts a quarter.
+    `steps`: how often a batch goes through a network in this process. One is a matching step (of images and outliers
+    together), a step of a student, an update of a network in training, or a batch that is only tested; networks that
+    train simultaneously count singly. `kind`: a key of `COMPILE_SECONDS`. `bf16_passes`: the passes that `--precision
+    bf16` speeds up; a forward pass alone counts a quarter.
     """
 
     passes: float
     steps: int
     kind: str
     bf16_passes: float = 0.0
+
+
+def batches(images: int, size: int) -> int:
+    """How many batches of `size` hold so many images; the last may hold fewer."""
+    return -(-images // size)
 
 
 def faster_on_cpu(net: nn.Module) -> bool:
@@ -130,6 +137,7 @@ class Compiled:
     def __init__(self, function: Callable, mode: str | None, required: bool):
         self.function, self.mode, self.required = function, mode, required
         use_lasting_cache()
+        say_nothing_of_cuda()
         self.compiled = self._compile()
 
     def __call__(self, images: torch.Tensor, *rest: object) -> object:
@@ -160,6 +168,17 @@ class Compiled:
         if not Compiled.failed:
             warnings.warn(f"torch.compile failed, so nothing is compiled: {reason}", stacklevel=3)
         Compiled.failed = True
+
+
+def say_nothing_of_cuda() -> None:
+    """Let PyTorch built for CUDA compile for a CPU without its line "No CUDA runtime is found".
+
+    It prints that when it finds a CUDA toolkit, but no GPU, in this process and in those that it starts to compile. An
+    empty path tells it not to look for one.
+    """
+    if torch.version.cuda and not torch.cuda.is_available():
+        os.environ.pop("CUDA_HOME", None)
+        os.environ["CUDA_PATH"] = ""
 
 
 def use_lasting_cache() -> None:

@@ -93,10 +93,6 @@ def geometric_mean(images: torch.Tensor, partner: torch.Tensor) -> torch.Tensor:
 Shape = tuple[int, ...]
 
 
-def _no_draw(shape: Shape, generator: torch.Generator | None) -> None:
-    return None
-
-
 def _draw_partner(shape: Shape, generator: torch.Generator | None) -> torch.Tensor:
     """For each image the index of another image of the batch (of itself in a batch of one)."""
     ring = torch.randperm(shape[0], generator=generator)
@@ -105,15 +101,26 @@ def _draw_partner(shape: Shape, generator: torch.Generator | None) -> torch.Tens
     return partner
 
 
-CORRUPTIONS: dict[str, tuple[Callable, Callable]] = {
-    "jigsaw": (_no_draw, jigsaw),
-    "invert": (_no_draw, invert),
-    "pixelate": (_no_draw, pixelate),
-    "rgb-ghost": (_no_draw, rgb_ghost),
-    "gauss-speckle": (torch.randn, speckle),
-    "uniform-speckle": (torch.rand, speckle),
-    "avg-mean": (_draw_partner, average),
-    "geo-mean": (_draw_partner, geometric_mean),
+@dataclass(frozen=True)
+class Drawn:
+    """A corruption with random values: `draw(shape, generator=g)` makes what `apply` takes beside the images.
+
+    `shape` is `(N, C, H, W)`; what is drawn for a batch is a tensor on the CPU.
+    """
+
+    draw: Callable[..., torch.Tensor]
+    apply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+CORRUPTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor] | Drawn] = {
+    "jigsaw": jigsaw,
+    "invert": invert,
+    "pixelate": pixelate,
+    "rgb-ghost": rgb_ghost,
+    "gauss-speckle": Drawn(torch.randn, speckle),
+    "uniform-speckle": Drawn(torch.rand, speckle),
+    "avg-mean": Drawn(_draw_partner, average),
+    "geo-mean": Drawn(_draw_partner, geometric_mean),
 }
 
 
@@ -122,7 +129,8 @@ NOISES = (torch.randn, torch.rand)  # one number per pixel and channel
 
 def needs_partner(name: str) -> bool:
     """Whether the corruption takes a second image, so that a batch of one would stay as it is."""
-    return CORRUPTIONS[name][0] is _draw_partner
+    kind = CORRUPTIONS[name]
+    return isinstance(kind, Drawn) and kind.draw is _draw_partner
 
 
 @dataclass(frozen=True)
@@ -136,12 +144,12 @@ class Corruption(Draw):
     drawn: torch.Tensor | int | None
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        kind, apply = CORRUPTIONS[self.name]
-        if self.drawn is None:
-            return apply(images)
+        kind = CORRUPTIONS[self.name]
+        if not isinstance(kind, Drawn):
+            return kind(images)
         if isinstance(self.drawn, int):
-            return apply(images, noise(kind, images.shape, self.drawn, images.device).to(images.dtype))
-        return apply(images, send(self.drawn, images.device))
+            return kind.apply(images, noise(kind.draw, images.shape, self.drawn, images.device).to(images.dtype))
+        return kind.apply(images, send(self.drawn, images.device))
 
 
 @dataclass(frozen=True)
@@ -176,15 +184,17 @@ def corrupt(images: torch.Tensor, name: str, generator: torch.Generator | None =
     """
     if name not in CORRUPTIONS:
         raise UserError(unknown_name("corruption", name, CORRUPTIONS))
-    return Corruption(name, CORRUPTIONS[name][0](tuple(images.shape), generator=generator))(images)
+    return draw_corruption(name, tuple(images.shape), generator, torch.device("cpu"))(images)
 
 
-def draw_corruption(name: str, shape: Shape, generator: torch.Generator, device: torch.device) -> Corruption:
+def draw_corruption(name: str, shape: Shape, generator: torch.Generator | None, device: torch.device) -> Corruption:
     """Draw the corruption `name` (of `CORRUPTIONS`) for a batch of `shape` `[N, C, H, W]` on `device`."""
-    draw = CORRUPTIONS[name][0]
-    if draw in NOISES and device.type != "cpu":
+    kind = CORRUPTIONS[name]
+    if not isinstance(kind, Drawn):
+        return Corruption(name, None)
+    if kind.draw in NOISES and device.type != "cpu":
         return Corruption(name, draw_seed(generator))
-    return Corruption(name, draw(shape, generator=generator))
+    return Corruption(name, kind.draw(shape, generator=generator))
 
 
 def draw_mixed(names: Sequence[str], shape: Shape, generator: torch.Generator, device: torch.device) -> MixedCorruption:

@@ -224,7 +224,8 @@ def _checked(name: str, spec: Spec | None, arrays: Arrays, source: Path, pixel_m
     num_classes = spec.num_classes if spec else int(labels.max()) + 1
     if num_classes > len(labels):  # before `bincount`: a label may claim billions of classes
         raise UserError(
-            f"{where}: {len(labels)} train labels cannot be of {num_classes} classes; each class needs one at least"
+            f"{where}: {len(labels)} train labels cannot be of {num_classes} classes; each class needs one at least. "
+            f"They are {int(labels.min())}..{int(labels.max())}; labels start at 0"
         )
     for part, values in (("train", labels), ("test", labels_test)):
         if values.min() < 0 or values.max() >= num_classes:
@@ -234,7 +235,11 @@ def _checked(name: str, spec: Spec | None, arrays: Arrays, source: Path, pixel_m
     if num_classes < 2:
         raise UserError(f"{where}: all images are of one class; two classes or more are needed")
     if empty:
-        raise UserError(f"{where}: classes {', '.join(map(str, empty[:10]))} have no training images; each needs some")
+        raise UserError(
+            f"{where}: train labels are {int(labels.min())}..{int(labels.max())}, and no training image is of class "
+            f"{', '.join(map(str, empty[:10]))}. Labels start at 0 and leave out no class; renumber them, in the test "
+            "set, too"
+        )
     images, images_test = in_full_range([images, images_test], pixel_max, where)
     mean, std = (spec.mean, spec.std) if spec and spec.mean else _moments(images)
     return RealData(name, num_classes, mean, std, images, labels, images_test, labels_test, pixel_max=pixel_max)

@@ -1,12 +1,17 @@
-"""Reading text and JSON files of bounded size, and the check that a path is a regular file."""
+"""Reading text and JSON files of bounded size, the check that a path is a regular file, and CSV for spreadsheets."""
 
+import csv
+import io
 import json
 import os
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from utils.core.errors import UserError, one_line
 
 MAX_TEXT = 256 << 20  # bytes of a text file
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
 def check_file(path: Path, flag: str) -> Path:
@@ -61,3 +66,19 @@ def read_json(path: Path, what: str, most: int = 1 << 20) -> dict:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{what}: {path} is damaged: {one_line(error)}") from None
     return value
+
+
+def csv_text(rows: Iterable[Sequence[object]]) -> str:
+    """Rows as CSV. A text that a spreadsheet would compute gets an apostrophe before it; numbers stay as they are."""
+    text = io.StringIO()
+    csv.writer(text).writerows([_inert(cell) for cell in row] for row in rows)
+    return text.getvalue()
+
+
+def _inert(cell: object) -> object:
+    if not isinstance(cell, str) or not cell.startswith(FORMULA_STARTS):
+        return cell
+    with suppress(ValueError):
+        float(cell)
+        return cell
+    return f"'{cell}"

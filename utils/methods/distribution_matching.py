@@ -12,7 +12,7 @@ import torch
 
 from networks import get_network, has_batchnorm
 from utils.compute import distributed
-from utils.compute.compiling import Workload
+from utils.compute.compiling import Workload, batches
 from utils.compute.cpu_batches import BatchSplitter, in_parts
 from utils.compute.device import Compute
 from utils.core.errors import UserError
@@ -179,7 +179,8 @@ def _workload(inputs: MethodInputs) -> Workload:
     trained = s.pool.epochs * synthetic if s.pool else 0
     shared = distributed.world_size()
     passes, bf16_passes = (embedded / 2 + synthetic) / shared + trained, embedded / 4 / shared + trained
-    return Workload(passes, 1, "matching", bf16_passes)
+    steps = 1 + (s.pool.epochs * batches(real.num_classes * s.ipc, s.batch_train) if s.pool else 0)
+    return Workload(passes, steps, "matching", bf16_passes)
 
 
 def _moments(text: str) -> int:

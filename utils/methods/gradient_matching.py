@@ -13,7 +13,7 @@ from torch import nn
 
 from networks import get_network
 from utils.compute import distributed
-from utils.compute.compiling import Workload
+from utils.compute.compiling import Workload, batches
 from utils.compute.device import Compute
 from utils.core.parser import count, one_of
 from utils.core.rng import generator
@@ -188,6 +188,13 @@ def image_passes(settings: MatchSettings, real: RealData, with_outliers: bool) -
     return matched / distributed.world_size() + trained
 
 
+def iteration_steps(settings: MatchSettings, num_classes: int) -> int:
+    """How many steps one iteration takes: matching, and training of its network in between and in the pool."""
+    s = settings
+    epochs = (s.outer_loop - 1) * s.inner_loop + (s.pool.epochs if s.pool else 0)
+    return s.outer_loop + epochs * batches(num_classes * s.ipc, s.batch_train)
+
+
 def _build(inputs: MethodInputs) -> GradientMatching:
     settings = match_settings(inputs)
     method = GradientMatching(inputs.real, inputs.outliers, settings, inputs.compute, inputs.initial)
@@ -202,7 +209,7 @@ def _build(inputs: MethodInputs) -> GradientMatching:
 def _workload(inputs: MethodInputs) -> Workload:
     settings = match_settings(inputs)
     passes = image_passes(settings, inputs.real, inputs.outliers is not None)
-    return Workload(passes, settings.outer_loop, "matching", passes)
+    return Workload(passes, iteration_steps(settings, inputs.real.num_classes), "matching", passes)
 
 
 FLAGS = (

@@ -1,7 +1,5 @@
 """Results of several stage-3 runs in one table: as markdown, CSV, LaTeX, and as a picture."""
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +9,7 @@ import numpy as np
 import torch
 
 from utils.core.errors import UserError
+from utils.files.text_files import csv_text
 from utils.report.plots import BarPanel, distilled_pictures, save_comparison
 from utils.report.results import Results, load_results, shared_sets
 from utils.report.tables import markdown_table, mean_std
@@ -190,22 +189,20 @@ def markdown(runs: Sequence[Run], rows: Sequence[Row]) -> str:
         title = f"{row.set} ({row.score})" if several and row.score else row.set
         cells = [f"**{c}**" if best else c for c, best in zip(row.cells(), row.best(), strict=True)]
         lines.append([title, row.measure, *cells])
-    return markdown_table(["OOD set", "measure", *(run.name.replace("|", "\\|") for run in runs)], lines) + "\n"
+    return markdown_table(["OOD set", "measure", *(run.name for run in runs)], lines) + "\n"
 
 
 def table_csv(runs: Sequence[Run], rows: Sequence[Row]) -> str:
     """The table as CSV: mean, std and number of networks of each run, in the unit of the row."""
-    text = io.StringIO()
-    writer = csv.writer(text)
     columns = [f"{run.name} {what}" for run in runs for what in ("mean", "std", "networks")]
-    writer.writerow(["score", "set", "measure", "unit", *columns])
+    lines = [["score", "set", "measure", "unit", *columns]]
     for row in rows:
         cells: list[float | str | int] = []
         for values in row.values:
             scaled = np.array(values) * row.unit.scale
             cells += [float(scaled.mean()), float(scaled.std()), len(values)] if values else ["", "", 0]
-        writer.writerow([row.score, row.set, row.measure[:-2], row.unit.name, *cells])
-    return text.getvalue()
+        lines.append([row.score, row.set, row.measure[:-2], row.unit.name, *cells])
+    return csv_text(lines)
 
 
 _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {

@@ -32,13 +32,14 @@ NOTE = (
 )
 
 
-def comparison_page(runs: Sequence[Run], rows: Sequence[Row], picture: Path | None) -> str:
+def comparison_page(runs: Sequence[Run], rows: Sequence[Row], picture: Path | None, notes: Sequence[str] = ()) -> str:
     """The page: a table of the networks, the picture of the comparison, a table for each score, and each run's plots.
 
     Args:
-        picture: a PNG of the comparison, if there is one.
+        picture: a PNG of the comparison, if there is one; notes: lines that stand above the tables.
     """
     parts = [f"<h1>{escape(' · '.join(run.name for run in runs))}</h1>", f'<p class="note">{escape(NOTE)}</p>']
+    parts += [f"<p>{escape(note)}</p>" for note in notes]
     for score in dict.fromkeys(row.score for row in rows):
         title = f"OOD detection, score {score}" if score else "Accuracy, error detection and calibration"
         parts += [f"<h2>{escape(title)}</h2>", _table(runs, [row for row in rows if row.score == score])]

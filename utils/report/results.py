@@ -1,7 +1,5 @@
 """What stage 3 measured, and the files that hold it."""
 
-import csv
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -11,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.core.errors import UserError
-from utils.files.text_files import read_json
+from utils.files.text_files import csv_text, read_json
 from utils.ood.calibration import CALIBRATION_MEASURES, SCALED_MEASURES, Reliability, reliability
 from utils.ood.measures import ERROR_MEASURES, MEASURES
 from utils.ood.network_scores import NetworkScores
@@ -118,14 +116,14 @@ def results_csv(results: Results) -> str:
     """
     scaled = SCALED_MEASURES if any("temperature" in errors for errors in results.errors) else ()
     repeated = {"accuracy": "error", "aurc": "aurc"} | {m: m for m in (*CALIBRATION_MEASURES, *scaled)}
-    table = io.StringIO()
-    writer = csv.DictWriter(table, ["network", "set", "score", *MEASURES, *repeated])
-    writer.writeheader()
+    columns = ["network", "set", "score", *MEASURES, *repeated]
+    lines = [columns]
     for row in results.rows:
         of_network = results.errors[row["network"]]
         more = {column: of_network.get(m, math.nan) for column, m in repeated.items()}
-        writer.writerow(row | more | {"accuracy": 1 - of_network["error"]})
-    return table.getvalue()
+        values = row | more | {"accuracy": 1 - of_network["error"]}
+        lines.append([values[column] for column in columns])
+    return csv_text(lines)
 
 
 def _without_nan(value: object) -> object:

@@ -19,8 +19,8 @@ def mean_std(values: Sequence[float], scale: float = 100, digits: int = 2) -> st
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table whose columns are also aligned in plain text."""
-    table = [list(header), *map(list, rows)]
+    """A markdown table whose columns are also aligned in plain text; a cell may hold `|` and line breaks."""
+    table = [[" ".join(cell.replace("|", r"\|").splitlines()) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in table]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])

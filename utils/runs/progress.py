@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 LOG_EVERY = 10  # steps
+MOST_LINES = 50  # of one loop, where there is no bar
 
 
 class Progress:
@@ -16,7 +17,7 @@ class Progress:
 
     Args:
         log: prints and logs a line; log_file_only: only logs it.
-        start: number of steps done before; every: steps between two lines.
+        start: number of steps done before; every: least number of steps between two lines.
         with_bar: whether this process may draw a bar.
     """
 
@@ -32,7 +33,7 @@ class Progress:
     ):
         self.log, self.log_file_only = log, log_file_only
         self.total, self.what, self.count, self.first, self.every = total, what, start, start, every
-        self.began = time.monotonic()
+        self.warm: float | None = None  # when the first step, which may compile, was done
         self.sums: dict[str, torch.Tensor | float] = {}
         self.summed = 0
         self.noted = ""
@@ -41,12 +42,15 @@ class Progress:
             from tqdm import tqdm
 
             self.bar = tqdm(total=total, desc=what, initial=start, leave=False, dynamic_ncols=True)
+        else:
+            self.every = max(every, -(-total // MOST_LINES))
 
     def step(self, **values: torch.Tensor | float) -> None:
         """Count one step and add its `values`."""
         self.count += 1
         self.summed += 1
         self.sums = {name: value + self.sums.get(name, 0) for name, value in values.items()}
+        self.warm = self.warm or time.monotonic()
         if self.bar is not None:
             self.bar.update()
         if self.count % self.every == 0 or self.count == self.total:
@@ -54,14 +58,22 @@ class Progress:
 
     def _show(self) -> None:
         text = "  ".join(f"{name} {float(total) / self.summed:.4f}" for name, total in self.sums.items())
-        rate = (time.monotonic() - self.began) / (self.count - self.first)
-        line = f"{self.what}: {self.count}/{self.total}  {text}  left {(self.total - self.count) * rate:.0f} s"
+        line = "  ".join(filter(None, (f"{self.what}: {self.count}/{self.total}", text, self._left())))
         self.sums, self.summed = {}, 0
         if self.bar is not None:
             self.bar.set_postfix_str("  ".join(filter(None, (text, self.noted))))
             self.log_file_only(line)
         else:
             self.log(line)
+
+    def _left(self) -> str:
+        """The time that the rest takes at the pace since the first step; empty where no other step was made."""
+        timed = self.count - self.first - 1
+        if not timed:
+            return ""
+        seconds = round((self.total - self.count) * (time.monotonic() - self.warm) / timed)
+        minutes, hours = seconds // 60, seconds // 3600
+        return f"left {hours}:{minutes % 60:02} h" if hours else f"left {minutes}:{seconds % 60:02} min"
 
     def note(self, text: str) -> None:
         """Show `text` on the bar from now on."""

@@ -9,6 +9,8 @@ network. Both print the command that resumes the run. A later signal ends the pr
 
 import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ from utils.core.errors import Interrupted, UserError
 GRACE = 1.5  # seconds
 AGAIN = 0.5  # seconds between attempts: Python discards exceptions raised in a destructor
 REPEAT = 5.0  # seconds
+NOT_HANDLED = "not in the main thread: Ctrl-C and SIGTERM do not save; --resume continues from the last checkpoint"
 
 _received = 0  # number of the first signal
 _received_at = 0.0
@@ -69,10 +72,18 @@ def uninterrupted() -> Iterator[None]:
 def catch() -> Iterator[None]:
     """Handle SIGINT and SIGTERM as this module describes while the block runs.
 
+    Python handles signals in the main thread alone. In any other, as in notebooks and web apps, a line says that they
+    are not handled, and the block runs without.
+
     Raises:
         Interrupted: also in place of an error (except `UserError`) after a signal, e.g. of a compiler that Ctrl-C also
             stopped, or of a process that waited for a stopped one.
     """
+    if threading.current_thread() is not threading.main_thread():
+        if distributed.is_main():
+            print(NOT_HANDLED, file=sys.stderr, flush=True)
+        yield
+        return
     _reset()
     handlers = {signal.SIGINT: _note, signal.SIGTERM: _note}
     if hasattr(signal, "SIGALRM"):

@@ -10,7 +10,7 @@ import torch
 
 from networks import get_network
 from utils.compute import distributed
-from utils.compute.compiling import Workload
+from utils.compute.compiling import Workload, batches
 from utils.compute.device import Compute, choose_compute, choose_device
 from utils.core.errors import UserError
 from utils.core.rng import generator
@@ -30,6 +30,7 @@ from utils.stages.arguments import passed_on, read_data
 from utils.stages.distillation import Distillation, DistillSettings
 from utils.synthesis.learnable import check_enough
 from utils.training.evaluator import EvalSettings, Evaluator, evaluation_models, training_of
+from utils.training.trainer import TEST_BATCH
 
 
 def run_stage1(args: argparse.Namespace, make_outliers: Callable[[RealData], OutlierSource | None]) -> None:
@@ -130,11 +131,15 @@ def total_workload(
     times = 1 if s.eval_last_only else 1 + -(-s.iterations // s.eval_interval)
     networks = s.num_exp * times * evaluation.num_networks / distributed.world_size()
     trained = networks * sum(t.epochs for t in evaluation.training.values()) * per_epoch
-    tested = networks * len(evaluation.training) * len(real.images_test) / 2
+    sizes = [len(real.images_test), *map(len, evaluation.ood.values())]
+    tested = networks * len(evaluation.training) * sum(sizes) / 2
     iterations = s.num_exp * s.iterations
+    updates = sum(t.epochs * batches(real.num_classes * s.ipc, t.batch) for t in evaluation.training.values())
+    test_batches = len(evaluation.training) * sum(batches(size, TEST_BATCH) for size in sizes)
+    most = s.num_exp * times * batches(evaluation.num_networks, distributed.world_size())  # so that all decide alike
     return Workload(
         iterations * iteration.passes + trained + tested,
-        iterations * iteration.steps,
+        iterations * iteration.steps + most * (updates + test_batches),
         iteration.kind,
         iterations * iteration.bf16_passes + trained,
     )

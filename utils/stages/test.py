@@ -9,8 +9,8 @@ import numpy as np
 from torch import nn
 
 from utils.compute import distributed
-from utils.compute.compiling import Workload
-from utils.compute.device import Compute, choose_compute, choose_device
+from utils.compute.compiling import Workload, batches
+from utils.compute.device import choose_compute, choose_device
 from utils.core.errors import UserError, rank_errors
 from utils.core.version import versions, versions_line
 from utils.data.datasets import RealData
@@ -58,8 +58,10 @@ def run_stage3(args: argparse.Namespace) -> Results:
     with rank_errors():
         nets = _load_networks(folder, args.model, real, args.num_exp, which)
         example = next(iter(nets.values())) if nets else load_trained(folder, args.model, real, 0, which).cpu()
-        of_network = (len(sets) + 1) * len(real.images_test) + (0 if fit is None else len(fit.labels))
-        compute = _choose_compute(args.compile, args.precision, example, real, len(nets) * of_network, batch)
+        sizes = [len(real.images_test), *[limit] * len(sets), 0 if fit is None else len(fit.labels)]
+        work = stage3_workload(len(nets), sizes, batch)
+        shape = (real.channel, *real.im_size)
+        compute = choose_compute(args.compile, args.precision, real.device, example, shape, work)
         scorers = _scorers(nets, scores, args.T, real, compute.embedding(example, batch))
         for scorer in scorers.values():
             scorer.prepare(real.test_images[:2], fit, batch)
@@ -97,12 +99,10 @@ def _load_networks(folder: Path, model: str, real: RealData, num_networks: int, 
     return {index: load_trained(folder, model, real, index, which) for index in own}
 
 
-def _choose_compute(
-    compile_flag: str, precision: str, example: nn.Module, real: RealData, num_images: int, batch: int
-) -> Compute:
-    """How the device computes; `num_images`: how often this process passes an image through a network."""
-    workload = Workload(num_images / 2, num_images // batch, "testing")
-    return choose_compute(compile_flag, precision, real.device, example, (real.channel, *real.im_size), workload)
+def stage3_workload(num_networks: int, sizes: Sequence[int], batch: int) -> Workload:
+    """The work of this process; `sizes`: how many images each set has (at most) that each network sees."""
+    steps = num_networks * sum(batches(size, batch) for size in sizes)
+    return Workload(num_networks * sum(sizes) / 2, steps, "testing")
 
 
 def _scorers(

@@ -10,7 +10,7 @@ from typing import Any
 
 from networks import get_network
 from utils.compute import distributed
-from utils.compute.compiling import Workload
+from utils.compute.compiling import Workload, batches
 from utils.compute.device import Compute, choose_compute, choose_device
 from utils.core.errors import UserError
 from utils.core.rng import generator
@@ -37,7 +37,7 @@ from utils.runs.run_folder import RunFolder, read_args
 from utils.stages.arguments import OOD_PATH, passed_on, read_data
 from utils.training.evaluator import training_of
 from utils.training.network_training import TEST_INTERVAL, NetworkTraining
-from utils.training.trainer import LR_NET, Trainer
+from utils.training.trainer import LR_NET, TEST_BATCH, Trainer, TrainSettings
 from utils.training_sets.choose import (
     Choice,
     TrainingSet,
@@ -105,7 +105,7 @@ def run_stage2(args: argparse.Namespace, outliers: str) -> None:
         lr=args.lr_net or chosen.synthetic.lr_net or LR_NET,
         lambda_oe=0.0 if outliers == "none" else args.lambda_oe,
     )
-    work = stage2_workload(args.num_eval, settings.epochs, real, chosen.synthetic)
+    work = stage2_workload(args.num_eval, settings, real, chosen.synthetic)
     compute = _choose_compute(args.compile, args.precision, args.model, real, work)
     net = get_network(args.model, real.channel, real.num_classes, real.im_size, generator(args.seed)).to(device)
     inputs = _fingerprints(real, chosen.synthetic)
@@ -176,12 +176,13 @@ def _fingerprints(real: RealData, synthetic: SyntheticSet) -> dict[str, str]:
     return prints | ({"oe_data_path": pool} if pool else {})
 
 
-def stage2_workload(num_networks: int, epochs: int, real: RealData, synthetic: SyntheticSet) -> Workload:
+def stage2_workload(num_networks: int, settings: TrainSettings, real: RealData, synthetic: SyntheticSet) -> Workload:
     """The work of a run in this process; a tested image counts half a pass."""
-    tested = num_networks * -(-epochs // TEST_INTERVAL) * len(real.images_test)
-    images = len(synthetic.images)
+    epochs, images, tests = settings.epochs, len(synthetic.images), batches(settings.epochs, TEST_INTERVAL)
+    tested = num_networks * tests * len(real.images_test)
     trained = num_networks * epochs * images * (2 if synthetic.num_outliers else 1) / distributed.world_size()
-    steps = num_networks * epochs * -(-images // 256)
+    most = batches(num_networks, distributed.world_size())  # of a process, so that all of them decide alike
+    steps = most * (epochs * batches(images, settings.batch) + tests * batches(len(real.images_test), TEST_BATCH))
     return Workload(trained + tested / 2 / distributed.world_size(), steps, "training", trained)
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from networks import get_network
-from utils.compute.compiling import Workload
+from utils.compute.compiling import Workload, batches
 from utils.compute.device import choose_compute, kept_precision
 from utils.core.errors import UserError
 from utils.core.rng import generator
@@ -75,8 +75,9 @@ class FeatureNetworks:
         epochs = epochs or (SMALL_EPOCHS if len(synthetic.images) < len(self.real.images_train) else WHOLE_EPOCHS)
         real, key = self.real, ("feature network",)
         net = get_network(self.model, real.channel, real.num_classes, real.im_size, generator(self.seed, *key))
-        passes = epochs * len(synthetic.images)
-        workload = Workload(passes, epochs, "training", passes)
+        count = len(synthetic.images)
+        steps = epochs * batches(count, self.settings.batch)
+        workload = Workload(epochs * count, steps, "training", epochs * count)
         shape = (real.channel, *real.im_size)
         with kept_precision():
             compute = choose_compute(self.compile_flag, self.precision, real.device, net, shape, workload)
