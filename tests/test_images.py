@@ -236,7 +236,7 @@ def test_all_damaged_files_are_named(tmp_path):
     assert all(str(path) in str(error.value) for path in bad)
     for number in range(25):
         (tmp_path / "train" / "a" / f"more{number}.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"cannot read 28 images: .*; and 8 more. Mend or remove them"):
+    with pytest.raises(UserError, match=r"cannot read 28 images: .* and 8 more. Mend or remove them"):
         load_dataset("ImageFolder", tmp_path, 8)
 
 

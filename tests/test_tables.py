@@ -272,7 +272,7 @@ def test_inputs_are_checked_before_the_first_stage(table, tmp_path):
 
 
 def test_all_missing_inputs_are_listed_together(tmp_path, capsys):
-    np.savez(tmp_path / "mine.npz", images=np.zeros((3, 32, 32, 3), np.uint8))
+    np.savez(tmp_path / "mine.npz", images=np.full((3, 32, 32, 3), 255, np.uint8))
     flags = ["--dataset", "CIFAR10", "--data_path", tmp_path, "--download", "none", "--ood_path", tmp_path]
     flags += ["--oe_data_path", tmp_path / "pool.npy", "--ood_sets", "Textures", "mine", "gaussian"]
     args = check_inputs.get_args_parser().parse_args(list(map(str, flags)))
@@ -288,9 +288,9 @@ def test_all_missing_inputs_are_listed_together(tmp_path, capsys):
 @pytest.mark.parametrize(("dataset", "fault"), [("npz", "has no key 'test_images'"), ("ImageFolder", "is not there")])
 def test_what_is_wrong_with_own_data_comes_before_what_else_is(tmp_path, dataset, fault):
     """Other inputs are checked, too, though the shape and the classes of the data are not known."""
-    np.savez(tmp_path / "own.npz", train_images=np.zeros((4, 9, 9), np.uint8), train_labels=np.arange(4))
-    np.savez(tmp_path / "mine.npz", images=np.zeros((3, 32, 32, 3), np.uint8))
-    np.save(tmp_path / "pool.npy", np.zeros((30, 16, 16, 3), np.uint8))
+    np.savez(tmp_path / "own.npz", train_images=np.full((4, 9, 9), 255, np.uint8), train_labels=np.arange(4))
+    np.savez(tmp_path / "mine.npz", images=np.full((3, 32, 32, 3), 255, np.uint8))
+    np.save(tmp_path / "pool.npy", np.full((30, 16, 16, 3), 255, np.uint8))
     data = tmp_path / ("own.npz" if dataset == "npz" else "no-folder")
     flags = ["--dataset", dataset, "--data_path", data, "--ood_path", tmp_path, "--download", "none"]
     flags += ["--oe_data_path", tmp_path / "pool.npy", "--ood_sets", "Textures", "mine", "gaussian"]

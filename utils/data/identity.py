@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from utils.core.errors import UserError
+from utils.core.errors import UserError, named
 from utils.data.datasets import RealData
 from utils.data.whitening import ZCA
 
@@ -41,17 +41,12 @@ def class_order(stored: object, known: Sequence[str], what: str) -> list[int] | 
     if not isinstance(stored, (list, tuple)) or not stored or not known or list(stored) == list(known):
         return None
     if sorted(map(str, stored)) != sorted(known):
-        lacks, has = ([n for n in a if n not in b] for a, b in ((stored, known), (known, stored)))
+        lacks, has = ([str(n) for n in a if n not in b] for a, b in ((stored, known), (known, stored)))
         raise UserError(
-            f"--data_path: its classes are not those of {what}: it lacks {_named(lacks)}, and has {_named(has)}. Give "
+            f"--data_path: its classes are not those of {what}: it lacks {named(lacks, NAMED) or 'none'}, and has {named(has, NAMED) or 'none'}. Give "
             "data of the same classes, or rename the folders"
         )
     return [known.index(name) for name in stored]
-
-
-def _named(names: Sequence[object]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return (", ".join(map(str, names[:NAMED])) or "none") + more
 
 
 def renumbered(labels: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
@@ -86,7 +81,7 @@ def as_trained_on(
         back = sorted(range(classes), key=order.__getitem__)
         labels = {name: renumbered(getattr(real, name), back) for name in ("labels_train", "labels_test")}
         real = replace(real, **labels, class_names=tuple(stored["class_names"]))
-        lines.append(f"classes in the order of {what}: {_named(real.class_names)}")
+        lines.append(f"classes in the order of {what}: {named(real.class_names, NAMED)}")
     if real.zca is not None:
         real, changed = _whitened_as(real, stored.get("whitening"), what, whitening)
         return real, (*lines, *changed)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from utils.core.errors import UserError, one_line
+from utils.core.errors import UserError, named, one_line
 from utils.files.arrays import images_to_nchw, read_npy, read_npz
 from utils.files.pixels import DARK, centre_box, in_full_range, scale_table, white_value
 
@@ -31,7 +31,6 @@ FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP", "GIF", "TIFF", "AVIF", "JPEG2000
 MAX_PIXELS = 40_000_000  # larger images are refused: decoding takes up to 20 bytes per pixel
 LARGE_PIXELS = 2_000_000  # larger images are decoded one at a time, to bound the memory
 DECODERS = 8  # threads
-NAMED = 20  # damaged files in a message
 ORIENTATION = 0x0112  # the EXIF tag
 NOT_CONTENT = {"Thumbs.db", "desktop.ini", "__MACOSX"}  # what systems leave in folders, beside names with a dot
 
@@ -195,9 +194,8 @@ class ImageReader:
             warnings.simplefilter("ignore")
             wrong = [text for text in pool.map(decode, range(len(paths))) if text]
         if wrong:
-            more = f"; and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
             what, them = ("the image", "it") if len(wrong) == 1 else (f"{len(wrong)} images:", "them")
-            raise UserError(f"{self.flag}: cannot read {what} {'; '.join(wrong[:NAMED])}{more}. Mend or remove {them}")
+            raise UserError(f"{self.flag}: cannot read {what} {named(wrong)}. Mend or remove {them}")
         return images, decoder
 
 
