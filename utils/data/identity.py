@@ -41,10 +41,11 @@ def class_order(stored: object, known: Sequence[str], what: str) -> list[int] | 
     if not isinstance(stored, (list, tuple)) or not stored or not known or list(stored) == list(known):
         return None
     if sorted(map(str, stored)) != sorted(known):
-        lacks, has = ([str(n) for n in a if n not in b] for a, b in ((stored, known), (known, stored)))
+        parts = ([str(n) for n in a if n not in b] for a, b in ((stored, known), (known, stored)))
+        lacks, has = (named(part, NAMED) or "none" for part in parts)
         raise UserError(
-            f"--data_path: its classes are not those of {what}: it lacks {named(lacks, NAMED) or 'none'}, and has {named(has, NAMED) or 'none'}. Give "
-            "data of the same classes, or rename the folders"
+            f"--data_path: its classes are not those of {what}: it lacks {lacks}, and has {has}. Give data of the same "
+            "classes, or rename the folders"
         )
     return [known.index(name) for name in stored]
 
