@@ -6,11 +6,11 @@
 
 import argparse
 
-from utils.core.parser import Parser
+from utils.core.run_script import run_script
 from utils.runs.resume import add_resume
-from utils.stages import arguments
-from utils.stages.distill import run_stage1
-from utils.stages.entry import run_script
+from utils.settings import arguments
+from utils.settings.parser import Parser
+from utils.stages.stage1 import run_stage1
 
 
 def get_args_parser() -> Parser:

@@ -6,13 +6,13 @@
 
 import argparse
 
-from utils.core.parser import Parser
-from utils.data.outliers import PseudoOutliers
+from utils.core.run_script import run_script
+from utils.outliers.sources import PseudoOutliers
 from utils.runs.resume import add_resume
-from utils.stages import arguments
-from utils.stages.distill import run_stage1
-from utils.stages.entry import run_script
-from utils.synthesis.flags import add_outliers, add_poe
+from utils.settings import arguments
+from utils.settings.outliers import add_outliers, add_poe
+from utils.settings.parser import Parser
+from utils.stages.stage1 import run_stage1
 
 
 def get_args_parser() -> Parser:

@@ -6,10 +6,10 @@
 
 import argparse
 
-from utils.core.parser import Parser
-from utils.stages import arguments
-from utils.stages.entry import run_script
-from utils.stages.test import run_stage3
+from utils.core.run_script import run_script
+from utils.settings import arguments
+from utils.settings.parser import Parser
+from utils.stages.stage3 import run_stage3
 
 
 def get_args_parser() -> Parser:

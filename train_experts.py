@@ -12,14 +12,14 @@ from networks import get_network
 from utils.compute import distributed
 from utils.compute.compiling import Workload, batches
 from utils.compute.device import choose_compute, choose_device
-from utils.core.parser import Parser
 from utils.core.rng import generator
+from utils.core.run_script import run_script
 from utils.data.augment import DSA, parse_strategy
 from utils.data.datasets import RealData
-from utils.data.outliers import OutlierSource, PseudoOutliers, load_outlier_pool
 from utils.methods.experts import ExpertSettings, ExpertTraining, all_trained, describe, expert_folder, open_expert_run
-from utils.stages import arguments
-from utils.stages.entry import run_script
+from utils.outliers.sources import OutlierSource, PseudoOutliers, load_outlier_pool
+from utils.settings import arguments
+from utils.settings.parser import Parser
 from utils.training.trainer import TEST_BATCH
 
 

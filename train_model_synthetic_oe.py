@@ -6,13 +6,13 @@
 
 import argparse
 
-from utils.core.parser import Parser
+from utils.core.run_script import run_script
 from utils.runs.resume import add_resume
-from utils.stages import arguments
-from utils.stages.entry import run_script
-from utils.stages.train import run_stage2
-from utils.synthesis.flags import add_outlier_weight
-from utils.training_sets.flags import add_training_outliers
+from utils.settings import arguments
+from utils.settings.outliers import add_outlier_weight
+from utils.settings.parser import Parser
+from utils.settings.training_set import add_training_outliers
+from utils.stages.stage2 import run_stage2
 
 
 def get_args_parser() -> Parser:

@@ -11,8 +11,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.core.errors import UserError
-from utils.core.parser import Parser, one_of
-from utils.files.atomic import save_text
+from utils.core.files import save_text
+from utils.core.run_script import run_script
 from utils.ood.measures import MEASURES
 from utils.report.compare import (
     Row,
@@ -26,7 +26,7 @@ from utils.report.compare import (
     table_csv,
 )
 from utils.report.page import comparison_page
-from utils.stages.entry import run_script
+from utils.settings.parser import Parser, one_of
 
 
 def get_args_parser() -> Parser:

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from utils.core.errors import UserError
-from utils.core.parser import Parser, one_of
+from utils.core.files import atomic_write
+from utils.core.pixels import unit_images
+from utils.core.run_script import run_script
 from utils.data.datasets import DATASET_NAMES, load_dataset
-from utils.files.atomic import atomic_write
-from utils.files.pixels import unit_images
-from utils.stages.entry import run_script
+from utils.settings.parser import Parser, one_of
 
 
 def get_args_parser() -> Parser:

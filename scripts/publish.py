@@ -21,24 +21,24 @@ import utils  # noqa: F401  # isort: skip (before torch: it tells OpenMP how to 
 
 import torch
 
+from utils.compute.version import VERSION
 from utils.core.errors import UserError, one_line
-from utils.core.parser import Parser, count
-from utils.core.version import VERSION
+from utils.core.run_script import run_script
+from utils.core.torch_files import read_pt
 from utils.data.synthetic import SyntheticSet, iterations_left, load_synthetic
 from utils.data.whitening import ZCA
 from utils.exchange.convert import Assumptions, read_distilled
 from utils.exchange.formats import SAFETENSORS, find_files
+from utils.exchange.normalisation import to_unit
 from utils.exchange.readers import stored_space
-from utils.exchange.spaces import to_unit
-from utils.files.torch_files import read_pt
 from utils.methods import METHODS
 from utils.report.card import CardFacts, card
 from utils.report.plots import save_grid
 from utils.report.results import Results, load_results
 from utils.runs.lineage import args_or_nothing, distilled_set_of
-from utils.stages import arguments
-from utils.stages.entry import run_script
-from utils.training_sets.flags import add_foreign, assumptions
+from utils.settings import arguments
+from utils.settings.parser import Parser, count
+from utils.settings.training_set import add_foreign, assumptions
 
 SHOWN = 10  # of each class, in the preview
 

@@ -13,10 +13,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.core.errors import UserError
-from utils.core.parser import Parser, one_of
-from utils.files.atomic import save_output
+from utils.core.files import save_output
+from utils.core.run_script import run_script
 from utils.report.study import OF_NETWORKS, OF_SCORES, Column, Kind, differences, mean_rows, read_kind, score_rows
-from utils.stages.entry import run_script
+from utils.settings.parser import Parser, one_of
 
 TITLES = {"plain": "none", "poe": "distilled", "oe": "distilled (OE)"}  # of the outliers of a kind
 CHOSEN = {"random": "random", "herding": "herding", "kcenter": "k-center", "whole": "whole training set"}

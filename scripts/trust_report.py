@@ -23,17 +23,17 @@ sys.path.insert(0, str(ROOT))
 
 from utils.compute.device import PRECISIONS
 from utils.core.errors import UserError
-from utils.core.parser import Parser, count, number, one_of
+from utils.core.files import save_text
+from utils.core.run_script import run_script
 from utils.data.datasets import RealData
 from utils.exchange.convert import read_distilled
-from utils.files.atomic import save_text
 from utils.methods import METHODS
 from utils.ood.detectors import ALL_SCORES, require_library
 from utils.ood.sets import OODSource
 from utils.report.compare import Run, find_runs
-from utils.stages import arguments
-from utils.stages.entry import run_script
-from utils.training_sets.flags import add_foreign, assumptions
+from utils.settings import arguments
+from utils.settings.parser import Parser, count, number, one_of
+from utils.settings.training_set import add_foreign, assumptions
 
 BASELINES = ("random", "herding", "kcenter", "whole")
 OUTLIERS = ("distilled", "again", "corrupt", "initial", "kcenter", "real")

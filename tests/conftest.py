@@ -3,10 +3,12 @@
 import importlib
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,10 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from utils.compute.device import Compute  # noqa: E402
+from utils.core.run_script import run_script  # noqa: E402
 from utils.data.datasets import RealData, load_dataset  # noqa: E402
-from utils.stages.entry import run_script  # noqa: E402
 
-DEVICE = torch.device(os.environ.get("TRUSTDD_TEST_DEVICE", "cpu"))  # scripts/gpu_check.sh sets cuda
+DEVICE = torch.device(os.environ.get("TRUSTDD_TEST_DEVICE", "cpu"))  # scripts/dev/gpu_check.sh sets cuda
 COMPILED = Compute(compiled=True, on_cuda=DEVICE.type == "cuda")
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler on a CPU"
@@ -41,6 +43,26 @@ def tiny_real() -> RealData:
     images = torch.randint(0, 256, (46, 3, 16, 16), dtype=torch.uint8, generator=g)
     labels = torch.arange(46) % 3
     return RealData("tiny", 3, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25), images[:40], labels[:40], images[40:], labels[40:])
+
+
+def write_idx(path, array):
+    """An array of bytes in the format of MNIST's files."""
+    header = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
+    path.write_bytes(header + array.tobytes())
+
+
+def write_mnist(root, name):
+    """The files of MNIST, or of a set like it, with few images; returns images and labels of each part."""
+    g = np.random.default_rng(0)
+    raw = root / name / "raw"
+    raw.mkdir(parents=True)
+    arrays = {}
+    for part, prefix, n in (("train", "train", 30), ("test", "t10k", 10)):
+        images, labels = g.integers(0, 256, (n, 28, 28), dtype=np.uint8), np.arange(n, dtype=np.uint8) % 10
+        write_idx(raw / f"{prefix}-images-idx3-ubyte", images)
+        write_idx(raw / f"{prefix}-labels-idx1-ubyte", labels)
+        arrays[part] = (images[:, None], labels)
+    return arrays
 
 
 def whole_and_resumed(make, stop: int, end: int) -> tuple:

@@ -3,16 +3,13 @@
 import hashlib
 import os
 import platform
-import re
 import shutil
 import subprocess
 import tempfile
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -121,9 +118,8 @@ class Compiled:
 
     Images are converted to channels-last order, in which compiled convolutions and pooling are faster.
 
-    A process that is killed while it compiles can leave a truncated library in the compile cache on the disk; every
-    later process that needs it then fails. After a failed compilation, the library that the error names is removed;
-    after a second failure, a fresh cache is used; after a third, the compiler counts as broken.
+    After a compilation that fails, everything runs uncompiled. It may fail because a process was killed while it wrote
+    into the compile cache; the message names the folder.
 
     Args:
         function: the function to compile.
@@ -143,15 +139,11 @@ class Compiled:
     def __call__(self, images: torch.Tensor, *rest: object) -> object:
         if images.dim() == 4:
             images = images.contiguous(memory_format=torch.channels_last)
-        for repair in (_remove_damaged_library, _use_fresh_cache, self._give_up):
-            if Compiled.failed and not self.required:
-                break
+        if not Compiled.failed or self.required:
             try:
                 return self.compiled(images, *rest)
             except torch._dynamo.exc.BackendCompilerFailed as error:
-                repair(str(error))
-                torch._dynamo.reset()
-                self.compiled = self._compile()
+                self._give_up(str(error))
         return self.function(images, *rest)
 
     def _compile(self) -> Callable:
@@ -162,11 +154,13 @@ class Compiled:
         return torch.compile(self.function, mode=self.mode, dynamic=False)
 
     def _give_up(self, message: str) -> None:
-        reason = compiler_message(message)
+        reason = f"torch.compile failed: {compiler_message(message)}"
+        cure = (
+            f"Repair the compiler, or delete its cache, {os.environ.get('TORCHINDUCTOR_CACHE_DIR', 'torchinductor_*')}"
+        )
         if self.required:
-            raise UserError(f"--compile on: torch.compile failed: {reason}. Repair the compiler or use --compile off")
-        if not Compiled.failed:
-            warnings.warn(f"torch.compile failed, so nothing is compiled: {reason}", stacklevel=3)
+            raise UserError(f"--compile on: {reason}. {cure}, or use --compile off")
+        warnings.warn(f"nothing is compiled: {reason}. {cure}", stacklevel=3)
         Compiled.failed = True
 
 
@@ -217,28 +211,3 @@ def compiler_message(message: str) -> str:
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     after = next((i + 1 for i, line in enumerate(lines) if line == "Output:"), 0)
     return one_line(lines[after] if after < len(lines) else message)
-
-
-def _remove_damaged_library(message: str) -> None:
-    """Remove the cached library that an error message names: one in a folder of the cache, or PyTorch's own."""
-    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    for path in re.findall(r"/\S+\.so\b", " ".join(message.split())):
-        if "/torchinductor" in path or (cache and Path(path).parent.parent == Path(cache)):
-            with suppress(OSError):
-                os.unlink(path)
-
-
-_fresh_cache: tempfile.TemporaryDirectory | None = None
-
-
-def _use_fresh_cache(message: str) -> None:
-    global _fresh_cache
-    if _fresh_cache is None:
-        _fresh_cache = tempfile.TemporaryDirectory(prefix="torchinductor_", ignore_cleanup_errors=True)
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = _fresh_cache.name
-
-
-def remove_fresh_cache() -> None:
-    """Remove the cache that replaced a damaged one; only needed before `os._exit`: a normal exit removes it."""
-    if _fresh_cache is not None:
-        _fresh_cache.cleanup()

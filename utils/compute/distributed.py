@@ -2,7 +2,6 @@
 
 import atexit
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -34,19 +33,6 @@ def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def leave(status: int) -> None:
-    """Exit this process, one of several, with `status`, without the usual shutdown of Python and its libraries.
-
-    A gloo thread that still holds a Python object during that shutdown would abort the process after its work is done
-    (seen in about one run in a hundred). An interrupted process (status from 128) does not wait for the others.
-    """
-    if status < 128:
-        stop()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 def world_size() -> int:

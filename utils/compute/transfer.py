@@ -70,3 +70,8 @@ def _parts(draws: object) -> dict:
 def send_draws(draws: AnyDraws, device: torch.device) -> AnyDraws:
     """`draws` with their tensors on `device`, sent together."""
     return with_tensors(draws, iter(send_together(tensors_of(draws), device)))
+
+
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which matrix products keep float32 precision: on CUDA, TF32 would round the mantissa to 10 bits."""
+    return torch.float64 if device.type == "cuda" and dtype == torch.float32 else dtype

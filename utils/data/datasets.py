@@ -9,15 +9,15 @@ import numpy as np
 import torch
 
 from utils.compute.transfer import send
+from utils.core.arrays import images_to_nchw, read_npz
 from utils.core.errors import UserError, unknown_name
+from utils.core.files import check_file
+from utils.core.images import ImageReader
+from utils.core.pixels import in_full_range, unit_images
+from utils.core.torch_files import PLAIN_INTEGERS, fingerprint, read_pt
+from utils.data.class_folders import read_class_folders
 from utils.data.download import NPZ_KEYS, read_torchvision, read_torchvision_test
 from utils.data.whitening import ZCA, fit_zca
-from utils.files.arrays import images_to_nchw, read_npz
-from utils.files.class_folders import read_class_folders
-from utils.files.images import ImageReader
-from utils.files.pixels import in_full_range, unit_images
-from utils.files.text_files import check_file
-from utils.files.torch_files import PLAIN_INTEGERS, fingerprint, read_pt
 
 
 @dataclass(frozen=True)

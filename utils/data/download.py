@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from utils.compute import distributed
+from utils.compute.version import require_pytorch_ood
 from utils.core.errors import UserError, one_line, print_line
-from utils.core.version import require_pytorch_ood
 
 NPZ_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 TINYIMAGES = "300K_random_images.npy"

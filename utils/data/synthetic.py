@@ -4,16 +4,27 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
+from utils.compute.version import VERSION
 from utils.core.errors import UserError
-from utils.core.version import VERSION
+from utils.core.files import save_pt
+from utils.core.torch_files import PLAIN_INTEGERS, PLAIN_TENSORS, read_pt
 from utils.data.datasets import RealData
 from utils.data.identity import class_order, renumbered
-from utils.data.outliers import FreshOutliers
-from utils.files.atomic import save_pt
-from utils.files.torch_files import PLAIN_INTEGERS, PLAIN_TENSORS, read_pt
+
+
+class OutlierMaker(Protocol):
+    """Makes outliers whenever an epoch asks for them; `utils/outliers/sources.py` has one."""
+
+    @property
+    def count(self) -> int:
+        """How many are made together."""
+
+    def make(self, generator: torch.Generator) -> torch.Tensor:
+        """New outliers, normalised `[count, C, H, W]`, sorted by class slot."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +40,7 @@ class SyntheticSet:
     labels: torch.Tensor
     images_oe: torch.Tensor | None = None
     lr_net: float | None = None
-    fresh_oe: FreshOutliers | None = None
+    fresh_oe: OutlierMaker | None = None
 
     @property
     def hard_labels(self) -> torch.Tensor:

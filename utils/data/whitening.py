@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from utils.data.corruptions import product_dtype
+from utils.compute.transfer import product_dtype
 
 EPSILON = 0.1
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from utils.core.errors import UserError
-from utils.files.images import image_suffixes, is_content
-from utils.files.torch_files import read_pt
+from utils.core.images import image_suffixes, is_content
+from utils.core.torch_files import read_pt
 
 SPACES = ("normalised", "unit", "zca")
 FORMATS = {

@@ -3,8 +3,8 @@
 import torch
 
 from utils.core.errors import UserError
+from utils.core.torch_files import PLAIN_INTEGERS
 from utils.data.synthetic import is_probabilities
-from utils.files.torch_files import PLAIN_INTEGERS
 
 
 def training_labels(

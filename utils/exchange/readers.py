@@ -9,17 +9,17 @@ from pathlib import Path
 
 import torch
 
+from utils.core.arrays import read_npz
 from utils.core.errors import UserError, one_line
+from utils.core.files import check_file
+from utils.core.images import ImageReader, image_formats, is_content
+from utils.core.pixels import in_full_range, unit_images
+from utils.core.torch_files import PLAIN_TENSORS, read_pt
 from utils.data.datasets import SPECS, RealData
 from utils.data.synthetic import load_synthetic
 from utils.data.whitening import ZCA
 from utils.exchange.formats import MAX_NAMES, SetFiles
-from utils.exchange.spaces import Statistics
-from utils.files.arrays import read_npz
-from utils.files.images import ImageReader, image_formats, is_content
-from utils.files.pixels import in_full_range, unit_images
-from utils.files.text_files import check_file
-from utils.files.torch_files import PLAIN_TENSORS, read_pt
+from utils.exchange.normalisation import Statistics
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ import torch
 from utils.compute.compiling import Workload
 from utils.compute.device import Compute
 from utils.core.errors import UserError, one_line
-from utils.core.parser import Parser, one_of
+from utils.core.files import check_file
 from utils.data.augment import DSA, parse_strategy
 from utils.data.datasets import RealData
-from utils.data.outliers import OutlierSource
 from utils.data.synthetic import SyntheticSet
-from utils.files.text_files import check_file
+from utils.outliers.sources import OutlierSource
+from utils.settings.parser import Parser, one_of
 
 METHOD_MODULES = (
     "utils.methods.gradient_matching",

@@ -16,13 +16,12 @@ from utils.compute.compiling import Workload, batches
 from utils.compute.cpu_batches import BatchSplitter, in_parts
 from utils.compute.device import Compute
 from utils.core.errors import UserError
-from utils.core.parser import one_of
 from utils.core.rng import generator
 from utils.data.augment import apply_by_part, apply_by_slot, identity
 from utils.data.datasets import RealData
-from utils.data.outliers import OutlierSource
 from utils.data.synthetic import SyntheticSet
 from utils.methods import Flag, MethodEntry, MethodInputs, register
+from utils.methods.learnable import LearnableSet, shared_settings
 from utils.methods.match_draws import (
     POOL_FLAGS,
     SPREAD,
@@ -32,10 +31,11 @@ from utils.methods.match_draws import (
     pool_settings,
     refuse_without_outliers,
 )
-from utils.synthesis.learnable import LearnableSet, shared_settings
-from utils.synthesis.network_pool import NetworkPool
-from utils.synthesis.recipe import OutlierRecipe
-from utils.synthesis.spread import push_apart
+from utils.outliers.sources import OutlierSource
+from utils.outliers.spread import push_apart
+from utils.outliers.start import OutlierRecipe
+from utils.settings.parser import one_of
+from utils.training.network_pool import NetworkPool
 from utils.training.trainer import LR_NET, TrainSettings
 
 CHUNK_IMAGES = 512  # synthetic images embedded together, to bound the memory

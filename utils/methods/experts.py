@@ -19,13 +19,12 @@ from utils.compute import distributed
 from utils.compute.device import Compute
 from utils.compute.transfer import send_draws
 from utils.core.errors import UserError, rank_errors
+from utils.core.files import read_json, save_pt, save_text
 from utils.core.rng import generator
+from utils.core.torch_files import fingerprint, read_pt
 from utils.data.augment import DSA, identity
 from utils.data.datasets import RealData
-from utils.data.outliers import OutlierSource
-from utils.files.atomic import save_pt, save_text
-from utils.files.text_files import read_json
-from utils.files.torch_files import fingerprint, read_pt
+from utils.outliers.sources import OutlierSource
 from utils.runs import signals
 from utils.runs.run_folder import RunFolder
 from utils.training.trainer import Trainer, TrainSettings, accuracy_of

@@ -15,14 +15,13 @@ from networks import get_network
 from utils.compute import distributed
 from utils.compute.compiling import Workload, batches
 from utils.compute.device import Compute
-from utils.core.parser import count, one_of
 from utils.core.rng import generator
 from utils.data.augment import identity
 from utils.data.datasets import RealData
-from utils.data.outliers import OutlierSource
 from utils.data.synthetic import SyntheticSet
 from utils.methods import Flag, MethodEntry, MethodInputs, register
 from utils.methods.distances import METRICS
+from utils.methods.learnable import LearnableSet, shared_settings
 from utils.methods.match_draws import (
     POOL_FLAGS,
     SPREAD,
@@ -34,11 +33,12 @@ from utils.methods.match_draws import (
     refuse_without_outliers,
 )
 from utils.methods.matcher import JointMatcher, Matcher
-from utils.synthesis.learnable import LearnableSet, shared_settings
-from utils.synthesis.network_pool import NetworkPool
-from utils.synthesis.recipe import OutlierRecipe
-from utils.synthesis.spread import push_apart
+from utils.outliers.sources import OutlierSource
+from utils.outliers.spread import push_apart
+from utils.outliers.start import OutlierRecipe
+from utils.settings.parser import count, one_of
 from utils.training.draws import Batch
+from utils.training.network_pool import NetworkPool
 from utils.training.trainer import LR_NET, Trainer, TrainSettings
 
 # outer and inner loop by images per class, as published

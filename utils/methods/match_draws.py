@@ -12,16 +12,16 @@ import torch
 from utils.compute import distributed
 from utils.compute.transfer import Draw, send_draws, tensors_of
 from utils.core.errors import UserError
-from utils.core.parser import count, number
 from utils.core.rng import generator
 from utils.data.augment import DSA, Transform
 from utils.data.datasets import RealData
-from utils.data.outliers import OutlierBatch, OutlierSource
 from utils.data.synthetic import SyntheticSet
 from utils.methods import Flag, MethodInputs
-from utils.synthesis.network_pool import PoolSettings
-from utils.synthesis.recipe import OutlierRecipe
+from utils.outliers.sources import OutlierBatch, OutlierSource
+from utils.outliers.start import OutlierRecipe
+from utils.settings.parser import count, number
 from utils.training.draws import Batch, draw_epoch
+from utils.training.network_pool import PoolSettings
 
 BATCHNORM_IMAGES = 16  # of each class
 DRAWN_NUMBERS = 2**25  # drawn and sent together: a quarter of a gigabyte of indices

@@ -23,19 +23,19 @@ from utils.compute.compiling import Workload
 from utils.compute.device import Compute
 from utils.compute.transfer import Draw, send_draws
 from utils.core.errors import UserError
-from utils.core.parser import count, number
 from utils.core.rng import generator
 from utils.data.augment import DSA, identity
 from utils.data.datasets import RealData
-from utils.data.outliers import OutlierSource
 from utils.data.synthetic import SyntheticSet
 from utils.methods import Flag, MethodEntry, MethodInputs, register
 from utils.methods.experts import ABOUT, ExpertBuffer, ExpertSettings, check_about, describe, expert_folder
+from utils.methods.learnable import LearnableSet, shared_settings
 from utils.methods.match_draws import refuse_without_outliers
+from utils.methods.student import StudentStep
+from utils.outliers.sources import OutlierSource
+from utils.outliers.start import OutlierRecipe
 from utils.runs.lineage import args_or_nothing
-from utils.synthesis.learnable import LearnableSet, shared_settings
-from utils.synthesis.recipe import OutlierRecipe
-from utils.synthesis.student import StudentStep
+from utils.settings.parser import count, number
 
 LR_TEACHER = 0.01
 SMALLEST_LR = 1e-6  # lower bound of the student's learning rate

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from utils.compute.device import Compute
+from utils.compute.version import require_pytorch_ood
 from utils.core.errors import UserError, one_line
-from utils.core.version import require_pytorch_ood
 from utils.ood.calibration import best_temperature
 from utils.ood.scores import SCORES
 

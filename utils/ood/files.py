@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from utils.core.errors import UserError, named
-from utils.files.images import check_link
-from utils.files.text_files import check_file, read_lines
+from utils.core.files import check_file, read_lines
+from utils.core.images import check_link
 
 ARRAY_SUFFIXES = (".npz", ".npy")
 LIST_SUFFIX = ".txt"

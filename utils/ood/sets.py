@@ -11,14 +11,14 @@ import torch
 
 from utils.compute import distributed
 from utils.core.errors import UserError, unknown_name
+from utils.core.images import ImageReader
+from utils.core.pixels import conform, unit_images
 from utils.core.rng import generator
-from utils.data.corruptions import corrupt, needs_partner
 from utils.data.datasets import SPECS, RealData, load_test_images
 from utils.data.download import FROM_PYTORCH_OOD, TORCHVISION_FILES, NotThere, fetch_pytorch_ood
-from utils.files.images import ImageReader
-from utils.files.pixels import conform, unit_images
-from utils.ood.drawn import DRAWN
 from utils.ood.files import ARRAY_SUFFIXES, LIST_SUFFIX, is_path, listed_images, shown_names, stem
+from utils.ood.generated import DRAWN
+from utils.outliers.corruptions import corrupt, needs_partner
 
 PAPER_SETS = ("Textures", "Places365", "TinyImageNet_resize", "LSUN_resize")
 LOCAL_ONLY = ("iSUN",)  # also in the paper, but in no library: used if it is on disk

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from utils.core.version import versions, versions_line
+from utils.compute.version import versions, versions_line
 from utils.data.augment import dc_augmentation
 from utils.report.results import Results, shared_sets
 from utils.report.tables import markdown_table, mean_std

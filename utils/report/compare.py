@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from utils.core.errors import UserError
-from utils.files.text_files import csv_text
+from utils.core.files import csv_text
 from utils.report.plots import BarPanel, distilled_pictures, save_comparison
 from utils.report.results import Results, load_results, shared_sets
 from utils.report.tables import markdown_table, mean_std

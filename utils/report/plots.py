@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from utils.core.errors import UserError
+from utils.core.files import atomic_write
+from utils.core.torch_files import read_pt
 from utils.data.datasets import SPECS
 from utils.data.synthetic import load_synthetic
+from utils.exchange.normalisation import to_unit
 from utils.exchange.readers import stored_space
-from utils.exchange.spaces import to_unit
-from utils.files.atomic import atomic_write
-from utils.files.torch_files import read_pt
 from utils.ood.calibration import Reliability
 from utils.runs.lineage import args_or_nothing, distilled_set_of
 

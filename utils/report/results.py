@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.core.errors import UserError
-from utils.files.text_files import csv_text, read_json
+from utils.core.files import csv_text, read_json
 from utils.ood.calibration import CALIBRATION_MEASURES, SCALED_MEASURES, Reliability, reliability
 from utils.ood.measures import ERROR_MEASURES, MEASURES
 from utils.ood.network_scores import NetworkScores

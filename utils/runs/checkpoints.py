@@ -5,8 +5,8 @@ import time
 import torch
 
 from utils.core.errors import UserError
-from utils.files.atomic import save_pt
-from utils.files.torch_files import read_pt
+from utils.core.files import save_pt
+from utils.core.torch_files import read_pt
 from utils.runs.run_folder import RunFolder
 
 MOST_SECONDS = 600  # between two checkpoints

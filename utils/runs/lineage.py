@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 from utils.compute import distributed
 from utils.core.errors import UserError
-from utils.core.parser import flag_words
-from utils.files.text_files import read_json
+from utils.core.files import read_json
 from utils.runs.run_folder import ARGS, is_live
+from utils.settings.parser import flag_words
 
 TRAINED_ON = "trained_on.pt"  # in a folder of stage 2: the set, where no file of stage 1 holds it
 STAGE1_ROOTS = ("result", "result-oe", "result-poe")

@@ -1,6 +1,6 @@
 """Resuming a run: restore its flags from its folder, compare its inputs, and build the command that resumes it.
 
-The state itself is restored by `utils/stages/distillation.py` (stage 1) and `utils/training/network_training.py` (stage
+The state itself is restored by `utils/stages/loop.py` (stage 1) and `utils/training/network_training.py` (stage
 2).
 """
 
@@ -12,9 +12,9 @@ from pathlib import Path
 
 from utils.compute import distributed
 from utils.core.errors import UserError, one_line
-from utils.core.parser import Parser, flag_words
 from utils.runs.lineage import args_or_nothing, started
 from utils.runs.run_folder import ARGS, read_args
+from utils.settings.parser import Parser, flag_words
 
 MAY_CHANGE = (
     "device", "data_path", "oe_data_path", "ood_path", "load_path", "folder", "download", "checkpoint_interval",

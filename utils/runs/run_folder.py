@@ -14,10 +14,9 @@ from datetime import datetime
 from pathlib import Path
 
 from utils.compute import distributed
+from utils.compute.version import git_commit, versions
 from utils.core.errors import UserError, print_line
-from utils.core.version import git_commit, versions
-from utils.files.atomic import append_line, open_no_link, remove_unfinished, save_text, sync_file
-from utils.files.text_files import read_json, read_lines
+from utils.core.files import append_line, open_no_link, read_json, read_lines, remove_unfinished, save_text, sync_file
 from utils.runs.progress import LOG_EVERY, Progress
 from utils.runs.tensorboard import TensorBoardWriter
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from utils.core.errors import UserError
-from utils.files.atomic import remove_files
+from utils.core.files import remove_files
 
 
 def require_tensorboard() -> None:

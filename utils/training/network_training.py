@@ -5,16 +5,16 @@ import torch
 from networks import initialize
 from utils.compute import distributed
 from utils.core.errors import Interrupted, RankError, UserError, one_line
+from utils.core.files import save_pt
 from utils.core.rng import generator
 from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet
-from utils.files.atomic import save_pt
 from utils.runs import signals
 from utils.runs.checkpoints import Checkpointer
 from utils.runs.progress import LOG_EVERY
 from utils.runs.resume import resume_command
 from utils.runs.run_folder import RunFolder
-from utils.training.saved import checkpoint_name, is_checkpoint_epoch
+from utils.training.saved_networks import checkpoint_name, is_checkpoint_epoch
 from utils.training.trainer import Trainer, accuracy_of
 
 TEST_INTERVAL = 50  # epochs

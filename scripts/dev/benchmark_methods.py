@@ -1,0 +1,134 @@
+"""What `scripts/dev/benchmark.py` measures for methods: an iteration of DM, one of MTT, and an epoch of an expert."""
+
+import multiprocessing
+from collections.abc import Callable
+from itertools import count as count_from
+from pathlib import Path
+
+import torch
+from benchmark_works import STRATEGY, Bench
+
+from networks import get_network, initialize
+from tests.oracle import textbook
+from utils.compute.device import Compute, set_keep_freed_memory
+from utils.core.errors import UserError
+from utils.core.rng import generator
+from utils.data.datasets import RealData
+from utils.methods.distribution_matching import DistributionMatching
+from utils.methods.experts import ExpertSettings, ExpertTraining
+from utils.methods.match_draws import MatchSettings
+from utils.methods.trajectory_matching import TrajectoryMatching, TrajectorySettings
+from utils.outliers.sources import PseudoOutliers
+from utils.runs.run_folder import RunFolder
+
+STEPS = 30  # of the student of MTT
+
+
+class RandomEnds:
+    """Stands in for the experts of MTT: their content does not change the time."""
+
+    trajectories = ((None, None),)
+
+    def __init__(self, net: torch.nn.Module):
+        weights = []
+        for seed in (1, 2):
+            initialize(net, generator(seed))
+            weights.append([p.detach().clone() for p in net.parameters()])
+        self.start, self.target = weights[0], [a + 0.1 * b for a, b in zip(*weights, strict=True)]
+
+    def segment(self, *_: object) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The same two sets of parameters at every call."""
+        return self.start, self.target
+
+    def fingerprint(self) -> str:
+        """Empty: there are no expert files."""
+        return ""
+
+
+def _alternating(bench: Bench, methods: list) -> dict:
+    """Time iterations of two methods in turn; the losses are read, as in the stage-1 loop."""
+    for method in methods:
+        method.start(0)
+    numbers = [count_from(0), count_from(0)]
+
+    def work(index: int) -> Callable[[], object]:
+        return lambda: methods[index].iterate(next(numbers[index]))["loss"].mean().item()
+
+    return bench.measure(work(0), work(1))
+
+
+def dm(bench: Bench) -> dict:
+    """An iteration of distribution matching, images and outliers (POE)."""
+    settings = MatchSettings(
+        bench.args.model, bench.ipc, batch_real=bench.batch, batch_oe=bench.batch, lr_img=1.0, init="real", dsa=STRATEGY
+    )
+    kinds = (textbook.PlainDistributionMatching, DistributionMatching)
+    return _alternating(
+        bench, [kind(bench.real, PseudoOutliers(bench.real), settings, bench.compute) for kind in kinds]
+    )
+
+
+def trajectory_matching(kind: type, real: RealData, model: str, ipc: int, compute: Compute) -> TrajectoryMatching:
+    """Trajectory matching of 30 steps with POE; `kind`: the engine's class or the textbook's."""
+    settings = TrajectorySettings(model, ipc, syn_steps=STEPS, dsa=STRATEGY)
+    net = get_network(model, real.channel, real.num_classes, real.im_size).to(real.device)
+    return kind(real, PseudoOutliers(real), settings, RandomEnds(net), compute)
+
+
+def mtt(bench: Bench) -> dict:
+    """An iteration of trajectory matching of 30 steps, images and outliers (POE); `…_gb`: its memory, measured
+    uncompiled in a separate process."""
+    kinds = (textbook.PlainTrajectoryMatching, TrajectoryMatching)
+    result = _alternating(
+        bench, [trajectory_matching(k, bench.real, bench.args.model, bench.ipc, bench.compute) for k in kinds]
+    )
+    peaks = [_peak(kind, bench) for kind in kinds]
+    return result | {"plain_gb": peaks[0], "engine_gb": peaks[1]}
+
+
+def _peak(kind: type, bench: Bench) -> float:
+    """Peak resident memory of an iteration on a CPU, above that before it, in GB."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_measure_peak, args=(kind, bench.args.model, bench.ipc, queue))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise UserError(f"mtt: the process that measures memory ended with {process.exitcode}")
+    return queue.get()
+
+
+def _measure_peak(kind: type, model: str, ipc: int, queue: multiprocessing.Queue) -> None:
+    images = torch.zeros(20 * ipc, 3, 32, 32, dtype=torch.uint8)
+    labels = torch.arange(20 * ipc) % 10
+    real = RealData("random", 10, (0.5,) * 3, (0.25,) * 3, images, labels, images, labels)
+    method = trajectory_matching(kind, real, model, ipc, Compute())
+    method.start(0)
+    set_keep_freed_memory(False)
+    before = _resident("VmRSS")
+    method.iterate(0)
+    queue.put(_resident("VmHWM") - before)
+
+
+def _resident(what: str) -> float:
+    """Resident memory of this process in GB, now (`VmRSS`) or at its peak (`VmHWM`). Linux only."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1e6 for line in lines if line.startswith(what))
+
+
+def experts(bench: Bench) -> dict:
+    """An epoch of an expert on 50,000 images, without outliers and without testing."""
+    real = bench.real
+    net, other = (get_network(bench.args.model, 3, 10, (32, 32), generator(0)).to(bench.device) for _ in range(2))
+    images = real.train_batch(torch.arange(len(real.images_train)))
+    optimizer = torch.optim.SGD(other.parameters(), 0.01)
+    run = RunFolder.create(bench.folder.name, "experts")
+    training = ExpertTraining(net, real, None, ExpertSettings(augmentation=STRATEGY), bench.compute, run)
+    numbers = count_from(0)
+    return bench.measure(
+        lambda: textbook.train_expert_epoch(other, optimizer, images, real.labels_train, STRATEGY),
+        lambda: training._epoch(0, next(numbers) % 50).item(),
+    )
+
+
+METHOD_WORKS: dict[str, Callable[[Bench], dict]] = {"dm": dm, "mtt": mtt, "experts": experts}

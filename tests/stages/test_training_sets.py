@@ -1,0 +1,748 @@
+"""What stage 2 trains on: baselines, soft labels, outliers that were not distilled, and publishing."""
+
+import importlib
+import itertools
+import json
+import math
+import re
+import shlex
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from sklearn.metrics import pairwise_distances
+from test_distributed import start
+
+from networks import get_network
+from utils.core.errors import UserError
+from utils.core.rng import generator
+from utils.data.synthetic import load_synthetic, save_synthetic
+from utils.exchange.convert import Assumptions, read_distilled
+from utils.exchange.readers import read_safetensors
+from utils.outliers.corruptions import corrupt
+from utils.outliers.not_distilled import corrupted, with_corrupted_again, with_fresh, with_k_center
+from utils.outliers.sources import FreshOutliers, PseudoOutliers
+from utils.stages.stage2 import find_distilled
+from utils.stages.training_set import Choice, labelled_images
+from utils.training.coresets import coreset, herding, k_center, random_images
+from utils.training.draws import draw_epoch, with_fresh_outliers
+from utils.training.features import FeatureNetworks
+from utils.training.losses import joint_loss
+from utils.training.trainer import Trainer, TrainSettings
+
+AUGMENT = ["--method", "DSA", "--dsa_strategy", "color_crop_cutout_scale_rotate"]
+COMMON = ["--dataset", "Digits", "--model", "ConvNetD1", *AUGMENT, "--compile", "off"]
+QUICK = [*COMMON, "--num_eval", 1, "--epoch_eval_train", 3]
+PLAIN, WITH_OE = "train_model_synthetic_no_oe.py", "train_model_synthetic_oe.py"
+
+
+@pytest.fixture
+def made(digits, tmp_path) -> Path:
+    """A distilled set of Digits, ipc 2, with outliers, as stage 1 writes it."""
+    images = random_images(digits, 2, 5, 0)
+    outliers = PseudoOutliers(digits)
+    images = replace(images, images_oe=torch.cat([outliers.draw(c, 2, generator(5, c)) for c in range(10)]))
+    folder = tmp_path / "made"
+    folder.mkdir()
+    path = folder / "res_DSA_Digits_ConvNetD1_2ipc.pt"
+    save_synthetic(path, [images], {}, digits, {"flags": {}})
+    return path
+
+
+def run_folder(root: Path) -> Path:
+    (path,) = {p.parent for p in root.rglob("args.json")}
+    return path
+
+
+def network(root: Path) -> dict:
+    (path,) = root.rglob("syn_trained_*_exp0_best.pt")
+    return torch.load(path, weights_only=True)
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --- coresets --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_herding_by_a_slow_loop(seed):
+    points = np.random.default_rng(seed).normal(size=(20, 3))
+    chosen: list[int] = []
+    for _ in range(6):
+        gaps = {i: np.linalg.norm(points.mean(0) - points[[*chosen, i]].mean(0)) for i in range(20) if i not in chosen}
+        chosen.append(min(gaps, key=gaps.get))
+    assert herding(torch.from_numpy(points), 6).tolist() == chosen
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_k_center_by_a_slow_loop_and_its_bound(seed):
+    points = np.random.default_rng(seed).normal(size=(14, 3))
+    distances = pairwise_distances(points)
+    chosen = [int(np.linalg.norm(points - points.mean(0), axis=1).argmin())]
+    for _ in range(3):
+        chosen.append(max(range(14), key=lambda i: min(distances[i][j] for j in chosen)))
+    assert k_center(torch.from_numpy(points), 4).tolist() == chosen
+
+    def radius(centres) -> float:
+        return distances[:, list(centres)].min(1).max()
+
+    best = min(map(radius, itertools.combinations(range(14), 4)))
+    assert best <= radius(chosen) <= 2 * best
+
+
+def test_equal_points_are_chosen_once_each():
+    assert sorted(k_center(torch.zeros(5, 2), 5).tolist()) == list(range(5))
+    assert sorted(herding(torch.zeros(5, 2), 5).tolist()) == list(range(5))
+
+
+def test_random_images_depend_on_the_seed_and_are_of_their_class(digits):
+    first, again, other = (random_images(digits, 3, seed, 0) for seed in (1, 1, 2))
+    assert torch.equal(first.images, again.images)
+    assert not torch.equal(first.images, other.images)
+    real = {
+        image.numpy().tobytes(): int(y)
+        for image, y in zip(digits.normalize(digits.images_train), digits.labels_train, strict=True)
+    }
+    assert [real[image.numpy().tobytes()] for image in first.images] == first.labels.tolist()
+
+
+@pytest.mark.parametrize("kind", ["herding", "kcenter"])
+def test_coresets_are_chosen_in_unit_features_of_each_class(digits, kind):
+    net = get_network("ConvNetD1", 1, 10, (8, 8), generator(0)).eval()
+    found = coreset(kind, digits, 4, net)
+    assert found.labels.tolist() == [c for c in range(10) for _ in range(4)]
+    for c in (0, 7):
+        images = digits.train_batch(digits.class_indices[c])
+        with torch.no_grad():
+            features = net.embed(images).flatten(1)
+        features = features / features.square().sum(1, keepdim=True).sqrt()
+        chosen = {"herding": herding, "kcenter": k_center}[kind](features, 4)
+        assert torch.equal(found.images[found.labels == c], images[chosen])
+
+
+def test_baselines_run_and_their_features_are_kept(in_process, tmp_path):
+    accuracy = {}
+    for kind in ("random", "herding", "kcenter", "whole"):
+        epochs = ["--epoch_eval_train", 30 if kind == "whole" else 60]
+        text = in_process(PLAIN, *COMMON, "--num_eval", 1, *epochs, "--ipc", 5, "--train_on", kind, "--save_path", kind)
+        accuracy[kind] = float(re.search(r"networks: best ([\d.]+)", text)[1])
+        assert "baseline: " in text
+    assert accuracy["whole"] > max(accuracy[k] for k in ("random", "herding", "kcenter")) > 60
+    (kept,) = (tmp_path / "herding" / "features").iterdir()
+    flags = ["--ipc", 5, "--train_on", "herding", "--features", kept]
+    in_process(PLAIN, *COMMON, "--num_eval", 1, "--epoch_eval_train", 60, *flags, "--save_path", "again")
+    assert same(network(tmp_path / "herding"), network(tmp_path / "again"))
+    in_process(
+        "test_ood_model_syn.py",
+        *COMMON[:6],
+        "--ipc",
+        5,
+        "--num_exp",
+        1,
+        "--is_load_best",
+        "--load_path",
+        "whole",
+        "--ood_sets",
+        "patches",
+    )
+
+
+# --- soft labels -----------------------------------------------------------------------------------------------------
+
+
+def test_gradient_of_soft_labels_by_its_formula():
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 4, dtype=torch.float64, generator=g).requires_grad_()
+    labels = torch.rand(5, 4, dtype=torch.float64, generator=g)
+    labels /= labels.sum(1, keepdim=True)
+    joint_loss(logits, labels, 0.5).backward()
+    with torch.no_grad():
+        odds = logits.exp()
+        expected = (odds / odds.sum(1, keepdim=True) - labels) / 5
+    assert torch.allclose(logits.grad, expected, atol=1e-12)
+
+
+def test_training_on_soft_labels_calibrates_as_they_say(digits):
+    """Labels that give their class half the probability make networks half confident."""
+    images = random_images(digits, 5, 1, 0)
+    soft = torch.full((50, 10), 0.5 / 9)
+    soft[torch.arange(50), images.labels] = 0.5
+    net = get_network("ConvNetD1", 1, 10, (8, 8), generator(0))
+    trainer = Trainer(net, TrainSettings(epochs=300))
+    trainer.train(replace(images, labels=soft), 0, ())
+    confidence = trainer.predict(images.images).softmax(1)[torch.arange(50), images.labels].mean().item()
+    assert confidence == pytest.approx(0.5, abs=0.05)
+
+
+# --- outliers --------------------------------------------------------------------------------------------------------
+
+
+def test_initial_outliers_are_those_that_distillation_starts_from(in_process, tmp_path):
+    flags = ["--ipc", 2, "--seed", 4]
+    loop = ["--init", "real", "--Iteration", 0, "--num_exp", 2, "--num_eval", 1, "--epoch_eval_train", 1]
+    in_process("main_poe.py", *COMMON, *flags, *loop, "--save_path", "one")
+    (path,) = (tmp_path / "one").rglob("res_*.pt")
+    training = [*QUICK, *flags, "--load_path", "one", "--exp_idx", 1]
+    in_process(WITH_OE, *training, "--outliers", "initial", "--save_path", "initial")
+    in_process(WITH_OE, *training, "--save_path", "distilled")
+    stored = load_synthetic(run_folder(tmp_path / "initial") / "trained_on.pt")
+    assert torch.equal(stored.images_oe, load_synthetic(path, 1).images_oe)
+    assert same(network(tmp_path / "initial"), network(tmp_path / "distilled"))
+
+
+def test_feature_networks_of_whitened_images_are_others(digits, tmp_path):
+    """And the network that chooses outliers in float32 leaves TF32 to the run as it was."""
+    asked = []
+    for real in (digits, digits.whitened(), digits):
+        networks = FeatureNetworks("MLP", real, TrainSettings(1), 1, "off", "fp32")
+        torch.set_float32_matmul_precision("high")
+        try:
+            trained = networks.train(random_images(real, 1, 1, 0), 1)
+            assert torch.get_float32_matmul_precision() == "high"
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(FeatureNetworks, "train", lambda self, *a, net=trained: asked.append(self.real) or net)
+            networks.for_coresets(None, tmp_path)
+    assert [real is digits for real in asked] == [True, False]
+
+
+def test_a_class_that_is_too_small_is_told_before_networks_train(digits):
+    choice = Choice("herding", "none", 10_000, 1)
+    with pytest.raises(UserError, match="--ipc 10000: the smallest class of Digits"):
+        labelled_images(choice, digits, lambda: None, lambda: pytest.fail("a network was trained"))
+
+
+def test_k_center_spreads_outliers(digits):
+    """The chosen ones are farther apart, in the features in which they are chosen, than random ones."""
+    net = get_network("ConvNetD1", 1, 10, (8, 8), generator(0)).eval()
+    empty = random_images(digits, 2, 1, 0)
+    source = PseudoOutliers(digits)
+    chosen = with_k_center(empty, source, digits, 2, 1, net).images_oe
+    random = torch.cat([source.draw(c, 2, generator(9, c)) for c in range(10)])
+
+    def least_distance(images: torch.Tensor) -> float:
+        with torch.no_grad():
+            features = torch.nn.functional.normalize(net.embed(images).flatten(1))
+        return float(np.sort(pairwise_distances(features.numpy()), 1)[:, 1].min())
+
+    assert len(chosen) == 20
+    assert least_distance(chosen) > 2 * least_distance(random)
+
+
+def test_corrupted_images_of_the_set_itself(digits):
+    """Slot c has corruption c mod 4 of distilled images; without noise they are found among these."""
+    images = random_images(digits, 4, 1, 0)
+    source = corrupted(images.images, digits, ("jigsaw", "invert"))
+    fresh = with_fresh(images, source, 10).fresh_oe
+    first, again, other = (fresh.make(generator(1, key)) for key in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    pixels = digits.denormalize(images.images)
+    for slot in range(10):
+        accepted = digits.normalize(corrupt(pixels, ("jigsaw", "invert")[slot % 2]))
+        for outlier in first[4 * slot : 4 * slot + 4]:
+            assert (accepted - outlier).abs().flatten(1).amax(1).min() < 1e-5
+
+
+def test_outliers_that_are_corrupted_again(digits):
+    """Those of an epoch are the stored ones, inverted: as many, clipped to the range of pixels first."""
+    images = random_images(digits, 4, 1, 0)
+    outliers = random_images(digits, 2, 5, 0).images
+    outliers[0] *= 9  # far outside the range
+    again = with_corrupted_again(replace(images, images_oe=outliers), digits, ("invert",))
+    assert again.num_outliers == len(outliers) == 20
+    assert torch.equal(again.images_oe, outliers)  # they are kept, so that a resumed run finds them
+    assert torch.equal(again.images, images.images)
+    made = again.fresh_oe.make(generator(1))
+    mean, std = (np.array(v).reshape(1, -1, 1, 1) for v in (digits.mean, digits.std))
+    inverted = (1 - (outliers.numpy() * std + mean).clip(0, 1) - mean) / std
+    distance = np.abs(made.numpy()[:, None] - inverted[None]).reshape(20, 20, -1).max(2)
+    assert distance.min(1).max() < 1e-5
+    assert len(set(distance.argmin(1))) > 8  # they are drawn from all of them
+
+
+@pytest.mark.parametrize("kind", ["real", "corrupted again"])
+def test_fresh_outliers_by_a_slow_loop(digits, kind):
+    """Training with outliers made anew equals a loop that makes those of each epoch and trains on them alone."""
+    images = random_images(digits, 2, 1, 0)
+    if kind == "real":
+        fresh = with_fresh(images, PseudoOutliers(digits), 10)
+    else:
+        stored = replace(images, images_oe=random_images(digits, 2, 7, 0).images)
+        fresh = with_corrupted_again(stored, digits, ("invert", "jigsaw"))
+    settings = TrainSettings(epochs=7, batch=8)
+    nets = [get_network("ConvNetD1", 1, 10, (8, 8), generator(0)) for _ in range(2)]
+    Trainer(nets[0], settings).train(fresh, 3, ("a",))
+    slow = Trainer(nets[1], settings)
+    for epoch in range(7):
+        if epoch == 3:
+            slow.restart(0.001)
+        outliers = fresh.fresh_oe.make(generator(3, "a", "outliers", epoch))
+        slow.epoch(replace(images, images_oe=outliers), generator(3, "a", "epoch", epoch))
+    for a, b in zip(*(net.parameters() for net in nets), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_outliers_of_an_epoch_are_all_used(digits):
+    source = FreshOutliers(PseudoOutliers(digits), 10, 2)
+    images = replace(random_images(digits, 2, 1, 0), fresh_oe=source)
+    drawn = [draw_epoch(images, 8, None, generator(e)) for e in range(3)]
+    held, moved = with_fresh_outliers(images, drawn, [generator(1, "o", e) for e in range(3)])
+    assert len(held.images_oe) == 60
+    for epoch, batches in enumerate(moved):
+        used = torch.cat([b.index_oe for b in batches]).sort().values
+        assert used.tolist() == list(range(20 * epoch, 20 * epoch + 20))
+        assert torch.equal(held.images_oe[20 * epoch : 20 * epoch + 20], source.make(generator(1, "o", epoch)))
+
+
+def test_few_outliers_fill_every_batch(digits):
+    images = random_images(digits, 3, 1, 0)
+    some = replace(images, images_oe=images.images[:7])
+    batches = draw_epoch(some, 8, None, generator(0))
+    assert [len(b.index_oe) for b in batches] == [len(b.index) for b in batches] == [8, 8, 8, 6]
+    counts = torch.cat([b.index_oe for b in batches]).bincount(minlength=7)
+    assert counts.max() - counts.min() <= 1
+
+
+def test_every_kind_of_outliers_trains_and_resumes_finished(made, in_process, tmp_path):
+    nets = {}
+    for kind in ("distilled", "initial", "kcenter", "corrupt", "real", "none"):
+        text = in_process(WITH_OE, *QUICK, "--distilled", made, "--outliers", kind, "--save_path", kind)
+        nets[kind] = network(tmp_path / kind)
+        assert ("upper bound" in text) == (kind == "real")
+        assert "is finished" in in_process(WITH_OE, "--resume", "latest", "--save_path", kind)
+    in_process(PLAIN, *QUICK, "--distilled", made, "--save_path", "plain")
+    assert same(nets.pop("none"), network(tmp_path / "plain"))
+    assert not any(same(nets[a], nets[b]) for a, b in itertools.combinations(nets, 2))
+
+
+@pytest.mark.parametrize("kind", ["distilled", "initial"])
+def test_outliers_corrupted_again_train_and_resume_finished(made, in_process, tmp_path, kind):
+    common = [WITH_OE, *QUICK, "--distilled", made, "--outliers", kind]
+    once = in_process(*common, "--save_path", "once")
+    again = in_process(*common, "--corrupt_again", "--save_path", "again")
+    assert "corrupted again" in again
+    assert "corrupted again" not in once
+    assert run_folder(tmp_path / "again").name.endswith("-again")
+    assert not same(network(tmp_path / "once"), network(tmp_path / "again"))
+    stored = [load_synthetic(run_folder(tmp_path / name) / "trained_on.pt") for name in ("once", "again")]
+    assert torch.equal(stored[0].images_oe, stored[1].images_oe)
+    assert "is finished" in in_process(WITH_OE, "--resume", "latest", "--save_path", "again")
+
+
+def test_outliers_of_a_pool(made, in_process, tmp_path):
+    pool = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+    np.save(tmp_path / "pool.npy", pool)
+    flags = ["--distilled", made, "--outliers", "initial", "--oe_data_path", "pool.npy"]
+    in_process(WITH_OE, *QUICK, *flags, "--save_path", "pool")
+    outliers = load_synthetic(run_folder(tmp_path / "pool") / "trained_on.pt").images_oe
+    stored = torch.load(run_folder(tmp_path / "pool") / "trained_on.pt", weights_only=True)["normalisation"]
+    mean, std = stored["mean"][0], stored["std"][0]
+    pixels = ((outliers * std + mean) * 255).round().byte().numpy()[:, 0]
+    assert {p.tobytes() for p in pixels} <= {p.tobytes() for p in pool}
+
+
+def test_two_processes_train_on_the_set_of_the_first(in_process, tmp_path):
+    flags = [*QUICK, "--num_eval", 2, "--ipc", 2, "--train_on", "herding", "--outliers", "kcenter"]
+    process = start(tmp_path, 2, WITH_OE, *flags)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, f"{out}\n{err}"
+    (stored,) = tmp_path.rglob("trained_on.pt")
+    in_process(WITH_OE, *flags, "--save_path", "alone")
+    (alone,) = (tmp_path / "alone").rglob("trained_on.pt")
+    first, second = load_synthetic(stored), load_synthetic(alone)
+    assert torch.equal(first.images, second.images)
+    assert torch.equal(first.images_oe, second.images_oe)
+    networks = [sorted(p.parent.glob("syn_trained_*_best.pt")) for p in (stored, alone)]
+    assert len(networks[0]) == len(networks[1]) == 2
+    for a, b in zip(*networks, strict=True):
+        a, b = (torch.load(path, weights_only=True) for path in (a, b))
+        assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
+
+
+def test_a_changed_pool_is_noticed(made, in_process, refused, tmp_path):
+    np.save(tmp_path / "pool.npy", np.full((40, 8, 8), 90, np.uint8))
+    flags = ["--distilled", made, "--outliers", "real", "--oe_data_path", "pool.npy", "--save_path", "two"]
+    in_process(WITH_OE, *QUICK, *flags)
+    np.save(tmp_path / "pool.npy", np.full((40, 8, 8), 200, np.uint8))
+    assert "--oe_data_path" in refused(WITH_OE, "--resume", "latest", "--save_path", "two")
+
+
+def test_a_moved_run_keeps_its_set(in_process, tmp_path):
+    in_process(PLAIN, *QUICK, "--ipc", 2, "--train_on", "random", "--save_path", "two")
+    (tmp_path / "two").rename(tmp_path / "moved")
+    assert "is finished" in in_process(PLAIN, "--resume", "latest", "--save_path", "moved")
+    test = [*COMMON[:6], "--ipc", 2, "--num_exp", 1, "--is_load_best", "--load_path", "moved", "--ood_sets", "patches"]
+    assert "real images chosen by random, 20 images" in in_process("test_ood_model_syn.py", *test, "--score", "knn")
+
+
+def test_stage_2_prints_the_line_of_stage_3(made, in_process, tmp_path):
+    text = in_process(WITH_OE, *QUICK, "--distilled", made, "--save_path", "two")
+    _, script, *words = shlex.split(re.findall(r"^to test them: (.*)$", text, re.MULTILINE)[0])
+    assert "| mean " in in_process(script, *words)
+
+
+def test_fitted_scores_of_networks_on_the_whole_set(in_process, refused, tmp_path):
+    in_process(PLAIN, *QUICK, "--ipc", 1, "--train_on", "whole", "--save_path", "two")
+    test = [*COMMON[:6], "--ipc", 1, "--num_exp", 1, "--is_load_best", "--load_path", "two", "--ood_sets", "patches"]
+    out = in_process("test_ood_model_syn.py", *test, "--score", "knn", "tscaling", "--save_path", "three")
+    assert "knn, tscaling: fitted on the real training set" in out
+    assert "tscaling: the networks were trained on these images" in out
+    about = json.loads((run_folder(tmp_path / "three") / "args.json").read_text())
+    assert about["fitted_on"] == "real training set"
+    error = refused("test_ood_model_syn.py", *test, "--score", "knn", "--fit_on", "distilled")
+    assert "--fit_on distilled: the networks in two/" in error
+    out = in_process("test_ood_model_syn.py", *test, "--fit_on", "real")
+    assert "--fit_on real: none of the scores msp is fitted" in out
+
+
+def test_fitted_scores_of_networks_on_chosen_images(in_process, tmp_path):
+    in_process(PLAIN, *QUICK, "--ipc", 3, "--train_on", "random", "--save_path", "two")
+    test = [*COMMON[:6], "--ipc", 3, "--num_exp", 1, "--is_load_best", "--load_path", "two", "--ood_sets", "patches"]
+    out = in_process("test_ood_model_syn.py", *test, "--score", "knn")
+    assert "knn: fitted on the real images chosen by random, 30 images" in out
+
+
+def test_one_name_leads_through_the_stages(in_process, tmp_path):
+    loop = ["--init", "real", "--Iteration", 0, "--num_exp", 1, "--num_eval", 1, "--epoch_eval_train", 1]
+    in_process("main_poe.py", *COMMON, "--ipc", 1, *loop, "--save_path", "one")
+    name = run_folder(tmp_path / "one").name
+    for kind in ("initial", "corrupt"):
+        in_process(WITH_OE, *QUICK, "--ipc", 1, "--load_path", "one", "--outliers", kind, "--save_path", kind)
+        assert run_folder(tmp_path / kind).name == f"{name}-{kind}"
+
+
+def test_negative_means_survive_a_resume(made, in_process, tmp_path):
+    flags = ["--distilled", made, "--distilled_mean", "-0.00001", "--distilled_std", "0.5"]
+    in_process(PLAIN, *QUICK, *flags, "--save_path", "two")
+    assert "is finished" in in_process(PLAIN, "--resume", "latest", "--save_path", "two")
+
+
+# --- one set, many formats -------------------------------------------------------------------------------------------
+
+
+def test_lossless_formats_train_the_same_networks(made, in_process, tmp_path, digits):
+    content = torch.load(made, weights_only=True)
+    images, labels = content["data"][0]
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    torch.save(images, bare / "images_best.pt")
+    torch.save(labels, bare / "labels_best.pt")
+    torch.save(content["data_oe"][0][0], tmp_path / "oe.pt")
+    np.savez(tmp_path / "kip.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=np.eye(10)[labels])
+    in_process("scripts.publish", made, "--out", "published")
+    ways = {
+        "res": [made],
+        "mtt": [bare, "--distilled_oe", "oe.pt"],
+        "kip": ["kip.npz", "--distilled_oe", "oe.pt"],
+        "published": ["published"],
+    }
+    for name, flags in ways.items():
+        in_process(WITH_OE, *QUICK, "--distilled", *flags, "--save_path", name)
+    folder = tmp_path / "result" / "DSA" / "Digits" / "ConvNetD1" / "2" / "run"
+    folder.mkdir(parents=True)
+    shutil.copy(made, folder)
+    in_process(WITH_OE, *QUICK, "--ipc", 2, "--folder", "run", "--save_path", "stage1")
+    expected = network(tmp_path / "stage1")
+    assert all(same(expected, network(tmp_path / name)) for name in ways)
+
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--distilled", "x.pt", "--folder", "y"], "--folder"),
+        (["--distilled", "x.pt", "--load_path", "y"], "--load_path"),
+        (["--distilled", "x.pt", "--train_on", "random", "--outliers", "none"], "--train_on random"),
+        (["--distilled_space", "unit"], "--distilled"),
+        (["--distilled", "x.pt", "--distilled_mean", "0.5"], "--distilled_std"),
+        (["--distilled", "x.pt", "--distilled_mean", "0.5", "--distilled_std", "0"], "above 0"),
+        (["--distilled", "x.pt", "--distilled_oe", "y.pt", "--outliers", "corrupt"], "--outliers corrupt"),
+        (["--outliers", "distilled", "--corruptions", "invert"], "--corruptions"),
+        (["--outliers", "distilled", "--mix_corruptions"], "initial, kcenter, corrupt, real and --corrupt_again do"),
+        (["--outliers", "real", "--oe_data_path", "pool.npy", "--mix_corruptions"], "--mix_corruptions"),
+        (["--outliers", "corrupt", "--oe_data_path", "pool.npy"], "--oe_data_path"),
+        (["--outliers", "real", "--oe_data_path", "pool.npy", "--corruptions", "invert"], "one of them"),
+        (["--outliers", "real", "--num_oe_per_class", "5"], "--num_oe_per_class"),
+        (["--outliers", "corrupt", "--corrupt_again"], "--corrupt_again: --outliers corrupt stores none"),
+        (["--outliers", "none", "--corrupt_again"], "--outliers distilled, initial, kcenter do"),
+        (["--train_on", "random"], "--outliers distilled"),
+        (["--train_on", "herding", "--outliers", "none", "--folder", "x"], "--folder"),
+        (["--train_on", "random", "--outliers", "none", "--load_path", "x"], "--load_path"),
+        (["--train_on", "whole", "--outliers", "initial"], "--ipc"),
+        (["--outliers", "none", "--lambda_oe", "2"], "--lambda_oe"),
+        (["--distilled", "x.pt", "--distilled_mean", "nan", "--distilled_std", "1"], "--distilled_mean"),
+        (["--train_on", "random", "--outliers", "none", "--features", "x.pt"], "--features"),
+        (["--outliers", "nearest"], "distilled, initial, kcenter, corrupt, real, none"),
+        (["--distilled", "missing.pt"], "missing.pt"),
+    ],
+)
+def test_flags_that_contradict_each_other(refused, tmp_path, flags, told):
+    assert told in refused(WITH_OE, *QUICK, *flags)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sets_that_do_not_fit(made, refused, tmp_path, digits):
+    assert "--ipc 3" in refused(WITH_OE, *QUICK, "--ipc", 3, "--distilled", made)
+    content = torch.load(made, weights_only=True)
+    del content["data_oe"]
+    torch.save(content, tmp_path / "res_plain.pt")
+    message = refused(WITH_OE, *QUICK, "--distilled", tmp_path / "res_plain.pt")
+    assert "holds no outliers" in message
+    assert "--outliers" in message
+    torch.save({"w": torch.ones(2)}, tmp_path / "net.pt")
+    message = refused(PLAIN, *QUICK, "--ipc", 1, "--train_on", "kcenter", "--features", tmp_path / "net.pt")
+    assert "--features" in message
+    assert not list(tmp_path.rglob("args.json"))
+
+
+# --- publishing and the report ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def published(made, in_process, tmp_path) -> Path:
+    in_process("scripts.publish", made, "--out", "published", "--license", "mit", "--dsa_strategy", "crop_scale")
+    return tmp_path / "published"
+
+
+def test_published_set_is_read_back_to_the_bit(made, published, digits):
+    expected = load_synthetic(made)
+    found = read_distilled([str(published)], digits, Assumptions()).synthetic
+    for name in ("images", "labels", "images_oe"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+
+
+def test_published_pictures_are_the_images_in_8_bits(made, published, digits):
+    expected = load_synthetic(made)
+    for folder, images in (("images", expected.images), ("outliers", expected.images_oe)):
+        files = sorted((published / folder).rglob("*.png"))
+        found = np.stack([np.array(Image.open(f)) for f in files])
+        pixels = (images[:, 0] * digits.std[0] + digits.mean[0]).clamp(0, 1).numpy() * 255
+        assert np.abs(found - pixels).max() <= 0.5 + 1e-4
+    assert Image.open(published / "preview.png").width > 8
+
+
+def test_the_cards_own_code_runs(made, published, tmp_path, monkeypatch, digits):
+    """In a folder that has nothing but the file that the card says is needed."""
+    text = (published / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(published / "distilled.safetensors", alone)
+    monkeypatch.chdir(alone)
+    names: dict = {}
+    exec(block, names)
+    expected = load_synthetic(made)
+    assert torch.equal(names["images"], expected.images)
+    assert torch.equal(names["labels"], expected.labels)
+    assert torch.equal(names["outliers"], expected.images_oe)
+    pixels = digits.images_test[:5]
+    assert torch.allclose(names["normalise"](pixels), digits.normalize(pixels), atol=1e-6)
+    for part in ("license: mit", "dataset-distillation", "n<1K", "What it is not for", "--dsa_strategy crop_scale"):
+        assert part in text
+    assert str(tmp_path) not in text
+
+
+def test_the_cards_training_command_trains_as_the_set_was_made(digits, in_process, tmp_path, monkeypatch):
+    """With the method, its augmentation and the weight of the outliers."""
+    loop = ["--init", "real", "--Iteration", 0, "--num_exp", 1, "--num_eval", 1, "--epoch_eval_train", 1]
+    flags = ["--ipc", 1, *loop, "--lambda_oe", 0.25, f"--data-path={tmp_path}"]
+    in_process("main_poe.py", *COMMON, *flags, "--save-path", tmp_path / "one")
+    in_process("scripts.publish", run_folder(tmp_path / "one"), "--out", "SET", "--license", "a: b")
+    text = (tmp_path / "SET" / "README.md").read_text(encoding="utf-8")
+    assert 'license: "a: b"' in text
+    assert str(tmp_path) not in text
+    (command,) = re.findall(r"^python (train_model.*)$", text, re.MULTILINE)
+    script, *words = command.split()
+    in_process(script, *words, "--num_eval", 1, "--epoch_eval_train", 2, "--compile", "off", "--save_path", "two")
+    about = json.loads((run_folder(tmp_path / "two") / "args.json").read_text())["flags"]
+    assert (about["method"], about["dsa_strategy"], about["lambda_oe"]) == ("DSA", AUGMENT[3], 0.25)
+
+
+def test_a_set_of_a_stopped_run(digits, made, in_process, refused, tmp_path):
+    """The card, and stage 2, say how far it came; what a run starts from is not published."""
+    content = torch.load(made, weights_only=True)
+    total = 9
+    for name, at in (("first", 0), ("later", total - 1), ("last", total)):
+        about = {"iteration": at, "experiment": 0, "flags": {"Iteration": total}}
+        torch.save(content | {"about": about}, tmp_path / f"res_{name}.pt")
+    assert "images that its run starts from" in refused("scripts.publish", "res_first.pt", "--out", "first")
+    cards = {}
+    for name in ("later", "last"):
+        in_process("scripts.publish", f"res_{name}.pt", "--out", name)
+        cards[name] = (tmp_path / name / "README.md").read_text(encoding="utf-8")
+    assert f"after iteration {total - 1} of {total}" in cards["later"]
+    assert "stopped" not in cards["last"]
+    choice = Choice("distilled", "none", None, 1)
+    for name in ("later", "last"):
+        folder = tmp_path / "root" / "DSA" / "Digits" / "ConvNetD1" / "1" / name
+        folder.mkdir(parents=True)
+        shutil.copy(tmp_path / f"res_{name}.pt", folder / "res_DSA_Digits_ConvNetD1_1ipc.pt")
+        stage1 = partial(find_distilled, ("DSA", "Digits", "ConvNetD1", 1), name, str(tmp_path / "root"))
+        lines = labelled_images(choice, digits, stage1, None).lines
+        assert ("is not finished (after iteration 8 of 9)" in lines[-1]) == (name == "later")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"normalisation": [1]},
+        {"normalisation": {}},
+        {"normalisation": {"zca": 3}},
+        {"normalisation": {"mean": [0.1, 0.1], "std": [1.0, 1.0]}},
+        {"num_classes": "ten"},
+        {"num_classes": 3},
+        {"num_classes": 10**9},
+    ],
+)
+def test_damaged_sets_are_not_published(made, refused, tmp_path, damage):
+    assert "--zca" in refused("scripts.publish", made, "--out", "published", "--zca")
+    torch.save(torch.load(made, weights_only=True) | damage, made)
+    assert str(made) in refused("scripts.publish", made, "--out", "published")
+    assert not (tmp_path / "published").exists()
+
+
+def test_the_card_of_a_whitened_set(tmp_path, in_process, monkeypatch, digits):
+    white = digits.whitened()
+    images = random_images(white, 1, 1, 0)
+    save_synthetic(tmp_path / "res_x.pt", [replace(images, lr_net=0.03)], {}, white, {})
+    in_process("scripts.publish", "res_x.pt", "--out", "published")
+    text = (tmp_path / "published" / "README.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path / "published")
+    names: dict = {}
+    exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], names)
+    assert torch.allclose(
+        names["normalise"](digits.images_test[:5]), white.normalize(digits.images_test[:5]), atol=1e-5
+    )
+    assert "learning rate 0.03" in text
+    found = read_distilled([str(tmp_path / "published")], white, Assumptions()).synthetic
+    assert found.lr_net == 0.03
+    assert torch.equal(found.images, images.images)
+
+
+def test_a_set_of_another_repository_is_published(made, in_process, refused, tmp_path, digits):
+    images, labels = torch.load(made, weights_only=True)["data"][0]
+    torch.save(images, tmp_path / "images_best.pt")
+    torch.save(torch.nn.functional.one_hot(labels).float() * 0.9 + 0.01, tmp_path / "labels_best.pt")
+    in_process("scripts.publish", "images_best.pt", "--dataset", "Digits", "--method", "TESLA", "--out", "published")
+    text = (tmp_path / "published" / "README.md").read_text(encoding="utf-8")
+    assert "another repository" in text
+    assert "soft_labels" in text
+    tensors, _ = read_safetensors(tmp_path / "published" / "distilled.safetensors", "x")
+    assert torch.equal(tensors["soft_labels"].argmax(1), labels)
+    assert "exists" in refused("scripts.publish", "images_best.pt", "--dataset", "Digits", "--out", "published")
+
+
+def test_trust_report_of_one_line(made, tmp_path):
+    import subprocess
+    import sys
+
+    command = [sys.executable, ROOT / "scripts" / "trust_report.py", made, "--dataset", "Digits", "--model", "MLP"]
+    command += ["--num_eval", 1, "--epoch_eval_train", 2, "--baselines", "random", "--outliers", "distilled", "again"]
+    command = [
+        *map(str, [*command, "--ood_sets", "patches", "--score", "msp", "knn", "--fit_on", "real", "--out", "report"])
+    ]
+    first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True).stdout
+    page = (tmp_path / "report" / "compare.html").read_text(encoding="utf-8")
+    for column in ("distilled", "with distilled outliers", "with outliers corrupted again", "random"):
+        assert f"<th>{column}</th>" in page
+    assert page.count("(detectors fitted on the real training set)") == 4
+    assert first.count("$ python train_model") == 4
+    assert first.count("--corrupt_again") == 1
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True).stdout
+    assert "$ python train_model" not in again
+    missing = [*command[:-4], "--ood_sets", "Textures", "--out", "another"]
+    early = subprocess.run(missing, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert (early.returncode, "Textures" in early.stderr, "$ python" in early.stdout) == (2, True, False)
+    other = subprocess.run([*command, "--seed", "2"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert other.returncode == 2
+    assert len(other.stderr.strip().splitlines()) == 1
+    # networks that were made anew do not keep the measures of those before
+    heavier = [*command, "--lambda_oe", "2"]
+    told = subprocess.run(heavier, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert "report/with-distilled-outliers was made with other flags" in told.stderr
+    shutil.rmtree(tmp_path / "report" / "with-distilled-outliers" / "networks")
+    told = subprocess.run(heavier, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert "report/with-distilled-outliers was made with other flags" in told.stderr
+
+
+def test_a_trust_report_has_no_column_twice_and_names_those_at_chance(digits, in_process, monkeypatch, tmp_path):
+    """At ipc 1 herding and k-center choose the same images; black images teach nothing."""
+    net = get_network("MLP", 1, 10, (8, 8), generator(3))
+    first, second = (coreset(kind, digits, 1, net).images for kind in ("herding", "kcenter"))
+    assert torch.equal(first, second)
+    path = tmp_path / "res_DSA_Digits_MLP_1ipc.pt"
+    save_synthetic(path, [replace(random_images(digits, 1, 5, 0), images=torch.zeros(10, 1, 8, 8))], {}, digits, {})
+    module = importlib.import_module("scripts.trust_report")
+    monkeypatch.setattr(module, "_run", lambda c: print(in_process(c[0].removesuffix(".py").replace("/", "."), *c[1:])))
+    flags = [
+        path,
+        "--dataset",
+        "Digits",
+        "--model",
+        "MLP",
+        "--num_eval",
+        1,
+        "--epoch_eval_train",
+        40,
+        "--out",
+        "report",
+    ]
+    flags += ["--outliers", "--baselines", "kcenter", "herding", "--ood_sets", "patches", "--score", "msp"]
+    printed = in_process("scripts.trust_report", *flags).splitlines()
+    columns = [line for line in printed if line.startswith("column ")]
+    assert columns == ["column 1 of 2: distilled", "column 2 of 2: herding = kcenter"]
+    (note,) = {line for line in printed if "at chance level" in line}
+    shown = [100 * (1 - error_rate(tmp_path / "report" / name)) for name in ("distilled", "herding-kcenter")]
+    assert note.startswith(f"distilled: its accuracy, {shown[0]:.1f} %, is at chance level")
+    assert shown[0] < 10 + 200 * math.sqrt(0.1 * 0.9 / 360) < shown[1]
+    for page in ("compare.html", "compare.md"):
+        assert note in (tmp_path / "report" / page).read_text(encoding="utf-8")
+
+
+def error_rate(column: Path) -> float:
+    """The error rate of the one network of a column."""
+    (path,) = column.rglob("results.json")
+    return json.loads(path.read_text())["errors"][0]["error"]
+
+
+@pytest.mark.parametrize(
+    ("more", "outliers"), [([], "distilled outliers"), (["--corrupt_again"], "distilled outliers, corrupted again")]
+)
+def test_results_of_the_card_are_those_of_stage_3(made, in_process, refused, tmp_path, more, outliers):
+    in_process(WITH_OE, *QUICK, "--distilled", made, *more, "--save_path", "two")
+    test = [*COMMON[:6], "--ipc", 2, "--num_exp", 1, "--is_load_best", "--load_path", "two", "--ood_sets", "patches"]
+    in_process("test_ood_model_syn.py", *test, "--save_path", "three")
+    in_process("scripts.publish", made, "--out", "published", "--results", run_folder(tmp_path / "three"))
+    in_process(PLAIN, *QUICK, "--ipc", 2, "--train_on", "random", "--save_path", "random")
+    test[test.index("two")] = "random"
+    in_process("test_ood_model_syn.py", *test, "--save_path", "four")
+    other = run_folder(tmp_path / "four")
+    assert "another set" in refused("scripts.publish", made, "--out", "x", "--results", other)
+    networks = run_folder(tmp_path / "two")
+    assert "is no folder of stage 3" in refused("scripts.publish", made, "--out", "x", "--results", networks)
+    content = torch.load(made, weights_only=True)
+    content["data_oe"][0][0].mul_(0.5)
+    torch.save(content, tmp_path / "others.pt")
+    three = run_folder(tmp_path / "three")
+    error = refused("scripts.publish", tmp_path / "others.pt", "--out", "x", "--results", three)
+    assert "were trained with other outliers" in error
+    results = json.loads((run_folder(tmp_path / "three") / "results.json").read_text())
+    text = (tmp_path / "published" / "README.md").read_text(encoding="utf-8")
+    accuracy = 100 * (1 - results["errors"][0]["error"])
+    auroc = 100 * results["rows"][0]["auroc"]
+    assert math.isfinite(accuracy)
+    assert f"{accuracy:.2f} ± 0.00" in text
+    assert f"{auroc:.2f} ± 0.00" in text
+    assert re.search(rf"1 × ConvNetD1, {outliers}\b(?!, corrupted)", text)

@@ -1,0 +1,387 @@
+"""When `torch.compile` is used, and what happens when it fails."""
+
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, needs_compiler
+from torch._dynamo.exc import BackendCompilerFailed
+
+import main_poe
+from networks import get_network
+from utils.compute import compiling, device, distributed
+from utils.compute.compiling import (
+    COMPILE_SECONDS,
+    SAVED_SECONDS,
+    Compiled,
+    Workload,
+    choose_compile,
+    faster_on_cpu,
+)
+from utils.compute.device import Compute
+from utils.core.errors import UserError
+from utils.core.rng import generator
+from utils.data.augment import DSA
+from utils.data.synthetic import SyntheticSet
+from utils.methods import METHODS, MethodInputs
+from utils.methods.distribution_matching import DistributionMatching
+from utils.methods.gradient_matching import GradientMatching, image_passes
+from utils.methods.match_draws import MatchSettings
+from utils.methods.student import StudentStep
+from utils.ood.detectors import Scorer
+from utils.outliers.sources import PseudoOutliers
+from utils.stages import stage2
+from utils.stages.evaluation import EvalSettings
+from utils.stages.loop import DistillSettings
+from utils.stages.stage1 import total_workload
+from utils.training import trainer
+from utils.training.trainer import Trainer, TrainSettings
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def network(name="ConvNetW32"):
+    return get_network(name, 3, 10, (32, 32), generator(0))
+
+
+@pytest.mark.parametrize("what", COMPILE_SECONDS)
+def test_auto_compiles_where_the_time_comes_back(what, monkeypatch):
+    monkeypatch.setattr("utils.compute.compiling.shutil.which", lambda name: "/usr/bin/" + name)
+    monkeypatch.setattr("utils.compute.compiling.compiler_failure", lambda name: "")
+    breakeven = COMPILE_SECONDS[what] * torch.get_num_threads() / SAVED_SECONDS / (32 * (32 * 32 + 16 * 16 + 8 * 8))
+    for share, expected in ((0.9, False), (1.1, True)):
+        compiled, why = choose_compile("auto", CPU, network(), (3, 32, 32), Workload(share * breakeven, 1, what))
+        assert compiled is expected
+        assert f"costs {COMPILE_SECONDS[what]:.0f} s" in why
+
+
+@pytest.mark.parametrize(
+    ("name", "helps"),
+    [
+        ("ConvNet", True),
+        ("ConvNetMP", True),
+        ("ConvNetBN", True),
+        ("ConvNetNP", False),
+        ("VGG11", False),
+        ("MLP", False),
+    ],
+)
+def test_networks_that_compiling_does_not_help_on_a_cpu(name, helps, monkeypatch):
+    monkeypatch.setattr("utils.compute.compiling.shutil.which", lambda name: "/usr/bin/" + name)
+    monkeypatch.setattr("utils.compute.compiling.compiler_failure", lambda name: "")
+    net = network(name)
+    assert faster_on_cpu(net) is helps
+    assert choose_compile("auto", CPU, net, (3, 32, 32), Workload(1e15, 1, "training"))[0] is helps
+    assert choose_compile("on", CPU, net, (3, 32, 32), Workload(0, 1, "training")) == (True, "")
+    assert choose_compile("off", CPU, net, (3, 32, 32), Workload(1e15, 1, "training")) == (False, "")
+    assert choose_compile("auto", CUDA, net, (3, 32, 32), Workload(0, 3500, "training"))[0]
+    assert not choose_compile("auto", CUDA, net, (3, 32, 32), Workload(1e15, 3499, "training"))[0]
+    chosen = Compute(compiled=True, why="auto: it pays")
+    assert chosen.for_network(net).compiled is helps
+    assert Compute(compiled=True).for_network(net).compiled  # the user did
+    assert Compute(compiled=True, on_cuda=True, why="auto: it pays").for_network(net).compiled
+
+
+def test_without_a_compiler(monkeypatch):
+    monkeypatch.setattr("utils.compute.compiling.shutil.which", lambda name: None)
+    compiled, why = choose_compile("auto", CPU, network(), (3, 32, 32), Workload(1e15, 1, "training"))
+    assert not compiled
+    assert str(Compute(compiled, why=why)) == "torch.compile off (auto: there is no C++ compiler), fp32"
+    with pytest.raises(UserError, match=r"--compile on: .*install g"):
+        choose_compile("on", CPU, network(), (3, 32, 32), Workload(0, 1, "training"))
+
+
+def test_compiled_code_gets_images_in_channels_last_order(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *args: (seen.append(args), function(*args))[1])
+    x = torch.rand(2, 3, 5, 4)
+    out = Compute(compiled=True).function(lambda images, n: F.relu(images - n))(x, 0.5)
+    assert torch.equal(out, F.relu(x - 0.5))
+    assert seen[0][0].is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(seen[0][0], x)
+    by_slot = torch.rand(2, 2, 3, 5, 4)
+    Compute(compiled=True).function(lambda images: images)(by_slot)
+    assert seen[1][0] is by_slot
+
+
+class BackendError(BackendCompilerFailed):
+    """As torch.compile raises it, whose own arguments differ between versions of PyTorch."""
+
+    def __init__(self, text):
+        Exception.__init__(self, text)
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_a_compilation_that_fails(required, monkeypatch):
+    """An error for `--compile on`; for `auto` one warning, after which functions run as they are."""
+    calls = []
+
+    def compile_(function, **_):
+        def compiled(x):
+            calls.append(x)
+            raise BackendError("cache/a.so: file too short")
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(Compiled, "failed", False)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "the/cache")
+    functions = [Compiled(lambda x: x + 1, None, required) for _ in range(2)]
+    if required:
+        with pytest.raises(
+            UserError, match=r"--compile on: .*file too short.* delete its cache, the/cache, .*--compile off"
+        ):
+            functions[0](torch.ones(1))
+        return
+    with pytest.warns(UserWarning, match=r"file too short.* delete its cache, the/cache") as warned:
+        assert [f(torch.ones(1)) for f in functions] == [2, 2]
+    assert len(warned) == 1
+    assert len(calls) == 1  # the second does not try
+
+
+@needs_compiler
+@pytest.mark.parametrize("flag", ["auto", "on"])
+def test_a_compiler_that_fails_does_not_end_a_run(flag, run_with_broken_compiler):
+    """A script that exits with 1 in the compiler's place."""
+    done = run_with_broken_compiler(flag)
+    if flag == "on":
+        assert done.returncode == 2
+        assert len(done.stderr.strip().splitlines()) == 1
+        assert "--compile on: c++ fails: this compiler is broken" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("nothing is compiled: c++ fails: this compiler is broken") == 1
+
+
+@pytest.fixture
+def run_with_broken_compiler(tmp_path):
+    """Distil in a process whose C++ compiler is a script that fails; `auto` is made to choose to compile."""
+
+    def run(flag):
+        folder = tmp_path / "bin"
+        folder.mkdir()
+        for name in ("c++", "g++", "clang++"):
+            path = folder / name
+            path.write_text("#!/bin/sh\necho 'this compiler is broken' >&2\nexit 1\n")
+            path.chmod(0o755)
+        flags = "--dataset Digits --model ConvNetD1 --ipc 1 --method DSA --dsa_strategy crop_scale --num_exp 1"
+        flags += " --num_eval 1 --epoch_eval_train 2 --Iteration 1 --batch_real 16"
+        code = "import sys; from utils.compute import compiling; compiling.COMPILE_SECONDS = dict.fromkeys("
+        code += "compiling.COMPILE_SECONDS, 0.0); import main; from utils.core.run_script import run_script; "
+        code += "run_script(lambda: main.main(main.get_args_parser().parse_args()), 'main.py')"
+        env = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "CXX": ""}
+        env |= {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+        env.pop("CXX")
+        command = [sys.executable, "-c", code, *flags.split(), "--compile", flag]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=env)
+
+    return run
+
+
+def test_passes_of_a_run_by_hand(digits, monkeypatch):
+    """Three experiments of 10 iterations with four matching steps and 5 epochs after three of them; evaluated at 0, 4,
+    8 and 10 with two networks of 7 epochs."""
+    run = DistillSettings("DSA", "ConvNet", 2, 3, 10, 4, False, {})
+    match = MatchSettings("ConvNet", 2, batch_real=64, batch_oe=32, outer_loop=4, inner_loop=5)
+    evaluation = EvalSettings(2, {"ConvNet": TrainSettings(7)}, 1)
+
+    def passes(run, match, outliers):
+        images = image_passes(match, digits, outliers is not None)
+        iteration = Workload(images, match.outer_loop, "matching", images)
+        total = total_workload(iteration, run, evaluation, MethodInputs(digits, outliers, {}))
+        assert total.kind == "matching"
+        tested = total.passes - total.bf16_passes  # in float32
+        evaluations = 3 * (1 if run.eval_last_only else 4) * 2
+        assert tested == pytest.approx(evaluations * len(digits.images_test) / 2 / distributed.world_size())
+        return total.passes
+
+    outliers, tests = PseudoOutliers(digits), len(digits.images_test) / 2
+    matched, trained, evaluated = 120 * 10 * (64 + 32), 30 * 3 * 5 * 40, 3 * 4 * 2 * (7 * 40 + tests)
+    assert passes(run, match, outliers) == pytest.approx(matched + trained + evaluated)
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    assert passes(run, match, outliers) == pytest.approx((matched + evaluated) / 4 + trained)
+    monkeypatch.setattr(distributed, "world_size", lambda: 1)
+    last = replace(run, eval_last_only=True)
+    per_class = len(digits.images_train) // 10
+    expected = 120 * 10 * per_class + 30 * 3 * 5 * 20 + 3 * 2 * (7 * 20 + tests)
+    assert passes(last, replace(match, batch_real=10**6), None) == pytest.approx(expected)
+
+
+def test_compiled_code_is_kept_in_the_users_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "set, so that it is restored after the test")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    compiling.use_lasting_cache()
+    folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert folder.is_relative_to(tmp_path / "cache" / "trustdd")
+    assert torch.__version__.replace("+", "-") in folder.name
+    monkeypatch.setattr(compiling, "_processor", lambda: "another")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    compiling.use_lasting_cache()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] != str(folder)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/the/users")
+    compiling.use_lasting_cache()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/the/users"
+
+
+def test_a_cache_folder_that_cannot_be_made(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "set, so that it is restored after the test")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.chdir(tmp_path)
+    for folder in (str(tmp_path / "file"), "~/.cache"):  # the second is what a user without a home has
+        monkeypatch.setenv("XDG_CACHE_HOME", folder)
+        compiling.use_lasting_cache()
+        assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@needs_compiler
+def test_a_second_process_compiles_nothing_anew(tmp_path):
+    """It finds everything in the cache of the first: no new library is written."""
+    code = (
+        "import torch; from utils.compute.compiling import Compiled; "
+        "f = Compiled(lambda x: (x * 2).relu().sum(), None, True); print(f(torch.ones(2, 3, 4, 4)).item())"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"} | {"XDG_CACHE_HOME": str(tmp_path)}
+    env["CUDA_HOME"] = str(tmp_path)  # PyTorch built for CUDA would say that there is a toolkit, but no GPU
+    libraries = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
+        )
+        assert done.stdout.strip() == "192.0", done.stderr
+        assert "No CUDA runtime" not in done.stderr
+        libraries.append({path: path.stat().st_mtime_ns for path in (tmp_path / "trustdd").rglob("*.so")})
+    assert libraries[0]
+    assert libraries[0] == libraries[1]
+
+
+def test_passes_of_stage_2_by_hand(digits, monkeypatch):
+    """Six networks of 300 epochs on 20 images and 20 outliers, shared by two processes, tested every 50."""
+    synthetic = SyntheticSet(torch.zeros(20, 1, 8, 8), torch.arange(20) % 10, torch.zeros(20, 1, 8, 8))
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    found = stage2.stage2_workload(6, TrainSettings(300), digits, synthetic)
+    trained, tests = 3 * 300 * 40, -(-300 // stage2.TEST_INTERVAL)
+    assert (found.passes, found.bf16_passes) == (trained + 3 * tests * len(digits.images_test) / 2, trained)
+
+
+@pytest.mark.parametrize(
+    ("flags", "passes", "bf16_passes"),
+    [
+        # ten slots of 64 real images and 32 corrupted ones, which go forward alone, and ipc 2 of both kinds
+        ("--method DM --batch_real 64 --batch_oe 32", 10 * 96 / 2 + 40, 10 * 96 / 4),
+        # ten steps of 20 images and 20 outliers, three passes each, of which the first is fast
+        ("--method MTT --syn_steps 10", 3 * 10 * 40, 10 * 40),
+    ],
+)
+def test_passes_of_an_iteration_by_hand(digits, flags, passes, bf16_passes):
+    parser = main_poe.get_args_parser()
+    args = parser.parse_args(f"--dataset Digits --model ConvNetD1 --ipc 2 {flags}".split())
+    found = METHODS[args.method].workload(MethodInputs(digits, PseudoOutliers(digits), vars(args)))
+    assert (found.passes, found.bf16_passes) == (passes, bf16_passes)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """What a script reckons its steps to be, one number for each choice to compile, and how many are made."""
+    reckoned, made = [], []
+    choose = device.choose_compile
+
+    def note(flag, where, net, shape, workload):
+        reckoned.append(workload.steps)
+        return choose(flag, where, net, shape, workload)
+
+    def counting(owner, name, steps):
+        original = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            made.append(steps(*args))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    monkeypatch.setattr(device, "choose_compile", note)
+    counting(Trainer, "step", lambda *args: 1)
+    counting(trainer, "predict", lambda net, images, *rest: math.ceil(len(images) / 250))
+    counting(GradientMatching, "_matching_step", lambda *args: 1)
+    counting(DistributionMatching, "iterate", lambda *args: 1)
+    counting(StudentStep, "gradient", lambda *args: 1)
+    counting(Scorer, "__call__", lambda self, images, batch: math.ceil(len(images) / batch))
+    return reckoned, made
+
+
+SMALL = ["--dataset", "Digits", "--model", "ConvNetD1", "--ipc", 2, "--batch_train", 16]
+SHORT = ["--num_exp", 1, "--num_eval", 1, "--epoch_eval_train", 3, "--Iteration", 3, "--eval_interval", 2]
+AUGMENT = ["--method", "DSA", "--dsa_strategy", "flip"]
+EXPERTS = ["--dataset", "Digits", "--model", "ConvNetD1", "--num_experts", 2, "--train_epochs", 3]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--method", "DC", "--outer_loop", 3, "--inner_loop", 2, "--batch_real", 16, "--batch_oe", 16],
+        [*AUGMENT, "--outer_loop", 2, "--inner_loop", 1, "--batch_real", 8, "--batch_oe", 8, "--eval_ood", "blob"],
+        ["--method", "DM", "--batch_real", 16, "--batch_oe", 16],
+    ],
+    ids=["DC", "DSA", "DM"],
+)
+def test_steps_of_stage_1_are_those_that_it_makes(flags, counted, in_process):
+    reckoned, made = counted
+    in_process("main_poe.py", *SMALL, *SHORT, *flags)
+    assert reckoned == [sum(made)]
+
+
+def test_steps_of_a_pool_of_networks_by_hand(digits):
+    """Two epochs of two batches before each turn; in its first turn a network trains for longer, which is left out."""
+    parser = main_poe.get_args_parser()
+    for method, steps in (("DM", 1 + 2 * 2), ("DSA --dsa_strategy flip --outer_loop 1", 1 + 2 * 2)):
+        args = parser.parse_args([*map(str, SMALL), *f"--network_pool 2 --pool_epochs 2 --method {method}".split()])
+        inputs = MethodInputs(digits, PseudoOutliers(digits), vars(args), DSA(("flip",)))
+        assert METHODS[args.method].workload(inputs).steps == steps
+
+
+def test_steps_of_trajectory_matching_are_those_that_it_makes(counted, in_process):
+    """Of the experts, too; 1437 training images and 360 test images."""
+    reckoned, made = counted
+    in_process("train_experts.py", *EXPERTS, "--batch_train", 100)
+    assert reckoned == [sum(made)] == [2 * 3 * (15 + 2)]
+    made.clear()
+    few = ["--syn_steps", 4, "--max_start_epoch", 1]
+    in_process("main.py", *SMALL, *SHORT, "--method", "MTT", *few)
+    assert reckoned[1:] == [sum(made)] == [3 * 4 + 3 * (3 * 2 + 2)]
+
+
+def test_steps_of_stages_2_and_3_are_those_that_they_make(counted, in_process):
+    """Stage 2 on k-center's choice also trains a network for its features, on the whole training set."""
+    reckoned, made = counted
+    small = ["--dataset", "Digits", "--model", "MLP", "--ipc", 12, "--method", "DC"]
+    train = ["--num_eval", 2, "--epoch_eval_train", 60, "--batch_train", 100, "--train_on", "kcenter"]
+    in_process("train_model_synthetic_no_oe.py", *small, *train)
+    features, networks = 30 * 15, 2 * (60 * 2 + 2 * 2)
+    assert reckoned == [features, networks]
+    assert sum(made) == features + networks
+    reckoned.clear()
+    made.clear()
+    test = [
+        "--ipc",
+        12,
+        "--num_exp",
+        2,
+        "--is_load_best",
+        "--num_ood_ratio",
+        3,
+        "--batch_test",
+        50,
+        "--ood_sets",
+        "blob",
+        "uniform",
+    ]
+    in_process("test_ood_model_syn.py", *small, *test)
+    assert reckoned == [sum(made)] == [2 * (8 + 3 + 3)]

@@ -1,0 +1,334 @@
+"""Scores through pytorch-ood: as the library computes them on the whole network; and the errors before any work."""
+
+import json
+import re
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from importlib import metadata
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from pytorch_ood import detector as library
+from pytorch_ood.metrics import OODMetrics
+from pytorch_ood.metrics import functional as theirs
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+from torch.utils.data import DataLoader, TensorDataset
+
+from networks import get_network
+from networks.convnet import ConvNet
+from utils.compute import cpu_batches, device
+from utils.compute.device import Compute
+from utils.compute.version import versions, versions_line
+from utils.core.errors import UserError
+from utils.core.rng import generator
+from utils.data.download import fetch_pytorch_ood, fetch_tinyimages
+from utils.data.synthetic import SyntheticSet
+from utils.ood.calibration import best_temperature, calibration
+from utils.ood.detectors import ALL_SCORES, DETECTORS, FitSet, Scorer, feature_map_shape, last_layer, require_library
+from utils.ood.measures import ood_measures
+from utils.ood.network_scores import score_networks
+from utils.ood.scores import SCORES
+from utils.report.results import results_of
+from utils.report.tables import report_text
+from utils.training.trainer import Trainer, TrainSettings, predict
+
+
+def fit_set(digits, per_class):
+    index = torch.cat([digits.class_indices[c][:per_class] for c in range(10)])
+    images = digits.train_batch(index)
+    return FitSet("distilled set", digits.labels_train[index], lambda i: images[i])
+
+
+@pytest.fixture(scope="module")
+def trained(digits):
+    """Two networks that know the digits somewhat: ten images per class, a few epochs."""
+    fit = fit_set(digits, 10)
+    synthetic = SyntheticSet(fit.take(torch.arange(100)), fit.labels)
+    nets = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        net = ConvNet(1, 10, (8, 8), width=16, depth=2)
+        Trainer(net, TrainSettings(40, lr=0.05)).train(synthetic, 1, ("t",))
+        nets.append(net.eval())
+    return nets
+
+
+@pytest.fixture(scope="module")
+def noise(digits):
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(90, 1, 8, 8, generator=g)
+
+
+def test_our_measures_are_pytorch_oods_and_sklearns(digits, trained, noise):
+    """On trained networks. pytorch-ood takes the first recall of 95 % and trapezoids; the curves are the same."""
+    for net in trained:
+        scorer = Scorer(net, ("msp", "energy", "gen"), 1.0, digits.std).prepare(noise[:2], None, 64)
+        inside, outside = scorer(digits.test_images, 64)[1], scorer(noise, 64)[1]
+        for name in scorer.scores:
+            found = ood_measures(inside[name], outside[name])
+            scores = torch.tensor(np.r_[inside[name], outside[name]])
+            labels = torch.cat([digits.labels_test, torch.full((len(noise),), -1)])
+            out = (labels < 0).numpy()
+            reference = OODMetrics().update(scores, labels).compute()
+            assert found["auroc"] == pytest.approx(reference["AUROC"], abs=1e-6)
+            assert found["auroc"] == pytest.approx(roc_auc_score(out, scores), abs=1e-6)
+            for ours, sign, positive in (("out", 1, "ood"), ("in", -1, "id")):
+                side = out if positive == "ood" else ~out
+                precision, recall, _ = theirs.pr_curve(scores, labels, positive)
+                assert reference[f"AUPR-{ours.upper()}"] == pytest.approx(
+                    -torch.trapezoid(precision, recall).item(), abs=1e-6
+                )
+                step = -(recall.diff() * precision[:-1]).sum().item()
+                assert found[f"aupr_{ours}"] == pytest.approx(step, abs=1e-6)
+                assert found[f"aupr_{ours}"] == pytest.approx(average_precision_score(side, sign * scores), abs=1e-6)
+                fpr, tpr, _ = theirs.roc_curve(sign * scores, torch.where(torch.tensor(side), -1, 0))
+                nearest = tpr[1:][(tpr[1:] - 0.95).abs().argmin()].item()
+                assert found[f"fpr_{ours}"] == pytest.approx(fpr[tpr == nearest].max().item(), abs=1e-6)
+                by_sklearn = roc_curve(side, sign * scores, drop_intermediate=False)
+                assert found[f"fpr_{ours}"] == pytest.approx(by_sklearn[0][by_sklearn[1] == nearest].max(), abs=1e-6)
+            fpr, tpr, _ = theirs.roc_curve(scores, labels)
+            first = fpr[tpr >= 0.95][0].item()
+            assert reference["FPR95TPR"] == pytest.approx(first, abs=1e-6)
+
+
+def alone(name, net, digits):
+    """The detector as pytorch-ood's own documentation builds it, on whole modules."""
+    head = last_layer(net)
+    return {
+        "entropy": lambda: library.Entropy(net),
+        "gen": lambda: library.GEN(net),
+        "klmatching": lambda: library.KLMatching(net),
+        "openmax": lambda: library.OpenMax(net),
+        "tscaling": lambda: library.TemperatureScaling(net),
+        "knn": lambda: library.KNN(net.embed, k=10),
+        "nnguide": lambda: library.NNGuide(net.embed, head, k=10),
+        "mahalanobis": lambda: library.Mahalanobis(net.embed),
+        "rmd": lambda: library.RMD(net.embed),
+        "gmm": lambda: library.GMM(net.embed),
+        "vim": lambda: library.ViM(net.embed, 32, head.weight, head.bias),
+        "dice": lambda: library.DICE(net.embed, head.weight, head.bias, 0.9),
+        "she": lambda: library.SHE(net.embed, head),
+        "nci": lambda: library.NCI(net.embed, head),
+        "fdbd": lambda: library.fDBD(net.embed, head),
+        "pnml": lambda: library.PNML(net.embed, head),
+        "lts": lambda: library.LTS(net.embed, head),
+        "react": lambda: library.ReAct(net.features, lambda maps: head(maps.flatten(1))),
+        "ash": lambda: library.ASH(net.features, lambda maps: head(maps.flatten(1))),
+        "scale": lambda: library.SCALE(net.features, lambda maps: head(maps.flatten(1))),
+        "vra": lambda: library.VRA(net.features, lambda maps: head(maps.flatten(1))),
+        "rankfeat": lambda: library.RankFeat(net.features, lambda maps: head(maps.flatten(1))),
+        "odin": lambda: library.ODIN(net, norm_std=list(digits.std)),
+        "mahalanobis_odin": lambda: library.MahalanobisODIN(net.embed, norm_std=list(digits.std)),
+        "gradnorm": lambda: library.GradNorm(net, param_filter=lambda n: n.startswith("classifier")),
+        "graduncertainty": lambda: library.GradUncertainty(net),
+    }[name]()
+
+
+def temperature_by_lbfgs(logits, labels):
+    """The best temperature, by the optimiser of PyTorch with a line search."""
+    logits, scale = logits.double(), torch.ones((), dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS([scale], max_iter=200, line_search_fn="strong_wolfe", tolerance_change=1e-14)
+
+    def loss():
+        optimiser.zero_grad()
+        value = torch.nn.functional.cross_entropy(logits * scale, labels)
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    return 1 / scale.item()
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_detector_scores_as_by_itself(name, digits, trained, noise):
+    fit = fit_set(digits, 10)
+    scorer = Scorer(trained[0], (name,), 1.0, digits.std).prepare(noise[:2], fit, 100)
+    logits, scores = scorer(noise, 100)
+    reference = alone(name, trained[0], digits)
+    if DETECTORS[name].fits:
+        reference.fit(DataLoader(TensorDataset(fit.take(torch.arange(100)), fit.labels), 100))
+    if name == "tscaling":  # the library's own 50 steps end before the minimum
+        fitted = predict(trained[0], fit.take(torch.arange(100)), 100)
+        reference.t.data = torch.tensor(temperature_by_lbfgs(fitted, fit.labels))
+    # openmax measures distances only to the classes that a batch is predicted to be of: here to all
+    expected = reference.predict(torch.cat([noise, fit.take(torch.arange(100))])).detach().numpy()[:90]
+    assert scores[name].shape == (90,)
+    assert scores[name].dtype == np.float64
+    np.testing.assert_allclose(scores[name], expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_array_equal(logits, predict(trained[0], noise, 100).double().numpy())
+    by_seven = scorer(noise[:35], 7)[1][name]
+    np.testing.assert_allclose(by_seven, expected[:35], rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
+def test_one_pass_serves_all_scores_of_logits_and_features(digits, trained, noise):
+    passes = []
+    names = [n for n in ALL_SCORES if n in SCORES or (DETECTORS[n].takes != "images" and n != "openmax")]
+    scorer = Scorer(trained[0], names, 1.0, digits.std).prepare(noise[:2], fit_set(digits, 2), 64)
+    scorer(noise, 64)  # also decides into how many parts a batch is split
+    hook = trained[0].features.register_forward_hook(lambda *_: passes.append(1))
+    try:
+        scores = scorer(noise, 64)[1]
+    finally:
+        hook.remove()
+    assert len(passes) == 2
+    assert set(scores) == set(names)
+    logits = predict(trained[0], noise, 64).double()
+    for name in SCORES:
+        np.testing.assert_array_equal(scores[name], SCORES[name](logits, 1.0).numpy())
+
+
+def test_the_map_before_the_features():
+    shapes = {}
+    for name in ("ConvNet", "AlexNet", "ResNet18", "ResNet18_AP", "MLP", "LeNet"):
+        net = get_network(name, 3, 10, (32, 32)).eval()
+        shapes[name] = feature_map_shape(net, torch.zeros(1, 3, 32, 32))
+        assert np.prod(shapes[name]) == last_layer(net).in_features
+    assert shapes["ConvNet"] == (128, 4, 4)
+    assert shapes["AlexNet"] == (192, 4, 4)
+    assert shapes["ResNet18"] == (512, 1, 1)
+    assert shapes["ResNet18_AP"] == (512, 4, 4)
+    assert shapes["MLP"] == (128, 1, 1)
+    assert shapes["LeNet"] == (84, 1, 1)
+
+
+def test_errors_come_before_work(digits, trained, noise, monkeypatch):
+    mlp = get_network("MLP", 1, 10, (8, 8), generator(0))
+    with pytest.raises(UserError, match=r"--score rankfeat: .* MLP ends in 128 features without one"):
+        Scorer(mlp, ("rankfeat",), 1.0, digits.std).prepare(noise[:2], None, 64)
+    with pytest.raises(UserError, match=r"--score openmax: .* 3 or more images of each class"):
+        Scorer(trained[0], ("openmax",), 1.0, digits.std).prepare(noise[:2], fit_set(digits, 1), 64)
+    hopeless = FitSet("distilled set", torch.arange(10), lambda i: noise[i])
+    with pytest.raises(UserError, match=r"--score she: cannot be fitted on the distilled set"):
+        Scorer(mlp, ("she",), 1.0, digits.std).prepare(noise[:2], hopeless, 64)
+    require_library(("msp", "knn"))
+    monkeypatch.setitem(sys.modules, "pytorch_ood", None)
+    require_library(("msp", "energy"))
+    with pytest.raises(UserError, match=r"--score knn vim: .*pip install pytorch-ood"):
+        require_library(("msp", "knn", "vim"))
+
+
+@pytest.mark.parametrize(
+    ("version", "refused"), [("0.3.3", True), ("0.4", False), ("0.4.0rc1", False), ("0.10", False)]
+)
+def test_an_older_version_is_refused_wherever_it_is_used(version, refused, monkeypatch, tmp_path):
+    """With 0.3.3 some detectors gave other numbers. The version counts, as what pip says of it."""
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: version if name == "pytorch-ood" else real(name))
+    monkeypatch.setattr("utils.data.download._fetch_into", None)  # nothing is fetched
+    needed = "pytorch-ood 0.3.3 is installed; 0.4 or newer is needed: pip install --upgrade pytorch-ood"
+    uses = {
+        "--score knn vim": lambda: require_library(("msp", "knn", "vim")),
+        "fetching Textures": lambda: fetch_pytorch_ood("Textures", tmp_path),
+        "--oe_data_path: fetching": lambda: fetch_tinyimages(tmp_path / "300K_random_images.npy"),
+    }
+    require_library(("msp", "energy"))
+    for what, use in uses.items():
+        try:
+            use()
+            message = ""
+        except UserError as error:
+            message = str(error)
+        assert (message.startswith(what) and message.endswith(f": {needed}")) if refused else needed not in message
+
+
+def test_versions_name_what_computed(monkeypatch):
+    """Each library of requirements.txt that computes; the optional one where it was loaded."""
+    computing = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "pillow")
+    assert {name: versions()[name] for name in computing} == {name: metadata.version(name) for name in computing}
+    require_library(("knn",))
+    assert versions()["pytorch-ood"] == metadata.version("pytorch-ood")
+    assert f"pytorch-ood {metadata.version('pytorch-ood')}" in versions_line(versions())
+    monkeypatch.delitem(sys.modules, "pytorch_ood")
+    require_library(("msp",))
+    assert "pytorch-ood" not in versions()
+
+
+def test_an_older_library_is_told_of(monkeypatch):
+    monkeypatch.delattr(library, "NCI")
+    with pytest.raises(UserError, match=r"--score nci: this version of pytorch-ood"):
+        require_library(("nci",))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_only_compiled_code_sees_padded_batches(digits, trained, noise, compiled, monkeypatch):
+    """And batches of one size alone, of which there would be two."""
+    net, seen = trained[0], []
+    monkeypatch.setattr(device, "Compiled", lambda function, mode, required: function)
+    monkeypatch.setattr(cpu_batches, "LARGEST", 10**12)
+    hook = net.features[0].register_forward_hook(lambda module, x, out: seen.append(len(out)))
+    batch = len(noise) - 1
+    try:
+        logits, _ = Scorer(net, ["msp"], 1.0, digits.std, Compute(compiled).embedding(net, batch))(noise, batch)
+    finally:
+        hook.remove()
+    assert seen[-2:] == [batch, batch if compiled else 1]  # before it, an image to learn its size
+    np.testing.assert_allclose(logits, predict(net, noise).double().numpy(), atol=1e-5)
+
+
+def test_temperature_scaling_repairs_the_calibration(digits, trained, noise):
+    fit = FitSet("real training set", digits.labels_train, digits.train_batch)
+    scorer = Scorer(trained[0], ("tscaling",), 1.0, digits.std).prepare(noise[:2], fit, 256)
+    run = SimpleNamespace(log_own=print, progress=lambda *a: nullcontext(SimpleNamespace(step=lambda: None)))
+    networks = score_networks({0: scorer}, digits, [], 256, run)
+    errors = networks[0].errors
+    row = f"{errors['temperature']:.2f} ± 0.00 | {100 * errors['scaled_ece']:.2f} ± 0.00"
+    assert row in " ".join(report_text(results_of(networks)[0], ("tscaling",)).split())
+    logits = predict(trained[0], digits.test_images, 256)
+    scaled = calibration((logits.double() / errors["temperature"]).numpy(), digits.labels_test.numpy())
+    assert {name: errors[f"scaled_{name}"] for name in scaled} == pytest.approx(scaled, rel=1e-6)
+    every = predict(trained[0], digits.train_batch(torch.arange(len(digits.labels_train))), 256)
+    assert errors["temperature"] == pytest.approx(temperature_by_lbfgs(every, digits.labels_train), rel=1e-3)
+    assert errors["scaled_nll"] < errors["nll"]
+    plain = Scorer(trained[0], ("msp",), 1.0, digits.std).prepare(noise[:2], None, 256)
+    assert "temperature" not in score_networks({0: plain}, digits, [], 256, run)[0].errors
+
+
+def test_a_temperature_needs_a_mistake():
+    logits = np.eye(3)
+    with pytest.raises(ValueError, match="right on all of them"):
+        best_temperature(logits, np.arange(3))
+    assert best_temperature(5 * logits, np.array([0, 1, 0])) > 1
+
+
+def test_stage_3_in_bfloat16(in_process, monkeypatch, tmp_path):
+    """`--precision` reaches the scores: they are near those of float32, and others."""
+    monkeypatch.setattr(device, "has_bfloat16_instructions", lambda: True)
+    shared = ["--dataset", "Digits", "--model", "ConvNetD1", "--ipc", 1, "--method", "DC"]
+    in_process("main.py", *shared, "--init", "real", "--Iteration", 0, "--num_exp", 1, "--num_eval", 1,
+               "--epoch_eval_train", 1)  # fmt: skip
+    in_process("train_model_synthetic_no_oe.py", *shared, "--num_eval", 1, "--epoch_eval_train", 20)
+    found = {}
+    for precision in ("fp32", "bf16"):
+        flags = ["--num_exp", 1, "--is_load_best", "--ood_sets", "gaussian", "--precision", precision]
+        out = in_process("test_ood_model_syn.py", *shared, *flags, "--save_path", precision)
+        assert re.search(rf"computing: .*, {precision}", out)
+        (path,) = (tmp_path / precision).rglob("results.json")
+        found[precision] = json.loads(path.read_text())["errors"][0]["nll"]
+    assert found["bf16"] != found["fp32"]
+    assert found["bf16"] == pytest.approx(found["fp32"], rel=0.02)
+
+
+def test_times_of_scores(in_process, refused, monkeypatch, tmp_path):
+    """A row for each score; a dash where one cannot be fitted; times for 10,000 images from those of fewer."""
+    shared = ["--dataset", "Digits", "--model", "ConvNetD1", "--ipc", 1, "--method", "DC"]
+    in_process("main.py", *shared, "--init", "real", "--Iteration", 0, "--num_exp", 1, "--num_eval", 1,
+               "--epoch_eval_train", 1)  # fmt: skip
+    in_process("train_model_synthetic_no_oe.py", *shared, "--num_eval", 1, "--epoch_eval_train", 5)
+    (folder,) = (tmp_path / "result-model-synthetic-no-oe/DC/Digits/ConvNetD1/1").iterdir()
+    clock = iter(range(1000))  # each reading is a second later
+    import score_times
+
+    monkeypatch.setattr(score_times.time, "perf_counter", lambda: next(clock))
+    out = in_process("score_times.py", folder, "--scores", "msp", "knn", "openmax", "--images", 20, "--out", "t.md")
+    assert (tmp_path / "t.md").read_text() == out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[2:]]
+    assert rows == [
+        ["msp", "", "", "500.00"], ["knn", "1.00", "1.00", "500.00"], ["openmax", "-", "1.00", "500.00"]
+    ]  # fmt: skip
+    monkeypatch.setitem(DETECTORS, "openmax", replace(DETECTORS["openmax"], least=10**6))
+    assert "| openmax | -" in in_process("score_times.py", folder, "--scores", "openmax")
+    assert "is no run folder of stage 2" in refused("score_times.py", tmp_path)

@@ -1,0 +1,311 @@
+"""Stage 3 with fitted scores, and comparisons: what they show, what they follow, and the page."""
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from networks import get_network
+from test_ood_model_syn import get_args_parser
+from utils.core.errors import UserError
+from utils.core.files import csv_text
+from utils.core.rng import generator
+from utils.data.synthetic import SyntheticSet, save_synthetic
+from utils.ood.calibration import SCALED_MEASURES
+from utils.ood.measures import MEASURES
+from utils.report.card import _measured
+from utils.report.compare import Run, comparison_rows, find_runs, latex, markdown, plot_comparison, pooled, table_csv
+from utils.report.page import comparison_page
+from utils.report.plots import distilled_pictures, save_score_histograms
+from utils.report.results import NETWORK_MEASURES, Results, load_results, results_csv, results_json
+from utils.report.study import Column, Kind, mean_rows, score_rows
+from utils.report.tables import report_text
+
+RUN = "DSA/Digits/ConvNetD1/1/20260101-000000"
+
+
+def results(auroc, error=0.1, nll=0.3, sets=("patches", "blob"), score="msp"):
+    """`auroc`: [networks][sets]."""
+    errors = [{"error": error, "auroc": 0.9, "aupr": 0.5, "fpr": 0.2, "aurc": 0.01, "ece": 0.05, "nll": nll}] * 2
+    rows = []
+    for network, values in enumerate(auroc):
+        for name, value in zip(sets, values, strict=True):
+            rows.append({"network": network, "set": name, "score": score, **dict.fromkeys(MEASURES, value)})
+    return Results([e | {"brier": 0.2} for e in errors], rows)
+
+
+def run(name, *args, **kwargs):
+    return Run(name, (), results(*args, **kwargs))
+
+
+def test_the_table_shows_means_deviations_and_the_best():
+    runs = [run("plain", [[0.5, 0.7], [0.7, 0.9]]), run("a|b_%", [[0.6, 0.8], [0.6, 0.8]], error=0.2, nll=0.2)]
+    rows = comparison_rows(runs, ["auroc", "fpr_in"])
+    by_title = {(row.set, row.measure): row for row in rows}
+    assert by_title["patches", "AUROC ↑"].cells() == ["60.00 ± 10.00", "60.00 ± 0.00"]
+    assert by_title["patches", "AUROC ↑"].best() == [True, True]  # equal to the digits that are shown
+    assert by_title["", "accuracy ↑"].best() == [True, False]
+    assert by_title["", "NLL ↓"].best() == [False, True]
+    assert by_title["", "NLL ↓"].cells() == ["0.300 ± 0.000", "0.200 ± 0.000"]
+    # over networks of their mean over sets: 60 and 80, not over all four values
+    assert by_title["mean", "AUROC ↑"].cells()[0] == "70.00 ± 10.00"
+    text = markdown(runs, rows)
+    assert "**60.00 ± 10.00** | **60.00 ± 0.00**" in text
+    assert r"a\|b_%" in text
+    tex = latex(runs, rows)
+    assert r"a|b\_\%" in tex
+    assert r"\textbf{60.00 $\pm$ 10.00} & \textbf{60.00 $\pm$ 0.00} \\" in tex
+    assert all(line.count("&") == 4 for line in tex.splitlines() if line.endswith(r"\\"))
+    lines = list(csv.DictReader(table_csv(runs, rows).splitlines()))
+    (line,) = [x for x in lines if (x["set"], x["measure"]) == ("patches", "AUROC")]
+    assert float(line["plain mean"]) == pytest.approx(60)
+    assert float(line["plain std"]) == pytest.approx(10)
+    assert line["plain networks"] == "2"
+
+
+def test_what_a_run_lacks_is_a_dash():
+    nan = float("nan")
+    other = run("other", [[0.9], [0.9]], sets=("blob",), score="knn")
+    old = Run("old", (), Results([{"error": 0.1}], run("old", [[nan, 0.6]]).results.rows))
+    runs = [run("one", [[nan, 0.8], [0.5, 0.8]]), other, old]
+    rows = comparison_rows(runs, ["auroc"])
+    found = {(row.score, row.set): row.cells() for row in rows if row.measure == "AUROC ↑"}
+    assert found["msp", "patches"] == ["50.00 ± 0.00", "-", "-"]
+    assert found["knn", "blob"] == ["-", "90.00 ± 0.00", "-"]
+    assert ("knn", "patches") not in found
+    best = {(row.score, row.set): row.best() for row in rows}
+    assert best["msp", "patches"] == [False] * 3
+    assert best["msp", "blob"] == [True, False, False]
+    assert [row.cells()[2] for row in rows if row.measure == "ECE ↓"] == ["-"]
+    assert "blob (knn)" in markdown(runs, rows)
+
+
+def test_folders_of_one_name_are_pooled():
+    together = pooled([results([[0.5, 0.7], [0.6, 0.8]]), results([[0.9, 0.9], [0.7, 0.7]])])
+    assert together.per_network("patches", "msp", "auroc") == [0.5, 0.6, 0.9, 0.7]
+    assert len(together.errors) == 4
+
+
+@pytest.fixture
+def chain(tmp_path, digits):
+    """Folders of stages 1 and 2, and a network, as if they had run."""
+    stage1, stage2 = tmp_path / "result-poe" / RUN, tmp_path / "result-model-synthetic-oe" / RUN
+    for folder in (stage1, stage2):
+        folder.mkdir(parents=True)
+    images = digits.train_batch(torch.stack([digits.class_indices[c][0] for c in range(10)]))
+    distilled = stage1 / "res_DSA_Digits_ConvNetD1_1ipc.pt"
+    save_synthetic(distilled, [SyntheticSet(images, torch.arange(10), images.flip(0))], {}, digits, {})
+    (stage2 / "args.json").write_text(json.dumps({"flags": {"exp_idx": 0}, "distilled_set": str(distilled)}))
+    for index in range(2):
+        state = get_network("ConvNetD1", 1, 10, (8, 8), generator(index)).state_dict()
+        torch.save(state, stage2 / f"syn_trained_Digits_ConvNetD1_exp{index}_best.pt")
+    return stage1, stage2
+
+
+def row(network, name):
+    return {"network": network, "set": name, "score": "msp", **dict.fromkeys(MEASURES, 0.5)}
+
+
+def test_a_line_in_a_name_does_not_break_a_table():
+    """In the report of stage 3, a comparison, a study and a card; other tables are made by the same function."""
+    found = Results([dict.fromkeys(NETWORK_MEASURES, 0.5)], [row(0, "a|b"), row(0, "c\nd")], ["e|f"])
+    column = Run("one|two", (), found)
+    kind = Kind("g|h", {1: found})
+    texts = [
+        report_text(found, ["msp"]),
+        markdown([column], comparison_rows([column], ["auroc"])),
+        mean_rows([kind], [Column("auroc", "msp", "a|b")]) + "\n" + score_rows([kind], ["msp"], "auroc"),
+        _measured({"i|j": found}),
+    ]
+    names = [("a|b", "c d", "e|f"), ("one|two", "a|b"), ("g|h", "AUROC msp a|b ↑"), ("1 × i|j",)]
+    for text, inside in zip(texts, names, strict=True):
+        tables = re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE)
+        split = [[re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines()] for table in tables]
+        assert all(len(cells) == len(table[0]) for table in split for cells in table)
+        cells = {cell.strip().replace(r"\|", "|") for table in split for cells in table for cell in cells}
+        assert cells >= {*inside}
+
+
+def test_a_spreadsheet_computes_no_cell(tmp_path):
+    """Text that begins like a formula is quoted; numbers, also those that are text, stay as they are."""
+    values = ["=1+1", "+x", "-x", "@x", "\tx", "a=b", "-0.5", "+1e3", "", -0.5, 3]
+    (line,) = csv.reader(csv_text([values]).splitlines())
+    assert line == ["'=1+1", "'+x", "'-x", "'@x", "'\tx", "a=b", "-0.5", "+1e3", "", "-0.5", "3"]
+    found = Results([dict.fromkeys(NETWORK_MEASURES, 1.5)], [row(0, '=HYPERLINK("x")')])
+    (first,) = csv.DictReader(results_csv(found).splitlines())
+    assert (first["set"], first["accuracy"], first["auroc"]) == ('\'=HYPERLINK("x")', "-0.5", "0.5")
+    column = Run("-cmd", (), found)
+    (first, *_) = csv.reader(table_csv([column], comparison_rows([column], ["auroc"])).splitlines())
+    assert first[4:] == ["'-cmd mean", "'-cmd std", "'-cmd networks"]
+    (tmp_path / "results.json").write_text(results_json(found, {}))
+    assert load_results(tmp_path).sets() == ['=HYPERLINK("x")']  # what the program itself reads is not quoted
+
+
+def test_the_csv_repeats_what_was_measured_of_each_network():
+    """The temperature, too, where there is one."""
+    errors = [dict.fromkeys(NETWORK_MEASURES, i + 0.25) for i in range(2)]
+    rows = [{"network": i, "set": "blob", "score": "msp", **dict.fromkeys(MEASURES, 0.5)} for i in (1, 0)]
+    first, second = csv.DictReader(results_csv(Results(errors, rows)).splitlines())
+    assert (first["temperature"], second["temperature"]) == ("1.25", "0.25")
+    assert (first["accuracy"], first["scaled_nll"], first["ece"]) == ("-0.25", "1.25", "1.25")
+    plain = [{m: v for m, v in e.items() if m not in SCALED_MEASURES} for e in errors]
+    assert set(first) - set(next(csv.DictReader(results_csv(Results(plain, rows)).splitlines()))) == {*SCALED_MEASURES}
+
+
+STAGE3 = ["--dataset", "Digits", "--model", "ConvNetD1", "--ipc", 1, "--method", "DSA", "--is_load_best"]
+STAGE3 += ["--num_exp", 2, "--num_ood_ratio", 6, "--ood_sets", "patches", "uniform"]
+
+
+def test_from_stage_1_to_the_page(chain, script, in_process, refused, monkeypatch, tmp_path):
+    stage1, stage2 = chain
+    printed = in_process("test_ood_model_syn.py", *STAGE3, "--score", "msp", "knn", "odin")
+    assert "knn: fitted on the distilled set, 10 images" in printed
+    (stage3,) = (tmp_path / "result-test-ood-synthetic").rglob("report.md")
+    stage3 = stage3.parent
+    kinds = [f"{kind}_{score}.png" for kind in ("scores", "roc") for score in ("msp", "knn", "odin")]
+    for name in ("reliability.png", "distilled.png", *kinds):
+        assert len(np.unique(np.asarray(Image.open(stage3 / name).convert("L")))) > 10
+    with open(stage3 / "results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 2 * 3
+    assert all(0 <= float(row[m]) <= 1 for row in rows for m in (*MEASURES, "accuracy", "ece", "aurc"))
+    loaded = load_results(stage3)
+    assert "## OOD detection, score odin" in report_text(loaded, loaded.scores())
+    flags = [stage1, stage2, stage3, "--names", "first", "second", "<b>&", "--out", "out", "--html"]
+    done = script("scripts/compare.py", *flags)
+    assert done.returncode == 0, done.stderr
+    table = [line.split("|")[3:6] for line in done.stdout.splitlines() if "AUROC" in line]
+    assert len(table) == 3 * 3
+    assert all(len({cell.strip(" *") for cell in cells}) == 1 for cells in table)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        f"compare.{e}" for e in ("md", "csv", "tex", "png", "html")
+    }
+    check_page((tmp_path / "out" / "compare.html").read_text(), pictures=1 + 3 * 8)
+    assert "first was not measured by gen" in refused("compare.py", stage3, "--names", "first", "--scores", "gen")
+    some = in_process("compare.py", stage3, "--names", "one", "--scores", "odin", "msp", "--measures", "auroc")
+    titles = [cells[1].strip() for line in some.splitlines() if "AUROC" in line and (cells := line.split("|"))]
+    assert titles == [f"{name} ({score})" for score in ("odin", "msp") for name in ("patches", "uniform", "mean")]
+    with pytest.raises(UserError, match=r"none of the 0 under .* was made from it"):
+        find_runs([stage2], None, [tmp_path / "out"])
+
+
+def check_page(text, pictures):
+    """Well-formed, nothing from outside, no scripts, names escaped."""
+    open_tags, images = [], []
+
+    class Checker(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            assert tag not in ("script", "link", "iframe", "b")
+            assert not any(name.startswith("on") for name, _ in attrs)
+            if tag == "img":
+                images.append(dict(attrs)["src"])
+            elif tag != "meta":
+                open_tags.append(tag)
+
+        def handle_endtag(self, tag):
+            assert open_tags.pop() == tag
+
+    Checker().feed(text)
+    assert not open_tags
+    assert len(images) == pictures
+    assert all(source.startswith("data:image/png;base64,") for source in images)
+    assert not re.search("https?:", text)  # the letters alone may stand in a picture, by chance
+    assert "@import" not in text
+    assert "url(" not in text
+
+
+def test_errors_before_computing(chain, refused, tmp_path, capsys):
+    stage1, _ = chain
+    next(stage1.glob("res*.pt")).unlink()
+    error = refused("test_ood_model_syn.py", *STAGE3, "--score", "knn")
+    assert "--fit_on distilled: " in error
+    assert "which is gone. Use --fit_on real" in error
+    assert not (tmp_path / "result-test-ood-synthetic").exists()
+    for flags, messages in [
+        (["--score", "msp", "mahalanobiss"], ["did you mean mahalanobis", "msp", "vim"]),
+        (["--fit_on", "distil"], ["did you mean distilled", "real"]),
+    ]:
+        with pytest.raises(SystemExit, match="2"):
+            get_args_parser().parse_args(flags)
+        printed = capsys.readouterr().err
+        assert all(message in printed for message in messages)
+
+
+def test_wrong_folders(tmp_path):
+    with pytest.raises(UserError, match="nowhere is no folder"):
+        find_runs([Path("nowhere")], None, [])
+    with pytest.raises(UserError, match=r"no results\.json"):
+        find_runs([tmp_path], None, [tmp_path])
+    for text in ("{", "[]", '{"errors": [], "rows": [{"network": 3}], "missing": []}'):
+        (tmp_path / "results.json").write_text(text)
+        with pytest.raises(UserError, match="is damaged"):
+            find_runs([tmp_path], None, [])
+
+
+def test_a_picture_and_a_page_of_runs_without_folders(tmp_path):
+    """Many columns, one of them without a score of the others; nothing can be followed."""
+    folder = tmp_path / "a"
+    folder.mkdir()
+    runs = [Run(f"run {i}", (folder,), results([[0.2, 0.7], [0.7, 0.9]])) for i in range(11)]
+    runs.append(Run("last", (folder,), results([[0.6], [0.6]], sets=("blob",), score="knn")))
+    plot_comparison(tmp_path / "plot.png", runs)
+    assert Image.open(tmp_path / "plot.png").width > 800
+    check_page(comparison_page(runs, comparison_rows(runs, ["auroc"]), None), pictures=0)
+
+
+def test_the_mean_is_over_the_sets_of_all_runs():
+    """Another set, on which only one run was measured, does not count in the mean, which names its sets."""
+    runs = [run("both", [[0.5, 0.9]] * 2), run("one", [[0.9]] * 2, sets=("blob",))]
+    rows = {row.set: row for row in comparison_rows(runs, ["auroc"]) if row.score}
+    assert list(rows) == ["patches", "blob", "mean of blob"]
+    assert rows["mean of blob"].cells() == ["90.00 ± 0.00", "90.00 ± 0.00"]
+    assert rows["patches"].cells() == ["50.00 ± 0.00", "-"]
+    seeds = pooled([results([[0.5, 0.9]] * 2), results([[0.7]] * 2, sets=("blob",))])
+    assert seeds.sets_of_all() == ["blob"]
+
+
+def test_pictures_show_the_outliers_that_networks_were_trained_with(tmp_path, digits):
+    """train_model_synthetic_no_oe.py leaves those of a set out, and has no flag that says so."""
+    images, labels = digits.train_batch(torch.arange(0, 20)), torch.arange(10).repeat_interleave(2)
+    save_synthetic(tmp_path / "res.pt", [SyntheticSet(images, labels, images)], {}, digits, {})
+    titles = {}
+    for outliers in (None, "distilled", "initial", "corrupt"):
+        flags = {"dataset": "Digits"} | ({"outliers": outliers} if outliers else {})
+        about = {"script": "", "flags": flags, "distilled_set": str(tmp_path / "res.pt")}
+        (tmp_path / "args.json").write_text(json.dumps(about))
+        titles[outliers] = [title for title, _ in distilled_pictures(tmp_path)]
+    alone = ["distilled images"]
+    assert titles == {
+        None: alone,
+        "distilled": [*alone, "distilled outliers"],
+        "initial": [*alone, "initial outliers"],
+        "corrupt": alone,
+    }
+
+
+@pytest.mark.parametrize(("at", "width"), [(0, 0), (0, 1e-9), (-1, 0), (-1, 1e-16), (-1, 1e-3), (-1, 1e18), (1e9, 0)])
+@pytest.mark.filterwarnings("error")
+def test_histograms_of_scores_that_collapse(tmp_path, monkeypatch, at, width):
+    """So do those of saturated networks. All scores are drawn, and as far apart as numpy would where it can."""
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.hist", lambda self, values, bins, **_: drawn.append((values, bins)))
+    monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda self, **_: None)
+    inside, outside = np.full(9, float(at)), np.linspace(at - width, at, 9)
+    save_score_histograms(tmp_path / "scores.png", "msp", inside, {"a": outside})
+    for values, bins in drawn:
+        counts, _ = np.histogram(values, bins, density=True)
+        assert np.isfinite(counts).all()
+        assert np.histogram(values, bins)[0].sum() == 9
+    if width > 1e-12:
+        np.testing.assert_allclose(drawn[0][1], np.histogram_bin_edges(np.r_[inside, outside], 40), rtol=1e-12)
+
+
+def test_a_picture_of_histograms(tmp_path):
+    save_score_histograms(tmp_path / "scores.png", "msp", np.zeros(9), {"a": np.arange(9.0)})
+    assert Image.open(tmp_path / "scores.png").size[0] > 100

@@ -1,0 +1,332 @@
+"""Mean rows and paired differences of a study, against numpy and SciPy."""
+
+import json
+import shutil
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_rel
+
+from utils.core.errors import UserError
+from utils.core.run_script import run_script
+from utils.ood.measures import MEASURES
+from utils.report.results import NETWORK_MEASURES
+from utils.report.study import Column, Kind, differences, mean_rows, read_kind
+
+SETS, SCORES = ("blob", "uniform"), ("msp", "mls")
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Three kinds of three seeds (the last kind: two) with two networks each, and all that was measured."""
+    values, g = {}, np.random.default_rng(0)
+    for kind, seeds in (("plain", (1, 2, 3)), ("poe", (1, 2, 10)), ("poe-corrupt", (1, 2))):
+        for seed in seeds:
+            errors = [{m: float(g.random()) for m in NETWORK_MEASURES} for _ in range(2)]
+            rows = [
+                {"network": n, "set": s, "score": score, **{m: float(g.random()) for m in MEASURES}}
+                for s in SETS for n in range(2) for score in SCORES
+            ]  # fmt: skip
+            folder = tmp_path / "ipc1" / kind / f"seed{seed}" / "3-ood" / "DSA" / "20260101-000000"
+            folder.mkdir(parents=True)
+            content = {"about": {}, "errors": errors, "rows": rows, "missing": []}
+            (folder / "results.json").write_text(json.dumps(content))
+            values[kind, seed] = content
+    return tmp_path / "ipc1", values
+
+
+def expected(content: dict, score: str, measure: str) -> list[float]:
+    """The mean over the sets of each network."""
+    rows = [r for r in content["rows"] if r["score"] == score]
+    return [np.mean([r[measure] for r in rows if r["network"] == n]) for n in range(2)]
+
+
+def test_mean_rows_by_numpy(study):
+    folder, values = study
+    kind = read_kind(folder / "poe", "distilled")
+    table = mean_rows([kind], [Column("accuracy"), Column("nll"), Column("auroc", "mls")])
+    accuracies, nll, auroc = [], [], []
+    for seed in (1, 2, 10):
+        accuracies += [100 * (1 - e["error"]) for e in values["poe", seed]["errors"]]
+        nll += [e["nll"] for e in values["poe", seed]["errors"]]
+        auroc += [100 * v for v in expected(values["poe", seed], "mls", "auroc")]
+    cells = [cell.strip() for cell in table.splitlines()[2].split("|")[1:-1]]
+    wanted = [f"{np.mean(v):.{d}f} ± {np.std(v):.{d}f}" for v, d in ((accuracies, 2), (nll, 3), (auroc, 2))]
+    assert cells == ["distilled", *wanted]
+
+
+def test_differences_by_scipy(study):
+    """Only seeds that both kinds have are compared."""
+    folder, values = study
+    base, other = (read_kind(folder / k, k) for k in ("poe", "poe-corrupt"))
+    (line,) = differences(base, [other], [Column("auroc", "msp")]).splitlines()[2:]
+    first, second = (
+        [100 * np.mean(expected(values[kind, seed], "msp", "auroc")) for seed in (1, 2)]
+        for kind in ("poe", "poe-corrupt")
+    )
+    gaps = np.subtract(first, second)
+    p = ttest_rel(first, second).pvalue
+    wanted = f"{gaps.mean():+.2f} ± {gaps.std(ddof=1) / np.sqrt(2):.2f} (p = {p:.3f})"
+    assert line.split("|")[2].strip() == wanted
+    assert line.split("|")[1].strip() == "poe minus poe-corrupt"
+
+
+def test_one_seed_has_no_error_and_none_no_difference(study):
+    folder, _ = study
+    base, other = read_kind(folder / "poe", "a"), read_kind(folder / "plain", "b")
+    one = Kind("one", {1: other.seeds[1]})
+    none = Kind("none", {7: other.seeds[1]})
+    cells = [row.split("|")[2].strip() for row in differences(base, [one, none], [Column("ece")]).splitlines()[2:]]
+    gap = 100 * (np.mean(base.seeds[1].of_networks("ece")) - np.mean(other.seeds[1].of_networks("ece")))
+    assert cells == [f"{gap:+.2f}", "-"]
+
+
+def test_a_clear_difference(study):
+    folder, _ = study
+    kind = read_kind(folder / "poe", "a")
+    assert differences(kind, [kind], [Column("ece")]).splitlines()[2].split("|")[2].strip() == "+0.00 ± 0.00"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the script within this process; returns its exit status, and what it wrote to stdout and stderr."""
+    import study as study_script
+
+    def run_(*words: object, script: ModuleType = study_script) -> tuple[int, str, str]:
+        status = 0
+        try:
+            run_script(lambda: script.main(script.get_args_parser().parse_args(list(map(str, words)))), "script")
+        except SystemExit as stopped:
+            status = stopped.code
+        return status, *capsys.readouterr()
+
+    return run_
+
+
+def test_the_script(study, tmp_path, run):
+    folder, _ = study
+    out = tmp_path / "study.md"
+    words = ["--prefixes", "DM", "--base", "poe", "--measures", "auroc", "--sets", "--out", out]
+    status, shown, error = run(folder, *words)
+    assert status == 0, error
+    assert out.read_text() == shown
+    lines = shown.splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:5]] == ["DM, none", "DM, distilled", "DM, corrupt"]
+    assert sum("minus" in line for line in lines) == 2
+    assert "AUROC mls uniform ↑" in shown
+
+
+def test_a_row_for_each_score(study, run):
+    folder, values = study
+    path = next((folder / "poe-corrupt/seed1").rglob("results.json"))  # one of the kinds has a further score
+    content = json.loads(path.read_text())
+    content["rows"] += [row | {"score": "knn", "fpr_in": 0.25} for row in content["rows"] if row["score"] == "msp"]
+    path.write_text(json.dumps(content))
+    status, shown, error = run(folder, "--kinds", "poe", "poe-corrupt", "--by_score", "fpr_in")
+    assert status == 0, error
+    header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines())
+    assert header == ["score, FPR95 ↓", "distilled images, distilled", "distilled images, corrupt"]
+    assert [row[0] for row in rows] == ["msp", "mls", "knn"]
+    mls = [100 * v for seed in (1, 2, 10) for v in expected(values["poe", seed], "mls", "fpr_in")]
+    assert rows[1][1] == f"{np.mean(mls):.2f} ± {np.std(mls):.2f}"
+    assert rows[2][1:] == ["-", "25.00 ± 0.00"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere"], "nowhere is no folder"),
+        (["{}", "--base", "oe"], "--base: no folder holds oe"),
+        (["{}", "--base", "poe", "--against", "oe-real"], "--against: no folder holds oe-real"),
+        (["{}", "--scores", "energy"], "--scores: energy is not in distilled images, none"),
+        (["{}", "--by_score", "auroc", "--sets"], "--sets: --by_score is one table"),
+        (["{}", "--by_score", "auroc", "--scores", "knn"], "--scores: no kind has knn"),
+        (["{}/poe", "--kinds", "plain"], "--kinds: no folder plain in"),
+        (["{}", "--prefixes", "A", "B"], "--prefixes: 2 words for 1 folders"),
+        (["{}", "--kinds", "herding"], "--kinds: no folder herding in"),
+        (["{}/poe"], "holds no kinds"),
+    ],
+)
+def test_bad_input_of_the_script(study, run, words, message):
+    status, shown, error = run(*(word.format(study[0]) for word in words))
+    assert status == 2
+    assert message in error
+    assert error.count("\n") == 1
+    assert not shown
+
+
+def test_kinds_of_several_folders_and_one_beside_them(study, run):
+    """The whole training set lies beside the folders and is shown once."""
+    folder, _ = study
+    other, whole = folder.parent / "ipc10", folder.parent / "whole"
+    shutil.copytree(folder / "poe", other / "poe")
+    shutil.copytree(folder / "poe-corrupt", other / "poe-corrupt")
+    shutil.copytree(folder / "plain", whole)
+    words = ["--prefixes", "A", "B", "--kinds", "plain", "poe", "poe-corrupt", "whole", "--base", "poe"]
+    status, shown, error = run(folder, other, *words, "--against", "poe-corrupt")
+    assert status == 0, error
+    first = [line.split("|")[1].strip() for line in shown.splitlines() if line.startswith("| ")]
+    rows = ["A, none", "A, distilled", "A, corrupt", "whole training set, none", "B, distilled", "B, corrupt"]
+    pairs = ["A, distilled minus A, corrupt", "difference", "B, distilled minus B, corrupt"]
+    assert first == ["images, outliers", *rows, "difference", *pairs]
+
+
+def test_other_names_of_kinds(study, run):
+    """Such as links to the same kind in several tables, e.g. of two precisions."""
+    folder, _ = study
+    both = folder.parent / "both"
+    both.mkdir()
+    (both / "fp32").symlink_to(folder / "plain")
+    (both / "bf16").symlink_to(folder / "poe")
+    status, shown, error = run(both, "--prefixes", "A", "--base", "bf16")
+    assert status == 0, error
+    rows = [line.split("|")[1].strip() for line in shown.splitlines() if line.startswith("| ")]
+    assert rows == ["images, outliers", "A, bf16", "A, fp32", "difference", "A, bf16 minus A, fp32"]
+    assert "| bf16 " in run(both)[1]
+
+
+def test_two_results_of_one_seed(study):
+    folder, _ = study
+    again = folder / "poe" / "seed1" / "3-ood" / "DSA" / "20260102-000000"
+    again.mkdir()
+    again.joinpath("results.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds 2 files results\.json"):
+        read_kind(folder / "poe", "poe")
+
+
+def test_kept_results(study, run, tmp_path):
+    """Copies give the same tables, whatever machine they were measured on, and tell nothing of it."""
+    folder, values = study
+    path = next((folder / "poe/seed1").rglob("results.json"))
+    flags = {"ipc": 10, "data_path": "/home/x/data", "ood_path": "/home/x/ood"}
+    path.write_text(json.dumps(values["poe", 1] | {"about": {"networks": "/home/x/2-networks", "flags": flags}}))
+    import keep_results
+
+    status, shown, error = run(folder, tmp_path / "kept", script=keep_results)
+    assert (status, shown) == (0, f"{tmp_path / 'kept'}: 8 results\n"), error
+    shutil.rmtree(folder / "poe/seed10")
+    moved = tmp_path / "kept/poe/seed1/3-ood/results.json"
+    assert json.loads(moved.read_text())["about"] == {"flags": {"ipc": 10}}
+    run(folder, tmp_path / "kept", script=keep_results)  # from a machine that lacks a seed
+    shutil.copytree(tmp_path / "kept/poe/seed10", folder / "poe/seed10")
+    words = ["--base", "poe", "--sets"]
+    assert run(tmp_path / "kept", *words)[1] == run(folder, *words)[1] != ""
+
+
+def test_results_that_cannot_be_kept(study, run, tmp_path):
+    import keep_results
+
+    folder, _ = study
+    assert "poe holds no results in" in run(folder / "poe", tmp_path / "kept", script=keep_results)[2]
+    again = folder / "poe/seed1/3-ood/DSA/20260102-000000"
+    shutil.copytree(next(again.parent.iterdir()), again)
+    status, shown, error = run(folder, tmp_path / "kept", script=keep_results)
+    assert (status, shown, error.count("\n")) == (2, "", 1)
+    assert "a seed has several files results.json" in error
+    assert not (tmp_path / "kept").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "prefix", "expected"),
+    [
+        ("poe-again", "", "distilled images, distilled, corrupted again"),
+        ("poe-kcenter-again", "DM", "DM, kcenter, corrupted again"),
+        ("oe-again", "", "distilled images, distilled (OE), corrupted again"),
+        ("random-initial-again", "DM", "random, initial, corrupted again"),
+        ("poe-corrupt", "DM", "DM, corrupt"),
+        ("plain-corrupt", "DM", "DM, corrupt (plain images)"),
+        ("plain", "DM", "DM, none"),
+        ("poe-none", "DM", "DM, none (poe images)"),
+        ("oe-initial", "", "distilled images, initial (OE)"),
+    ],
+)
+def test_names_of_rows(monkeypatch, kind, prefix, expected):
+    import study
+
+    assert study.title(kind, prefix) == expected
+
+
+def change(folder: Path, edit) -> None:
+    """Edit the content of the one results.json below `folder`."""
+    (path,) = folder.rglob("results.json")
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def test_other_ood_sets_are_not_compared(study, run):
+    folder, _ = study
+
+    def without_blob(content):
+        content["rows"] = [row for row in content["rows"] if row["set"] != "blob"]
+
+    change(folder / "poe" / "seed2", without_blob)
+    status, _, error = run(folder, "--base", "poe")
+    assert status == 2
+    assert "distilled images, distilled, seed 2, was not measured on the same OOD sets" in error
+    assert "as distilled images, none, seed 1: blob" in error
+
+
+def test_other_ood_sets_of_rows_of_the_same_name(study, run):
+    folder, _ = study
+    other = folder.parent / "ipc10"
+    shutil.copytree(folder, other)
+    assert run(folder, other)[0] == 0
+    for path in other.rglob("results.json"):
+        content = json.loads(path.read_text())
+        content["rows"] = [row for row in content["rows"] if row["set"] != "blob"]
+        path.write_text(json.dumps(content))
+    assert run(other)[0] == 0
+    for words in ([folder, other], [other, folder]):
+        assert run(*words)[0] == 2
+
+
+def test_validation_sets_are_left_out(study, run):
+    folder, _ = study
+    _, before, _ = run(folder, "--base", "poe", "--sets")
+
+    def with_validation(content):
+        content["rows"] += [row | {"set": "val:invert"} for row in content["rows"] if row["set"] == "blob"]
+
+    change(folder / "plain" / "seed1", with_validation)
+    status, after, _ = run(folder, "--base", "poe", "--sets")
+    assert (status, after) == (0, before)
+
+
+def test_scores_left_out_are_those_that_all_have(study, run):
+    folder, _ = study
+    _, msp, _ = run(folder, "--scores", "msp")
+
+    def without_mls(content):
+        content["rows"] = [row for row in content["rows"] if row["score"] != "mls"]
+
+    change(folder / "poe" / "seed2", without_mls)
+    status, out, _ = run(folder)
+    assert (status, out) == (0, msp)
+
+
+def test_a_network_without_a_value_is_left_out(study):
+    """Error detection has none where a network makes no errors: the mean is over the others, and p over their seeds."""
+    folder, values = study
+    for seed, networks in ((1, (0,)), (2, (0, 1))):
+        for network in networks:
+            change(folder / "poe" / f"seed{seed}", lambda c, n=network: c["errors"][n].update(auroc=None))
+    kind = read_kind(folder / "poe", "poe")
+    means = kind.by_seed(Column("auroc"))
+    assert list(means) == [1, 10]
+    assert means[1] == values["poe", 1]["errors"][1]["auroc"]
+
+
+def test_the_whole_set_is_compared_in_every_folder(study, run):
+    folder, _ = study
+    shutil.copytree(folder, folder.parent / "ipc10")
+    shutil.copytree(folder / "plain", folder.parent / "whole")
+    assert "| whole training set, none " in run(folder)[1]  # beside the folder, without being named
+    words = [folder, folder.parent / "ipc10", "--prefixes", "one", "ten", "--kinds", "poe", "whole", "--base", "poe"]
+    status, out, _ = run(*words)
+    assert status == 0
+    assert sum(line.startswith("| whole training set, none ") for line in out.splitlines()) == 1
+    differences = [line for line in out.splitlines() if " minus " in line]
+    assert [line.split("|")[1].split(",")[0].strip() for line in differences] == ["one", "ten"]

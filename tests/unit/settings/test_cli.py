@@ -1,0 +1,360 @@
+"""The command line: help, both spellings of every flag, and every error as users see it."""
+
+import io
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import main as stage1
+import main_oe
+import main_poe
+import test_ood_model_syn
+import train_model_synthetic_no_oe
+import train_model_synthetic_oe
+from utils.core.errors import print_line
+from utils.core.run_script import run_script
+from utils.methods import METHODS, MethodInputs
+
+SCRIPTS = {
+    "main.py": stage1,
+    "main_oe.py": main_oe,
+    "main_poe.py": main_poe,
+    "train_model_synthetic_oe.py": train_model_synthetic_oe,
+    "train_model_synthetic_no_oe.py": train_model_synthetic_no_oe,
+    "test_ood_model_syn.py": test_ood_model_syn,
+}
+DSA = ["--method", "DSA", "--dsa_strategy", "color_crop_cutout_scale_rotate"]
+QUICK = ["--dataset", "Digits", "--model", "ConvNetD1", *DSA]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help(name, capsys):
+    parser = SCRIPTS[name].get_args_parser()
+    with pytest.raises(SystemExit) as stopped:
+        parser.parse_args(["--help"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    for action in parser._actions:
+        if action.help != "==SUPPRESS==":
+            assert action.help, f"{action.dest} has no help text"
+            assert action.option_strings[-1] in printed
+
+
+def test_help_from_a_real_process(script):
+    result = script("main_poe.py", "--help")
+    assert result.returncode == 0
+    assert "--corruptions" in result.stdout
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_both_spellings(name):
+    parser = SCRIPTS[name].get_args_parser()
+    for action in parser._actions:
+        flag = action.option_strings[-1]
+        if "_" not in flag or action.help == "==SUPPRESS==":
+            continue
+        value = [] if action.nargs == 0 else ["3"]
+        if action.choices or (action.type not in (None, int, float) and "3" not in flag):
+            value = value and [_valid(action)]
+        users = [m for m, e in METHODS.items() if action.dest in [f.name for f in e.flags]]
+        method = ["--method", users[0]] if users else []
+        if action.dest == "method_file":  # it must be there: see tests/unit/methods/test_methods.py
+            continue
+        both = (flag, flag[:2] + flag[2:].replace("_", "-"))
+        with_it = COMPANIONS.get((action.dest, action.container.title), COMPANIONS.get(action.dest, []))
+        spelled = [vars(parser.parse_args([*method, *with_it, f, *value])) for f in both]
+        assert spelled[0] == spelled[1]
+
+
+FOREIGN = ["--distilled", "set.pt"]
+COMPANIONS = {  # without which a flag of stage 2 would have no effect
+    **dict.fromkeys(("distilled_format", "distilled_space", "distilled_factor", "distilled_oe"), FOREIGN),
+    **dict.fromkeys(("soft_labels", "label_temperature"), FOREIGN),
+    "distilled_mean": [*FOREIGN, "--distilled_std", "1"],
+    "distilled_std": [*FOREIGN, "--distilled_mean", "1"],
+    ("ood_path", "distillation"): ["--eval_ood", "patches"],
+    ("oe_data_path", "outliers"): ["--outliers", "real"],
+    ("mix_corruptions", "outliers"): ["--outliers", "real"],
+    ("num_oe_per_class", "outliers"): ["--outliers", "real", "--oe_data_path", "pool.npy"],
+}
+VALID = {
+    "fit_on": "real",
+    "dsa_strategy": "crop_scale",
+    "distilled_format": "mtt",
+    "distilled_space": "unit",
+    "soft_labels": "logits",
+}
+
+
+def _valid(action) -> str:
+    """A value that the action accepts."""
+    default = action.default[0] if isinstance(action.default, list) else action.default
+    return VALID.get(action.dest) or str(default if default is not None else 3)
+
+
+def test_values_of_flags_keep_their_dashes():
+    args = main_poe.get_args_parser().parse_args(["--corruptions", "gauss-speckle", "--save-path=a-b_c"])
+    assert (args.corruptions, args.save_path) == (["gauss-speckle"], "a-b_c")
+
+
+STRATEGY = "color_crop_cutout_flip_scale_rotate"
+PATHS = "--load-path a --save-path b --data-path c"
+DOCUMENTED = {  # as people type them
+    "main.py": f"--dataset CIFAR10 --model ConvNet --num_exp 3 --num_eval 5 --ipc 10 --init real --method DSA "
+    f"--dsa_strategy {STRATEGY}",
+    "main_oe.py": f"--dataset CIFAR10 --model ConvNet --num_exp 1 --num_eval 5 --ipc 10 --init real --method DSA "
+    f"--dsa_strategy {STRATEGY} --seed 1 --lambda_oe 0.5 --num_oe_per_class 10000 --batch_real 256 --batch_oe 256",
+    "main_poe.py": f"--dataset CIFAR10 --model ConvNet --num_exp 1 --num_eval 5 --ipc 10 --init real --method DSA "
+    f"--dsa_strategy {STRATEGY} --seed 1 --lambda_oe 0.5 --batch_real 256 --batch_oe 256",
+    "train_model_synthetic_no_oe.py": "--method DSA --dataset CIFAR100 --model ConvNet --num_eval 5 --ipc 20 "
+    f"--dsa_strategy {STRATEGY} --folder 20230307-093217 --exp_idx 0",
+    "train_model_synthetic_oe.py": "--method DSA --dataset CIFAR10  --model ConvNet --num_eval 5 --ipc 10 "
+    f"--dsa_strategy {STRATEGY} --folder 20230206-232257 --exp_idx 0 --is_load_oe --lambda_oe 0.5",
+    "test_ood_model_syn.py": "--method DSA --dataset CIFAR10 --model ConvNet --batch_test 256 --num_exp 5 --ipc 10 "
+    "--is_load_oe --folder 20230206-232250 --is_load_best --num_ood_ratio 1",
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_documented_lines_parse(name):
+    args = SCRIPTS[name].get_args_parser().parse_args(f"{DOCUMENTED[name]} {PATHS}".split())
+    assert (args.load_path, args.save_path, args.data_path) == ("a", "b", "c")
+    assert args.method == "DSA"
+
+
+def test_given_scores_are_never_dropped():
+    from utils.stages.stage3 import _scores
+
+    assert _scores(None, False) == ("msp",)
+    assert _scores(None, True) == ("xent",)
+    assert _scores(["mls", "energy"], True) == ("mls", "energy", "xent")
+
+
+def test_loops_by_ipc(digits):
+    def loops(*flags):
+        flags = vars(stage1.get_args_parser().parse_args(list(flags)))
+        method = METHODS["DC"].build(MethodInputs(digits, None, flags | {"model": "MLP"}))
+        return method.settings.outer_loop, method.settings.inner_loop, " ".join(method.notices)
+
+    assert loops("--ipc", "1")[:2] == (1, 1)
+    assert loops("--ipc", "10") == (10, 50, "")
+    assert loops("--ipc", "50")[:2] == (50, 10)
+    outer, inner, notice = loops("--ipc", "7")
+    assert (outer, inner) == (7, 71)
+    assert "no published loops" in notice
+    assert loops("--ipc", "7", "--outer_loop", "3", "--inner_loop", "0") == (3, 0, "")
+
+
+WRONG = [
+    ("main.py", ["--dataset", "CIFAR11"], ["--dataset", "unknown dataset 'CIFAR11'", "did you mean CIFAR10", "Digits"]),
+    ("main.py", ["--model", "ConvNt"], ["--model", "did you mean ConvNet", "ResNet18_AP"]),
+    ("main.py", ["--method", "DS"], ["--method", "unknown method 'DS'", "did you mean DSA", "DC, DSA, DM, MTT"]),
+    ("main.py", ["--method", "DSA", "--dsa_strategy", "color_cutot"], ["--dsa_strategy", "cutout"]),
+    ("main.py", ["--method", "DSA", "--dataset", "Digits"], ["--method DSA needs --dsa_strategy"]),
+    ("main.py", ["--dis_metric", "l2"], ["--dis_metric", "ours, mse, cos"]),
+    ("main_poe.py", ["--corruptions", "jigsaw", "pixelat"], ["--corruptions", "did you mean pixelate"]),
+    ("test_ood_model_syn.py", ["--score", "msq"], ["--score", "did you mean msp", "energy"]),
+    ("main.py", ["--ipc", "0"], ["--ipc", "'0' is not a whole number of at least 1"]),
+    ("main.py", ["--num_eval", "-3"], ["--num_eval", "at least 1"]),
+    ("main.py", ["--Iteration", "many"], ["--Iteration", "'many'"]),
+    ("main.py", ["--lr_img", "nan"], ["--lr_img", "above 0"]),
+    ("main_oe.py", ["--lambda_oe", "-1"], ["--lambda_oe", "from 0"]),
+    ("main.py", ["--is-parallel"], ["torchrun"]),
+    ("main.py", ["--is_parallel", "True"], ["torchrun"]),
+    ("main.py", ["--no_such_flag"], ["unrecognized arguments"]),
+    ("main.py", ["--device", "cuda:99"], ["--device cuda:99", "--device cpu"]),
+    ("main.py", ["--device", "abacus"], ["--device abacus", "auto, cpu, cuda"]),
+    ("main.py", [*QUICK, "--ipc", "200", "--init", "real"], ["--ipc 200", "smallest class of Digits has"]),
+    (
+        "main.py",
+        ["--dataset", "Digits", "--model", "VGG11"],
+        ["--model VGG11", "8x8", "smallest size it takes is 28x28"],
+    ),
+    ("main.py", ["--dataset", "Digits", "--eval_mode", "M"], ["--eval_mode M: LeNet: too deep for images of 8x8"]),
+    ("main.py", [*QUICK, "--ipc", "100000000000"], ["out of memory", "--ipc"]),
+    ("main.py", ["--dataset", "Digits", "--im_size", "9"], ["--im_size: only ImageFolder"]),
+    ("main.py", ["--download", "none"], ["--data_path data: CIFAR10 is not there", "cifar10.npz"]),
+    ("main.py", ["--dataset", "npz", "--data_path", "no.npz"], ["--data_path: no.npz is not there"]),
+    ("main.py", [*QUICK, "--eval_ood", "blob", "patch"], ["--eval_ood: unknown", "did you mean patches"]),
+    (
+        "main.py",
+        [*QUICK, "--eval_ood", "a/b"],
+        ["--eval_ood: a/b is missing. Give a/b as seen from here or from data/ood; or choose"],
+    ),
+    ("main.py", [*QUICK, "--ood_path", "ood"], ["--ood_path: it is the folder of the sets of --eval_ood"]),
+    ("main.py", [*QUICK, "--eval_ood", "blob", "iSUN"], ["--eval_ood: iSUN is missing. Put NAME/"]),
+    ("main.py", [*QUICK, "--checkpoint_interval", "0"], ["--checkpoint_interval", "at least 1"]),
+    ("main_oe.py", QUICK, ["--oe_data_path: data/300K_random_images.npy is not there", "--download all"]),
+    ("main_oe.py", [*QUICK, "--oe_data_path", "bad.npy"], ["--oe_data_path: bad.npy holds float32 [5, 3]", "uint8"]),
+    ("main_oe.py", [*QUICK, "--oe_data_path", "no.npz"], ["no.npz is not there", "a folder of images"]),
+    (
+        "main_oe.py",
+        [*QUICK, "--oe_data_path", "small.npy", "--ipc", "3", "--init", "real"],
+        ["--ipc 3: the outlier source has 2 outliers for each class"],
+    ),
+    (
+        "main_poe.py",
+        [*QUICK[:4], "--method", "DM", "--moments_oe", "2", "--ipc", "2", "--batch_oe", "1"],
+        ["--moments_oe 2: one real outlier per slot"],
+    ),
+    ("train_model_synthetic_oe.py", [*QUICK, "--folder", "20200101-000000"], ["--folder: no 20200101-000000 under"]),
+    ("train_model_synthetic_no_oe.py", [*QUICK, "--folder", "../x"], ["--folder: '../x' is not the name"]),
+    ("test_ood_model_syn.py", ["--dataset", "Digits", "--folder", "20200101-000000"], ["result-model-synthetic-oe"]),
+    ("test_ood_model_syn.py", ["--T", "2"], ["--T 2: only --score energy"]),
+]
+
+
+@pytest.mark.parametrize(("name", "flags", "expected"), WRONG, ids=[f"{w[0]} {' '.join(w[1])}"[:60] for w in WRONG])
+def test_errors_are_one_line(name, flags, expected, tmp_path, refused):
+    np.save(tmp_path / "bad.npy", np.zeros((5, 3), np.float32))
+    np.save(tmp_path / "small.npy", np.full((29, 8, 8), 255, np.uint8))  # two for each class
+    before = sorted(tmp_path.rglob("*"))
+    error = refused(name, *flags)
+    for text in expected:
+        assert text in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["main_oe.py", "test_ood_model_syn.py"])
+def test_error_from_a_real_process(name, script):
+    result = script(name, "--ipc", "0")
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert result.stderr.startswith(f"{name}: error: ")
+    assert result.stdout == ""
+
+
+def test_distilled_set_of_another_data_set(tmp_path, refused):
+    folder = tmp_path / "result" / "DSA" / "Digits" / "ConvNetD1" / "1" / "20230101-000000"
+    folder.mkdir(parents=True)
+    images, labels = torch.zeros(5, 1, 8, 8), torch.arange(5)
+    torch.save({"data": [[images, labels]]}, folder / "res_DSA_Digits_ConvNetD1_1ipc.pt")
+    for flags, message in (
+        ([], "(5 classes, images 1x8x8), not from 10 classes of 1x8x8"),
+        (["--exp_idx", "3"], "--exp_idx 3"),
+        (["--is_load_oe"], "no run folder with outliers under result-oe"),
+    ):
+        assert message in refused("train_model_synthetic_no_oe.py", *QUICK, *flags)
+    assert not (tmp_path / "result-model-synthetic-no-oe").exists()
+
+
+def test_import_needs_neither_pytorch_ood_nor_matplotlib():
+    code = (
+        "import sys; sys.modules['pytorch_ood'] = None; sys.modules['matplotlib'] = None; "
+        "import main, main_oe, main_poe, train_model_synthetic_oe, test_ood_model_syn"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+
+
+def test_names_that_the_terminal_cannot_show(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    run_script(lambda: print("run folder: caf\xe9 \udcff", flush=True), "main.py")
+    assert written.getvalue() == b"run folder: caf\\xe9 \\udcff\n"
+
+
+@pytest.mark.parametrize("lines", ["print_line('b' * 9)", "print('b' * 9, flush=True)"])
+def test_a_reader_that_goes_away(lines):
+    """A run goes on, as its lines are in logs.txt, too; what only prints ends. Neither has a traceback."""
+    code = f"""
+import sys
+from utils.core.errors import print_line
+from utils.core.run_script import run_script
+def main():
+    print("a", flush=True)
+    sys.stdin.read()  # until the reader has gone
+    {lines}
+    {lines}
+    print("the end", file=sys.stderr)
+run_script(main, "main.py")
+"""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    assert process.stdout.readline() == "a\n"
+    process.stdout.close()
+    process.stdin.close()
+    error = process.stderr.read()
+    status = process.wait(timeout=60)
+    assert (error, status) == (("the end\n", 0) if lines.startswith("print_line") else ("", 141))
+
+
+def test_another_broken_pipe_is_no_secret():
+    def fails():
+        raise BrokenPipeError("of a process of the compiler")
+
+    with pytest.raises(BrokenPipeError):
+        run_script(fails, "main.py")
+
+
+def test_a_variable_of_torchrun_alone_changes_nothing(refused, monkeypatch):
+    """Some schedulers set RANK for a single process."""
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits for a first process"))
+    monkeypatch.setenv("RANK", "1")
+    assert "--ipc: '0' is not" in refused("main.py", "--ipc", "0")
+    assert "no.npz" in refused("main.py", "--dataset", "npz", "--data_path", "no.npz")
+    monkeypatch.delenv("RANK")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert "process" not in refused("main.py", "--ipc", "0")
+
+
+@pytest.mark.parametrize(("text", "peer"), [("Connection closed by peer [1.2.3.4]", True), ("peer access is", False)])
+def test_what_means_that_another_process_has_left(monkeypatch, capsys, text, peer):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("utils.core.run_script.leave", sys.exit)
+
+    def fails():
+        raise RuntimeError(text)
+
+    with pytest.raises(SystemExit if peer else RuntimeError):
+        run_script(fails, "main.py")
+    assert ("another process of this run has ended" in capsys.readouterr().err) == peer
+
+
+class Writes(io.RawIOBase):
+    """A file that keeps each call of the operating system apart."""
+
+    def __init__(self):
+        self.calls = []
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        self.calls.append(bytes(data))
+        return len(data)
+
+
+def test_a_line_is_one_write_where_python_does_not_buffer():
+    """Otherwise the lines of the processes of torchrun, which share one stdout, mix."""
+    raw = Writes()
+    print_line("run folder: a", io.TextIOWrapper(raw, write_through=True))
+    assert [call for call in raw.calls if call] == [b"run folder: a\n"]
+
+
+PROGRAMS = [p.stem for p in (*ROOT.glob("*.py"), *ROOT.glob("scripts/**/*.py")) if "run_script(" in p.read_text()]
+SPINS = [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
+
+
+@pytest.mark.parametrize("script", PROGRAMS)
+@pytest.mark.parametrize(("given", "expected"), SPINS)
+def test_how_long_threads_spin_is_set_before_torch_is_imported(script, given, expected):
+    code = f"""
+import os, sys
+sys.path[:0] = ["scripts", "scripts/dev", "scripts/tables"]
+class Watch:
+    def find_spec(name, path=None, target=None):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"))
+            sys.exit()
+sys.meta_path.insert(0, Watch)
+import {script}
+"""
+    env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | given
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == [expected]

@@ -1,0 +1,109 @@
+"""Reading NumPy arrays, `.npy` and `.npz`, without unpickling and without trusting their headers."""
+
+import warnings
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils.core.errors import UserError, one_line
+from utils.core.files import check_file
+
+MAX_PACKED = 256 << 20  # bytes; up to this unpacked size any compression ratio is accepted
+LEAST_SIDE = 5  # pixels; a narrower side may be an axis of channels
+MAX_RATIO = 100  # the highest ratio above that size; images seldom compress by 10
+
+
+def read_npy(path: Path, flag: str) -> np.ndarray:
+    """Memory-map a `.npy` array (copy-on-write). Raises `UserError` for anything but a plain array."""
+    path = check_file(path, flag)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return np.lib.format.open_memmap(path, mode="c")
+    except Exception as error:
+        raise UserError(f"{flag}: cannot read {path} as a .npy array: {one_line(error)}") from None
+
+
+def read_npz(path: Path, keys: Sequence[str], flag: str) -> list[np.ndarray]:
+    """Read the arrays `keys` of an `.npz` file. Raises `UserError` naming the missing key or the damage."""
+    path = check_file(path, flag)
+    try:
+        with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            names = archive.namelist()
+            for key in keys:
+                if f"{key}.npy" not in names:
+                    has = ", ".join(sorted(n.removesuffix(".npy") for n in names)[:10]) or "nothing"
+                    raise UserError(
+                        f"{flag}: {path} has no key {key!r}; it needs {', '.join(keys)} and has {one_line(has)}"
+                    )
+            members = [archive.getinfo(f"{key}.npy") for key in keys]
+            _check_sizes(members, path.stat().st_size)
+            return [_read_member(archive, member) for member in members]
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{flag}: cannot read {path} as an .npz file: {one_line(error)}") from None
+
+
+def _check_sizes(members: Sequence[zipfile.ZipInfo], size: int) -> None:
+    """Refuse members that claim more bytes than the file can hold, or than fit into free memory."""
+    unpacked, packed = sum(m.file_size for m in members), sum(m.compress_size for m in members)
+    if packed > size or any(m.compress_type == zipfile.ZIP_STORED and m.file_size > size for m in members):
+        raise ValueError("an array claims more bytes than the file has")
+    if unpacked > MAX_PACKED and unpacked > MAX_RATIO * packed:
+        raise ValueError(f"its arrays claim {unpacked} bytes, packed into {packed}: images do not compress that well")
+    if unpacked > free_memory():
+        raise ValueError(f"its arrays need {unpacked >> 20} MB of memory and {free_memory() >> 20} MB are free")
+
+
+def free_memory() -> int:
+    """Bytes of memory that are free without swapping; `1 << 62` where this is unknown."""
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return 1 << 62
+
+
+def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    """Read one array; its header is first checked against its size, so a false header cannot make numpy allocate."""
+    with archive.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(member)
+        if dtype.hasobject:
+            raise ValueError(f"{info.filename} holds Python objects")
+        claimed = int(np.prod([int(s) for s in shape], dtype=object)) * dtype.itemsize
+        if min(shape, default=0) < 0 or claimed != info.file_size - member.tell():
+            raise ValueError(f"{info.filename} claims {claimed} bytes and has {info.file_size - member.tell()}")
+    with archive.open(info) as member:
+        array = np.lib.format.read_array(member, allow_pickle=False)
+        if member.read(1):  # also makes zipfile compare the checksum of what was read
+            raise ValueError(f"{info.filename} has more bytes than its header says")
+        return array
+
+
+def images_to_nchw(array: np.ndarray, path: Path, flag: str) -> torch.Tensor:
+    """uint8 `[N, H, W]`, `[N, H, W, 1]` or `[N, H, W, 3]` as a view `[N, C, H, W]`.
+
+    Raises:
+        UserError: for other arrays, and for shapes that can be read in several ways, as `[32, 32, 3]`: one picture in
+            colour, or 32 grey ones of 32×3.
+    """
+    accepted = "it must be uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3]"
+    found = f"{flag}: {path} holds {array.dtype} {list(array.shape)}"
+    shape_ok = array.ndim == 3 or (array.ndim == 4 and array.shape[3] in (1, 3))
+    if array.dtype != np.uint8 or not shape_ok or 0 in array.shape:
+        raise UserError(f"{found}; {accepted}")
+    if min(array.shape[1:3]) < LEAST_SIDE or (array.ndim == 3 and array.shape[0] in (3, 4)):
+        one = "one picture, or several" if array.ndim == 3 else "[N, H, W, C] or [N, C, H, W]"
+        raise UserError(
+            f"{found}, which may be {one}; {accepted}, with sides of {LEAST_SIDE} pixels or more; 3 or 4 grey images "
+            "as [N, H, W, 1]"
+        )
+    images = torch.from_numpy(array)
+    return images.unsqueeze(1) if array.ndim == 3 else images.permute(0, 3, 1, 2)

@@ -1,0 +1,184 @@
+"""Reading `.pt` files without unpickling them, and fingerprints of tensors."""
+
+import hashlib
+import io
+import os
+import pickletools
+import warnings
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+
+from utils.core.arrays import MAX_PACKED
+from utils.core.errors import UserError, one_line
+from utils.core.files import check_file
+
+MAX_PICKLE = 4 << 20  # bytes of the pickle in a `.pt`: it describes the tensors, without their values
+PLAIN_TENSORS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+PLAIN_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+class _NumberType:
+    """Replaces `numpy.dtype` in published `.pt` files, which hold accuracies as numpy scalars."""
+
+    def __init__(self, code: str, *_: bool):
+        if code not in ("f2", "f4", "f8", "i4", "i8", "b1"):
+            raise ValueError(f"numpy type {code!r:.40} is not read")
+        self.code = code
+
+    def __setstate__(self, state: tuple) -> None:
+        if state[1] not in ("<", "|"):
+            raise ValueError("numbers of another byte order are not read")
+
+
+def _number(kind: _NumberType, data: bytes) -> float | int | bool:
+    """Replaces `numpy…multiarray.scalar`; returns a plain number."""
+    return np.frombuffer(data, "<" + kind.code, count=1)[0].item()
+
+
+_NUMPY_SCALARS = [
+    (_number, "numpy._core.multiarray.scalar"),
+    (_number, "numpy.core.multiarray.scalar"),
+    (_NumberType, "numpy.dtype"),
+]
+_KINDS = ("Half", "BFloat16", "Float", "Double", "Byte", "Char", "Short", "Int", "Long", "Bool")
+_STORED_GLOBALS = {
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+    "torch.storage UntypedStorage",
+    "collections OrderedDict",
+    "_codecs encode",  # restores the bytes of numpy scalars
+    *(name.replace(".scalar", " scalar").replace("numpy.dtype", "numpy dtype") for _, name in _NUMPY_SCALARS),
+    *(f"torch {kind}Storage" for kind in _KINDS),
+    *(f"torch Complex{kind}Storage" for kind in ("Float", "Double")),
+}
+
+
+def read_pt(path: Path, what: str, check_crc: bool = False, mmap: bool = False) -> object:
+    """Load a `torch.save` file on the CPU, executing no code: dense tensors, plain values and numpy scalars only.
+
+    Numpy scalars become plain numbers. The calls and allocations in the file are checked before it is loaded; with
+    `check_crc` so are its checksums, which torch does not compare. With `mmap` tensor values stay on the disk until
+    they are used.
+
+    Raises:
+        UserError: when the file is missing, damaged, or holds anything else.
+    """
+    path = check_file(path, what)
+    try:
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _check_archive(file, check_crc) if file.read(2) == b"PK" else _check_old_format(file)
+            file.seek(0)
+            with torch.serialization.safe_globals(_NUMPY_SCALARS):
+                mmap = mmap and _is_utf8(path)  # torch maps by name, and knows no other names
+                source = str(path) if mmap else file
+                value = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+            _check_tensors(value, path.stat().st_size)
+            return value
+    except Exception as error:  # a damaged file can raise any error in the reader
+        reason = one_line(error)
+        if "Weights only load failed" in str(error):
+            reason = _FOREIGN
+        raise UserError(f"{what}: cannot read {path}: {reason}. Write it again with the stage that makes it") from None
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        return bool(str(path).encode())
+    except UnicodeEncodeError:
+        return False
+
+
+_FOREIGN = "it holds objects other than tensors and plain values, or is damaged; it was not executed"
+
+
+def _check_archive(file: BinaryIO, check_crc: bool) -> None:
+    """Refuse archives that torch did not write: compressed or overlapping members, or bytes after the member list."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(size - 22, 0))
+    if file.read(4) != b"PK\5\6":  # else torch and zipfile could find different lists of members
+        raise ValueError("it is truncated or damaged")
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        if len({m.filename for m in members}) != len(members) or any(m.compress_type for m in members):
+            raise ValueError("its members are compressed or duplicated, which torch never writes")
+        if sum(m.file_size for m in members) > size:
+            raise ValueError("a member claims more bytes than the file has")
+        pickles = [m for m in members if m.filename.endswith("/data.pkl")]
+        if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE:
+            raise ValueError("it holds no list of tensors, or an oversized one")
+        _check_pickle(io.BytesIO(archive.read(pickles[0])))
+        if check_crc and archive.testzip() is not None:
+            raise ValueError("its checksums are wrong")
+
+
+def _check_old_format(file: BinaryIO) -> None:
+    """Check a file written before PyTorch 1.6: five pickles, then the values of the tensors."""
+    file.seek(0)
+    start = io.BytesIO(file.read(MAX_PICKLE))
+    for _ in range(5):
+        _check_pickle(start)
+
+
+def _check_pickle(stream: BinaryIO) -> None:
+    """Scan a pickle's opcodes without executing them; refuse unknown names, and content that would expand in memory."""
+    calls, longest, builds, before = 0, 0, 0, ""
+    for op, arg, _ in pickletools.genops(stream):
+        if op.name in ("GLOBAL", "STACK_GLOBAL", "INST") and arg not in _STORED_GLOBALS:
+            raise ValueError(_FOREIGN)
+        if isinstance(arg, (str, bytes)):
+            longest = max(longest, len(arg))
+        calls += op.name == "REDUCE"
+        builds += op.name == "BUILD"
+        if op.name == "REDUCE" and before == "TUPLE1":  # a few bytes could copy a large list
+            raise ValueError(_FOREIGN)
+        if "PUT" not in op.name:
+            before = op.name
+    if calls * longest > MAX_PACKED or builds > 256:
+        raise ValueError("it is far larger in memory than on disk")
+
+
+def _check_tensors(value: object, size: int) -> None:
+    """Refuse tensors, at any nesting, that are not dense, not on the CPU, or larger than their storage or the file."""
+    for tensor in _tensors(value):
+        if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+            raise ValueError(f"it holds a {tensor.layout} tensor on {tensor.device}; only dense ones are read")
+        stored = tensor.untyped_storage().nbytes()
+        if stored > size or tensor.numel() * tensor.element_size() > stored:
+            raise ValueError(f"a tensor claims the shape {one_line(list(tensor.shape))} and has {stored} bytes")
+
+
+def _tensors(value: object) -> Iterator[torch.Tensor]:
+    """Yield every tensor in nested lists, tuples and dicts, which may contain themselves."""
+    todo, seen = [value], set()
+    while todo:
+        item = todo.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            yield item
+        elif isinstance(item, dict):
+            todo += [*item.keys(), *item.values()]
+        elif isinstance(item, (list, tuple)):
+            todo += item
+
+
+def fingerprint(tensors: Iterable[torch.Tensor | None]) -> str:
+    """SHA-256 of the dtypes, shapes and values of tensors (None counts as a value), in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        if tensor is None:
+            digest.update(b"none")
+        else:
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            plain = tensor.detach().cpu().contiguous()
+            digest.update(
+                (plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain).numpy()
+            )  # no such in numpy
+    return digest.hexdigest()

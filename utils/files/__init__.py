@@ -1,1 +1,0 @@
-"""Safe file access: atomic writes; tensors, arrays and images are read without executing pickles."""

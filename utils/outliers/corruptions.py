@@ -1,0 +1,213 @@
+"""Corruptions that turn training images into pseudo-outliers (POE); images are `[N, C, H, W]` in [0, 1]."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from utils.compute.transfer import Draw, product_dtype, send
+from utils.core.errors import UserError, unknown_name
+from utils.core.rng import draw_seed, noise
+
+PIXELATE = 0.2
+DEFAULT_CORRUPTIONS = ("jigsaw", "invert", "pixelate", "gauss-speckle")
+
+
+def jigsaw(images: torch.Tensor) -> torch.Tensor:
+    """Rearrange the quadrants, the upper two with swapped halves; a last odd row or column stays in place."""
+    height, width = images.shape[2:]
+    half, half_w = height // 2, width // 2
+    quarter, quarter_w = height // 4, width // 4
+    bottom, right = 2 * half, 2 * half_w
+    a, b = images[..., quarter:half, :half_w], images[..., :quarter, :half_w]
+    d, e = images[..., half:bottom, :half_w], images[..., half:bottom, half_w:right]
+    f, g = images[..., :half, half_w + quarter_w : right], images[..., :half, half_w : half_w + quarter_w]
+    upper = torch.cat([torch.cat([a, b], 2), d], 3)
+    lower = torch.cat([e, torch.cat([f, g], 3)], 3)
+    out = images.clone()
+    out[..., :bottom, :right] = torch.cat([upper, lower], 2)
+    return out
+
+
+def invert(images: torch.Tensor) -> torch.Tensor:
+    """Channels 1 and 2 become 1-x, channel 0 stays; one-channel images become 1-x."""
+    if images.shape[1] == 1:
+        return 1 - images
+    return torch.cat([images[:, :1], 1 - images[:, 1:]], 1)
+
+
+def _box_weights(length: int, out: int) -> torch.Tensor:
+    """`[out, length]`: the averaging weights of PIL's box filter, which selects whole pixels by their centres."""
+    scale = length / out
+    support = 0.5 * max(scale, 1.0)
+    weights = torch.zeros(out, length)
+    for i in range(out):
+        centre = (i + 0.5) * scale
+        first, last = max(int(centre - support + 0.5), 0), min(int(centre + support + 0.5), length)
+        weights[i, first:last] = 1 / (last - first)
+    return weights
+
+
+def pixelate(images: torch.Tensor) -> torch.Tensor:
+    """Box-average down to a fifth of the size, then enlarge to nearest pixels (`PIL.Image.BOX` twice)."""
+    dtype = product_dtype(images.dtype, images.device)
+    rows, columns = (_pixelate_weights(side, dtype, images.device) for side in images.shape[2:])
+    return (rows @ images.to(dtype) @ columns.T).to(images.dtype)
+
+
+@lru_cache
+def _pixelate_weights(length: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`[length, length]`: down to a fifth and up again, along one side."""
+    small = max(int(PIXELATE * length), 1)
+    return (_box_weights(small, length) @ _box_weights(length, small)).to(device, dtype)
+
+
+def rgb_ghost(images: torch.Tensor) -> torch.Tensor:
+    """Channels (1 mirrored left-right, 2, 0); one channel: mirrored."""
+    if images.shape[1] == 1:
+        return images.flip(3)
+    return torch.stack([images[:, 1].flip(2), images[:, 2], images[:, 0]], 1)
+
+
+def speckle(images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Add noise (of the images' shape) in proportion to each pixel; clipped to [0, 1]."""
+    return (images + images * noise).clamp(0, 1)
+
+
+def average(images: torch.Tensor, partner: torch.Tensor) -> torch.Tensor:
+    """The arithmetic mean of each image and its partner (int64 `[N]`)."""
+    return (images + images[partner]) / 2
+
+
+def geometric_mean(images: torch.Tensor, partner: torch.Tensor) -> torch.Tensor:
+    """The geometric mean of each image and its partner (int64 `[N]`)."""
+    return (images * images[partner]).sqrt()
+
+
+Shape = tuple[int, ...]
+
+
+def _draw_partner(shape: Shape, generator: torch.Generator | None) -> torch.Tensor:
+    """For each image the index of another image of the batch (of itself in a batch of one)."""
+    ring = torch.randperm(shape[0], generator=generator)
+    partner = torch.empty_like(ring)
+    partner[ring] = ring.roll(1)
+    return partner
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A corruption with random values: `draw(shape, generator=g)` makes what `apply` takes beside the images.
+
+    `shape` is `(N, C, H, W)`; what is drawn for a batch is a tensor on the CPU.
+    """
+
+    draw: Callable[..., torch.Tensor]
+    apply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+CORRUPTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor] | Drawn] = {
+    "jigsaw": jigsaw,
+    "invert": invert,
+    "pixelate": pixelate,
+    "rgb-ghost": rgb_ghost,
+    "gauss-speckle": Drawn(torch.randn, speckle),
+    "uniform-speckle": Drawn(torch.rand, speckle),
+    "avg-mean": Drawn(_draw_partner, average),
+    "geo-mean": Drawn(_draw_partner, geometric_mean),
+}
+
+
+NOISES = (torch.randn, torch.rand)  # one number per pixel and channel
+
+
+def needs_partner(name: str) -> bool:
+    """Whether the corruption takes a second image, so that a batch of one would stay as it is."""
+    kind = CORRUPTIONS[name]
+    return isinstance(kind, Drawn) and kind.draw is _draw_partner
+
+
+@dataclass(frozen=True)
+class Corruption(Draw):
+    """One draw of a corruption for a batch.
+
+    `drawn`: its random values, if any; for noise on a GPU, the seed from which it is drawn there.
+    """
+
+    name: str
+    drawn: torch.Tensor | int | None
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        kind = CORRUPTIONS[self.name]
+        if not isinstance(kind, Drawn):
+            return kind(images)
+        if isinstance(self.drawn, int):
+            return kind.apply(images, noise(kind.draw, images.shape, self.drawn, images.device).to(images.dtype))
+        return kind.apply(images, send(self.drawn, images.device))
+
+
+@dataclass(frozen=True)
+class MixedCorruption(Draw):
+    """A corruption for each image of a batch: `parts[i]` is applied to the images `taken[i]` and changes `rows[i]`.
+
+    Both are int64; `taken[i]` begins with `rows[i]`, and may go on with a partner of a single image.
+    """
+
+    rows: list[torch.Tensor]
+    taken: list[torch.Tensor]
+    parts: list[Corruption]
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        out = images.clone()
+        for rows, taken, part in zip(self.rows, self.taken, self.parts, strict=True):
+            out[send(rows, images.device)] = part(images[send(taken, images.device)])[: len(rows)]
+        return out
+
+
+def corrupt(images: torch.Tensor, name: str, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Corrupt a batch of images.
+
+    Args:
+        images: `[N, C, H, W]` in [0, 1], one or three channels.
+        name: one of `CORRUPTIONS`.
+        generator: a CPU generator for random corruptions; default: torch's global one.
+    Returns:
+        Images of the same shape in [0, 1]; the input is not changed.
+    Raises:
+        UserError: for an unknown name.
+    """
+    if name not in CORRUPTIONS:
+        raise UserError(unknown_name("corruption", name, CORRUPTIONS))
+    return draw_corruption(name, tuple(images.shape), generator, torch.device("cpu"))(images)
+
+
+def draw_corruption(name: str, shape: Shape, generator: torch.Generator | None, device: torch.device) -> Corruption:
+    """Draw the corruption `name` (of `CORRUPTIONS`) for a batch of `shape` `[N, C, H, W]` on `device`."""
+    kind = CORRUPTIONS[name]
+    if not isinstance(kind, Drawn):
+        return Corruption(name, None)
+    if kind.draw in NOISES and device.type != "cpu":
+        return Corruption(name, draw_seed(generator))
+    return Corruption(name, kind.draw(shape, generator=generator))
+
+
+def draw_mixed(names: Sequence[str], shape: Shape, generator: torch.Generator, device: torch.device) -> MixedCorruption:
+    """Draw one of `names` for each image of a batch of `shape` `[N, C, H, W]` on `device`, all equally likely."""
+    which = torch.randint(len(names), shape[:1], generator=generator)
+    rows = [(which == i).nonzero().flatten() for i in range(len(names))]
+    used = [(name, index) for name, index in zip(names, rows, strict=True) if len(index)]
+    taken = [_with_partner(index, shape[0], generator) if needs_partner(name) else index for name, index in used]
+    parts = [
+        draw_corruption(name, (len(index), *shape[1:]), generator, device)
+        for (name, _), index in zip(used, taken, strict=True)
+    ]
+    return MixedCorruption([index for _, index in used], taken, parts)
+
+
+def _with_partner(rows: torch.Tensor, total: int, generator: torch.Generator) -> torch.Tensor:
+    """`rows` of a batch of `total`; a single one is followed by another row, if there is any."""
+    if len(rows) > 1 or total == 1:
+        return rows
+    other = torch.randint(total - 1, (1,), generator=generator)
+    return torch.cat([rows, other + (other >= rows)])

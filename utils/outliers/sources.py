@@ -1,0 +1,235 @@
+"""Sources of outliers: a pool of real images (OE), or corrupted training images (POE)."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils.compute import distributed
+from utils.compute.transfer import Draw, send
+from utils.core.errors import UserError
+from utils.core.images import ImageReader
+from utils.core.pixels import conform
+from utils.core.rng import generator as keyed_generator
+from utils.core.torch_files import fingerprint
+from utils.data.datasets import RealData
+from utils.data.download import TINYIMAGES, fetch_tinyimages
+from utils.outliers.corruptions import (
+    DEFAULT_CORRUPTIONS,
+    Corruption,
+    MixedCorruption,
+    draw_corruption,
+    draw_mixed,
+    needs_partner,
+)
+
+
+def distinct(total: int, n: int, generator: torch.Generator) -> torch.Tensor:
+    """`n` distinct indices below `total` (all of them if there are no more) in random order, int64 `[min(n, total)]`.
+
+    If `n` is small against `total`, indices are drawn with repetition until `n` distinct ones are found; this needs no
+    memory of length `total`, and every order is equally likely.
+    """
+    if 4 * n >= total:
+        return torch.randperm(total, generator=generator)[:n]
+    drawn = np.empty(0, np.int64)
+    while len(drawn) < n:
+        more = torch.randint(total, (n,), generator=generator).numpy()
+        drawn = np.concatenate([drawn, more])
+        drawn = drawn[np.sort(np.unique(drawn, return_index=True)[1])]
+    return torch.from_numpy(drawn[:n])
+
+
+@dataclass(frozen=True)
+class OutlierBatch(Draw):
+    """The random part of a batch of outliers: image indices (int64), and the corruption.
+
+    `kept`: how many of them are outliers of the batch; the others are partners of a corruption. None: all.
+    """
+
+    index: torch.Tensor
+    corruption: Corruption | MixedCorruption | None = None
+    kept: int | None = None
+
+
+class OutlierSource(ABC):
+    """A source of outliers for the class slots; `notice` is a line for the log, or empty."""
+
+    notice: str
+
+    @abstractmethod
+    def per_slot(self) -> int:
+        """How many different outliers a slot has."""
+
+    @abstractmethod
+    def choose(self, slot: int, n: int, generator: torch.Generator) -> OutlierBatch:
+        """Draw `n` distinct outliers of a slot, or all if there are fewer."""
+
+    @abstractmethod
+    def batch(self, drawn: OutlierBatch) -> torch.Tensor:
+        """The drawn outliers, normalised `[n, C, H, W]`, on the device of the real data."""
+
+    def draw(self, slot: int, n: int, generator: torch.Generator) -> torch.Tensor:
+        """`choose`, then `batch`."""
+        return self.batch(self.choose(slot, n, generator))
+
+    @abstractmethod
+    def describe(self) -> dict:
+        """Plain values that identify this source: its `kind`, `oe` or `poe`, and its content."""
+
+    def fingerprint(self) -> str | None:
+        """SHA-256 of the images that are read in addition to the real data; None if there are none."""
+        return None
+
+
+@dataclass(frozen=True)
+class PseudoOutliers(OutlierSource):
+    """POE: slot c uses training images with corruption `c mod len(corruptions)`, or with `mixed` any of them.
+
+    Only the drawn batch is corrupted.
+    """
+
+    real: RealData
+    corruptions: tuple[str, ...] = DEFAULT_CORRUPTIONS
+    mixed: bool = False
+    notice: str = ""
+
+    def describe(self) -> dict:
+        """The corruptions, in the order of the slots, and whether they are mixed."""
+        return {"kind": "poe", "corruptions": list(self.corruptions)} | ({"mixed": True} if self.mixed else {})
+
+    def per_slot(self) -> int:
+        """As many as there are training images."""
+        return len(self.real.images_train)
+
+    def choose(self, slot: int, n: int, generator: torch.Generator) -> OutlierBatch:
+        """Draw `n` distinct training images of any class (all if there are fewer), and their corruption.
+
+        To a single one whose corruption is a mean of two images, a partner is drawn, too.
+        """
+        names = self.corruptions if self.mixed else (self.corruptions[slot % len(self.corruptions)],)
+        alone = n == 1 and any(map(needs_partner, names))
+        index = distinct(len(self.real.images_train), 2 if alone else n, generator)
+        shape = (len(index), *self.real.images_train.shape[1:])
+        if self.mixed:
+            corruption = draw_mixed(names, shape, generator, self.real.device)
+        else:
+            corruption = draw_corruption(names[0], shape, generator, self.real.device)
+        return OutlierBatch(index, corruption, 1 if alone else None)
+
+    def batch(self, drawn: OutlierBatch) -> torch.Tensor:
+        """The drawn training images, corrupted and normalised."""
+        return self.real.normalize(drawn.corruption(self.real.unit_train(drawn.index))[: drawn.kept])
+
+
+@dataclass(frozen=True)
+class OutlierPool(OutlierSource):
+    """OE: disjoint random slices of a pool of images, one for each class slot.
+
+    `images`: uint8 `[N, C, H, W]`, possibly memory-mapped; `slices`: int64 indices `[num_classes, per_slot]`; `sample`:
+    fingerprint of some images of the whole pool.
+    """
+
+    real: RealData
+    images: torch.Tensor
+    slices: torch.Tensor
+    notice: str = ""
+    sample: str = ""
+
+    def describe(self) -> dict:
+        """The fingerprint of some images of the pool."""
+        return {"kind": "oe", "sample": self.sample}
+
+    def per_slot(self) -> int:
+        """The length of a slice."""
+        return self.slices.shape[1]
+
+    def choose(self, slot: int, n: int, generator: torch.Generator) -> OutlierBatch:
+        """Draw `n` distinct images of the slot's slice (all if it has fewer)."""
+        return OutlierBatch(self.slices[slot][distinct(self.per_slot(), n, generator)])
+
+    def batch(self, drawn: OutlierBatch) -> torch.Tensor:
+        """The drawn images, converted with `conform` and normalised."""
+        images = self.images.index_select(0, send(drawn.index, self.images.device))
+        return self.real.normalize(conform(images, self.real.channel, self.real.im_size))
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the images of all slices, in their order."""
+        return fingerprint(self.images[indices.to(self.images.device)] for indices in self.slices)
+
+
+@dataclass(frozen=True)
+class FreshOutliers:
+    """Outliers that are made anew whenever they are asked for: `per_slot` of each of the `num_slots` class slots."""
+
+    source: OutlierSource
+    num_slots: int
+    per_slot: int
+
+    @property
+    def count(self) -> int:
+        """How many are made together."""
+        return self.num_slots * self.per_slot
+
+    def make(self, generator: torch.Generator) -> torch.Tensor:
+        """Draw them, normalised `[count, C, H, W]`, sorted by slot; a slot that has fewer repeats some."""
+        return torch.cat([draw_repeated(self.source, slot, self.per_slot, generator) for slot in range(self.num_slots)])
+
+
+def draw_repeated(source: OutlierSource, slot: int, n: int, generator: torch.Generator) -> torch.Tensor:
+    """Exactly `n` outliers of a slot, normalised `[n, C, H, W]`: repeated where the source has fewer."""
+    batch = source.draw(slot, n, generator)
+    return batch[torch.arange(n) % len(batch)]
+
+
+def initial_outliers(source: OutlierSource, num_slots: int, per_slot: int, seed: int, exp: int) -> torch.Tensor:
+    """The outliers that experiment `exp` of a distillation with `--init real` starts from, normalised.
+
+    Returns:
+        `[num_slots·per_slot, C, H, W]`, sorted by slot.
+    """
+    keys = [keyed_generator(seed, "match", exp, "initial", "outliers", slot) for slot in range(num_slots)]
+    return torch.cat([draw_repeated(source, slot, per_slot, g) for slot, g in enumerate(keys)])
+
+
+def load_outlier_pool(
+    path: str | Path, real: RealData, per_slot: int, seed: int, download: bool = False
+) -> OutlierPool:
+    """Read a pool and cut a random permutation of it into `num_classes` disjoint slices of `per_slot`.
+
+    A pool too small for that is cut into slices of `N // num_classes`; `notice` reports this. With `download` a missing
+    `300K_random_images.npy` is downloaded.
+    """
+    path = Path(path)
+    if download and path.name == TINYIMAGES:
+        if distributed.anywhere(not path.exists()):
+            fetch_tinyimages(path)
+    elif not path.exists():
+        fetch = f", or let --download all fetch {TINYIMAGES} (pip install pytorch-ood)"
+        raise UserError(
+            f"--oe_data_path: {path} is not there; give a .npy (uint8 NHWC), an .npz (key images) or a folder of "
+            f"images{fetch if path.name == TINYIMAGES else ''}"
+        )
+    reader = ImageReader("--oe_data_path", real.pixel_max)
+    images = reader.folder_or_array(path, real.channel, real.im_size)
+    fits = len(images) // real.num_classes
+    if not fits:
+        raise UserError(
+            f"--oe_data_path: {path} has {len(images)} images; {real.num_classes} classes need at least one each"
+        )
+    notices = [*reader.notes()]
+    if fits < per_slot:
+        notices.append(
+            f"{path} has {len(images)} images, too few for {per_slot} per class: the slices shrink to {fits} "
+            f"(N // num_classes = {len(images)} // {real.num_classes})"
+        )
+        per_slot = fits
+    order = torch.randperm(len(images), generator=keyed_generator(seed, "outlier slices"))
+    slices = order[: real.num_classes * per_slot].view(real.num_classes, per_slot)
+    sample = fingerprint([images[:: max(1, len(images) // 100)]])
+    if real.device.type == "cuda":  # copy all images that are used to the GPU
+        images = images[slices.flatten()].to(real.device)
+        slices = torch.arange(slices.numel()).view_as(slices)
+    return OutlierPool(real, images, slices, "; ".join(notices), sample)

@@ -1,0 +1,104 @@
+"""Features of trained networks, in which coresets are chosen."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from networks import get_network
+from utils.compute.compiling import Workload, batches
+from utils.compute.device import choose_compute, kept_precision
+from utils.core.errors import UserError
+from utils.core.files import save_pt
+from utils.core.rng import generator
+from utils.data.datasets import RealData
+from utils.data.synthetic import SyntheticSet
+from utils.training.saved_networks import load_network
+from utils.training.trainer import Trainer, TrainSettings
+
+BATCH = 250
+WHOLE_EPOCHS = 30  # of the whole training set
+SMALL_EPOCHS = 300  # of a small set, whose features choose outliers
+
+
+@torch.no_grad()
+def unit_features(net: nn.Module, take: Callable[[torch.Tensor], torch.Tensor], index: torch.Tensor) -> torch.Tensor:
+    """Features of images, each of length 1.
+
+    Args:
+        net: a network with `embed`.
+        take: indices to normalised images `[n, C, H, W]`, on the device of `net`; index: int64 `[N]`.
+    Returns:
+        float32 `[N, D]`.
+    """
+    net.eval()
+    return torch.cat([F.normalize(net.embed(take(part)).flatten(1)) for part in index.split(BATCH)])
+
+
+def whole_set(real: RealData) -> SyntheticSet:
+    """All training images as one set, normalised, float32, on the device of `real`."""
+    parts = torch.arange(len(real.images_train)).split(5000)
+    return SyntheticSet(torch.cat([real.train_batch(part) for part in parts]), real.labels_train)
+
+
+def save_network(path: Path, net: nn.Module) -> None:
+    """Write the weights for `load_network`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make {path.parent}: {error}. Choose another folder with --features or --save_path"
+        ) from None
+    save_pt(path, {name: tensor.cpu() for name, tensor in net.state_dict().items()})
+
+
+@dataclass(frozen=True)
+class FeatureNetworks:
+    """Trains networks in whose features images are chosen; `settings`: but for the epochs."""
+
+    model: str
+    real: RealData
+    settings: TrainSettings
+    seed: int
+    compile_flag: str
+    precision: str
+
+    def train(self, synthetic: SyntheticSet, epochs: int | None = None) -> nn.Module:
+        """A network trained on the labelled images of a set, its weights and epochs drawn from the seed.
+
+        `epochs` left out: as many as suit the size of the set.
+        """
+        epochs = epochs or (SMALL_EPOCHS if len(synthetic.images) < len(self.real.images_train) else WHOLE_EPOCHS)
+        real, key = self.real, ("feature network",)
+        net = get_network(self.model, real.channel, real.num_classes, real.im_size, generator(self.seed, *key))
+        count = len(synthetic.images)
+        steps = epochs * batches(count, self.settings.batch)
+        workload = Workload(epochs * count, steps, "training", epochs * count)
+        shape = (real.channel, *real.im_size)
+        with kept_precision():
+            compute = choose_compute(self.compile_flag, self.precision, real.device, net, shape, workload)
+            net = net.to(real.device)
+            images = synthetic.without_outliers().to(real.device)
+            Trainer(net, replace(self.settings, epochs=epochs), compute).train(images, self.seed, key)
+        return net.eval()
+
+    def for_coresets(self, given: str | None, cache: Path) -> nn.Module:
+        """The network of the file `given`, or one that is trained on the whole training set once and kept.
+
+        It is kept in the folder `given`, or in `cache`.
+        """
+        if given is not None and given.endswith(".pt"):
+            return load_network(Path(given), self.model, self.real, "--features")
+        cache = cache if given is None else Path(given)
+        about = f"{self.real.fingerprint()} {replace(self.settings, epochs=WHOLE_EPOCHS)} {self.seed}"
+        about += " whitened" if self.real.zca is not None else ""
+        path = cache / f"{self.real.name}_{self.model}_{hashlib.sha256(about.encode()).hexdigest()[:12]}.pt"
+        if path.is_file():
+            return load_network(path, self.model, self.real, "--features")
+        net = self.train(whole_set(self.real), WHOLE_EPOCHS)
+        save_network(path, net)
+        return net
