@@ -241,6 +241,8 @@ class _Decoder:
         height, width = self.im_size
         if (whole.height, whole.width) != (height, width):
             top, left, h, w = centre_box((whole.height, whole.width), (height, width))
+            if (h, w) != (whole.height, whole.width):
+                self._note(f"are cut to their centre, as they are not {width}:{height} in shape", path)
             part = whole.crop((left, top, left + w, top + h))  # `resize(box=…)` would mix in pixels from outside
             whole = part.resize((width, height), Image.Resampling.BILINEAR)
         return np.asarray(whole, dtype=np.uint8).reshape(height, width, self.channel)

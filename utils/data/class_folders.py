@@ -30,7 +30,10 @@ def read_class_folders(
     in_file = _annotates(test, classes)
     extra = [] if in_file else [name for name in _class_folders(test) if name not in classes]
     if len(classes) < 2 or extra:
-        raise UserError(f"{FLAG}: {train} has {len(classes)} classes; {test} has others: {', '.join(extra) or 'none'}")
+        raise UserError(
+            f"{FLAG}: {train} has {len(classes)} classes ({named(classes, 5) or 'none'}); {test} has others: "
+            f"{named(extra, 5) or 'none'}. Both need the same names, and two classes or more"
+        )
     tree = data_path.resolve()
     found: dict[Path, list[tuple[Path, int]]] = {}
     for folder in (train, test):

@@ -251,5 +251,5 @@ def _start(flags: dict, choice: Choice, chosen: TrainingSet, real: RealData, abo
         run.log(line)
     if flags["dsa_strategy"] and METHODS[flags["method"]].augmentation == "unused":
         run.log(f"--dsa_strategy {flags['dsa_strategy']} is not used by --method {flags['method']}")
-    run.log(f"the best checkpoint is chosen by accuracy on the test set, every {TEST_INTERVAL} epochs")
+    run.log(f"the best checkpoint is chosen on the test set, by tests every {TEST_INTERVAL} epochs and after the last")
     return run

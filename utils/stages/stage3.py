@@ -185,8 +185,9 @@ def _which_checkpoints(folder: Path, args: argparse.Namespace) -> tuple[str, str
         which = f"epoch{args.epoch_train}"
     if which not in of_all:
         has = sum(which in names for names in kept.values())
-        others = [f"--epoch_train {epoch}" for epoch in epochs_of(first)] + ["--is_load_best"] * ("best" in first)
-        choose = f"choose what the first network has: {', '.join(others)}"
+        others = [f"--epoch_train {epoch}" for epoch in epochs_of(first - {which})]
+        others += ["--is_load_best"] * ("best" in first - {which})
+        choose = f"choose what the first network has: {', '.join(others)}" if others else "lower --num_exp"
         if has:
             raise UserError(
                 f"--num_exp {args.num_exp}: {folder} has {has} networks of the kind {which}. Lower --num_exp, train "

@@ -293,8 +293,8 @@ def test_the_commit_is_that_of_this_code(tmp_path):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from utils.compute.version import git_commit; print(git_commit())"
     )
-    (tmp_path / "copy" / "utils" / "core").mkdir(parents=True)
-    for name in ("__init__.py", "core/__init__.py", "core/version.py"):
+    for name in ("__init__.py", "core/__init__.py", "core/errors.py", "compute/__init__.py", "compute/version.py"):
+        (tmp_path / "copy" / "utils" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / "utils" / name, tmp_path / "copy" / "utils" / name)
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "another"]):

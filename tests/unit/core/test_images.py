@@ -108,6 +108,7 @@ def test_cut_without_resampling_is_the_same(tmp_path):
     of_files, of_array = read(tmp_path / "files")[0] / 255, conform(read(tmp_path / "array.npy")[0], 3, (8, 8))
     torch.testing.assert_close(of_files, of_array, atol=1e-6, rtol=0)
     np.testing.assert_allclose(of_array.permute(0, 2, 3, 1).numpy() * 255, pictures[:, :, 2:10], atol=1e-4)
+    assert "5 of the images are cut to their centre, as they are not 8:8 in shape" in read(tmp_path / "files")[1]
 
 
 def test_centre_box():
