@@ -1,4 +1,4 @@
-"""Stage 1, plain: distil a data set into a few synthetic images per class.
+r"""Stage 1, plain: distil a data set into a few synthetic images per class.
 
     python main.py --dataset CIFAR10 --model ConvNet --ipc 10 --init real --method DSA \
         --dsa_strategy color_crop_cutout_flip_scale_rotate
@@ -15,7 +15,7 @@ from utils.stages.stage1 import run_stage1
 
 def get_args_parser() -> Parser:
     """The flags of this script."""
-    parser = Parser(description="Distil a data set (no outliers).")
+    parser = Parser(__doc__.split("\n\n")[1], description="Distil a data set (no outliers).")
     arguments.add_stage1(parser, save_path="result")
     add_resume(parser, "iterations")
     return parser

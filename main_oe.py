@@ -1,4 +1,4 @@
-"""Stage 1, TrustDD with outlier exposure: distil images, and outliers from a pool of real ones.
+r"""Stage 1, TrustDD with outlier exposure: distil images, and outliers from a pool of real ones.
 
     python main_oe.py --dataset CIFAR10 --model ConvNet --ipc 10 --init real --method DSA \
         --dsa_strategy color_crop_cutout_flip_scale_rotate --lambda_oe 0.5 --num_oe_per_class 10000
@@ -10,17 +10,15 @@ from utils.core.run_script import run_script
 from utils.outliers.sources import load_outlier_pool
 from utils.runs.resume import add_resume
 from utils.settings import arguments
-from utils.settings.outliers import add_oe, add_outliers
+from utils.settings.outliers import Pool
 from utils.settings.parser import Parser
 from utils.stages.stage1 import run_stage1
 
 
 def get_args_parser() -> Parser:
     """The flags of this script."""
-    parser = Parser(description="Distil a data set and real outliers (OE).")
-    arguments.add_stage1(parser, save_path="result-oe")
-    add_outliers(parser)
-    add_oe(parser)
+    parser = Parser(__doc__.split("\n\n")[1], description="Distil a data set and real outliers (OE).")
+    arguments.add_stage1(parser, "result-oe", Pool)
     add_resume(parser, "iterations")
     return parser
 

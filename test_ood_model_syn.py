@@ -1,4 +1,4 @@
-"""Stage 3: accuracy, error detection and OOD detection of the networks that stage 2 trained.
+r"""Stage 3: accuracy, error detection and OOD detection of the networks that stage 2 trained.
 
     python test_ood_model_syn.py --method DSA --dataset CIFAR10 --model ConvNet --num_exp 5 --ipc 10 --is_load_oe \
         --folder 20230206-232250 --is_load_best
@@ -14,7 +14,9 @@ from utils.stages.stage3 import run_stage3
 
 def get_args_parser() -> Parser:
     """The flags of this script."""
-    parser = Parser(description="Test trained networks: accuracy, error detection, OOD detection.")
+    parser = Parser(
+        __doc__.split("\n\n")[1], description="Test trained networks: accuracy, error detection, OOD detection."
+    )
     arguments.add_stage3(parser)
     return parser
 

@@ -1,4 +1,4 @@
-"""Before stage 1 with --method MTT: train networks on the real set and keep their parameters after every epoch.
+r"""Before stage 1 with --method MTT: train networks on the real set and keep their parameters after every epoch.
 
     python train_experts.py --dataset CIFAR10 --model ConvNet --num_experts 100 \
         --dsa_strategy color_crop_cutout_flip_scale_rotate
@@ -25,7 +25,7 @@ from utils.training.trainer import TEST_BATCH
 
 def get_args_parser() -> Parser:
     """The flags of this script."""
-    parser = Parser(description="Train experts for --method MTT.")
+    parser = Parser(__doc__.split("\n\n")[1], description="Train experts for --method MTT.")
     arguments.add_experts(parser)
     return parser
 

@@ -37,8 +37,10 @@ from utils.report.plots import save_grid
 from utils.report.results import Results, load_results
 from utils.runs.lineage import args_or_nothing, distilled_set_of
 from utils.settings import arguments
+from utils.settings.common import Data
+from utils.settings.fields import add_group
 from utils.settings.parser import Parser, count
-from utils.settings.training_set import add_foreign, assumptions
+from utils.settings.training_set import Foreign, assumptions
 
 SHOWN = 10  # of each class, in the preview
 
@@ -73,8 +75,8 @@ def get_args_parser() -> Parser:
     parser.add_argument("--license", default="unknown", help="licence of the set, as the hub names it, e.g. mit")
     parser.add_argument("--method", default=None, help="method that made the set; left out: that of the run")
     parser.add_argument("--dsa_strategy", default=None, help="augmentation of training; left out: that of the run")
-    arguments.add_data(parser.add_argument_group("data, for sets of other repositories"))
-    add_foreign(parser.add_argument_group("sets of other repositories"))
+    for group in (Data, Foreign):
+        add_group(parser, group)
     return parser
 
 

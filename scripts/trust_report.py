@@ -32,8 +32,10 @@ from utils.ood.detectors import ALL_SCORES, require_library
 from utils.ood.sets import OODSource
 from utils.report.compare import Run, find_runs
 from utils.settings import arguments
+from utils.settings.common import Data, Network
+from utils.settings.fields import add_group
 from utils.settings.parser import Parser, count, number, one_of
-from utils.settings.training_set import add_foreign, assumptions
+from utils.settings.training_set import Foreign, assumptions
 
 BASELINES = ("random", "herding", "kcenter", "whole")
 OUTLIERS = ("distilled", "again", "corrupt", "initial", "kcenter", "real")
@@ -74,9 +76,8 @@ def get_args_parser() -> Parser:
     parser.add_argument("--lambda_oe", type=number(0), default=0.5, help="weight of the outlier loss")
     _add_tests(parser)
     parser.add_argument("--precision", default="tf32", type=one_of("precision", PRECISIONS), help="as in stage 2")
-    arguments.add_network(parser.add_argument_group("network"))
-    arguments.add_data(parser.add_argument_group("data"))
-    add_foreign(parser.add_argument_group("sets of other repositories"))
+    for group in (Network, Data, Foreign):
+        add_group(parser, group)
     return parser
 
 

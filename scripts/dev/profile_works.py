@@ -42,7 +42,8 @@ from utils.methods.trajectory_matching import TrajectoryMatching
 from utils.ood.detectors import Scorer
 from utils.outliers.sources import PseudoOutliers
 from utils.report.tables import markdown_table
-from utils.settings.arguments import add_compute
+from utils.settings.common import Speed
+from utils.settings.fields import add_group
 from utils.settings.parser import Parser, count, one_of
 from utils.training.trainer import Trainer
 
@@ -79,7 +80,7 @@ def get_args_parser() -> Parser:
     parser.add_argument("--works", nargs="+", type=one_of("work", WORKS), default=list(WORKS), help="what to profile")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--out", default=None, help="JSON file to write")
-    add_compute(parser)
+    add_group(parser, Speed)
     parser.set_defaults(compile="on", batch_real=256, outer_loop=1, inner_loop=1, repeats=1)
     return parser
 

@@ -15,13 +15,45 @@ class Parser(argparse.ArgumentParser):
     `preparations`: called before parsing with the parser and the words of the command line.
     `completions`: called after parsing with the parser, the namespace and the given flags (values by name); each
     returns the namespace and the given flags for the next.
+    `needs`: by flag, what must hold of the namespace where it is given, and the message if it does not.
+    `often`: the flags that `--help` shows; if it is empty, all. `--help-all` shows all.
+
+    Args:
+        example: lines that `--help` begins with.
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, example: str = "", **kwargs):
         self.preparations: list[Callable[[Parser, list[str]], None]] = []
-        self.completions: list[Callable] = []
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        self.completions: list[Callable] = [_check_needs]
+        self.needs: dict[str, tuple[Callable[[argparse.Namespace], bool], str]] = {}
+        self.often: set[str] = set()
+        self.example = example
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
+        self.add_argument("--help_all", action=_HelpAll, help=argparse.SUPPRESS)
         self.add_argument("--is_parallel", nargs="?", action=_Refused, help=argparse.SUPPRESS)
+
+    def format_help(self) -> str:
+        """The flags that most people set, or all where none is marked so."""
+        return self._help(self.often)
+
+    def format_help_all(self) -> str:
+        """All flags, in groups."""
+        return self._help(set())
+
+    def _help(self, often: set[str]) -> str:
+        formatter = self._get_formatter()
+        formatter.add_text(self.description)
+        if self.example:
+            formatter.add_text(self.example)
+        groups = [(group.title, group._group_actions) for group in self._action_groups]
+        if often:
+            shown = [action for _, actions in groups for action in actions if action.dest in often]
+            groups = [("what most people set (--help-all shows all flags)", shown)]
+        for title, actions in groups:
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        return formatter.format_help()
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
         """Like argparse, with `_` for `-` in flag names, and with `preparations` and `completions`."""
@@ -30,7 +62,7 @@ class Parser(argparse.ArgumentParser):
         for prepare in self.preparations:
             prepare(self, words)
         namespace, rest = super().parse_known_args(words, namespace)
-        del namespace.is_parallel
+        del namespace.is_parallel, namespace.help_all
         if self.completions and not rest:
             lists = {action.dest for action in self._actions if isinstance(action, argparse._AppendAction)}
             missing = argparse.Namespace(**{name: None if name in lists else _NOT_GIVEN for name in vars(namespace)})
@@ -39,7 +71,8 @@ class Parser(argparse.ArgumentParser):
             given = {n: v for n, v in seen.items() if n in namespace and v is not absent[n not in lists]}
             for complete in self.completions:
                 namespace, given = complete(self, namespace, given)
-            vars(namespace).pop("is_parallel", None)
+            for name in ("is_parallel", "help_all"):
+                vars(namespace).pop(name, None)
         return namespace, rest
 
     def error(self, message: str) -> None:
@@ -48,6 +81,44 @@ class Parser(argparse.ArgumentParser):
 
 
 _NOT_GIVEN = object()
+
+
+class _Help(argparse.HelpFormatter):
+    """Shows defaults, but for None and False, which say nothing; keeps the lines of an example."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=30, width=118)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        default = action.default
+        if default in (None, False, argparse.SUPPRESS) or not action.option_strings or "%(default)" in action.help:
+            return action.help
+        shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else "%(default)s"
+        return f"{action.help} (default: {shown})" if shown != "" else action.help
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text:
+            return "\n".join(indent + line for line in text.splitlines())
+        return super()._fill_text(text, width, indent)
+
+
+class _HelpAll(argparse.Action):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, nargs=0, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(parser.format_help_all(), end="")
+        parser.exit()
+
+
+def _check_needs(parser: Parser, args: argparse.Namespace, given: dict) -> tuple[argparse.Namespace, dict]:
+    """Refuse flags that were given and have no effect; those of a resumed run were checked at its start."""
+    for name in () if getattr(args, "resume", None) else given:
+        if name in parser.needs:
+            holds, why = parser.needs[name]
+            if not holds(args):
+                parser.error(f"--{name}: {why.format_map(vars(args))}")
+    return args, given
 
 
 class _Refused(argparse.Action):

@@ -41,7 +41,7 @@ def test_defaults_of_a_method_hold_where_the_flag_is_not_given():
 
 def test_help_and_log_tell_the_defaults(capsys, in_process):
     with pytest.raises(SystemExit):
-        parsed("--help")
+        parsed("--help-all")
     text = " ".join(capsys.readouterr().out.split())
     assert "(left out: DM: 20000, MTT: 5000; else 1000)" in text
     assert "DC, DSA: distance between gradients" in text

@@ -35,14 +35,21 @@ QUICK = ["--dataset", "Digits", "--model", "ConvNetD1", *DSA]
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help(name, capsys):
     parser = SCRIPTS[name].get_args_parser()
-    with pytest.raises(SystemExit) as stopped:
-        parser.parse_args(["--help"])
-    assert stopped.value.code == 0
-    printed = capsys.readouterr().out
+    printed = {}
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as stopped:
+            parser.parse_args([flag])
+        assert stopped.value.code == 0
+        printed[flag] = capsys.readouterr().out
+    short = printed["--help"].splitlines()
+    assert len(short) <= 40
+    assert short[2].startswith(f"    python {name} --")  # an example
+    assert "(default: None)" not in printed["--help-all"]
+    assert {"--dataset", "--model", "--ipc", "--method", "--save_path"} <= {w for line in short for w in line.split()}
     for action in parser._actions:
         if action.help != "==SUPPRESS==":
             assert action.help, f"{action.dest} has no help text"
-            assert action.option_strings[-1] in printed
+            assert action.option_strings[-1] in printed["--help-all"]
 
 
 def test_help_from_a_real_process(script):

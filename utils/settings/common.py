@@ -1,0 +1,155 @@
+"""Settings that several scripts have: the data, the network, how it computes, and network training."""
+
+import argparse
+from dataclasses import dataclass
+
+from networks import MODEL_NAMES
+from utils.compute.device import PRECISIONS
+from utils.core.errors import UserError
+from utils.data.augment import DSA_ENTRIES, parse_strategy
+from utils.data.datasets import DATASET_NAMES, RealData, load_dataset
+from utils.settings.fields import flag
+from utils.settings.parser import count, number, one_of
+
+DOWNLOADS = ("none", "data", "all")
+COMPILE = ("auto", "on", "off")
+
+
+def strategy(text: str) -> str | None:
+    """A DSA strategy, or None for `None`; the check of `--dsa_strategy`."""
+    if text in ("None", "none", ""):
+        return None
+    try:
+        parse_strategy(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error).split(": ", 1)[1]) from None
+    return text
+
+
+@dataclass(frozen=True)
+class Data:
+    """Data."""
+
+    dataset: str = flag(
+        "CIFAR10",
+        f"one of {', '.join(DATASET_NAMES)}; npz and ImageFolder read your own data",
+        one_of("dataset", DATASET_NAMES),
+        often=True,
+    )
+    data_path: str = flag(
+        "data",
+        "folder of the real data (with --dataset npz: the file); change it to share one copy between clones",
+        often=True,
+    )
+    download: str = flag(
+        "data",
+        "what may be downloaded when it is missing: nothing, the data set, or also outlier and OOD sets (large)",
+        one_of("choice", DOWNLOADS),
+        names=DOWNLOADS,
+        nargs="?",
+        const="all",
+    )
+    zca: bool = flag(
+        False,
+        "whiten the images (ZCA, fitted on the training images) instead of normalising them; in all stages alike",
+    )
+    im_size: int | None = flag(None, "side of the images with --dataset ImageFolder (64 when left out)", count(1))
+    pixel_max: int | None = flag(
+        None,
+        "the value of white in images that use a small part of their type's range, e.g. 4095 for 12 bits in files of "
+        "16; also of outliers and OOD sets; needed only where a message asks for it",
+        count(1),
+    )
+
+
+def read_data(args: argparse.Namespace) -> RealData:
+    """The data set that the flags of `Data` name, on the CPU."""
+    download = args.download != "none"
+    return load_dataset(args.dataset, args.data_path, args.im_size, download, args.zca, args.pixel_max)
+
+
+@dataclass(frozen=True)
+class Network:
+    """Network."""
+
+    model: str = flag(
+        "ConvNet",
+        "the network: ConvNet or a variant (D1 to D4, W32 to W256, AS AR AL ASwish, NN BN LN IN GN, NP MP AP), MLP, "
+        "LeNet, AlexNet, VGG11 to VGG19, ResNet18 to ResNet152; ConvNetW32 suits a laptop",
+        one_of("model", MODEL_NAMES),
+        often=True,
+    )
+    seed: int = flag(1, "fixes everything random; change it for an independent run", int)
+    device: str = flag("auto", "auto (CUDA where there is one), cpu, cuda or cuda:N")
+
+
+@dataclass(frozen=True)
+class Images:
+    """Synthetic images."""
+
+    ipc: int = flag(1, "synthetic images per class", count(1), often=True)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Speed. Results differ by rounding only."""
+
+    compile: str = flag(
+        "auto",
+        "torch.compile; auto compiles a run that is expected to save more time than compiling takes",
+        one_of("choice", COMPILE),
+        names=COMPILE,
+    )
+    precision: str = flag(
+        "tf32",
+        "tf32 and fp32 differ on CUDA only; bf16 (where the processor has it) runs network training and the real side "
+        "of matching under autocast; in stage 3 the layers before the last, but not for scores of images, as odin",
+        one_of("precision", PRECISIONS),
+        names=PRECISIONS,
+    )
+    deterministic: bool = flag(
+        False, "the same bits at every run on CUDA, but slower; on the CPU every run has the same bits anyway"
+    )
+
+
+@dataclass(frozen=True)
+class Training:
+    """Network training on a synthetic set."""
+
+    num_eval: int = flag(
+        20, "fresh networks per evaluation; fewer are faster, with more the mean is more reliable", count(1), often=True
+    )
+    epoch_eval_train: int | None = flag(
+        None,
+        "epochs of one training; left out: 1000 with augmentation, else 300. Lower it for a quick look",
+        count(1),
+        often=True,
+    )
+    lr_net: float | None = flag(
+        None,
+        "learning rate of the networks; left out: that of the distilled set if it has one (MTT), else 0.01",
+        number(0, exclusive=True),
+    )
+    batch_train: int = flag(256, "batch of network training (of InD images, and of outliers)", count(1))
+    dsa_strategy: str | None = flag(
+        None,
+        f"augmentation: names joined by _ out of {', '.join(DSA_ENTRIES)}; leave out flip for digits and letters",
+        strategy,
+        often=True,
+    )
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Files. What the stage before wrote, and where this one writes."""
+
+    folder: str | None = flag(
+        None,
+        "name of the run folder to read; left out: the newest finished one that matches the other flags",
+        often=True,
+    )
+    load_path: str | None = flag(
+        None, "root folder in which --folder is searched; left out: those that the stage before writes to", often=True
+    )
+    is_load_oe: bool = flag(False, "search only runs with outliers (OE, POE)", often=True)
+    save_path: str = flag("", "run folders are made in this folder", often=True)
