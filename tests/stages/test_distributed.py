@@ -230,7 +230,7 @@ def test_an_error_that_the_first_process_does_not_meet(tmp_path):
 def test_what_one_process_does_for_all(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM.format(root=str(ROOT)))
     (tmp_path / "ood1").mkdir()
-    np.save(tmp_path / "ood1" / "Textures.npy", np.zeros((3, 8, 8, 1), np.uint8))
+    np.save(tmp_path / "ood1" / "Textures.npy", np.full((3, 8, 8, 1), 255, np.uint8))
     process = start(tmp_path, 2, tmp_path / "program.py")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err

@@ -14,13 +14,12 @@ from utils.compute import distributed
 from utils.core.errors import UserError, one_line
 from utils.runs.lineage import args_or_nothing, started
 from utils.runs.run_folder import ARGS, read_args
-from utils.settings.parser import Parser, flag_words
+from utils.settings.parser import Parser, flags_as_words
 
 MAY_CHANGE = (
     "device", "data_path", "oe_data_path", "ood_path", "load_path", "folder", "download", "checkpoint_interval",
     "tensorboard", "method_file", "buffer_path",
 )  # fmt: skip
-NOT_STORED = ("resume", "help", "is_parallel")
 
 
 def add_resume(parser: Parser, steps: str) -> None:
@@ -80,29 +79,11 @@ def resumed(parser: Parser, args: argparse.Namespace, given: dict) -> tuple[argp
                 "start a new run"
             )
     changed = {name: value for name, value in given.items() if name in MAY_CHANGE}
-    args = argparse.ArgumentParser.parse_known_args(parser, _command_line(stored | changed, parser, folder))[0]
+    args = argparse.ArgumentParser.parse_known_args(
+        parser, flags_as_words(parser, stored | changed, "--resume", folder / ARGS)
+    )[0]
     args.resume = str(folder)
     return args, {name: value for name, value in (stored | given).items() if value is not None}
-
-
-def _command_line(flags: dict, parser: Parser, folder: Path) -> list[str]:
-    """Convert stored flags to words of a command line, so that the parser checks them.
-
-    Raises:
-        UserError: for a flag that the parser does not know, or a value that would be parsed as a flag.
-    """
-    known = {action.dest: action.nargs for action in parser._actions if action.dest not in NOT_STORED}
-    words = []
-    for name, value in flags.items():
-        if name == "resume" or value is None or value is False:
-            continue
-        values = flag_words(name, value)[1:] if isinstance(value, list) else []
-        fits = name in known and (isinstance(value, list) == (known[name] == "+"))
-        if not fits or any(v.startswith("-") and not v[1:2].isdigit() for v in values):
-            flag = one_line(f"--{name}={value}")
-            raise UserError(f"--resume: {folder / ARGS} has a flag that {parser.prog} does not know: {flag}")
-        words += flag_words(name, value) if isinstance(value, (bool, list)) else [f"--{name}={value}"]
-    return words
 
 
 def _latest(root: Path, script: str) -> Path:

@@ -10,7 +10,7 @@ from utils.ood.scores import SCORES
 from utils.settings.common import Data, Folders, Images, Network, Speed, Training, read_data, strategy
 from utils.settings.fields import Need, add_group, flag
 from utils.settings.outliers import Corrupted, DistilledOutliers, OutlierBatches, OutlierTraining, Pool, follow_recipe
-from utils.settings.parser import Parser, count, number, one_of
+from utils.settings.parser import Parser, add_config, count, number, one_of
 from utils.settings.training_set import (
     OF_DISTILLED,
     OUTLIERS,
@@ -166,6 +166,7 @@ def add_common(parser: Parser) -> None:
     for group in (Data, Network, Images):
         add_group(parser, group)
     parser.often.add("method")
+    add_config(parser)
 
 
 def passed_on(flags: Mapping[str, Any], *names: str) -> dict[str, Any]:
@@ -198,6 +199,7 @@ def add_stage1(parser: Parser, save_path: str, source: type | None = None) -> No
 
 def add_experts(parser: Parser) -> None:
     """All flags of `train_experts.py`; those of outliers that `--outliers` does not use are refused."""
+    add_config(parser)
     for group in (Data, Network, Experts, Speed):
         add_group(parser, group)
     for group, kinds in ((OutlierBatches, ("oe", "poe")), (OutlierTraining, ("oe", "poe")), (Pool, ("oe",)),

@@ -3,10 +3,14 @@
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
+from pathlib import Path
 
-from utils.core.errors import print_error_once, unknown_name
+from utils.core.errors import UserError, one_line, print_error_once, unknown_name
+from utils.core.files import check_file, read_json
+
+NOT_STORED = ("resume", "config", "help", "help_all", "is_parallel")  # flags that no file of flags may hold
 
 
 class Parser(argparse.ArgumentParser):
@@ -143,6 +147,73 @@ def flag_words(name: str, value: object) -> list[str]:
     if isinstance(value, (list, tuple)):
         return [f"--{name}", *map(_word, value)]
     return [f"--{name}={value}"] if str(value).startswith("-") else [f"--{name}", str(value)]
+
+
+def flags_as_words(parser: Parser, flags: Mapping[str, object], flag: str, path: Path) -> list[str]:
+    """Flags that a file holds, as words of a command line, so that the parser checks them.
+
+    Args:
+        flag, path: the flag that named the file, and the file, for messages.
+    Raises:
+        UserError: for a flag that the parser does not know, or a value that would be parsed as a flag.
+    """
+    known = {action.dest: action.nargs for action in parser._actions if action.dest not in NOT_STORED}
+    words = []
+    for name, value in flags.items():
+        if name in ("resume", "config") or value is None or value is False:
+            continue
+        values = flag_words(name, value)[1:] if isinstance(value, list) else []
+        fits = name in known and (isinstance(value, list) == (known[name] == "+"))
+        if not fits or any(v.startswith("-") and not v[1:2].isdigit() for v in values):
+            found = one_line(f"--{name}={value}")
+            raise UserError(f"{flag}: {path} has a flag that {parser.prog} does not know: {found}")
+        words += flag_words(name, value) if isinstance(value, (bool, list)) else [f"--{name}={value}"]
+    return words
+
+
+def add_config(parser: Parser) -> None:
+    """Add `--config`, a file of flags; those of the command line overrule it."""
+    parser.add_argument(
+        "--config",
+        default=None,
+        metavar="FILE",
+        help="a file of flags: JSON or YAML, `name: value`, or the args.json of a run; the command line overrules it",
+    )
+    parser.preparations.append(_read_config)
+
+
+def _read_config(parser: Parser, words: list[str]) -> None:
+    """Put the flags of `--config` before the words of the command line.
+
+    Those that it has itself are left out, and those that are at their defaults, which may need others to be given.
+    """
+    given = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
+    if "config" not in given or "resume" in given:
+        return
+    place = next(i for i, word in enumerate(words) if word.partition("=")[0] == "--config")
+    name = words[place].partition("=")[2] or "".join(words[place + 1 : place + 2])
+    path = check_file(Path(name), "--config")
+    flags = _content(path)
+    flags = flags.get("flags", flags) if isinstance(flags, dict) else None
+    if not isinstance(flags, dict) or not all(isinstance(key, str) for key in flags):
+        raise UserError(f"--config: {path} holds no flags; write `name: value` in each line, or give an args.json")
+    flags = {key.replace("-", "_"): value for key, value in flags.items()}
+    changed = {k: v for k, v in flags.items() if k not in given and v != parser.get_default(k)}
+    words[:0] = flags_as_words(parser, changed, "--config", path)
+
+
+def _content(path: Path) -> object:
+    """What a JSON or YAML file holds."""
+    if path.suffix not in (".yaml", ".yml"):
+        return read_json(path, "--config")
+    try:
+        import yaml
+    except ImportError:
+        raise UserError(f"--config: {path} is read by the package PyYAML: pip install pyyaml") from None
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config: cannot read {path}: {one_line(error)}. Mend it") from None
 
 
 def _word(value: object) -> str:

@@ -1,6 +1,7 @@
 """The command line: help, both spellings of every flag, and every error as users see it."""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import train_model_synthetic_oe
 from utils.core.errors import print_line
 from utils.core.run_script import run_script
 from utils.methods import METHODS, MethodInputs
+from utils.settings.parser import flag_words
 
 SCRIPTS = {
     "main.py": stage1,
@@ -76,6 +78,33 @@ def test_both_spellings(name):
         with_it = COMPANIONS.get((action.dest, action.container.title), COMPANIONS.get(action.dest, []))
         spelled = [vars(parser.parse_args([*method, *with_it, f, *value])) for f in both]
         assert spelled[0] == spelled[1]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_flags_of_a_file_are_those_of_the_command_line(name, tmp_path):
+    """Every flag that differs from its default, written by the program and read back from `--config`."""
+    words = ["--dataset", "Digits", "--model=MLP", "--ipc", "3", "--seed", "7", "--zca", "--dsa_strategy", "crop_scale"]
+    words = words[:-2] if name.startswith("test_ood") else words
+    parse = SCRIPTS[name].get_args_parser
+    expected = vars(parse().parse_args(words))
+    (tmp_path / "flags.json").write_text(json.dumps({"flags": expected}))
+    found = vars(parse().parse_args(["--config", str(tmp_path / "flags.json")]))
+    assert found | {"config": None} == expected
+    over = vars(parse().parse_args(["--ipc=4", "--config", str(tmp_path / "flags.json"), "--model", "LeNet"]))
+    assert over | {"config": None} == expected | {"ipc": 4, "model": "LeNet"}
+    changed = {n: v for n, v in expected.items() if v != parse().get_default(n)}
+    written = [word for n, v in changed.items() for word in flag_words(n, v)]
+    assert vars(parse().parse_args(written)) == expected
+
+
+def test_a_file_of_flags_that_cannot_be(tmp_path, refused):
+    (tmp_path / "a.json").write_text('{"ipcs": 3}')
+    assert "--config: a.json has a flag that main.py does not know: --ipcs=3" in refused(
+        "main.py", "--config", "a.json"
+    )
+    (tmp_path / "b.json").write_text("[1]")
+    assert "--config: b.json" in refused("main.py", "--config", "b.json")
+    assert "--config: c.json is not there" in refused("main.py", "--config=c.json")
 
 
 FOREIGN = ["--distilled", "set.pt"]
