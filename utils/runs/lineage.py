@@ -19,6 +19,7 @@ from utils.runs.run_folder import ARGS, is_live
 from utils.settings.parser import flag_words
 
 TRAINED_ON = "trained_on.pt"  # in a folder of stage 2: the set, where no file of stage 1 holds it
+PLAIN_SCRIPTS = ("main.py", "train_model_synthetic_no_oe.py")
 STAGE1_ROOTS = ("result", "result-oe", "result-poe")
 STAGE2_ROOTS = ("result-model-synthetic-no-oe", "result-model-synthetic-oe")
 
@@ -121,9 +122,8 @@ def started(folder: Path) -> float:
 
 
 def _is_plain(folder: Path) -> bool:
-    """Whether a run is known to be of a script without outliers, which has no `--lambda_oe`."""
-    flags = args_or_nothing(folder).get("flags")
-    return isinstance(flags, dict) and "lambda_oe" not in flags
+    """Whether a run is known to be of a script without outliers."""
+    return args_or_nothing(folder).get("script") in PLAIN_SCRIPTS
 
 
 def _folders(place: Path) -> list[Path]:
