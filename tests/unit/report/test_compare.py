@@ -24,7 +24,7 @@ from utils.report.compare import Run, comparison_rows, find_runs, latex, markdow
 from utils.report.page import comparison_page
 from utils.report.plots import distilled_pictures, save_score_histograms
 from utils.report.results import NETWORK_MEASURES, Results, load_results, results_csv, results_json
-from utils.report.study import Column, Kind, mean_rows, score_rows
+from utils.report.study import StudyColumn, StudyRow, mean_rows, score_rows
 from utils.report.tables import report_text
 
 RUN = "DSA/Digits/ConvNetD1/1/20260101-000000"
@@ -116,11 +116,11 @@ def test_a_line_in_a_name_does_not_break_a_table():
     """In the report of stage 3, a comparison, a study and a card; other tables are made by the same function."""
     found = Results([dict.fromkeys(NETWORK_MEASURES, 0.5)], [row(0, "a|b"), row(0, "c\nd")], ["e|f"])
     column = Run("one|two", (), found)
-    kind = Kind("g|h", {1: found})
+    kind = StudyRow("g|h", {1: found})
     texts = [
         report_text(found, ["msp"]),
         markdown([column], comparison_rows([column], ["auroc"])),
-        mean_rows([kind], [Column("auroc", "msp", "a|b")]) + "\n" + score_rows([kind], ["msp"], "auroc"),
+        mean_rows([kind], [StudyColumn("auroc", "msp", "a|b")]) + "\n" + score_rows([kind], ["msp"], "auroc"),
         _measured({"i|j": found}),
     ]
     names = [("a|b", "c d", "e|f"), ("one|two", "a|b"), ("g|h", "AUROC msp a|b ↑"), ("1 × i|j",)]
