@@ -15,11 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils.core.errors import UserError
 from utils.core.run_script import run_script
-from utils.report.results import StudyResults, load_results, load_study_csv, save_study_csv
-from utils.report.study import csv_part
+from utils.report.results import load_study_csv, save_study_csv
+from utils.report.study import csv_part, kinds_in, read_kind
 from utils.settings.parser import Parser
-
-STAGE3 = "3-ood"
 
 
 def get_args_parser() -> Parser:
@@ -40,32 +38,15 @@ def main(args: argparse.Namespace) -> None:
     if part is None:
         raise UserError(f"out: {args.out} is no CSV file; give a name that ends in .csv")
     file, group = part
+    folder = Path(args.folder)
+    places = kinds_in(folder) if folder.is_dir() else {}
+    if not places:
+        raise UserError(f"{folder} holds no results in <kind>/seed<number>/3-ood; give a folder of a table script")
+    seeds = {f"{group}/{kind}".lstrip("/"): read_kind(place, kind).seeds for kind, place in places.items()}
     study = load_study_csv(file) if file.exists() else {}
-    results = results_below(Path(args.folder))
-    for kind, seeds in results.items():
-        name = f"{group}/{kind}" if group else kind
-        study[name] = study.get(name, {}) | seeds
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_study_csv(file, study)
-    print(f"{args.out}: {sum(map(len, results.values()))} results")
-
-
-def results_below(folder: Path) -> StudyResults:
-    """The results in `<kind>/seed<number>/3-ood`.
-
-    Raises:
-        UserError: when there are none, or several of one seed.
-    """
-    study: StudyResults = {}
-    for path in sorted(folder.glob(f"*/seed[0-9]*/{STAGE3}/**/results.json")):
-        kind, seed = path.relative_to(folder).parts[:2]
-        seeds, number = study.setdefault(kind, {}), int(seed.removeprefix("seed"))
-        if number in seeds:
-            raise UserError(f"{folder}: a seed has several files results.json; keep one for each seed")
-        seeds[number] = load_results(path.parent)
-    if not study:
-        raise UserError(f"{folder} holds no results in <kind>/seed<number>/{STAGE3}; give a folder of a table script")
-    return study
+    save_study_csv(file, study | {kind: study.get(kind, {}) | seeds[kind] for kind in seeds})
+    print(f"{args.out}: {sum(map(len, seeds.values()))} results")
 
 
 if __name__ == "__main__":

@@ -84,28 +84,24 @@ def places_of_kinds(study: Path, names: Sequence[str] | None) -> dict[str, Path]
         raise UserError(
             f"{study} is no folder; give folders of a table script, e.g. result-tables/digits/ipc1, or a CSV file"
         )
-    here = _kinds_at(study)
+    here = kinds_in(study)
     if not here and (part := csv_part(study)):
         groups = dict.fromkeys(kind.rpartition("/")[0] for kind in load_study_csv(part[0]))
         raise UserError(f"{study} names no kinds of {part[0]}; its kinds are in {', '.join(filter(None, groups))}")
-    above = {name: place for name, place in _kinds_at(study.parent).items() if name.startswith("whole")}
+    above = {name: place for name, place in kinds_in(study.parent).items() if name.startswith("whole")}
     places = above | here
-    known = names or sorted(name for name, place in places.items() if _has_results(place))
-    return {name: places[name] for name in known if name in places}
+    return {name: places[name] for name in names or sorted(places) if name in places}
 
 
-def _kinds_at(place: Path) -> dict[str, Path]:
-    part = csv_part(place)
+def kinds_in(study: Path) -> dict[str, Path]:
+    """The places of the kinds in a folder, or in (a group of) a CSV file, by name."""
+    part = csv_part(study)
     if not part:
-        return {path.name: path.resolve() for path in place.iterdir() if path.is_dir()}
+        return {path.name: path.resolve() for path in study.iterdir() if list(path.glob("seed*/3-ood"))}
     file, group = part
     start = f"{group}/" if group else ""
     names = (kind.removeprefix(start) for kind in load_study_csv(file) if kind.startswith(start))
-    return {name: place.resolve() / name for name in names if "/" not in name}
-
-
-def _has_results(kind: Path) -> bool:
-    return csv_part(kind) is not None or bool(list(kind.glob("seed*/3-ood")))
+    return {name: study.resolve() / name for name in names if "/" not in name}
 
 
 def read_kind(place: Path, name: str) -> StudyRow:

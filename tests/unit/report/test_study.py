@@ -304,7 +304,7 @@ def test_results_that_cannot_be_kept(study, run, tmp_path):
     shutil.copytree(next(again.parent.iterdir()), again)
     status, shown, error = run(folder, tmp_path / "kept.csv", script=keep_results)
     assert (status, shown, error.count("\n")) == (2, "", 1)
-    assert "a seed has several files results.json" in error
+    assert "seed1 holds 2 files results.json; keep one for each seed" in error
     assert not (tmp_path / "kept.csv").exists()
 
 
