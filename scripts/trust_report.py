@@ -105,7 +105,8 @@ def main(args: argparse.Namespace) -> None:
     require_library(args.score)
     for line in found.lines:
         print(line)
-    ipc = max(1, found.stored // real.num_classes)  # small images inside one count once: they share its memory
+    # ipc counts stored images: one of IDC that holds four small images counts once
+    ipc = max(1, found.stored // real.num_classes)
     decoded = max(1, len(found.synthetic.images) // real.num_classes)
     out = Path(args.out)
     columns = _columns(args, ipc, found.synthetic.images_oe is not None)

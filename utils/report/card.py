@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from utils.compute.version import versions, versions_line
@@ -60,8 +59,6 @@ def card(f: CardFacts) -> str:
         yaml_title=_yaml(title),
         tags=map(_yaml, tags),
         size=next((name for most, name in SIZES if sum(f.counts) < most), "100K<n<1M"),
-        mean=_numbers(f.mean),
-        std=_numbers(f.std),
         train=_train_command(f),
         epochs=_epochs(f),
         origin=_origin(f),
@@ -73,10 +70,6 @@ def card(f: CardFacts) -> str:
 def _yaml(text: str) -> str:
     """A string of YAML: plain if it is one word, else quoted."""
     return text if re.fullmatch(r"[A-Za-z][\w.-]*", text) else json.dumps(text)
-
-
-def _numbers(values: Sequence[float]) -> str:
-    return "[" + ", ".join(repr(float(v)) for v in values) + "]"
 
 
 def _train_command(f: CardFacts) -> str:

@@ -184,7 +184,7 @@ def load_study_csv(path: Path) -> StudyResults:
         UserError: when the file is missing, damaged, or something else.
     """
     try:
-        return _parsed(path, path.stat().st_mtime_ns)
+        return _parsed(path.resolve(), path.stat().st_mtime_ns)
     except (OSError, ValueError, KeyError, TypeError, IndexError, csv.Error):
         how = "write it again by scripts/tables/keep_results.py"
         raise UserError(f"{path} is not there, is damaged, or is not the CSV file of a study; {how}") from None
