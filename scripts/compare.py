@@ -15,8 +15,8 @@ from utils.core.files import save_text
 from utils.core.run_script import run_script
 from utils.ood.measures import MEASURES
 from utils.report.compare import (
-    Row,
-    Run,
+    ComparisonColumn,
+    ComparisonRow,
     comparison_rows,
     find_runs,
     latex,
@@ -76,19 +76,23 @@ def main(args: argparse.Namespace) -> None:
     if args.html and not args.out:
         raise UserError("--html: give --out, too: the folder that the page is written into")
     search = [Path(root) for root in args.results] if args.results else sorted(Path().glob("result*"))
-    runs = find_runs([Path(folder) for folder in args.folders], args.names, search)
+    columns = find_runs([Path(folder) for folder in args.folders], args.names, search)
     if args.scores:
-        runs = [of_scores(run, args.scores) for run in runs]
-    rows = comparison_rows(runs, args.measures)
-    text = "\n".join([markdown(runs, rows), *(f"{note}\n" for note in args.notes)])
-    written = write(Path(args.out), runs, rows, text, args.notes if args.html else None) if args.out else []
+        columns = [of_scores(column, args.scores) for column in columns]
+    rows = comparison_rows(columns, args.measures)
+    text = "\n".join([markdown(columns, rows), *(f"{note}\n" for note in args.notes)])
+    written = write(Path(args.out), columns, rows, text, args.notes if args.html else None) if args.out else []
     print(text)
     if written:
         print(f"written into {args.out}: {', '.join(written)}")
 
 
 def write(
-    out: Path, runs: Sequence[Run], rows: Sequence[Row], text: str, notes: Sequence[str] | None = None
+    out: Path,
+    columns: Sequence[ComparisonColumn],
+    rows: Sequence[ComparisonRow],
+    text: str,
+    notes: Sequence[str] | None = None,
 ) -> list[str]:
     """Write the table in all formats into `out`, and with `notes` the page; returns the names of the files.
 
@@ -98,15 +102,15 @@ def write(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out: cannot make {out}: {error}") from None
-    files = {"compare.md": text, "compare.csv": table_csv(runs, rows), "compare.tex": latex(runs, rows)}
+    files = {"compare.md": text, "compare.csv": table_csv(columns, rows), "compare.tex": latex(columns, rows)}
     picture = out / "compare.png"
     try:
-        plot_comparison(picture, runs)
+        plot_comparison(picture, columns)
     except ImportError:
         picture = None
         print("no picture: matplotlib is not installed (pip install matplotlib)")
     if notes is not None:
-        files["compare.html"] = comparison_page(runs, rows, picture, notes)
+        files["compare.html"] = comparison_page(columns, rows, picture, notes)
     for name, text in files.items():
         save_text(out / name, text)
     return [*files, *([picture.name] if picture else [])]

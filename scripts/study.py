@@ -2,8 +2,10 @@
 
     python scripts/study.py result-tables/digits/ipc1 --base poe --kinds plain poe poe-initial
     python scripts/study.py A/ipc1 B/ipc1 --prefixes DSA DM --base poe --against poe-initial poe-corrupt --out study.md
+    python scripts/study.py assets/results/digits-methods.csv/ipc1/DSA --base poe
 
-Each folder holds kinds, and each kind `seed<number>` folders, as the table scripts write them.
+A folder holds kinds, and each kind `seed<number>` folders, as the table scripts write them.
+scripts/tables/keep_results.py copies the measures of such folders into a CSV file, in which a path names the kinds.
 """
 
 import argparse
@@ -15,7 +17,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils.core.errors import UserError
 from utils.core.files import save_output
 from utils.core.run_script import run_script
-from utils.report.study import OF_NETWORKS, OF_SCORES, Column, Kind, differences, mean_rows, read_kind, score_rows
+from utils.report.measures import OF_NETWORKS, OF_OOD
+from utils.report.study import (
+    StudyColumn,
+    StudyRow,
+    differences,
+    mean_rows,
+    places_of_kinds,
+    read_kind,
+    score_rows,
+)
 from utils.settings.parser import Parser, one_of
 
 TITLES = {"plain": "none", "poe": "distilled", "oe": "distilled (OE)"}  # of the outliers of a kind
@@ -25,7 +36,9 @@ CHOSEN = {"random": "random", "herding": "herding", "kcenter": "k-center", "whol
 def get_args_parser() -> Parser:
     """The flags of this script."""
     parser = Parser(description="Mean rows and paired differences of what a table script measured.")
-    parser.add_argument("folders", nargs="+", help="folders of kinds, e.g. result-tables/digits/ipc1")
+    parser.add_argument(
+        "folders", nargs="+", help="folders of kinds, e.g. result-tables/digits/ipc1, or CSV files of studies"
+    )
     parser.add_argument("--prefixes", nargs="+", default=None, help="one word per folder that its rows begin with")
     parser.add_argument("--kinds", nargs="+", default=None, help="the kinds to show, in order; left out: all, by name")
     parser.add_argument("--base", default=None, help="the kind whose difference to each other kind is shown")
@@ -41,11 +54,11 @@ def get_args_parser() -> Parser:
         help=f"measures of the networks, out of {', '.join(OF_NETWORKS)}",
     )  # fmt: skip
     parser.add_argument(
-        "--measures", nargs="+", type=one_of("measure", OF_SCORES), default=["auroc", "fpr_in"],
-        help=f"measures of OOD detection, out of {', '.join(OF_SCORES)}",
+        "--measures", nargs="+", type=one_of("measure", OF_OOD), default=["auroc", "fpr_in"],
+        help=f"measures of OOD detection, out of {', '.join(OF_OOD)}",
     )  # fmt: skip
     parser.add_argument(
-        "--by_score", type=one_of("measure", OF_SCORES), default=None,
+        "--by_score", type=one_of("measure", OF_OOD), default=None,
         help="instead, one table of this measure: a row for each score, a column for each kind",
     )  # fmt: skip
     parser.add_argument("--sets", action="store_true", help="show each OOD set, too, beside the mean")
@@ -55,6 +68,14 @@ def get_args_parser() -> Parser:
 
 def main(args: argparse.Namespace) -> None:
     """Print the tables, and write them if asked."""
+    text = study_text(args)
+    print(text, end="")
+    if args.out:
+        save_output(args.out, text)
+
+
+def study_text(args: argparse.Namespace) -> str:
+    """The tables in markdown."""
     folders = [Path(folder) for folder in args.folders]
     if args.prefixes and len(args.prefixes) != len(folders):
         raise UserError(f"--prefixes: {len(args.prefixes)} words for {len(folders)} folders; give one each")
@@ -72,13 +93,12 @@ def main(args: argparse.Namespace) -> None:
         parts = [score_rows(kinds, args.scores or list(measured), args.by_score)]
     else:
         parts = tables(args, studies, kinds, args.scores or default_scores(kinds))
-    text = "\n\n".join(parts) + "\n"
-    print(text, end="")
-    if args.out:
-        save_output(args.out, text)
+    return "\n\n".join(parts) + "\n"
 
 
-def tables(args: argparse.Namespace, studies: list[dict[str, Kind]], kinds: list[Kind], scores: list[str]) -> list[str]:
+def tables(
+    args: argparse.Namespace, studies: list[dict[str, StudyRow]], kinds: list[StudyRow], scores: list[str]
+) -> list[str]:
     """The mean rows, the differences, and the rows of each OOD set, as the flags say."""
     for kind in kinds:
         for results in kind.seeds.values():
@@ -86,7 +106,7 @@ def tables(args: argparse.Namespace, studies: list[dict[str, Kind]], kinds: list
                 raise UserError(
                     f"--scores: {missing[0]} is not in {kind.name}, which has {', '.join(results.scores())}"
                 )
-    columns = [*map(Column, args.of_networks), *columns_of(scores, args.measures, None)]
+    columns = [*map(StudyColumn, args.of_networks), *columns_of(scores, args.measures, None)]
     parts = [mean_rows(kinds, columns)]
     if args.base:
         parts += paired(studies, args.base, args.against, columns)
@@ -96,13 +116,13 @@ def tables(args: argparse.Namespace, studies: list[dict[str, Kind]], kinds: list
     return parts
 
 
-def default_scores(kinds: list[Kind]) -> list[str]:
+def default_scores(kinds: list[StudyRow]) -> list[str]:
     """Those of msp and mls that every run measured; msp if there is none."""
     runs = [results for kind in kinds for results in kind.seeds.values()]
     return [score for score in ("msp", "mls") if all(score in results.scores() for results in runs)] or ["msp"]
 
 
-def check_sets(kinds: list[Kind]) -> None:
+def check_sets(kinds: list[StudyRow]) -> None:
     """Raise `UserError` unless all were measured on the same OOD sets; means over others do not compare."""
     measured = [
         (f"{kind.name}, seed {seed}", set(results.ood_sets())) for kind in kinds for seed, results in kind.seeds.items()
@@ -116,23 +136,17 @@ def check_sets(kinds: list[Kind]) -> None:
             )
 
 
-def columns_of(scores: list[str], measures: list[str], name: str | None) -> list[Column]:
+def columns_of(scores: list[str], measures: list[str], name: str | None) -> list[StudyColumn]:
     """The columns of OOD detection, on the set `name`, or (None) in the mean."""
-    return [Column(measure, score, name) for score in scores for measure in measures]
+    return [StudyColumn(measure, score, name) for score in scores for measure in measures]
 
 
-def read_studies(folders: list[Path], prefixes: list[str], names: list[str] | None) -> list[dict[str, Kind]]:
-    """The kinds in each folder, by name; those of the whole training set may lie beside the folder."""
-    studies: list[dict[str, Kind]] = []
-    read: dict[tuple[Path, str], Kind] = {}
+def read_studies(folders: list[Path], prefixes: list[str], names: list[str] | None) -> list[dict[str, StudyRow]]:
+    """The kinds in each folder or CSV file, by name."""
+    studies: list[dict[str, StudyRow]] = []
+    read: dict[tuple[Path, str], StudyRow] = {}
     for folder, prefix in zip(folders, prefixes, strict=True):
-        if not folder.is_dir():
-            raise UserError(f"{folder} is no folder; give folders of a table script, e.g. result-tables/digits/ipc1")
-        there = [*folder.iterdir(), *folder.parent.glob("whole*")]
-        known = names or sorted({path.name for path in there if list(path.glob("seed*/3-ood"))})
-        beside = {name for name in known if name.startswith("whole") and not (folder / name).is_dir()}
-        places = {name: (folder.parent if name in beside else folder) / name for name in known}
-        keys = {name: (place.resolve(), title(name, prefix)) for name, place in places.items() if place.is_dir()}
+        keys = {name: (place, title(name, prefix)) for name, place in places_of_kinds(folder, names).items()}
         read |= {key: read_kind(*key) for key in keys.values() if key not in read}
         studies.append({name: read[key] for name, key in keys.items()})
     found = {name for study in studies for name in study}
@@ -143,7 +157,9 @@ def read_studies(folders: list[Path], prefixes: list[str], names: list[str] | No
     return studies
 
 
-def paired(studies: list[dict[str, Kind]], base: str, against: list[str] | None, columns: list[Column]) -> list[str]:
+def paired(
+    studies: list[dict[str, StudyRow]], base: str, against: list[str] | None, columns: list[StudyColumn]
+) -> list[str]:
     """A table of differences for each study that has the kind `base`."""
     parts = []
     if missing := [name for name in against or [] if not any(name in study for study in studies)]:

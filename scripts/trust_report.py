@@ -30,7 +30,7 @@ from utils.exchange.convert import read_distilled
 from utils.methods import METHODS
 from utils.ood.detectors import ALL_SCORES, require_library
 from utils.ood.sets import OODSource
-from utils.report.compare import Run, find_runs
+from utils.report.compare import ComparisonColumn, find_runs
 from utils.settings import arguments
 from utils.settings.common import Data, Network
 from utils.settings.fields import add_group
@@ -106,7 +106,8 @@ def main(args: argparse.Namespace) -> None:
     require_library(args.score)
     for line in found.lines:
         print(line)
-    ipc = max(1, found.stored // real.num_classes)  # small images inside one count once: they share its memory
+    # ipc counts stored images: one of IDC that holds four small images counts once
+    ipc = max(1, found.stored // real.num_classes)
     decoded = max(1, len(found.synthetic.images) // real.num_classes)
     out = Path(args.out)
     columns = _columns(args, ipc, found.synthetic.images_oe is not None)
@@ -123,16 +124,16 @@ def main(args: argparse.Namespace) -> None:
     _run([*command, *(["--notes", *notes] if notes else [])])
 
 
-def at_chance(runs: Sequence[Run], real: RealData) -> list[str]:
-    """A line for each run whose networks are not more accurate than guessing, within two standard errors."""
+def at_chance(columns: Sequence[ComparisonColumn], real: RealData) -> list[str]:
+    """A line for each column whose networks are not more accurate than guessing, within two standard errors."""
     chance = 1 / real.num_classes
     error = math.sqrt(chance * (1 - chance) / len(real.images_test))
     lines = []
-    for run in runs:
-        accuracy = 1 - fmean(run.results.of_networks("error"))
+    for column in columns:
+        accuracy = fmean(column.results.of_networks("accuracy"))
         if accuracy <= chance + 2 * error:
             lines.append(
-                f"{run.name}: its accuracy, {100 * accuracy:.1f} %, is at chance level: guessing among "
+                f"{column.name}: its accuracy, {100 * accuracy:.1f} %, is at chance level: guessing among "
                 f"{real.num_classes} classes gives {100 * chance:.1f} ± {100 * error:.1f} %. Its networks have learned "
                 "nothing."
             )

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -13,18 +12,20 @@ import main_poe
 from utils.core.rng import generator
 from utils.outliers import corruptions
 from utils.outliers.sources import PseudoOutliers
+from utils.report.results import load_study_csv, save_study_csv
 
 ROOT = Path(__file__).resolve().parents[2]
 
 import benchmark
+import make_tables
 import profile_works
-import study
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MARK = re.compile(r"^<!-- table: (\S+) -->$", re.MULTILINE)
 NUMBERS_MARK = re.compile(r"^<!-- numbers: (.+) -->$", re.MULTILINE)
 NUMBER = r"(?<![\d.])-?\d+(?:\.\d+)?"
 VALUE = rf"{NUMBER} ± {NUMBER}|{NUMBER}"
+TABLES = make_tables.read_tables()
 
 
 def cells(line: str) -> tuple[str, ...]:
@@ -32,14 +33,23 @@ def cells(line: str) -> tuple[str, ...]:
     return tuple(cell.strip(" *`") for cell in line.strip().strip("|").split("|"))
 
 
-def tables_of(path: Path) -> list[list[tuple[str, ...]]]:
-    """All tables of a file of results: markdown, or the JSON of the benchmark or of the profile."""
-    if path.suffix == ".json":
-        results = json.loads(path.read_text())["results"]
+def content(name: str) -> str:
+    """The text of a file of results, or of the section of it that `FILE#section` names."""
+    path, _, section = name.partition("#")
+    text = (ROOT / path).read_text()
+    if not section:
+        return text
+    (found,) = re.findall(rf"^## {re.escape(section)}$(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    return found
+
+
+def tables_of(name: str) -> list[list[tuple[str, ...]]]:
+    """All tables of a file of results, or of a section: markdown, or the JSON of the benchmark or of the profile."""
+    text = content(name)
+    if name.endswith(".json"):
+        results = json.loads(text)["results"]
         is_benchmark = "ratio" in next(iter(results.values()))
         text = benchmark.table(results) if is_benchmark else profile_works.table(results)
-    else:
-        text = path.read_text()
     blocks = re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE)
     return [[cells(line) for line in block.splitlines()] for block in blocks]
 
@@ -61,14 +71,14 @@ def test_a_table_equals_its_file(name, shown):
     """Each line of it, by its first cell, is a line of one table of the file; it may leave lines and columns out."""
     header, _, *rows = shown
     assert rows
-    for table in tables_of(ROOT / name):
+    for table in tables_of(name):
         places = [table[0].index(title) for title in header if title in table[0]]
         if len(places) == len(header):
             lines = {tuple(line[place] for place in places) for line in table}
             if all(row in lines for row in rows):
                 return
     missing = [
-        row for row in rows if not any(row[0] in line and row[-1] in line for t in tables_of(ROOT / name) for line in t)
+        row for row in rows if not any(row[0] in line and row[-1] in line for t in tables_of(name) for line in t)
     ]
     pytest.fail(f"{name} has no table with the columns {header} and all of these lines; first unknown: {missing[:1]}")
 
@@ -96,7 +106,7 @@ def is_measured(value: str, text: str) -> bool:
 @pytest.mark.parametrize(("names", "shown"), shown_numbers())
 def test_numbers_are_in_their_files(names, shown):
     assert shown
-    texts = [(ROOT / name).read_text() for name in names]
+    texts = [content(name) for name in names]
     for value in shown:
         assert any(is_measured(value, text) for text in texts), f"{value} is in none of {names}"
 
@@ -108,42 +118,49 @@ def test_enough_tables_are_marked():
 
 
 def test_every_file_of_results_is_named_in_a_document():
+    """Or, if it is the CSV file of a study, a table is made of it. So is each section of a file of many tables."""
     text = "".join(document.read_text() for document in DOCUMENTS)
     patterns = re.findall(r"[\w*.-]+\.(?:md|json|log)", text)
+    patterns += [f"{name}.md" for line in re.findall(r"make_tables\.py (.+)", text) for name in line.split()]
+    sources = {word for command in TABLES.values() for word in command}
     for path in sorted((ROOT / "assets" / "results").iterdir()):
-        if path.is_dir():
-            assert path.name == "raw"
-            continue
-        assert any(fnmatch(path.name, pattern) for pattern in patterns), path.name
+        if path.suffix == ".csv":
+            assert any(f"{word}/".startswith(f"{path}/") for word in sources), path.name
+        else:
+            assert any(fnmatch(path.name, pattern) for pattern in patterns), path.name
+            sections = re.findall(r"^## (\S+)$", path.read_text(), re.MULTILINE) if "tables-" in path.name else ()
+            assert all(f"{path.name}#{section}" in text for section in sections), path.name
 
 
-def study_commands() -> list:
-    """Each command of a document that makes a table from raw results: its words, the last the file that holds it."""
-    found = []
-    for document in DOCUMENTS:
-        text = document.read_text().replace("\\\n", " ")
-        for line in re.findall(r"^python scripts/study\.py (assets/results/raw/.+)$", text, re.MULTILINE):
-            words = shlex.split(line)
-            found.append(pytest.param(words, id=f"{document.name} {words[-1]}"))
-    return found
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_is_what_its_command_makes(name):
+    assert make_tables.make_table(TABLES[name]) == (ROOT / f"assets/results/{name}.md").read_text()
 
 
-@pytest.mark.parametrize("words", study_commands())
-def test_a_file_of_results_is_made_of_raw_ones(words, tmp_path, monkeypatch, capsys):
-    """The command, run again, gives the same file."""
-    *words, flag, out = words
-    assert flag == "--out"
-    monkeypatch.chdir(ROOT)
-    study.main(study.get_args_parser().parse_args([*words, "--out", str(tmp_path / "again.md")]))
-    assert (tmp_path / "again.md").read_text() == (ROOT / out).read_text()
+def test_every_table_is_made_by_one_command(monkeypatch, tmp_path, capsys):
+    """Without names all of them; each command that a document shows names some."""
+    assert len(TABLES) >= 25
+    monkeypatch.setattr(make_tables, "make_table", lambda command: f"{command}\n")
+    monkeypatch.setattr(make_tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(make_tables, "ROOT", tmp_path)
+    make_tables.main(make_tables.get_args_parser().parse_args([]))
+    assert {path.stem for path in tmp_path.iterdir()} == {*TABLES}
+    assert len(capsys.readouterr().out.splitlines()) == len(TABLES)
+    shown = re.findall(r"make_tables\.py (.+)$", "\n".join(d.read_text() for d in DOCUMENTS), re.MULTILINE)
+    assert len(shown) >= 20
+    for line in shown:
+        assert make_tables.get_args_parser().parse_args(line.split()).tables
 
 
-def test_raw_results_are_used_and_hold_no_paths():
-    used = {word for parameter in study_commands() for word in parameter.values[0]}
-    for folder in sorted((ROOT / "assets/results/raw").iterdir()):
-        assert any(f"{word}/".startswith(f"assets/results/raw/{folder.name}/") for word in used), folder.name
-        for path in folder.rglob("results.json"):
-            assert "/" not in path.read_text(), path
+def test_results_of_studies_are_whole_and_hold_no_paths(tmp_path):
+    """Each file is what `save_study_csv` writes of what it holds."""
+    for path in (ROOT / "assets/results").glob("*.csv"):
+        study = load_study_csv(path)
+        names = {name for seeds in study.values() for r in seeds.values() for name in (*r.sets(), *r.scores())}
+        assert not any("/" in name for name in names), path
+        assert not any(kind.startswith("/") for kind in study), path
+        save_study_csv(tmp_path / path.name, study)
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 
 
 def test_a_wrong_number_is_found(tmp_path):

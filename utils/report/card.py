@@ -3,43 +3,44 @@
 import json
 import re
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from utils.compute.version import versions, versions_line
 from utils.data.augment import dc_augmentation
+from utils.report.measures import OF_NETWORKS, OF_OOD
 from utils.report.results import Results, shared_sets
-from utils.report.tables import markdown_table, mean_std
+from utils.report.tables import markdown_table, render, value_cell
 
 PATH_FLAGS = ("data_path", "oe_data_path", "ood_path", "buffer_path", "save_path", "load_path", "resume", "method_file")
 SIZES = ((1000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"))
+TAGS = ("dataset-distillation", "dataset-condensation")
+OUTLIER_TAGS = ("out-of-distribution-detection", "outlier-exposure")
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the card says of a set.
-
-    `shape`: `(C, H, W)`; `counts`: images and outliers; `labels`: `hard` or `soft`; `mean`, `std`: per channel, or
-    `zca`: whitened instead; `learning_rate`: the stored one; `strategy`: the augmentation of training; `origin`: the
-    content of the run's `args.json`, or empty; `source`: what was assumed of a set of another repository; `results`:
-    by title, those of stage 3.
-    """
+    """What the card says of a set."""
 
     dataset: str
-    method: str
+    method: str  # or empty
     num_classes: int
-    shape: tuple[int, int, int]
-    counts: tuple[int, int]
-    labels: str
-    mean: tuple[float, ...]
+    shape: tuple[int, int, int]  # (C, H, W)
+    counts: tuple[int, int]  # images and outliers
+    labels: str  # hard or soft
+    mean: tuple[float, ...]  # per channel
     std: tuple[float, ...]
-    zca: bool = False
-    learning_rate: float | None = None
+    zca: bool = False  # the images are whitened, instead of normalised by mean and std
+    learning_rate: float | None = None  # that was distilled, too
     license: str = "unknown"
-    strategy: str | None = None
-    origin: dict = field(default_factory=dict)
-    source: str = ""
-    results: dict[str, Results] = field(default_factory=dict)
+    strategy: str | None = None  # the augmentation of training
+    origin: dict = field(default_factory=dict)  # the content of the run's args.json
+    source: str = ""  # what was assumed of a set of another repository
+    results: dict[str, Results] = field(default_factory=dict)  # of stage 3, by title
+
+    @property
+    def flags(self) -> dict:
+        """The flags of the run."""
+        return self.origin.get("flags") or {}
 
 
 def card(f: CardFacts) -> str:
@@ -47,38 +48,23 @@ def card(f: CardFacts) -> str:
     images, outliers = f.counts
     by = f" by {f.method}" if f.method else ""
     title = f"{f.dataset} distilled{by}: {images} images" + (f", {outliers} outliers" if outliers else "")
-    parts = [
-        _front_matter(f, title),
-        f"# {title}",
-        "![the images, a row for each class](preview.png)",
-        _what(f),
-        "## Load",
-        _load(f),
-        "## Train on it",
-        _train(f),
-        "## How it was made",
-        _origin(f),
-        "## Measured",
-        _measured(f.results),
-        "## What it is not for",
-        _limits(f),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _front_matter(f: CardFacts, title: str) -> str:
-    size = next((name for most, name in SIZES if sum(f.counts) < most), "100K<n<1M")
-    tags = [
-        "dataset-distillation",
-        "dataset-condensation",
-        f.dataset.lower(),
-        *([f.method.lower()] if f.method else []),
-    ]
-    tags += ["out-of-distribution-detection", "outlier-exposure"] if f.counts[1] else []
-    lines = ["---", f"license: {_yaml(f.license)}", f"pretty_name: {_yaml(title)}"]
-    lines += ["task_categories:", "- image-classification", "tags:", *(f"- {_yaml(tag)}" for tag in tags)]
-    lines += ["size_categories:", f"- {size}", "---"]
-    return "\n".join(lines)
+    tags = [*TAGS, f.dataset.lower(), *([f.method.lower()] if f.method else []), *(OUTLIER_TAGS if outliers else ())]
+    return render(
+        "card.md.j2",
+        f=f,
+        images=images,
+        outliers=outliers,
+        title=title,
+        license=_yaml(f.license),
+        yaml_title=_yaml(title),
+        tags=map(_yaml, tags),
+        size=next((name for most, name in SIZES if sum(f.counts) < most), "100K<n<1M"),
+        train=_train_command(f),
+        epochs=_epochs(f),
+        origin=_origin(f),
+        measured=measured_table(f.results),
+        measured_sets=", ".join(shared_sets(list(f.results.values()))),
+    )
 
 
 def _yaml(text: str) -> str:
@@ -86,104 +72,37 @@ def _yaml(text: str) -> str:
     return text if re.fullmatch(r"[A-Za-z][\w.-]*", text) else json.dumps(text)
 
 
-def _what(f: CardFacts) -> str:
-    images, outliers = f.counts
-    shape = "×".join(map(str, f.shape))
-    text = (
-        f"{images} synthetic images of {shape} that stand for the training set of {f.dataset} ({f.num_classes} "
-        f"classes), with {f.labels} labels."
-    )
-    if outliers:
-        text += (
-            f" {outliers} outliers come with them: networks learn to be uncertain on these (outlier exposure), so that "
-            "they detect unknown images better."
-        )
-    return (
-        f"{text}\n\nOnly `distilled.safetensors` is needed. The PNG files show the same images, clipped to the range "
-        "of pixels and rounded to 8 bits."
-    )
-
-
-def _load(f: CardFacts) -> str:
-    labels = "soft_labels" if f.labels == "soft" else "labels"
-    kind = "probabilities [N, classes]" if f.labels == "soft" else "int64 [N]"
-    lines = [
-        "import torch",
-        "from safetensors.torch import load_file",
-        "",
-        'distilled = load_file("distilled.safetensors")',
-        f'images, labels = distilled["images"], distilled["{labels}"]  # float32 [N, C, H, W], normalised; {kind}',
-    ]
-    if f.counts[1]:
-        lines.append('outliers = distilled["outliers"]  # normalised like the images')
-    if f.zca:
-        lines += [
-            'mean, matrix = distilled["zca_mean"], distilled["zca_matrix"]',
-            "normalise = lambda x: ((x.flatten(1) - mean) @ matrix).view_as(x)  # of pixels [N, C, H, W] from 0 to 1",
-        ]
-    else:
-        lines += [
-            f"mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in ({_numbers(f.mean)}, {_numbers(f.std)}))",
-            "normalise = lambda x: (x - mean) / std  # of pixels [N, C, H, W] from 0 to 1",
-        ]
-    block = "```python\n" + "\n".join(lines) + "\n```"
-    return (
-        f"`pip install torch safetensors`, and in this folder:\n\n{block}\n\nThe images are not pixels. Apply "
-        "`normalise` to test images, too."
-    )
-
-
-def _numbers(values: Sequence[float]) -> str:
-    return "[" + ", ".join(repr(float(v)) for v in values) + "]"
-
-
-def _train(f: CardFacts) -> str:
+def _train_command(f: CardFacts) -> str:
+    """The command of stage 2; `SET` is the folder of the card."""
     script = "train_model_synthetic_oe.py" if f.counts[1] else "train_model_synthetic_no_oe.py"
-    flags = f.origin.get("flags") or {}
-    command = ["python", script, "--distilled", "SET", "--dataset", f.dataset, "--model", flags.get("model", "ConvNet")]
-    command += ["--method", f.method] if flags.get("method") == f.method else []
-    command += ["--dsa_strategy", f.strategy] if f.strategy else []
-    command += ["--im_size", str(flags["im_size"])] if flags.get("im_size") else []
-    command += ["--zca"] if f.zca else []
-    command += ["--lambda_oe", f"{flags.get('lambda_oe', 0.5):g}"] if f.counts[1] else []
-    text = f"With the code of TrustDD (this folder is `SET`):\n\n```\n{shlex.join(command)}\n```"
-    hints = [
-        f"{_epochs(f)} epochs of SGD with batches of 256, learning rate "
-        f"{0.01 if f.learning_rate is None else f.learning_rate:g}, momentum 0.9 and weight decay 0.0005; the learning "
-        "rate drops to a tenth after half the epochs."
-    ]
-    if f.learning_rate is not None:
-        hints.append("The learning rate was distilled, too; the command uses it.")
-    if f.strategy:
-        hints.append("Without the augmentation, accuracy falls by many points.")
-    if f.counts[1]:
-        hints.append(
-            "The loss is the cross-entropy on the images plus `--lambda_oe` times the cross-entropy from the uniform "
-            "distribution to the predictions on the outliers."
-        )
-    return f"{text}\n\n{' '.join(hints)}"
+    words = ["python", script, "--distilled", "SET", "--dataset", f.dataset, "--model", f.flags.get("model", "ConvNet")]
+    words += ["--method", f.method] if f.flags.get("method") == f.method else []
+    words += ["--dsa_strategy", f.strategy] if f.strategy else []
+    words += ["--im_size", str(f.flags["im_size"])] if f.flags.get("im_size") else []
+    words += ["--zca"] if f.zca else []
+    words += ["--lambda_oe", f"{f.flags.get('lambda_oe', 0.5):g}"] if f.counts[1] else []
+    return shlex.join(words)
 
 
 def _epochs(f: CardFacts) -> int:
-    """The default of stage 2 with the flags of `_train`."""
-    augmented = f.strategy or dc_augmentation(f.dataset, (f.origin.get("flags") or {}).get("model", "ConvNet"))
+    """The epochs of `_train_command`, by default."""
+    augmented = f.strategy or dc_augmentation(f.dataset, f.flags.get("model", "ConvNet"))
     return 1000 if augmented else 300
 
 
 def _origin(f: CardFacts) -> str:
-    if f.source:
-        return f"Converted from the files of another repository. {f.source}"
+    """A table of what made the set."""
     about = f.origin
     stopped = about.get("stopped")  # publish.py adds it
     rows = [
         ("command", f"`{_command(about)}`"),
         *([("stopped", f"after iteration {stopped[0]} of {stopped[1]}")] if stopped else []),
         ("commit of TrustDD", f"`{about.get('git_commit') or 'unknown'}`"),
-        ("seed", str((about.get("flags") or {}).get("seed", "unknown"))),
+        ("seed", str(f.flags.get("seed", "unknown"))),
         ("versions", versions_line(about.get("versions") or versions())),
         ("date", str(about.get("started", "unknown"))),
     ]
-    return markdown_table(["", ""], [list(row) for row in rows])
+    return markdown_table(["", ""], rows)
 
 
 def _command(about: dict) -> str:
@@ -199,36 +118,17 @@ def _command(about: dict) -> str:
     return shlex.join(["python", str(about.get("script", "main.py")), *shown])
 
 
-def _measured(results: dict[str, Results]) -> str:
+def measured_table(results: dict[str, Results]) -> str:
     """Accuracy and detection of networks trained on the set, as stage 3 measured them."""
-    if not results:
-        return "Nothing yet. `test_ood_model_syn.py` measures networks that were trained on it."
-    scores = list(dict.fromkeys(score for r in results.values() for score in r.scores()))
-    columns = [
-        ("accuracy ↑", lambda r: [1 - e for e in r.of_networks("error")]),
-        ("ECE ↓", lambda r: r.of_networks("ece")),
-    ]
     sets = shared_sets(list(results.values()))
-    for score in scores if sets else []:
-        columns += [
-            (f"mean AUROC ({score}) ↑", lambda r, s=score: r.per_network(None, s, "auroc", sets)),
-            (f"mean FPR95 ({score}) ↓", lambda r, s=score: r.per_network(None, s, "fpr_in", sets)),
-        ]
-    rows = [[f"{len(r.errors)} × {title}", *(mean_std(of(r)) for _, of in columns)] for title, r in results.items()]
-    named = f"means over these OOD sets: {', '.join(sets)}" if sets else "no OOD set was measured in all of them"
-    return (
-        markdown_table(["networks", *(name for name, _ in columns)], rows)
-        + f"\n\nPercent, mean ± standard deviation over networks; {named}."
-    )
-
-
-def _limits(f: CardFacts) -> str:
-    return "\n".join(
-        [
-            f"- It does not replace {f.dataset} where decisions about people or safety depend on the network: networks "
-            "trained on it are far less accurate than on the whole set, and over-confident on anything unknown.",
-            "- It protects no privacy: distilled images can resemble the images that they were made from.",
-            "- It was made for one architecture; others train less well on it.",
-            "- Numbers measured with other normalisation, augmentation or test images do not compare with those above.",
-        ]
-    )
+    scores = dict.fromkeys(score for r in results.values() for score in r.scores()) if sets else ()
+    detection = [(score, key, OF_OOD[key]) for score in scores for key in ("auroc", "fpr_in")]
+    networks = {key: OF_NETWORKS[key] for key in ("accuracy", "ece")}
+    header = ["networks", *(measure.heading for measure in networks.values())]
+    header += [f"mean {measure.short_title} ({score}) {measure.better}" for score, _, measure in detection]
+    rows = []
+    for title, r in results.items():
+        cells = [value_cell(r.of_networks(key), measure) for key, measure in networks.items()]
+        cells += [value_cell(r.per_network(None, score, key, sets), measure) for score, key, measure in detection]
+        rows.append([f"{len(r.errors)} × {title}", *cells])
+    return markdown_table(header, rows)

@@ -10,80 +10,57 @@ import torch
 
 from utils.core.errors import UserError
 from utils.core.files import csv_text
-from utils.report.plots import BarPanel, distilled_pictures, save_comparison
+from utils.report.measures import OF_NETWORKS, OF_OOD, Measure
+from utils.report.plots import distilled_pictures, save_comparison
 from utils.report.results import Results, load_results, shared_sets
-from utils.report.tables import markdown_table, mean_std
+from utils.report.tables import markdown_table, render, value_cell
 from utils.runs.lineage import args_or_nothing, sources_of
 
 STRIP = 20
 RESULTS = "results.json"
-TITLES = {
-    "fpr_in": "FPR(IN)95 ↓",
-    "fpr_out": "FPR(OUT)95 ↓",
-    "auroc": "AUROC ↑",
-    "aupr_in": "AUPR(IN) ↑",
-    "aupr_out": "AUPR(OUT) ↑",
-}
+SHOWN_OF_NETWORKS = ("accuracy", "aurc", "ece", "nll", "brier")
 
 
 @dataclass(frozen=True)
-class Unit:
-    """How a value is shown: the unit's name, the factor, and the digits after the point."""
+class ComparisonColumn:
+    """One column of the table: some stage-3 runs under one name."""
 
     name: str
-    scale: float
-    digits: int
-
-
-PERCENT, NATS, SQUARE = Unit("%", 100, 2), Unit("nats", 1, 3), Unit("0 to 2", 1, 3)
-# measures of the networks on the test images: title, unit, and whether higher is better
-OF_NETWORKS = {
-    "accuracy": ("accuracy ↑", PERCENT, True),
-    "aurc": ("AURC ↓", PERCENT, False),
-    "ece": ("ECE ↓", PERCENT, False),
-    "nll": ("NLL ↓", NATS, False),
-    "brier": ("Brier ↓", SQUARE, False),
-}
+    folders: tuple[Path, ...]  # of the runs
+    results: Results  # of all of them
 
 
 @dataclass(frozen=True)
-class Run:
-    """A column of the table: its name, the stage-3 folders it is made of, and what they measured."""
+class ComparisonRow:
+    """One line of the table: a measure of the networks, or of a score on one OOD set."""
 
-    name: str
-    folders: tuple[Path, ...]
-    results: Results
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the table: `values[run]` holds one value per network, without NaN; empty if the run has none."""
-
-    score: str
+    score: str  # empty: a measure of the networks
     set: str
-    measure: str
-    unit: Unit
-    high: bool
-    values: tuple[tuple[float, ...], ...]
+    measure: Measure
+    values: tuple[tuple[float, ...], ...]  # for each column one value per network, without NaN
 
     def cells(self) -> list[str]:
-        """`mean ± std` of each run; a dash if it has no value."""
-        return [mean_std(values, self.unit.scale, self.unit.digits) for values in self.values]
+        """`mean ± std` of each column; a dash if it has no value."""
+        return [value_cell(values, self.measure) for values in self.values]
 
     def best(self) -> list[bool]:
-        """Whether each run's mean, at the digits shown, is the best; all False if fewer than two runs have a value."""
-        means = [round(np.mean(v) * self.unit.scale, self.unit.digits) if v else math.nan for v in self.values]
+        """Whether each column's mean, at the digits shown, is the best; all False if fewer than two have a value."""
+        means = [round(np.mean(v) * self.measure.factor, self.measure.digits) if v else math.nan for v in self.values]
         defined = [m for m in means if not math.isnan(m)]
         if len(defined) < 2:
             return [False] * len(means)
-        top = max(defined) if self.high else min(defined)
+        top = max(defined) if self.measure.better == "↑" else min(defined)
         return [m == top for m in means]
+
+    def shown(self) -> list[tuple[str, bool]]:
+        """Each cell, and whether it is the best."""
+        return list(zip(self.cells(), self.best(), strict=True))
 
 
 # --- finding runs ----------------------------------------------------------------------------------------------------
 
 
-def find_runs(folders: Sequence[Path], names: Sequence[str] | None, search: Sequence[Path]) -> list[Run]:
+def find_runs(folders: Sequence[Path], names: Sequence[str] | None, search: Sequence[Path]) -> list[ComparisonColumn]:
     """The stage-3 runs that `folders` lead to, one column each; folders of the same name are pooled into one column.
 
     Args:
@@ -94,13 +71,11 @@ def find_runs(folders: Sequence[Path], names: Sequence[str] | None, search: Sequ
     Raises:
         UserError: when a folder leads to no stage-3 run, or its results are damaged.
     """
-    columns: dict[str, list[Path]] = {}
+    columns: dict[str, dict[Path, None]] = {}
     for folder, name in zip(folders, names or [None] * len(folders), strict=True):
         for path in stage3_folders(folder, search):
-            known = columns.setdefault(name or str(path), [])
-            if path not in known:
-                known.append(path)
-    return [Run(name, tuple(paths), pooled(map(load_results, paths))) for name, paths in columns.items()]
+            columns.setdefault(name or str(path), {})[path] = None
+    return [ComparisonColumn(name, tuple(paths), pooled(map(load_results, paths))) for name, paths in columns.items()]
 
 
 def stage3_folders(folder: Path, search: Sequence[Path]) -> list[Path]:
@@ -116,27 +91,27 @@ def stage3_folders(folder: Path, search: Sequence[Path]) -> list[Path]:
         return below
     known = sorted({path.parent for root in search for path in root.rglob(RESULTS)})
     origin = folder.resolve()
-    made = [path for path in known if any(source.is_relative_to(origin) for source in sources_of(path))]
-    if not made:
+    made_from_it = [path for path in known if any(source.is_relative_to(origin) for source in sources_of(path))]
+    if not made_from_it:
         places = ", ".join(map(str, search)) or "nothing"
         raise UserError(
             f"{folder}: no {RESULTS}, and none of the {len(known)} under {places} was made from it; run "
             "test_ood_model_syn.py, or name the root of its results with --results"
         )
-    return made
+    return made_from_it
 
 
-def of_scores(run: Run, scores: Sequence[str]) -> Run:
-    """The run with these scores alone, in this order.
+def of_scores(column: ComparisonColumn, scores: Sequence[str]) -> ComparisonColumn:
+    """The column with these scores alone, in this order.
 
     Raises:
         UserError: naming a score that it does not have.
     """
-    results = run.results
-    if missing := [score for score in scores if score not in results.scores()]:
-        raise UserError(f"--scores: {run.name} was not measured by {missing[0]}, only by {', '.join(results.scores())}")
+    results, known = column.results, column.results.scores()
+    if missing := [score for score in scores if score not in known]:
+        raise UserError(f"--scores: {column.name} was not measured by {missing[0]}, only by {', '.join(known)}")
     rows = sorted((row for row in results.rows if row["score"] in scores), key=lambda row: scores.index(row["score"]))
-    return replace(run, results=replace(results, rows=rows))
+    return replace(column, results=replace(results, rows=rows))
 
 
 def pooled(results: Iterable[Results]) -> Results:
@@ -153,108 +128,93 @@ def pooled(results: Iterable[Results]) -> Results:
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def comparison_rows(runs: Sequence[Run], measures: Sequence[str]) -> list[Row]:
-    """The table: accuracy and calibration; then, for each score, each measure on each OOD set and their mean.
+def comparison_rows(columns: Sequence[ComparisonColumn], measures: Sequence[str]) -> list[ComparisonRow]:
+    """The table: accuracy and calibration; then, for each score, each of `measures` on each OOD set and their mean.
 
-    The mean is over the sets on which all runs were measured; its title says so where there are others.
+    The mean is over the sets on which all networks were measured; its title says so where there are others.
     """
-    results = [run.results for run in runs]
-    rows = []
-    for name, (title, unit, high) in OF_NETWORKS.items():
-        values = [[1 - e for e in r.of_networks("error")] if high else r.of_networks(name) for r in results]
-        rows.append(Row("", "", title, unit, high, _defined(values)))
-    scores = list(dict.fromkeys(score for r in results for score in r.scores()))
-    sets = list(dict.fromkeys(name for r in results for name in r.sets()))
+    results = [column.results for column in columns]
+    of_networks = ((OF_NETWORKS[name], [r.of_networks(name) for r in results]) for name in SHOWN_OF_NETWORKS)
+    rows = [ComparisonRow("", "", measure, _defined(values)) for measure, values in of_networks]
     shared = shared_sets(results)
-    others = [name for name in sets if name not in shared and not name.startswith("val:")]
-    mean = f"mean of {', '.join(shared)}" if others else "mean"
-    for score in scores:
-        for name in [*sets, *([None] if shared else [])]:
+    sets = {name: name for name in _distinct(r.sets() for r in results)}
+    if shared:
+        others = [name for name in _distinct(r.ood_sets() for r in results) if name not in shared]
+        sets[None] = f"mean of {', '.join(shared)}" if others else "mean"
+    for score in _distinct(r.scores() for r in results):
+        for name, title in sets.items():
             for measure in measures:
                 values = _defined([r.per_network(name, score, measure, shared) for r in results])
-                title = TITLES[measure]
-                rows.append(Row(score, name or mean, title, PERCENT, not measure.startswith("fpr"), values))
+                rows.append(ComparisonRow(score, title, OF_OOD[measure], values))
     return [row for row in rows if any(row.values)]
 
 
+def _distinct(names: Iterable[Sequence[str]]) -> list[str]:
+    return list(dict.fromkeys(name for part in names for name in part))
+
+
 def _defined(values: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(v for v in of_run if not math.isnan(v)) for of_run in values)
+    return tuple(tuple(v for v in of_column if not math.isnan(v)) for of_column in values)
 
 
-def markdown(runs: Sequence[Run], rows: Sequence[Row]) -> str:
+def markdown(columns: Sequence[ComparisonColumn], rows: Sequence[ComparisonRow]) -> str:
     """The table in markdown: mean ± std over networks, best in bold."""
     several = len({row.score for row in rows if row.score}) > 1
     lines = []
     for row in rows:
         title = f"{row.set} ({row.score})" if several and row.score else row.set
-        cells = [f"**{c}**" if best else c for c, best in zip(row.cells(), row.best(), strict=True)]
-        lines.append([title, row.measure, *cells])
-    return markdown_table(["OOD set", "measure", *(run.name for run in runs)], lines) + "\n"
+        lines.append([title, row.measure.heading, *(f"**{cell}**" if best else cell for cell, best in row.shown())])
+    return markdown_table(["OOD set", "measure", *(column.name for column in columns)], lines) + "\n"
 
 
-def table_csv(runs: Sequence[Run], rows: Sequence[Row]) -> str:
-    """The table as CSV: mean, std and number of networks of each run, in the unit of the row."""
-    columns = [f"{run.name} {what}" for run in runs for what in ("mean", "std", "networks")]
-    lines = [["score", "set", "measure", "unit", *columns]]
+def table_csv(columns: Sequence[ComparisonColumn], rows: Sequence[ComparisonRow]) -> str:
+    """The table as CSV: mean, std and number of networks of each column, in the unit of the row."""
+    titles = [f"{column.name} {what}" for column in columns for what in ("mean", "std", "networks")]
+    lines = [["score", "set", "measure", "unit", *titles]]
     for row in rows:
         cells: list[float | str | int] = []
         for values in row.values:
-            scaled = np.array(values) * row.unit.scale
+            scaled = np.array(values) * row.measure.factor
             cells += [float(scaled.mean()), float(scaled.std()), len(values)] if values else ["", "", 0]
-        lines.append([row.score, row.set, row.measure[:-2], row.unit.name, *cells])
+        lines.append([row.score, row.set, row.measure.title, row.measure.unit, *cells])
     return csv_text(lines)
 
 
-_LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
-    "↑": r"$\uparrow$",
-    "↓": r"$\downarrow$",
-}
+_LATEX = str.maketrans(
+    {c: f"\\{c}" for c in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"±": r"$\pm$", "↑": r"$\uparrow$", "↓": r"$\downarrow$"}
+)
 
 
-def latex(runs: Sequence[Run], rows: Sequence[Row]) -> str:
+def latex(columns: Sequence[ComparisonColumn], rows: Sequence[ComparisonRow]) -> str:
     """The table in LaTeX, for the package booktabs: mean ± std over networks, best in bold."""
-
-    def safe(text: str) -> str:
-        return "".join(_LATEX.get(c, c) for c in text)
-
-    lines = [r"\begin{tabular}{lll" + "r" * len(runs) + "}", r"\toprule"]
-    lines.append(" & ".join(["score", "OOD set", "measure", *(safe(run.name) for run in runs)]) + r" \\")
-    score = None
-    for row in rows:
-        if row.score != score:
-            lines.append(r"\midrule")
-            score = row.score
-        cells = [rf"\textbf{{{safe(c)}}}" if best else safe(c) for c, best in zip(row.cells(), row.best(), strict=True)]
-        lines.append(" & ".join([*map(safe, (row.score, row.set, row.measure)), *cells]) + r" \\")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+    return render("compare.tex.j2", columns=columns, rows=rows, safe=lambda text: text.translate(_LATEX))
 
 
 # --- picture ---------------------------------------------------------------------------------------------------------
 
 
-def plot_comparison(path: Path, runs: Sequence[Run]) -> None:
-    """Draw the distilled images and outliers of each run above the AUROC of each score on each OOD set."""
-    results = [run.results for run in runs]
-    sets = list(dict.fromkeys(n for r in results for n in r.sets() if not n.startswith("val:")))
+def plot_comparison(path: Path, columns: Sequence[ComparisonColumn]) -> None:
+    """Draw the distilled images and outliers of each column above the AUROC of each score on each OOD set."""
+    results = [column.results for column in columns]
+    sets = _distinct(r.ood_sets() for r in results)
     shared = shared_sets(results)
     wanted = [*sets, None] if len(sets) > 1 and shared else sets
     mean = "mean" if shared == sets else f"mean of {len(shared)}"
-    panels = []
-    for score in dict.fromkeys(score for r in results for score in r.scores()):
-        values = [_defined([r.per_network(name, score, "auroc", shared) for name in wanted]) for r in results]
-        means, spread = (
-            np.array([[100 * f(v) if v else np.nan for v in row] for row in values]) for f in (np.mean, np.std)
-        )
-        panels.append(BarPanel(score, [name or mean for name in wanted], means, spread))
-    save_comparison(path, [run.name for run in runs], panels, [s for run in runs for s in _strips(run)])
+    panels = {
+        score: {
+            name or mean: _defined([r.per_network(name, score, "auroc", shared) for r in results]) for name in wanted
+        }
+        for score in _distinct(r.scores() for r in results)
+    }
+    save_comparison(
+        path, [column.name for column in columns], panels, [s for column in columns for s in _strips(column)]
+    )
 
 
-def _strips(run: Run) -> list[tuple[str, torch.Tensor]]:
-    """One image per class, and one outlier per slot, of the distilled set behind a run; empty if the set is gone."""
-    networks = args_or_nothing(run.folders[0]).get("networks")
+def _strips(column: ComparisonColumn) -> list[tuple[str, torch.Tensor]]:
+    """One image per class, and one outlier per slot, of the distilled set of a column; empty if the set is gone."""
+    networks = args_or_nothing(column.folders[0]).get("networks")
     pictures = distilled_pictures(Path(networks)) if isinstance(networks, str) else []
-    return [(f"{run.name}: {title}, one per class", images[:STRIP, 0]) for title, images in pictures]
+    return [(f"{column.name}: {title}, one per class", images[:STRIP, 0]) for title, images in pictures]

@@ -1,7 +1,6 @@
 """Pictures: grids of synthetic images, the distilled images behind results, and plots."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,19 +19,15 @@ from utils.runs.lineage import args_or_nothing, distilled_set_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SMALLEST_SIDE = 64
 SHOWN_PER_CLASS = 10
+BLUE, ORANGE = "#3b6ea5", "#d1733c"
 
-
-@dataclass(frozen=True)
-class BarPanel:
-    """AUROC of one score: `values` and their `spread` in percent, `[runs, sets]`, NaN where a run has none."""
-
-    score: str
-    sets: Sequence[str]
-    values: np.ndarray
-    spread: np.ndarray
+Bars = dict[str, Sequence[Sequence[float]]]  # by OOD set: for each bar its fractions, none where nothing was measured
+Runs = dict[int, dict[int, float]]  # by the number of a run: a value at each iteration
+Panels = dict[str, dict[str, Runs]]  # by the titles of panel and curve
 
 
 def save_grid(path: Path, images: torch.Tensor, per_row: int) -> None:
@@ -80,8 +75,30 @@ def _to_unit(content: dict, about: dict, where: str) -> Callable[[torch.Tensor],
     return lambda images: to_unit(images, statistics, zca)
 
 
+def _new_figure(width: float, height: float) -> "Figure":
+    """An empty figure, in inches. All plots but `save_grid` need matplotlib, which is imported here."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(path: Path, figure: "Figure", dpi: int = 110) -> None:
+    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
+
+
+def _panels(count: int, most: int, width: float, height: float) -> tuple["Figure", list["Axes"]]:
+    """A figure of `count` panels of this size, at most `most` in a row, and their axes."""
+    columns = max(1, min(most, count))
+    rows = max(1, -(-count // columns))
+    figure = _new_figure(width * columns, height * rows)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flatten())
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    return figure, axes
+
+
 def _edges(values: np.ndarray) -> np.ndarray:
-    """41 edges of bins that hold the finite `values`; values too close for 40 bins lie in the middle of wider ones."""
+    """The edges of 40 equal bins over the finite `values`; the bins are widened if all values are (almost) equal."""
     finite = values[np.isfinite(values)]
     low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
     smallest = 1e-13 * max(abs(low), abs(high))  # of less, 40 parts cannot be told from one another
@@ -91,49 +108,34 @@ def _edges(values: np.ndarray) -> np.ndarray:
 
 
 def save_score_histograms(path: Path, score: str, in_scores: np.ndarray, out_scores: dict[str, np.ndarray]) -> None:
-    """One panel per OOD set: densities of its scores and of the in-distribution scores. Needs matplotlib."""
-    from matplotlib.figure import Figure
-
-    columns = min(4, len(out_scores))
-    rows = -(-len(out_scores) // columns)
-    figure = Figure(figsize=(3.6 * columns, 2.6 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    """One panel per OOD set: densities of its scores and of the in-distribution scores."""
+    figure, axes = _panels(len(out_scores), 4, 3.6, 2.6)
     for axis, (name, values) in zip(axes, out_scores.items(), strict=False):
         bins = _edges(np.concatenate([in_scores, values]))
-        axis.hist(in_scores, bins, density=True, alpha=0.6, label="in-distribution", color="#3b6ea5")
-        axis.hist(values, bins, density=True, alpha=0.6, label="OOD", color="#d1733c")
+        axis.hist(in_scores, bins, density=True, alpha=0.6, label="in-distribution", color=BLUE)
+        axis.hist(values, bins, density=True, alpha=0.6, label="OOD", color=ORANGE)
         axis.set_title(name, fontsize=10)
         axis.set_yticks([])
-    for axis in axes[len(out_scores) :]:
-        axis.set_visible(False)
     axes[0].legend(fontsize=8)
     figure.supxlabel(f"{score} (higher = more out-of-distribution)", fontsize=10)
-    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    _save(path, figure)
 
 
 def save_roc_curves(
     path: Path, score: str, in_scores: Sequence[np.ndarray], out_scores: dict[str, Sequence[np.ndarray]]
 ) -> None:
-    """ROC curves with OOD as positive: for each OOD set the mean over networks at each false-positive rate, with a band
-    of one standard deviation. Needs matplotlib.
+    """ROC curves with OOD as positive, one for each OOD set.
+
+    A curve is the mean over networks at each false-positive rate; its band is one standard deviation.
 
     Args:
         in_scores: one array `[N]` per network; out_scores: for each set, one array `[M]` per network; all finite.
     """
-    from matplotlib.figure import Figure
-    from sklearn.metrics import roc_auc_score, roc_curve
-
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    figure = _new_figure(6.4, 4.2)
     axis = figure.subplots()
     grid = np.linspace(0, 1, 201)
     for index, (name, arrays) in enumerate(out_scores.items()):
-        curves, areas = [], []
-        for inside, outside in zip(in_scores, arrays, strict=True):
-            positive = np.arange(len(inside) + len(outside)) >= len(inside)
-            scores = np.concatenate([inside, outside])
-            fpr, tpr, _ = roc_curve(positive, scores)
-            curves.append(np.interp(grid, fpr, tpr))
-            areas.append(100 * roc_auc_score(positive, scores))
+        curves, areas = zip(*(_roc(*pair, grid) for pair in zip(in_scores, arrays, strict=True)), strict=True)
         mean, spread = np.mean(curves, 0), np.std(curves, 0)
         color = _color(index)
         axis.plot(grid, mean, color=color, linewidth=1.6, label=f"{name}  {np.mean(areas):.1f}")
@@ -144,76 +146,77 @@ def save_roc_curves(
     axis.set_ylabel("OOD images found")
     axis.set_title(f"ROC, score {score}", fontsize=11)
     axis.legend(title="OOD set, AUROC (%)", fontsize=8, title_fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
-    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    _save(path, figure)
+
+
+def _roc(inside: np.ndarray, outside: np.ndarray, grid: np.ndarray) -> tuple[np.ndarray, float]:
+    """The true-positive rates at the false-positive rates `grid`, and the AUROC in percent."""
+    from sklearn.metrics import roc_auc_score, roc_curve
+
+    positive = np.arange(len(inside) + len(outside)) >= len(inside)
+    scores = np.concatenate([inside, outside])
+    fpr, tpr, _ = roc_curve(positive, scores)
+    return np.interp(grid, fpr, tpr), 100 * roc_auc_score(positive, scores)
 
 
 def save_curves(path: Path, lines: Sequence[dict]) -> None:
-    """Losses, accuracies and AUROCs over the iterations of a distillation. Needs matplotlib.
+    """Losses, accuracies and AUROCs over the iterations of a distillation.
 
     Args:
         lines: of `metrics.jsonl`. Thin lines are experiments, the thick one is their mean at each iteration; networks
             of one evaluation are averaged.
     """
-    curves: dict[str, dict[str, dict[int, dict[int, float]]]] = {"matching loss": {}, "accuracy, %": {}, "AUROC, %": {}}
+    panels: Panels = {"matching loss": {}, "accuracy, %": {}, "AUROC, %": {}}
     for line in lines:
-        for name, value in line.items():
+        for key, value in line.items():
+            place = _place_of(key, line)
             values = [v for v in (value if isinstance(value, list) else [value]) if v is not None]
-            if name in ("loss", "loss_oe"):
-                panel, curve, scale = "matching loss", "images" if name == "loss" else "outliers", 1
-            elif name == "accuracy":
-                panel, curve, scale = "accuracy, %", line["model"], 100
-            elif name.startswith("auroc "):
-                panel, curve, scale = "AUROC, %", f"{name.removeprefix('auroc ')} ({line['model']})", 100
-            else:
-                continue
-            if values:
-                points = curves[panel].setdefault(curve, {}).setdefault(line["experiment"], {})
+            if place and values:
+                panel, curve, scale = place
+                points = panels[panel].setdefault(curve, {}).setdefault(line["experiment"], {})
                 points[line["iteration"]] = scale * float(np.mean(values))
-    save_panels(path, {panel: found for panel, found in curves.items() if found}, points=("accuracy, %", "AUROC, %"))
+    save_panels(path, {panel: curves for panel, curves in panels.items() if curves}, points=("accuracy, %", "AUROC, %"))
+
+
+def _place_of(key: str, line: dict) -> tuple[str, str, float] | None:
+    """The panel, the curve and the factor of a value in a line of `metrics.jsonl`; None if it is not shown."""
+    if key in ("loss", "loss_oe"):
+        return "matching loss", "images" if key == "loss" else "outliers", 1
+    if key == "accuracy":
+        return "accuracy, %", line["model"], 100
+    if key.startswith("auroc "):
+        return "AUROC, %", f"{key.removeprefix('auroc ')} ({line['model']})", 100
+    return None
 
 
 def save_panels(
-    path: Path,
-    panels: dict[str, dict[str, dict[int, dict[int, float]]]],
-    points: Sequence[str] = (),
-    log: Sequence[str] = (),
-    log_iterations: bool = False,
+    path: Path, panels: Panels, points: Sequence[str] = (), log: Sequence[str] = (), log_iterations: bool = False
 ) -> None:
-    """Curves over iterations, a panel for each quantity, three in a row. Needs matplotlib.
+    """Curves over iterations, a panel for each quantity, three in a row.
 
     Args:
-        panels: title to name of a curve to number of a run to `{iteration: value}`. Thin lines are runs, the thick one
-            is their mean at each iteration.
+        panels: thin lines are runs, the thick one is their mean at each iteration.
         points: titles of panels whose means are marked by points; log: of those with a logarithmic axis of values.
         log_iterations: the axis of iterations is logarithmic from 1 on; 0 stands to the left of it.
     """
-    from matplotlib.figure import Figure
-
-    columns = min(3, max(1, len(panels)))
-    rows = max(1, -(-len(panels) // columns))
-    figure = Figure(figsize=(4.6 * columns, 3.4 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    figure, axes = _panels(len(panels), 3, 4.6, 3.4)
     explained: list[str] = []
-    for axis, (panel, found) in zip(axes, panels.items(), strict=False):
-        for index, (name, runs) in enumerate(found.items()):
+    for axis, (panel, curves) in zip(axes, panels.items(), strict=False):
+        for index, (name, runs) in enumerate(curves.items()):
             _draw_curve(axis, name, runs, _color(index), marker="o" if panel in points else "")
         axis.set(xlabel="iteration", title=panel)
         if log_iterations:
             axis.set_xscale("symlog", linthresh=1)
         if panel in log:
             axis.set_yscale("log")
-        if list(found) != explained:  # one legend serves panels of the same curves
+        if list(curves) != explained:  # one legend serves panels of the same curves
             axis.legend(fontsize=8)
-            explained = list(found)
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
-    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=110))
+            explained = list(curves)
+    _save(path, figure)
 
 
-def _draw_curve(
-    axis: "Axes", name: str, runs: dict[int, dict[int, float]], color: tuple[float, ...], marker: str
-) -> None:
-    """The runs `{number: {iteration: value}}` and their mean."""
+def _draw_curve(axis: "Axes", name: str, runs: Runs, color: tuple[float, ...], marker: str) -> None:
+    """The runs and their mean."""
     for points in runs.values():
         axis.plot(list(points), list(points.values()), color=color, linewidth=0.6, alpha=0.5)
     steps = sorted({step for points in runs.values() for step in points})
@@ -229,16 +232,14 @@ def _color(index: int) -> tuple[float, ...]:
 
 
 def save_reliability(path: Path, bins: Reliability) -> None:
-    """The reliability diagram: accuracy by confidence, above the share of predictions in each bin. Needs matplotlib."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.4, 5.0), layout="constrained")
+    """The reliability diagram: accuracy by confidence, above the share of predictions in each bin."""
+    figure = _new_figure(4.4, 5.0)
     top, bottom = figure.subplots(2, 1, height_ratios=[3, 1], sharex=True)
     left, width = bins.edges[:-1], np.diff(bins.edges)
     accuracy = np.nan_to_num(bins.accuracy)
     gap = np.nan_to_num(bins.confidence - bins.accuracy)
-    top.bar(left, accuracy, width, align="edge", color="#3b6ea5", edgecolor="white", label="accuracy")
-    gap_style = {"color": "none", "edgecolor": "#d1733c", "hatch": "////", "linewidth": 1}
+    top.bar(left, accuracy, width, align="edge", color=BLUE, edgecolor="white", label="accuracy")
+    gap_style = {"color": "none", "edgecolor": ORANGE, "hatch": "////", "linewidth": 1}
     top.bar(left, gap, width, bottom=accuracy, align="edge", label="gap to the confidence", **gap_style)
     top.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1)
     top.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
@@ -246,17 +247,16 @@ def save_reliability(path: Path, bins: Reliability) -> None:
     top.legend(fontsize=8, loc="upper left")
     bottom.bar(left, bins.count / bins.count.sum(), width, align="edge", color="#7f8c9a", edgecolor="white")
     bottom.set(xlabel="confidence (largest softmax probability)", ylabel="share", ylim=(0, None))
-    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    _save(path, figure)
 
 
 def save_distilled(path: Path, pictures: Sequence[tuple[str, torch.Tensor]]) -> None:
-    """Grids of distilled images and outliers under their titles, at most ten per class. Needs matplotlib.
+    """Grids of distilled images and outliers under their titles, at most ten per class.
 
     Args:
         pictures: titles and images `[num_classes, ipc, C, H, W]` in [0, 1]. A row per class; with one image per class,
             ten classes in a row.
     """
-    from matplotlib.figure import Figure
     from torchvision.utils import make_grid
 
     grids = []
@@ -269,26 +269,24 @@ def save_distilled(path: Path, pictures: Sequence[tuple[str, torch.Tensor]]) -> 
     shape = (len(grids), 1) if stacked else (1, len(grids))
     side = min(10.0, max(2.6, 4.6 * height / width))
     size = (6, len(grids) * (6 * height / width + 0.4)) if stacked else (4.6 * len(grids), side + 0.4)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = _new_figure(*size)
     for axis, (title, _), grid in zip(figure.subplots(*shape, squeeze=False).flatten(), pictures, grids, strict=True):
         axis.imshow(grid.clip(0, 1), interpolation="nearest")
         axis.set_title(title, fontsize=10)
         axis.set_axis_off()
-    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=130))
+    _save(path, figure, dpi=130)
 
 
 def save_comparison(
-    path: Path, names: Sequence[str], panels: Sequence[BarPanel], strips: Sequence[tuple[str, torch.Tensor]]
+    path: Path, names: Sequence[str], panels: dict[str, Bars], strips: Sequence[tuple[str, torch.Tensor]]
 ) -> None:
-    """Strips of images above bars of AUROC, a panel for each score. Needs matplotlib.
+    """Strips of images above bars of AUROC, a panel for each score.
 
     Args:
-        names: the runs; strips: a title and images `[N, C, H, W]` in [0, 1] for each strip.
+        names: one for each bar of a set; panels: by score; strips: titles and images `[N, C, H, W]` in [0, 1].
     """
-    from matplotlib.figure import Figure
-
     height = 2.6 if len(panels) == 1 else 1.9
-    figure = Figure(figsize=(8, 0.75 * len(strips) + height * len(panels)), layout="constrained")
+    figure = _new_figure(8, 0.75 * len(strips) + height * len(panels))
     ratios = [0.8] * len(strips) + [height] * len(panels)
     axes = figure.subplots(len(ratios), 1, height_ratios=ratios, squeeze=False)[:, 0]
     for axis, (title, images) in zip(axes, strips, strict=False):
@@ -297,22 +295,26 @@ def save_comparison(
         axis.imshow(torch.cat(list(padded), 2).expand(3, -1, -1).permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set_title(title, fontsize=9, loc="left")
         axis.set_axis_off()
-    for axis, panel in zip(axes[len(strips) :], panels, strict=True):
-        _draw_bars(axis, names, panel)
+    for axis, (score, bars) in zip(axes[len(strips) :], panels.items(), strict=True):
+        _draw_bars(axis, names, score, bars)
     top = axes[len(strips)]
     top.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(len(names), 5), fontsize=9, frameon=False)
-    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=130))
+    _save(path, figure, dpi=130)
 
 
-def _draw_bars(axis: "Axes", names: Sequence[str], panel: BarPanel) -> None:
+def _draw_bars(axis: "Axes", names: Sequence[str], score: str, bars: Bars) -> None:
+    means, spread = (
+        np.array([[100 * of(values) if values else np.nan for values in group] for group in bars.values()])
+        for of in (np.mean, np.std)
+    )
     width = 0.8 / len(names)
-    for index, name in enumerate(names):
-        at = np.arange(len(panel.sets)) + (index - (len(names) - 1) / 2) * width
-        bars = panel.values[index], width * 0.92
-        axis.bar(at, *bars, yerr=panel.spread[index], capsize=3 if width > 0.1 else 1, label=name, color=_color(index))
-    axis.set_xticks(range(len(panel.sets)), panel.sets)
-    axis.set_ylabel(f"AUROC (%), {panel.score}")
-    defined = panel.values[np.isfinite(panel.values)]
+    for i, name in enumerate(names):
+        at = np.arange(len(bars)) + (i - (len(names) - 1) / 2) * width
+        style = {"yerr": spread[:, i], "capsize": 3 if width > 0.1 else 1, "color": _color(i)}
+        axis.bar(at, means[:, i], width * 0.92, label=name, **style)
+    axis.set_xticks(range(len(bars)), bars)
+    axis.set_ylabel(f"AUROC (%), {score}")
+    defined = means[np.isfinite(means)]
     low, high = (min(45, defined.min() - 5), defined.max() + 5) if defined.size else (0, 100)
     axis.set_ylim(max(0, low), min(100, 10 * np.ceil(high / 10)))
     axis.axhline(50, color="grey", linewidth=0.8, linestyle=":")

@@ -1,34 +1,36 @@
-"""What stage 3 measured, and the files that hold it."""
+"""What stage 3 measured, and the files that hold it: of one run as JSON and CSV, of a study as one CSV."""
 
+import csv
+import io
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from utils.core.errors import UserError
-from utils.core.files import csv_text, read_json
+from utils.core.files import MAX_TEXT, csv_text, read_bytes, read_json, save_text
 from utils.ood.calibration import CALIBRATION_MEASURES, SCALED_MEASURES, Reliability, reliability
 from utils.ood.measures import ERROR_MEASURES, MEASURES
 from utils.ood.network_scores import NetworkScores
 
 NETWORK_MEASURES = (*ERROR_MEASURES, *CALIBRATION_MEASURES, *SCALED_MEASURES)
+# columns of the CSV of a study; measures of error detection that share their name with one of OOD detection get another
+STUDY_COLUMNS = {m: f"error_{m}" if m in ("auroc", "aupr", "fpr") else m for m in NETWORK_MEASURES}
 
 
 @dataclass
 class Results:
-    """What stage 3 measured.
+    """What stage 3 measured."""
 
-    `errors`: one dict of `NETWORK_MEASURES` per network (`SCALED_MEASURES` only with temperature scaling). `rows`: one
-    dict per network, OOD set and score, with the keys `network`, `set`, `score` and `MEASURES`; NaN where a score was
-    not finite. `missing`: OOD sets that were skipped.
-    """
-
+    # `NETWORK_MEASURES` of each network; `SCALED_MEASURES` only with temperature scaling
     errors: list[dict[str, float]] = field(default_factory=list)
+    # for each network, OOD set and score: `network`, `set`, `score` and `MEASURES`; NaN where a score was not finite
     rows: list[dict] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # OOD sets that were skipped
 
     def sets(self) -> list[str]:
         """Names of the measured sets, in order."""
@@ -51,20 +53,21 @@ class Results:
     def per_network(
         self, name: str | None, score: str, measure: str, among: Sequence[str] | None = None
     ) -> list[float]:
-        """One value per network: of one set, or (name None) the mean over the OOD sets `among`.
+        """One value per network: on the set `name`, or (None) the mean over the sets `among`.
 
-        `among` left out: all but validation sets.
+        `among` left out: all OOD sets.
         """
+        sets = [name] if name else self.ood_sets() if among is None else among
         values: dict[int, list[float]] = {}
         for row in self.rows:
-            in_mean = row["set"] in among if among is not None else not row["set"].startswith("val:")
-            wanted = row["set"] == name if name else in_mean
-            if wanted and row["score"] == score:
+            if row["set"] in sets and row["score"] == score:
                 values.setdefault(row["network"], []).append(row[measure])
         return [float(np.mean(v)) for v in values.values()]
 
     def of_networks(self, measure: str) -> list[float]:
-        """One of `NETWORK_MEASURES` for each network; NaN if the report lacks it."""
+        """The accuracy, or one of `NETWORK_MEASURES`, of each network; NaN if it was not measured."""
+        if measure == "accuracy":
+            return [1 - error for error in self.of_networks("error")]
         return [e.get(measure, math.nan) for e in self.errors]
 
 
@@ -77,15 +80,11 @@ def shared_sets(results: Sequence[Results]) -> list[str]:
 
 @dataclass
 class PlotData:
-    """What the plots need beside the results.
+    """What the plots need beside the results."""
 
-    `in_scores[score]`: one `[N]` per network; `out_scores[score][set]`: one `[M]` per network; `reliability`: over the
-    predictions of all networks.
-    """
-
-    in_scores: dict[str, list[np.ndarray]]
-    out_scores: dict[str, dict[str, list[np.ndarray]]]
-    reliability: Reliability
+    in_scores: dict[str, list[np.ndarray]]  # by score: `[N]` for each network
+    out_scores: dict[str, dict[str, list[np.ndarray]]]  # by score and OOD set: `[M]` for each network
+    reliability: Reliability  # over the predictions of all networks
 
 
 def results_of(networks: Sequence[NetworkScores]) -> tuple[Results, PlotData]:
@@ -103,27 +102,13 @@ def results_of(networks: Sequence[NetworkScores]) -> tuple[Results, PlotData]:
     return Results([n.errors for n in networks], rows), PlotData(in_scores, out_scores, bins)
 
 
+# --- files of one run ------------------------------------------------------------------------------------------------
+
+
 def results_json(results: Results, about: dict) -> str:
     """The results, and plain values about them, as JSON; NaN becomes null."""
     content = {"about": about, "errors": results.errors, "rows": results.rows, "missing": results.missing}
     return json.dumps(_without_nan(content), indent=1) + "\n"
-
-
-def results_csv(results: Results) -> str:
-    """CSV with a row per network, OOD set and score; each repeats the network's accuracy, AURC and calibration.
-
-    After temperature scaling the temperature and the calibration with it, too.
-    """
-    scaled = SCALED_MEASURES if any("temperature" in errors for errors in results.errors) else ()
-    repeated = {"accuracy": "error", "aurc": "aurc"} | {m: m for m in (*CALIBRATION_MEASURES, *scaled)}
-    columns = ["network", "set", "score", *MEASURES, *repeated]
-    lines = [columns]
-    for row in results.rows:
-        of_network = results.errors[row["network"]]
-        more = {column: of_network.get(m, math.nan) for column, m in repeated.items()}
-        values = row | more | {"accuracy": 1 - of_network["error"]}
-        lines.append([values[column] for column in columns])
-    return csv_text(lines)
 
 
 def _without_nan(value: object) -> object:
@@ -132,6 +117,20 @@ def _without_nan(value: object) -> object:
     if isinstance(value, list):
         return [_without_nan(v) for v in value]
     return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def results_csv(results: Results) -> str:
+    """CSV with a row per network, OOD set and score; each repeats the network's accuracy, AURC and calibration.
+
+    After temperature scaling the temperature and the calibration with it, too.
+    """
+    scaled = SCALED_MEASURES if any("temperature" in errors for errors in results.errors) else ()
+    repeated = {m: results.of_networks(m) for m in ("accuracy", "aurc", *CALIBRATION_MEASURES, *scaled)}
+    lines = [["network", "set", "score", *MEASURES, *repeated]]
+    for row in results.rows:
+        of_network = {m: values[row["network"]] for m, values in repeated.items()}
+        lines.append([(row | of_network)[column] for column in lines[0]])
+    return csv_text(lines)
 
 
 def load_results(folder: Path) -> Results:
@@ -153,3 +152,56 @@ def load_results(folder: Path) -> Results:
 
 def _with_nan(row: dict) -> dict:
     return {k: math.nan if v is None else v for k, v in row.items()}
+
+
+# --- the file of a study ---------------------------------------------------------------------------------------------
+
+StudyResults = dict[str, dict[int, Results]]  # by the name of the kind and the seed
+
+
+def save_study_csv(path: Path, study: StudyResults) -> None:
+    """Write the results of a study with all their digits.
+
+    Each network has a row with its own measures, where `set` and `score` are empty, and one for each set and score.
+    """
+    text = io.StringIO()
+    columns = ("kind", "seed", "network", "set", "score", *MEASURES, *STUDY_COLUMNS.values())
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for kind, seeds in sorted(study.items()):
+        for seed, results in sorted(seeds.items()):
+            networks = ({STUDY_COLUMNS[m]: v for m, v in errors.items()} for errors in results.errors)
+            rows = [*({"network": i} | network for i, network in enumerate(networks)), *results.rows]
+            defined = ({c: v for c, v in row.items() if v == v} for row in rows)  # without NaN
+            writer.writerows({"kind": kind, "seed": seed} | row for row in defined)
+    save_text(path, text.getvalue())
+
+
+def load_study_csv(path: Path) -> StudyResults:
+    """Read what `save_study_csv` wrote.
+
+    Raises:
+        UserError: when the file is missing, damaged, or something else.
+    """
+    try:
+        return _parsed(path.resolve(), path.stat().st_mtime_ns)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, csv.Error):
+        how = "write it again by scripts/tables/keep_results.py"
+        raise UserError(f"{path} is not there, is damaged, or is not the CSV file of a study; {how}") from None
+
+
+@lru_cache(maxsize=4)
+def _parsed(path: Path, _changed: int) -> StudyResults:
+    """The content of the file as it was at the time `_changed`: a table asks for it once for each kind."""
+    study: StudyResults = {}
+    for row in csv.DictReader(io.StringIO(read_bytes(path, MAX_TEXT).decode()), strict=True):
+        if None in row or None in row.values():
+            raise ValueError("a line is longer or shorter than the header")
+        results = study.setdefault(row["kind"], {}).setdefault(int(row["seed"]), Results())
+        if row["set"]:
+            where = {"network": int(row["network"]), "set": row["set"], "score": row["score"]}
+            _ = results.errors[where["network"]]["error"]  # the network must be known
+            results.rows.append(where | {m: float(row[m] or math.nan) for m in MEASURES})
+        else:
+            results.errors.append({m: float(row[c]) for m, c in STUDY_COLUMNS.items() if row[c]})
+    return study

@@ -1,4 +1,8 @@
-"""The results of a study, several seeds of several kinds of sets: mean rows, and differences paired by seed."""
+"""The results of a study, several seeds of several kinds of sets: mean rows, and differences paired by seed.
+
+They lie in a folder of a table script, or in a CSV file that scripts/tables/keep_results.py wrote.
+A path like `digits.csv/ipc1/DC` names the kinds in that file that begin with `ipc1/DC/`.
+"""
 
 import re
 from collections.abc import Sequence
@@ -9,108 +13,136 @@ import numpy as np
 from scipy import stats
 
 from utils.core.errors import UserError
-from utils.report.results import Results, load_results
-from utils.report.tables import markdown_table, mean_std
-
-OF_NETWORKS = {  # measure of the networks: title, factor, digits
-    "accuracy": ("accuracy ↑", 100, 2),
-    "ece": ("ECE ↓", 100, 2),
-    "nll": ("NLL ↓", 1, 3),
-    "auroc": ("error AUROC ↑", 100, 2),
-    "aurc": ("AURC ↓", 100, 2),
-    "temperature": ("temperature", 1, 2),
-    "scaled_ece": ("ECE, scaled ↓", 100, 2),
-    "scaled_nll": ("NLL, scaled ↓", 1, 3),
-}
-OF_SCORES = {"auroc": "AUROC {} ↑", "fpr_in": "FPR95 {} ↓", "aupr_in": "AUPR(IN) {} ↑"}
+from utils.report.measures import OF_NETWORKS, OF_OOD, Measure
+from utils.report.results import Results, load_results, load_study_csv
+from utils.report.tables import markdown_table, value_cell
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A row of the study: its name and the results of each seed."""
+class StudyColumn:
+    """A measure of the networks, or of the detection by a score."""
+
+    measure: str
+    score: str = ""  # empty: `measure` is one of the networks
+    set: str | None = None  # the OOD set; None: the mean over all
+
+    @property
+    def shown(self) -> Measure:
+        """How it is shown."""
+        return (OF_OOD if self.score else OF_NETWORKS)[self.measure]
+
+    @property
+    def title(self) -> str:
+        """As the tables show it."""
+        if not self.score:
+            return self.shown.heading
+        return " ".join(filter(None, (self.shown.short_title, self.score, self.set, self.shown.better)))
+
+    def of(self, results: Results) -> list[float]:
+        """One value per network."""
+        if self.score:
+            return results.per_network(self.set, self.score, self.measure)
+        return results.of_networks(self.measure)
+
+
+@dataclass(frozen=True)
+class StudyRow:
+    """A kind of sets: its name and the results of each seed."""
 
     name: str
     seeds: dict[int, Results]
 
-    def values(self, column: "Column") -> list[float]:
-        """One value for each network of each seed."""
-        return [value for results in self.seeds.values() for value in column.of(results)]
+    def cell(self, column: StudyColumn) -> str:
+        """`mean ± std` over the networks of all seeds, or a dash where nothing was measured."""
+        return value_cell([v for results in self.seeds.values() for v in column.of(results)], column.shown)
 
-    def by_seed(self, column: "Column") -> dict[int, float]:
+    def by_seed(self, column: StudyColumn) -> dict[int, float]:
         """The mean over the networks of each seed; networks and seeds without a value are left out."""
         values = {seed: np.array(column.of(results)) for seed, results in self.seeds.items()}
         defined = {seed: v[~np.isnan(v)] for seed, v in values.items()}
         return {seed: float(v.mean()) for seed, v in defined.items() if len(v)}
 
 
-@dataclass(frozen=True)
-class Column:
-    """A measure: of the networks (`score` empty), or of a score on one OOD set (or, `set` None, in the mean)."""
-
-    measure: str
-    score: str = ""
-    set: str | None = None
-
-    @property
-    def title(self) -> str:
-        """As the tables show it."""
-        if not self.score:
-            return OF_NETWORKS[self.measure][0]
-        return OF_SCORES[self.measure].format(f"{self.score}{f' {self.set}' if self.set else ''}")
-
-    @property
-    def unit(self) -> tuple[int, int]:
-        """Factor and digits."""
-        return (100, 2) if self.score else OF_NETWORKS[self.measure][1:]
-
-    def of(self, results: Results) -> list[float]:
-        """One value per network."""
-        if self.score:
-            return results.per_network(self.set, self.score, self.measure)
-        if self.measure == "accuracy":
-            return [1 - error for error in results.of_networks("error")]
-        return results.of_networks(self.measure)
+# --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_kind(folder: Path, name: str) -> Kind:
-    """The results below `folder`, one for each `seed<number>` in it.
+def csv_part(place: Path) -> tuple[Path, str] | None:
+    """The CSV file and the group of kinds (or the kind) in it that `place` names; None if it names no CSV file."""
+    file = next((path for path in (place, *place.parents) if path.suffix == ".csv" and not path.is_dir()), None)
+    return (file, place.relative_to(file).as_posix().removeprefix(".")) if file else None
+
+
+def places_of_kinds(study: Path, names: Sequence[str] | None) -> dict[str, Path]:
+    """Where the kinds of a study are, by name: those of `names` that it has, or (None) all.
+
+    Kinds that begin with `whole` are also looked for in the folder above.
+
+    Raises:
+        UserError: when `study` is neither a folder nor in a CSV file, or that is damaged.
+    """
+    if not study.is_dir() and not csv_part(study):
+        raise UserError(
+            f"{study} is no folder; give folders of a table script, e.g. result-tables/digits/ipc1, or a CSV file"
+        )
+    here = kinds_in(study)
+    if not here and (part := csv_part(study)):
+        groups = dict.fromkeys(kind.rpartition("/")[0] for kind in load_study_csv(part[0]))
+        raise UserError(f"{study} names no kinds of {part[0]}; its kinds are in {', '.join(filter(None, groups))}")
+    above = {name: place for name, place in kinds_in(study.parent).items() if name.startswith("whole")}
+    places = above | here
+    return {name: places[name] for name in names or sorted(places) if name in places}
+
+
+def kinds_in(study: Path) -> dict[str, Path]:
+    """The places of the kinds in a folder, or in (a group of) a CSV file, by name."""
+    part = csv_part(study)
+    if not part:
+        return {path.name: path.resolve() for path in study.iterdir() if list(path.glob("seed*/3-ood"))}
+    file, group = part
+    start = f"{group}/" if group else ""
+    names = (kind.removeprefix(start) for kind in load_study_csv(file) if kind.startswith(start))
+    return {name: study.resolve() / name for name in names if "/" not in name}
+
+
+def read_kind(place: Path, name: str) -> StudyRow:
+    """The results of the kind at `place`, a folder with a folder `seed<number>` for each seed, or one of a CSV file.
 
     Raises:
         UserError: when there are none, a seed has several, or one is damaged.
     """
+    if part := csv_part(place):
+        return StudyRow(name, load_study_csv(part[0])[part[1]])
     seeds: dict[int, Results] = {}
-    for path in sorted(folder.glob("seed*")):
+    for path in sorted(place.glob("seed*")):
         number = re.fullmatch(r"seed(\d+)", path.name)
-        found = sorted(path.rglob("results.json"))
-        if number is None or not found:
+        files = sorted(path.rglob("results.json"))
+        if number is None or not files:
             continue
-        if len(found) > 1:
-            raise UserError(f"{path} holds {len(found)} files results.json; keep one for each seed")
-        seeds[int(number[1])] = load_results(found[0].parent)
+        if len(files) > 1:
+            raise UserError(f"{path} holds {len(files)} files results.json; keep one for each seed")
+        seeds[int(number[1])] = load_results(files[0].parent)
     if not seeds:
-        raise UserError(f"{folder}: no results of stage 3 in seed<number>/; give folders that a table script wrote")
-    return Kind(name, dict(sorted(seeds.items())))
+        raise UserError(f"{place}: no results of stage 3 in seed<number>/; give folders that a table script wrote")
+    return StudyRow(name, dict(sorted(seeds.items())))
 
 
-def mean_rows(kinds: Sequence[Kind], columns: Sequence[Column]) -> str:
-    """A markdown table: `mean ± std` over the networks of all seeds, a row for each kind."""
-    rows = [[kind.name, *(mean_std(kind.values(column), *column.unit) for column in columns)] for kind in kinds]
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def mean_rows(kinds: Sequence[StudyRow], columns: Sequence[StudyColumn]) -> str:
+    """A markdown table: a row for each kind, a column for each measure."""
+    rows = [[kind.name, *map(kind.cell, columns)] for kind in kinds]
     return markdown_table(("images, outliers", *(column.title for column in columns)), rows)
 
 
-def score_rows(kinds: Sequence[Kind], scores: Sequence[str], measure: str) -> str:
-    """A markdown table of one of `OF_SCORES`, mean over the OOD sets: a row for each score, a column for each kind.
-
-    A cell is `mean ± std` over the networks of all seeds, or a dash where the kind was not measured by that score.
-    """
-    rows = []
-    for score in scores:
-        column = Column(measure, score)
-        rows.append([score, *(mean_std(kind.values(column), *column.unit) for kind in kinds)])
-    return markdown_table((f"score, {OF_SCORES[measure].replace(' {}', '')}", *(kind.name for kind in kinds)), rows)
+def score_rows(kinds: Sequence[StudyRow], scores: Sequence[str], measure: str) -> str:
+    """A markdown table of one measure of `OF_OOD`, in the mean over the OOD sets: a row for each score."""
+    rows = [[score, *(kind.cell(StudyColumn(measure, score)) for kind in kinds)] for score in scores]
+    shown = OF_OOD[measure]
+    return markdown_table((f"score, {shown.short_title} {shown.better}", *(kind.name for kind in kinds)), rows)
 
 
-def differences(base: Kind, others: Sequence[Kind], columns: Sequence[Column]) -> str:
+def differences(base: StudyRow, others: Sequence[StudyRow], columns: Sequence[StudyColumn]) -> str:
     """A markdown table: `base` minus each other kind, paired by seed.
 
     A cell holds the mean difference, its standard error, and the p of a two-sided paired t test over the seeds that
@@ -120,10 +152,9 @@ def differences(base: Kind, others: Sequence[Kind], columns: Sequence[Column]) -
     for other in others:
         cells = []
         for column in columns:
-            factor, digits = column.unit
             first, second = base.by_seed(column), other.by_seed(column)
-            both = [seed for seed in first if seed in second]
-            cells.append(_difference(np.array([factor * (first[s] - second[s]) for s in both]), digits))
+            gaps = [column.shown.factor * (first[s] - second[s]) for s in first if s in second]
+            cells.append(_difference(np.array(gaps), column.shown.digits))
         rows.append([f"{base.name} minus {other.name}", *cells])
     return markdown_table(("difference", *(column.title.rstrip(" ↑↓") for column in columns)), rows)
 

@@ -1,12 +1,14 @@
-"""Tables of one stage-3 report, in markdown."""
+"""Tables in markdown, the report of stage 3 that is made of them, and the templates of whole pages."""
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
-from utils.ood.calibration import SCALED_MEASURES
-from utils.ood.measures import ERROR_MEASURES, MEASURES
+from utils.ood.calibration import CALIBRATION_MEASURES, SCALED_MEASURES
+from utils.ood.measures import ERROR_MEASURES
+from utils.report.measures import OF_NETWORKS, OF_OOD, Measure
 from utils.report.results import Results
 
 
@@ -18,6 +20,11 @@ def mean_std(values: Sequence[float], scale: float = 100, digits: int = 2) -> st
     return f"{scale * np.mean(defined):.{digits}f} ± {scale * np.std(defined):.{digits}f}"
 
 
+def value_cell(values: Sequence[float], measure: Measure) -> str:
+    """`mean ± std` of the values of a measure, in its unit."""
+    return mean_std(values, measure.factor, measure.digits)
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A markdown table whose columns are also aligned in plain text; a cell may hold `|` and line breaks."""
     table = [[" ".join(cell.replace("|", r"\|").splitlines()) for cell in row] for row in (header, *rows)]
@@ -26,43 +33,53 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
+def render(template: str, **values: object) -> str:
+    """A file of this folder, a template of jinja2, with the values filled in; HTML escapes them."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=select_autoescape(["html.j2"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template).render(values)
+
+
 def report_text(results: Results, scores: Sequence[str]) -> str:
     """The report: accuracy and calibration, error detection, then a table per score; mean ± std over networks."""
-    accuracy = mean_std([1 - e for e in results.of_networks("error")])
-    ece = mean_std(results.of_networks("ece"))
-    nll, brier = (mean_std(results.of_networks(m), scale=1, digits=4) for m in ("nll", "brier"))
-    errors = [mean_std(results.of_networks(m)) for m in ERROR_MEASURES]
     parts = [
         f"{len(results.errors)} networks; mean ± std over networks, in percent (NLL in nats, Brier in [0, 2]).",
         "## Accuracy and calibration",
-        markdown_table(("accuracy", "ECE", "NLL", "Brier"), [(accuracy, ece, nll, brier)]),
-        *_scaled(results),
-        "## Error detection (wrong predictions are positives)",
-        markdown_table(("error rate", "AUROC", "AUPR", "FPR95", "AURC"), [errors]),
+        _of_networks(results, ("accuracy", *CALIBRATION_MEASURES)),
     ]
-    header = ("OOD set", "FPR(IN)95", "FPR(OUT)95", "AUROC", "AUPR(IN)", "AUPR(OUT)")
+    if any("temperature" in errors for errors in results.errors):
+        parts += ["## After temperature scaling", _of_networks(results, SCALED_MEASURES)]
+    parts += ["## Error detection (wrong predictions are positives)", _of_networks(results, ERROR_MEASURES)]
     for score in scores:
-        names = results.sets()
-        first_validation = next((i for i, n in enumerate(names) if n.startswith("val:")), len(names))
-        rows = [_row(results, name, name, score) for name in names]
-        if first_validation:
-            rows.insert(first_validation, _row(results, "mean", None, score))
-        rows += [[name, *["missing"] * len(MEASURES)] for name in results.missing]
-        parts += [f"## OOD detection, score {score}", markdown_table(header, rows)]
+        parts += [f"## OOD detection, score {score}", _of_score(results, score)]
     return "\n\n".join(parts) + "\n"
 
 
-def _scaled(results: Results) -> list[str]:
-    """Calibration after temperature scaling, if it was among the scores."""
-    if not any("temperature" in errors for errors in results.errors):
-        return []
-    scales = ((1, 2), (100, 2), (1, 4), (1, 4))
-    values = [
-        mean_std(results.of_networks(measure), scale=scale, digits=digits)
-        for measure, (scale, digits) in zip(SCALED_MEASURES, scales, strict=True)
+def _of_networks(results: Results, names: Sequence[str]) -> str:
+    """A table of one row; likelihood and Brier score have a digit more than in comparisons."""
+    measures = {name: OF_NETWORKS[name] for name in names}
+    cells = [
+        mean_std(results.of_networks(name), m.factor, 4 if m.digits == 3 else m.digits) for name, m in measures.items()
     ]
-    return ["## After temperature scaling", markdown_table(("temperature", "ECE", "NLL", "Brier"), [values])]
+    return markdown_table([m.short_title for m in measures.values()], [cells])
 
 
-def _row(results: Results, title: str, name: str | None, score: str) -> list[str]:
-    return [title, *(mean_std(results.per_network(name, score, m)) for m in MEASURES)]
+def _of_score(results: Results, score: str) -> str:
+    """A row for each OOD set, one for their mean, and those of validation and missing sets."""
+    names = results.ood_sets()
+    validation = [name for name in results.sets() if name not in names]
+    wanted = [*((name, name) for name in names), *([("mean", None)] if names else [])]
+    wanted += [(name, name) for name in validation]
+    rows = [
+        [title, *(value_cell(results.per_network(name, score, m), OF_OOD[m]) for m in OF_OOD)] for title, name in wanted
+    ]
+    rows += [[name, *["missing"] * len(OF_OOD)] for name in results.missing]
+    return markdown_table(("OOD set", *(m.title for m in OF_OOD.values())), rows)

@@ -19,12 +19,21 @@ from utils.core.rng import generator
 from utils.data.synthetic import SyntheticSet, save_synthetic
 from utils.ood.calibration import SCALED_MEASURES
 from utils.ood.measures import MEASURES
-from utils.report.card import _measured
-from utils.report.compare import Run, comparison_rows, find_runs, latex, markdown, plot_comparison, pooled, table_csv
+from utils.report.card import measured_table
+from utils.report.compare import (
+    ComparisonColumn,
+    comparison_rows,
+    find_runs,
+    latex,
+    markdown,
+    plot_comparison,
+    pooled,
+    table_csv,
+)
 from utils.report.page import comparison_page
 from utils.report.plots import distilled_pictures, save_score_histograms
 from utils.report.results import NETWORK_MEASURES, Results, load_results, results_csv, results_json
-from utils.report.study import Column, Kind, mean_rows, score_rows
+from utils.report.study import StudyColumn, StudyRow, mean_rows, score_rows
 from utils.report.tables import report_text
 
 RUN = "DSA/Digits/ConvNetD1/1/20260101-000000"
@@ -41,13 +50,13 @@ def results(auroc, error=0.1, nll=0.3, sets=("patches", "blob"), score="msp"):
 
 
 def run(name, *args, **kwargs):
-    return Run(name, (), results(*args, **kwargs))
+    return ComparisonColumn(name, (), results(*args, **kwargs))
 
 
 def test_the_table_shows_means_deviations_and_the_best():
     runs = [run("plain", [[0.5, 0.7], [0.7, 0.9]]), run("a|b_%", [[0.6, 0.8], [0.6, 0.8]], error=0.2, nll=0.2)]
     rows = comparison_rows(runs, ["auroc", "fpr_in"])
-    by_title = {(row.set, row.measure): row for row in rows}
+    by_title = {(row.set, row.measure.heading): row for row in rows}
     assert by_title["patches", "AUROC ↑"].cells() == ["60.00 ± 10.00", "60.00 ± 0.00"]
     assert by_title["patches", "AUROC ↑"].best() == [True, True]  # equal to the digits that are shown
     assert by_title["", "accuracy ↑"].best() == [True, False]
@@ -72,17 +81,17 @@ def test_the_table_shows_means_deviations_and_the_best():
 def test_what_a_run_lacks_is_a_dash():
     nan = float("nan")
     other = run("other", [[0.9], [0.9]], sets=("blob",), score="knn")
-    old = Run("old", (), Results([{"error": 0.1}], run("old", [[nan, 0.6]]).results.rows))
+    old = ComparisonColumn("old", (), Results([{"error": 0.1}], run("old", [[nan, 0.6]]).results.rows))
     runs = [run("one", [[nan, 0.8], [0.5, 0.8]]), other, old]
     rows = comparison_rows(runs, ["auroc"])
-    found = {(row.score, row.set): row.cells() for row in rows if row.measure == "AUROC ↑"}
+    found = {(row.score, row.set): row.cells() for row in rows if row.measure.title == "AUROC"}
     assert found["msp", "patches"] == ["50.00 ± 0.00", "-", "-"]
     assert found["knn", "blob"] == ["-", "90.00 ± 0.00", "-"]
     assert ("knn", "patches") not in found
     best = {(row.score, row.set): row.best() for row in rows}
     assert best["msp", "patches"] == [False] * 3
     assert best["msp", "blob"] == [True, False, False]
-    assert [row.cells()[2] for row in rows if row.measure == "ECE ↓"] == ["-"]
+    assert [row.cells()[2] for row in rows if row.measure.title == "ECE"] == ["-"]
     assert "blob (knn)" in markdown(runs, rows)
 
 
@@ -115,13 +124,13 @@ def row(network, name):
 def test_a_line_in_a_name_does_not_break_a_table():
     """In the report of stage 3, a comparison, a study and a card; other tables are made by the same function."""
     found = Results([dict.fromkeys(NETWORK_MEASURES, 0.5)], [row(0, "a|b"), row(0, "c\nd")], ["e|f"])
-    column = Run("one|two", (), found)
-    kind = Kind("g|h", {1: found})
+    column = ComparisonColumn("one|two", (), found)
+    kind = StudyRow("g|h", {1: found})
     texts = [
         report_text(found, ["msp"]),
         markdown([column], comparison_rows([column], ["auroc"])),
-        mean_rows([kind], [Column("auroc", "msp", "a|b")]) + "\n" + score_rows([kind], ["msp"], "auroc"),
-        _measured({"i|j": found}),
+        mean_rows([kind], [StudyColumn("auroc", "msp", "a|b")]) + "\n" + score_rows([kind], ["msp"], "auroc"),
+        measured_table({"i|j": found}),
     ]
     names = [("a|b", "c d", "e|f"), ("one|two", "a|b"), ("g|h", "AUROC msp a|b ↑"), ("1 × i|j",)]
     for text, inside in zip(texts, names, strict=True):
@@ -140,7 +149,7 @@ def test_a_spreadsheet_computes_no_cell(tmp_path):
     found = Results([dict.fromkeys(NETWORK_MEASURES, 1.5)], [row(0, '=HYPERLINK("x")')])
     (first,) = csv.DictReader(results_csv(found).splitlines())
     assert (first["set"], first["accuracy"], first["auroc"]) == ('\'=HYPERLINK("x")', "-0.5", "0.5")
-    column = Run("-cmd", (), found)
+    column = ComparisonColumn("-cmd", (), found)
     (first, *_) = csv.reader(table_csv([column], comparison_rows([column], ["auroc"])).splitlines())
     assert first[4:] == ["'-cmd mean", "'-cmd std", "'-cmd networks"]
     (tmp_path / "results.json").write_text(results_json(found, {}))
@@ -252,8 +261,8 @@ def test_a_picture_and_a_page_of_runs_without_folders(tmp_path):
     """Many columns, one of them without a score of the others; nothing can be followed."""
     folder = tmp_path / "a"
     folder.mkdir()
-    runs = [Run(f"run {i}", (folder,), results([[0.2, 0.7], [0.7, 0.9]])) for i in range(11)]
-    runs.append(Run("last", (folder,), results([[0.6], [0.6]], sets=("blob",), score="knn")))
+    runs = [ComparisonColumn(f"run {i}", (folder,), results([[0.2, 0.7], [0.7, 0.9]])) for i in range(11)]
+    runs.append(ComparisonColumn("last", (folder,), results([[0.6], [0.6]], sets=("blob",), score="knn")))
     plot_comparison(tmp_path / "plot.png", runs)
     assert Image.open(tmp_path / "plot.png").width > 800
     check_page(comparison_page(runs, comparison_rows(runs, ["auroc"]), None), pictures=0)

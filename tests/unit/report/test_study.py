@@ -1,5 +1,6 @@
-"""Mean rows and paired differences of a study, against numpy and SciPy."""
+"""Mean rows and paired differences of a study, against numpy and SciPy; and the files that it is read from."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -7,13 +8,14 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import study as study_script
 from scipy.stats import ttest_rel
 
 from utils.core.errors import UserError
 from utils.core.run_script import run_script
 from utils.ood.measures import MEASURES
-from utils.report.results import NETWORK_MEASURES
-from utils.report.study import Column, Kind, differences, mean_rows, read_kind
+from utils.report.results import NETWORK_MEASURES, STUDY_COLUMNS, Results, load_study_csv, save_study_csv
+from utils.report.study import StudyColumn, StudyRow, differences, mean_rows, read_kind
 
 SETS, SCORES = ("blob", "uniform"), ("msp", "mls")
 
@@ -46,7 +48,7 @@ def expected(content: dict, score: str, measure: str) -> list[float]:
 def test_mean_rows_by_numpy(study):
     folder, values = study
     kind = read_kind(folder / "poe", "distilled")
-    table = mean_rows([kind], [Column("accuracy"), Column("nll"), Column("auroc", "mls")])
+    table = mean_rows([kind], [StudyColumn("accuracy"), StudyColumn("nll"), StudyColumn("auroc", "mls")])
     accuracies, nll, auroc = [], [], []
     for seed in (1, 2, 10):
         accuracies += [100 * (1 - e["error"]) for e in values["poe", seed]["errors"]]
@@ -61,7 +63,7 @@ def test_differences_by_scipy(study):
     """Only seeds that both kinds have are compared."""
     folder, values = study
     base, other = (read_kind(folder / k, k) for k in ("poe", "poe-corrupt"))
-    (line,) = differences(base, [other], [Column("auroc", "msp")]).splitlines()[2:]
+    (line,) = differences(base, [other], [StudyColumn("auroc", "msp")]).splitlines()[2:]
     first, second = (
         [100 * np.mean(expected(values[kind, seed], "msp", "auroc")) for seed in (1, 2)]
         for kind in ("poe", "poe-corrupt")
@@ -76,9 +78,9 @@ def test_differences_by_scipy(study):
 def test_one_seed_has_no_error_and_none_no_difference(study):
     folder, _ = study
     base, other = read_kind(folder / "poe", "a"), read_kind(folder / "plain", "b")
-    one = Kind("one", {1: other.seeds[1]})
-    none = Kind("none", {7: other.seeds[1]})
-    cells = [row.split("|")[2].strip() for row in differences(base, [one, none], [Column("ece")]).splitlines()[2:]]
+    one = StudyRow("one", {1: other.seeds[1]})
+    none = StudyRow("none", {7: other.seeds[1]})
+    cells = [row.split("|")[2].strip() for row in differences(base, [one, none], [StudyColumn("ece")]).splitlines()[2:]]
     gap = 100 * (np.mean(base.seeds[1].of_networks("ece")) - np.mean(other.seeds[1].of_networks("ece")))
     assert cells == [f"{gap:+.2f}", "-"]
 
@@ -86,13 +88,12 @@ def test_one_seed_has_no_error_and_none_no_difference(study):
 def test_a_clear_difference(study):
     folder, _ = study
     kind = read_kind(folder / "poe", "a")
-    assert differences(kind, [kind], [Column("ece")]).splitlines()[2].split("|")[2].strip() == "+0.00 ± 0.00"
+    assert differences(kind, [kind], [StudyColumn("ece")]).splitlines()[2].split("|")[2].strip() == "+0.00 ± 0.00"
 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Run the script within this process; returns its exit status, and what it wrote to stdout and stderr."""
-    import study as study_script
 
     def run_(*words: object, script: ModuleType = study_script) -> tuple[int, str, str]:
         status = 0
@@ -197,35 +198,114 @@ def test_two_results_of_one_seed(study):
 
 
 def test_kept_results(study, run, tmp_path):
-    """Copies give the same tables, whatever machine they were measured on, and tell nothing of it."""
+    """The file gives the same tables, whatever machine they were measured on, and tells nothing of it."""
     folder, values = study
     path = next((folder / "poe/seed1").rglob("results.json"))
     flags = {"ipc": 10, "data_path": "/home/x/data", "ood_path": "/home/x/ood"}
     path.write_text(json.dumps(values["poe", 1] | {"about": {"networks": "/home/x/2-networks", "flags": flags}}))
     import keep_results
 
-    status, shown, error = run(folder, tmp_path / "kept", script=keep_results)
-    assert (status, shown) == (0, f"{tmp_path / 'kept'}: 8 results\n"), error
+    words = ["--base", "poe", "--sets", "--prefixes", "A"]
+    tables = run(folder, *words)[1]
+    for out in ("kept.csv", "kept.csv/ipc1/DM"):
+        place = tmp_path / out
+        status, shown, error = run(folder, place, script=keep_results)
+        assert (status, shown) == (0, f"{place}: 8 results\n"), error
+        assert run(place, *words)[1] == tables != ""
+    assert "/home" not in (tmp_path / "kept.csv").read_text()
     shutil.rmtree(folder / "poe/seed10")
-    moved = tmp_path / "kept/poe/seed1/3-ood/results.json"
-    assert json.loads(moved.read_text())["about"] == {"flags": {"ipc": 10}}
-    run(folder, tmp_path / "kept", script=keep_results)  # from a machine that lacks a seed
-    shutil.copytree(tmp_path / "kept/poe/seed10", folder / "poe/seed10")
-    words = ["--base", "poe", "--sets"]
-    assert run(tmp_path / "kept", *words)[1] == run(folder, *words)[1] != ""
+    run(folder, tmp_path / "kept.csv", script=keep_results)  # from a machine that lacks a seed
+    for place in (tmp_path / "kept.csv", tmp_path / "kept.csv/ipc1/DM"):
+        assert run(place, *words)[1] == tables
+
+
+def test_the_file_of_a_study_by_the_csv_module(study, tmp_path):
+    """All digits, a row for each network, and one for each of its sets and scores."""
+    _, values = study
+    content = values["poe", 10]
+    results = Results(content["errors"], content["rows"])
+    results.errors[1]["auroc"] = float("nan")
+    results.rows[2]["fpr_in"] = float("nan")
+    save_study_csv(tmp_path / "a.csv", {"a, b/poe": {10: results, 2: results}, "a": {1: results}})
+    with open(tmp_path / "a.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["kind"], row["seed"]) for row in rows[:: len(rows) // 3]] == [
+        ("a", "1"),
+        ("a, b/poe", "2"),
+        ("a, b/poe", "10"),
+    ]
+    of_seed = rows[: len(rows) // 3]
+    for row, errors in zip(of_seed, content["errors"], strict=False):
+        assert (row["set"], row["score"]) == ("", "")
+        assert [row[STUDY_COLUMNS[m]] for m in errors] == ["" if np.isnan(v) else repr(v) for v in errors.values()]
+    for row, expected in zip(of_seed[2:], content["rows"], strict=True):
+        shown = {key: "" if value != value else str(value) for key, value in expected.items()}
+        assert {key: row[key] for key in expected} == shown
+    again = load_study_csv(tmp_path / "a.csv")["a, b/poe"][2]
+    assert [{k: v for k, v in r.items() if v == v} for r in again.rows] == [
+        {k: v for k, v in r.items() if v == v} for r in content["rows"]
+    ]
+    np.testing.assert_array_equal(again.of_networks("auroc"), results.of_networks("auroc"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:-30],
+        lambda text: text.replace("uniform", "uniform,1", 1),
+        lambda text: text.replace("poe,1,1,,", "poe,1,1,blob,", 1),
+        lambda text: text.replace("network", "net", 1),
+        lambda text: text.replace(",1,", ",one,", 1),
+        lambda text: text.replace("\n", '\n"', 1),
+    ],
+)
+def test_a_damaged_file_of_a_study(study, run, tmp_path, damage):
+    import keep_results
+
+    file = tmp_path / "a.csv"
+    run(study[0], file, script=keep_results)
+    assert run(file)[0] == 0
+    file.write_text(damage(file.read_text()))
+    for words, script in (([file], study_script), ([study[0], file], keep_results)):
+        status, shown, error = run(*words, script=script)
+        assert (status, shown, error.count("\n")) == (2, "", 1)
+        assert f"{file} is not there, is damaged, or is not the CSV file of a study; write it again" in error
+
+
+def test_a_whole_set_beside_a_group_of_a_file(study, run, tmp_path):
+    """As with folders; and the file says which groups it has."""
+    import keep_results
+
+    folder, _ = study
+    shutil.copytree(folder / "plain", tmp_path / "more" / "whole")
+    for source, group in ((folder, "ipc1"), (folder, "ipc10"), (tmp_path / "more", "")):
+        run(source, tmp_path / "a.csv" / group, script=keep_results)
+    status, shown, error = run(
+        tmp_path / "a.csv/ipc1", tmp_path / "a.csv/ipc10", "--prefixes", "A", "B", "--base", "poe"
+    )
+    assert status == 0, error
+    assert shown.count("| whole training set, none ") == 1
+    assert run(tmp_path / "a.csv")[1].count("\n") == 3
+    error = run(tmp_path / "a.csv", "--kinds", "poe")[2]
+    assert "--kinds: no folder poe in" in error
+    assert "ipc2 names no kinds of" in run(tmp_path / "a.csv/ipc2")[2]
+    assert "its kinds are in ipc1, ipc10" in run(tmp_path / "a.csv/ipc2")[2]
 
 
 def test_results_that_cannot_be_kept(study, run, tmp_path):
     import keep_results
 
     folder, _ = study
-    assert "poe holds no results in" in run(folder / "poe", tmp_path / "kept", script=keep_results)[2]
+    assert "poe holds no results in" in run(folder / "poe", tmp_path / "kept.csv", script=keep_results)[2]
+    assert (
+        "kept is no CSV file; give a name that ends in .csv" in run(folder, tmp_path / "kept", script=keep_results)[2]
+    )
     again = folder / "poe/seed1/3-ood/DSA/20260102-000000"
     shutil.copytree(next(again.parent.iterdir()), again)
-    status, shown, error = run(folder, tmp_path / "kept", script=keep_results)
+    status, shown, error = run(folder, tmp_path / "kept.csv", script=keep_results)
     assert (status, shown, error.count("\n")) == (2, "", 1)
-    assert "a seed has several files results.json" in error
-    assert not (tmp_path / "kept").exists()
+    assert "seed1 holds 2 files results.json; keep one for each seed" in error
+    assert not (tmp_path / "kept.csv").exists()
 
 
 @pytest.mark.parametrize(
@@ -314,7 +394,7 @@ def test_a_network_without_a_value_is_left_out(study):
         for network in networks:
             change(folder / "poe" / f"seed{seed}", lambda c, n=network: c["errors"][n].update(auroc=None))
     kind = read_kind(folder / "poe", "poe")
-    means = kind.by_seed(Column("auroc"))
+    means = kind.by_seed(StudyColumn("auroc"))
     assert list(means) == [1, 10]
     assert means[1] == values["poe", 1]["errors"][1]["auroc"]
 

@@ -1,0 +1,79 @@
+"""The catalogue of measures, against what a good and a bad network measure; and the templates."""
+
+import html
+
+import numpy as np
+import pytest
+
+from utils.ood.calibration import calibration, scaled_calibration
+from utils.ood.measures import MEASURES, error_detection, ood_measures
+from utils.report.card import CardFacts, card
+from utils.report.compare import ComparisonColumn, comparison_rows
+from utils.report.measures import OF_NETWORKS, OF_OOD
+from utils.report.page import comparison_page
+from utils.report.results import NETWORK_MEASURES, Results
+from utils.report.tables import value_cell
+
+
+def of_network(noise: float) -> dict[str, float]:
+    """Measures of a network whose logits are right but for noise."""
+    g = np.random.default_rng(0)
+    labels = g.integers(0, 5, 500)
+    logits = 3 * np.eye(5)[labels] + noise * g.normal(size=(500, 5))
+    errors = error_detection(logits, labels) | calibration(logits, labels) | scaled_calibration(logits, labels, 1.5)
+    return errors | {"accuracy": 1 - errors["error"]}
+
+
+def of_detector(shift: float) -> dict[str, float]:
+    g = np.random.default_rng(0)
+    return ood_measures(g.normal(size=300), shift + g.normal(size=300))
+
+
+def test_the_catalogue_is_complete():
+    assert list(OF_OOD) == list(MEASURES)
+    assert {*OF_NETWORKS} == {"accuracy", *NETWORK_MEASURES}
+
+
+@pytest.mark.parametrize("name", [name for name, measure in OF_NETWORKS.items() if measure.better and name != "aupr"])
+def test_which_way_is_better_for_networks(name):
+    """But AUPR of error detection, which grows with the number of errors, too."""
+    good, bad = of_network(1)[name], of_network(9)[name]
+    assert OF_NETWORKS[name].better == ("↑" if good > bad else "↓")
+
+
+@pytest.mark.parametrize("name", OF_OOD)
+def test_which_way_is_better_for_detection(name):
+    assert OF_OOD[name].better == ("↑" if of_detector(2)[name] > of_detector(0.1)[name] else "↓")
+
+
+def test_values_are_shown_in_their_unit():
+    assert value_cell([0.25, 0.75], OF_OOD["auroc"]) == "50.00 ± 25.00"
+    assert value_cell([0.25, 0.75, np.nan], OF_NETWORKS["nll"]) == "0.500 ± 0.250"
+    assert value_cell([1.5], OF_NETWORKS["temperature"]) == "1.50 ± 0.00"
+    assert [OF_NETWORKS[n].heading for n in ("ece", "temperature", "auroc")] == [
+        "ECE ↓",
+        "temperature",
+        "error AUROC ↑",
+    ]
+
+
+NASTY = "<b onclick='x()'>&\"{{ 1 }}"
+
+
+def test_a_page_escapes_what_it_shows():
+    """Names, sets, scores and notes: as the standard library reads them back."""
+    row = {"network": 0, "set": f"set {NASTY}", "score": f"score {NASTY}", **dict.fromkeys(MEASURES, 0.5)}
+    column = ComparisonColumn(f"name {NASTY}", (), Results([dict.fromkeys(NETWORK_MEASURES, 0.5)], [row]))
+    page = comparison_page([column], comparison_rows([column], ["auroc"]), None, [f"note {NASTY}"])
+    assert "<b" not in page.replace("<body>", "")
+    shown = html.unescape(page)
+    assert all(f"{what} {NASTY}" in shown for what in ("set", "score", "name", "note"))
+
+
+def test_a_card_takes_text_as_it_is():
+    """Markdown is not escaped, and text of the user is no template."""
+    facts = CardFacts(NASTY, "", 10, (1, 8, 8), (10, 0), "hard", (0.1,), (1 / 3,), source=f"Read as: {NASTY}.")
+    text = card(facts)
+    assert f"Read as: {NASTY}." in text
+    assert f"the training set of {NASTY} (10 classes)" in text
+    assert "([0.1], [0.3333333333333333])" in text
