@@ -30,15 +30,17 @@ KNOWN_SETS = tuple(dict.fromkeys((*PAPER_SETS, *LOCAL_ONLY, *FROM_TORCHVISION, *
 
 @dataclass(frozen=True)
 class OODSet:
-    """An OOD set that was found: `load()` returns its normalised images `[N, C, H, W]`, at most `limit`.
-
-    `notes`: lines for the log.
-    """
+    """An OOD set that was found."""
 
     name: str
-    source: str
-    load: Callable[[], torch.Tensor]
-    notes: tuple[str, ...] = ()
+    source: str  # where its images come from
+    count: int  # how many images are scored, at most `limit`
+    load: Callable[[], torch.Tensor]  # returns them, normalised `[count, C, H, W]`
+    notes: tuple[str, ...] = ()  # what reading them told
+
+    def lines(self) -> tuple[str, ...]:
+        """Lines for the log."""
+        return f"OOD set {self.name}: {self.count} images, {self.source}", *self.notes
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,14 @@ class OODSource:
     def _without(self, missing: dict[str, str], advice: str) -> str:
         """The message for sets that are missing: their names, why they could not be fetched, and what to do."""
         fetchable = [name for name in missing if name in (*FROM_TORCHVISION, *FROM_PYTORCH_OOD)]
-        what = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
         paths = [name for name in missing if is_path(name)]
-        ways = [f"give {', '.join(paths)} as seen from here or from {self.ood_path}"] if paths else []
+        absolute = [name for name in paths if Path(name).is_absolute()]
+        relative = [name for name in paths if name not in absolute]
+        groups = (([name for name in missing if name not in absolute], "missing"), (absolute, "not there"))
+        what = ", ".join(
+            f"{', '.join(group)} {'is' if len(group) == 1 else 'are'} {how}" for group, how in groups if group
+        )
+        ways = [f"give {', '.join(relative)} as seen from here or from {self.ood_path}"] if relative else []
         ways += [] if len(paths) == len(missing) else [f"put NAME/ or NAME.npz (key images) into {self.ood_path}"]
         ways += [advice] if advice else []
         ways.append(f"choose sets that need no files: {' '.join(DRAWN)}")
@@ -147,9 +154,10 @@ class OODSource:
         ):
             raise UserError(f"{self.flag}: {name[:200]!r} is neither the name nor the path of a set")
         if is_path(name):
-            path = next((p for p in (Path(name), self.ood_path / name) if os.path.lexists(p)), None)
+            places = dict.fromkeys((Path(name), self.ood_path / name))  # the second of an absolute path is the first
+            path = next((place for place in places if os.path.lexists(place)), None)
             if path is None:
-                raise NotThere(f"looked for {Path(name)} and {self.ood_path / name}; give the path of the set")
+                raise NotThere(f"looked for {' and '.join(map(str, places))}; give the path of the set")
             return path
         candidates = [self.ood_path / name, *(self.ood_path / f"{name}{suffix}" for suffix in ARRAY_SUFFIXES)]
         return next((path for path in candidates if os.path.lexists(path)), None)
@@ -157,15 +165,12 @@ class OODSource:
     def _at_hand(self, name: str) -> OODSet:
         """The set `name` without a download; if it needs one, raises `NotThere`, which says what to do."""
         if self._in_distribution(name):
-            raise UserError(
-                f"{self.flag} {name}: its images are of --dataset {self.real.name}, so they are not out of "
-                "distribution. Leave it out"
-            )
+            raise self._same_images(name)
         local = self.local_path(name)
         if local is not None and not (name in FROM_TORCHVISION and (local / "raw").is_dir()):  # torchvision's layout
             return self._from_files(name, local)
         if name in DRAWN:
-            return OODSet(name, "drawn", lambda: self._drawn(name))
+            return OODSet(name, "drawn", self.limit, lambda: self._drawn(name))
         if name not in KNOWN_SETS and os.path.lexists(name):
             return self._from_files(name, Path(name))
         if name not in KNOWN_SETS:
@@ -185,6 +190,22 @@ class OODSource:
         """Whether a set of this name has images of the in-distribution data."""
         return (name == self.real.name and name in SPECS) or name in SAME_IMAGES.get(self.real.name, ())
 
+    def _same_images(self, name: str) -> UserError:
+        """The error for a set that has images of the in-distribution data."""
+        return UserError(
+            f"{self.flag} {name}: its images are of --dataset {self.real.name}, so they are not out of distribution. "
+            "Leave it out"
+        )
+
+    def _is_in_distribution(self, path: Path) -> bool:
+        """Whether a file or folder is, holds, or lies in what is read of `--data_path`."""
+        if self.real.name not in ("npz", "ImageFolder"):  # --data_path then holds other sets, too
+            return False
+        parts = [self.data_path / part for part in ("train", "test", "val")]
+        own = [place.resolve() for place in ([self.data_path] if self.real.name == "npz" else parts)]
+        path = path.resolve()
+        return any(path.is_relative_to(place) or place.is_relative_to(path) for place in own)
+
     def _of_torchvision(self, name: str, download: bool) -> OODSet:
         """A set as torchvision stores it, in `data_path` or `ood_path`; `download`: into the first of them."""
         places = [(self.data_path, "--data_path"), (self.ood_path, "--ood_path")]
@@ -202,15 +223,14 @@ class OODSource:
 
     def _of_test_images(self, name: str, root: Path, images: torch.Tensor | Sequence[tuple]) -> OODSet:
         if not isinstance(images, torch.Tensor):
-            return OODSet(name, str(root), lambda: self._from_library(name, images))
+            return self._from_library(name, str(root), images)
         chosen = images[self.subset(name, len(images))]
-        return OODSet(name, str(root), lambda: self.prepare(chosen))
+        return OODSet(name, str(root), len(chosen), lambda: self.prepare(chosen))
 
     def _fetched(self, name: str) -> OODSet:
         if name in FROM_TORCHVISION:
             return self._of_torchvision(name, True)
-        dataset = fetch_pytorch_ood(name, self.ood_path)
-        return OODSet(name, "pytorch-ood", lambda: self._from_library(name, dataset))
+        return self._from_library(name, "pytorch-ood", fetch_pytorch_ood(name, self.ood_path))
 
     def _put(self, name: str) -> str:
         return f"put images into {self.ood_path / name}/ or an array into {self.ood_path / name}.npz (key images)"
@@ -230,14 +250,18 @@ class OODSource:
         """A set from a local array, folder or list; of files only the images that are used are decoded."""
         flag, key = (self.flag, stem(name)) if is_path(name) else ("--ood_path", name)
         reader = self.reader(flag)
+        if self._is_in_distribution(path):
+            raise self._same_images(name)
         if path.is_dir() or path.suffix == LIST_SUFFIX:
             files = reader.some(path) if path.is_dir() else listed_images(path, self.ood_path, flag)
+            if any(map(self._is_in_distribution, {file.parent for file in files})):
+                raise self._same_images(name)
             files = [files[i] for i in self.subset(key, len(files)).tolist()]
             chosen = reader.files(files, self.real.channel, self.real.im_size)
         else:
             images = reader.array(path)
             chosen = images[self.subset(key, len(images))]
-        return OODSet(name, str(path), lambda: self.prepare(chosen), reader.notes())
+        return OODSet(name, str(path), len(chosen), lambda: self.prepare(chosen), reader.notes())
 
     def reader(self, flag: str = "--ood_path") -> ImageReader:
         """A reader of the images of one set; `flag` names it in messages."""
@@ -246,13 +270,17 @@ class OODSource:
     def _drawn(self, name: str) -> torch.Tensor:
         return DRAWN[name](self.real, self.limit, generator(self.seed, "ood", name)).to(self.real.device)
 
-    def _from_library(self, name: str, dataset: Sequence) -> torch.Tensor:
-        """Normalised images of a library's data set, whose items are pairs of a PIL image and a label."""
-        images = []
-        for index in self.subset(name, len(dataset)).tolist():
-            image = torch.from_numpy(np.array(dataset[index][0].convert("RGB"))).permute(2, 0, 1)
-            images.append(conform(image[None], self.real.channel, self.real.im_size))
-        return self.real.normalize(torch.cat(images).to(self.real.device))
+    def _from_library(self, name: str, source: str, dataset: Sequence) -> OODSet:
+        """A library's data set, whose items are pairs of a PIL image and a label."""
+        indices = self.subset(name, len(dataset)).tolist()
+
+        def load() -> torch.Tensor:
+            arrays = (np.array(dataset[index][0].convert("RGB")) for index in indices)
+            images = (torch.from_numpy(array).permute(2, 0, 1)[None] for array in arrays)
+            parts = [conform(image, self.real.channel, self.real.im_size) for image in images]
+            return self.real.normalize(torch.cat(parts).to(self.real.device))
+
+        return OODSet(name, source, len(indices), load)
 
 
 def validation_sets(source: OODSource) -> list[OODSet]:
@@ -272,7 +300,8 @@ def validation_sets(source: OODSource) -> list[OODSet]:
         return real.normalize(corrupt(conform(chosen, real.channel, real.im_size), name, g)[: source.limit])
 
     made_of = "test images" if other is None else "the other CIFAR"
-    return [OODSet(f"val:{name}", made_of, lambda n=name: load(n)) for name in VALIDATION]
+    count = min(source.limit, len(images))
+    return [OODSet(f"val:{name}", made_of, count, lambda n=name: load(n)) for name in VALIDATION]
 
 
 def _other_cifar(source: OODSource) -> torch.Tensor | None:

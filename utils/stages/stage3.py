@@ -68,7 +68,7 @@ def run_stage3(args: argparse.Namespace) -> Results:
     run = RunFolder.create(args.save_path, *parts, name=folder.name)
     run.save_args(vars(args), networks=str(folder.resolve()), device=str(device), fitted_on=fit and fit.name)
     run.log(f"run folder: {run.path}")
-    about = [note, *real.lines(), *changed, *(line for ood in sets for line in ood.notes)]
+    about = [note, *real.lines(), *changed, *(line for ood in sets for line in ood.lines())]
     about += [f"networks: {folder}, {args.num_exp} × {which}{chosen}", f"computing: {compute}"]
     for line in filter(None, [*about, *_about_fitting(fit, scores, args.fit_on)]):
         run.log(line)
@@ -77,7 +77,8 @@ def run_stage3(args: argparse.Namespace) -> Results:
     results, measured = results_of(networks)
     results.missing = list(missing)
     if run.is_main:
-        _write_report(results, scores, run, {"networks": str(folder), "flags": vars(args)})
+        counts = {ood.name: {"images": ood.count, "source": ood.source} for ood in sets}
+        _write_report(results, scores, run, {"networks": str(folder), "ood_sets": counts, "flags": vars(args)})
         _draw_plots(run, measured, folder)
     run.finish()
     return results
