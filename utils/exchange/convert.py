@@ -9,10 +9,11 @@ import torch
 from utils.core.errors import UserError
 from utils.core.torch_files import read_pt
 from utils.data.datasets import SPECS, RealData
+from utils.data.distilled_file import Statistics
 from utils.data.synthetic import SyntheticSet, in_classes_of
 from utils.exchange.formats import SetFiles, find_files
 from utils.exchange.labels import training_labels
-from utils.exchange.normalisation import Statistics, check_guess, check_possible, decode, to_training_space
+from utils.exchange.normalisation import check_guess, check_possible, decode, to_training_space
 from utils.exchange.readers import RawSet, check_images, floats, read_raw
 
 DEFAULT_SPACE = {"mtt": "normalised", "datm": "zca", "idc": "unit", "folders": "unit", "kip": "normalised"}

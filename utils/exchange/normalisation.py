@@ -7,9 +7,8 @@ import torch.nn.functional as F
 
 from utils.core.errors import UserError
 from utils.data.datasets import RealData
+from utils.data.distilled_file import Statistics
 from utils.data.whitening import ZCA
-
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation, per channel
 
 
 def decode(images: torch.Tensor, factor: int) -> torch.Tensor:

@@ -16,10 +16,9 @@ from utils.core.images import ImageReader, image_formats, is_content
 from utils.core.pixels import in_full_range, unit_images
 from utils.core.torch_files import PLAIN_TENSORS, read_pt
 from utils.data.datasets import SPECS, RealData
-from utils.data.synthetic import load_synthetic
+from utils.data.distilled_file import DistilledFile, Normalisation, Statistics
 from utils.data.whitening import ZCA
 from utils.exchange.formats import MAX_NAMES, SetFiles
-from utils.exchange.normalisation import Statistics
 
 
 @dataclass(frozen=True)
@@ -89,53 +88,17 @@ def floats(images: object, real: RealData, where: str) -> torch.Tensor:
 
 
 def _read_res(files: SetFiles, real: RealData, exp_idx: int, flag: str) -> RawSet:
-    content = read_pt(files.images, flag)
-    where = f"{flag}: {files.images}"
-    s = load_synthetic(files.images, exp_idx, None, flag)
-    check_dataset(content.get("dataset", real.name), real, where)
-    space, statistics, zca = stored_space(content.get("normalisation"), where)
-    names = content.get("class_names")
-    return RawSet(s.images, s.labels, s.images_oe, s.lr_net, space, statistics, zca, class_names=names)
+    file = DistilledFile.open(files.images, flag)
+    s = file.set(exp_idx)
+    check_dataset(real.name if file.dataset is None else file.dataset, real, file.where)
+    space, statistics, zca = file.normalisation()
+    return RawSet(s.images, s.labels, s.images_oe, s.lr_net, space, statistics, zca, class_names=file.class_names)
 
 
 def check_dataset(name: object, real: RealData, where: str) -> None:
     """Refuse a set that says it was distilled from other data."""
     if name != real.name:
         raise UserError(f"--dataset {real.name}: {where} was distilled from {one_line(name, 40)}; give that data set")
-
-
-def stored_space(stored: object, where: str) -> tuple[str | None, Statistics | None, ZCA | None]:
-    """Space, statistics and whitening that a file states; all None where it states none.
-
-    Raises:
-        UserError: when it is damaged.
-    """
-    if stored is None:
-        return None, None, None
-    damaged = UserError(f"{where} is damaged: its normalisation must be mean and std, or zca; write it again")
-    if not isinstance(stored, dict):
-        raise damaged
-    if "zca" not in stored:
-        return "normalised", _statistics(stored, damaged), None
-    zca = stored["zca"]
-    parts = [zca.get(name) for name in ("mean", "matrix", "inverse")] if isinstance(zca, dict) else []
-    if not parts or not all(isinstance(t, torch.Tensor) and t.dtype in PLAIN_TENSORS for t in parts):
-        raise damaged
-    mean, matrix, inverse = (t.float() for t in parts)
-    if mean.ndim != 1 or any(
-        m.shape != (len(mean), len(mean)) or not torch.isfinite(m).all() for m in (matrix, inverse)
-    ):
-        raise damaged
-    return "zca", None, ZCA(mean, matrix, inverse)
-
-
-def _statistics(stored: dict, damaged: UserError) -> Statistics:
-    values = tuple(stored.get(name) for name in ("mean", "std"))
-    if not all(isinstance(v, (list, tuple)) and v and all(isinstance(x, float) for x in v) for v in values):
-        raise damaged
-    if not all(math.isfinite(x) for v in values for x in v) or min(values[1]) <= 0 or len(values[0]) != len(values[1]):
-        raise damaged
-    return tuple(map(tuple, values))
 
 
 def _read_tensors(files: SetFiles, real: RealData, exp_idx: int, flag: str) -> RawSet:
@@ -246,7 +209,7 @@ def _read_published(files: SetFiles, real: RealData, exp_idx: int, flag: str) ->
     stored = about.get("normalisation", {})
     if "zca_matrix" in tensors:
         stored = {"zca": {name: tensors.get(f"zca_{name}") for name in ("mean", "matrix", "inverse")}}
-    space, statistics, zca = stored_space(stored, where)
+    space, statistics, zca = Normalisation.read(stored, where)
     images = floats(tensors["images"], real, where)
     return RawSet(images, labels, images_oe, lr, space, statistics, zca, class_names=about.get("class_names"))
 
