@@ -20,7 +20,8 @@ from utils.core.errors import UserError
 from utils.core.files import save_output
 from utils.core.run_script import run_script
 from utils.data.datasets import RealData, load_dataset
-from utils.ood.detectors import ALL_SCORES, FitSet, Scorer, need_fitting, require_library
+from utils.ood.scorer import FitSet, Scorer
+from utils.ood.scores import ALL_SCORES, need_fitting, require_library
 from utils.report.tables import markdown_table
 from utils.runs.lineage import args_or_nothing, distilled_set_of
 from utils.settings.parser import Parser, count, one_of

@@ -34,9 +34,10 @@ class OODSet:
 
     name: str
     source: str  # where its images come from
-    count: int  # how many images are scored, at most `limit`
+    count: int  # how many images are scored
     load: Callable[[], torch.Tensor]  # returns them, normalised `[count, C, H, W]`
     notes: tuple[str, ...] = ()  # what reading them told
+    kind: str = "ood"  # or validation: means over OOD sets leave it out
 
     def lines(self) -> tuple[str, ...]:
         """Lines for the log."""
@@ -45,19 +46,20 @@ class OODSet:
 
 @dataclass(frozen=True)
 class OODSource:
-    """Where to look for OOD sets, and how many images to take from each.
+    """Where to look for OOD sets, and how many images to take from each."""
 
-    `real`: the in-distribution data, which set shape and normalisation; `ood_path`: folder of local sets; `download`:
-    whether libraries may fetch what is missing; `flag`: the flag that names the sets, for messages.
-    """
+    real: RealData  # the in-distribution data, which set shape and normalisation
+    ood_path: Path = Path("data/ood")  # folder of local sets
+    data_path: Path = Path("data")  # folder of the data sets of torchvision
+    download: bool = False  # whether libraries may fetch what is missing
+    limit: int | None = None  # images of each set; None: as many as there are test images
+    seed: int = 1
+    flag: str = "--ood_sets"  # names the sets in messages
 
-    real: RealData
-    ood_path: Path
-    data_path: Path
-    download: bool
-    limit: int
-    seed: int
-    flag: str = "--ood_sets"
+    @property
+    def most(self) -> int:
+        """The most images of a set."""
+        return len(self.real.images_test) if self.limit is None else self.limit
 
     def default_names(self) -> tuple[str, ...]:
         """The paper's OOD sets for this data set; one that is in no library only if it is on disk."""
@@ -170,7 +172,7 @@ class OODSource:
         if local is not None and not (name in FROM_TORCHVISION and (local / "raw").is_dir()):  # torchvision's layout
             return self._from_files(name, local)
         if name in DRAWN:
-            return OODSet(name, "drawn", self.limit, lambda: self._drawn(name))
+            return OODSet(name, "drawn", self.most, lambda: self._drawn(name))
         if name not in KNOWN_SETS and os.path.lexists(name):
             return self._from_files(name, Path(name))
         if name not in KNOWN_SETS:
@@ -236,8 +238,8 @@ class OODSource:
         return f"put images into {self.ood_path / name}/ or an array into {self.ood_path / name}.npz (key images)"
 
     def subset(self, name: str, count: int) -> torch.Tensor:
-        """Indices below `count` of at most `limit` images, a random subset fixed by the seed and the name."""
-        return torch.randperm(count, generator=generator(self.seed, "ood", name))[: self.limit]
+        """Indices below `count` of at most `most` images, a random subset fixed by the seed and the name."""
+        return torch.randperm(count, generator=generator(self.seed, "ood", name))[: self.most]
 
     def prepare(self, chosen: torch.Tensor) -> torch.Tensor:
         """Images `[N, C, H, W]` of any size, converted to the data set's shape, normalised, on its device."""
@@ -268,7 +270,7 @@ class OODSource:
         return ImageReader(flag, self.real.pixel_max)
 
     def _drawn(self, name: str) -> torch.Tensor:
-        return DRAWN[name](self.real, self.limit, generator(self.seed, "ood", name)).to(self.real.device)
+        return DRAWN[name](self.real, self.most, generator(self.seed, "ood", name)).to(self.real.device)
 
     def _from_library(self, name: str, source: str, dataset: Sequence) -> OODSet:
         """A library's data set, whose items are pairs of a PIL image and a label."""
@@ -295,13 +297,13 @@ def validation_sets(source: OODSource) -> list[OODSet]:
     def load(name: str) -> torch.Tensor:
         """A random subset under the corruption `name`, normalised."""
         g = generator(source.seed, "validation", name)
-        count = 2 if source.limit == 1 and needs_partner(name) else source.limit  # the mean of two images takes two
+        count = 2 if source.most == 1 and needs_partner(name) else source.most  # the mean of two images takes two
         chosen = images[torch.randperm(len(images), generator=g)[:count]].to(real.device)
-        return real.normalize(corrupt(conform(chosen, real.channel, real.im_size), name, g)[: source.limit])
+        return real.normalize(corrupt(conform(chosen, real.channel, real.im_size), name, g)[: source.most])
 
     made_of = "test images" if other is None else "the other CIFAR"
-    count = min(source.limit, len(images))
-    return [OODSet(f"val:{name}", made_of, count, lambda n=name: load(n)) for name in VALIDATION]
+    count = min(source.most, len(images))
+    return [OODSet(f"val:{name}", made_of, count, lambda n=name: load(n), kind="validation") for name in VALIDATION]
 
 
 def _other_cifar(source: OODSource) -> torch.Tensor | None:

@@ -11,8 +11,8 @@ import numpy as np
 from utils.core.errors import UserError
 from utils.core.files import csv_text, read_json
 from utils.ood.calibration import CALIBRATION_MEASURES, SCALED_MEASURES, Reliability, reliability
+from utils.ood.evaluate import NetworkScores
 from utils.ood.measures import ERROR_MEASURES, MEASURES
-from utils.ood.network_scores import NetworkScores
 
 NETWORK_MEASURES = (*ERROR_MEASURES, *CALIBRATION_MEASURES, *SCALED_MEASURES)
 

@@ -10,8 +10,7 @@ from utils.core.errors import UserError
 from utils.data.augment import DSA_ENTRIES, parse_strategy
 from utils.data.datasets import DATASET_NAMES, RealData, load_dataset
 from utils.methods import add_method_choice, add_method_flags
-from utils.ood.detectors import ALL_SCORES, DETECTORS
-from utils.ood.scores import SCORES
+from utils.ood.scores import ALL_SCORES, DETECTORS, SCORES
 from utils.runs.lineage import STAGE1_ROOTS, STAGE2_ROOTS
 from utils.settings.outliers import add_oe, add_outlier_weight, add_outliers, add_poe
 from utils.settings.parser import Parser, count, number, one_of

@@ -18,8 +18,9 @@ from utils.data.datasets import RealData
 from utils.data.distilled_file import DistilledFile
 from utils.data.identity import as_trained_on
 from utils.data.whitening import ZCA
-from utils.ood.detectors import FitSet, Scorer, need_fitting, require_library
-from utils.ood.network_scores import score_networks
+from utils.ood.evaluate import deviation, score_networks
+from utils.ood.scorer import FitSet, Scorer
+from utils.ood.scores import need_fitting, require_library
 from utils.ood.sets import OODSet, OODSource, validation_sets
 from utils.report.plots import (
     distilled_pictures,
@@ -61,7 +62,8 @@ def run_stage3(args: argparse.Namespace) -> Results:
         work = stage3_workload(len(nets), sizes, batch)
         shape = (real.channel, *real.im_size)
         compute = choose_compute(args.compile, args.precision, real.device, example, shape, work)
-        scorers = _scorers(nets, scores, args.T, real, compute.embedding(example, batch))
+        embed = compute.embedding(example, batch)
+        scorers = {index: Scorer(net, scores, args.T, deviation(real), embed) for index, net in nets.items()}
         for scorer in scorers.values():
             scorer.prepare(real.test_images[:2], fit, batch)
     run = RunFolder.create(args.save_path, *parts, name=folder.name)
@@ -71,12 +73,12 @@ def run_stage3(args: argparse.Namespace) -> Results:
     about += [f"networks: {folder}, {args.num_exp} × {which}{chosen}", f"computing: {compute}"]
     for line in filter(None, [*about, *_about_fitting(fit, scores, args.fit_on)]):
         run.log(line)
-    with rank_errors():
-        networks = score_networks(scorers, real, sets, batch, run)
+    with rank_errors(), run.progress(len(sets), "OOD sets") as progress:
+        networks = score_networks(scorers, real, sets, batch, run.log_own, progress.step)
     results, measured = results_of(networks)
     results.missing = list(missing)
     if run.is_main:
-        counts = {ood.name: {"images": ood.count, "source": ood.source} for ood in sets}
+        counts = {ood.name: {"kind": ood.kind, "images": ood.count, "source": ood.source} for ood in sets}
         _write_report(results, scores, run, {"networks": str(folder), "ood_sets": counts, "flags": vars(args)})
         _draw_plots(run, measured, folder)
     run.finish()
@@ -103,14 +105,6 @@ def stage3_workload(num_networks: int, sizes: Sequence[int], batch: int) -> Work
     """The work of this process; `sizes`: how many images each set has (at most) that each network sees."""
     steps = num_networks * sum(batches(size, batch) for size in sizes)
     return Workload(num_networks * sum(sizes) / 2, steps, "testing")
-
-
-def _scorers(
-    nets: dict[int, nn.Module], scores: Sequence[str], temperature: float, real: RealData, embed: Callable
-) -> dict[int, Scorer]:
-    """The scorers of the networks, by number; `embed` computes their features."""
-    std = real.std if real.zca is None else (1.0,) * real.channel  # by which images were divided
-    return {index: Scorer(net, scores, temperature, std, embed) for index, net in nets.items()}
 
 
 def _scores(given: Sequence[str] | None, use_xent: bool) -> tuple[str, ...]:
