@@ -22,7 +22,7 @@ import utils  # noqa: F401  # isort: skip (before torch: it tells OpenMP how to 
 import torch
 
 from utils.compute.version import VERSION
-from utils.core.errors import UserError, one_line
+from utils.core.errors import UserError, blame, one_line
 from utils.core.run_script import run_script
 from utils.data.distilled_file import DistilledFile
 from utils.data.synthetic import SyntheticSet
@@ -159,18 +159,19 @@ def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     return a is not None and b is not None and torch.equal(a, b)
 
 
+@blame("PATH")
 def _of_run(paths: list[str], assumed: Assumptions, exp_idx: int, zca: bool) -> Published | None:
     """The set of a run of stage 1; None for any other, or one of the published code, which lacks the normalisation.
 
     Raises:
         UserError: when the file is damaged, or flags say what the file itself says.
     """
-    files = find_files(paths, assumed.format, "PATH")
+    files = find_files(paths, assumed.format)
     if files.format == "published":
-        raise UserError(f"PATH: {files.images} is published already; copy its folder")
+        raise UserError(f"{files.images} is published already; copy its folder")
     if files.format != "res":
         return None
-    file = DistilledFile.open(files.images, "PATH")
+    file = DistilledFile(files.images, files.content)
     _, statistics, whitening = normalisation = file.normalisation()
     if normalisation.space is None or file.num_classes is None:
         return None
@@ -180,7 +181,7 @@ def _of_run(paths: list[str], assumed: Assumptions, exp_idx: int, zca: bool) -> 
         )
     left = file.iterations_left(exp_idx)
     if left and left[0] == 0:
-        raise UserError(f"PATH: {files.images} has the images that its run starts from; go on with it: --resume")
+        raise UserError(f"{files.images} has the images that its run starts from; go on with it: --resume")
     synthetic, classes = file.set(exp_idx), file.num_classes
     known = synthetic.labels.shape[1] if synthetic.labels.is_floating_point() else len(synthetic.labels.unique())
     channel = synthetic.images.shape[1]
@@ -189,7 +190,7 @@ def _of_run(paths: list[str], assumed: Assumptions, exp_idx: int, zca: bool) -> 
     )
     if not isinstance(classes, int) or classes != known or not fits:
         raise UserError(
-            f"{file.where} is damaged: its classes or its normalisation do not fit its images; write it again"
+            f"PATH: {file.path} is damaged: its classes or its normalisation do not fit its images; write it again"
         )
     mean, std = statistics or ((0.0,) * channel, (1.0,) * channel)
     about = args_or_nothing(files.images.parent) | ({"stopped": left} if left else {})

@@ -179,14 +179,14 @@ def read_distilled(path):
 
 
 def read_npz_pool(path):
-    read_npz(path, ["images"], "--oe_data_path")
+    read_npz(path, ["images"])
 
 
 HUGE = [
     (npz_of_terabytes, read_npz_pool),
     (npz_with_false_sizes, read_npz_pool),
     (lambda path: zeros_npz(path, 300 << 20), read_npz_pool),
-    (npy_of_terabytes, lambda path: read_npy(path, "--oe_data_path")),
+    (npy_of_terabytes, lambda path: read_npy(path)),
     (png_bomb, lambda path: ImageReader("--ood_path").files([path], 3, (8, 8))),
     (pt_with_bytearray, read_distilled),
     (pt_expanded, read_distilled),
@@ -228,7 +228,7 @@ def peak_memory():
 def test_compressed_arrays_are_read(tmp_path):
     """Up to 256 MB whatever their ratio: constant images are small, not hostile."""
     zeros_npz(tmp_path / "a.npz", 20 << 20)
-    (images,) = read_npz(tmp_path / "a.npz", ["images"], "")
+    (images,) = read_npz(tmp_path / "a.npz", ["images"])
     assert images.shape == (20480, 32, 32)
     assert not images.any()
     assert free_memory() > 20 << 20
@@ -240,14 +240,14 @@ def test_one_bit_of_an_array_is_noticed(tmp_path):
     data[200] ^= 1
     (tmp_path / "a.npz").write_bytes(data)
     with pytest.raises(UserError, match=r"Bad CRC-32"):
-        read_npz(tmp_path / "a.npz", ["images"], "")
+        read_npz(tmp_path / "a.npz", ["images"])
 
 
 def test_a_second_member_of_the_same_name_is_not_read_instead(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("images", b"not an array")
         archive.writestr("images.npy", npy_header((2, 3, 3)) + bytes(range(18)))
-    assert read_npz(tmp_path / "a.npz", ["images"], "")[0].flatten().tolist() == list(range(18))
+    assert read_npz(tmp_path / "a.npz", ["images"])[0].flatten().tolist() == list(range(18))
 
 
 # --- what .pt files hold ----------------------------------------------------------------------------------------------

@@ -639,7 +639,7 @@ def test_a_set_of_another_repository_is_published(made, in_process, refused, tmp
     text = (tmp_path / "published" / "README.md").read_text(encoding="utf-8")
     assert "another repository" in text
     assert "soft_labels" in text
-    tensors, _ = read_safetensors(tmp_path / "published" / "distilled.safetensors", "x")
+    tensors, _ = read_safetensors(tmp_path / "published" / "distilled.safetensors")
     assert torch.equal(tensors["soft_labels"].argmax(1), labels)
     assert "exists" in refused("scripts.publish", "images_best.pt", "--dataset", "Digits", "--out", "published")
 

@@ -40,17 +40,17 @@ class Normalisation(NamedTuple):
     zca: ZCA | None = None  # of whitened images
 
     @classmethod
-    def read(cls, stored: object, where: str) -> "Normalisation":
+    def read(cls, stored: object, path: Path) -> "Normalisation":
         """Check what a file stores: mean and std, or zca; None where it stores nothing.
 
         Args:
-            where: begins messages: the flag and the file.
+            path: the file, for messages.
         Raises:
             UserError: when it is damaged.
         """
         if stored is None:
             return cls()
-        damaged = UserError(f"{where} is damaged: its normalisation must be mean and std, or zca; write it again")
+        damaged = UserError(f"{path} is damaged: its normalisation must be mean and std, or zca; write it again")
         if not isinstance(stored, dict):
             raise damaged
         whitening = _whitening(stored["zca"]) if "zca" in stored else None
@@ -83,9 +83,10 @@ def _statistics(stored: dict) -> Statistics | None:
 class DistilledFile:
     """A `res_….pt` that was opened. Its sets are checked when they are asked for."""
 
-    def __init__(self, path: Path, content: dict, flag: str):
+    def __init__(self, path: Path, content: object):
+        if not isinstance(content, dict) or not isinstance(content.get("data"), list):
+            raise UserError(f"{path} is no distilled set: it has no list 'data'. Give the res_….pt file of stage 1")
         self.path = path
-        self.where = f"{flag}: {path}"  # begins messages
         self.num_experiments = len(content["data"])
         # what the file says of its data, unchecked; None where it says nothing
         self.dataset, self.num_classes, self.class_names = map(content.get, ("dataset", "num_classes", "class_names"))
@@ -100,11 +101,7 @@ class DistilledFile:
         Raises:
             UserError: when the file is missing, damaged or no distilled set.
         """
-        path = Path(path)
-        content = read_pt(path, flag)
-        if not isinstance(content, dict) or not isinstance(content.get("data"), list):
-            raise UserError(f"{path} is no distilled set: it has no list 'data'. Give the res_….pt file of stage 1")
-        return cls(path, content, flag)
+        return cls(Path(path), read_pt(path, flag))
 
     @staticmethod
     def write(
@@ -135,7 +132,7 @@ class DistilledFile:
         Raises:
             UserError: when it is damaged.
         """
-        return Normalisation.read(self._content.get("normalisation"), self.where)
+        return Normalisation.read(self._content.get("normalisation"), self.path)
 
     def iterations_left(self, exp_idx: int = 0) -> tuple[int, int] | None:
         """Where an experiment stands whose run was stopped: its iteration, and `--Iteration`.
@@ -186,9 +183,9 @@ class DistilledFile:
         order = torch.arange(real.num_classes).repeat_interleave(ipc)
         for one in sets:
             if not torch.equal(one.labels, order):
-                raise UserError(f"{self.where} does not have {ipc} images of each class, in order; give its --ipc")
+                raise UserError(f"{self.path} does not have {ipc} images of each class, in order; give its --ipc")
             if with_outliers and (one.images_oe is None or one.images_oe.shape != one.images.shape):
-                raise UserError(f"{self.where} has no outliers to start from; give a set of main_oe.py or main_poe.py")
+                raise UserError(f"{self.path} has no outliers to start from; give a set of main_oe.py or main_poe.py")
         return sets
 
     def _entry(self, key: str, exp_idx: int) -> object:

@@ -68,7 +68,7 @@ def check_possible(space: str, statistics: Statistics, real: RealData, where: st
     """Check that images of a space can be used for `real`.
 
     Args:
-        where: begins messages: the flag and the file.
+        where: begins messages: the file.
     Raises:
         UserError: when they are whitened and those of `real` are not, or the statistics are of other channels.
     """

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from utils.compute import distributed
-from utils.core.errors import UserError, unknown_name
+from utils.core.errors import UserError, blame, unknown_name
 from utils.core.images import ImageReader
 from utils.core.pixels import conform, unit_images
 from utils.core.rng import generator
@@ -201,10 +201,9 @@ class OODSource:
 
     def _is_in_distribution(self, path: Path) -> bool:
         """Whether a file or folder is, holds, or lies in what is read of `--data_path`."""
-        if self.real.name not in ("npz", "ImageFolder"):  # --data_path then holds other sets, too
-            return False
         parts = [self.data_path / part for part in ("train", "test", "val")]
-        own = [place.resolve() for place in ([self.data_path] if self.real.name == "npz" else parts)]
+        read = {"npz": [self.data_path] * self.data_path.is_file(), "ImageFolder": parts}
+        own = [place.resolve() for place in read.get(self.real.name, ())]  # of others `--data_path` holds more sets
         path = path.resolve()
         return any(path.is_relative_to(place) or place.is_relative_to(path) for place in own)
 
@@ -255,7 +254,8 @@ class OODSource:
         if self._is_in_distribution(path):
             raise self._same_images(name)
         if path.is_dir() or path.suffix == LIST_SUFFIX:
-            files = reader.some(path) if path.is_dir() else listed_images(path, self.ood_path, flag)
+            with blame(flag):
+                files = reader.some(path) if path.is_dir() else listed_images(path, self.ood_path)
             if any(map(self._is_in_distribution, {file.parent for file in files})):
                 raise self._same_images(name)
             files = [files[i] for i in self.subset(key, len(files)).tolist()]

@@ -12,7 +12,7 @@ from networks import get_network
 from utils.compute import distributed
 from utils.compute.compiling import Workload, batches
 from utils.compute.device import Compute, choose_compute, choose_device
-from utils.core.errors import UserError
+from utils.core.errors import UserError, blame
 from utils.core.rng import generator
 from utils.core.torch_files import fingerprint
 from utils.data.datasets import RealData
@@ -188,7 +188,10 @@ def _run_folder(
 
 def _start(load_path: str | None, real: RealData, ipc: int, with_outliers: bool) -> list[SyntheticSet]:
     """All experiments of the set from which a distillation starts; an empty list without `--load_path`."""
-    return [] if load_path is None else DistilledFile.open(load_path, "--load_path").start(real, ipc, with_outliers)
+    if load_path is None:
+        return []
+    with blame("--load_path"):
+        return DistilledFile.open(load_path, "").start(real, ipc, with_outliers)
 
 
 def _restore(distillation: Distillation, inputs: MethodInputs, load_path: str | None) -> bool:
