@@ -48,26 +48,20 @@ DATASET_NAMES = (*SPECS, "ImageFolder", "npz")
 
 @dataclass(frozen=True)
 class RealData:
-    """A classification data set in memory.
-
-    `images_train`, `images_test`: `[N, C, H, W]`, uint8 (or float32 in [0, 1]); `labels_*`: int64 `[N]` in
-    0..num_classes-1; `mean`, `std`: per channel, of pixels scaled to [0, 1]; `zca`: whitening instead of these;
-    `class_names`: in the order of the labels, those of the folders or of torchvision; empty where none are known;
-    `notes`: lines for the log; `pixel_max`: the value of white in dark images, of outliers too (`--pixel_max`).
-    """
+    """A classification data set in memory."""
 
     name: str
     num_classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    images_train: torch.Tensor
-    labels_train: torch.Tensor
+    mean: tuple[float, ...]  # per channel, of pixels scaled to [0, 1]
+    std: tuple[float, ...]  # per channel
+    images_train: torch.Tensor  # [N, C, H, W], uint8 (or float32 in [0, 1])
+    labels_train: torch.Tensor  # int64 [N] in 0..num_classes-1
     images_test: torch.Tensor
     labels_test: torch.Tensor
-    zca: ZCA | None = None
-    class_names: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    pixel_max: int | None = None
+    zca: ZCA | None = None  # whitening instead of mean and std
+    class_names: tuple[str, ...] = ()  # in the order of the labels, of the folders or torchvision; empty: not known
+    notes: tuple[str, ...] = ()  # lines for the log
+    pixel_max: int | None = None  # the value of white in dark images, of outliers too (`--pixel_max`)
 
     @property
     def channel(self) -> int:

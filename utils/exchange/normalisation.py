@@ -86,9 +86,9 @@ def check_possible(space: str, statistics: Statistics, real: RealData, where: st
 def check_guess(images: torch.Tensor, space: str, real: RealData, where: str) -> None:
     """Compare the numbers of images with a space that no file states.
 
-    Pixels end at 0 and 1. Normalised images have negative numbers and, over a data set, deviation 1; distilled ones
-    wander (deviations up to 13 were seen), but do not shrink. Undoing the whitening turns whitened images into pixels,
-    but normalised ones into numbers with 18 times the deviation of pixels (CIFAR-10).
+    Pixels lie in [0, 1]. Normalised images have negative numbers and, when they are distilled, a deviation from 0.4 to
+    40. Whitened images have the deviation of pixels once the whitening is undone; normalised ones would get 18 times
+    that (CIFAR-10).
 
     Raises:
         UserError: when they contradict it, with what they look like.
