@@ -8,7 +8,7 @@ EnergyBased).
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -80,38 +80,32 @@ class Model:
         return min(self.head.in_features, max(1, self.num_fit))
 
 
-class Score(Protocol):
-    """One score of one network. It takes what `Detector.takes` says."""
+class Score:
+    """One score of one network; higher = more out-of-distribution."""
 
-    temperature: float | None  # by which logits are divided for calibration, once it is fitted
+    temperature: float | None = None  # by which logits are divided for calibration; only one score finds it
 
     def fit(self, values: torch.Tensor, labels: torch.Tensor) -> None:
-        """Fit the score to a labelled set: logits, features or maps, of detectors of images the features."""
+        """Fit the score to a labelled set: to its logits, features or maps; detectors of images to its features."""
 
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        """The score of each image of a batch, `[n]`; higher = more out-of-distribution."""
+        """The score of each image of a batch, `[n]`, from what `Detector.takes` says."""
+        raise NotImplementedError
 
 
-class OfLogits:
+class OfLogits(Score):
     """A function of `SCORES`."""
-
-    temperature = None
 
     def __init__(self, detector: "Detector", model: Model):
         self.function, self.energy_temperature = SCORES[detector.cls], model.temperature
-
-    def fit(self, values: torch.Tensor, labels: torch.Tensor) -> None:
-        """Nothing is fitted."""
 
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
         """In float64: float32 probabilities tie near 1."""
         return self.function(values.double(), self.energy_temperature)
 
 
-class OfLibrary:
+class OfLibrary(Score):
     """A detector of pytorch-ood."""
-
-    temperature: float | None = None
 
     def __init__(self, detector: "Detector", model: Model):
         from pytorch_ood import detector as library

@@ -118,10 +118,11 @@ class OODSource:
         paths = [name for name in missing if is_path(name)]
         absolute = [name for name in paths if Path(name).is_absolute()]
         relative = [name for name in paths if name not in absolute]
-        groups = (([name for name in missing if name not in absolute], "missing"), (absolute, "not there"))
-        what = ", ".join(
-            f"{', '.join(group)} {'is' if len(group) == 1 else 'are'} {how}" for group, how in groups if group
-        )
+        groups = {"missing": [name for name in missing if name not in absolute], "not there": absolute}
+        found = [
+            f"{', '.join(group)} {'is' if len(group) == 1 else 'are'} {how}" for how, group in groups.items() if group
+        ]
+        what = ", ".join(found)
         ways = [f"give {', '.join(relative)} as seen from here or from {self.ood_path}"] if relative else []
         ways += [] if len(paths) == len(missing) else [f"put NAME/ or NAME.npz (key images) into {self.ood_path}"]
         ways += [advice] if advice else []
