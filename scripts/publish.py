@@ -22,15 +22,14 @@ import utils  # noqa: F401  # isort: skip (before torch: it tells OpenMP how to 
 import torch
 
 from utils.compute.version import VERSION
-from utils.core.errors import UserError, one_line
+from utils.core.errors import UserError, blame, one_line
 from utils.core.run_script import run_script
-from utils.core.torch_files import read_pt
-from utils.data.synthetic import SyntheticSet, iterations_left, load_synthetic
+from utils.data.distilled_file import DistilledFile
+from utils.data.synthetic import SyntheticSet
 from utils.data.whitening import ZCA
 from utils.exchange.convert import Assumptions, read_distilled
 from utils.exchange.formats import SAFETENSORS, find_files
 from utils.exchange.normalisation import to_unit
-from utils.exchange.readers import stored_space
 from utils.methods import METHODS
 from utils.report.card import CardFacts, card
 from utils.report.plots import save_grid
@@ -139,16 +138,18 @@ def _results(folders: list[str], synthetic: SyntheticSet) -> dict[str, Results]:
         if not isinstance(networks, str):
             raise UserError(f"--results: {folder} is no folder of stage 3: its args.json names no networks")
         try:
-            path, exp_idx = distilled_set_of(Path(networks))
-            trained_on = load_synthetic(path, exp_idx)
+            file, exp_idx = distilled_set_of(Path(networks))
+            trained_on = file.set(exp_idx)
         except UserError as error:
             raise UserError(f"--results: {folder}: {error}; its set cannot be compared with this one") from None
         if not torch.equal(trained_on.images, synthetic.images):
-            raise UserError(f"--results: the networks of {folder} were trained on another set, {path}")
+            raise UserError(f"--results: the networks of {folder} were trained on another set, {file.path}")
         flags = args_or_nothing(Path(networks)).get("flags") or {}
         model, outliers = str(flags.get("model")), flags.get("outliers", "none")
         if outliers == "distilled" and not _equal(trained_on.images_oe, synthetic.images_oe):
-            raise UserError(f"--results: the networks of {folder} were trained with other outliers, those of {path}")
+            raise UserError(
+                f"--results: the networks of {folder} were trained with other outliers, those of {file.path}"
+            )
         title = model if outliers == "none" else f"{model}, {outliers} outliers"
         title += ", corrupted again" if flags.get("corrupt_again") else ""
         same = sum(name.split(" (")[0] == title for name in results)
@@ -160,41 +161,43 @@ def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     return a is not None and b is not None and torch.equal(a, b)
 
 
+@blame("PATH")
 def _of_run(paths: list[str], assumed: Assumptions, exp_idx: int, zca: bool) -> Published | None:
     """The set of a run of stage 1; None for any other, or one of the published code, which lacks the normalisation.
 
     Raises:
         UserError: when the file is damaged, or flags say what the file itself says.
     """
-    files = find_files(paths, assumed.format, "PATH")
-    content = read_pt(files.images, "PATH") if files.format == "res" else {}
+    files = find_files(paths, assumed.format)
     if files.format == "published":
-        raise UserError(f"PATH: {files.images} is published already; copy its folder")
-    if "normalisation" not in content or "num_classes" not in content:
+        raise UserError(f"{files.images} is published already; copy its folder")
+    if files.format != "res":
+        return None
+    file = DistilledFile(files.images, files.content)
+    _, statistics, whitening = normalisation = file.normalisation()
+    if normalisation.space is None or file.num_classes is None:
         return None
     if replace(assumed, format=None) != Assumptions() or zca:
         raise UserError(
             f"PATH: {files.images} says itself what its images are; leave out --distilled_…, --soft_labels and --zca"
         )
-    left = iterations_left(files.images, exp_idx)
+    left = file.iterations_left(exp_idx)
     if left and left[0] == 0:
-        raise UserError(f"PATH: {files.images} has the images that its run starts from; go on with it: --resume")
-    where = f"PATH: {files.images}"
-    synthetic = load_synthetic(files.images, exp_idx, None, "PATH")
-    _, statistics, whitening = stored_space(content["normalisation"], where)
-    classes = content["num_classes"]
+        raise UserError(f"{files.images} has the images that its run starts from; go on with it: --resume")
+    synthetic, classes = file.set(exp_idx), file.num_classes
     known = synthetic.labels.shape[1] if synthetic.labels.is_floating_point() else len(synthetic.labels.unique())
     channel = synthetic.images.shape[1]
     fits = (whitening and len(whitening.mean) == synthetic.images[0].numel()) or (
         statistics and len(statistics[0]) == channel
     )
     if not isinstance(classes, int) or classes != known or not fits:
-        raise UserError(f"{where} is damaged: its classes or its normalisation do not fit its images; write it again")
+        raise UserError(
+            f"PATH: {file.path} is damaged: its classes or its normalisation do not fit its images; write it again"
+        )
     mean, std = statistics or ((0.0,) * channel, (1.0,) * channel)
     about = args_or_nothing(files.images.parent) | ({"stopped": left} if left else {})
-    names = content.get("class_names")
-    names = tuple(map(str, names)) if isinstance(names, list) else ()
-    dataset = one_line(content.get("dataset"), 40)
+    names = tuple(map(str, file.class_names)) if isinstance(file.class_names, list) else ()
+    dataset = one_line(file.dataset, 40)
     return Published(synthetic, mean, std, whitening, dataset, classes, about, class_names=names)
 
 

@@ -28,7 +28,7 @@ from utils.core.run_script import run_script
 from utils.data.datasets import RealData
 from utils.exchange.convert import read_distilled
 from utils.methods import METHODS
-from utils.ood.detectors import ALL_SCORES, require_library
+from utils.ood.scores import ALL_SCORES, require_library
 from utils.ood.sets import OODSource
 from utils.report.compare import ComparisonColumn, find_runs
 from utils.settings import arguments

@@ -28,7 +28,7 @@ from utils.data.augment import DSA, DSA_ENTRIES
 from utils.data.datasets import RealData, load_dataset
 from utils.data.synthetic import SyntheticSet
 from utils.methods.gradient_matching import GradientMatching, MatchSettings, published_loops
-from utils.ood.detectors import Scorer
+from utils.ood.scorer import Scorer
 from utils.outliers.corruptions import DEFAULT_CORRUPTIONS
 from utils.outliers.sources import PseudoOutliers
 from utils.runs.run_folder import RunFolder

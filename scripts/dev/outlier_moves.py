@@ -28,7 +28,8 @@ from utils.core.files import read_json, save_output
 from utils.core.rng import generator
 from utils.core.run_script import run_script
 from utils.data.datasets import RealData, load_dataset
-from utils.data.synthetic import SyntheticSet, iterations_left, load_synthetic
+from utils.data.distilled_file import DistilledFile
+from utils.data.synthetic import SyntheticSet
 from utils.methods import augmentation_of
 from utils.outliers.sources import PseudoOutliers, initial_outliers
 from utils.report.plots import save_distilled, save_panels
@@ -140,7 +141,8 @@ def read_run(path: Path) -> tuple[dict, SyntheticSet, list[float]] | None:
     flags = about.get("flags", {})
     if about.get("script") != "main_poe.py" or flags.get("init") != "real" or len(sets) != 1:
         return None
-    if iterations_left(sets[0]):
+    file = DistilledFile.open(sets[0])
+    if file.iterations_left():
         return None
     for name, usual in (("init_oe", "random"), ("load_path", None), ("zca", False)):
         if flags.get(name, usual) != usual:
@@ -151,7 +153,7 @@ def read_run(path: Path) -> tuple[dict, SyntheticSet, list[float]] | None:
     losses = [line.get("loss_oe", line["loss"]) for line in lines]
     if not losses:
         raise UserError(f"{path.parent}/metrics.jsonl has no losses of the run; leave the run out")
-    return flags, load_synthetic(sets[0]), losses
+    return flags, file.set(), losses
 
 
 def measure(flags: dict, synthetic: SyntheticSet, losses: list[float], networks: int, epochs: int) -> dict[str, float]:

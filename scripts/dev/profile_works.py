@@ -39,7 +39,7 @@ from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.gradient_matching import GradientMatching
 from utils.methods.match_draws import MatchSettings
 from utils.methods.trajectory_matching import TrajectoryMatching
-from utils.ood.detectors import Scorer
+from utils.ood.scorer import Scorer
 from utils.outliers.sources import PseudoOutliers
 from utils.report.tables import markdown_table
 from utils.settings.common import Speed

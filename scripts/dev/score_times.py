@@ -20,8 +20,8 @@ from utils.core.errors import UserError
 from utils.core.files import save_output
 from utils.core.run_script import run_script
 from utils.data.datasets import RealData, load_dataset
-from utils.data.synthetic import load_synthetic
-from utils.ood.detectors import ALL_SCORES, FitSet, Scorer, need_fitting, require_library
+from utils.ood.scorer import FitSet, Scorer
+from utils.ood.scores import ALL_SCORES, need_fitting, require_library
 from utils.report.tables import markdown_table
 from utils.runs.lineage import args_or_nothing, distilled_set_of
 from utils.settings.parser import Parser, count, one_of
@@ -51,8 +51,8 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"{folder} is no run folder of stage 2; give one, e.g. result-model-synthetic-oe/…/<time>")
     real = load_dataset(flags["dataset"], args.data_path, flags.get("im_size"), False, flags.get("zca", False))
     real = real.to(choose_device(args.device))
-    path, exp = distilled_set_of(folder)
-    synthetic = load_synthetic(path, exp, real).to(real.device)
+    file, exp_idx = distilled_set_of(folder)
+    synthetic = file.set(exp_idx, real).to(real.device)
     sets = {
         "distilled": FitSet("distilled set", synthetic.hard_labels, lambda index: synthetic.images[index]),
         "real": FitSet("real training set", real.labels_train, real.train_batch),

@@ -35,7 +35,8 @@ from utils.core.errors import UserError
 from utils.core.images import ImageReader
 from utils.core.rng import generator
 from utils.data.datasets import RealData, load_dataset
-from utils.data.synthetic import SyntheticSet, load_synthetic, save_synthetic
+from utils.data.distilled_file import DistilledFile
+from utils.data.synthetic import SyntheticSet
 from utils.methods.experts import ExpertBuffer
 from utils.methods.gradient_matching import GradientMatching, MatchSettings
 from utils.outliers.sources import PseudoOutliers
@@ -82,7 +83,7 @@ def _saved(value: object, new: bool = True) -> bytes:
 def _distilled(real: RealData) -> list[bytes]:
     images = torch.randn(2, 6, *SHAPE, generator=generator(1))
     one = SyntheticSet(images[0], torch.arange(3).repeat_interleave(2), images[1])
-    valid = _bytes(lambda path: save_synthetic(path, [one], {"ConvNet": [0.5]}, real, {"ipc": 2}))
+    valid = _bytes(lambda path: DistilledFile.write(path, [one], {"ConvNet": [0.5]}, real, {"ipc": 2}))
     pair = {"data": [[one.images, one.labels]]}
     published = _saved(pair | {"accs_all_exps": {"ConvNet": [np.float64(0.5)]}})
     return [valid, published, _saved(pair, new=False), _saved(pair | {"evil": Payload()}), pickle.dumps(Payload())]
@@ -214,7 +215,7 @@ def _read_buffer(path: Path, real: RealData) -> None:
 
 
 READERS = {  # name of the file, valid files, how it is read
-    "distilled set .pt": ("res.pt", _distilled, lambda path, real: load_synthetic(path, 0, real)),
+    "distilled set .pt": ("res.pt", _distilled, lambda path, real: DistilledFile.open(path).set(0, real)),
     "network .pt": (NETWORK, _networks, lambda path, real: load_trained(path.parent, "ConvNetD1", real, 0, "best")),
     "tinyimagenet.pt": ("tinyimagenet.pt", _tinyimagenet, lambda path, _: load_dataset("TinyImageNet", path.parent)),
     "data set .npz": ("data.npz", _data_sets, lambda path, _: load_dataset("npz", path)),

@@ -31,8 +31,9 @@ from utils.core.pixels import conform
 from utils.core.rng import generator
 from utils.core.torch_files import read_pt
 from utils.data.datasets import load_dataset
+from utils.data.distilled_file import DistilledFile
 from utils.data.download import NotThere
-from utils.data.synthetic import SyntheticSet, load_synthetic, save_synthetic
+from utils.data.synthetic import SyntheticSet
 from utils.ood.sets import OODSource
 from utils.outliers.sources import distinct
 from utils.settings.parser import count, number, one_of
@@ -174,18 +175,18 @@ def pt_of_copies(path):
 
 
 def read_distilled(path):
-    load_synthetic(path)
+    DistilledFile.open(path).set()
 
 
 def read_npz_pool(path):
-    read_npz(path, ["images"], "--oe_data_path")
+    read_npz(path, ["images"])
 
 
 HUGE = [
     (npz_of_terabytes, read_npz_pool),
     (npz_with_false_sizes, read_npz_pool),
     (lambda path: zeros_npz(path, 300 << 20), read_npz_pool),
-    (npy_of_terabytes, lambda path: read_npy(path, "--oe_data_path")),
+    (npy_of_terabytes, lambda path: read_npy(path)),
     (png_bomb, lambda path: ImageReader("--ood_path").files([path], 3, (8, 8))),
     (pt_with_bytearray, read_distilled),
     (pt_expanded, read_distilled),
@@ -227,7 +228,7 @@ def peak_memory():
 def test_compressed_arrays_are_read(tmp_path):
     """Up to 256 MB whatever their ratio: constant images are small, not hostile."""
     zeros_npz(tmp_path / "a.npz", 20 << 20)
-    (images,) = read_npz(tmp_path / "a.npz", ["images"], "")
+    (images,) = read_npz(tmp_path / "a.npz", ["images"])
     assert images.shape == (20480, 32, 32)
     assert not images.any()
     assert free_memory() > 20 << 20
@@ -239,14 +240,14 @@ def test_one_bit_of_an_array_is_noticed(tmp_path):
     data[200] ^= 1
     (tmp_path / "a.npz").write_bytes(data)
     with pytest.raises(UserError, match=r"Bad CRC-32"):
-        read_npz(tmp_path / "a.npz", ["images"], "")
+        read_npz(tmp_path / "a.npz", ["images"])
 
 
 def test_a_second_member_of_the_same_name_is_not_read_instead(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("images", b"not an array")
         archive.writestr("images.npy", npy_header((2, 3, 3)) + bytes(range(18)))
-    assert read_npz(tmp_path / "a.npz", ["images"], "")[0].flatten().tolist() == list(range(18))
+    assert read_npz(tmp_path / "a.npz", ["images"])[0].flatten().tolist() == list(range(18))
 
 
 # --- what .pt files hold ----------------------------------------------------------------------------------------------
@@ -290,7 +291,7 @@ def test_only_dense_tensors_and_plain_values(kind, tmp_path, monkeypatch, capfd)
     torch.save({"data": [[value, value]]}, tmp_path / "a.pt")
     capfd.readouterr()
     with pytest.raises(UserError, match="not executed"):
-        load_synthetic(tmp_path / "a.pt")
+        DistilledFile.open(tmp_path / "a.pt").set()
     assert capfd.readouterr() == ("", "")
     assert not Path("owned").exists()
 
@@ -309,7 +310,7 @@ def test_only_dense_tensors_and_plain_values(kind, tmp_path, monkeypatch, capfd)
 def test_distilled_sets_of_wrong_kinds(entry, tmp_path):
     torch.save({"data": [entry]}, tmp_path / "a.pt")
     with pytest.raises(UserError, match=r"is no distilled set: images \[3|must be finite"):
-        load_synthetic(tmp_path / "a.pt")
+        DistilledFile.open(tmp_path / "a.pt").set()
 
 
 def test_distilled_set_fits_exactly(tmp_path, tiny_real):
@@ -321,22 +322,22 @@ def test_distilled_set_fits_exactly(tmp_path, tiny_real):
     ):
         torch.save({"data": [[images, torch.tensor(labels)]]}, path)
         with pytest.raises(UserError, match=message):
-            load_synthetic(path, 0, tiny_real)
-    save_synthetic(path, [SyntheticSet(images, torch.arange(3))], {}, tiny_real, {})
-    assert torch.equal(load_synthetic(path, 0, tiny_real).images, images)
+            DistilledFile.open(path).set(0, tiny_real)
+    DistilledFile.write(path, [SyntheticSet(images, torch.arange(3))], {}, tiny_real, {})
+    assert torch.equal(DistilledFile.open(path).set(0, tiny_real).images, images)
     for other in (replace(tiny_real, mean=(0.4, 0.5, 0.61)), replace(tiny_real, std=(0.2, 0.3, 0.26))):
         with pytest.raises(UserError, match="the mean and deviation stored in it are not those of the data set"):
-            load_synthetic(path, 0, other)
+            DistilledFile.open(path).set(0, other)
     content = torch.load(path) | {"normalisation": [1]}
     torch.save(content, path)
     with pytest.raises(UserError, match="distilled from other data"):
-        load_synthetic(path, 0, tiny_real)
+        DistilledFile.open(path).set(0, tiny_real)
     nested = []
     for _ in range(60):
         nested = [nested, nested]  # written out, it would have 2^60 parts
     torch.save(content | {"dataset": nested}, path)
     with pytest.raises(UserError, match=r"was distilled from \?"):
-        load_synthetic(path, 0, tiny_real)
+        DistilledFile.open(path).set(0, tiny_real)
 
 
 def test_networks_of_wrong_kinds(tmp_path, tiny_real, capfd):
@@ -466,7 +467,8 @@ def test_neither_a_name_nor_a_path(name, digits, tmp_path):
 def test_paths_that_lead_nowhere(name, digits, tmp_path):
     found, missing = source(digits, tmp_path).find([name, "blob"])
     assert [s.name for s in found] == ["blob"]
-    assert f"looked for {name} and {tmp_path / name}; give the path" in missing[name]
+    places = name if Path(name).is_absolute() else f"{name} and {tmp_path / name}"
+    assert f"looked for {places}; give the path" in missing[name]
 
 
 def test_damage_shows_when_sets_are_looked_for(digits, tmp_path):

@@ -27,7 +27,7 @@ from utils.methods import matcher
 from utils.methods.distances import METRICS
 from utils.methods.gradient_matching import GradientMatching, MatchSettings
 from utils.methods.matcher import Matcher, Strategy, chunks, slot_loss
-from utils.ood.detectors import Scorer
+from utils.ood.scorer import Scorer
 from utils.outliers import corruptions, sources
 from utils.outliers.sources import OutlierPool, PseudoOutliers
 from utils.training.trainer import Trainer, TrainSettings, predict

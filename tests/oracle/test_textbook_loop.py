@@ -12,7 +12,7 @@ from tests.oracle import textbook
 from utils.core.rng import generator
 from utils.data.augment import identity
 from utils.data.synthetic import SyntheticSet
-from utils.ood.detectors import Scorer
+from utils.ood.scorer import Scorer
 from utils.training.trainer import Trainer, TrainSettings, accuracy_of
 
 

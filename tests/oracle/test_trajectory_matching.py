@@ -24,7 +24,7 @@ from utils.compute.device import Compute
 from utils.core.errors import Interrupted, UserError
 from utils.core.rng import generator
 from utils.data.augment import DSA, DSA_ENTRIES
-from utils.data.synthetic import load_synthetic
+from utils.data.distilled_file import DistilledFile
 from utils.methods import METHODS, MethodEntry
 from utils.methods.experts import ExpertBuffer, ExpertSettings, ExpertTraining, describe, open_expert_run
 from utils.methods.trajectory_matching import SMALLEST_LR, TrajectoryMatching, TrajectorySettings
@@ -401,7 +401,7 @@ def test_from_experts_to_the_report(in_process, refused, tmp_path):
     accuracies = [float(line.split("accuracy ")[1].split()[0]) for line in out.splitlines() if " iteration " in line]
     assert accuracies[1] > accuracies[0] + 5  # of the first experiment, after 20 iterations
     (path,) = tmp_path.glob("result-poe/MTT/Digits/ConvNetD1/1/*/res_*.pt")
-    rates = [load_synthetic(path, i).lr_net for i in range(2)]
+    rates = [DistilledFile.open(path).set(i).lr_net for i in range(2)]
     assert all(0.03 < r < 0.08 for r in rates)
     assert f"learning rate {rates[1]:g}" in in_process("train_model_synthetic_oe.py", *TWO, "--exp_idx", 1)
     assert "learning rate 0.02" in in_process("train_model_synthetic_oe.py", *TWO, "--lr_net", 0.02)
@@ -431,7 +431,7 @@ def test_an_interrupted_distillation_ends_with_the_same_bits(in_process, tmp_pat
         with pytest.raises(Interrupted):
             in_process("main.py", *flags, "--save_path", "cut")
     in_process("main.py", "--resume", "latest", "--save_path", "cut")
-    a, b = (load_synthetic(next((tmp_path / d).rglob("res_*.pt"))) for d in ("whole", "cut"))
+    a, b = (DistilledFile.open(next((tmp_path / d).rglob("res_*.pt"))).set() for d in ("whole", "cut"))
     assert torch.equal(a.images, b.images)
     assert a.lr_net == b.lr_net
 
@@ -571,7 +571,7 @@ def test_what_diverged_by_its_learning_rate_can_go_on(in_process, refused):
     in_process("train_experts.py", *TEACH)
     flags = [*MTT, "--num_exp", 1, "--num_eval", 1, "--epoch_eval_train", 1]
     path = refused("main.py", *flags, "--Iteration", 5, "--lr_lr", 1e30).split("--load_path ")[1].split()[0]
-    assert load_synthetic(path).lr_net is None
+    assert DistilledFile.open(path).set().lr_net is None
     assert "accuracy" in in_process("main.py", *flags, "--Iteration", 1, "--load_path", path)
 
 
@@ -585,7 +585,7 @@ def test_a_stored_set_keeps_its_learning_rate(in_process, tmp_path, tiny_real):
         place = f"two{len(flags)}"
         in_process("main.py", *quick, "--load_path", first, *flags, "--save_path", place)
         (second,) = (tmp_path / place).rglob("res_*.pt")
-        assert load_synthetic(second).lr_net == pytest.approx(rate)
+        assert DistilledFile.open(second).set().lr_net == pytest.approx(rate)
     in_process("main.py", *quick, "--save_path", "three")
     (third,) = (tmp_path / "three").rglob("res_*.pt")
-    assert load_synthetic(third).lr_net == pytest.approx(0.01)
+    assert DistilledFile.open(third).set().lr_net == pytest.approx(0.01)

@@ -11,7 +11,8 @@ from networks import get_network
 from utils.core.rng import generator
 from utils.core.run_script import run_script
 from utils.data.augment import DSA, parse_strategy
-from utils.data.synthetic import SyntheticSet, iterations_left
+from utils.data.distilled_file import DistilledFile
+from utils.data.synthetic import SyntheticSet
 from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.match_draws import MatchSettings
 from utils.outliers.sources import PseudoOutliers
@@ -178,13 +179,13 @@ def test_only_finished_runs_count(in_process, moves, tmp_path):
     with open(path.parent / "metrics.jsonl", "a") as metrics:
         metrics.write('{"experiment": 0, "los')  # cut off by a power cut
     assert moves.read_run(path) is not None
-    assert iterations_left(file) is None
+    assert DistilledFile.open(file).iterations_left() is None
     content = torch.load(file, weights_only=True)
     content["about"]["iteration"] = 7
     torch.save(content, file)
-    assert iterations_left(file) == (7, 20)
+    assert DistilledFile.open(file).iterations_left() == (7, 20)
     assert moves.read_run(path) is None
-    assert iterations_left(file, 1) is None
+    assert DistilledFile.open(file).iterations_left(1) is None
 
 
 def test_networks_train_at_the_learning_rate_of_the_set(moves, digits, monkeypatch):

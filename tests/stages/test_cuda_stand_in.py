@@ -20,7 +20,8 @@ from networks import get_network
 from utils.compute.device import Compute
 from utils.core.rng import generator
 from utils.data.augment import DSA
-from utils.data.synthetic import SyntheticSet, load_synthetic
+from utils.data.distilled_file import DistilledFile
+from utils.data.synthetic import SyntheticSet
 from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.gradient_matching import GradientMatching
 from utils.methods.match_draws import MatchSettings
@@ -128,7 +129,7 @@ def test_distillation_on_cuda_equals_that_on_the_cpu(folder, method, kind):
         else:
             run(script, *flags, "--device", device, "--save_path", device)
         (path,) = (folder / device).rglob("res_*.pt")
-        found[device] = load_synthetic(path)
+        found[device] = DistilledFile.open(path).set()
         (about,) = (folder / device).rglob("args.json")
         assert json.loads(about.read_text())["device"].startswith(device)
     cuda, cpu = found["cuda"], found["cpu"]

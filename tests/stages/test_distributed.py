@@ -17,7 +17,7 @@ from conftest import ROOT
 import main_poe
 import test_ood_model_syn
 import train_model_synthetic_oe
-from utils.data.synthetic import load_synthetic
+from utils.data.distilled_file import DistilledFile
 from utils.runs.resume import resume_command
 
 NETWORK = "--dataset Digits --model ConvNetD1 --ipc 2 --method DSA --dsa_strategy color_crop_cutout_scale_rotate"
@@ -67,7 +67,7 @@ def found(folder, pattern):
 @pytest.mark.parametrize("processes", [2, 3])
 def test_same_images_and_accuracies(runs, processes):
     (one,), (many,) = (found(runs[n], "res_*.pt") for n in (1, processes))
-    a, b = load_synthetic(one), load_synthetic(many)
+    a, b = DistilledFile.open(one).set(), DistilledFile.open(many).set()
     torch.testing.assert_close(a.images, b.images, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(a.images_oe, b.images_oe, atol=1e-4, rtol=1e-4)
     accs = [torch.load(p, weights_only=True)["accs_all_exps"]["ConvNetD1"] for p in (one, many)]
@@ -141,7 +141,7 @@ def test_a_process_that_dies_ends_the_run(tmp_path):
     assert process.returncode != 0
     assert "SIGKILL" in err or "exitcode: -9" in err or "exitcode  : -9" in err
     (saved,) = found(tmp_path, "res_*.pt")
-    assert load_synthetic(saved).images.shape == (20, 1, 8, 8)
+    assert DistilledFile.open(saved).set().images.shape == (20, 1, 8, 8)
 
 
 def test_a_signal_stops_every_process_and_saves(tmp_path):

@@ -22,8 +22,9 @@ from utils.core.errors import UserError
 from utils.core.pixels import conform
 from utils.core.rng import generator
 from utils.data.augment import DSA, parse_strategy
+from utils.data.distilled_file import DistilledFile
 from utils.data.download import FROM_PYTORCH_OOD
-from utils.data.synthetic import SyntheticSet, load_synthetic
+from utils.data.synthetic import SyntheticSet
 from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.experts import ExpertBuffer, ExpertSettings, ExpertTraining, describe, open_expert_run
 from utils.methods.gradient_matching import GradientMatching, MatchSettings
@@ -123,6 +124,11 @@ def check_report(folder):
     assert len(rows) == len(results["rows"]) == 2 * 2 * (3 + 7)
     assert {r["set"] for r in rows} >= {"patches", "blob", "mine", "val:jigsaw"}
     assert all(0 <= float(r[m]) <= 1 for r in rows for m in MEASURES)
+    counts = results["about"]["ood_sets"]
+    of_test = {name: found["images"] for name, found in counts.items() if found["kind"] == "ood"}
+    assert of_test == {"patches": 360, "blob": 360, "mine": 60}
+    log = (folder / "logs.txt").read_text()
+    assert all(f"OOD set {n}: {found['images']} images, {found['source']}" in log for n, found in counts.items())
     report = (folder / "report.md").read_text()
     assert "| mean " in report
     used = json.loads((folder / "args.json").read_text())["versions"]
@@ -175,7 +181,7 @@ def test_same_seed_same_bits_in_all_stages(in_process, tmp_path):
         in_process("test_ood_model_syn.py", *STAGE3, "--num_exp", 1, *flags)
         found.append([next(p.rglob(g)) for p, g in zip(paths, ("res_*.pt", "*best.pt", "results.csv"), strict=True)])
     (set_a, net_a, csv_a), (set_b, net_b, csv_b) = found
-    a, b = load_synthetic(set_a), load_synthetic(set_b)
+    a, b = DistilledFile.open(set_a).set(), DistilledFile.open(set_b).set()
     assert torch.equal(a.images, b.images)
     assert torch.equal(a.images_oe, b.images_oe)
     nets = [torch.load(n, weights_only=True) for n in (net_a, net_b)]
@@ -562,8 +568,8 @@ def test_a_run_that_diverges_stops_loudly(refused, tmp_path):
     assert "--lr_img 1e+30: experiment 0 diverged in iteration 1: loss of slot 0, 1" in error
     saved = sorted(tmp_path.rglob("res_*.pt"))
     assert len(saved) == 2
-    assert all(torch.isfinite(load_synthetic(path).images).all() for path in saved)
-    start, last = (load_synthetic(path).images for path in saved)
+    assert all(torch.isfinite(DistilledFile.open(path).set().images).all() for path in saved)
+    start, last = (DistilledFile.open(path).set().images for path in saved)
     assert not torch.equal(start, last)  # the last finite images are one update further
 
 

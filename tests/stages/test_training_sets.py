@@ -22,7 +22,7 @@ from test_distributed import start
 from networks import get_network
 from utils.core.errors import UserError
 from utils.core.rng import generator
-from utils.data.synthetic import load_synthetic, save_synthetic
+from utils.data.distilled_file import DistilledFile
 from utils.exchange.convert import Assumptions, read_distilled
 from utils.exchange.readers import read_safetensors
 from utils.outliers.corruptions import corrupt
@@ -51,7 +51,7 @@ def made(digits, tmp_path) -> Path:
     folder = tmp_path / "made"
     folder.mkdir()
     path = folder / "res_DSA_Digits_ConvNetD1_2ipc.pt"
-    save_synthetic(path, [images], {}, digits, {"flags": {}})
+    DistilledFile.write(path, [images], {}, digits, {"flags": {}})
     return path
 
 
@@ -193,8 +193,8 @@ def test_initial_outliers_are_those_that_distillation_starts_from(in_process, tm
     training = [*QUICK, *flags, "--load_path", "one", "--exp_idx", 1]
     in_process(WITH_OE, *training, "--outliers", "initial", "--save_path", "initial")
     in_process(WITH_OE, *training, "--save_path", "distilled")
-    stored = load_synthetic(run_folder(tmp_path / "initial") / "trained_on.pt")
-    assert torch.equal(stored.images_oe, load_synthetic(path, 1).images_oe)
+    stored = DistilledFile.open(run_folder(tmp_path / "initial") / "trained_on.pt").set()
+    assert torch.equal(stored.images_oe, DistilledFile.open(path).set(1).images_oe)
     assert same(network(tmp_path / "initial"), network(tmp_path / "distilled"))
 
 
@@ -334,7 +334,7 @@ def test_outliers_corrupted_again_train_and_resume_finished(made, in_process, tm
     assert "corrupted again" not in once
     assert run_folder(tmp_path / "again").name.endswith("-again")
     assert not same(network(tmp_path / "once"), network(tmp_path / "again"))
-    stored = [load_synthetic(run_folder(tmp_path / name) / "trained_on.pt") for name in ("once", "again")]
+    stored = [DistilledFile.open(run_folder(tmp_path / name) / "trained_on.pt").set() for name in ("once", "again")]
     assert torch.equal(stored[0].images_oe, stored[1].images_oe)
     assert "is finished" in in_process(WITH_OE, "--resume", "latest", "--save_path", "again")
 
@@ -344,7 +344,7 @@ def test_outliers_of_a_pool(made, in_process, tmp_path):
     np.save(tmp_path / "pool.npy", pool)
     flags = ["--distilled", made, "--outliers", "initial", "--oe_data_path", "pool.npy"]
     in_process(WITH_OE, *QUICK, *flags, "--save_path", "pool")
-    outliers = load_synthetic(run_folder(tmp_path / "pool") / "trained_on.pt").images_oe
+    outliers = DistilledFile.open(run_folder(tmp_path / "pool") / "trained_on.pt").set().images_oe
     stored = torch.load(run_folder(tmp_path / "pool") / "trained_on.pt", weights_only=True)["normalisation"]
     mean, std = stored["mean"][0], stored["std"][0]
     pixels = ((outliers * std + mean) * 255).round().byte().numpy()[:, 0]
@@ -359,7 +359,7 @@ def test_two_processes_train_on_the_set_of_the_first(in_process, tmp_path):
     (stored,) = tmp_path.rglob("trained_on.pt")
     in_process(WITH_OE, *flags, "--save_path", "alone")
     (alone,) = (tmp_path / "alone").rglob("trained_on.pt")
-    first, second = load_synthetic(stored), load_synthetic(alone)
+    first, second = DistilledFile.open(stored).set(), DistilledFile.open(alone).set()
     assert torch.equal(first.images, second.images)
     assert torch.equal(first.images_oe, second.images_oe)
     networks = [sorted(p.parent.glob("syn_trained_*_best.pt")) for p in (stored, alone)]
@@ -517,14 +517,14 @@ def published(made, in_process, tmp_path) -> Path:
 
 
 def test_published_set_is_read_back_to_the_bit(made, published, digits):
-    expected = load_synthetic(made)
+    expected = DistilledFile.open(made).set()
     found = read_distilled([str(published)], digits, Assumptions()).synthetic
     for name in ("images", "labels", "images_oe"):
         assert torch.equal(getattr(found, name), getattr(expected, name))
 
 
 def test_published_pictures_are_the_images_in_8_bits(made, published, digits):
-    expected = load_synthetic(made)
+    expected = DistilledFile.open(made).set()
     for folder, images in (("images", expected.images), ("outliers", expected.images_oe)):
         files = sorted((published / folder).rglob("*.png"))
         found = np.stack([np.array(Image.open(f)) for f in files])
@@ -543,7 +543,7 @@ def test_the_cards_own_code_runs(made, published, tmp_path, monkeypatch, digits)
     monkeypatch.chdir(alone)
     names: dict = {}
     exec(block, names)
-    expected = load_synthetic(made)
+    expected = DistilledFile.open(made).set()
     assert torch.equal(names["images"], expected.images)
     assert torch.equal(names["labels"], expected.labels)
     assert torch.equal(names["outliers"], expected.images_oe)
@@ -616,7 +616,7 @@ def test_damaged_sets_are_not_published(made, refused, tmp_path, damage):
 def test_the_card_of_a_whitened_set(tmp_path, in_process, monkeypatch, digits):
     white = digits.whitened()
     images = random_images(white, 1, 1, 0)
-    save_synthetic(tmp_path / "res_x.pt", [replace(images, lr_net=0.03)], {}, white, {})
+    DistilledFile.write(tmp_path / "res_x.pt", [replace(images, lr_net=0.03)], {}, white, {})
     in_process("scripts.publish", "res_x.pt", "--out", "published")
     text = (tmp_path / "published" / "README.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path / "published")
@@ -639,7 +639,7 @@ def test_a_set_of_another_repository_is_published(made, in_process, refused, tmp
     text = (tmp_path / "published" / "README.md").read_text(encoding="utf-8")
     assert "another repository" in text
     assert "soft_labels" in text
-    tensors, _ = read_safetensors(tmp_path / "published" / "distilled.safetensors", "x")
+    tensors, _ = read_safetensors(tmp_path / "published" / "distilled.safetensors")
     assert torch.equal(tensors["soft_labels"].argmax(1), labels)
     assert "exists" in refused("scripts.publish", "images_best.pt", "--dataset", "Digits", "--out", "published")
 
@@ -683,7 +683,9 @@ def test_a_trust_report_has_no_column_twice_and_names_those_at_chance(digits, in
     first, second = (coreset(kind, digits, 1, net).images for kind in ("herding", "kcenter"))
     assert torch.equal(first, second)
     path = tmp_path / "res_DSA_Digits_MLP_1ipc.pt"
-    save_synthetic(path, [replace(random_images(digits, 1, 5, 0), images=torch.zeros(10, 1, 8, 8))], {}, digits, {})
+    DistilledFile.write(
+        path, [replace(random_images(digits, 1, 5, 0), images=torch.zeros(10, 1, 8, 8))], {}, digits, {}
+    )
     module = importlib.import_module("scripts.trust_report")
     monkeypatch.setattr(module, "_run", lambda c: print(in_process(c[0].removesuffix(".py").replace("/", "."), *c[1:])))
     flags = [

@@ -1,8 +1,10 @@
 """Reading NumPy arrays, `.npy` and `.npz`, without unpickling and without trusting their headers."""
 
+import math
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,37 +18,38 @@ LEAST_SIDE = 5  # pixels; a narrower side may be an axis of channels
 MAX_RATIO = 100  # the highest ratio above that size; images seldom compress by 10
 
 
-def read_npy(path: Path, flag: str) -> np.ndarray:
+def read_npy(path: Path) -> np.ndarray:
     """Memory-map a `.npy` array (copy-on-write). Raises `UserError` for anything but a plain array."""
-    path = check_file(path, flag)
+    path = check_file(path)
+    with _as_user_error(path, "a .npy array"):
+        return np.lib.format.open_memmap(path, mode="c")
+
+
+def read_npz(path: Path, keys: Sequence[str]) -> list[np.ndarray]:
+    """Read the arrays `keys` of an `.npz` file. Raises `UserError` naming the missing key or the damage."""
+    path = check_file(path)
+    with _as_user_error(path, "an .npz file"), zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        for key in keys:
+            if f"{key}.npy" not in names:
+                has = ", ".join(sorted(n.removesuffix(".npy") for n in names)[:10]) or "nothing"
+                raise UserError(f"{path} has no key {key!r}; it needs {', '.join(keys)} and has {one_line(has)}")
+        members = [archive.getinfo(f"{key}.npy") for key in keys]
+        _check_sizes(members, path.stat().st_size)
+        return [_read_member(archive, member) for member in members]
+
+
+@contextmanager
+def _as_user_error(path: Path, what: str) -> Iterator[None]:
+    """Turn whatever a damaged file raises into a `UserError`, and say nothing else."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return np.lib.format.open_memmap(path, mode="c")
-    except Exception as error:
-        raise UserError(f"{flag}: cannot read {path} as a .npy array: {one_line(error)}") from None
-
-
-def read_npz(path: Path, keys: Sequence[str], flag: str) -> list[np.ndarray]:
-    """Read the arrays `keys` of an `.npz` file. Raises `UserError` naming the missing key or the damage."""
-    path = check_file(path, flag)
-    try:
-        with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            names = archive.namelist()
-            for key in keys:
-                if f"{key}.npy" not in names:
-                    has = ", ".join(sorted(n.removesuffix(".npy") for n in names)[:10]) or "nothing"
-                    raise UserError(
-                        f"{flag}: {path} has no key {key!r}; it needs {', '.join(keys)} and has {one_line(has)}"
-                    )
-            members = [archive.getinfo(f"{key}.npy") for key in keys]
-            _check_sizes(members, path.stat().st_size)
-            return [_read_member(archive, member) for member in members]
+            yield
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{flag}: cannot read {path} as an .npz file: {one_line(error)}") from None
+        raise UserError(f"cannot read {path} as {what}: {one_line(error)}") from None
 
 
 def _check_sizes(members: Sequence[zipfile.ZipInfo], size: int) -> None:
@@ -77,7 +80,7 @@ def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
         shape, _, dtype = read(member)
         if dtype.hasobject:
             raise ValueError(f"{info.filename} holds Python objects")
-        claimed = int(np.prod([int(s) for s in shape], dtype=object)) * dtype.itemsize
+        claimed = math.prod(shape) * dtype.itemsize
         if min(shape, default=0) < 0 or claimed != info.file_size - member.tell():
             raise ValueError(f"{info.filename} claims {claimed} bytes and has {info.file_size - member.tell()}")
     with archive.open(info) as member:
@@ -87,7 +90,7 @@ def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
         return array
 
 
-def images_to_nchw(array: np.ndarray, path: Path, flag: str) -> torch.Tensor:
+def images_to_nchw(array: np.ndarray, path: Path) -> torch.Tensor:
     """uint8 `[N, H, W]`, `[N, H, W, 1]` or `[N, H, W, 3]` as a view `[N, C, H, W]`.
 
     Raises:
@@ -95,7 +98,7 @@ def images_to_nchw(array: np.ndarray, path: Path, flag: str) -> torch.Tensor:
             colour, or 32 grey ones of 32×3.
     """
     accepted = "it must be uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3]"
-    found = f"{flag}: {path} holds {array.dtype} {list(array.shape)}"
+    found = f"{path} holds {array.dtype} {list(array.shape)}"
     shape_ok = array.ndim == 3 or (array.ndim == 4 and array.shape[3] in (1, 3))
     if array.dtype != np.uint8 or not shape_ok or 0 in array.shape:
         raise UserError(f"{found}; {accepted}")

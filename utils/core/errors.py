@@ -29,6 +29,17 @@ def rank_errors() -> Iterator[None]:
         raise RankError(error) from None
 
 
+@contextmanager
+def blame(flag: str) -> Iterator[None]:
+    """Begin the message of a `UserError` that is raised inside with `flag: `, unless it begins with a flag."""
+    try:
+        yield
+    except UserError as error:
+        if flag and not str(error).startswith(("--", f"{flag}: ")):
+            error.args = (f"{flag}: {error}",)
+        raise
+
+
 class Interrupted(BaseException):
     """A signal asked the run to stop; `number` is the signal number.
 
@@ -91,9 +102,9 @@ def print_error(prog: str, message: object) -> int:
 
 
 def print_error_once(prog: str, message: object) -> int:
-    """Like `print_error`, for an error that all processes of `torchrun` are likely to meet: the first one prints it.
+    """Like `print_error`, for an error that all processes of `torchrun` usually meet, so that the first one prints it.
 
-    `torchrun` ends the others when the first has left. One that is still there after a while met the error alone.
+    The others wait. If `torchrun` has not ended them by then, only they met the error, and they print it.
     """
     if under_torchrun() and os.environ["RANK"] != "0":
         time.sleep(PRINT_SECONDS)

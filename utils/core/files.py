@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import torch
 
-from utils.core.errors import UserError, one_line
+from utils.core.errors import UserError, blame, one_line
 
 _UNFINISHED = ".unfinished"
 _UMASK = os.umask(0o077)  # it can be read only by setting it
@@ -130,12 +130,12 @@ MAX_TEXT = 256 << 20  # bytes of a text file
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
-def check_file(path: Path, flag: str) -> Path:
-    """Return `path` if it is a regular file; raise a `UserError` that names `flag` otherwise."""
+def check_file(path: Path) -> Path:
+    """Return `path` if it is a regular file; raise a `UserError` otherwise."""
     path = Path(path)
     if not os.path.isfile(path):  # unlike Path.is_file, False also for names that are too long
         there = "not a file" if os.path.lexists(path) else "not there"
-        raise UserError(f"{flag}: {path} is {there}; give an existing file")
+        raise UserError(f"{path} is {there}; give an existing file")
     return path
 
 
@@ -169,19 +169,20 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_json(path: Path, what: str, most: int = 1 << 20) -> dict:
-    """The JSON object in a file of at most `most` bytes.
+    """The JSON object in a file of at most `most` bytes; `what` begins messages.
 
     Raises:
         UserError: when the file is missing, damaged, too large, or does not hold an object.
     """
-    path = check_file(path, what)
-    try:
-        value = json.loads(read_bytes(path, most))
-        if not isinstance(value, dict):
-            raise ValueError("it holds no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{what}: {path} is damaged: {one_line(error)}") from None
-    return value
+    with blame(what):
+        path = check_file(path)
+        try:
+            value = json.loads(read_bytes(path, most))
+            if not isinstance(value, dict):
+                raise ValueError("it holds no JSON object")
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{path} is damaged: {one_line(error)}") from None
+        return value
 
 
 def csv_text(rows: Iterable[Sequence[object]]) -> str:

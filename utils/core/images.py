@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from utils.core.arrays import images_to_nchw, read_npy, read_npz
-from utils.core.errors import UserError, named, one_line
+from utils.core.errors import UserError, blame, named, one_line
 from utils.core.pixels import DARK, centre_box, in_full_range, scale_table, white_value
 
 if TYPE_CHECKING:
@@ -72,24 +72,25 @@ def is_image(path: Path) -> bool:
         return False
 
 
-def check_link(path: Path, tree: Path, flag: str) -> None:
+def check_link(path: Path, tree: Path) -> None:
     """Raise a `UserError` if `path` is a broken link or resolves to a place outside `tree` (a resolved folder)."""
     if not os.path.exists(path):
-        raise UserError(f"{flag}: {path} is a broken link; mend or remove it")
+        raise UserError(f"{path} is a broken link; mend or remove it")
     if not path.resolve().is_relative_to(tree):
-        raise UserError(f"{flag}: {path} is a link that leads out of {tree}; put the files themselves there")
+        raise UserError(f"{path} is a link that leads out of {tree}; put the files themselves there")
 
 
 class ImageReader:
     """Reads the images of one source, and keeps what the user should know of them.
 
     Args:
-        flag: the flag that names the source; it begins messages.
+        flag: the flag that names the source; it begins messages and notes. Empty where `blame` names it.
         pixel_max: the value of white in a source that uses a small part of its type's range (`--pixel_max`).
     """
 
     def __init__(self, flag: str, pixel_max: int | None = None):
         self.flag, self.pixel_max = flag, pixel_max
+        self.begin = f"{flag}: " if flag else ""  # of messages
         self.unread: Counter[str] = Counter()  # files that are no images, by suffix
         self.seen: dict[str, list[Path]] = {}  # files of which something is noted, by what
         self._one_large = Lock()
@@ -99,9 +100,9 @@ class ImageReader:
         lines = []
         if self.unread:
             counts = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in sorted(self.unread.items()))
-            lines.append(f"{self.flag}: not read, as they are no images: {counts}")
+            lines.append(f"{self.begin}not read, as they are no images: {counts}")
         for what, paths in self.seen.items():
-            lines.append(f"{self.flag}: {len(paths)} of the images {what}, e.g. {min(paths)}")
+            lines.append(f"{self.begin}{len(paths)} of the images {what}, e.g. {min(paths)}")
         return tuple(lines)
 
     def find(self, folder: Path, tree: Path | None = None) -> list[Path]:
@@ -117,16 +118,17 @@ class ImageReader:
         """
         tree = (tree or folder).resolve()
         try:
-            check_link(folder, tree, self.flag)
-            paths = sorted(_files_below(folder))
-            for path in paths:
-                if path.is_symlink() and path.suffix.lower() in image_suffixes():
-                    check_link(path, tree, self.flag)
+            with blame(self.flag):
+                check_link(folder, tree)
+                paths = sorted(_files_below(folder))
+                for path in paths:
+                    if path.is_symlink() and path.suffix.lower() in image_suffixes():
+                        check_link(path, tree)
             images = [path for path in paths if path.is_file() and is_image(path)]
             self.unread.update(path.suffix.lower() for path in {*paths} - {*images})
             return images
         except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
-            raise UserError(f"{self.flag}: cannot list {folder}: {one_line(error)}") from None
+            raise UserError(f"{self.begin}cannot list {folder}: {one_line(error)}") from None
 
     def files(self, paths: Sequence[Path], channel: int, im_size: tuple[int, int]) -> torch.Tensor:
         """Decode image files in threads to uint8 `[N, channel, H, W]`: `centre_box`, bilinear resize.
@@ -138,7 +140,7 @@ class ImageReader:
         images, decoder = self._decoded(paths, channel, im_size, None)
         self.seen, (brightest, full) = decoder.seen, decoder.brightest
         if brightest * DARK <= full:
-            where = f"{self.flag}: {os.path.commonpath(paths)}"
+            where = f"{self.begin}{os.path.commonpath(paths)}"
             if len(decoder.types) > 1:
                 raise UserError(
                     f"{where}: dark images of 8 and of 16 bits, brightest {brightest} of {full}; store 8 bits"
@@ -153,9 +155,9 @@ class ImageReader:
 
         A `.npy` file is memory-mapped.
         """
-        array = read_npz(path, ["images"], self.flag)[0] if path.suffix == ".npz" else read_npy(path, self.flag)
-        images = images_to_nchw(array, path, self.flag)
-        return in_full_range([images], self.pixel_max, f"{self.flag}: {path}")[0]
+        with blame(self.flag):
+            array = read_npz(path, ["images"])[0] if path.suffix == ".npz" else read_npy(path)
+            return in_full_range([images_to_nchw(array, path)], self.pixel_max, str(path))[0]
 
     def folder_or_array(self, path: Path, channel: int, im_size: tuple[int, int]) -> torch.Tensor:
         """All images of a folder, decoded to `channel` and `im_size`, or those of an array file as they are."""
@@ -167,7 +169,7 @@ class ImageReader:
         """All image files below `folder`; a `UserError` if there are none."""
         files = self.find(folder)
         if not files:
-            raise UserError(". ".join([f"{self.flag}: {folder} holds no images", *self.notes()]))
+            raise UserError(". ".join([f"{self.begin}{folder} holds no images", *self.notes()]))
         return files
 
     def _decoded(
@@ -195,7 +197,7 @@ class ImageReader:
             wrong = [text for text in pool.map(decode, range(len(paths))) if text]
         if wrong:
             what, them = ("the image", "it") if len(wrong) == 1 else (f"{len(wrong)} images:", "them")
-            raise UserError(f"{self.flag}: cannot read {what} {named(wrong)}. Mend or remove {them}")
+            raise UserError(f"{self.begin}cannot read {what} {named(wrong)}. Mend or remove {them}")
         return images, decoder
 
 

@@ -6,6 +6,7 @@ import os
 import pickletools
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from utils.core.arrays import MAX_PACKED
-from utils.core.errors import UserError, one_line
+from utils.core.errors import UserError, blame, one_line
 from utils.core.files import check_file
 
 MAX_PICKLE = 4 << 20  # bytes of the pickle in a `.pt`: it describes the tensors, without their values
@@ -58,43 +59,39 @@ _STORED_GLOBALS = {
 }
 
 
-def read_pt(path: Path, what: str, check_crc: bool = False, mmap: bool = False) -> object:
+def read_pt(path: Path, what: str = "", check_crc: bool = False, mmap: bool = False) -> object:
     """Load a `torch.save` file on the CPU, executing no code: dense tensors, plain values and numpy scalars only.
 
-    Numpy scalars become plain numbers. The calls and allocations in the file are checked before it is loaded; with
-    `check_crc` so are its checksums, which torch does not compare. With `mmap` tensor values stay on the disk until
-    they are used.
+    Numpy scalars become plain numbers. The calls and allocations in the file are checked before it is loaded.
 
+    Args:
+        what: begins messages.
+        check_crc: compare the checksums, too, which torch does not.
+        mmap: leave tensor values on the disk until they are used.
     Raises:
         UserError: when the file is missing, damaged, or holds anything else.
     """
-    path = check_file(path, what)
-    try:
-        with path.open("rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            _check_archive(file, check_crc) if file.read(2) == b"PK" else _check_old_format(file)
-            file.seek(0)
-            with torch.serialization.safe_globals(_NUMPY_SCALARS):
-                mmap = mmap and _is_utf8(path)  # torch maps by name, and knows no other names
-                source = str(path) if mmap else file
-                value = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
-            _check_tensors(value, path.stat().st_size)
-            return value
-    except Exception as error:  # a damaged file can raise any error in the reader
-        reason = one_line(error)
-        if "Weights only load failed" in str(error):
-            reason = _FOREIGN
-        raise UserError(f"{what}: cannot read {path}: {reason}. Write it again with the stage that makes it") from None
-
-
-def _is_utf8(path: Path) -> bool:
-    try:
-        return bool(str(path).encode())
-    except UnicodeEncodeError:
-        return False
+    with blame(what):
+        path = check_file(path)
+        try:
+            return _read(path, check_crc, mmap and str(path).isprintable())  # torch maps by name, and knows UTF-8 alone
+        except Exception as error:  # a damaged file can raise any error in the reader
+            reason = _FOREIGN if "Weights only load failed" in str(error) else one_line(error)
+            raise UserError(f"cannot read {path}: {reason}. Write it again with the stage that makes it") from None
 
 
 _FOREIGN = "it holds objects other than tensors and plain values, or is damaged; it was not executed"
+
+
+def _read(path: Path, check_crc: bool, mmap: bool) -> object:
+    with path.open("rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _check_archive(file, check_crc) if file.read(2) == b"PK" else _check_old_format(file)
+        file.seek(0)
+        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+            value = torch.load(str(path) if mmap else file, map_location="cpu", weights_only=True, mmap=mmap)
+    _check_tensors(value, path.stat().st_size)
+    return value
 
 
 def _check_archive(file: BinaryIO, check_crc: bool) -> None:
@@ -127,19 +124,16 @@ def _check_old_format(file: BinaryIO) -> None:
 
 def _check_pickle(stream: BinaryIO) -> None:
     """Scan a pickle's opcodes without executing them; refuse unknown names, and content that would expand in memory."""
-    calls, longest, builds, before = 0, 0, 0, ""
+    count: Counter[str] = Counter()
+    longest, before = 0, ""
     for op, arg, _ in pickletools.genops(stream):
-        if op.name in ("GLOBAL", "STACK_GLOBAL", "INST") and arg not in _STORED_GLOBALS:
+        is_unknown = op.name in ("GLOBAL", "STACK_GLOBAL", "INST") and arg not in _STORED_GLOBALS
+        if is_unknown or (op.name == "REDUCE" and before == "TUPLE1"):  # such a call could copy a large list
             raise ValueError(_FOREIGN)
-        if isinstance(arg, (str, bytes)):
-            longest = max(longest, len(arg))
-        calls += op.name == "REDUCE"
-        builds += op.name == "BUILD"
-        if op.name == "REDUCE" and before == "TUPLE1":  # a few bytes could copy a large list
-            raise ValueError(_FOREIGN)
-        if "PUT" not in op.name:
-            before = op.name
-    if calls * longest > MAX_PACKED or builds > 256:
+        longest = max(longest, len(arg) if isinstance(arg, (str, bytes)) else 0)
+        count[op.name] += 1
+        before = before if "PUT" in op.name else op.name
+    if count["REDUCE"] * longest > MAX_PACKED or count["BUILD"] > 256:
         raise ValueError("it is far larger in memory than on disk")
 
 
@@ -163,10 +157,8 @@ def _tensors(value: object) -> Iterator[torch.Tensor]:
         seen.add(id(item))
         if isinstance(item, torch.Tensor):
             yield item
-        elif isinstance(item, dict):
-            todo += [*item.keys(), *item.values()]
-        elif isinstance(item, (list, tuple)):
-            todo += item
+        elif isinstance(item, (list, tuple, dict)):
+            todo += [*item, *item.values()] if isinstance(item, dict) else item
 
 
 def fingerprint(tensors: Iterable[torch.Tensor | None]) -> str:
@@ -178,7 +170,6 @@ def fingerprint(tensors: Iterable[torch.Tensor | None]) -> str:
         else:
             digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
             plain = tensor.detach().cpu().contiguous()
-            digest.update(
-                (plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain).numpy()
-            )  # no such in numpy
+            # numpy has no bfloat16: its bits are hashed as int16
+            digest.update((plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain).numpy())
     return digest.hexdigest()

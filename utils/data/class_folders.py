@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from utils.core.errors import UserError, named
+from utils.core.errors import UserError, blame, named
 from utils.core.files import check_file, read_lines
 from utils.core.images import ImageReader, check_link, is_content
 
@@ -14,6 +14,7 @@ FLAG = "--data_path"
 ANNOTATIONS = "val_annotations.txt"  # of TinyImageNet: a line `file<TAB>class<TAB>…` for each image in val/images/
 
 
+@blame(FLAG)
 def read_class_folders(
     data_path: Path, side: int, reader: ImageReader
 ) -> tuple[Sequence[torch.Tensor], tuple[str, ...], tuple[str, ...]]:
@@ -26,28 +27,28 @@ def read_class_folders(
     test, notes = _test_folder(data_path, classes)
     for folder in (train, test):
         if not folder.is_dir():
-            raise UserError(f"{FLAG}: {folder} is not there; ImageFolder reads train/<class>/* and test/<class>/*")
+            raise UserError(f"{folder} is not there; ImageFolder reads train/<class>/* and test/<class>/*")
     in_file = _annotates(test, classes)
     extra = [] if in_file else [name for name in _class_folders(test) if name not in classes]
     if len(classes) < 2 or extra:
         raise UserError(
-            f"{FLAG}: {train} has {len(classes)} classes ({named(classes, 5) or 'none'}); {test} has others: "
+            f"{train} has {len(classes)} classes ({named(classes, 5) or 'none'}); {test} has others: "
             f"{named(extra, 5) or 'none'}. Both need the same names, and two classes or more"
         )
     tree = data_path.resolve()
     found: dict[Path, list[tuple[Path, int]]] = {}
     for folder in (train, test):
-        check_link(folder, tree, FLAG)
+        check_link(folder, tree)
         there = [(label, folder / c) for label, c in enumerate(classes) if os.path.lexists(folder / c)]
         found[folder] = [(path, label) for label, place in there for path in reader.find(place, tree)]
         if in_file and folder == test:
             found[folder] = _annotated_images(test, classes, tree)
         if not found[folder]:
-            raise UserError(". ".join([f"{FLAG}: no images below {folder}", *reader.notes()]))
+            raise UserError(". ".join([f"no images below {folder}", *reader.notes()]))
     bare = {*range(len(classes))} - {label for _, label in found[train]}
     if bare:
         bare_name = train / classes[min(bare)]
-        raise UserError(f"{FLAG}: no images below {bare_name}; put some there, or remove that class")
+        raise UserError(f"no images below {bare_name}; put some there, or remove that class")
     counts = [len(found[train]), len(found[test])]
     paths, labels = zip(*found[train], *found[test], strict=True)
     images = reader.files(paths, 3, (side, side)).split(counts)
@@ -74,7 +75,7 @@ def _test_folder(data_path: Path, classes: Sequence[str]) -> tuple[Path, tuple[s
     fits = [folder for folder in there if _has_classes(folder, classes) or _annotates(folder, classes)]
     if there and classes and not fits:
         raise UserError(
-            f"{FLAG}: {' and '.join(map(str, there))} hold no folder of a class of train/ ({named(classes, 5)}); "
+            f"{' and '.join(map(str, there))} hold no folder of a class of train/ ({named(classes, 5)}); "
             "ImageFolder reads train/<class>/* and test/<class>/*, or val/<class>/*"
         )
     folder = (*fits, data_path / "test")[0]
@@ -101,7 +102,7 @@ def _annotated_images(folder: Path, classes: Sequence[str], tree: Path) -> list[
         UserError: for a line without a plain file name and one of `classes`, for missing files, and for links out of
             the folder `tree`.
     """
-    path = check_file(folder / ANNOTATIONS, FLAG)
+    path = check_file(folder / ANNOTATIONS)
     label_of = {name: label for label, name in enumerate(classes)}
     found = []
     for number, line in enumerate(read_lines(path), 1):
@@ -111,14 +112,14 @@ def _annotated_images(folder: Path, classes: Sequence[str], tree: Path) -> list[
             continue
         if Path(name).name != name or name in ("", "..") or class_name not in label_of:
             raise UserError(
-                f"{FLAG}: line {number} of {path} is {line[:80]!r}; it must be `file<TAB>class<TAB>…`, with a file in "
+                f"line {number} of {path} is {line[:80]!r}; it must be `file<TAB>class<TAB>…`, with a file in "
                 f"{folder / 'images'} and a class that is a folder of train/"
             )
         found.append((folder / "images" / name, label_of[class_name]))
     missing = [str(image) for image, _ in found if not image.exists()]
     if missing:
-        raise UserError(f"{FLAG}: {path} names images that are not there: {named(missing)}")
+        raise UserError(f"{path} names images that are not there: {named(missing)}")
     for image, _ in found:
         if image.is_symlink():
-            check_link(image, tree, FLAG)
+            check_link(image, tree)
     return found

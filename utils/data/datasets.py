@@ -10,8 +10,7 @@ import torch
 
 from utils.compute.transfer import send
 from utils.core.arrays import images_to_nchw, read_npz
-from utils.core.errors import UserError, unknown_name
-from utils.core.files import check_file
+from utils.core.errors import UserError, blame, unknown_name
 from utils.core.images import ImageReader
 from utils.core.pixels import in_full_range, unit_images
 from utils.core.torch_files import PLAIN_INTEGERS, fingerprint, read_pt
@@ -49,26 +48,20 @@ DATASET_NAMES = (*SPECS, "ImageFolder", "npz")
 
 @dataclass(frozen=True)
 class RealData:
-    """A classification data set in memory.
-
-    `images_train`, `images_test`: `[N, C, H, W]`, uint8 (or float32 in [0, 1]); `labels_*`: int64 `[N]` in
-    0..num_classes-1; `mean`, `std`: per channel, of pixels scaled to [0, 1]; `zca`: whitening instead of these;
-    `class_names`: in the order of the labels, those of the folders or of torchvision; empty where none are known;
-    `notes`: lines for the log; `pixel_max`: the value of white in dark images, of outliers too (`--pixel_max`).
-    """
+    """A classification data set in memory."""
 
     name: str
     num_classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    images_train: torch.Tensor
-    labels_train: torch.Tensor
+    mean: tuple[float, ...]  # per channel, of pixels scaled to [0, 1]
+    std: tuple[float, ...]  # per channel
+    images_train: torch.Tensor  # [N, C, H, W], uint8 (or float32 in [0, 1])
+    labels_train: torch.Tensor  # int64 [N] in 0..num_classes-1
     images_test: torch.Tensor
     labels_test: torch.Tensor
-    zca: ZCA | None = None
-    class_names: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    pixel_max: int | None = None
+    zca: ZCA | None = None  # whitening instead of mean and std
+    class_names: tuple[str, ...] = ()  # in the order of the labels, of the folders or torchvision; empty: not known
+    notes: tuple[str, ...] = ()  # lines for the log
+    pixel_max: int | None = None  # the value of white in dark images, of outliers too (`--pixel_max`)
 
     @property
     def channel(self) -> int:
@@ -186,11 +179,11 @@ def load_dataset(
     notes: tuple[str, ...] = ()
     source, local = data_path, data_path / f"{name.lower()}.npz"
     if name == "npz":
-        arrays = _read_npz_set(data_path, "--data_path")
+        arrays = _read_npz_set(data_path)
     elif name == "ImageFolder":
         arrays, class_names, notes = read_class_folders(data_path, im_size or 64, ImageReader("--data_path", pixel_max))
     elif local.is_file():
-        arrays, source = _read_npz_set(local, "--data_path"), local
+        arrays, source = _read_npz_set(local), local
     elif name == "TinyImageNet" and (unpacked := _unpacked_tinyimagenet(data_path)):
         arrays, class_names, notes = _read_unpacked(unpacked, ImageReader("--data_path", pixel_max))
     else:
@@ -259,22 +252,21 @@ def _moments(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]
     return tuple(mean.flatten().tolist()), tuple(std.tolist())
 
 
-def _read_npz_set(path: Path, flag: str) -> Arrays:
-    train_images, train_labels, test_images, test_labels = read_npz(path, NPZ_KEYS, flag)
+@blame("--data_path")
+def _read_npz_set(path: Path) -> Arrays:
+    train_images, train_labels, test_images, test_labels = read_npz(path, NPZ_KEYS)
     return (
-        images_to_nchw(train_images, path, flag).contiguous(),
-        _labels(train_labels, path, flag),
-        images_to_nchw(test_images, path, flag).contiguous(),
-        _labels(test_labels, path, flag),
+        images_to_nchw(train_images, path).contiguous(),
+        _labels(train_labels, path),
+        images_to_nchw(test_images, path).contiguous(),
+        _labels(test_labels, path),
     )
 
 
-def _labels(array: np.ndarray, path: Path, flag: str) -> torch.Tensor:
+def _labels(array: np.ndarray, path: Path) -> torch.Tensor:
     """int64 `[N]` from integers `[N]` or, as in MedMNIST, `[N, 1]`."""
     if array.dtype.kind not in "iu" or array.ndim not in (1, 2) or (array.ndim == 2 and array.shape[1] != 1):
-        raise UserError(
-            f"{flag}: {path} has labels {array.dtype} {list(array.shape)}; they must be integers [N] or [N, 1]"
-        )
+        raise UserError(f"{path} has labels {array.dtype} {list(array.shape)}; they must be integers [N] or [N, 1]")
     return torch.from_numpy(array.reshape(-1).astype(np.int64))
 
 
@@ -348,6 +340,7 @@ def load_test_images(
     """
     local = root / f"{name.lower()}.npz"
     if local.is_file():
-        (images,) = read_npz(check_file(local, flag), ["test_images"], flag)
-        return in_full_range([images_to_nchw(images, local, flag).contiguous()], pixel_max, f"{flag}: {local}")[0]
+        with blame(flag):
+            (images,) = read_npz(local, ["test_images"])
+            return in_full_range([images_to_nchw(images, local).contiguous()], pixel_max, str(local))[0]
     return read_torchvision_test(name, root, download, flag)

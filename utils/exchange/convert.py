@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 
-from utils.core.errors import UserError
+from utils.core.errors import UserError, blame
 from utils.core.torch_files import read_pt
 from utils.data.datasets import SPECS, RealData
+from utils.data.distilled_file import Statistics
 from utils.data.synthetic import SyntheticSet, in_classes_of
 from utils.exchange.formats import SetFiles, find_files
 from utils.exchange.labels import training_labels
-from utils.exchange.normalisation import Statistics, check_guess, check_possible, decode, to_training_space
+from utils.exchange.normalisation import check_guess, check_possible, decode, to_training_space
 from utils.exchange.readers import RawSet, check_images, floats, read_raw
 
 DEFAULT_SPACE = {"mtt": "normalised", "datm": "zca", "idc": "unit", "folders": "unit", "kip": "normalised"}
@@ -22,27 +23,23 @@ STATED = ("res", "published")  # formats whose files say themselves what the ima
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What the user says of a distilled set; None: found out by its format and its numbers.
+    """What the user says of a distilled set; None: found out by its format and its numbers."""
 
-    `format`: one of `FORMATS`; `space`: one of `SPACES`; `statistics`: mean and deviation of the normalised space;
-    `factor`: of decoding; `soft_labels`: `probabilities` or `logits`; `temperature`: of logits (None: 1).
-    """
-
-    format: str | None = None
-    space: str | None = None
-    statistics: Statistics | None = None
-    factor: int | None = None
-    soft_labels: str | None = None
-    temperature: float | None = None
+    format: str | None = None  # one of `FORMATS`
+    space: str | None = None  # one of `SPACES`
+    statistics: Statistics | None = None  # mean and deviation of the normalised space
+    factor: int | None = None  # of decoding
+    soft_labels: str | None = None  # probabilities or logits
+    temperature: float | None = None  # of logits; None: 1
 
 
 @dataclass(frozen=True)
 class Found:
-    """A set that was read: `lines` say what was found and assumed; `stored`: how many images the files hold."""
+    """A set that was read."""
 
     synthetic: SyntheticSet
-    lines: tuple[str, ...]
-    stored: int
+    lines: tuple[str, ...]  # for the log: what was found and assumed
+    stored: int  # images in the files, before decoding
 
 
 def read_distilled(
@@ -66,16 +63,23 @@ def read_distilled(
     Raises:
         UserError: when there is no such set, it is damaged or of other data, or contradicts what is assumed.
     """
-    files = find_files(paths, assumed.format, flag)
-    where = f"{flag}: {files.images}"
-    raw = read_raw(files, real, exp_idx, flag)
+    with blame(flag):
+        files = find_files(paths, assumed.format)
+        return _converted(files, read_raw(files, real, exp_idx), real, assumed, exp_idx, outliers)
+
+
+def _converted(
+    files: SetFiles, raw: RawSet, real: RealData, assumed: Assumptions, exp_idx: int, outliers: Sequence[str]
+) -> Found:
+    """What was read, in the form of training."""
+    where = str(files.images)
     space, statistics = _space(raw, files, real, assumed, where)
     factor = _factor(files, real, assumed)
-    images = to_training_space(decode(raw.images, factor), space, statistics, real, raw.zca)
+    images = to_training_space(decode(raw.images, factor), space, statistics, real, raw.stated.zca)
     labels, kind = _labels(raw, files.format, real.num_classes, assumed, where)
     labels = labels.repeat(factor**2, *[1] * (labels.ndim - 1))
     line = (
-        f"distilled set: {files.images}, format {files.format}: {len(images)} images, {real.num_classes} classes, "
+        f"distilled set: {where}, format {files.format}: {len(images)} images, {real.num_classes} classes, "
         f"labels {kind}, {_in_words(space, statistics, real)}, decoding factor {factor}, learning rate "
         f"{'not stored' if raw.lr_net is None else f'{raw.lr_net:g}'}"
     )
@@ -83,9 +87,9 @@ def read_distilled(
     if outliers:
         images_oe, line_oe = _outliers(outliers, real, assumed, exp_idx, space, statistics)
     elif raw.images_oe is not None:
-        images_oe = to_training_space(raw.images_oe, space, statistics, real, raw.zca)
+        images_oe = to_training_space(raw.images_oe, space, statistics, real, raw.stated.zca)
     synthetic = SyntheticSet(images, labels, images_oe, raw.lr_net)
-    synthetic = in_classes_of(real, synthetic, raw.class_names, str(files.images))
+    synthetic = in_classes_of(real, synthetic, raw.class_names, where)
     return Found(synthetic, tuple(text for text in (line, raw.note, line_oe) if text), len(raw.images))
 
 
@@ -109,12 +113,12 @@ def _labels(raw: RawSet, form: str, num_classes: int, assumed: Assumptions, wher
 
 def _space(raw: RawSet, files: SetFiles, real: RealData, assumed: Assumptions, where: str) -> tuple[str, Statistics]:
     """What the images are: as the user says, or the file, or the format; a guess is compared with the numbers."""
-    space = assumed.space or ("normalised" if assumed.statistics else None) or raw.space
+    space = assumed.space or ("normalised" if assumed.statistics else None) or raw.stated.space
     if space is None:
         space = DEFAULT_SPACE.get(files.format, "normalised")
-    statistics = assumed.statistics or raw.statistics or (real.mean, real.std)
+    statistics = assumed.statistics or raw.stated.statistics or (real.mean, real.std)
     check_possible(space, statistics, real, where)
-    stated = raw.space and (files.format in STATED or raw.space == "unit")
+    stated = raw.stated.space and (files.format in STATED or raw.stated.space == "unit")
     if not (assumed.space or assumed.statistics or stated):
         check_guess(raw.images, space, real, where)
     return space, statistics
@@ -124,19 +128,18 @@ def _outliers(
     paths: Sequence[str], real: RealData, assumed: Assumptions, exp_idx: int, space: str, statistics: Statistics
 ) -> tuple[torch.Tensor, str]:
     """The outliers of `--distilled_oe`, and a line that says what they are; `space` and `statistics`: of the images."""
-    flag = "--distilled_oe"
-    content = read_pt(Path(paths[0]), flag) if len(paths) == 1 and paths[0].endswith(".pt") else None
-    if not isinstance(content, torch.Tensor):
-        of_images = replace(assumed, format=None, soft_labels=None, temperature=None)
-        found = read_distilled(paths, real, of_images, exp_idx, flag=flag)
-        synthetic = found.synthetic
-        images = synthetic.images if synthetic.images_oe is None else synthetic.images_oe
-        return images, f"outliers: {len(images)}, of the {found.lines[0]}"
-    where = f"{flag}: {paths[0]}"
-    images = floats(content, real, where)
-    check_images(images, real, where)
-    if not (assumed.space or assumed.statistics):
-        check_guess(images, space, real, where)
+    with blame("--distilled_oe"):
+        content = read_pt(Path(paths[0])) if len(paths) == 1 and paths[0].endswith(".pt") else None
+        if not isinstance(content, torch.Tensor):
+            of_images = replace(assumed, format=None, soft_labels=None, temperature=None)
+            found = read_distilled(paths, real, of_images, exp_idx, flag="--distilled_oe")
+            synthetic = found.synthetic
+            images = synthetic.images if synthetic.images_oe is None else synthetic.images_oe
+            return images, f"outliers: {len(images)}, of the {found.lines[0]}"
+        images = floats(content, real, Path(paths[0]))
+        check_images(images, real, Path(paths[0]))
+        if not (assumed.space or assumed.statistics):
+            check_guess(images, space, real, paths[0])
     images = to_training_space(images, space, statistics, real)
     return images, f"outliers: {paths[0]}, {len(images)} images, {_in_words(space, statistics, real)}"
 

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -26,17 +27,22 @@ SAFETENSORS = "distilled.safetensors"
 MAX_NAMES = 100_000  # in a folder; no distilled set has more
 
 
-@dataclass(frozen=True)
+@dataclass
 class SetFiles:
-    """The files of a distilled set: of which format, its images (or the folder), and labels and learning rate apart."""
+    """The files of a distilled set."""
 
-    format: str
-    images: Path
-    labels: Path | None = None
-    lr: Path | None = None
+    format: str  # one of `FORMATS`
+    images: Path  # or the folder
+    labels: Path | None = None  # where they are apart
+    lr: Path | None = None  # the learning rate, where it is apart
+
+    @cached_property
+    def content(self) -> object:
+        """What the `.pt` file of the images holds; it is read once."""
+        return read_pt(self.images)
 
 
-def find_files(paths: Sequence[str | Path], wanted: str | None, flag: str) -> SetFiles:
+def find_files(paths: Sequence[str | Path], wanted: str | None) -> SetFiles:
     """What the paths of a flag lead to.
 
     Args:
@@ -48,20 +54,21 @@ def find_files(paths: Sequence[str | Path], wanted: str | None, flag: str) -> Se
     found = [Path(p) for p in paths]
     for path in found:
         if not path.exists():
-            raise UserError(f"{flag}: {path} is not there")
+            raise UserError(f"{path} is not there")
     if len(found) > 1:
-        return _of_several(found, wanted, flag)
+        return _of_several(found, wanted)
     path = found[0]
-    candidates = _in_folder(path, flag) if path.is_dir() else [_of_file(path, flag)]
+    candidates = _in_folder(path) if path.is_dir() else [_of_file(path)]
     if wanted is not None:
         candidates = [c for c in candidates if c.format == wanted or {c.format, wanted} == {"mtt", "datm"}]
-        candidates = [SetFiles(wanted, c.images, c.labels, c.lr) for c in candidates]
+        for candidate in candidates:
+            candidate.format = wanted
     if not candidates:
         of_format = f" of --distilled_format {wanted}" if wanted else ""
-        raise UserError(f"{flag}: {path} holds no distilled set{of_format}. {_accepted()}")
+        raise UserError(f"{path} holds no distilled set{of_format}. {_accepted()}")
     if len(candidates) > 1:
         names = ", ".join(f"{c.images.name} ({c.format})" for c in candidates[:6])
-        raise UserError(f"{flag}: {path} holds several sets: {names}. Give the file, or --distilled_format")
+        raise UserError(f"{path} holds several sets: {names}. Give the file, or --distilled_format")
     return candidates[0]
 
 
@@ -69,64 +76,66 @@ def _accepted() -> str:
     return "Accepted: " + "; ".join(f"{name}: {what}" for name, what in FORMATS.items())
 
 
-def _of_several(paths: list[Path], wanted: str | None, flag: str) -> SetFiles:
+def _of_several(paths: list[Path], wanted: str | None) -> SetFiles:
     """Files of images, labels and perhaps a learning rate, told apart by their shapes."""
     kinds = {4: "images", 1: "labels", 2: "labels", 0: "lr"}
     roles: dict[str, Path] = {}
     for path in paths:
-        content = read_pt(path, flag)
+        content = read_pt(path)
         role = kinds.get(content.ndim if isinstance(content, torch.Tensor) else -1)
         if role is None or role in roles:
             raise UserError(
-                f"{flag}: {path} is no tensor of images [N, C, H, W] or labels [N] or [N, classes] that the other "
+                f"{path} is no tensor of images [N, C, H, W] or labels [N] or [N, classes] that the other "
                 "files lack. Give one set at a time"
             )
         roles[role] = path
     if not {"images", "labels"} <= {*roles}:
-        raise UserError(f"{flag}: {', '.join(map(str, paths))} lack {'labels' if 'images' in roles else 'images'}")
+        raise UserError(f"{', '.join(map(str, paths))} lack {'labels' if 'images' in roles else 'images'}")
     guess = wanted or ("datm" if "lr" in roles else "mtt")
     if guess not in ("mtt", "datm"):
-        raise UserError(f"{flag}: files of images and labels are of the formats mtt and datm, not of {guess}")
+        raise UserError(f"files of images and labels are of the formats mtt and datm, not of {guess}")
     return SetFiles(guess, roles["images"], roles["labels"], roles.get("lr"))
 
 
-def _of_file(path: Path, flag: str) -> SetFiles:
+def _of_file(path: Path) -> SetFiles:
     """The set in, or beginning with, a file."""
     if path.suffix == ".safetensors":
         return SetFiles("published", path)
     if path.suffix == ".npz":
         return SetFiles("kip", path)
-    content = read_pt(path, flag)
+    files = SetFiles("res", path)
+    content = files.content
     if isinstance(content, dict) and "data" in content:
-        return SetFiles("res", path)
+        return files
     if isinstance(content, (list, tuple)) and len(content) == 2 and all(isinstance(t, torch.Tensor) for t in content):
-        return SetFiles("idc", path)
+        files.format = "idc"
+        return files
     if isinstance(content, torch.Tensor) and content.ndim == 4:
-        return _with_labels(path, flag)
-    raise UserError(f"{flag}: {path} is of no known format. {_accepted()}")
+        return _with_labels(path)
+    raise UserError(f"{path} is of no known format. {_accepted()}")
 
 
-def _with_labels(images: Path, flag: str) -> SetFiles:
+def _with_labels(images: Path) -> SetFiles:
     """The set of a file `images_….pt` and the files of labels and learning rate beside it."""
     suffix = re.sub(r"^images(_zca)?(?=[_.])", "", images.name)  # "_best.pt", "_500.pt" or ".pt"
     labels, lr = images.with_name(f"labels{suffix}"), images.with_name(f"lr{suffix}")
     if suffix == images.name or not labels.is_file():
         wanted = labels.name if suffix != images.name else "its labels"
-        raise UserError(f"{flag}: {images} holds images alone; {wanted} must be beside it, or give both files")
+        raise UserError(f"{images} holds images alone; {wanted} must be beside it, or give both files")
     return SetFiles("datm" if lr.is_file() else "mtt", images, labels, lr if lr.is_file() else None)
 
 
-def _in_folder(folder: Path, flag: str) -> list[SetFiles]:
+def _in_folder(folder: Path) -> list[SetFiles]:
     """All sets in a folder; of the iterations of one set the last."""
     names: list[str] = []
     with os.scandir(folder) as entries:
         for entry in entries:
             names.append(entry.name)
             if len(names) > MAX_NAMES:
-                raise UserError(f"{flag}: {folder} has more than {MAX_NAMES} names; no distilled set is like that")
+                raise UserError(f"{folder} has more than {MAX_NAMES} names; no distilled set is like that")
     if SAFETENSORS in names:  # pictures of the same images lie beside it
         return [SetFiles("published", folder / SAFETENSORS)]
-    found = [_with_labels(folder / name, flag) for name in _newest(names, "images")]
+    found = [_with_labels(folder / name) for name in _newest(names, "images")]
     found += [SetFiles("idc", folder / name) for name in _newest(names, "data")]
     for name in sorted(names):
         if re.fullmatch(r"res_.*\.pt", name) and not name.endswith("_last_finite.pt"):

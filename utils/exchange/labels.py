@@ -17,7 +17,7 @@ def training_labels(
         kind: of soft ones, `probabilities` or `logits`; None: by their values.
         guess: what soft labels are taken for that are no probabilities; None: an error.
         temperature: of the softmax of logits; None: 1.
-        where: begins messages: the flag and the file.
+        where: begins messages: the file.
     Returns:
         int64 `[N]` or probabilities `[N, num_classes]`; `hard`, `probabilities` or `logits`.
     Raises:

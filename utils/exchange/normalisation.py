@@ -7,9 +7,8 @@ import torch.nn.functional as F
 
 from utils.core.errors import UserError
 from utils.data.datasets import RealData
+from utils.data.distilled_file import Statistics
 from utils.data.whitening import ZCA
-
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation, per channel
 
 
 def decode(images: torch.Tensor, factor: int) -> torch.Tensor:
@@ -69,7 +68,7 @@ def check_possible(space: str, statistics: Statistics, real: RealData, where: st
     """Check that images of a space can be used for `real`.
 
     Args:
-        where: begins messages: the flag and the file.
+        where: begins messages: the file.
     Raises:
         UserError: when they are whitened and those of `real` are not, or the statistics are of other channels.
     """
@@ -87,9 +86,9 @@ def check_possible(space: str, statistics: Statistics, real: RealData, where: st
 def check_guess(images: torch.Tensor, space: str, real: RealData, where: str) -> None:
     """Compare the numbers of images with a space that no file states.
 
-    Pixels end at 0 and 1. Normalised images have negative numbers and, over a data set, deviation 1; distilled ones
-    wander (deviations up to 13 were seen), but do not shrink. Undoing the whitening turns whitened images into pixels,
-    but normalised ones into numbers with 18 times the deviation of pixels (CIFAR-10).
+    Pixels lie in [0, 1]. Normalised images have negative numbers and, when they are distilled, a deviation from 0.4 to
+    40. Whitened images have the deviation of pixels once the whitening is undone; normalised ones would get 18 times
+    that (CIFAR-10).
 
     Raises:
         UserError: when they contradict it, with what they look like.

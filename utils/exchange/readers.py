@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,140 +16,97 @@ from utils.core.images import ImageReader, image_formats, is_content
 from utils.core.pixels import in_full_range, unit_images
 from utils.core.torch_files import PLAIN_TENSORS, read_pt
 from utils.data.datasets import SPECS, RealData
-from utils.data.synthetic import load_synthetic
-from utils.data.whitening import ZCA
+from utils.data.distilled_file import DistilledFile, Normalisation
 from utils.exchange.formats import MAX_NAMES, SetFiles
-from utils.exchange.normalisation import Statistics
 
 
 @dataclass(frozen=True)
 class RawSet:
-    """What the files of a set hold.
+    """What the files of a set hold."""
 
-    `images`, `images_oe`: float32 `[N, C, H, W]`; `labels`: of any kind; `lr_net`: the learning rate; `space`,
-    `statistics`, `zca`: what the files, or their names, say of the space of the images; None where they do not;
-    `note`: a further line for the log; `class_names`: in the order of the labels, as the file says, unchecked.
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    images_oe: torch.Tensor | None = None
-    lr_net: float | None = None
-    space: str | None = None
-    statistics: Statistics | None = None
-    zca: ZCA | None = None
-    note: str = ""
-    class_names: object = None
+    images: torch.Tensor  # float32 [N, C, H, W]
+    labels: torch.Tensor  # of any kind
+    images_oe: torch.Tensor | None = None  # outliers, float32 [M, C, H, W]
+    lr_net: float | None = None  # the learning rate
+    stated: Normalisation = field(default_factory=Normalisation)  # what the files or their names say of the images
+    note: str = ""  # a further line for the log
+    class_names: object = None  # in the order of the labels, as the file says, unchecked
 
 
-def read_raw(files: SetFiles, real: RealData, exp_idx: int, flag: str) -> RawSet:
+def read_raw(files: SetFiles, real: RealData, exp_idx: int) -> RawSet:
     """Read a set of any format.
 
     Args:
         real: the data set that networks are tested on; images must be of its shape.
         exp_idx: which experiment of a `res_….pt`; others have one.
-        flag: begins messages.
     Raises:
         UserError: when a file is damaged, or holds something else than its format has.
     """
-    if exp_idx and files.format != "res":
+    if files.format == "res":
+        raw = _read_res(files, real, exp_idx)
+    elif exp_idx:
         raise UserError(
             f"--exp_idx {exp_idx}: {files.images} (format {files.format}) holds one set; leave the flag out"
         )
-    raw = _READERS[files.format](files, real, exp_idx, flag)
+    else:
+        raw = _READERS[files.format](files, real)
     for images in (raw.images,) if raw.images_oe is None else (raw.images, raw.images_oe):
-        check_images(images, real, f"{flag}: {files.images}")
-    if raw.zca is not None and len(raw.zca.mean) != raw.images[0].numel():
-        raise UserError(f"{flag}: {files.images} is damaged: its whitening is of images of another size")
+        check_images(images, real, files.images)
+    zca = raw.stated.zca
+    if zca is not None and len(zca.mean) != raw.images[0].numel():
+        raise UserError(f"{files.images} is damaged: its whitening is of images of another size")
     if not len(raw.labels):
-        raise UserError(f"{flag}: {files.images} has no labels; write it again")
+        raise UserError(f"{files.images} has no labels; write it again")
     return raw
 
 
-def check_images(images: torch.Tensor, real: RealData, where: str) -> None:
+def check_images(images: torch.Tensor, real: RealData, path: Path) -> None:
     """Check the shape of images, and that they are finite."""
     shape = (real.channel, *real.im_size)
     if tuple(images.shape[1:]) != shape or not len(images):
         found = f"{len(images)} images of {'x'.join(map(str, images.shape[1:]))}"
-        raise UserError(f"{where} has {found}; --dataset {real.name} has {'x'.join(map(str, shape))}")
+        raise UserError(f"{path} has {found}; --dataset {real.name} has {'x'.join(map(str, shape))}")
     if not torch.isfinite(images).all():
-        raise UserError(f"{where} has images that are NaN or infinite; write it again")
+        raise UserError(f"{path} has images that are NaN or infinite; write it again")
 
 
-def floats(images: object, real: RealData, where: str) -> torch.Tensor:
+def floats(images: object, real: RealData, path: Path) -> torch.Tensor:
     """Images of a file as float32 `[N, C, H, W]`, uint8 ones as pixels in [0, 1]; a `UserError` for anything else."""
     if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.dtype not in (*PLAIN_TENSORS, torch.uint8):
         found = f"{images.dtype} {list(images.shape[:8])}" if isinstance(images, torch.Tensor) else "no tensor"
-        raise UserError(f"{where} has images {found}; they must be floating or uint8 [N, C, H, W]")
-    (images,) = in_full_range([images.detach()], real.pixel_max, where)
+        raise UserError(f"{path} has images {found}; they must be floating or uint8 [N, C, H, W]")
+    (images,) = in_full_range([images.detach()], real.pixel_max, str(path))
     return unit_images(images).float()
 
 
 # --- one reader for each format --------------------------------------------------------------------------------------
 
 
-def _read_res(files: SetFiles, real: RealData, exp_idx: int, flag: str) -> RawSet:
-    content = read_pt(files.images, flag)
-    where = f"{flag}: {files.images}"
-    s = load_synthetic(files.images, exp_idx, None, flag)
-    check_dataset(content.get("dataset", real.name), real, where)
-    space, statistics, zca = stored_space(content.get("normalisation"), where)
-    names = content.get("class_names")
-    return RawSet(s.images, s.labels, s.images_oe, s.lr_net, space, statistics, zca, class_names=names)
+def _read_res(files: SetFiles, real: RealData, exp_idx: int) -> RawSet:
+    file = DistilledFile(files.images, files.content)
+    s = file.set(exp_idx)
+    _check_dataset(file.dataset, real, file.path)
+    return RawSet(s.images, s.labels, s.images_oe, s.lr_net, file.normalisation(), class_names=file.class_names)
 
 
-def check_dataset(name: object, real: RealData, where: str) -> None:
+def _check_dataset(name: object, real: RealData, path: Path) -> None:
     """Refuse a set that says it was distilled from other data."""
-    if name != real.name:
-        raise UserError(f"--dataset {real.name}: {where} was distilled from {one_line(name, 40)}; give that data set")
+    if name is not None and name != real.name:
+        raise UserError(f"--dataset {real.name}: {path} was distilled from {one_line(name, 40)}; give that data set")
 
 
-def stored_space(stored: object, where: str) -> tuple[str | None, Statistics | None, ZCA | None]:
-    """Space, statistics and whitening that a file states; all None where it states none.
-
-    Raises:
-        UserError: when it is damaged.
-    """
-    if stored is None:
-        return None, None, None
-    damaged = UserError(f"{where} is damaged: its normalisation must be mean and std, or zca; write it again")
-    if not isinstance(stored, dict):
-        raise damaged
-    if "zca" not in stored:
-        return "normalised", _statistics(stored, damaged), None
-    zca = stored["zca"]
-    parts = [zca.get(name) for name in ("mean", "matrix", "inverse")] if isinstance(zca, dict) else []
-    if not parts or not all(isinstance(t, torch.Tensor) and t.dtype in PLAIN_TENSORS for t in parts):
-        raise damaged
-    mean, matrix, inverse = (t.float() for t in parts)
-    if mean.ndim != 1 or any(
-        m.shape != (len(mean), len(mean)) or not torch.isfinite(m).all() for m in (matrix, inverse)
-    ):
-        raise damaged
-    return "zca", None, ZCA(mean, matrix, inverse)
-
-
-def _statistics(stored: dict, damaged: UserError) -> Statistics:
-    values = tuple(stored.get(name) for name in ("mean", "std"))
-    if not all(isinstance(v, (list, tuple)) and v and all(isinstance(x, float) for x in v) for v in values):
-        raise damaged
-    if not all(math.isfinite(x) for v in values for x in v) or min(values[1]) <= 0 or len(values[0]) != len(values[1]):
-        raise damaged
-    return tuple(map(tuple, values))
-
-
-def _read_tensors(files: SetFiles, real: RealData, exp_idx: int, flag: str) -> RawSet:
+def _read_tensors(files: SetFiles, real: RealData) -> RawSet:
     """MTT and its descendants. CIFAR-100 was normalised with the statistics of CIFAR-10 there."""
-    images = floats(read_pt(files.images, flag), real, f"{flag}: {files.images}")
-    labels = read_pt(files.labels, flag)
+    images = floats(files.content, real, files.images)
+    labels = read_pt(files.labels)
     if not isinstance(labels, torch.Tensor):
-        raise UserError(f"{flag}: {files.labels} is no tensor of labels; write it again")
+        raise UserError(f"{files.labels} is no tensor of labels; write it again")
     lr = None
     if files.lr is not None:
-        value = read_pt(files.lr, flag)
+        value = read_pt(files.lr)
         lr = float(value) if isinstance(value, (torch.Tensor, float)) and getattr(value, "ndim", 0) == 0 else -1.0
         if not 0 < lr < math.inf:
-            raise UserError(f"{flag}: {files.lr} is no positive learning rate; write it again")
+            raise UserError(f"{files.lr} is no positive learning rate; write it again")
     space = None
     if files.images.name.startswith("images_zca_"):
         space = "unit"
@@ -157,30 +114,30 @@ def _read_tensors(files: SetFiles, real: RealData, exp_idx: int, flag: str) -> R
         space = "zca"
     as_cifar10 = SPECS["CIFAR10"] if real.name == "CIFAR100" else None
     statistics = (as_cifar10.mean, as_cifar10.std) if as_cifar10 else None
-    return RawSet(images, labels.detach(), None, lr, space, statistics)
+    return RawSet(images, labels.detach(), None, lr, Normalisation(space, statistics))
 
 
-def _read_pair(files: SetFiles, real: RealData, exp_idx: int, flag: str) -> RawSet:
-    images, labels = read_pt(files.images, flag)
-    return RawSet(floats(images, real, f"{flag}: {files.images}"), labels.detach())
+def _read_pair(files: SetFiles, real: RealData) -> RawSet:
+    images, labels = files.content
+    return RawSet(floats(images, real, files.images), labels.detach())
 
 
-def _read_folders(files: SetFiles, real: RealData, exp_idx: int, flag: str) -> RawSet:
+def _read_folders(files: SetFiles, real: RealData) -> RawSet:
     """A folder of images for each class: in the order of `real`'s, if it has the same names, or of numbers or names."""
-    reader = ImageReader(flag, real.pixel_max)
+    reader = ImageReader("", real.pixel_max)
     folders = [p for p in files.images.iterdir() if p.is_dir() and is_content(p.name)]
     folders = _in_order(folders, real.class_names)
     if len(folders) != real.num_classes:
-        raise UserError(f"{flag}: {files.images} has {len(folders)} folders; --dataset has {real.num_classes} classes")
+        raise UserError(f"{files.images} has {len(folders)} folders; --dataset has {real.num_classes} classes")
     paths, labels = [], []
     for label, folder in enumerate(folders):
         images = reader.find(folder, files.images)
         paths += images
         labels += [label] * len(images)
         if not images or len(paths) > MAX_NAMES:
-            raise UserError(f"{flag}: {folder} has {len(images)} images; a class has some, and all at most {MAX_NAMES}")
+            raise UserError(f"{folder} has {len(images)} images; a class has some, and all at most {MAX_NAMES}")
     for path in paths:
-        _check_size(path, real, flag)
+        _check_size(path, real)
     images = reader.files(paths, real.channel, real.im_size)
     note = f"classes in the order of the folders: {_ends([folder.name for folder in folders])}"
     if real.class_names:
@@ -201,7 +158,7 @@ def _in_order(folders: list[Path], class_names: tuple[str, ...]) -> list[Path]:
     return sorted(folders, key=lambda p: int(re.sub(r"\D", "", p.name))) if numbered else sorted(folders)
 
 
-def _check_size(path: Path, real: RealData, flag: str) -> None:
+def _check_size(path: Path, real: RealData) -> None:
     """Compare the size and the colours of an image file with those of `real`, without decoding it."""
     from PIL import Image
 
@@ -213,66 +170,63 @@ def _check_size(path: Path, real: RealData, flag: str) -> None:
         return
     if (channel, height, width) != (real.channel, *real.im_size):
         wanted = "x".join(map(str, (real.channel, *real.im_size)))
-        raise UserError(f"{flag}: {path} is {channel}x{height}x{width}; --dataset {real.name} has {wanted}")
+        raise UserError(f"{path} is {channel}x{height}x{width}; --dataset {real.name} has {wanted}")
 
 
-def _read_kip(files: SetFiles, real: RealData, exp_idx: int, flag: str) -> RawSet:
-    arrays = read_npz(files.images, ("images", "labels"), flag)
+def _read_kip(files: SetFiles, real: RealData) -> RawSet:
+    arrays = read_npz(files.images, ("images", "labels"))
     try:
         images, labels = map(torch.from_numpy, arrays)
     except (TypeError, ValueError):
         kinds = " and ".join(str(a.dtype) for a in arrays)
-        raise UserError(
-            f"{flag}: {files.images} has images and labels {kinds}; they must be ordinary numbers"
-        ) from None
+        raise UserError(f"{files.images} has images and labels {kinds}; they must be ordinary numbers") from None
     if images.ndim == 4:
         images = images.permute(0, 3, 1, 2).contiguous()
-    return RawSet(floats(images, real, f"{flag}: {files.images}"), labels)
+    return RawSet(floats(images, real, files.images), labels)
 
 
-def _read_published(files: SetFiles, real: RealData, exp_idx: int, flag: str) -> RawSet:
-    tensors, about = read_safetensors(files.images, flag)
-    where = f"{flag}: {files.images}"
+def _read_published(files: SetFiles, real: RealData) -> RawSet:
+    tensors, about = read_safetensors(files.images)
+    path = files.images
     labels = tensors.get("soft_labels", tensors.get("labels"))
     if labels is None or "images" not in tensors:
-        raise UserError(f"{where} lacks images or labels; publish the set again")
-    check_dataset(about.get("dataset", real.name), real, where)
-    images_oe = floats(tensors["outliers"], real, where) if "outliers" in tensors else None
+        raise UserError(f"{path} lacks images or labels; publish the set again")
+    _check_dataset(about.get("dataset"), real, path)
+    images_oe = floats(tensors["outliers"], real, path) if "outliers" in tensors else None
     lr = None
     if "lr_net" in tensors:
         lr = float(tensors["lr_net"]) if tensors["lr_net"].numel() == 1 else -1.0
         if not 0 < lr < math.inf:
-            raise UserError(f"{where} holds no positive learning rate; publish the set again")
+            raise UserError(f"{path} holds no positive learning rate; publish the set again")
     stored = about.get("normalisation", {})
     if "zca_matrix" in tensors:
         stored = {"zca": {name: tensors.get(f"zca_{name}") for name in ("mean", "matrix", "inverse")}}
-    space, statistics, zca = stored_space(stored, where)
-    images = floats(tensors["images"], real, where)
-    return RawSet(images, labels, images_oe, lr, space, statistics, zca, class_names=about.get("class_names"))
+    images = floats(tensors["images"], real, path)
+    stated = Normalisation.read(stored, path)
+    return RawSet(images, labels, images_oe, lr, stated, class_names=about.get("class_names"))
 
 
-def read_safetensors(path: Path, flag: str) -> tuple[dict[str, torch.Tensor], dict]:
+def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """The tensors of a safetensors file, and its metadata under `trustdd`, a JSON object.
 
     Raises:
         UserError: when the package is missing or the file is damaged.
     """
-    check_file(path, flag)
+    check_file(path)
     try:
         from safetensors import safe_open
     except ImportError:
-        raise UserError(f"{flag}: {path} is read by the package safetensors: pip install safetensors") from None
+        raise UserError(f"{path} is read by the package safetensors: pip install safetensors") from None
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             about = json.loads((file.metadata() or {}).get("trustdd", "{}"))
     except Exception as error:
-        raise UserError(f"{flag}: cannot read {path}: {one_line(error)}. Copy or publish it again") from None
+        raise UserError(f"cannot read {path}: {one_line(error)}. Copy or publish it again") from None
     return tensors, about if isinstance(about, dict) else {}
 
 
 _READERS = {
-    "res": _read_res,
     "mtt": _read_tensors,
     "datm": _read_tensors,
     "idc": _read_pair,

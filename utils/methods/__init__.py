@@ -18,7 +18,7 @@ import torch
 
 from utils.compute.compiling import Workload
 from utils.compute.device import Compute
-from utils.core.errors import UserError, one_line
+from utils.core.errors import UserError, blame, one_line
 from utils.core.files import check_file
 from utils.data.augment import DSA, parse_strategy
 from utils.data.datasets import RealData
@@ -164,7 +164,8 @@ def _load_method_file(parser: Parser, words: list[str]) -> None:
     named += [words[i + 1] for i, word in enumerate(words[:-1]) if word == own]
     if not named:
         return
-    path = check_file(Path(named[-1]), "--method_file")
+    with blame("--method_file"):
+        path = check_file(Path(named[-1]))
     before = dict(METHODS)
     spec = spec_from_file_location("method_file", path, loader=SourceFileLoader("method_file", str(path)))
     try:

@@ -45,7 +45,7 @@ def _choices(given: str) -> list[str]:
     return ["/".join([*folders[i:], stem(given)]) for i in range(len(folders), -1, -1)]
 
 
-def listed_images(path: Path, root: Path, flag: str) -> list[Path]:
+def listed_images(path: Path, root: Path) -> list[Path]:
     """The images that a list names, as OpenOOD's `imglist`: `path label` in each line, the label a whole number.
 
     Args:
@@ -54,33 +54,31 @@ def listed_images(path: Path, root: Path, flag: str) -> list[Path]:
     Raises:
         UserError: for another line, for files that are missing, and for paths and links that lead out of the folder.
     """
-    lines = enumerate(read_lines(check_file(path, flag)), 1)
-    names = [_image_name(line, number, path, flag) for number, line in lines if line.strip()]
+    lines = enumerate(read_lines(check_file(path)), 1)
+    names = [_image_name(line, number, path) for number, line in lines if line.strip()]
     if not names:
-        raise UserError(f"{flag}: {path} names no images; each line must be `path label`")
+        raise UserError(f"{path} names no images; each line must be `path label`")
     bases = [root, *(root / folder for folder in OPENOOD_FOLDERS), path.parent]
     base = next((b for name in names for b in bases if os.path.exists(b / name)), None)
     if base is None:
         looked = ", ".join(map(str, bases))
-        raise UserError(f"{flag}: none of the {len(names)} images of {path}, as {names[0]}, is in one of {looked}")
+        raise UserError(f"none of the {len(names)} images of {path}, as {names[0]}, is in one of {looked}")
     images = [base / name for name in names]
     missing = [str(image) for image in images if not os.path.exists(image)]
     if missing:
-        raise UserError(f"{flag}: {path} names {len(missing)} images that are not there: {named(missing)}")
+        raise UserError(f"{path} names {len(missing)} images that are not there: {named(missing)}")
     tree = base.resolve()
     for place in (*sorted({image.parent for image in images}), *(image for image in images if image.is_symlink())):
-        check_link(place, tree, flag)
+        check_link(place, tree)
     return images
 
 
-def _image_name(line: str, number: int, path: Path, flag: str) -> str:
+def _image_name(line: str, number: int, path: Path) -> str:
     """The path in a line of a list; its last word is the label."""
     match = re.fullmatch(r"\s*(\S.*?)\s+-?\d+\s*", line)
     if not match:
-        raise UserError(
-            f"{flag}: line {number} of {path} is {line[:80]!r}; it must be `path label`, the label a whole number"
-        )
+        raise UserError(f"line {number} of {path} is {line[:80]!r}; it must be `path label`, the label a whole number")
     name = Path(match[1])
     if name.is_absolute() or ".." in name.parts:
-        raise UserError(f"{flag}: line {number} of {path} leads out of its folder: {match[1]}")
+        raise UserError(f"line {number} of {path} leads out of its folder: {match[1]}")
     return match[1]

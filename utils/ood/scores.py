@@ -1,8 +1,23 @@
-"""Scores of out-of-distribution detection, from logits. Higher means more out-of-distribution."""
+"""All scores behind one interface: those of logits, written here, and the detectors of the optional pytorch-ood.
 
-from collections.abc import Callable
+Higher means more out-of-distribution. Of pytorch-ood are included the detectors that need only a classifier and, if
+they are fitted, a labelled set. Excluded are those that need more: a choice of layers (Gram, MultiMahalanobis, NACUE),
+dropout (MCD), text (MCM) or trained weights (WeightedEBO); and those that are written here (MaxSoftmax, MaxLogit,
+EnergyBased).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
+
+from utils.compute.version import require_pytorch_ood
+from utils.core.errors import UserError
+from utils.ood.calibration import best_temperature
+
+GRADIENT_BATCH = 32  # per-image gradients need this many copies of the parameters
 
 
 def msp(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -34,3 +49,244 @@ SCORES: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
     "energy": energy,
     "xent": xent,
 }
+
+
+@dataclass(frozen=True)
+class Model:
+    """What scores are built from."""
+
+    net: nn.Module
+    temperature: float  # of energy
+    std: tuple[float, ...]  # by which images were divided
+    head_name: str | None = None  # the last layer; None where it is not known, and no score takes more than logits
+    embed: Callable[[torch.Tensor], torch.Tensor] | None = None  # images to what enters that layer
+    num_classes: int = 0
+    num_fit: int = 0  # images that scores are fitted on
+    map_shape: tuple[int, int, int] | None = None  # (C, H, W) of the map that is flattened into features
+
+    @property
+    def head(self) -> nn.Linear:
+        """The last layer."""
+        return self.net.get_submodule(self.head_name)
+
+    @property
+    def neighbours(self) -> int:
+        """The mean number of images per class: more neighbours would have to come from other classes."""
+        return max(1, self.num_fit // self.num_classes)
+
+    @property
+    def rank(self) -> int:
+        """The most dimensions that the features of the fitting set can span."""
+        return min(self.head.in_features, max(1, self.num_fit))
+
+
+class Score:
+    """One score of one network; higher = more out-of-distribution."""
+
+    temperature: float | None = None  # by which logits are divided for calibration; only one score finds it
+
+    def fit(self, values: torch.Tensor, labels: torch.Tensor) -> None:
+        """Fit the score to a labelled set: to its logits, features or maps; detectors of images to its features."""
+
+    def __call__(self, values: torch.Tensor) -> torch.Tensor:
+        """The score of each image of a batch, `[n]`, from what `Detector.takes` says."""
+        raise NotImplementedError
+
+
+class OfLogits(Score):
+    """A function of `SCORES`."""
+
+    def __init__(self, detector: "Detector", model: Model):
+        self.function, self.energy_temperature = SCORES[detector.cls], model.temperature
+
+    def __call__(self, values: torch.Tensor) -> torch.Tensor:
+        """In float64: float32 probabilities tie near 1."""
+        return self.function(values.double(), self.energy_temperature)
+
+
+class OfLibrary(Score):
+    """A detector of pytorch-ood."""
+
+    def __init__(self, detector: "Detector", model: Model):
+        from pytorch_ood import detector as library
+
+        self.takes = detector.takes
+        self.library = getattr(library, detector.cls)(**self.network(model), **detector.arguments(model))
+
+    def network(self, model: Model) -> dict[str, Any]:
+        """The library's argument for the network; it may be None where the detector does not run it."""
+        return {_NETWORK[self.takes]: model.net if self.takes == "images" else None}
+
+    def fit(self, values: torch.Tensor, labels: torch.Tensor) -> None:
+        """Fit the detector."""
+        getattr(self.library, _FIT[self.takes])(values, labels)
+
+    def __call__(self, values: torch.Tensor) -> torch.Tensor:
+        """What the library predicts."""
+        return getattr(self.library, _PREDICT[self.takes])(values).detach()
+
+
+class OpenMax(OfLibrary):
+    """OpenMax looks only at the classes that occur among the predictions of a batch."""
+
+    def __call__(self, values: torch.Tensor) -> torch.Tensor:
+        """Add a one-hot row for each missing class, so that scores do not depend on the batch."""
+        of_each_class = torch.eye(values.shape[1], dtype=values.dtype, device=values.device)
+        missing = values.argmax(1).bincount(minlength=values.shape[1]) == 0
+        return super().__call__(torch.cat([values, of_each_class[missing]]))[: len(values)]
+
+
+class TemperatureScaling(OfLibrary):
+    """Temperature scaling of the library stops long before the minimum; this goes there."""
+
+    def fit(self, values: torch.Tensor, labels: torch.Tensor) -> None:
+        """Find the temperature."""
+        super().fit(values, labels)
+        self.temperature = best_temperature(values.cpu().numpy(), labels.cpu().numpy())
+        self.library.t.data.fill_(self.temperature)
+
+    def __call__(self, values: torch.Tensor) -> torch.Tensor:
+        """In float64, as `OfLogits`."""
+        return super().__call__(values.double())
+
+
+class FittedOnCPU(OfLibrary):
+    """KNN uses scikit-learn's neighbours, on the CPU."""
+
+    def fit(self, values: torch.Tensor, labels: torch.Tensor) -> None:
+        """Fit on the CPU."""
+        super().fit(values.cpu(), labels.cpu())
+
+
+class OfGradients(OfLibrary):
+    """A detector that differentiates each image by itself."""
+
+    def __call__(self, values: torch.Tensor) -> torch.Tensor:
+        """Score a few images at a time."""
+        score = super().__call__
+        return torch.cat([score(part) for part in values.split(GRADIENT_BATCH)])
+
+
+class MahalanobisODIN(OfLibrary):
+    """It differentiates the features, not the logits."""
+
+    def network(self, model: Model) -> dict[str, Any]:
+        """What computes the features."""
+        return {"encoder": model.embed}
+
+
+class RankFeat(OfLibrary):
+    """RankFeat looks at the singular values of a feature map."""
+
+    def __init__(self, detector: "Detector", model: Model):
+        channels, height, width = model.map_shape
+        if height * width == 1:
+            raise UserError(
+                f"--score rankfeat: takes a feature map of more than one pixel; {type(model.net).__name__} ends in "
+                f"{channels} features without one. Leave it out or choose another --model"
+            )
+        super().__init__(detector, model)
+
+
+@dataclass(frozen=True)
+class Detector:
+    """How a score is made."""
+
+    cls: str  # its class in pytorch-ood; for `OfLogits` its name in `SCORES`
+    takes: str  # its input: logits, features, maps or images
+    fits: bool = False  # whether it must be fitted
+    arguments: Callable[[Model], dict[str, Any]] = lambda model: {}  # others keep the library's defaults
+    least: int = 1  # the fewest images per class that it can be fitted on
+    make: Callable[["Detector", Model], Score] = OfLibrary
+    needs_head: bool = False  # whether it must know the last layer, though it takes images
+
+    @property
+    def takes_features(self) -> bool:
+        """Whether it needs what enters the last layer, or to know that layer."""
+        return self.needs_head or self.takes in ("features", "maps")
+
+
+def _head(model: Model) -> dict[str, Any]:
+    return {"head": model.head}
+
+
+def _weights(model: Model) -> dict[str, Any]:
+    return {"w": model.head.weight, "b": model.head.bias}
+
+
+def _head_of_maps(model: Model) -> dict[str, Any]:
+    """VRA passes its maps on the CPU, whatever the network's device."""
+    return {"head": lambda maps: model.head(maps.flatten(1).to(model.head.weight.device))}
+
+
+def _norm_std(model: Model) -> dict[str, Any]:
+    return {"norm_std": list(model.std)}
+
+
+def _of_head(model: Model) -> dict[str, Any]:
+    """Of its gradients only those of the last layer, as in the paper of GradNorm."""
+    return {"param_filter": lambda name: name.rpartition(".")[0] == model.head_name}
+
+
+DETECTORS = {
+    "entropy": Detector("Entropy", "logits"),
+    "gen": Detector("GEN", "logits"),
+    "klmatching": Detector("KLMatching", "logits", True),
+    "openmax": Detector("OpenMax", "logits", True, least=3, make=OpenMax),  # it fits a distribution of distances
+    "tscaling": Detector("TemperatureScaling", "logits", True, make=TemperatureScaling),
+    # the paper's 50 neighbours on CIFAR-10; fewer where the set is small
+    "knn": Detector("KNN", "features", True, lambda m: {"k": min(50, m.neighbours)}, make=FittedOnCPU),
+    "nnguide": Detector("NNGuide", "features", True, lambda m: _head(m) | {"k": min(10, m.neighbours)}),
+    "mahalanobis": Detector("Mahalanobis", "features", True),
+    "rmd": Detector("RMD", "features", True),
+    "gmm": Detector("GMM", "features", True),
+    # half of the spanned dimensions are principal, so that the residual does not vanish on the fitting set
+    "vim": Detector("ViM", "features", True, lambda m: _weights(m) | {"d": max(1, m.rank // 2)}),
+    "dice": Detector("DICE", "features", True, lambda m: _weights(m) | {"p": 0.9}),  # OpenOOD's
+    "she": Detector("SHE", "features", True, _head),
+    "nci": Detector("NCI", "features", True, _head),
+    "fdbd": Detector("fDBD", "features", True, _head),
+    "pnml": Detector("PNML", "features", True, _head),
+    "lts": Detector("LTS", "features", False, _head),
+    "react": Detector("ReAct", "maps", True, _head_of_maps),
+    "ash": Detector("ASH", "maps", False, _head_of_maps),
+    "scale": Detector("SCALE", "maps", False, _head_of_maps),
+    "vra": Detector("VRA", "maps", True, _head_of_maps),
+    "rankfeat": Detector("RankFeat", "maps", False, _head_of_maps, make=RankFeat),
+    "odin": Detector("ODIN", "images", False, _norm_std),
+    "mahalanobis_odin": Detector("MahalanobisODIN", "images", True, _norm_std, make=MahalanobisODIN, needs_head=True),
+    "gradnorm": Detector("GradNorm", "images", False, _of_head, make=OfGradients, needs_head=True),
+    "graduncertainty": Detector("GradUncertainty", "images", make=OfGradients),
+}
+ALL_DETECTORS = {name: Detector(name, "logits", make=OfLogits) for name in SCORES} | DETECTORS
+ALL_SCORES = tuple(ALL_DETECTORS)
+# by a detector's input: the name of its network argument, and of its methods
+_NETWORK = {"logits": "model", "features": "encoder", "maps": "backbone", "images": "model"}
+_FIT = {"logits": "fit_logits", "features": "fit_features", "maps": "fit_feature_maps", "images": "fit_features"}
+_PREDICT = {
+    "logits": "predict_logits",
+    "features": "predict_features",
+    "maps": "predict_feature_maps",
+    "images": "predict",
+}
+
+
+def need_fitting(scores: Sequence[str]) -> list[str]:
+    """Those of `scores` that are fitted on labelled images."""
+    return [name for name in scores if ALL_DETECTORS[name].fits]
+
+
+def require_library(scores: Sequence[str]) -> None:
+    """Raise a `UserError` if a score needs pytorch-ood and that is not installed or too old."""
+    wanted = [name for name in scores if name in DETECTORS]
+    if not wanted:
+        return
+    require_pytorch_ood(f"--score {' '.join(wanted)}")
+    from pytorch_ood import detector
+
+    for name in wanted:
+        spec = DETECTORS[name]
+        if not hasattr(getattr(detector, spec.cls, None), _PREDICT[spec.takes]):
+            raise UserError(
+                f"--score {name}: this version of pytorch-ood does not have it: pip install --upgrade pytorch-ood"
+            )

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from utils.compute import distributed
-from utils.core.errors import UserError, unknown_name
+from utils.core.errors import UserError, blame, unknown_name
 from utils.core.images import ImageReader
 from utils.core.pixels import conform, unit_images
 from utils.core.rng import generator
@@ -30,32 +30,36 @@ KNOWN_SETS = tuple(dict.fromkeys((*PAPER_SETS, *LOCAL_ONLY, *FROM_TORCHVISION, *
 
 @dataclass(frozen=True)
 class OODSet:
-    """An OOD set that was found: `load()` returns its normalised images `[N, C, H, W]`, at most `limit`.
-
-    `notes`: lines for the log.
-    """
+    """An OOD set that was found."""
 
     name: str
-    source: str
-    load: Callable[[], torch.Tensor]
-    notes: tuple[str, ...] = ()
+    source: str  # where its images come from
+    count: int  # how many images are scored
+    load: Callable[[], torch.Tensor]  # returns them, normalised `[count, C, H, W]`
+    notes: tuple[str, ...] = ()  # what reading them told
+    kind: str = "ood"  # or validation: means over OOD sets leave it out
+
+    def lines(self) -> tuple[str, ...]:
+        """Lines for the log."""
+        return f"OOD set {self.name}: {self.count} images, {self.source}", *self.notes
 
 
 @dataclass(frozen=True)
 class OODSource:
-    """Where to look for OOD sets, and how many images to take from each.
+    """Where to look for OOD sets, and how many images to take from each."""
 
-    `real`: the in-distribution data, which set shape and normalisation; `ood_path`: folder of local sets; `download`:
-    whether libraries may fetch what is missing; `flag`: the flag that names the sets, for messages.
-    """
+    real: RealData  # the in-distribution data, which set shape and normalisation
+    ood_path: Path = Path("data/ood")  # folder of local sets
+    data_path: Path = Path("data")  # folder of the data sets of torchvision
+    download: bool = False  # whether libraries may fetch what is missing
+    limit: int | None = None  # images of each set; None: as many as there are test images
+    seed: int = 1
+    flag: str = "--ood_sets"  # names the sets in messages
 
-    real: RealData
-    ood_path: Path
-    data_path: Path
-    download: bool
-    limit: int
-    seed: int
-    flag: str = "--ood_sets"
+    @property
+    def most(self) -> int:
+        """The most images of a set."""
+        return len(self.real.images_test) if self.limit is None else self.limit
 
     def default_names(self) -> tuple[str, ...]:
         """The paper's OOD sets for this data set; one that is in no library only if it is on disk."""
@@ -111,9 +115,15 @@ class OODSource:
     def _without(self, missing: dict[str, str], advice: str) -> str:
         """The message for sets that are missing: their names, why they could not be fetched, and what to do."""
         fetchable = [name for name in missing if name in (*FROM_TORCHVISION, *FROM_PYTORCH_OOD)]
-        what = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
         paths = [name for name in missing if is_path(name)]
-        ways = [f"give {', '.join(paths)} as seen from here or from {self.ood_path}"] if paths else []
+        absolute = [name for name in paths if Path(name).is_absolute()]
+        relative = [name for name in paths if name not in absolute]
+        groups = {"missing": [name for name in missing if name not in absolute], "not there": absolute}
+        found = [
+            f"{', '.join(group)} {'is' if len(group) == 1 else 'are'} {how}" for how, group in groups.items() if group
+        ]
+        what = ", ".join(found)
+        ways = [f"give {', '.join(relative)} as seen from here or from {self.ood_path}"] if relative else []
         ways += [] if len(paths) == len(missing) else [f"put NAME/ or NAME.npz (key images) into {self.ood_path}"]
         ways += [advice] if advice else []
         ways.append(f"choose sets that need no files: {' '.join(DRAWN)}")
@@ -147,9 +157,10 @@ class OODSource:
         ):
             raise UserError(f"{self.flag}: {name[:200]!r} is neither the name nor the path of a set")
         if is_path(name):
-            path = next((p for p in (Path(name), self.ood_path / name) if os.path.lexists(p)), None)
+            places = dict.fromkeys((Path(name), self.ood_path / name))  # the second of an absolute path is the first
+            path = next((place for place in places if os.path.lexists(place)), None)
             if path is None:
-                raise NotThere(f"looked for {Path(name)} and {self.ood_path / name}; give the path of the set")
+                raise NotThere(f"looked for {' and '.join(map(str, places))}; give the path of the set")
             return path
         candidates = [self.ood_path / name, *(self.ood_path / f"{name}{suffix}" for suffix in ARRAY_SUFFIXES)]
         return next((path for path in candidates if os.path.lexists(path)), None)
@@ -157,15 +168,12 @@ class OODSource:
     def _at_hand(self, name: str) -> OODSet:
         """The set `name` without a download; if it needs one, raises `NotThere`, which says what to do."""
         if self._in_distribution(name):
-            raise UserError(
-                f"{self.flag} {name}: its images are of --dataset {self.real.name}, so they are not out of "
-                "distribution. Leave it out"
-            )
+            raise self._same_images(name)
         local = self.local_path(name)
         if local is not None and not (name in FROM_TORCHVISION and (local / "raw").is_dir()):  # torchvision's layout
             return self._from_files(name, local)
         if name in DRAWN:
-            return OODSet(name, "drawn", lambda: self._drawn(name))
+            return OODSet(name, "drawn", self.most, lambda: self._drawn(name))
         if name not in KNOWN_SETS and os.path.lexists(name):
             return self._from_files(name, Path(name))
         if name not in KNOWN_SETS:
@@ -185,6 +193,21 @@ class OODSource:
         """Whether a set of this name has images of the in-distribution data."""
         return (name == self.real.name and name in SPECS) or name in SAME_IMAGES.get(self.real.name, ())
 
+    def _same_images(self, name: str) -> UserError:
+        """The error for a set that has images of the in-distribution data."""
+        return UserError(
+            f"{self.flag} {name}: its images are of --dataset {self.real.name}, so they are not out of distribution. "
+            "Leave it out"
+        )
+
+    def _is_in_distribution(self, path: Path) -> bool:
+        """Whether a file or folder is, holds, or lies in what is read of `--data_path`."""
+        parts = [self.data_path / part for part in ("train", "test", "val")]
+        read = {"npz": [self.data_path] * self.data_path.is_file(), "ImageFolder": parts}
+        own = [place.resolve() for place in read.get(self.real.name, ())]  # of others `--data_path` holds more sets
+        path = path.resolve()
+        return any(path.is_relative_to(place) or place.is_relative_to(path) for place in own)
+
     def _of_torchvision(self, name: str, download: bool) -> OODSet:
         """A set as torchvision stores it, in `data_path` or `ood_path`; `download`: into the first of them."""
         places = [(self.data_path, "--data_path"), (self.ood_path, "--ood_path")]
@@ -202,22 +225,21 @@ class OODSource:
 
     def _of_test_images(self, name: str, root: Path, images: torch.Tensor | Sequence[tuple]) -> OODSet:
         if not isinstance(images, torch.Tensor):
-            return OODSet(name, str(root), lambda: self._from_library(name, images))
+            return self._from_library(name, str(root), images)
         chosen = images[self.subset(name, len(images))]
-        return OODSet(name, str(root), lambda: self.prepare(chosen))
+        return OODSet(name, str(root), len(chosen), lambda: self.prepare(chosen))
 
     def _fetched(self, name: str) -> OODSet:
         if name in FROM_TORCHVISION:
             return self._of_torchvision(name, True)
-        dataset = fetch_pytorch_ood(name, self.ood_path)
-        return OODSet(name, "pytorch-ood", lambda: self._from_library(name, dataset))
+        return self._from_library(name, "pytorch-ood", fetch_pytorch_ood(name, self.ood_path))
 
     def _put(self, name: str) -> str:
         return f"put images into {self.ood_path / name}/ or an array into {self.ood_path / name}.npz (key images)"
 
     def subset(self, name: str, count: int) -> torch.Tensor:
-        """Indices below `count` of at most `limit` images, a random subset fixed by the seed and the name."""
-        return torch.randperm(count, generator=generator(self.seed, "ood", name))[: self.limit]
+        """Indices below `count` of at most `most` images, a random subset fixed by the seed and the name."""
+        return torch.randperm(count, generator=generator(self.seed, "ood", name))[: self.most]
 
     def prepare(self, chosen: torch.Tensor) -> torch.Tensor:
         """Images `[N, C, H, W]` of any size, converted to the data set's shape, normalised, on its device."""
@@ -230,29 +252,38 @@ class OODSource:
         """A set from a local array, folder or list; of files only the images that are used are decoded."""
         flag, key = (self.flag, stem(name)) if is_path(name) else ("--ood_path", name)
         reader = self.reader(flag)
+        if self._is_in_distribution(path):
+            raise self._same_images(name)
         if path.is_dir() or path.suffix == LIST_SUFFIX:
-            files = reader.some(path) if path.is_dir() else listed_images(path, self.ood_path, flag)
+            with blame(flag):
+                files = reader.some(path) if path.is_dir() else listed_images(path, self.ood_path)
+            if any(map(self._is_in_distribution, {file.parent for file in files})):
+                raise self._same_images(name)
             files = [files[i] for i in self.subset(key, len(files)).tolist()]
             chosen = reader.files(files, self.real.channel, self.real.im_size)
         else:
             images = reader.array(path)
             chosen = images[self.subset(key, len(images))]
-        return OODSet(name, str(path), lambda: self.prepare(chosen), reader.notes())
+        return OODSet(name, str(path), len(chosen), lambda: self.prepare(chosen), reader.notes())
 
     def reader(self, flag: str = "--ood_path") -> ImageReader:
         """A reader of the images of one set; `flag` names it in messages."""
         return ImageReader(flag, self.real.pixel_max)
 
     def _drawn(self, name: str) -> torch.Tensor:
-        return DRAWN[name](self.real, self.limit, generator(self.seed, "ood", name)).to(self.real.device)
+        return DRAWN[name](self.real, self.most, generator(self.seed, "ood", name)).to(self.real.device)
 
-    def _from_library(self, name: str, dataset: Sequence) -> torch.Tensor:
-        """Normalised images of a library's data set, whose items are pairs of a PIL image and a label."""
-        images = []
-        for index in self.subset(name, len(dataset)).tolist():
-            image = torch.from_numpy(np.array(dataset[index][0].convert("RGB"))).permute(2, 0, 1)
-            images.append(conform(image[None], self.real.channel, self.real.im_size))
-        return self.real.normalize(torch.cat(images).to(self.real.device))
+    def _from_library(self, name: str, source: str, dataset: Sequence) -> OODSet:
+        """A library's data set, whose items are pairs of a PIL image and a label."""
+        indices = self.subset(name, len(dataset)).tolist()
+
+        def load() -> torch.Tensor:
+            arrays = (np.array(dataset[index][0].convert("RGB")) for index in indices)
+            images = (torch.from_numpy(array).permute(2, 0, 1)[None] for array in arrays)
+            parts = [conform(image, self.real.channel, self.real.im_size) for image in images]
+            return self.real.normalize(torch.cat(parts).to(self.real.device))
+
+        return OODSet(name, source, len(indices), load)
 
 
 def validation_sets(source: OODSource) -> list[OODSet]:
@@ -267,12 +298,13 @@ def validation_sets(source: OODSource) -> list[OODSet]:
     def load(name: str) -> torch.Tensor:
         """A random subset under the corruption `name`, normalised."""
         g = generator(source.seed, "validation", name)
-        count = 2 if source.limit == 1 and needs_partner(name) else source.limit  # the mean of two images takes two
+        count = 2 if source.most == 1 and needs_partner(name) else source.most  # the mean of two images takes two
         chosen = images[torch.randperm(len(images), generator=g)[:count]].to(real.device)
-        return real.normalize(corrupt(conform(chosen, real.channel, real.im_size), name, g)[: source.limit])
+        return real.normalize(corrupt(conform(chosen, real.channel, real.im_size), name, g)[: source.most])
 
     made_of = "test images" if other is None else "the other CIFAR"
-    return [OODSet(f"val:{name}", made_of, lambda n=name: load(n)) for name in VALIDATION]
+    count = min(source.most, len(images))
+    return [OODSet(f"val:{name}", made_of, count, lambda n=name: load(n), kind="validation") for name in VALIDATION]
 
 
 def _other_cifar(source: OODSource) -> torch.Tensor | None:

@@ -9,11 +9,9 @@ import torch
 
 from utils.core.errors import UserError
 from utils.core.files import atomic_write
-from utils.core.torch_files import read_pt
 from utils.data.datasets import SPECS
-from utils.data.synthetic import load_synthetic
+from utils.data.distilled_file import Normalisation
 from utils.exchange.normalisation import to_unit
-from utils.exchange.readers import stored_space
 from utils.ood.calibration import Reliability
 from utils.runs.lineage import args_or_nothing, distilled_set_of
 
@@ -47,9 +45,9 @@ def distilled_pictures(networks: Path) -> list[tuple[str, torch.Tensor]]:
         Titles and images `[num_classes, ipc, C, H, W]` in [0, 1]; empty if the set is missing or cannot be read.
     """
     try:
-        path, exp_idx = distilled_set_of(networks)
-        synthetic = load_synthetic(path, exp_idx)
-        to_unit = _to_unit(read_pt(path, "distilled set"), args_or_nothing(networks), str(path))
+        file, exp_idx = distilled_set_of(networks)
+        synthetic = file.set(exp_idx)
+        to_unit = _to_unit(file.normalisation(), args_or_nothing(networks))
     except (UserError, KeyError, TypeError, RuntimeError):
         return []
     flags = args_or_nothing(networks).get("flags") or {}
@@ -64,9 +62,9 @@ def distilled_pictures(networks: Path) -> list[tuple[str, torch.Tensor]]:
     return [(title, images.unflatten(0, (classes, -1))) for title, images in shown]
 
 
-def _to_unit(content: dict, about: dict, where: str) -> Callable[[torch.Tensor], torch.Tensor]:
+def _to_unit(stored: Normalisation, about: dict) -> Callable[[torch.Tensor], torch.Tensor]:
     """The inverse of normalisation, to [0, 1]: by what the file stores or, for published files, by its data set."""
-    _, statistics, zca = stored_space(content.get("normalisation"), where)
+    _, statistics, zca = stored
     if statistics is None and zca is None:
         spec = SPECS[about["flags"]["dataset"]]
         if spec.mean is None:

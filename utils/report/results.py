@@ -14,8 +14,8 @@ import numpy as np
 from utils.core.errors import UserError
 from utils.core.files import MAX_TEXT, csv_text, read_bytes, read_json, save_text
 from utils.ood.calibration import CALIBRATION_MEASURES, SCALED_MEASURES, Reliability, reliability
+from utils.ood.evaluate import NetworkScores
 from utils.ood.measures import ERROR_MEASURES, MEASURES
-from utils.ood.network_scores import NetworkScores
 
 NETWORK_MEASURES = (*ERROR_MEASURES, *CALIBRATION_MEASURES, *SCALED_MEASURES)
 # columns of the CSV of a study; measures of error detection that share their name with one of OOD detection get another

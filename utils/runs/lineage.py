@@ -15,6 +15,7 @@ from typing import NamedTuple
 from utils.compute import distributed
 from utils.core.errors import UserError
 from utils.core.files import read_json
+from utils.data.distilled_file import DistilledFile
 from utils.runs.run_folder import ARGS, is_live
 from utils.settings.parser import flag_words
 
@@ -153,11 +154,11 @@ def next_command(script: str, flags: Mapping[str, object]) -> str:
     return shlex.join([*words, *(word for name, value in flags.items() for word in flag_words(name, value))])
 
 
-def distilled_set_of(networks: Path) -> tuple[Path, int]:
-    """The distilled set that the networks of a stage-2 folder were trained on, and the index of its experiment.
+def distilled_set_of(networks: Path) -> tuple[DistilledFile, int]:
+    """The file of the set that the networks of a stage-2 folder were trained on, and the index of its experiment.
 
     Raises:
-        UserError: when `args.json` does not name the set, or the file is gone.
+        UserError: when `args.json` does not name the file, or it is gone or damaged.
     """
     about = args_or_nothing(networks)
     path, flags = stored_set_path(networks, about), about.get("flags")
@@ -166,7 +167,7 @@ def distilled_set_of(networks: Path) -> tuple[Path, int]:
     exp_idx = about.get("experiment", flags.get("exp_idx", 0) if isinstance(flags, dict) else 0)
     if not os.path.isfile(path):
         raise UserError(f"{networks} was trained on {path}, which is gone")
-    return Path(path), exp_idx if isinstance(exp_idx, int) else 0
+    return DistilledFile.open(path), exp_idx if isinstance(exp_idx, int) else 0
 
 
 def stored_set_path(networks: Path, about: dict) -> str | None:

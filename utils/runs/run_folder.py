@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from typing import IO
 
 from utils.compute import distributed
 from utils.compute.version import git_commit, versions
@@ -20,7 +21,13 @@ from utils.core.files import append_line, open_no_link, read_json, read_lines, r
 from utils.runs.progress import LOG_EVERY, Progress
 from utils.runs.tensorboard import TensorBoardWriter
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
 ARGS = "args.json"
+LOCK = ".lock"
 METRICS = "metrics.jsonl"
 SYNC_SECONDS = 1.0  # between two flushes of a log to the disk
 
@@ -205,46 +212,49 @@ def read_args(folder: Path) -> dict:
 
 
 def is_live(folder: Path) -> bool:
-    """Whether another process holds the lock of a run folder."""
-    path = Path(folder) / ".lock"
+    """Whether another process holds the lock of a run folder. Asking needs no right to write, and takes no lock."""
+    path = Path(folder) / LOCK
     try:
-        import fcntl
-
         if not os.path.isfile(path):
             return False
         file = open(path, "rb", opener=open_no_link)  # noqa: SIM115 - closed below
-    except (ImportError, OSError):  # no such locks on this system, or a folder of somebody else
+    except OSError:  # a folder of somebody else
         return False
     with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: several processes may ask at once
-        except OSError as error:
-            return error.errno in (errno.EACCES, errno.EAGAIN)
+        return _is_held(file, shared=True)  # several processes may ask at once
+
+
+def _is_held(file: IO, shared: bool) -> bool:
+    """Try to lock a file until it is closed; returns whether another process holds the lock.
+
+    Where there are no such locks, as on some network file systems, nobody holds one.
+    """
+    if fcntl is None:
+        return False
+    try:
+        fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EACCES, errno.EAGAIN)
     return False
 
 
 class RunLock:
-    """The lock of a process on its run folder, released when the process ends; a `UserError` if another holds it."""
+    """The lock of a process on its run folder, released when the process ends; a `UserError` if another holds it.
+
+    The package filelock would do less: it cannot ask without the right to write, and where a file system has no locks
+    it leaves a file that a killed run would never remove.
+    """
 
     def __init__(self, folder: Path):
-        try:
-            import fcntl
-        except ImportError:  # no such locks on this system
-            return
-        try:
-            path = folder / ".lock"
-            self.file = open(path, "a+", encoding="utf-8", opener=open_no_link)  # noqa: SIM115 - as long as the process lives
+        try:  # the file stays open as long as the process lives
+            self.file = open(folder / LOCK, "a+", encoding="utf-8", opener=open_no_link)  # noqa: SIM115
         except OSError as error:
             raise UserError(f"cannot write into {folder}: {error}. Choose another folder") from None
-        try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
-                return
+        if _is_held(self.file, shared=False):
             self.file.seek(0)
             owner = self.file.read(200).strip() or "another process"
             self.file.close()
-            raise UserError(f"{folder} is a live run of {owner}; wait for it, or stop it first") from None
+            raise UserError(f"{folder} is a live run of {owner}; wait for it, or stop it first")
         with suppress(OSError):  # the owner is only for the message; a full disk leaves it out
             self.file.truncate(0)
             self.file.write(f"process {os.getpid()} on {socket.gethostname()}")

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from utils.methods import add_method_choice, add_method_flags
-from utils.ood.detectors import ALL_SCORES, DETECTORS
-from utils.ood.scores import SCORES
+from utils.ood.scores import ALL_SCORES, DETECTORS, SCORES
 from utils.settings.common import Data, Folders, Images, Network, Speed, Training, read_data, strategy
 from utils.settings.fields import Need, add_group, flag
 from utils.settings.outliers import Corrupted, DistilledOutliers, OutlierBatches, OutlierTraining, Pool, follow_recipe

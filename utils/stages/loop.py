@@ -8,7 +8,8 @@ import torch
 
 from utils.compute import distributed
 from utils.core.errors import Interrupted, UserError, one_line
-from utils.data.synthetic import SyntheticSet, result_name, save_synthetic
+from utils.data.distilled_file import DistilledFile, result_name
+from utils.data.synthetic import SyntheticSet
 from utils.methods import Method
 from utils.report.plots import save_curves, save_grid
 from utils.report.tables import mean_std
@@ -47,7 +48,7 @@ class ResultFiles:
         if not distributed.is_main():
             return
         sets = [*state.finished, current.detached_cpu()]
-        save_synthetic(self.path, sets, state.all_accs(), self.real, self._about(state))
+        DistilledFile.write(self.path, sets, state.all_accs(), self.real, self._about(state))
         s = self.settings
         for prefix, images in (("vis", sets[-1].images), ("vis_oe", sets[-1].images_oe)):
             if images is not None:
@@ -63,7 +64,7 @@ class ResultFiles:
         """
         path = self.path.with_name(self.path.stem + "_last_finite.pt")
         if distributed.is_main():
-            save_synthetic(path, [replace(before.detached_cpu(), lr_net=None)], {}, self.real, self._about(state))
+            DistilledFile.write(path, [replace(before.detached_cpu(), lr_net=None)], {}, self.real, self._about(state))
         return path
 
     def draw_curves(self) -> None:

@@ -12,12 +12,13 @@ from networks import get_network
 from utils.compute import distributed
 from utils.compute.compiling import Workload, batches
 from utils.compute.device import Compute, choose_compute, choose_device
-from utils.core.errors import UserError
+from utils.core.errors import UserError, blame
 from utils.core.rng import generator
 from utils.core.torch_files import fingerprint
 from utils.data.datasets import RealData
+from utils.data.distilled_file import DistilledFile
 from utils.data.identity import identity
-from utils.data.synthetic import SyntheticSet, load_start
+from utils.data.synthetic import SyntheticSet
 from utils.methods import METHODS, Method, MethodInputs, augmentation_of
 from utils.methods.learnable import check_enough
 from utils.ood.sets import OODSource
@@ -47,7 +48,7 @@ def run_stage1(args: argparse.Namespace, make_outliers: Callable[[RealData], Out
     outliers = make_outliers(real)
     if args.init == "real" and not args.load_path and not args.resume:
         check_enough(real, outliers, args.ipc)
-    start = [] if args.resume else load_start(args.load_path, real, args.ipc, outliers is not None)
+    start = [] if args.resume else _start(args.load_path, real, args.ipc, outliers is not None)
     ood = _ood_images(args.eval_ood or (), real, args.ood_path, args.data_path, args.download == "all", args.seed)
     evaluation = EvalSettings(args.num_eval, training, args.seed, ood)
     inputs = MethodInputs(real, outliers, vars(args), augmentation, initial=start)
@@ -185,12 +186,20 @@ def _run_folder(
     return run
 
 
+def _start(load_path: str | None, real: RealData, ipc: int, with_outliers: bool) -> list[SyntheticSet]:
+    """All experiments of the set from which a distillation starts; an empty list without `--load_path`."""
+    if load_path is None:
+        return []
+    with blame("--load_path"):
+        return DistilledFile.open(load_path, "").start(real, ipc, with_outliers)
+
+
 def _restore(distillation: Distillation, inputs: MethodInputs, load_path: str | None) -> bool:
     """Continue from the run's checkpoint; False where there is none yet."""
     run, method = distillation.run, distillation.method
     restored = distillation.restore()
     if distillation.starts_another:
-        method.initial = load_start(load_path, inputs.real, inputs.flags["ipc"], inputs.outliers is not None)
+        method.initial = _start(load_path, inputs.real, inputs.flags["ipc"], inputs.outliers is not None)
         check_inputs(run.path, _start_fingerprint(method.initial))
     run.update_args(dict(inputs.flags))
     return restored

@@ -16,8 +16,9 @@ from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.core.torch_files import fingerprint
 from utils.data.datasets import RealData
+from utils.data.distilled_file import DistilledFile, result_name
 from utils.data.identity import identity
-from utils.data.synthetic import SyntheticSet, iterations_left, result_name, save_synthetic
+from utils.data.synthetic import SyntheticSet
 from utils.methods import METHODS, augmentation_of
 from utils.ood.generated import DRAWN
 from utils.ood.sets import OODSource
@@ -75,7 +76,7 @@ def find_distilled(
 
     def left(run: Path) -> str:
         """How far the experiment came, if it did not come to its end."""
-        position = iterations_left(run / name, exp_idx)
+        position = DistilledFile.open(run / name).iterations_left(exp_idx)
         return f"after iteration {position[0]} of {position[1]}" if position else ""
 
     found = find_run_folder(roots, parts, folder, name, "--load_path", only_oe, left)
@@ -239,7 +240,7 @@ def _start(flags: dict, choice: Choice, chosen: TrainingSet, real: RealData, abo
         path, experiment = run.path / TRAINED_ON, 0
         if run.is_main:
             stored = replace(chosen.synthetic.detached_cpu(), fresh_oe=None)
-            save_synthetic(path, [stored], {}, real, {"flags": flags})
+            DistilledFile.write(path, [stored], {}, real, {"flags": flags})
     images_from = chosen.origin and str(chosen.origin.resolve())
     run.save_args(
         flags, distilled_set=path and str(path.resolve()), experiment=experiment, images_from=images_from, **about

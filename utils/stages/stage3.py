@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +14,13 @@ from utils.compute.device import choose_compute, choose_device
 from utils.compute.version import versions, versions_line
 from utils.core.errors import UserError, rank_errors
 from utils.core.files import save_text
-from utils.core.torch_files import read_pt
 from utils.data.datasets import RealData
+from utils.data.distilled_file import DistilledFile
 from utils.data.identity import as_trained_on
-from utils.data.synthetic import load_synthetic
 from utils.data.whitening import ZCA
-from utils.exchange.readers import stored_space
-from utils.ood.detectors import FitSet, Scorer, need_fitting, require_library
-from utils.ood.network_scores import score_networks
+from utils.ood.evaluate import deviation, score_networks
+from utils.ood.scorer import FitSet, Scorer
+from utils.ood.scores import need_fitting, require_library
 from utils.ood.sets import OODSet, OODSource, validation_sets
 from utils.report.plots import (
     distilled_pictures,
@@ -49,11 +48,12 @@ def run_stage3(args: argparse.Namespace) -> Results:
     folder, note = _find_networks(parts, args.folder, args.load_path, args.is_load_oe)
     which, chosen = _which_checkpoints(folder, args)
     _check_whitening(folder, args.zca)
-    real, changed = _as_trained_on(folder, read_data(args).to(device))
+    trained_on = cache(partial(distilled_set_of, folder))  # the file is opened once
+    real, changed = _as_trained_on(folder, read_data(args).to(device), trained_on)
     limit = _images_per_set(len(real.images_test), args.num_ood_ratio)
     source = OODSource(real, Path(args.ood_path), Path(args.data_path), args.download == "all", limit, args.seed)
     sets, missing = _find_sets(source, args.ood_sets, args.skip_missing, args.validate)
-    fit = _fit_set(args.fit_on, folder, real) if need_fitting(scores) else None
+    fit = _fit_set(args.fit_on, folder, real, trained_on) if need_fitting(scores) else None
     batch = min(args.batch_test, len(real.images_test))  # no set is larger than the test set, nor need a batch be
     with rank_errors():
         nets = _load_networks(folder, args.model, real, args.num_exp, which)
@@ -62,22 +62,24 @@ def run_stage3(args: argparse.Namespace) -> Results:
         work = stage3_workload(len(nets), sizes, batch)
         shape = (real.channel, *real.im_size)
         compute = choose_compute(args.compile, args.precision, real.device, example, shape, work)
-        scorers = _scorers(nets, scores, args.T, real, compute.embedding(example, batch))
+        embed = compute.embedding(example, batch)
+        scorers = {index: Scorer(net, scores, args.T, deviation(real), embed) for index, net in nets.items()}
         for scorer in scorers.values():
             scorer.prepare(real.test_images[:2], fit, batch)
     run = RunFolder.create(args.save_path, *parts, name=folder.name)
     run.save_args(vars(args), networks=str(folder.resolve()), device=str(device), fitted_on=fit and fit.name)
     run.log(f"run folder: {run.path}")
-    about = [note, *real.lines(), *changed, *(line for ood in sets for line in ood.notes)]
+    about = [note, *real.lines(), *changed, *(line for ood in sets for line in ood.lines())]
     about += [f"networks: {folder}, {args.num_exp} × {which}{chosen}", f"computing: {compute}"]
     for line in filter(None, [*about, *_about_fitting(fit, scores, args.fit_on)]):
         run.log(line)
-    with rank_errors():
-        networks = score_networks(scorers, real, sets, batch, run)
+    with rank_errors(), run.progress(len(sets), "OOD sets") as progress:
+        networks = score_networks(scorers, real, sets, batch, run.log_own, progress.step)
     results, measured = results_of(networks)
     results.missing = list(missing)
     if run.is_main:
-        _write_report(results, scores, run, {"networks": str(folder), "flags": vars(args)})
+        counts = {ood.name: {"kind": ood.kind, "images": ood.count, "source": ood.source} for ood in sets}
+        _write_report(results, scores, run, {"networks": str(folder), "ood_sets": counts, "flags": vars(args)})
         _draw_plots(run, measured, folder)
     run.finish()
     return results
@@ -105,14 +107,6 @@ def stage3_workload(num_networks: int, sizes: Sequence[int], batch: int) -> Work
     return Workload(num_networks * sum(sizes) / 2, steps, "testing")
 
 
-def _scorers(
-    nets: dict[int, nn.Module], scores: Sequence[str], temperature: float, real: RealData, embed: Callable
-) -> dict[int, Scorer]:
-    """The scorers of the networks, by number; `embed` computes their features."""
-    std = real.std if real.zca is None else (1.0,) * real.channel  # by which images were divided
-    return {index: Scorer(net, scores, temperature, std, embed) for index, net in nets.items()}
-
-
 def _scores(given: Sequence[str] | None, use_xent: bool) -> tuple[str, ...]:
     """The scores that were given, and xent with `--use_xent`; msp if there is none."""
     names = [*(given or ()), *(["xent"] if use_xent else [])]
@@ -130,14 +124,17 @@ def _images_per_set(num_test: int, ratio: int) -> int:
     return num_test // ratio
 
 
-def _fit_set(which: str | None, networks: Path, real: RealData) -> FitSet:
+Opened = Callable[[], tuple[DistilledFile, int]]  # the set that networks were trained on, see `distilled_set_of`
+
+
+def _fit_set(which: str | None, networks: Path, real: RealData, trained_on: Opened) -> FitSet:
     """The images that detectors are fitted on: the real training set, or the distilled set behind the networks.
 
     `which` None: the set that the networks were trained on.
     """
     flags = args_or_nothing(networks).get("flags") or {}
-    trained_on = flags.get("train_on", "distilled")
-    on_whole = trained_on == "whole"
+    images = flags.get("train_on", "distilled")
+    on_whole = images == "whole"
     if which == "distilled" and on_whole:
         raise UserError(
             f"--fit_on distilled: the networks in {networks} were trained on the whole real set; leave it out"
@@ -145,11 +142,11 @@ def _fit_set(which: str | None, networks: Path, real: RealData) -> FitSet:
     if which == "real" or on_whole:
         return FitSet("real training set", real.labels_train, real.train_batch, on_whole)
     try:
-        path, exp_idx = distilled_set_of(networks)
-        synthetic = load_synthetic(path, exp_idx, real).to(real.device)
+        file, exp_idx = trained_on()
+        synthetic = file.set(exp_idx, real).to(real.device)
     except UserError as error:
         raise UserError(f"--fit_on distilled: {error}. Use --fit_on real") from None
-    name = "distilled set" if trained_on == "distilled" else f"real images chosen by {trained_on}"
+    name = "distilled set" if images == "distilled" else f"real images chosen by {images}"
     return FitSet(name, synthetic.hard_labels, lambda index: synthetic.images[index], True)
 
 
@@ -215,22 +212,21 @@ def _check_whitening(networks: Path, zca: bool) -> None:
         raise UserError(f"--zca: the networks in {networks} were trained {how}")
 
 
-def _as_trained_on(networks: Path, real: RealData) -> tuple[RealData, tuple[str, ...]]:
+def _as_trained_on(networks: Path, real: RealData, trained_on: Opened) -> tuple[RealData, tuple[str, ...]]:
     """The data in the form in which the networks of a folder know it, and lines for the log."""
     about, what = args_or_nothing(networks), f"the networks in {networks}"
     stored, flags = about.get("data"), about.get("flags")
     if isinstance(stored, dict):
-        return as_trained_on(real, stored, what, partial(_whitening_of, networks))
+        return as_trained_on(real, stored, what, partial(_whitening_of, trained_on))
     if isinstance(flags, dict) and real.name == "ImageFolder" and (flags.get("im_size") or 64) != real.im_size[0]:
         raise UserError(f"--im_size {real.im_size[0]}: {what} were trained on {flags.get('im_size') or 64}; give that")
     return real, (f"{what} do not say what they were trained on: images are normalised by --data_path's statistics",)
 
 
-def _whitening_of(networks: Path) -> ZCA | None:
+def _whitening_of(trained_on: Opened) -> ZCA | None:
     """The whitening of the set that networks were trained on, if that is there and holds it."""
     try:
-        path, _ = distilled_set_of(networks)
-        return stored_space(read_pt(path, "--folder").get("normalisation"), f"--folder: {path}")[2]
+        return trained_on()[0].normalisation().zca
     except UserError:
         return None
 

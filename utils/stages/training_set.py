@@ -9,7 +9,8 @@ from torch import nn
 from utils.compute import distributed
 from utils.core.errors import UserError
 from utils.data.datasets import RealData
-from utils.data.synthetic import SyntheticSet, load_synthetic
+from utils.data.distilled_file import DistilledFile
+from utils.data.synthetic import SyntheticSet
 from utils.exchange.convert import Assumptions, read_distilled
 from utils.outliers.corruptions import DEFAULT_CORRUPTIONS
 from utils.outliers.not_distilled import corrupted, with_corrupted_again, with_fresh, with_initial, with_k_center
@@ -78,7 +79,7 @@ def labelled_images(
     if choice.train_on == "distilled":
         path, note = stage1()
         lines = (f"distilled set: {path}, experiment {choice.exp_idx}", *([note] if note else []))
-        return TrainingSet(load_synthetic(path, choice.exp_idx, real), lines, path, path.parent)
+        return TrainingSet(DistilledFile.open(path).set(choice.exp_idx, real), lines, path, path.parent)
     if choice.train_on == "whole":
         line = f"baseline: the whole training set, {len(real.images_train)} images"
         return TrainingSet(whole_set(real), (line,))
@@ -179,7 +180,8 @@ def _named(choice: Choice) -> str:
 
 def stored_set(choice: Choice, path: Path, real: RealData) -> TrainingSet:
     """The set of an earlier run, for its resumption: from the file that holds it, with the outliers of the choice."""
-    chosen = TrainingSet(load_synthetic(path, 0 if path.name == TRAINED_ON else choice.exp_idx, real), path=path)
+    exp_idx = 0 if path.name == TRAINED_ON else choice.exp_idx
+    chosen = TrainingSet(DistilledFile.open(path).set(exp_idx, real), path=path)
     if choice.outliers in ("corrupt", "real"):
         return with_fresh_outliers(choice, chosen, real)
     if choice.outliers == "none":

@@ -34,7 +34,7 @@ from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.gradient_matching import GradientMatching, image_passes
 from utils.methods.match_draws import MatchSettings
 from utils.methods.student import StudentStep
-from utils.ood.detectors import Scorer
+from utils.ood.scorer import Scorer
 from utils.outliers.sources import PseudoOutliers
 from utils.stages import stage2
 from utils.stages.evaluation import EvalSettings

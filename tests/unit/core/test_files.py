@@ -18,7 +18,8 @@ from utils.core.errors import UserError
 from utils.core.files import append_line, atomic_write, save_pt, save_text
 from utils.core.rng import generator
 from utils.core.torch_files import fingerprint, read_pt
-from utils.data.synthetic import SyntheticSet, load_synthetic, result_name, save_synthetic
+from utils.data.distilled_file import DistilledFile, result_name
+from utils.data.synthetic import SyntheticSet
 from utils.runs.checkpoints import Checkpointer
 from utils.runs.lineage import find_run_folder, nothing_left
 from utils.runs.run_folder import RunFolder
@@ -33,9 +34,9 @@ def synthetic(seed=0, oe=True) -> SyntheticSet:
 @pytest.mark.parametrize("oe", [True, False])
 def test_round_trip(oe, tmp_path, tiny_real):
     sets = [synthetic(0, oe), synthetic(1, oe)]
-    save_synthetic(tmp_path / "res.pt", sets, {"ConvNet": [0.5, 0.6]}, tiny_real, {"ipc": 2})
+    DistilledFile.write(tmp_path / "res.pt", sets, {"ConvNet": [0.5, 0.6]}, tiny_real, {"ipc": 2})
     for index, expected in enumerate(sets):
-        found = load_synthetic(tmp_path / "res.pt", index, tiny_real)
+        found = DistilledFile.open(tmp_path / "res.pt").set(index, tiny_real)
         assert torch.equal(found.images, expected.images)
         assert torch.equal(found.labels, expected.labels)
         assert (found.images_oe is None) != oe
@@ -43,7 +44,7 @@ def test_round_trip(oe, tmp_path, tiny_real):
 
 
 def test_layout_is_the_published_one(tmp_path, tiny_real):
-    save_synthetic(tmp_path / "res.pt", [synthetic()], {"ConvNet": [0.5]}, tiny_real, {})
+    DistilledFile.write(tmp_path / "res.pt", [synthetic()], {"ConvNet": [0.5]}, tiny_real, {})
     content = torch.load(tmp_path / "res.pt", weights_only=True)
     images, labels = content["data"][0]
     assert (images.dtype, images.device.type, labels.dtype) == (torch.float32, "cpu", torch.int64)
@@ -58,7 +59,7 @@ def test_published_files_load(tmp_path, tiny_real):
     accs = {"ConvNet": [np.float64(0.5), np.float32(0.25), 0.1]}
     content = {"data": [[expected.images, expected.labels]], "accs_all_exps": accs}
     torch.save(content, tmp_path / "res.pt")
-    assert torch.equal(load_synthetic(tmp_path / "res.pt", 0, tiny_real).images, expected.images)
+    assert torch.equal(DistilledFile.open(tmp_path / "res.pt").set(0, tiny_real).images, expected.images)
 
 
 class Evil:
@@ -75,7 +76,7 @@ def test_nothing_is_executed(tmp_path):
     good = synthetic()
     torch.save({"data": [[good.images, good.labels]], "evil": Evil(tmp_path / "owned")}, tmp_path / "res.pt")
     with pytest.raises(UserError, match="not executed"):
-        load_synthetic(tmp_path / "res.pt")
+        DistilledFile.open(tmp_path / "res.pt").set()
     assert not (tmp_path / "owned").exists()
 
 
@@ -95,20 +96,20 @@ def test_nothing_is_executed(tmp_path):
 def test_wrong_content(content, message, tmp_path):
     torch.save(content, tmp_path / "res.pt")
     with pytest.raises(UserError, match=message):
-        load_synthetic(tmp_path / "res.pt")
+        DistilledFile.open(tmp_path / "res.pt").set()
 
 
 def test_truncated_and_of_other_data(tmp_path, tiny_real, digits):
-    save_synthetic(tmp_path / "res.pt", [synthetic()], {}, tiny_real, {})
+    DistilledFile.write(tmp_path / "res.pt", [synthetic()], {}, tiny_real, {})
     with pytest.raises(UserError, match=r"--dataset Digits: .* distilled from tiny"):
-        load_synthetic(tmp_path / "res.pt", 0, digits)
+        DistilledFile.open(tmp_path / "res.pt").set(0, digits)
     with pytest.raises(UserError, match=r"--exp_idx 1: .* holds 1 experiments"):
-        load_synthetic(tmp_path / "res.pt", 1)
+        DistilledFile.open(tmp_path / "res.pt").set(1)
     data = (tmp_path / "res.pt").read_bytes()
     for size in (0, 10, len(data) // 2, len(data) - 5):
         (tmp_path / "cut.pt").write_bytes(data[:size])
         with pytest.raises(UserError, match="cannot read"):
-            load_synthetic(tmp_path / "cut.pt")
+            DistilledFile.open(tmp_path / "cut.pt").set()
 
 
 def test_two_runs_never_share_a_folder(tmp_path):
@@ -293,8 +294,9 @@ def test_the_commit_is_that_of_this_code(tmp_path):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from utils.compute.version import git_commit; print(git_commit())"
     )
-    for name in ("__init__.py", "core/__init__.py", "core/errors.py", "compute/__init__.py", "compute/version.py"):
-        (tmp_path / "copy" / "utils" / name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(ROOT / "utils" / "core", tmp_path / "copy" / "utils" / "core")
+    (tmp_path / "copy" / "utils" / "compute").mkdir()
+    for name in ("__init__.py", "compute/__init__.py", "compute/version.py"):
         shutil.copy(ROOT / "utils" / name, tmp_path / "copy" / "utils" / name)
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "another"]):

@@ -12,8 +12,9 @@ from networks import get_network
 from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.datasets import RealData, load_dataset
+from utils.data.distilled_file import DistilledFile
 from utils.data.identity import class_order, renumbered
-from utils.data.synthetic import SyntheticSet, load_synthetic, save_synthetic
+from utils.data.synthetic import SyntheticSet
 from utils.data.whitening import fit_zca
 from utils.exchange.convert import Assumptions, read_distilled
 
@@ -164,9 +165,9 @@ def test_a_set_with_classes_in_another_order(named, tmp_path, soft):
     labels = torch.tensor([0, 0, 1, 1, 2, 2])
     if soft:
         labels = torch.eye(3)[labels] * 0.7 + 0.1
-    save_synthetic(tmp_path / "res_a.pt", [SyntheticSet(images, labels)], {}, turned, {})
+    DistilledFile.write(tmp_path / "res_a.pt", [SyntheticSet(images, labels)], {}, turned, {})
     for found in (
-        load_synthetic(tmp_path / "res_a.pt", 0, named),
+        DistilledFile.open(tmp_path / "res_a.pt").set(0, named),
         read_distilled([str(tmp_path / "res_a.pt")], named, Assumptions()).synthetic,
     ):
         assert found.hard_labels.tolist() == [0, 0, 1, 1, 2, 2]
@@ -176,13 +177,13 @@ def test_a_set_with_classes_in_another_order(named, tmp_path, soft):
     with pytest.raises(
         UserError, match=r"--data_path: its classes are not those of .*res_a.pt: it lacks owl, and has pig"
     ):
-        load_synthetic(tmp_path / "res_a.pt", 0, replace(named, class_names=("cat", "dog", "pig")))
+        DistilledFile.open(tmp_path / "res_a.pt").set(0, replace(named, class_names=("cat", "dog", "pig")))
 
 
 def test_a_published_set_keeps_its_classes(named, in_process, tmp_path):
     turned = replace(named, name="ImageFolder", class_names=("owl", "cat", "dog"))
     made = SyntheticSet(torch.randn(3, 3, 16, 16), torch.arange(3))
-    save_synthetic(tmp_path / "res_a.pt", [made], {}, turned, {})
+    DistilledFile.write(tmp_path / "res_a.pt", [made], {}, turned, {})
     in_process("scripts.publish", tmp_path / "res_a.pt", "--out", "published")
     real = replace(named, name="ImageFolder")
     found = read_distilled([str(tmp_path / "published")], real, Assumptions()).synthetic

@@ -6,7 +6,8 @@ from kornia.enhance import ZCAWhitening
 
 from utils.core.errors import UserError
 from utils.data.datasets import load_dataset
-from utils.data.synthetic import SyntheticSet, load_synthetic, save_synthetic
+from utils.data.distilled_file import DistilledFile
+from utils.data.synthetic import SyntheticSet
 from utils.data.whitening import fit_zca
 
 
@@ -32,13 +33,13 @@ def test_a_set_knows_its_whitening(tmp_path):
     plain, white = (load_dataset("Digits", "nowhere", zca=z) for z in (False, True))
     labels = torch.arange(10)
     images = white.train_batch(torch.tensor([int(i[0]) for i in white.class_indices]))
-    save_synthetic(tmp_path / "a.pt", [SyntheticSet(images, labels)], {}, white, {})
-    assert torch.equal(load_synthetic(tmp_path / "a.pt", 0, white).images, images)
+    DistilledFile.write(tmp_path / "a.pt", [SyntheticSet(images, labels)], {}, white, {})
+    assert torch.equal(DistilledFile.open(tmp_path / "a.pt").set(0, white).images, images)
     with pytest.raises(UserError, match=r"--zca: .* was made with it; give --zca"):
-        load_synthetic(tmp_path / "a.pt", 0, plain)
-    save_synthetic(tmp_path / "b.pt", [SyntheticSet(images, labels)], {}, plain, {})
+        DistilledFile.open(tmp_path / "a.pt").set(0, plain)
+    DistilledFile.write(tmp_path / "b.pt", [SyntheticSet(images, labels)], {}, plain, {})
     with pytest.raises(UserError, match=r"--zca: .* was made without it; leave out --zca"):
-        load_synthetic(tmp_path / "b.pt", 0, white)
+        DistilledFile.open(tmp_path / "b.pt").set(0, white)
 
 
 def test_through_all_stages(in_process, tmp_path):
@@ -63,4 +64,4 @@ def test_a_published_file_was_not_whitened(tmp_path):
     white = load_dataset("Digits", "nowhere", zca=True)
     torch.save({"data": [[torch.zeros(10, 1, 8, 8), torch.arange(10)]]}, tmp_path / "a.pt")
     with pytest.raises(UserError, match="was made without it; leave out --zca"):
-        load_synthetic(tmp_path / "a.pt", 0, white)
+        DistilledFile.open(tmp_path / "a.pt").set(0, white)

@@ -14,7 +14,8 @@ from PIL import Image
 
 from utils.core.errors import UserError
 from utils.data.datasets import SPECS, RealData
-from utils.data.synthetic import SyntheticSet, load_synthetic, save_synthetic
+from utils.data.distilled_file import DistilledFile
+from utils.data.synthetic import SyntheticSet
 from utils.exchange import formats
 from utils.exchange.convert import Assumptions, read_distilled
 from utils.exchange.labels import training_labels
@@ -72,7 +73,7 @@ def test_published_code(real, pixels, tmp_path):
 
 def test_set_made_here(real, pixels, tmp_path):
     made = SyntheticSet(real.normalize(pixels), LABELS, real.normalize(1 - pixels), lr_net=0.02)
-    save_synthetic(tmp_path / "res_x.pt", [made], {}, real, {})
+    DistilledFile.write(tmp_path / "res_x.pt", [made], {}, real, {})
     found = read(real, tmp_path)
     assert torch.equal(found.images, made.images)
     assert torch.equal(found.images_oe, made.images_oe)
@@ -83,7 +84,7 @@ def test_set_made_with_other_statistics_is_normalised_anew(real, pixels, tmp_pat
     from dataclasses import replace
 
     other = replace(real, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
-    save_synthetic(tmp_path / "res_x.pt", [SyntheticSet(other.normalize(pixels), LABELS)], {}, other, {})
+    DistilledFile.write(tmp_path / "res_x.pt", [SyntheticSet(other.normalize(pixels), LABELS)], {}, other, {})
     assert torch.allclose(read(real, tmp_path).images, real.normalize(pixels), atol=1e-6)
 
 
@@ -237,7 +238,7 @@ def test_kip(real, pixels, tmp_path):
 def test_outliers_in_files_of_their_own(real, pixels, tmp_path):
     torch.save(real.normalize(1 - pixels), tmp_path / "oe.pt")
     made = SyntheticSet(real.normalize(pixels), LABELS, real.normalize(1 - pixels))
-    save_synthetic(tmp_path / "res_x.pt", [made], {}, real, {})
+    DistilledFile.write(tmp_path / "res_x.pt", [made], {}, real, {})
     save_all(tmp_path, images_best=real.normalize(pixels), labels_best=LABELS)
     images = [str(tmp_path / "images_best.pt")]
     for place in ("oe.pt", "res_x.pt"):
@@ -248,8 +249,8 @@ def test_outliers_in_files_of_their_own(real, pixels, tmp_path):
 
 def test_soft_labels_survive_a_file(real, pixels, tmp_path):
     soft = F.softmax(torch.randn(N, K, generator=torch.Generator().manual_seed(0)), 1)
-    save_synthetic(tmp_path / "res_x.pt", [SyntheticSet(real.normalize(pixels), soft)], {}, real, {})
-    assert torch.equal(load_synthetic(tmp_path / "res_x.pt").labels, soft)
+    DistilledFile.write(tmp_path / "res_x.pt", [SyntheticSet(real.normalize(pixels), soft)], {}, real, {})
+    assert torch.equal(DistilledFile.open(tmp_path / "res_x.pt").set().labels, soft)
     assert torch.equal(read(real, tmp_path).labels, soft)
 
 
@@ -483,7 +484,7 @@ def test_sets_of_other_data_are_refused(real, pixels, tmp_path):
     from dataclasses import replace
 
     made = SyntheticSet(real.normalize(pixels), LABELS)
-    save_synthetic(tmp_path / "res_x.pt", [made], {}, replace(real, name="other"), {})
+    DistilledFile.write(tmp_path / "res_x.pt", [made], {}, replace(real, name="other"), {})
     assert "distilled from other" in refusal(real, tmp_path)
 
 
@@ -496,7 +497,7 @@ def test_other_whitening_is_undone(real, pixels, tmp_path):
     white = real.whitened()
     matrix = white.zca.matrix * 2
     other = replace(white, zca=ZCA(white.zca.mean + 0.1, matrix, torch.linalg.inv(matrix)))
-    save_synthetic(tmp_path / "res_x.pt", [SyntheticSet(other.normalize(pixels), LABELS)], {}, other, {})
+    DistilledFile.write(tmp_path / "res_x.pt", [SyntheticSet(other.normalize(pixels), LABELS)], {}, other, {})
     assert torch.allclose(read(white, tmp_path).images, white.normalize(pixels), atol=1e-4)
 
 
@@ -513,8 +514,8 @@ def test_whitening_is_seen_at_another_iteration(real, pixels, tmp_path):
 
 def test_soft_labels_whose_argmax_lacks_a_class(real, pixels, tmp_path):
     soft = torch.tensor([[0.6, 0.3, 0.1]] * N)
-    save_synthetic(tmp_path / "res_x.pt", [SyntheticSet(real.normalize(pixels), soft)], {}, real, {})
-    assert torch.equal(load_synthetic(tmp_path / "res_x.pt", 0, real).labels, soft)
+    DistilledFile.write(tmp_path / "res_x.pt", [SyntheticSet(real.normalize(pixels), soft)], {}, real, {})
+    assert torch.equal(DistilledFile.open(tmp_path / "res_x.pt").set(0, real).labels, soft)
 
 
 def test_experiments_are_of_res_files_alone(real, pixels, tmp_path):

@@ -3,18 +3,19 @@
 import json
 import re
 import sys
-from contextlib import nullcontext
 from dataclasses import replace
 from importlib import metadata
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
+from PIL import Image
 from pytorch_ood import detector as library
 from pytorch_ood.metrics import OODMetrics
 from pytorch_ood.metrics import functional as theirs
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+from sklearn.neighbors import NearestNeighbors
 from torch.utils.data import DataLoader, TensorDataset
 
 from networks import get_network
@@ -27,13 +28,18 @@ from utils.core.rng import generator
 from utils.data.download import fetch_pytorch_ood, fetch_tinyimages
 from utils.data.synthetic import SyntheticSet
 from utils.ood.calibration import best_temperature, calibration
-from utils.ood.detectors import ALL_SCORES, DETECTORS, FitSet, Scorer, feature_map_shape, last_layer, require_library
+from utils.ood.evaluate import evaluate_ood, score_networks
 from utils.ood.measures import ood_measures
-from utils.ood.network_scores import score_networks
-from utils.ood.scores import SCORES
+from utils.ood.scorer import FitSet, Scorer, feature_map_shape, last_layer_name
+from utils.ood.scores import ALL_SCORES, DETECTORS, SCORES, require_library
+from utils.ood.sets import OODSet
 from utils.report.results import results_of
 from utils.report.tables import report_text
 from utils.training.trainer import Trainer, TrainSettings, predict
+
+
+def last_layer(net):
+    return net.get_submodule(last_layer_name(net))
 
 
 def fit_set(digits, per_class):
@@ -185,7 +191,7 @@ def test_the_map_before_the_features():
     shapes = {}
     for name in ("ConvNet", "AlexNet", "ResNet18", "ResNet18_AP", "MLP", "LeNet"):
         net = get_network(name, 3, 10, (32, 32)).eval()
-        shapes[name] = feature_map_shape(net, torch.zeros(1, 3, 32, 32))
+        shapes[name] = feature_map_shape(net, torch.zeros(1, 3, 32, 32), net.embed)
         assert np.prod(shapes[name]) == last_layer(net).in_features
     assert shapes["ConvNet"] == (128, 4, 4)
     assert shapes["AlexNet"] == (192, 4, 4)
@@ -272,8 +278,7 @@ def test_only_compiled_code_sees_padded_batches(digits, trained, noise, compiled
 def test_temperature_scaling_repairs_the_calibration(digits, trained, noise):
     fit = FitSet("real training set", digits.labels_train, digits.train_batch)
     scorer = Scorer(trained[0], ("tscaling",), 1.0, digits.std).prepare(noise[:2], fit, 256)
-    run = SimpleNamespace(log_own=print, progress=lambda *a: nullcontext(SimpleNamespace(step=lambda: None)))
-    networks = score_networks({0: scorer}, digits, [], 256, run)
+    networks = score_networks({0: scorer}, digits, [], 256)
     errors = networks[0].errors
     row = f"{errors['temperature']:.2f} ± 0.00 | {100 * errors['scaled_ece']:.2f} ± 0.00"
     assert row in " ".join(report_text(results_of(networks)[0], ("tscaling",)).split())
@@ -284,7 +289,7 @@ def test_temperature_scaling_repairs_the_calibration(digits, trained, noise):
     assert errors["temperature"] == pytest.approx(temperature_by_lbfgs(every, digits.labels_train), rel=1e-3)
     assert errors["scaled_nll"] < errors["nll"]
     plain = Scorer(trained[0], ("msp",), 1.0, digits.std).prepare(noise[:2], None, 256)
-    assert "temperature" not in score_networks({0: plain}, digits, [], 256, run)[0].errors
+    assert "temperature" not in score_networks({0: plain}, digits, [], 256)[0].errors
 
 
 def test_a_temperature_needs_a_mistake():
@@ -332,3 +337,105 @@ def test_times_of_scores(in_process, refused, monkeypatch, tmp_path):
     monkeypatch.setitem(DETECTORS, "openmax", replace(DETECTORS["openmax"], least=10**6))
     assert "| openmax | -" in in_process("score_times.py", folder, "--scores", "openmax")
     assert "is no run folder of stage 2" in refused("score_times.py", tmp_path)
+
+
+# --- a network from anywhere ------------------------------------------------------------------------------------------
+
+
+class Stranger(torch.nn.Module):
+    """A network without `embed`, whose layers have other names; in one of two forms its last layer is not the last."""
+
+    def __init__(self, net, scale=1.0):
+        super().__init__()
+        self.body, self.top, self.scale = net.features, net.classifier, scale
+
+    def forward(self, images):
+        return self.top(self.body(images).flatten(1)) * self.scale
+
+
+def by_scikit_learn(inside, outside):
+    labels, scores = np.repeat([0, 1], [len(inside), len(outside)]), np.r_[inside, outside]
+    return {
+        "auroc": roc_auc_score(labels, scores),
+        "aupr_out": average_precision_score(labels, scores),
+        "aupr_in": average_precision_score(1 - labels, -scores),
+    }
+
+
+def test_a_network_from_anywhere(digits, trained, noise):
+    """Accuracy and measures as of an own forward pass and scikit-learn."""
+    net = Stranger(trained[0])
+    own = {"msp": lambda z: -z.softmax(1).amax(1), "energy": lambda z: -z.logsumexp(1)}
+    with torch.no_grad():
+        inside, outside = (net(x).double() for x in (digits.test_images, noise))
+    for sets in ({"noise": noise}, [OODSet("noise", "here", len(noise), lambda: noise)]):
+        found = evaluate_ood(net, digits, sets, (*own, "entropy"), batch=100)
+        assert found.accuracy == pytest.approx((inside.argmax(1) == digits.labels_test).double().mean())
+        assert found.errors["nll"] == pytest.approx(
+            torch.nn.functional.cross_entropy(inside, digits.labels_test).item()
+        )
+        for name, score in own.items():
+            expected = by_scikit_learn(score(inside).numpy(), score(outside).numpy())
+            assert {m: found.measures["noise"][name][m] for m in expected} == pytest.approx(expected, abs=1e-9)
+    assert set(found.measures["noise"]) == {"msp", "energy", "entropy"}
+
+
+def test_features_of_a_named_layer(digits, trained, noise):
+    """What enters the last layer, wherever it stands: the same scores as through `embed`, also of fitted detectors."""
+    scores = ("msp", "tscaling", "knn", "vim", "ash", "gradnorm", "mahalanobis_odin")
+    fit = fit_set(digits, 10)
+    expected = evaluate_ood(trained[0], digits, {"noise": noise}, scores, fit)
+    found = evaluate_ood(Stranger(trained[0]), digits, {"noise": noise}, scores, fit, last_layer="top")
+    for name in scores:
+        np.testing.assert_allclose(found.out_scores["noise"][name], expected.out_scores["noise"][name], rtol=1e-4)
+    unit = torch.nn.functional.normalize
+    known, *others = (
+        unit(trained[0].embed(x).detach()) for x in (fit.take(torch.arange(100)), digits.test_images, noise)
+    )
+    distances = [NearestNeighbors(n_neighbors=10).fit(known).kneighbors(x)[0][:, -1] for x in others]
+    by_hand = by_scikit_learn(*distances)
+    assert {m: found.measures["noise"]["knn"][m] for m in by_hand} == pytest.approx(by_hand, abs=1e-6)
+    assert found.errors["temperature"] == pytest.approx(expected.errors["temperature"], rel=1e-4)
+
+
+def test_detectors_are_fitted_on_the_training_images_if_nothing_else_is_given(digits, trained, noise):
+    every = FitSet("real training set", digits.labels_train, digits.train_batch)
+    given, left_out = (evaluate_ood(trained[0], digits, {"noise": noise}, ["gmm"], f).measures for f in (every, None))
+    assert given == left_out
+
+
+def test_networks_that_do_not_fit(digits, trained, noise):
+    net, sets = Stranger(trained[0]), {"noise": noise}
+    for scores, more, message in (
+        (["mps"], {}, "unknown score 'mps'; did you mean msp"),
+        (["knn"], {}, "--score knn: needs the last layer of the network: give last_layer"),
+        (["gradnorm"], {}, "--score gradnorm: needs the last layer"),
+        (["knn"], {"last_layer": "fc"}, "last_layer fc: is no linear layer of the network; it has top"),
+        (["rankfeat"], {"last_layer": "top", "net": Stranger(trained[0], 2.0)}, "last_layer top: its outputs are not"),
+        (["msp"], {"net": trained[0].features}, r"net: gives \[2, .*must give logits \[2, 10\]"),
+        (["msp"], {"net": Tuple()}, r"net: gives tuple for 2 images"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate_ood(more.pop("net", net), digits, sets, scores, fit_set(digits, 1), **more)
+
+
+class Tuple(torch.nn.Module):
+    """A network that gives more than logits."""
+
+    def forward(self, images):
+        return images, images
+
+
+def test_the_lines_in_the_documentation(digits, trained, tmp_path, monkeypatch):
+    """They test a network of the user's on two generated sets and on a folder."""
+    text = (ROOT / "docs" / "usage.md").read_text().partition("## Testing a network from anywhere\n")[2]
+    (tmp_path / "my" / "photos").mkdir(parents=True)
+    for i in range(5):
+        Image.new("L", (12, 12), 50 * i).save(tmp_path / "my" / "photos" / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    names = {"net": Stranger(trained[0])}
+    exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], names)
+    found = names["found"]
+    assert set(found.measures) == {"uniform", "blob", "photos"}
+    assert 0.5 < found.accuracy <= 1
+    assert len(found.out_scores["photos"]["energy"]) == 5

@@ -18,7 +18,7 @@ from utils.core.pixels import conform
 from utils.core.rng import generator
 from utils.data.download import NotThere
 from utils.ood.files import shown_names
-from utils.ood.sets import OODSource
+from utils.ood.sets import OODSource, validation_sets
 
 G = np.random.default_rng(0)
 
@@ -253,3 +253,54 @@ def test_lists_that_do_not_fit(digits, tmp_path):
         with pytest.raises(UserError, match=f"^--ood_sets: .*{message}") as error:
             source(digits, root).find(["test.txt"])
         assert not isinstance(error.value, NotThere)  # --skip_missing does not pass over them
+
+
+# --- the data set itself, counts, what is missing ---------------------------------------------------------------------
+
+
+def test_the_data_set_by_its_path_is_no_ood_set(digits, tmp_path, monkeypatch):
+    """Its file; its folder, those inside, one above; lists of its images; also through links and other spellings."""
+    root = tmp_path / "all" / "own"
+    for place in ("train/cat", "test/cat", "ood"):
+        (root / place).mkdir(parents=True)
+        Image.fromarray(pixels(8, 8)).save(root / place / "a.png")
+    np.savez(tmp_path / "own.npz", images=pixels(6, 8, 8))
+    np.savez(tmp_path / "other.npz", images=pixels(6, 8, 8))
+    (tmp_path / "link.npz").symlink_to("own.npz")
+    (tmp_path / "list.txt").write_text("all/own/test/cat/a.png 0\n")
+    (tmp_path / "good.txt").write_text("all/own/ood/a.png 0\n")
+    monkeypatch.chdir(tmp_path)
+    folders = ("all", "all/own", "all/own/test", "all/own/train/cat", "all/../all/own/test/cat", "list.txt")
+    for name, data_path, refused, accepted in (
+        ("npz", "own.npz", ("own.npz", str(tmp_path / "own.npz"), "./own.npz", "link.npz", "own"), ("other.npz",)),
+        ("ImageFolder", "all/own", (*folders, str(root)), ("all/own/ood/", "good.txt", "own.npz")),
+    ):
+        sets = source(replace(digits, name=name), ".", data_path)
+        for given in refused:
+            with pytest.raises(UserError, match=f"^--ood_sets {given}: its images are of --dataset {name}, so they"):
+                sets.find([given])
+        assert len(sets.find_all(accepted)) == len(accepted)
+    assert source(digits, ".", tmp_path).find_all(["all/own/"])  # `--data_path` holds other sets than Digits, too
+
+
+def test_a_set_says_how_many_images_are_scored(digits, tmp_path, monkeypatch):
+    write_kinds(tmp_path / "ood")
+    monkeypatch.setattr(tv, "GTSRB", Signs)
+    data = source(digits, tmp_path / "ood", tmp_path, download=True, limit=20)
+    sets = data.find_all(["zipped.npz", "plain", "folder/", "list.txt", "blob", "patches", "GTSRB"])
+    sets += validation_sets(replace(data, limit=400))
+    assert [found.count for found in sets] == [20] * 6 + [3] + [360] * 7
+    assert [len(found.load()) for found in sets] == [found.count for found in sets]
+    assert sets[0].lines() == (f"OOD set zipped: 20 images, {tmp_path / 'ood' / 'zipped.npz'}",)
+
+
+def test_an_absolute_path_that_leads_nowhere(digits, tmp_path):
+    there = source(digits, tmp_path)
+    for names, message in (
+        ([f"{tmp_path}/x"], rf"^--ood_sets: {tmp_path}/x is not there\. Choose sets that need no files: "),
+        ([f"{tmp_path}/x", "/y"], rf"^--ood_sets: {tmp_path}/x, /y are not there\. Choose"),
+        ([f"{tmp_path}/x", "a/b"], rf"a/b is missing, {tmp_path}/x is not there\. Give a/b as seen from here or from"),
+    ):
+        with pytest.raises(UserError, match=message):
+            there.find_all(names)
+    assert there.find([f"{tmp_path}/x"])[1] == {f"{tmp_path}/x": f"looked for {tmp_path}/x; give the path of the set"}

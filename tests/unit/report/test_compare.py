@@ -16,7 +16,8 @@ from test_ood_model_syn import get_args_parser
 from utils.core.errors import UserError
 from utils.core.files import csv_text
 from utils.core.rng import generator
-from utils.data.synthetic import SyntheticSet, save_synthetic
+from utils.data.distilled_file import DistilledFile
+from utils.data.synthetic import SyntheticSet
 from utils.ood.calibration import SCALED_MEASURES
 from utils.ood.measures import MEASURES
 from utils.report.card import measured_table
@@ -109,7 +110,7 @@ def chain(tmp_path, digits):
         folder.mkdir(parents=True)
     images = digits.train_batch(torch.stack([digits.class_indices[c][0] for c in range(10)]))
     distilled = stage1 / "res_DSA_Digits_ConvNetD1_1ipc.pt"
-    save_synthetic(distilled, [SyntheticSet(images, torch.arange(10), images.flip(0))], {}, digits, {})
+    DistilledFile.write(distilled, [SyntheticSet(images, torch.arange(10), images.flip(0))], {}, digits, {})
     (stage2 / "args.json").write_text(json.dumps({"flags": {"exp_idx": 0}, "distilled_set": str(distilled)}))
     for index in range(2):
         state = get_network("ConvNetD1", 1, 10, (8, 8), generator(index)).state_dict()
@@ -282,7 +283,7 @@ def test_the_mean_is_over_the_sets_of_all_runs():
 def test_pictures_show_the_outliers_that_networks_were_trained_with(tmp_path, digits):
     """train_model_synthetic_no_oe.py leaves those of a set out, and has no flag that says so."""
     images, labels = digits.train_batch(torch.arange(0, 20)), torch.arange(10).repeat_interleave(2)
-    save_synthetic(tmp_path / "res.pt", [SyntheticSet(images, labels, images)], {}, digits, {})
+    DistilledFile.write(tmp_path / "res.pt", [SyntheticSet(images, labels, images)], {}, digits, {})
     titles = {}
     for outliers in (None, "distilled", "initial", "corrupt"):
         flags = {"dataset": "Digits"} | ({"outliers": outliers} if outliers else {})

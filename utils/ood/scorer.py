@@ -1,0 +1,210 @@
+"""Every score of one network: building them, fitting them, and computing them in one pass where that is possible."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import nn
+
+from utils.compute.device import Compute
+from utils.core.errors import UserError, named, one_line
+from utils.ood.scores import ALL_DETECTORS, SCORES, Detector, Model, Score, need_fitting
+
+LAST_LAYERS = ("classifier", "fc", "fc_3")
+Embed = Callable[[nn.Module, torch.Tensor], torch.Tensor]  # network and images to what enters its last layer
+
+
+@dataclass(frozen=True)
+class FitSet:
+    """Labelled images that detectors are fitted on."""
+
+    name: str  # for messages
+    labels: torch.Tensor  # int64 [N]
+    take: Callable[[torch.Tensor], torch.Tensor]  # indices to normalised images [n, C, H, W] on the device
+    was_trained_on: bool = False  # whether the networks have seen these images
+
+
+class Scorer:
+    """Computes every score of one network. Scores of logits, features and maps share one forward pass; scores of images
+    run their own passes and gradients.
+
+    Args:
+        embed: how features are computed (`Compute.embedding`); None: in float32, uncompiled.
+        last_layer: see `evaluate_ood`.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        scores: Sequence[str],
+        temperature: float,
+        std: tuple[float, ...],
+        embed: Embed | None = None,
+        last_layer: str | None = None,
+    ):
+        self.net = net.eval()
+        self.detectors: dict[str, Detector] = {name: ALL_DETECTORS[name] for name in scores}
+        if last_layer is None and hasattr(net, "embed"):
+            head_name, plain = last_layer_name(net), net.embed
+            self.embed = partial(embed or Compute().embedding(net, batch=0), net)
+        elif last_layer is not None:
+            head_name, plain = last_layer, partial(_entering, net, _linear(net, last_layer))
+            self.embed = plain
+        else:
+            head_name, plain = None, None
+        self.model = Model(net, temperature, std, head_name, plain)
+        # what needs no library can be used at once
+        self.scores: dict[str, Score] = {n: d.make(d, self.model) for n, d in self.detectors.items() if n in SCORES}
+
+    def prepare(self, example: torch.Tensor, fit: FitSet | None, batch: int) -> "Scorer":
+        """Build the detectors, fit them, and try each one on two images. Returns itself.
+
+        Args:
+            example: some normalised images `[n, C, H, W]`; fit: the set to fit on, if any score needs one.
+        Raises:
+            UserError: when a detector does not work with the network, or cannot be fitted on the set.
+        """
+        if len(self.scores) == len(self.detectors):
+            return self
+        for name, detector in self.detectors.items():
+            if detector.takes_features and self.model.head_name is None:
+                raise UserError(
+                    f"--score {name}: needs the last layer of the network: give last_layer, or leave it out"
+                )
+        maps = any(detector.takes == "maps" for detector in self.detectors.values())
+        self.model = replace(
+            self.model,
+            num_classes=self.logits(example[:1]).shape[1],
+            num_fit=0 if fit is None else len(fit.labels),
+            map_shape=feature_map_shape(self.net, example[:1], self.model.embed) if maps else None,
+        )
+        if fit is not None:
+            self._check_enough(fit)
+        self.scores = {name: detector.make(detector, self.model) for name, detector in self.detectors.items()}
+        if fit is not None:
+            self._fit(fit, batch)
+        for name, score in self.scores.items():
+            self._guarded(
+                name, "does not fit this network", score, self._inputs(example[:2])[self.detectors[name].takes]
+            )
+        return self
+
+    @property
+    def fitted_temperature(self) -> float | None:
+        """The temperature of temperature scaling, if that is among the scores."""
+        return next((score.temperature for score in self.scores.values() if score.temperature is not None), None)
+
+    def _check_enough(self, fit: FitSet) -> None:
+        """Check that the set has as many images of each class as the detectors need."""
+        fewest = int(fit.labels.bincount(minlength=self.model.num_classes).min())
+        for name in need_fitting(self.detectors):
+            least = self.detectors[name].least
+            if fewest < least:
+                raise UserError(
+                    f"--score {name}: needs {least} or more images of each class to fit; the {fit.name} has {fewest} "
+                    "of one. Use --fit_on real, a larger --ipc, or leave it out"
+                )
+
+    @torch.no_grad()
+    def _fit(self, fit: FitSet, batch: int) -> None:
+        fitted = {name: self.detectors[name].takes for name in need_fitting(self.detectors)}
+        parts = torch.arange(len(fit.labels), device=fit.labels.device).split(batch)
+        if self.model.head_name is None:
+            inputs = {"logits": torch.cat([self.net(fit.take(part)) for part in parts])}
+        else:
+            inputs = self._of_features(torch.cat([self.embed(fit.take(part)) for part in parts]))
+        if "images" in fitted.values():  # such a detector runs the network itself, and is fitted on what it sees then
+            inputs["images"] = torch.cat([self.model.embed(fit.take(part)) for part in parts])
+        what = f"cannot be fitted on the {fit.name} ({len(fit.labels)} images)"
+        for name, takes in fitted.items():
+            with torch.enable_grad():  # temperature scaling descends a gradient
+                self._guarded(name, what, self.scores[name].fit, inputs[takes], fit.labels)
+
+    @staticmethod
+    def _guarded(name: str, what: str, function: Callable, *inputs: torch.Tensor) -> None:
+        try:
+            function(*inputs)
+        except (ValueError, RuntimeError, AssertionError, IndexError) as error:
+            raise UserError(
+                f"--score {name}: {what}: {one_line(error)}. Fit it on more images (--fit_on real), or leave it out"
+            ) from None
+
+    @torch.no_grad()
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        """The logits of a batch."""
+        return self._inputs(images)["logits"]
+
+    @torch.no_grad()
+    def _inputs(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What scores take: images and logits, and if the last layer is known, features and perhaps maps."""
+        if self.model.head_name is None:
+            return {"images": images, "logits": self.net(images)}
+        return {"images": images} | self._of_features(self.embed(images))
+
+    def _of_features(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        shape = self.model.map_shape
+        maps = {} if shape is None else {"maps": features.unflatten(1, shape)}
+        return {"features": features, "logits": self.model.head(features)} | maps
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor, batch: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Logits float64 `[N, num_classes]` and every score float64 `[N]` of images `[N, C, H, W]`, including a last
+        partial batch."""
+        logits: list[torch.Tensor] = []
+        scores: dict[str, list[torch.Tensor]] = {name: [] for name in self.scores}
+        for part in images.split(batch):
+            inputs = self._inputs(part)
+            logits.append(inputs["logits"])
+            for name, values in scores.items():
+                values.append(self.scores[name](inputs[self.detectors[name].takes]))
+        arrays = {name: torch.cat(values).double().cpu().numpy() for name, values in scores.items()}
+        return torch.cat(logits).double().cpu().numpy(), arrays
+
+
+def last_layer_name(net: nn.Module) -> str:
+    """The name of the linear layer that turns the features of a network of `networks/` into logits."""
+    return next(name for name in LAST_LAYERS if hasattr(net, name))
+
+
+def _linear(net: nn.Module, name: str) -> nn.Linear:
+    """The linear layer of a name."""
+    layers = {n: layer for n, layer in net.named_modules() if isinstance(layer, nn.Linear)}
+    if name not in layers:
+        raise UserError(f"last_layer {name}: is no linear layer of the network; it has {named([*layers]) or 'none'}")
+    return layers[name]
+
+
+def _entering(net: nn.Module, head: nn.Linear, images: torch.Tensor) -> torch.Tensor:
+    """What enters a layer when the network sees images."""
+    seen: list[torch.Tensor] = []
+    hook = head.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    try:
+        net(images)
+    finally:
+        hook.remove()
+    return seen[0]
+
+
+@torch.no_grad()
+def feature_map_shape(
+    net: nn.Module, image: torch.Tensor, embed: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[int, int, int]:
+    """The shape `(C, H, W)` of the map that is flattened into the features; `(D, 1, 1)` if there is none.
+
+    Args:
+        image: `[1, C, H, W]`; embed: images to features.
+    """
+    shapes: list[tuple[int, ...]] = []
+
+    def note(module: nn.Module, inputs: tuple, output: object) -> None:
+        if isinstance(output, torch.Tensor):
+            shapes.append(tuple(output.shape[1:]))
+
+    hooks = [module.register_forward_hook(note) for module in net.modules() if module is not net]
+    features = embed(image).shape[1]
+    for hook in hooks:
+        hook.remove()
+    maps = [s for s in shapes if len(s) == 3 and np.prod(s) == features]
+    return maps[-1] if maps else (features, 1, 1)
