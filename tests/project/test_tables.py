@@ -108,6 +108,22 @@ def test_the_commands_in_the_head_of_a_config(config, run):
     assert all(word.partition("=")[2] in said for word in rest[rest.index("--set") + 1 :])
 
 
+def documented() -> list:
+    """Each command of a table in a document that has no variables of the shell: its words behind the script."""
+    found = []
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = page.read_text().replace("\\\n", " ")
+        for line in re.findall(r"python scripts/tables/table\.py ([^`\n$]+)(?:`|$)", text, re.MULTILINE):
+            found.append(pytest.param(shlex.split(line), id=f"{page.name} {line[:60]}"))
+    return found
+
+
+@pytest.mark.parametrize("words", documented())
+def test_a_command_of_a_document_gives_stages_that_the_scripts_take(words, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    assert table.plan(table.get_args_parser().parse_args(words), tmp_path)[1]
+
+
 def test_what_is_done_is_skipped_and_what_was_stopped_goes_on(run, tmp_path):
     flags = (*CIFAR, "--kinds", "plain", "poe")
     status, commands = run(*flags, fail_at=2)
