@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils.core.errors import UserError
 from utils.core.files import save_output
 from utils.core.run_script import run_script
+from utils.report.kinds import KINDS
 from utils.report.measures import OF_NETWORKS, OF_OOD
 from utils.report.study import (
     StudyColumn,
@@ -28,9 +29,6 @@ from utils.report.study import (
     score_rows,
 )
 from utils.settings.parser import Parser, one_of
-
-TITLES = {"plain": "none", "poe": "distilled", "oe": "distilled (OE)"}  # of the outliers of a kind
-CHOSEN = {"random": "random", "herding": "herding", "kcenter": "k-center", "whole": "whole training set"}
 
 
 def get_args_parser() -> Parser:
@@ -174,16 +172,9 @@ def paired(
 
 
 def title(kind: str, prefix: str) -> str:
-    """The row's name, e.g. `DSA, distilled` or `random, corrupt`; of `poe-again`: `DSA, distilled, corrupted again`."""
-    if kind.endswith("-again"):
-        return f"{title(kind.removesuffix('-again'), prefix)}, corrupted again"
-    base, _, outliers = kind.partition("-")
-    if base in TITLES:
-        notes = {"oe": " (OE)", "plain": " (plain images)"}
-        note = f" ({base} images)" if outliers == "none" else notes.get(base, "") if outliers else ""
-        return f"{prefix or 'distilled images'}, {outliers or TITLES[base]}{note}"
-    if base in CHOSEN:  # the same images, whatever was distilled beside them
-        return f"{CHOSEN[base]}, {outliers or 'none'}"
+    """The row's name, e.g. `DSA, distilled`; a folder that is named otherwise is a row of that name."""
+    if kind in KINDS:
+        return KINDS[kind].title(prefix)
     return f"{prefix}, {kind}" if prefix else kind
 
 

@@ -9,21 +9,15 @@ and the whole training set. The page OUT/compare.html puts them side by side. Th
 
 import argparse
 import math
-import shlex
-import shutil
-import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from scripts.runner import Stage, run_stages
 from utils.compute.device import PRECISIONS
-from utils.core.errors import UserError
-from utils.core.files import save_text
 from utils.core.run_script import run_script
 from utils.data.datasets import RealData
 from utils.exchange.convert import read_distilled
@@ -39,7 +33,6 @@ from utils.settings.training_set import Foreign, assumptions
 
 BASELINES = ("random", "herding", "kcenter", "whole")
 OUTLIERS = ("distilled", "again", "corrupt", "initial", "kcenter", "real")
-DONE = "done"
 
 
 def get_args_parser() -> Parser:
@@ -76,6 +69,9 @@ def get_args_parser() -> Parser:
     parser.add_argument("--lambda_oe", type=number(0), default=0.5, help="weight of the outlier loss")
     _add_tests(parser)
     parser.add_argument("--precision", default="tf32", type=one_of("precision", PRECISIONS), help="as in stage 2")
+    parser.add_argument(
+        "--jobs", type=count(1), default=1, help="stages at once, each on a GPU of its own if there are"
+    )
     for group in (Network, Data, Foreign):
         add_group(parser, group)
     return parser
@@ -112,16 +108,19 @@ def main(args: argparse.Namespace) -> None:
     out = Path(args.out)
     columns = _columns(args, ipc, found.synthetic.images_oe is not None)
     folders = {name: out / name.replace(" = ", " ").replace(" ", "-") for name in columns}
+    stages = []
     for place, (name, train) in enumerate(columns.items(), 1):
-        print(f"column {place} of {len(columns)}: {name}", flush=True)
-        folder = folders[name]
-        stage(folder / "networks", train)
-        test = _test(args, ipc if "--train_on" in train else decoded)
-        stage(folder / "measures", [*test, "--load_path", str(folder / "networks")], folder / "networks")
-    measures = [folder / "measures" for folder in folders.values()]
+        title = f"column {place} of {len(columns)}: {name}"
+        networks = Stage(
+            tuple(train), folders[name] / "networks", shares="features" * ("--features" in train), title=title
+        )
+        test = [*_test(args, ipc if "--train_on" in train else decoded), "--load_path", str(networks.folder)]
+        stages.append(Stage(tuple(test), folders[name] / "measures", (networks,)))
+    run_stages(stages, args.jobs)
+    measures = [stage.folder for stage in stages]
     notes = at_chance(find_runs(measures, list(columns), []), real)
     command = ["scripts/compare.py", *map(str, measures), "--names", *columns, "--out", str(out), "--html"]
-    _run([*command, *(["--notes", *notes] if notes else [])])
+    run_stages([Stage((*command, *(["--notes", *notes] if notes else [])))])
 
 
 def at_chance(columns: Sequence[ComparisonColumn], real: RealData) -> list[str]:
@@ -203,41 +202,6 @@ def _test(args: argparse.Namespace, ipc: int) -> list[str]:
     sets = ["--ood_sets", *args.ood_sets] if args.ood_sets else []
     fit = ["--fit_on", "real"] if args.fit_on == "real" else []
     return ["test_ood_model_syn.py", *_common(args), *flags, *sets, "--score", *args.score, *fit]
-
-
-def stage(folder: Path, command: list[str], before: Path | None = None) -> None:
-    """Run a stage into `folder`, unless that is done; resume it if it was stopped.
-
-    Args:
-        before: the folder of the stage that it reads, whose command must be the same, too.
-    Raises:
-        UserError: when the folder was made by another command.
-    """
-    done = folder / DONE
-    text = (before / DONE).read_text(encoding="utf-8") if before else ""
-    text += shlex.join(command) + "\n"
-    if done.is_file():
-        if done.read_text(encoding="utf-8") != text:
-            raise UserError(f"--out: {folder.parent} was made with other flags; give another --out, or remove it")
-        return
-    command = [*command, "--save_path", str(folder)]
-    if command[0] == "test_ood_model_syn.py":
-        shutil.rmtree(folder, ignore_errors=True)  # it is quick, and does not resume
-    elif any(folder.rglob("args.json")):
-        command += ["--resume", "latest"]
-    _run(command)
-    save_text(done, text)
-
-
-def _run(command: list[str]) -> None:
-    """Run a script of the project; end with its exit status if it fails. A signal to this process goes to it, too."""
-    print(f"$ python {shlex.join(command)}", flush=True)
-    process = subprocess.Popen([sys.executable, str(ROOT / command[0]), *command[1:]])
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda which, _: process.send_signal(which))
-    status = process.wait()
-    if status:
-        sys.exit(status if status > 0 else 128 - status)
 
 
 if __name__ == "__main__":

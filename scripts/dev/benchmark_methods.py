@@ -9,7 +9,7 @@ import torch
 from benchmark_works import STRATEGY, Bench
 
 from networks import get_network, initialize
-from tests.oracle import textbook
+from tests.oracle import plain_methods
 from utils.compute.device import Compute, set_keep_freed_memory
 from utils.core.errors import UserError
 from utils.core.rng import generator
@@ -62,7 +62,7 @@ def dm(bench: Bench) -> dict:
     settings = MatchSettings(
         bench.args.model, bench.ipc, batch_real=bench.batch, batch_oe=bench.batch, lr_img=1.0, init="real", dsa=STRATEGY
     )
-    kinds = (textbook.PlainDistributionMatching, DistributionMatching)
+    kinds = (plain_methods.PlainDistributionMatching, DistributionMatching)
     return _alternating(
         bench, [kind(bench.real, PseudoOutliers(bench.real), settings, bench.compute) for kind in kinds]
     )
@@ -78,7 +78,7 @@ def trajectory_matching(kind: type, real: RealData, model: str, ipc: int, comput
 def mtt(bench: Bench) -> dict:
     """An iteration of trajectory matching of 30 steps, images and outliers (POE); `…_gb`: its memory, measured
     uncompiled in a separate process."""
-    kinds = (textbook.PlainTrajectoryMatching, TrajectoryMatching)
+    kinds = (plain_methods.PlainTrajectoryMatching, TrajectoryMatching)
     result = _alternating(
         bench, [trajectory_matching(k, bench.real, bench.args.model, bench.ipc, bench.compute) for k in kinds]
     )
@@ -126,7 +126,7 @@ def experts(bench: Bench) -> dict:
     training = ExpertTraining(net, real, None, ExpertSettings(augmentation=STRATEGY), bench.compute, run)
     numbers = count_from(0)
     return bench.measure(
-        lambda: textbook.train_expert_epoch(other, optimizer, images, real.labels_train, STRATEGY),
+        lambda: plain_methods.train_expert_epoch(other, optimizer, images, real.labels_train, STRATEGY),
         lambda: training._epoch(0, next(numbers) % 50).item(),
     )
 

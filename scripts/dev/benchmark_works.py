@@ -122,7 +122,7 @@ class Bench:
     def startup(self) -> dict:
         """A process from its launch to the first update of POE, which it does with one outer step."""
         data = f"--data_path {self.folder.name} --model {self.args.model} --ipc {self.ipc}"
-        slow = [ROOT / "scripts" / "textbook_loop.py", *data.split()]
+        slow = [ROOT / "scripts" / "dev" / "textbook_loop.py", *data.split()]
         flags = f"{data} --dataset CIFAR10 --init real --method DSA --dsa_strategy {'_'.join(STRATEGY.strategy)}"
         flags += " --Iteration 1 --outer_loop 1 --num_exp 1 --num_eval 1 --eval_mode P --epoch_eval_train 1"
         flags += f" --device {self.args.device} --compile off --save_path {self.folder.name}/out"

@@ -61,10 +61,7 @@ step() {
 stage() {
     local folder=$work/$1
     shift
-    if [ -e "$folder/done" ]; then return; fi
-    if [ "$1" != test_ood_model_syn.py ] && [ -n "$(find "$folder" -name args.json 2>/dev/null)" ]; then set -- "$@" --resume latest; fi
-    step "$1 → $folder" "$python" "$@" --save_path "$folder"
-    if [ -z "$stopped" ]; then touch "$folder/done"; fi
+    if [ ! -e "$folder/done" ]; then step "$1 → $folder" "$python" scripts/runner.py "$folder" "$@"; fi
 }
 
 # whole NAME IPC METHOD SCRIPT TRAINING FLAGS: a distillation of CIFAR-10 with stages 2 and 3

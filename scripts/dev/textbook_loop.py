@@ -2,7 +2,7 @@
 
 One class after another; whole batches are augmented by tensor operations (`textbook_augment.py`); index permutations by
 numpy; `DataLoader`s over the synthetic set; the loss is read at every step; the training set is read image by image at
-every start, and copied once for each corruption. `tests/oracle/textbook.py` is the oracle of the tests; this one is
+every start, and copied once for each corruption. `scripts/textbook.py` is the oracle of the tests; this one is
 faster, and is the one to compare times with.
 
     python scripts/dev/textbook_loop.py --data_path DIR     # a process from its launch to the first update of POE

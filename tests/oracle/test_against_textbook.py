@@ -1,4 +1,4 @@
-"""The fast engine against the textbook loop of `utils/textbook.py`."""
+"""The fast engine against the textbook loop of `scripts/textbook.py`."""
 
 import re
 from dataclasses import replace
@@ -13,7 +13,8 @@ from torch import nn
 import networks
 from networks import get_network
 from networks.convnet import ConvNet
-from tests.oracle import textbook
+from scripts import textbook
+from tests.oracle.plain_methods import PlainMatching
 from utils.compute import compiling, transfer
 from utils.compute.compiling import Workload
 from utils.compute.cpu_batches import convolution_sizes
@@ -273,7 +274,7 @@ def test_the_textbook_that_the_benchmark_measures_does_the_same(tiny_real, name,
         name, 2, batch_real=8, batch_oe=8, init="real", dsa=STRATEGY, outer_loop=3, inner_loop=2, batch_train=4
     )
     found = []
-    for kind in (GradientMatching, textbook.PlainMatching):
+    for kind in (GradientMatching, PlainMatching):
         method = kind(tiny, PseudoOutliers(tiny) if outliers else None, settings)
         method.net.double()
         method.start(0)
@@ -480,3 +481,15 @@ def test_features_in_bfloat16(tiny_real, compiled):
     assert relative(features, net.embed(images).detach()) > 1e-4
     logits, _ = Scorer(net, ["msp"], 1.0, (1.0,) * 3, embed)(images, 4)
     np.testing.assert_allclose(logits, net.classifier(features).detach().double().cpu().numpy(), atol=1e-5)
+
+
+def test_the_textbook_runs_on_digits(monkeypatch, capsys):
+    """A few iterations and epochs: networks learn, and know the photographs better with outliers."""
+    monkeypatch.setattr(textbook, "ITERATIONS", 10)
+    monkeypatch.setattr(textbook, "EPOCHS", 100)
+    textbook.main()
+    loss, *lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"iteration 10: matching loss [\d.]+, of the outliers [\d.]+", loss)
+    (plain, auroc), (with_outliers, better) = (map(float, re.findall(r"([\d.]+) %", line)) for line in lines)
+    assert min(plain, with_outliers) > 70
+    assert better > auroc

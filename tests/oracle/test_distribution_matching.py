@@ -7,7 +7,8 @@ import torch
 from conftest import COMPILED, DEVICE, needs_compiler
 
 from networks import get_network, initialize
-from tests.oracle.textbook import PlainDistributionMatching, augment_images
+from scripts.textbook import augment_images
+from tests.oracle.plain_methods import PlainDistributionMatching
 from utils.compute.device import Compute
 from utils.core.rng import generator
 from utils.data.augment import DSA, DSA_ENTRIES, identity

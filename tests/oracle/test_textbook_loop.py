@@ -8,7 +8,7 @@ import textbook_loop
 import torch
 
 from networks import get_network
-from tests.oracle import textbook
+from scripts import textbook
 from utils.core.rng import generator
 from utils.data.augment import identity
 from utils.data.synthetic import SyntheticSet

@@ -19,7 +19,7 @@ from conftest import COMPILED, ROOT, needs_compiler
 import main_poe
 import train_experts
 from networks import get_network, initialize
-from tests.oracle.textbook import PlainTrajectoryMatching
+from tests.oracle.plain_methods import PlainTrajectoryMatching
 from utils.compute.device import Compute
 from utils.core.errors import Interrupted, UserError
 from utils.core.rng import generator

@@ -3,7 +3,7 @@
 The real gradients are computed slot by slot: batching them would turn the weight gradients into grouped convolutions,
 which are slower. The synthetic side, which is differentiated twice, uses `torch.func` for many slots together where
 that is faster. With `torch.func` alone it can also be compiled; a second backward pass by autograd could not be. The
-tests compare all strategies with the plain loop of `tests/oracle/textbook.py`.
+tests compare all strategies with the plain loop of `scripts/textbook.py`.
 """
 
 import warnings

@@ -1,7 +1,4 @@
-"""The textbook way of every stage, one class and one image at a time, for comparison in tests and in the benchmark.
-
-Nothing else uses it. It computes the same as the fast code, from the same draws.
-"""
+"""The engine's methods with the same draws by the plain loops of `scripts/textbook.py`, for tests and benchmarks."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,92 +8,13 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 
-from utils.data.augment import DSA, Transform, identity
-from utils.data.synthetic import SyntheticSet
-from utils.methods.distances import match_loss
+from scripts.textbook import match_slots, train_epoch
+from utils.data.augment import DSA, identity
 from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.gradient_matching import GradientMatching
 from utils.methods.match_draws import SlotDraw
 from utils.methods.trajectory_matching import StudentBatch, TrajectoryMatching
 from utils.training.draws import Batch
-
-
-def augment_images(images: torch.Tensor, transform: Callable) -> torch.Tensor:
-    """Apply a DSA draw image by image."""
-    if not isinstance(transform, Transform):
-        return transform(images)
-    shared = len(transform.params) == 1
-    rows = [transform.params if shared else transform.params[i : i + 1] for i in range(len(images))]
-    return torch.cat([Transform(transform.entry, row)(images[i : i + 1]) for i, row in enumerate(rows)])
-
-
-def match_slots(
-    net: nn.Module,
-    images_syn: torch.Tensor,
-    real_batch: Callable[[int], torch.Tensor],
-    transforms: Sequence[Callable],
-    outliers: bool,
-    metric: str,
-) -> tuple[list[float], torch.Tensor]:
-    """Losses of all slots and the gradient of their sum, one slot after another, with autograd throughout."""
-    parameters = list(net.parameters())
-
-    def loss_of(images: torch.Tensor, slot: int) -> torch.Tensor:
-        """Cross-entropy to the slot's class, or for outliers to the uniform distribution."""
-        logits = net(images)
-        if outliers:
-            uniform = torch.full_like(logits, 1 / logits.shape[1])
-            return -(uniform * F.log_softmax(logits, dim=1)).sum(dim=1).mean()
-        return nn.CrossEntropyLoss()(logits, torch.tensor([slot] * len(images), device=images.device))
-
-    images_syn = images_syn.detach().clone().requires_grad_()
-    total: torch.Tensor | float = 0.0
-    losses = []
-    for slot, transform in enumerate(transforms):
-        real = augment_images(real_batch(slot), transform)
-        target = [g.detach().clone() for g in torch.autograd.grad(loss_of(real, slot), parameters)]
-        synthetic = augment_images(images_syn[slot], transform)
-        found = torch.autograd.grad(loss_of(synthetic, slot), parameters, create_graph=True)
-        loss = match_loss(found, target, metric)
-        losses.append(loss.item())
-        total = total + loss
-    return losses, torch.autograd.grad(total, images_syn)[0]
-
-
-def train_epoch(
-    net: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    synthetic: SyntheticSet,
-    batches: Sequence[Batch],
-    lambda_oe: float,
-) -> float:
-    """One epoch through `DataLoader`s, augmented image by image, the loss read at every step.
-
-    `batches`: which images, and which augmentation, each step takes (`Trainer.draw_epochs`).
-    """
-    net.train()
-    labelled = TensorDataset(synthetic.images, synthetic.labels)
-    loader = DataLoader(labelled, batch_sampler=[b.index.tolist() for b in batches])
-    others = None
-    if synthetic.images_oe is not None:
-        sampler = [b.index_oe.tolist() for b in batches]
-        others = iter(DataLoader(TensorDataset(synthetic.images_oe), batch_sampler=sampler))
-    total = 0.0
-    for (x, y), drawn in zip(loader, batches, strict=True):
-        x = augment_images(x, drawn.transform or identity)
-        if others is not None:
-            (outliers,) = next(others)
-            x = torch.cat([x, augment_images(outliers, drawn.transform_oe or identity)])
-        logits = net(x)
-        loss = nn.CrossEntropyLoss()(logits[: len(y)], y)
-        if others is not None:
-            rest = logits[len(y) :]
-            loss = loss + lambda_oe * (rest.logsumexp(1) - rest.mean(1)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        total += loss.item()
-    return total / len(batches)
 
 
 class PlainMatching(GradientMatching):

@@ -1,0 +1,188 @@
+"""Run stages: each once, a stopped one from where it was, several at once. For scripts that run other scripts.
+
+    python scripts/runner.py FOLDER main_poe.py --dataset Digits …    # one stage
+
+A folder is done when it holds the file `done`: all commands that led to it. If other flags lead to other commands, the
+runner says so and stops before anything runs, as a resumed stage does.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from utils.core.errors import UserError
+from utils.core.files import save_text
+from utils.core.run_script import run_script
+
+DONE = "done"
+POLL = 0.05  # seconds between two looks at the processes
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command of this project, and where its results go."""
+
+    command: tuple[str, ...]  # a script and its flags, but for the folder
+    folder: Path | None = None  # what it writes into; None: it is quick, keeps nothing, and runs every time
+    before: tuple["Stage", ...] = ()  # the stages whose results it reads
+    shares: str = ""  # stages that share something do not run at once
+    title: str = ""  # a line to print when it starts
+
+    @property
+    def key(self) -> object:
+        """What identifies it: the folder, or without one the command."""
+        return self.folder or self.command
+
+    def lines(self) -> list[str]:
+        """The commands that lead to its folder, its own last."""
+        return [*dict.fromkeys(line for stage in self.before for line in stage.lines()), shlex.join(self.command)]
+
+    def is_done(self) -> bool:
+        """Whether its folder is done.
+
+        Raises:
+            UserError: when the folder was made by other commands.
+        """
+        path = self.folder / DONE if self.folder else None
+        text = path.read_text(encoding="utf-8") if path and path.is_file() else ""
+        now = "\n".join(self.lines()) + "\n"
+        if text in ("", now):
+            return bool(text)
+        old, new = (re.findall(r"--\w+(?: (?!--)\S+)*", lines) for lines in (text, now))
+        gone, come = (", ".join(dict.fromkeys(f for f in a if f not in b)) for a, b in ((old, new), (new, old)))
+        raise UserError(
+            f"--out: {self.folder.parent} was made with other flags: {gone or 'none'}; now it has {come or 'none'}. "
+            "Give another --out, or remove it"
+        )
+
+    def words(self) -> list[str]:
+        """The whole command as it is to be run now: with its folder, and `--resume latest` if it was stopped."""
+        if self.folder is None:
+            return [*self.command]
+        if self.command[0] == "train_experts.py":  # it resumes by itself
+            return [*self.command, "--buffer_path", str(self.folder)]
+        resumes = self.command[0] != "test_ood_model_syn.py" and any(self.folder.rglob("args.json"))
+        return [*self.command, "--save_path", str(self.folder), *(["--resume", "latest"] if resumes else [])]
+
+
+def to_run(stages: Iterable[Stage]) -> list[Stage]:
+    """The stages that are not done, each once and after those that it reads; a done one needs nothing before it."""
+    found: dict[object, Stage] = {}
+
+    def add(stage: Stage) -> None:
+        if stage.key in found or stage.is_done():
+            return
+        for first in stage.before:
+            add(first)
+        found[stage.key] = stage
+
+    for stage in stages:
+        add(stage)
+    return list(found.values())
+
+
+def run_stages(stages: Iterable[Stage], jobs: int = 1) -> None:
+    """Run those that are not done, `jobs` at once, each on a GPU of its own where there are several.
+
+    Several at once write what they print to `<folder>.log`. A signal to this process goes to them. After one that
+    failed no other starts, and this process ends with its exit status.
+    """
+    pool = _Pool(to_run(stages), jobs)
+    before = {number: signal.signal(number, pool.forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        pool.run()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if pool.status:
+        sys.exit(pool.status)
+
+
+class _Pool:
+    """The stages that wait, and those that run, by place from 0."""
+
+    def __init__(self, stages: Sequence[Stage], jobs: int):
+        self.waiting, self.jobs = [*stages], jobs
+        self.running: dict[int, tuple[Stage, subprocess.Popen]] = {}
+        self.status = 0  # of the first that failed
+
+    def run(self) -> None:
+        """Start and watch them until all are done, or one has failed."""
+        while self.running or (self.waiting and not self.status):
+            self._start()
+            time.sleep(POLL)
+            self._collect()
+
+    def forward(self, number: int, _: object = None) -> None:
+        """Send a signal to all that run, and start no other."""
+        self.status = self.status or 128 + number
+        for _, process in self.running.values():
+            process.send_signal(number)
+
+    def _start(self) -> None:
+        """Start what is ready, in order, on the free places."""
+        for place in range(self.jobs):
+            running = [stage for stage, _ in self.running.values()]
+            unfinished = {stage.key for stage in (*self.waiting, *running)}
+            shared = {stage.shares for stage in running if stage.shares}
+            ready = (
+                s for s in self.waiting if s.shares not in shared and unfinished.isdisjoint(b.key for b in s.before)
+            )
+            stage = None if self.status or place in self.running else next(ready, None)
+            if stage is not None:
+                self.waiting.remove(stage)
+                words = stage.words()
+                print(*[stage.title] if stage.title else [], f"$ python {shlex.join(words)}", sep="\n", flush=True)
+                if stage.folder is not None and words[0] == "test_ood_model_syn.py":
+                    shutil.rmtree(stage.folder, ignore_errors=True)  # it is quick, and does not resume
+                self.running[place] = stage, start(words, stage.folder, place, self.jobs)
+
+    def _collect(self) -> None:
+        """Mark those that ended as done, or note that they failed."""
+        for place, (stage, process) in [*self.running.items()]:
+            status = process.poll()
+            if status is None:
+                continue
+            del self.running[place]
+            if status:
+                if self.jobs > 1:
+                    print(f"exit status {status}: see {stage.folder or stage.command[0]}.log", file=sys.stderr)
+                self.status = self.status or (status if status > 0 else 128 - status)
+            elif stage.folder is not None:
+                save_text(stage.folder / DONE, "\n".join(stage.lines()) + "\n")
+
+
+def start(words: Sequence[str], folder: Path | None, place: int, jobs: int) -> subprocess.Popen:
+    """Start a command that writes into `folder` (if any), as the process at a place, one of `jobs` at once."""
+    command = [sys.executable, *([str(ROOT / words[0]), *words[1:]] if words[0].endswith(".py") else words)]
+    if jobs == 1 or folder is None:
+        return subprocess.Popen(command)
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} | os.environ
+    if gpus := _gpus():
+        environment["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f"{folder.name}.log"), "ab") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+def _gpus() -> list[str]:
+    """The names of the GPUs that may be used, as in `CUDA_VISIBLE_DEVICES`."""
+    import torch  # late: it is slow, and only several jobs need it
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(k) for k in range(torch.cuda.device_count())] if given is None else [w for w in given.split(",") if w]
+
+
+if __name__ == "__main__":
+    run_script(lambda: run_stages([Stage(tuple(sys.argv[2:]), Path(sys.argv[1]))]), "runner.py")

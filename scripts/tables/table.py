@@ -1,0 +1,343 @@
+"""All three stages for each kind of training set, ipc and seed, and the tables of the results.
+
+    python scripts/tables/table.py scripts/tables/digits.yaml --ipc 1 --seeds 1 2 --jobs 2
+    python scripts/tables/table.py scripts/tables/cifar10.yaml scripts/tables/outliers.yaml --method DM --dry_run
+
+The values of a config file go before those of `scripts/tables/defaults.yaml`, which explains them, and a later file
+before an earlier one. The same command again skips what is done and resumes what was stopped.
+Results: OUT/ipc<n>/<kind>/seed<s>/{1-distilled,2-networks,3-ood}, and for each ipc OUT/ipc<n>/table/compare.html.
+"""
+
+import argparse
+import hashlib
+import importlib
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, reduce
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import utils  # noqa: F401  # isort: skip (before torch: it tells OpenMP how to wait)
+
+import yaml
+
+from scripts.runner import Stage, run_stages, to_run
+from scripts.tables import check_inputs
+from utils.core.errors import UserError, one_line, unknown_name
+from utils.core.run_script import run_script
+from utils.report.kinds import DISTILLED, Kind, kind_named
+from utils.settings.parser import Parser, count
+
+HERE = Path(__file__).resolve().parent
+LISTS = ("kinds", "ipc", "seeds", "lambdas", "detectors")
+AT_TOP = dict.fromkeys(LISTS, "*") | dict.fromkeys(("networks", "method", "lambda_oe"))  # flags: their `nargs`
+SCRIPTS = {"plain": "main.py", "oe": "main_oe.py", "poe": "main_poe.py"}  # of stage 1
+
+
+def get_args_parser() -> Parser:
+    """The flags of this script."""
+    parser = Parser(description="All stages of a table: kinds of training sets, ipc and seeds.")
+    parser.add_argument("configs", nargs="+", metavar="CONFIG", help="YAML files, e.g. scripts/tables/digits.yaml")
+    parser.add_argument("--out", default=None, help="folder; left out: result-tables/ and the names of the files")
+    for name, number in AT_TOP.items():
+        parser.add_argument(f"--{name}", nargs=number, default=None, help=f"`{name}` of the config, see defaults.yaml")
+    parser.add_argument("--recipes", nargs="+", default=None, help="which of the recipes; left out: all of the config")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
+        help="any other value, e.g. all.model=ConvNetW32 'stage3.score=msp mls'",
+    )  # fmt: skip
+    parser.add_argument(
+        "--jobs", type=count(1), default=1, help="stages at once, each on a GPU of its own if there are"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="print the commands, and run nothing")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Plan all stages, check the inputs, run what is not done, and make the tables."""
+    out = Path(args.out or Path("result-tables", "-".join(Path(config).stem for config in args.configs)))
+    tables, stages = plan(args, out)
+    made = [stage for table in tables for stage in table.files()]
+    if args.dry_run:
+        for stage in to_run([*made, *stages]):
+            print(f"$ python {shlex.join(stage.words())}")
+        return
+    run_stages(made)
+    check_inputs.main(check_inputs.get_args_parser().parse_args(tables[0].inputs()))
+    run_stages(stages, args.jobs)
+
+
+def plan(args: argparse.Namespace, out: Path) -> tuple[list["Table"], list[Stage]]:
+    """The table of each recipe, or the only one, and all stages; their flags are checked by the scripts' parsers."""
+    given = _given(args)
+    settings = merged([HERE / "defaults.yaml", *map(Path, args.configs)], given)
+    recipes = settings["recipes"]
+    if not recipes:
+        table = Table(out, out, settings)
+        return [table], table.stages()
+    chosen = args.recipes or [*recipes]
+    for name in chosen:
+        if name not in recipes:
+            raise UserError(f"--recipes: with --method {settings['method']}, {unknown_name('recipe', name, recipes)}")
+    tables = {name: Table(out / name, out, merge(merge(settings, recipes[name]), given)) for name in chosen}
+    stages = [stage for table in tables.values() for stage in table.stages()]
+    return [*tables.values()], [*stages, *_studies(out, tables, stages)]
+
+
+def _studies(out: Path, tables: dict[str, "Table"], stages: Sequence[Stage]) -> Iterator[Stage]:
+    """For each ipc, the tables of all recipes side by side."""
+    first = next(iter(tables.values()))
+    kinds, goals = first["kinds"], tuple(stage for stage in stages if stage.folder)
+    flags = ["--prefixes", *tables, "--kinds", *kinds, "--scores", *first["stage3.score"]]
+    flags += ["--base", "poe"] if "poe" in kinds and len(kinds) > 1 else []
+    for ipc in first["ipc"]:
+        folders = [str(table.out / f"ipc{ipc}") for table in tables.values()]
+        yield Stage(("scripts/study.py", *folders, *flags, "--out", str(out / f"study-ipc{ipc}.md")), before=goals)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table, and whether it is measured in another way."""
+
+    kind: str
+    ipc: str
+    seed: str
+    weight: str = ""  # of the outliers in stage 2, in the place of lambda_oe
+    fit: str = ""  # what the scores of `detectors` are fitted on: distilled or real
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is of the whole training set, which does not depend on ipc."""
+        return kind_named(self.kind).images == "whole"
+
+    @property
+    def folder(self) -> Path:
+        """Its folder below that of the table."""
+        part = f"lambda-{self.weight}" if self.weight else f"fit-{self.fit}" if self.fit else ""
+        return Path("" if self.whole else f"ipc{self.ipc}", part, self.kind, f"seed{self.seed}")
+
+
+@dataclass(frozen=True)
+class Table:
+    """The stages of one table."""
+
+    out: Path
+    shared: Path  # folder of experts and of the features of coresets
+    settings: dict  # as in defaults.yaml
+
+    def __getitem__(self, name: str) -> list[str]:
+        """The words of a value; `section.name` for one in a section."""
+        return words_of(reduce(dict.__getitem__, name.split("."), self.settings))
+
+    def stages(self) -> list[Stage]:
+        """The last stages of all cells, and after those of each ipc what puts them side by side."""
+        found = []
+        for ipc in self["ipc"]:
+            cells = [Cell(kind, ipc, seed) for seed in self["seeds"] for kind in self["kinds"]]
+            last = [self.measure(cell) for cell in cells]
+            folders = dict.fromkeys(str((self.out / cell.folder).parent) for cell in cells)
+            flags = ["--names", *self["kinds"], "--out", str(self.out / f"ipc{ipc}" / "table"), "--html"]
+            found += [*last, Stage(("scripts/compare.py", *folders, *flags), before=tuple(last))]
+            small = [cell for cell in cells if not cell.whole]
+            found += [*self._sweep(ipc, small), *self._detect(small)]
+        return found
+
+    def _sweep(self, ipc: str, cells: Sequence[Cell]) -> list[Stage]:
+        """Stages 2 and 3 with other weights of the outliers, for all kinds that have any."""
+        weighed = [cell for cell in cells if kind_named(cell.kind).outliers != "none"]
+        last = [self.measure(replace(cell, weight=weight)) for weight in self["lambdas"] for cell in weighed]
+        here = self.out / f"ipc{ipc}"
+        flags = [str(here / f"lambda-{weight}") for weight in self["lambdas"]]
+        flags += ["--prefixes", *self["lambdas"], "--scores", *self["stage3.score"]]
+        flags += ["--of_networks", "accuracy", "ece", "nll", "--out", str(here / "lambda.md")]
+        return [*last, Stage(("scripts/study.py", *flags), before=tuple(last))] if last else []
+
+    def _detect(self, cells: Sequence[Cell]) -> list[Stage]:
+        """Stage 3 with the further detectors, fitted on either set."""
+        fits = [fit for fit in ("distilled", "real") if self._detectors(fit)]
+        return [self.measure(replace(cell, fit=fit)) for fit in fits for cell in cells]
+
+    def _detectors(self, fit: str) -> list[str]:
+        """Those to fit on a set; no temperature fits the distilled one, since networks are right on all its images."""
+        return [score for score in self["detectors"] if (score, fit) != ("tscaling", "distilled")]
+
+    def measure(self, cell: Cell) -> Stage:
+        """Stage 3 of a cell."""
+        trained = self.train(replace(cell, fit=""))
+        own = {"score": self._detectors(cell.fit), "fit_on": cell.fit} if cell.fit else {}
+        flags = self._flags(cell, {"num_exp": self["networks"], "load_path": [str(trained.folder)]}, "stage3", own)
+        return self._stage("test_ood_model_syn.py", flags, self.out / cell.folder / "3-ood", trained)
+
+    def train(self, cell: Cell) -> Stage:
+        """Stage 2 of a cell."""
+        kind = kind_named(cell.kind)
+        flags: list[dict | str] = ["dsa_strategy", {"num_eval": self["networks"]}, "stage2"]
+        before, shares = [], ""
+        if kind.images in DISTILLED:
+            before = [self.distil(Cell(kind.images, cell.ipc, cell.seed))]
+            flags.append({"load_path": [str(before[0].folder)]})
+        else:
+            flags += [{"train_on": kind.images}, *(["whole"] if cell.whole else [])]
+        if kind.images in ("herding", "kcenter"):
+            flags.append({"features": [str(self.shared / "features")]})
+            shares = f"features {cell.seed}"
+        script = "train_model_synthetic_no_oe.py"
+        if kind.outliers != "none":
+            script = "train_model_synthetic_oe.py"
+            flags += self._outliers(kind, cell.weight)
+        return self._stage(
+            script, self._flags(cell, *flags), self.out / cell.folder / "2-networks", *before, shares=shares
+        )
+
+    def _outliers(self, kind: Kind, weight: str) -> list[dict | str]:
+        """The flags of stage 2 that choose outliers."""
+        chosen: list[dict | str] = [{"lambda_oe": weight} if weight else "lambda_oe"]
+        chosen += [{"outliers": kind.outliers}] if kind.outliers != "distilled" else []
+        chosen += [{"corrupt_again": "true"}] if kind.again else []
+        chosen += ["other_outliers"] if kind.outliers != "distilled" or kind.again else []
+        return chosen + (["oe"] if kind.images == "oe" and kind.outliers in ("initial", "kcenter", "real") else [])
+
+    def distil(self, cell: Cell) -> Stage:
+        """Stage 1; with MTT its experts before it."""
+        script = SCRIPTS[cell.kind]
+        own = [] if cell.kind == "plain" else ["lambda_oe", "outliers", cell.kind]
+        flags, before = self._flags(cell, "dsa_strategy", "stage1", *own), []
+        if self["method"] == ["MTT"]:
+            before = [self.experts(cell.kind, _parsed(script, tuple(flags)))]
+            flags += ["--buffer_path", str(before[0].folder)]
+        return self._stage(script, flags, self.out / cell.folder / "1-distilled", *before)
+
+    def experts(self, images: str, distils: argparse.Namespace) -> Stage:
+        """The experts of MTT, with the weight of the outliers that the flags of stage 1 lead to.
+
+        Equal flags share a folder.
+        """
+        flags: list[dict | str] = ["all", "dsa_strategy", {"outliers": "none"}]
+        if images != "plain":
+            flags += [{"outliers": images, "lambda_oe": str(distils.expert_lambda_oe or distils.lambda_oe)}, images]
+        words = self._words(*flags, "experts")
+        name = f"{images}-{hashlib.sha256(shlex.join(words).encode()).hexdigest()[:8]}"
+        return self._stage("train_experts.py", words, self.shared / "buffers" / name)
+
+    def files(self) -> list[Stage]:
+        """The commands that make files which are needed and not there."""
+        wanted = [Path(*self["stage3.ood_path"], name) for name in self["stage3.ood_sets"]]
+        wanted += [Path(*self["oe.oe_data_path"]).with_suffix("")] if self._needs_pool() else []
+        source = self._words(self._some("all", "data_path", "download"))
+        missing = [f for f in self.settings["files"] if not Path(f).exists() and Path(f).with_suffix("") in wanted]
+        return [Stage((*words_of(self.settings["files"][file]), *source)) for file in missing]
+
+    def inputs(self) -> list[str]:
+        """The flags of `check_inputs.py`."""
+        pool = self._some("oe", "oe_data_path") if self._needs_pool() else {}
+        sets = self._some("stage3", "ood_path", "ood_sets")
+        return self._words(self._some("all", "dataset", "data_path", "download"), sets, pool)
+
+    def _needs_pool(self) -> bool:
+        return any(kind_named(kind).images == "oe" for kind in self["kinds"])
+
+    def _some(self, section: str, *names: str) -> dict:
+        return {name: value for name, value in self.settings[section].items() if name in names}
+
+    def _flags(self, cell: Cell, *parts: dict | str) -> list[str]:
+        """The flags of a stage of a cell; `parts` as in `_words`."""
+        return self._words("all", {"ipc": "1" if cell.whole else cell.ipc, "seed": cell.seed}, "method", *parts)
+
+    def _words(self, *parts: dict | str) -> list[str]:
+        """Flags as words; each part holds flags, or names a section or a value. Later parts go before earlier ones."""
+        found: dict = {}
+        for part in parts:
+            value = self.settings[part] if isinstance(part, str) else part
+            found |= value if isinstance(value, dict) else {part: value}
+        values = {name: words_of(value) for name, value in found.items()}
+        values = {name: words for name, words in values.items() if words not in ([], ["false"])}
+        return [w for name, words in values.items() for w in (f"--{name}", *([] if words == ["true"] else words))]
+
+    def _stage(self, script: str, flags: Sequence[str], folder: Path, *before: Stage, shares: str = "") -> Stage:
+        _parsed(script, tuple(flags))
+        return Stage((script, *flags), folder, before, shares)
+
+
+@cache
+def _parsed(script: str, flags: tuple[str, ...]) -> argparse.Namespace:
+    """The flags as the script reads them; an unknown one ends this script with its message."""
+    parser = importlib.import_module(Path(script).stem).get_args_parser()
+    parser.prog = f"table.py: {script}"
+    return parser.parse_args(flags)
+
+
+def words_of(value: str | list[str]) -> list[str]:
+    """A value as words; quotes keep a path with a space together."""
+    return value if isinstance(value, list) else shlex.split(value)
+
+
+def merged(files: Sequence[Path], given: dict) -> dict:
+    """The values of all files and then those `given`; each has, after its own, those for the method that counts."""
+    layers = [*map(read_config, files), given]
+    method = next(layer["method"] for layer in reversed(layers) if layer.get("method"))
+    settings = layers[0]
+    for layer in layers:
+        if unknown := [name for name in layer if name not in layers[0]]:
+            raise UserError(
+                f"{unknown_name('value', unknown[0], layers[0])}; scripts/tables/defaults.yaml explains them"
+            )
+        settings = merge(settings, layer)
+        for names, own in layer.get("methods", {}).items():
+            settings = merge(settings, own) if method in names.split() else settings
+    for kind in words_of(settings["kinds"]):
+        kind_named(kind)
+    return settings
+
+
+def merge(old: dict, new: dict, place: str = "") -> dict:
+    """`old` with the values of `new`, section by section.
+
+    Raises:
+        UserError: for a value in the place of a section, or a section in the place of a value.
+    """
+    found = dict(old)
+    for name, value in new.items():
+        before = old.get(name, {} if isinstance(value, dict) else "")
+        if isinstance(before, dict):
+            value = value or {}  # an empty section
+        if isinstance(before, dict) != isinstance(value, dict):
+            raise UserError(
+                f"{place}{name}: {one_line(value)} is no {'section' if isinstance(before, dict) else 'value'}"
+            )
+        found[name] = merge(before, value, f"{place}{name}.") if isinstance(value, dict) else value
+    return found
+
+
+def read_config(path: Path) -> dict:
+    """The values of a YAML file, as texts.
+
+    Raises:
+        UserError: when it is not there or holds something else.
+    """
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"CONFIG: cannot read {path}: {one_line(error)}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"CONFIG: {path} holds no names and values; see scripts/tables/digits.yaml")
+    return values
+
+
+def _given(args: argparse.Namespace) -> dict:
+    """The values of the command line, in the form of a config file."""
+    given: dict = {name: value for name in AT_TOP if (value := getattr(args, name)) is not None}
+    for text in args.set:
+        path, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--set: {text!r} has no value; give NAME=VALUE, e.g. stage1.Iteration=50")
+        for name in reversed(path.split(".")):
+            value = {name: value}
+        given = merge(given, value)
+    return given
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(get_args_parser().parse_args()), "table.py")

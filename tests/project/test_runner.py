@@ -1,0 +1,27 @@
+"""The runner of stages: several at once."""
+
+import pytest
+
+from scripts.runner import Stage, run_stages
+
+
+def test_stages_at_once(tmp_path, monkeypatch, capfd):
+    """Each has a GPU of its own; what is shared is not at once; one that fails lets others end, but none start."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    look = (
+        "import os, sys, time; from pathlib import Path; time.sleep(.2); d = Path(sys.argv[-1]); d.mkdir(parents=True)"
+    )
+    look += "; (d / 'gpu').write_text(os.environ['CUDA_VISIBLE_DEVICES']); print(time.time())"
+    stages = [Stage(("-c", look), tmp_path / name, shares="x" * (name in "ac")) for name in "abc"]
+    run_stages([*stages, Stage(("-c", look), tmp_path / "d", (stages[0],))], jobs=2)
+    assert [(tmp_path / name / "gpu").read_text() for name in "ab"] == ["4", "7"]
+    ended = {name: float((tmp_path / f"{name}.log").read_text()) for name in "abcd"}
+    assert min(ended["c"], ended["d"]) > ended["a"] + 0.2
+    fails = [
+        Stage(("-c", f"{code}  # {i}"), tmp_path / f"{i}") for i, code in enumerate(["raise SystemExit(3)", look, look])
+    ]
+    with pytest.raises(SystemExit) as failed:
+        run_stages(fails, jobs=2)
+    assert failed.value.code == 3
+    assert ((tmp_path / "1/done").exists(), (tmp_path / "2").exists()) == (True, False)
+    assert f"exit status 3: see {tmp_path / '0'}.log" in capfd.readouterr().err

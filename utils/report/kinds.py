@@ -1,0 +1,56 @@
+"""The kinds of training sets that tables compare: which images, and which outliers beside them."""
+
+from dataclasses import dataclass
+
+from utils.core.errors import UserError, unknown_name
+
+DISTILLED = {"plain": "none", "oe": "distilled (OE)", "poe": "distilled"}  # images; how their own outliers are shown
+REAL = {"random": "random", "herding": "herding", "kcenter": "k-center", "whole": "whole training set"}
+OTHERS = ("initial", "kcenter", "corrupt", "real", "none")  # outliers that were not distilled, as --outliers
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of training set, e.g. `poe-kcenter-again`."""
+
+    images: str  # one of DISTILLED: those of that distilled set; or one of REAL, as --train_on
+    outliers: str  # as --outliers: `distilled`, or one of OTHERS
+    again: bool = False  # whether the outliers are corrupted again in every epoch
+
+    def title(self, prefix: str = "") -> str:
+        """How tables show it, e.g. `DSA, distilled` or `random, corrupt`; `prefix` stands for distilled images."""
+        more = ", corrupted again" if self.again else ""
+        if self.images in REAL:  # the same images, whatever was distilled beside them
+            return f"{REAL[self.images]}, {self.outliers}{more}"
+        shown = DISTILLED[self.images]
+        if self.outliers == "none" != shown:
+            shown = f"none ({self.images} images)"
+        elif self.outliers not in ("none", "distilled"):
+            shown = self.outliers + {"oe": " (OE)", "plain": " (plain images)", "poe": ""}[self.images]
+        return f"{prefix or 'distilled images'}, {shown}{more}"
+
+
+def _all() -> dict[str, Kind]:
+    """Every kind by its name: the images, then the outliers unless they are the set's own, then `again`."""
+    found = {}
+    for images in (*DISTILLED, *REAL):
+        own = "distilled" if images in ("oe", "poe") else "none"
+        kinds = {images: Kind(images, own)}
+        kinds |= {f"{images}-{o}": Kind(images, o) for o in (("corrupt", "real") if images == "whole" else OTHERS)}
+        again = [name for name, kind in kinds.items() if kind.outliers in ("distilled", "initial", "kcenter")]
+        found |= kinds | {f"{name}-again": Kind(images, kinds[name].outliers, True) for name in again}
+    return found
+
+
+KINDS = _all()
+
+
+def kind_named(name: str) -> Kind:
+    """The kind of this name.
+
+    Raises:
+        UserError: when there is none.
+    """
+    if name not in KINDS:
+        raise UserError(f"--kinds: {unknown_name('kind', name, KINDS)}")
+    return KINDS[name]
