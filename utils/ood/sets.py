@@ -18,7 +18,7 @@ from utils.data.datasets import SPECS, RealData, load_test_images
 from utils.data.download import FROM_PYTORCH_OOD, TORCHVISION_FILES, NotThere, fetch_pytorch_ood
 from utils.ood.files import ARRAY_SUFFIXES, LIST_SUFFIX, is_path, listed_images, shown_names, stem
 from utils.ood.generated import DRAWN
-from utils.outliers.corruptions import corrupt, needs_partner
+from utils.outliers.corruptions import corrupt
 
 PAPER_SETS = ("Textures", "Places365", "TinyImageNet_resize", "LSUN_resize")
 LOCAL_ONLY = ("iSUN",)  # also in the paper, but in no library: used if it is on disk
@@ -267,8 +267,10 @@ def validation_sets(source: OODSource) -> list[OODSet]:
     def load(name: str) -> torch.Tensor:
         """A random subset under the corruption `name`, normalised."""
         g = generator(source.seed, "validation", name)
-        count = 2 if source.limit == 1 and needs_partner(name) else source.limit  # the mean of two images takes two
-        chosen = images[torch.randperm(len(images), generator=g)[:count]].to(real.device)
+        two_or_more = torch.randperm(len(images), generator=g)[
+            : max(2, source.limit)
+        ]  # a corruption may mix two images
+        chosen = images[two_or_more].to(real.device)
         return real.normalize(corrupt(conform(chosen, real.channel, real.im_size), name, g)[: source.limit])
 
     made_of = "test images" if other is None else "the other CIFAR"

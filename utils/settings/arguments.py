@@ -9,7 +9,8 @@ from utils.compute.device import PRECISIONS
 from utils.core.errors import UserError
 from utils.data.augment import DSA_ENTRIES, parse_strategy
 from utils.data.datasets import DATASET_NAMES, RealData, load_dataset
-from utils.methods import add_method_choice, add_method_flags
+from utils.methods import METHODS
+from utils.methods.method import add_method_choice, add_method_flags
 from utils.ood.detectors import ALL_SCORES, DETECTORS
 from utils.ood.scores import SCORES
 from utils.runs.lineage import STAGE1_ROOTS, STAGE2_ROOTS
@@ -34,7 +35,7 @@ def _strategy(text: str) -> str | None:
 def add_common(parser: Parser) -> None:
     """Flags of every stage: the method, the data, the network, the seed and the device."""
     group = parser.add_argument_group("common")
-    add_method_choice(parser, group)
+    add_method_choice(parser, group, METHODS)
     add_data(group)
     add_network(group)
     group.add_argument("--ipc", type=count(1), default=1, help="synthetic images per class")
@@ -187,7 +188,7 @@ def add_stage1(parser: Parser, save_path: str) -> None:
         default=None,
         help="a res_….pt whose images (and outliers) are the start, instead of --init; continues with other flags",
     )
-    add_method_flags(parser, parser.add_argument_group("methods"))
+    add_method_flags(parser, parser.add_argument_group("methods"), METHODS)
     parser.completions.append(_refuse_unused_ood_path)
 
 
