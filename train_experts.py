@@ -8,7 +8,6 @@ The same command again trains what is missing, also after a stop.
 
 import argparse
 
-from networks import get_network
 from utils.compute import distributed
 from utils.compute.compiling import Workload, batches
 from utils.compute.device import choose_compute, choose_device
@@ -64,7 +63,7 @@ def main(args: argparse.Namespace) -> None:
         seed=args.seed,
         augmentation=None if args.dsa_strategy is None else DSA(parse_strategy(args.dsa_strategy)),
     )
-    net = get_network(args.model, real.channel, real.num_classes, real.im_size, generator(args.seed))
+    net = real.network(args.model, generator(args.seed))
     work = workload(args.num_experts, settings, real, outliers is not None)
     compute = choose_compute(args.compile, args.precision, device, net, (real.channel, *real.im_size), work)
     about = describe(real, args.model, outliers, args.lambda_oe) | {"training": settings.about()}

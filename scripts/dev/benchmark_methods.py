@@ -16,7 +16,7 @@ from utils.core.rng import generator
 from utils.data.datasets import RealData
 from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.experts import ExpertSettings, ExpertTraining
-from utils.methods.match_draws import MatchSettings
+from utils.methods.learnable import MatchSettings
 from utils.methods.trajectory_matching import TrajectoryMatching, TrajectorySettings
 from utils.outliers.sources import PseudoOutliers
 from utils.runs.run_folder import RunFolder
@@ -71,7 +71,7 @@ def dm(bench: Bench) -> dict:
 def trajectory_matching(kind: type, real: RealData, model: str, ipc: int, compute: Compute) -> TrajectoryMatching:
     """Trajectory matching of 30 steps with POE; `kind`: the engine's class or the textbook's."""
     settings = TrajectorySettings(model, ipc, syn_steps=STEPS, dsa=STRATEGY)
-    net = get_network(model, real.channel, real.num_classes, real.im_size).to(real.device)
+    net = real.network(model, generator(0)).to(real.device)
     return kind(real, PseudoOutliers(real), settings, RandomEnds(net), compute)
 
 

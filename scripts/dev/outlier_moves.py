@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from networks import get_network
 from utils.core.errors import UserError
 from utils.core.files import read_json, save_output
 from utils.core.rng import generator
@@ -221,7 +220,7 @@ def seen_by_networks(
 
     Means over `networks` that are trained on the images alone, at the learning rate of the set, if it has one.
     """
-    net = get_network(flags["model"], real.channel, real.num_classes, real.im_size, generator(flags["seed"]))
+    net = real.network(flags["model"], generator(flags["seed"]))
     settings = TrainSettings(epochs, None, augmentation=augmentation_of(flags["method"], flags["dsa_strategy"]))
     keys = {index: ("moves", index) for index in range(networks)}
     images = synthetic.without_outliers()

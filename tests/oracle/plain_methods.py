@@ -1,6 +1,6 @@
 """The engine's methods with the same draws by the plain loops of `scripts/textbook.py`, for tests and benchmarks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from scripts.textbook import match_slots, train_epoch
 from utils.data.augment import DSA, identity
 from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.gradient_matching import GradientMatching
-from utils.methods.match_draws import SlotDraw
+from utils.methods.learnable import SlotDraw
 from utils.methods.trajectory_matching import StudentBatch, TrajectoryMatching
 from utils.training.draws import Batch
 
@@ -21,11 +21,11 @@ class PlainMatching(GradientMatching):
     """Gradient matching with the same draws, by the textbook's loops."""
 
     def _update(
-        self, images: torch.Tensor, batch: Callable, drawn: dict[int, SlotDraw], outliers: bool = False
+        self, images: torch.Tensor, batches: Iterable, drawn: dict[int, SlotDraw], outliers: bool = False
     ) -> torch.Tensor:
-        transforms = [drawn[slot].transform or identity for slot in drawn]
+        transforms, real = [draw.transform or identity for draw in drawn.values()], list(batches)
         losses, images.grad = match_slots(
-            self.net, images, lambda slot: batch(drawn[slot].real), transforms, outliers, self.settings.metric
+            self.net, images, real.__getitem__, transforms, outliers, self.settings.metric
         )
         return torch.tensor(losses, device=images.device)
 
@@ -38,15 +38,13 @@ class PlainMatching(GradientMatching):
 class PlainDistributionMatching(DistributionMatching):
     """Distribution matching with the same draws, one class after another; batches are augmented as published."""
 
-    def _update(
-        self, images: torch.Tensor, batch: Callable, drawn: dict[int, SlotDraw], moments: int = 1
-    ) -> torch.Tensor:
+    def _update(self, images: torch.Tensor, batches: Iterable, drawn: dict[int, SlotDraw]) -> torch.Tensor:
         leaf = images.detach().clone().requires_grad_()
         total, losses = torch.zeros(()), []
-        for slot, draw in drawn.items():
+        for (slot, draw), batch in zip(drawn.items(), batches, strict=True):
             transform = draw.transform or identity
             with torch.no_grad():
-                target = self.net.embed(transform(batch(draw.real))).mean(0)
+                target = self.net.embed(transform(batch)).mean(0)
             loss = ((target - self.net.embed(transform(leaf[slot])).mean(0)) ** 2).sum()
             losses.append(loss.item())
             total = total + loss

@@ -18,7 +18,7 @@ from tests.oracle.plain_methods import PlainMatching
 from utils.compute import compiling, transfer
 from utils.compute.compiling import Workload
 from utils.compute.cpu_batches import convolution_sizes
-from utils.compute.device import Compute, bf16_advice, choose_compute, forward_flops, set_precision
+from utils.compute.device import Compute, bf16_advice, choose_compute, set_precision
 from utils.compute.transfer import packed, tensors_of, with_tensors
 from utils.core.rng import generator
 from utils.data import augment, datasets
@@ -27,7 +27,7 @@ from utils.data.synthetic import SyntheticSet
 from utils.methods import matcher
 from utils.methods.distances import METRICS
 from utils.methods.gradient_matching import GradientMatching, MatchSettings
-from utils.methods.matcher import Matcher, Strategy, chunks, slot_loss
+from utils.methods.matcher import Matcher, Way, chunks, slot_loss
 from utils.ood.scorer import Scorer
 from utils.outliers import corruptions, sources
 from utils.outliers.sources import OutlierPool, PseudoOutliers
@@ -68,11 +68,11 @@ def compare(name, dtype, outliers, metric, tolerance, dsa=True, batched=True, co
     equal = compute is not None and compute.compiled  # each size is compiled on its own
     net, synthetic, real, transforms = problem(name, dtype, dsa, equal)
     matcher = Matcher(net, metric, compute or Compute(), batched)
-    losses, gradient = matcher(synthetic, real.__getitem__, transforms, outliers)
+    losses, gradient = matcher(synthetic, real, transforms, outliers)
     expected_losses, expected = textbook.match_slots(net, synthetic, real.__getitem__, transforms, outliers, metric)
     assert relative(losses, torch.tensor(expected_losses, dtype=dtype, device=DEVICE)) < tolerance
     assert relative(gradient, expected) < tolerance
-    return matcher
+    return matcher.way(synthetic)
 
 
 @pytest.mark.parametrize("name", NORMS)
@@ -81,8 +81,8 @@ def compare(name, dtype, outliers, metric, tolerance, dsa=True, batched=True, co
 @pytest.mark.parametrize("dsa", [False, True])
 def test_engine_equals_the_textbook_in_float64(name, metric, outliers, dsa):
     for batched in (True, False):
-        matcher = compare(name, torch.float64, outliers, metric, 1e-9, dsa, batched)
-        assert matcher.strategies[0].value == ("batched" if batched and name != "ConvNetLN" else "slot by slot")
+        way = compare(name, torch.float64, outliers, metric, 1e-9, dsa, batched)
+        assert way.value == ("batched" if batched and name != "ConvNetLN" else "slot by slot")
 
 
 @pytest.mark.parametrize("name", NORMS)
@@ -99,7 +99,7 @@ def test_other_families(name):
     net = get_network(name, 3, 3, (32, 32), generator(0)).double()
     g = generator(1)
     synthetic, real = (torch.randn(3, n, 3, 32, 32, generator=g, dtype=torch.float64) for n in (1, 2))
-    losses, gradient = Matcher(net, "ours", Compute(), True)(synthetic, real.__getitem__, [identity] * 3)
+    losses, gradient = Matcher(net, "ours", Compute(), True)(synthetic, real, [identity] * 3)
     expected = textbook.match_slots(net, synthetic, real.__getitem__, [identity] * 3, False, "ours")
     assert relative(losses, torch.tensor(expected[0], dtype=torch.float64)) < 1e-9
     assert relative(gradient, expected[1]) < 1e-8
@@ -123,8 +123,8 @@ def test_a_network_that_cannot_be_batched_falls_back(monkeypatch):
     monkeypatch.setattr(net, "embed", lambda x: Unbatchable.apply(embed(x)))
     matcher = Matcher(net, "ours", Compute(), True)
     with pytest.warns(UserWarning, match="more slowly: not batched"):
-        _, gradient = matcher(synthetic, real.__getitem__, transforms)
-    assert matcher.strategies == [Strategy.BY_SLOT]
+        _, gradient = matcher(synthetic, real, transforms)
+    assert matcher.way(synthetic) is Way.BY_SLOT
     expected = textbook.match_slots(net, synthetic, real.__getitem__, transforms, False, "ours")
     assert relative(gradient, expected[1]) < 1e-9
 
@@ -146,8 +146,8 @@ def test_compiled_engine_equals_the_textbook(norm, outliers, metric, dtype, tole
     narrow = lambda *args: ConvNet(3, 5, (16, 16), width=8, depth=1, norm=norm)  # noqa: E731
     monkeypatch.setitem(networks._NETWORKS, "narrow", narrow)
     monkeypatch.setattr("utils.methods.matcher.CHUNK_IMAGES", 4)
-    matcher = compare("narrow", dtype, outliers, metric, tolerance, dsa, batched=None, compute=COMPILED)
-    assert matcher.strategies[0].value == ("slot by slot" if norm == "layer" else "compiled")
+    way = compare("narrow", dtype, outliers, metric, tolerance, dsa, batched=None, compute=COMPILED)
+    assert way.value == ("slot by slot" if norm == "layer" else "compiled")
 
 
 @needs_compiler
@@ -158,9 +158,9 @@ def test_images_and_outliers_are_compiled_once(monkeypatch):
     matcher, graphs = Matcher(net, "ours", COMPILED), torch._dynamo.utils.counters["stats"]
     counted = [graphs["unique_graphs"]]
     for of_outliers in (False, True):
-        matcher(synthetic, real.__getitem__, transforms, of_outliers)
+        matcher(synthetic, real, transforms, of_outliers)
         counted.append(graphs["unique_graphs"])
-    assert matcher.strategies[0] is Strategy.COMPILED
+    assert matcher.way(synthetic) is Way.COMPILED
     assert counted[0] < counted[1] == counted[2]
 
 
@@ -171,8 +171,8 @@ def test_what_is_compiled_equals_the_textbook(name, metric, monkeypatch):
     monkeypatch.setattr("utils.compute.device.Compute.function", lambda self, function: function)
     monkeypatch.setattr("utils.methods.matcher.CHUNK_IMAGES", 4)
     for with_outliers, dsa in product((False, True), (False, True)):
-        matcher = compare(name, torch.float64, with_outliers, metric, 1e-9, dsa, None, Compute(compiled=True))
-        assert matcher.strategies[0] is Strategy.COMPILED
+        way = compare(name, torch.float64, with_outliers, metric, 1e-9, dsa, None, Compute(compiled=True))
+        assert way is Way.COMPILED
 
 
 def test_what_cannot_be_compiled_goes_on_eagerly(monkeypatch):
@@ -184,8 +184,8 @@ def test_what_cannot_be_compiled_goes_on_eagerly(monkeypatch):
     monkeypatch.setattr(matcher, "compiled_side", fails)
     monkeypatch.setattr(matcher, "real_loss", lambda images, slot: slot_loss(net(images), slot))
     with pytest.warns(UserWarning, match="more slowly: not compiled: no such kernel"):
-        _, gradient = matcher(synthetic, real.__getitem__, transforms)
-    assert matcher.strategies == [Strategy.BATCHED, Strategy.BY_SLOT]
+        _, gradient = matcher(synthetic, real, transforms)
+    assert matcher.way(synthetic) is Way.BATCHED
     expected = textbook.match_slots(net, synthetic, real.__getitem__, transforms, False, "ours")
     assert relative(gradient, expected[1]) < 1e-9
 
@@ -205,9 +205,9 @@ def test_chunks_are_all_slots_in_equal_parts(count, size, fill):
 @pytest.mark.parametrize("batched", [True, False])
 def test_chunks_do_not_change_the_result(batched, monkeypatch):
     net, synthetic, real, transforms = problem("ConvNetW32", torch.float64)
-    whole = Matcher(net, "ours", Compute(), batched)(synthetic, real.__getitem__, transforms)
+    whole = Matcher(net, "ours", Compute(), batched)(synthetic, real, transforms)
     monkeypatch.setattr("utils.methods.matcher.CHUNK_IMAGES", 4)
-    parts = Matcher(net, "ours", Compute(), batched)(synthetic, real.__getitem__, transforms)
+    parts = Matcher(net, "ours", Compute(), batched)(synthetic, real, transforms)
     assert relative(parts[1], whole[1]) < 1e-12
     assert torch.allclose(parts[0], whole[0])
 
@@ -391,7 +391,7 @@ def test_a_long_run_is_told_what_bf16_would_save(monkeypatch, processor, flags, 
 
 def test_bf16_is_near_and_matching_stays_in_float32():
     net, synthetic, real, transforms = problem("ConvNetW32", torch.float32)
-    losses, gradient = Matcher(net, "ours", Compute(precision="bf16"))(synthetic, real.__getitem__, transforms)
+    losses, gradient = Matcher(net, "ours", Compute(precision="bf16"))(synthetic, real, transforms)
     expected, _ = textbook.match_slots(net, synthetic, real.__getitem__, transforms, False, "ours")
     assert losses.dtype == gradient.dtype == torch.float32
     assert 1e-5 < relative(losses, torch.tensor(expected, device=DEVICE)) < 0.02  # rounding of float32 is below
@@ -414,9 +414,8 @@ def test_compiled_training_equals_eager(tiny_real, monkeypatch):
 
 
 def test_flops_by_hand():
-    """ConvNetD1 on 8x8: 2 · (128·9 + ...) multiply-adds of one convolution and one linear layer."""
+    """ConvNetD1 on 8x8: 2 · 128·9 multiply-adds for each of 64 pixels in its one convolution."""
     net = get_network("ConvNetD1", 1, 10, (8, 8), generator(0))
-    assert forward_flops(net, (1, 8, 8)) == 2 * (128 * 9 * 64 + 10 * 128 * 16)
     assert convolution_sizes(net, (1, 8, 8)) == [(128 * 64, 2 * 128 * 9 * 64)]
 
 

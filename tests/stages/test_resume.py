@@ -22,7 +22,7 @@ from utils.core.errors import UserError
 from utils.data.datasets import load_dataset
 from utils.outliers.sources import load_outlier_pool
 from utils.runs.checkpoints import Checkpointer
-from utils.runs.resume import _latest, resume_command
+from utils.runs.resume import _latest, _without_dropped, resume_command
 from utils.runs.run_folder import RunFolder
 from utils.settings.parser import Parser, flag_words
 
@@ -547,8 +547,8 @@ def test_a_checkpoint_of_another_run(whole, refused, tmp_path):
     (tmp_path / "args.json").write_bytes((folder / "args.json").read_bytes())
     for change in (
         {"exp": 7},
-        {"started": True, "method": {"images": [torch.zeros(10, 1, 1, 9, 9)] * 2, "momentum": [None] * 2}},
-        {"started": True, "method": {"images": [torch.zeros(10, 1, 1, 8, 8)], "momentum": [None]}},
+        {"started": True, "method": {"images": [torch.zeros(10, 1, 1, 9, 9)] * 2, "optimizers": []}},
+        {"started": True, "method": {"images": [torch.zeros(10, 1, 1, 8, 8)], "optimizers": []}},
         {"found": 3},
         {"finished": [1, 2]},
         {"exp": 1, "started": False, "finished": [[None, None]]},
@@ -559,3 +559,28 @@ def test_a_checkpoint_of_another_run(whole, refused, tmp_path):
         assert "is not of this run" in refused("main_poe.py", "--resume", tmp_path)
     torch.save([1], tmp_path / "checkpoint.pt")
     assert "can be read" in refused("main_poe.py", "--resume", tmp_path)
+
+
+@pytest.mark.parametrize("flags", [{"matching": None, "moments_oe": 1}, {"matching": "separate", "moments_oe": None}])
+def test_a_flag_that_is_gone_and_did_nothing(flags, tmp_path):
+    assert _without_dropped({"ipc": 1} | flags, tmp_path) == {"ipc": 1}
+
+
+@pytest.mark.parametrize(("name", "value"), [("matching", "joint"), ("moments_oe", 2)])
+def test_a_flag_that_is_gone(whole, refused, tmp_path, name, value):
+    stored = json.loads((run_folder(whole / "one") / "args.json").read_text())
+    (tmp_path / "args.json").write_text(json.dumps(stored | {"flags": stored["flags"] | {name: value}}))
+    error = refused("main_poe.py", "--resume", tmp_path)
+    assert f"was started with --{name} {value}, a flag that is gone; resume it with commit e2cb5ce" in error
+
+
+def test_checkpoints_of_older_code(whole, refused, tmp_path):
+    """They hold the momentum of the images, but no state of an optimiser."""
+    folder = run_folder(whole / "one")
+    (tmp_path / "args.json").write_bytes((folder / "args.json").read_bytes())
+    images = [torch.zeros(10, 1, 1, 8, 8)] * 2
+    old = {"exp": 0, "started": True, "finished": [], "method": {"images": images, "momentum": [None] * 2}}
+    torch.save(load(folder / "checkpoint.pt") | old, tmp_path / "checkpoint.pt")
+    assert "older code wrote it; resume it with that, or start a new run" in refused(
+        "main_poe.py", "--resume", tmp_path
+    )

@@ -69,6 +69,8 @@ def _parts(draws: object) -> dict:
 
 def send_draws(draws: AnyDraws, device: torch.device) -> AnyDraws:
     """`draws` with their tensors on `device`, sent together."""
+    if device.type == "cpu":  # where they were drawn
+        return draws
     return with_tensors(draws, iter(send_together(tensors_of(draws), device)))
 
 

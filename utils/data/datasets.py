@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
+from networks import get_network
 from utils.compute.transfer import send
 from utils.core.arrays import images_to_nchw, read_npz
 from utils.core.errors import UserError, blame, unknown_name
@@ -77,6 +79,10 @@ class RealData:
     def device(self) -> torch.device:
         """Device of the tensors."""
         return self.images_train.device
+
+    def network(self, model: str, generator: torch.Generator | None = None) -> nn.Module:
+        """A network for these images and classes, on the CPU, its weights drawn from `generator`; see `get_network`."""
+        return get_network(model, self.channel, self.num_classes, self.im_size, generator)
 
     @cached_property
     def _scale(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,41 +5,36 @@ features comes closer to that of real images of the class; outliers likewise, sl
 derivatives and no network training, so it costs little more than a forward pass of the real images.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
 
-from networks import get_network, has_batchnorm
+from networks import has_batchnorm
 from utils.compute import distributed
 from utils.compute.compiling import Workload, batches
 from utils.compute.cpu_batches import BatchSplitter, in_parts
 from utils.compute.device import Compute
-from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.augment import apply_by_part, apply_by_slot, identity
 from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet
-from utils.methods import Flag, MethodEntry, MethodInputs, register
-from utils.methods.learnable import LearnableSet, shared_settings
-from utils.methods.match_draws import (
+from utils.methods.learnable import IterationDraws, LearnableSet, MatchSettings, SlotDraw, shared_settings
+from utils.methods.method import (
     POOL_FLAGS,
     SPREAD,
-    IterationDraws,
-    MatchSettings,
-    SlotDraw,
+    MethodEntry,
+    MethodInputs,
     pool_settings,
     refuse_without_outliers,
 )
 from utils.outliers.sources import OutlierSource
 from utils.outliers.spread import push_apart
 from utils.outliers.start import OutlierRecipe
-from utils.settings.parser import one_of
 from utils.training.network_pool import NetworkPool
 from utils.training.trainer import LR_NET, TrainSettings
 
 CHUNK_IMAGES = 512  # synthetic images embedded together, to bound the memory
-SMALLEST_VARIANCE = 1e-6  # keeps the gradient of a deviation finite
 
 
 class DistributionMatching(LearnableSet):
@@ -56,11 +51,10 @@ class DistributionMatching(LearnableSet):
         s = replace(settings, outer_loop=1)
         super().__init__(real, outliers, initial=initial, **shared_settings(s))
         compute = compute or Compute()
-        net = get_network(s.model, real.channel, real.num_classes, real.im_size, generator(s.seed))
-        self.net = net.to(self.device).requires_grad_(False)
+        self.net = real.network(s.model, generator(s.seed)).to(self.device).requires_grad_(False)
         training = TrainSettings(1, s.lr_net, s.batch_train, s.lambda_oe, s.dsa)
         self.pool = s.pool and NetworkPool(real, s.model, s.pool, training, s.seed, compute)
-        self.moments_oe, self.spread_oe = s.moments_oe, s.spread_oe
+        self.spread_oe = s.spread_oe
         self.splitter = BatchSplitter(self.net, compute.precision)
         self.has_batchnorm = has_batchnorm(self.net)
         self.embed_real = compute.function(lambda images: self.net.embed(images))
@@ -76,10 +70,12 @@ class DistributionMatching(LearnableSet):
         self.renew(self.net, self.draws.generator(self.exp, "network", it), it)
         self.net.train()
         (drawn,) = self.draws.steps(self.exp, it, self.synthetic())
-        losses = {"loss": self._update(self.image_syn, self.real.train_batch, drawn.images)}
+        batches = (self.real.train_batch(draw.real) for draw in drawn.images.values())
+        losses = {"loss": self._update(self.image_syn, batches, drawn.images)}
         self.update_images()
         if self.outliers is not None:
-            losses["loss_oe"] = self._update(self.image_oe, self.outliers.batch, drawn.outliers, self.moments_oe)
+            batches = (self.outliers.batch(draw.real) for draw in drawn.outliers.values())
+            losses["loss_oe"] = self._update(self.image_oe, batches, drawn.outliers)
             push_apart(self.net, self.image_oe, self.spread_oe)
             self.update_outliers()
         if self.device.type == "cuda":
@@ -87,24 +83,24 @@ class DistributionMatching(LearnableSet):
         return losses
 
     def _update(
-        self, images: torch.Tensor, batch: Callable, drawn: dict[int, SlotDraw], moments: int = 1
+        self, images: torch.Tensor, batches: Iterable[torch.Tensor], drawn: dict[int, SlotDraw]
     ) -> torch.Tensor:
         """Set the gradient of the images or of the outliers; returns the losses of the slots.
 
-        `batch` makes a slot's real batch, on the device, from its draw; `moments`: how many are matched.
+        `batches`: the real batch of each slot in `drawn`.
         """
         transforms = {slot: draw.transform or identity for slot, draw in drawn.items()}
         losses, gradient = images.new_zeros(len(images)), torch.zeros_like(images)
         slots = list(drawn)
-        features = self._real_features({slot: batch(drawn[slot].real) for slot in slots}, transforms) if slots else {}
-        targets = {slot: statistics(of_slot, moments) for slot, of_slot in features.items()}
+        features = self._real_features(dict(zip(slots, batches, strict=True)), transforms) if slots else {}
+        targets = {slot: of_slot.mean(0) for slot, of_slot in features.items()}
         size = len(slots) if self.has_batchnorm else max(1, CHUNK_IMAGES // self.ipc)
         for first in range(0, len(slots), max(1, size)):
             chunk = slots[first : first + size]
             some = images.detach()[chunk].requires_grad_()
             augmented = apply_by_slot(some, [transforms[slot] for slot in chunk]).flatten(0, 1)
-            found = statistics(self.embed_synthetic(augmented).float().unflatten(0, (len(chunk), self.ipc)), moments)
-            distances = (found - torch.stack([targets[slot] for slot in chunk])).square().sum(1)
+            found = self.embed_synthetic(augmented).float().unflatten(0, (len(chunk), self.ipc))
+            distances = (found.mean(1) - torch.stack([targets[slot] for slot in chunk])).square().sum(1)
             gradient[chunk] = torch.autograd.grad(distances.sum(), some)[0]
             losses[chunk] = distances.detach()
         if self.has_batchnorm:
@@ -130,22 +126,9 @@ class DistributionMatching(LearnableSet):
         return in_parts(lambda part: self.embed_real(part).float().clone(), images, self.splitter.count(images))
 
 
-def statistics(features: torch.Tensor, moments: int) -> torch.Tensor:
-    """What is matched of features `[…, n, D]`: mean `[…, D]`; with two moments also the deviation `[…, 2·D]`."""
-    mean = features.mean(-2)
-    if moments == 1:
-        return mean
-    variance = features.var(-2, correction=min(1, features.shape[-2] - 1))  # a single one has none
-    return torch.cat([mean, (variance + SMALLEST_VARIANCE).sqrt()], -1)
-
-
 def _settings(inputs: MethodInputs) -> MatchSettings:
     f = inputs.flags
-    refuse_without_outliers(inputs, moments_oe=1, spread_oe=0)
-    if f["moments_oe"] == 2 and f["ipc"] == 1:
-        raise UserError("--moments_oe 2: one outlier per slot has no deviation; give --ipc 2 or more")
-    if f["moments_oe"] == 2 and min(f["batch_oe"], inputs.outliers.per_slot()) == 1:
-        raise UserError("--moments_oe 2: one real outlier per slot has no deviation; give a larger --batch_oe or pool")
+    refuse_without_outliers(inputs, spread_oe=0)
     return MatchSettings(
         model=f["model"],
         ipc=f["ipc"],
@@ -161,7 +144,6 @@ def _settings(inputs: MethodInputs) -> MatchSettings:
         dsa=inputs.augmentation,
         pool=pool_settings(inputs),
         recipe=OutlierRecipe.of(f, inputs.augmentation),
-        moments_oe=f["moments_oe"] or 1,
         spread_oe=f["spread_oe"],
     )
 
@@ -183,24 +165,11 @@ def _workload(inputs: MethodInputs) -> Workload:
     return Workload(passes, steps, "matching", bf16_passes)
 
 
-def _moments(text: str) -> int:
-    return int(one_of("number of moments", ("1", "2"))(text))
-
-
-MOMENTS = Flag(
-    "moments_oe",
-    _moments,
-    1,
-    "what is matched of outliers: 1 their mean features, as published; 2 also the deviation of each feature, which "
-    "keeps them apart",
-)
-register(
-    MethodEntry(
-        "DM",
-        "distribution matching, the fastest per iteration",
-        _build,
-        _workload,
-        (*POOL_FLAGS, MOMENTS, SPREAD),
-        defaults={"Iteration": 20000, "lr_img": 1.0, "init": "real", "eval_interval": 2000},
-    )
+DM_ENTRY = MethodEntry(
+    "DM",
+    "distribution matching, the fastest per iteration",
+    _build,
+    _workload,
+    (*POOL_FLAGS, SPREAD),
+    defaults={"Iteration": 20000, "lr_img": 1.0, "init": "real", "eval_interval": 2000},
 )

@@ -18,7 +18,7 @@ from networks import initialize
 from utils.compute import distributed
 from utils.compute.device import Compute
 from utils.compute.transfer import send_draws
-from utils.core.errors import UserError, rank_errors
+from utils.core.errors import UserError, one_line, rank_errors
 from utils.core.files import read_json, save_pt, save_text
 from utils.core.rng import generator
 from utils.core.torch_files import fingerprint, read_pt
@@ -239,8 +239,10 @@ class ExpertTraining:
         while (folder / f"epoch_{done + 1}.pt").exists():
             done += 1
         if done and (folder / "epoch_0.pt").exists():
-            self.trainer.load_state_dict(read_pt(folder / f"epoch_{done}.pt", "unfinished expert"), 0)
-            self._set_lr(done)
+            try:
+                self.trainer.load_state_dict(read_pt(folder / f"epoch_{done}.pt", "unfinished expert"))
+            except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+                raise UserError(f"--buffer_path: cannot continue {folder}: {one_line(error)}. Delete it") from None
             return done
         initialize(self.net, generator(self.settings.seed, "expert", index))
         self.trainer.restart(self.settings.lr)

@@ -5,13 +5,12 @@ gradient of their loss on the network's weights comes closer to that of real ima
 likewise. Between two steps the network is trained on the synthetic set.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from networks import get_network
 from utils.compute import distributed
 from utils.compute.compiling import Workload, batches
 from utils.compute.device import Compute
@@ -19,20 +18,18 @@ from utils.core.rng import generator
 from utils.data.augment import identity
 from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet
-from utils.methods import Flag, MethodEntry, MethodInputs, register
 from utils.methods.distances import METRICS
-from utils.methods.learnable import LearnableSet, shared_settings
-from utils.methods.match_draws import (
+from utils.methods.learnable import IterationDraws, LearnableSet, MatchSettings, SlotDraw, StepDraw, shared_settings
+from utils.methods.matcher import Matcher
+from utils.methods.method import (
     POOL_FLAGS,
     SPREAD,
-    IterationDraws,
-    MatchSettings,
-    SlotDraw,
-    StepDraw,
+    Flag,
+    MethodEntry,
+    MethodInputs,
     pool_settings,
     refuse_without_outliers,
 )
-from utils.methods.matcher import JointMatcher, Matcher
 from utils.outliers.sources import OutlierSource
 from utils.outliers.spread import push_apart
 from utils.outliers.start import OutlierRecipe
@@ -60,10 +57,8 @@ class GradientMatching(LearnableSet):
         super().__init__(real, outliers, initial=initial, **shared_settings(s))
         compute = compute or Compute()
         self.settings = s
-        net = get_network(s.model, real.channel, real.num_classes, real.im_size, generator(s.seed))
-        self.net = net.to(self.device)
+        self.net = real.network(s.model, generator(s.seed)).to(self.device)
         self.matcher = Matcher(self.net, s.metric, compute)
-        self.joint = JointMatcher(self.net, s.lambda_oe, s.metric, compute) if s.joint else None
         training = TrainSettings(1, s.lr_net, s.batch_train, s.lambda_oe, s.dsa, momentum=0.0, weight_decay=0.0)
         self.trainer = Trainer(self.net, training, compute)
         pool_training = TrainSettings(1, s.lr_net, s.batch_train, s.lambda_oe, s.dsa)
@@ -98,42 +93,29 @@ class GradientMatching(LearnableSet):
         self.net.train()
         if drawn.batchnorm is not None:
             self._set_batchnorm(drawn.batchnorm)
-        if self.joint is not None:
-            return self._joint_step(drawn)
-        losses = [self._update(self.image_syn, self.real.train_batch, drawn.images)]
+        batches = (self.real.train_batch(draw.real) for draw in drawn.images.values())
+        losses = [self._update(self.image_syn, batches, drawn.images)]
         self.update_images()
         if self.outliers is not None:
-            losses.append(self._update(self.image_oe, self.outliers.batch, drawn.outliers, outliers=True))
+            batches = (self.outliers.batch(draw.real) for draw in drawn.outliers.values())
+            losses.append(self._update(self.image_oe, batches, drawn.outliers, outliers=True))
             push_apart(self.net, self.image_oe, self.settings.spread_oe)
             self.update_outliers()
         return torch.stack(losses)
 
-    def _joint_step(self, drawn: StepDraw) -> torch.Tensor:
-        """Update the images and the outliers by one loss; returns it, `[1, slots]`."""
-        slots = (drawn.images, drawn.outliers)
-        losses, self.image_syn.grad, self.image_oe.grad = self.joint(
-            self.image_syn.detach(),
-            self.image_oe.detach(),
-            (
-                lambda slot: self.real.train_batch(drawn.images[slot].real),
-                lambda slot: self.outliers.batch(drawn.outliers[slot].real),
-            ),
-            tuple({slot: draw.transform or identity for slot, draw in of_kind.items()} for of_kind in slots),
-        )
-        push_apart(self.net, self.image_oe, self.settings.spread_oe)
-        self.update_images()
-        self.update_outliers()
-        return losses[None]
-
     def _update(
-        self, images: torch.Tensor, batch: Callable, drawn: dict[int, SlotDraw], outliers: bool = False
+        self,
+        images: torch.Tensor,
+        batches: Iterable[torch.Tensor],
+        drawn: dict[int, SlotDraw],
+        outliers: bool = False,
     ) -> torch.Tensor:
         """Set the gradient of the images or of the outliers; returns the losses of the slots.
 
-        `batch` makes a slot's real batch, on the device, from its draw.
+        `batches`: the real batch of each slot in `drawn`.
         """
         transforms = {slot: draw.transform or identity for slot, draw in drawn.items()}
-        losses, images.grad = self.matcher(images.detach(), lambda slot: batch(drawn[slot].real), transforms, outliers)
+        losses, images.grad = self.matcher(images.detach(), batches, transforms, outliers)
         return losses
 
     def _set_batchnorm(self, index: torch.Tensor) -> None:
@@ -153,7 +135,7 @@ def published_loops(ipc: int) -> tuple[int, int]:
 def match_settings(inputs: MethodInputs) -> MatchSettings:
     """The settings from the flags."""
     f = inputs.flags
-    refuse_without_outliers(inputs, matching="separate", spread_oe=0)
+    refuse_without_outliers(inputs, spread_oe=0)
     outer, inner = published_loops(f["ipc"])
     return MatchSettings(
         model=f["model"],
@@ -173,7 +155,6 @@ def match_settings(inputs: MethodInputs) -> MatchSettings:
         dsa=inputs.augmentation,
         pool=pool_settings(inputs),
         recipe=OutlierRecipe.of(f, inputs.augmentation),
-        joint=f["matching"] == "joint",
         spread_oe=f["spread_oe"],
     )
 
@@ -219,14 +200,13 @@ FLAGS = (
         "inner_loop", count(0), None, "epochs of network training between two matching steps; left out: the published "
         "number for --ipc",
     ),
-    Flag(
-        "matching", one_of("matching", ("separate", "joint")), "separate", "whether images and outliers have a "
-        "matching loss each, as published, or one of the sum of their gradients, where outliers weigh --lambda_oe",
-    ),
     *POOL_FLAGS,
     SPREAD,
 )  # fmt: skip
-_DC = MethodEntry("DC", "gradient matching", _build, _workload, FLAGS, augmentation="unused")
-register(_DC)
-register(replace(_DC, name="DSA", help="gradient matching under Siamese augmentation, better from ipc 2 on",
-                 augmentation="required"))  # fmt: skip
+DC_ENTRY = MethodEntry("DC", "gradient matching", _build, _workload, FLAGS, augmentation="unused")
+DSA_ENTRY = replace(
+    DC_ENTRY,
+    name="DSA",
+    help="gradient matching under Siamese augmentation, better from ipc 2 on",
+    augmentation="required",
+)

@@ -1,6 +1,12 @@
-"""The images that a distillation optimises: their initial values, optimisers and state."""
+"""The images that a distillation optimises, with their optimisers and state, and what an iteration draws for them.
 
-from collections.abc import Callable, Mapping, Sequence
+All that is random in an iteration of gradient or distribution matching is drawn on the CPU and sent together. The
+Siamese rule: a `SlotDraw` has one `transform`, which is applied to both the real and the synthetic batch.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -9,14 +15,20 @@ from torch import nn
 
 from networks import initialize
 from utils.compute import distributed
+from utils.compute.transfer import Draw, send_draws, tensors_of
 from utils.core.errors import UserError
 from utils.core.rng import generator
+from utils.data.augment import DSA, Transform
 from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet
-from utils.outliers.sources import OutlierSource, draw_repeated
+from utils.outliers.sources import OutlierBatch, OutlierSource, draw_repeated
 from utils.outliers.start import OutlierRecipe
-from utils.training.network_pool import NetworkPool
+from utils.training.draws import Batch, draw_epoch
+from utils.training.network_pool import NetworkPool, PoolSettings
+from utils.training.trainer import load_optimizer
 
+BATCHNORM_IMAGES = 16  # of each class
+DRAWN_NUMBERS = 2**25  # drawn and sent together: a quarter of a gigabyte of indices
 SHARED = ("ipc", "seed", "init", "lr_img", "lr_img_oe", "recipe")
 
 
@@ -158,12 +170,10 @@ class LearnableSet:
         return SyntheticSet(self.image_syn.detach().flatten(0, 1), self.labels, oe)
 
     def state_dict(self) -> dict:
-        """Copies of the images, the outliers, their momentum and the pool: all state that later iterations need."""
-        images = self._tensors()
-        momentum = [o.state[i].get("momentum_buffer") for o, i in zip(self.optimizers, images, strict=True)]
+        """Copies of the images, the outliers, their optimisers and the pool: all state that later iterations need."""
         return {
-            "images": [i.detach().clone() for i in images],
-            "momentum": [None if m is None else m.clone() for m in momentum],
+            "images": [i.detach().clone() for i in self._tensors()],
+            "optimizers": [deepcopy(optimizer.state_dict()) for optimizer in self.optimizers],
         } | ({} if self.pool is None else {"pool": self.pool.state_dict()})
 
     def load_state_dict(self, exp: int, state: dict) -> None:
@@ -171,18 +181,152 @@ class LearnableSet:
 
         Raises:
             ValueError, RuntimeError, KeyError: when its images differ in shape or dtype, outliers are missing or
-                unexpected, or its pool is another.
+                unexpected, its pool is another, or older code wrote it.
         """
         count = 1 if self.outliers is None else 2
-        for tensors in (state["images"], [m for m in state["momentum"] if m is not None]):
-            if any(tuple(t.shape) != self.shape or t.dtype != torch.float32 for t in tensors):
-                raise ValueError(f"images of another shape than {'x'.join(map(str, self.shape))}")
-        if not len(state["images"]) == len(state["momentum"]) == count:
+        if any(tuple(t.shape) != self.shape or t.dtype != torch.float32 for t in state["images"]):
+            raise ValueError(f"images of another shape than {'x'.join(map(str, self.shape))}")
+        if len(state["images"]) != count:
             raise ValueError(f"{len(state['images'])} sets of images instead of {count}")
         images = [t.to(self.device).clone() for t in state["images"]]  # tensors of a file may share memory
         self._hold(exp, images[0], images[1] if count == 2 else None)
         if self.pool is not None:
             self.pool.load_state_dict(state["pool"])
-        for optimizer, image, momentum in zip(self.optimizers, images, state["momentum"], strict=True):
-            if momentum is not None:
-                optimizer.state[image]["momentum_buffer"] = momentum.to(self.device).clone()
+        for optimizer, saved in zip(self.optimizers, state.get("optimizers", [None] * count), strict=True):
+            load_optimizer(optimizer, saved)
+
+
+@dataclass(frozen=True)
+class MatchSettings:
+    """The settings of gradient and distribution matching; each is described at the flag of its name."""
+
+    model: str
+    ipc: int
+    seed: int = 1
+    lr_img: float = 0.1
+    lr_img_oe: float | None = None
+    lr_net: float = 0.01
+    batch_real: int = 256
+    batch_oe: int = 256
+    batch_train: int = 256
+    lambda_oe: float = 0.5
+    metric: str = "ours"
+    init: str = "noise"
+    outer_loop: int = 1
+    inner_loop: int = 1
+    dsa: DSA | None = None
+    pool: PoolSettings | None = None
+    recipe: OutlierRecipe = field(default_factory=OutlierRecipe)
+    spread_oe: float = 0.0
+
+
+@dataclass(frozen=True)
+class SlotDraw(Draw):
+    """The random choices for one slot.
+
+    `real`: its real images (int64 `[n]`) or outliers; `transform`: the augmentation of both these and the synthetic
+    ones.
+    """
+
+    real: torch.Tensor | OutlierBatch
+    transform: Transform | None
+
+
+@dataclass(frozen=True)
+class StepDraw(Draw):
+    """The random choices of one outer step.
+
+    `images`, `outliers`: by slot; `batchnorm`: the training images (int64 `[n]`) that set BatchNorm's statistics;
+    `epochs`: the network training that follows.
+    """
+
+    images: dict[int, SlotDraw]
+    outliers: dict[int, SlotDraw]
+    batchnorm: torch.Tensor | None
+    epochs: list[list[Batch]]
+
+
+class IterationDraws:
+    """Makes the draws of the iterations, each from a generator with its own key.
+
+    `has_batchnorm`: whether to draw images for BatchNorm's statistics. `all_slots`: whether every process draws for all
+    slots, not only for its own.
+    """
+
+    def __init__(
+        self,
+        real: RealData,
+        outliers: OutlierSource | None,
+        settings: MatchSettings,
+        has_batchnorm: bool,
+        all_slots: bool = False,
+    ):
+        self.all_slots = all_slots
+        self.real, self.outliers, self.settings, self.has_batchnorm = real, outliers, settings, has_batchnorm
+        self.ahead: tuple[tuple[int, int], list[StepDraw]] | None = None
+
+    def generator(self, exp: int, *key: int | str) -> torch.Generator:
+        """The generator of a draw in experiment `exp`."""
+        return generator(self.settings.seed, "match", exp, *key)
+
+    def steps(self, exp: int, it: int, synthetic: SyntheticSet) -> Iterator[StepDraw]:
+        """The draws of every outer step of an iteration, on the device of the data.
+
+        They are drawn and sent together, in as few parts as `DRAWN_NUMBERS` allows. Only the sizes of `synthetic`, on
+        which the network will be trained, matter.
+        """
+        outer = 0
+        while outer < self.settings.outer_loop:
+            if not outer and self.ahead is not None and self.ahead[0] == (exp, it):
+                part = self.ahead[1]
+            else:
+                part = self._part(exp, it, outer, synthetic)
+            self.ahead = None
+            yield from part
+            outer += len(part)
+
+    def look_ahead(self, exp: int, it: int, synthetic: SyntheticSet) -> None:
+        """Draw for a later iteration; a GPU meanwhile computes the current one."""
+        self.ahead = ((exp, it), self._part(exp, it, 0, synthetic))
+
+    def _part(self, exp: int, it: int, first: int, synthetic: SyntheticSet) -> list[StepDraw]:
+        """The draws of as many outer steps, from `first` on, as are drawn together."""
+        part = [self._step(exp, it, first, synthetic)]
+        size = sum(t.numel() for t in tensors_of(part))
+        last = min(self.settings.outer_loop, first + max(1, DRAWN_NUMBERS // max(1, size)))
+        part += [self._step(exp, it, outer, synthetic) for outer in range(first + 1, last)]
+        return send_draws(part, self.real.device)
+
+    def _step(self, exp: int, it: int, outer: int, synthetic: SyntheticSet) -> StepDraw:
+        slots = range(self.real.num_classes) if self.all_slots else distributed.own_share(self.real.num_classes)
+        return StepDraw(
+            {slot: self._images(exp, it, outer, slot) for slot in slots},
+            {slot: self._outliers(exp, it, outer, slot) for slot in slots if self.outliers is not None},
+            self._batchnorm(exp, it, outer) if self.has_batchnorm else None,
+            self._epochs(exp, it, outer, synthetic),
+        )
+
+    def _images(self, exp: int, it: int, outer: int, slot: int) -> SlotDraw:
+        index = self.real.choose(slot, self.settings.batch_real, self.generator(exp, "real", it, outer, slot))
+        return SlotDraw(index, self._siamese(exp, "siamese", it, outer, slot))
+
+    def _outliers(self, exp: int, it: int, outer: int, slot: int) -> SlotDraw:
+        batch = self.outliers.choose(slot, self.settings.batch_oe, self.generator(exp, "real oe", it, outer, slot))
+        return SlotDraw(batch, self._siamese(exp, "siamese oe", it, outer, slot))
+
+    def _siamese(self, *key: int | str) -> Transform | None:
+        dsa = self.settings.dsa
+        return None if dsa is None else dsa.draw(1, self.real.im_size, self.generator(*key))
+
+    def _batchnorm(self, exp: int, it: int, outer: int) -> torch.Tensor:
+        """16 images of each class."""
+        slots = range(self.real.num_classes)
+        key = ("batchnorm", it, outer)
+        return torch.cat([self.real.choose(c, BATCHNORM_IMAGES, self.generator(exp, *key, c)) for c in slots])
+
+    def _epochs(self, exp: int, it: int, outer: int, synthetic: SyntheticSet) -> list[list[Batch]]:
+        """The epochs after this step; none after the last step, nor on ranks other than 0, which trains for all."""
+        if outer == self.settings.outer_loop - 1 or not distributed.is_main():
+            return []
+        s, g = self.settings, self.generator(exp, "inner", it, outer)
+        return [draw_epoch(synthetic, s.batch_train, s.dsa, g) for _ in range(s.inner_loop)]

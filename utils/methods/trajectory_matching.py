@@ -11,13 +11,13 @@ forward pass keeps the student's parameters, and the backward pass recomputes ea
 import shlex
 import warnings
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from networks import get_network
 from utils.compute import distributed
 from utils.compute.compiling import Workload
 from utils.compute.device import Compute
@@ -27,15 +27,15 @@ from utils.core.rng import generator
 from utils.data.augment import DSA, identity
 from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet
-from utils.methods import Flag, MethodEntry, MethodInputs, register
 from utils.methods.experts import ABOUT, ExpertBuffer, ExpertSettings, check_about, describe, expert_folder
 from utils.methods.learnable import LearnableSet, shared_settings
-from utils.methods.match_draws import refuse_without_outliers
-from utils.methods.student import StudentStep
+from utils.methods.matcher import StudentStep
+from utils.methods.method import Flag, MethodEntry, MethodInputs, refuse_without_outliers
 from utils.outliers.sources import OutlierSource
 from utils.outliers.start import OutlierRecipe
 from utils.runs.lineage import args_or_nothing
 from utils.settings.parser import count, number
+from utils.training.trainer import load_optimizer
 
 LR_TEACHER = 0.01
 SMALLEST_LR = 1e-6  # lower bound of the student's learning rate
@@ -43,10 +43,7 @@ SMALLEST_LR = 1e-6  # lower bound of the student's learning rate
 
 @dataclass(frozen=True)
 class TrajectorySettings:
-    """The settings of trajectory matching; each is described at the flag of its name.
-
-    `lr_teacher` None: the learning rate of the set that an experiment starts from, if it has one, else `LR_TEACHER`.
-    """
+    """The settings of trajectory matching; each is described at the flag of its name."""
 
     model: str
     ipc: int
@@ -88,7 +85,7 @@ class TrajectoryMatching(LearnableSet):
         s = settings
         super().__init__(real, outliers, initial=initial, **shared_settings(s))
         self.settings, self.experts = s, experts
-        net = get_network(s.model, real.channel, real.num_classes, real.im_size, generator(s.seed))
+        net = real.network(s.model, generator(s.seed))
         self.net = _without_running_statistics(net).to(self.device).requires_grad_(False)
         self.names = [name for name, _ in self.net.named_parameters()]
         self.step = StudentStep(self.net, compute or Compute())
@@ -206,26 +203,19 @@ class TrajectoryMatching(LearnableSet):
         return replace(super().synthetic(), lr_net=self.lr_student.item())
 
     def state_dict(self) -> dict:
-        """Like `LearnableSet.state_dict`, with the learning rate and its momentum."""
-        momentum = self.optimizer_lr.state[self.lr_student].get("momentum_buffer")
-        lr = {"value": self.lr_student.detach().clone(), "momentum": None if momentum is None else momentum.clone()}
+        """Like `LearnableSet.state_dict`, with the learning rate and its optimiser."""
+        lr = {"value": self.lr_student.detach().clone(), "optimizer": deepcopy(self.optimizer_lr.state_dict())}
         return super().state_dict() | {"lr": lr}
 
     def load_state_dict(self, exp: int, state: dict) -> None:
         """Like `LearnableSet.load_state_dict`; `ValueError` also for a learning rate that is not a positive number."""
         super().load_state_dict(exp, state)
-        value, momentum = state["lr"]["value"], state["lr"]["momentum"]
-        for tensor in (value, momentum):
-            if tensor is not None and (
-                tensor.shape != () or tensor.dtype != torch.float32 or not torch.isfinite(tensor)
-            ):
-                raise ValueError("a learning rate that is no number")
-        if not value > 0:
-            raise ValueError("a learning rate that is not positive")
+        value = state["lr"]["value"]
+        if value.shape != () or value.dtype != torch.float32 or not 0 < value < torch.inf:
+            raise ValueError("a learning rate that is not a positive number")
         with torch.no_grad():
             self.lr_student.copy_(value)
-        if momentum is not None:
-            self.optimizer_lr.state[self.lr_student]["momentum_buffer"] = momentum.to(self.device).clone()
+        load_optimizer(self.optimizer_lr, state["lr"]["optimizer"])
 
 
 def _without_running_statistics(net: nn.Module) -> nn.Module:
@@ -251,7 +241,7 @@ def trajectory_settings(inputs: MethodInputs) -> TrajectorySettings:
 def _build(inputs: MethodInputs) -> TrajectoryMatching:
     f, real = inputs.flags, inputs.real
     folder = expert_folder(f["buffer_path"], real, f["model"])
-    net = get_network(f["model"], real.channel, real.num_classes, real.im_size, generator(0))
+    net = real.network(f["model"], generator(0))
     last = f["max_start_epoch"] - 1 + f["expert_epochs"]
     most = f["max_experts"]
     if f.get("resume"):  # more may have been trained since the run began
@@ -326,19 +316,17 @@ FLAGS = (
         "expert_lambda_oe",
         number(0),
         None,
-        "--lambda_oe of the experts; left out: --lambda_oe. If larger, the outliers learn to do at --lambda_oe what "
-        "others do at this weight",
+        "weight of the outlier loss when the experts were trained; left out: --lambda_oe. With a larger one, training "
+        "on the distilled outliers at --lambda_oe acts like training at this weight",
     ),
     Flag("max_experts", count(1), None, "use only this many experts, the first ones; left out: all"),
 )
-register(
-    MethodEntry(
-        "MTT",
-        "matching of training trajectories, needs train_experts.py first",
-        _build,
-        _workload,
-        FLAGS,
-        defaults={"Iteration": 5000, "lr_img": 1000.0, "init": "real", "eval_interval": 100},
-        unused=("batch_real", "batch_oe"),
-    )
+MTT_ENTRY = MethodEntry(
+    "MTT",
+    "matching of training trajectories, needs train_experts.py first",
+    _build,
+    _workload,
+    FLAGS,
+    defaults={"Iteration": 5000, "lr_img": 1000.0, "init": "real", "eval_interval": 100},
+    unused=("batch_real", "batch_oe"),
 )

@@ -18,7 +18,7 @@ from utils.data.datasets import SPECS, RealData, load_test_images
 from utils.data.download import FROM_PYTORCH_OOD, TORCHVISION_FILES, NotThere, fetch_pytorch_ood
 from utils.ood.files import ARRAY_SUFFIXES, LIST_SUFFIX, is_path, listed_images, shown_names, stem
 from utils.ood.generated import DRAWN
-from utils.outliers.corruptions import corrupt, needs_partner
+from utils.outliers.corruptions import corrupt
 
 PAPER_SETS = ("Textures", "Places365", "TinyImageNet_resize", "LSUN_resize")
 LOCAL_ONLY = ("iSUN",)  # also in the paper, but in no library: used if it is on disk
@@ -298,8 +298,8 @@ def validation_sets(source: OODSource) -> list[OODSet]:
     def load(name: str) -> torch.Tensor:
         """A random subset under the corruption `name`, normalised."""
         g = generator(source.seed, "validation", name)
-        count = 2 if source.most == 1 and needs_partner(name) else source.most  # the mean of two images takes two
-        chosen = images[torch.randperm(len(images), generator=g)[:count]].to(real.device)
+        taken = torch.randperm(len(images), generator=g)[: max(2, source.most)]  # a corruption may mix two images
+        chosen = images[taken].to(real.device)
         return real.normalize(corrupt(conform(chosen, real.channel, real.im_size), name, g)[: source.most])
 
     made_of = "test images" if other is None else "the other CIFAR"

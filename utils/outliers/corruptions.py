@@ -120,12 +120,7 @@ CORRUPTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor] | Drawn] = {
 
 
 NOISES = (torch.randn, torch.rand)  # one number per pixel and channel
-
-
-def needs_partner(name: str) -> bool:
-    """Whether the corruption takes a second image, so that a batch of one would stay as it is."""
-    kind = CORRUPTIONS[name]
-    return isinstance(kind, Drawn) and kind.draw is _draw_partner
+MEANS = ("avg-mean", "geo-mean")  # of two images
 
 
 @dataclass(frozen=True)
@@ -149,19 +144,19 @@ class Corruption(Draw):
 
 @dataclass(frozen=True)
 class MixedCorruption(Draw):
-    """A corruption for each image of a batch: `parts[i]` is applied to the images `taken[i]` and changes `rows[i]`.
+    """A corruption for each image of a batch: `parts[i]` reads the images `inputs[i]` and changes those of `rows[i]`.
 
-    Both are int64; `taken[i]` begins with `rows[i]`, and may go on with a partner of a single image.
+    `inputs[i]` are `rows[i]`, int64; a mean of two images that has a single row reads a second one.
     """
 
     rows: list[torch.Tensor]
-    taken: list[torch.Tensor]
+    inputs: list[torch.Tensor]
     parts: list[Corruption]
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         out = images.clone()
-        for rows, taken, part in zip(self.rows, self.taken, self.parts, strict=True):
-            out[send(rows, images.device)] = part(images[send(taken, images.device)])[: len(rows)]
+        for rows, inputs, part in zip(self.rows, self.inputs, self.parts, strict=True):
+            out[send(rows, images.device)] = part(images[send(inputs, images.device)])[: len(rows)]
         return out
 
 
@@ -195,19 +190,14 @@ def draw_corruption(name: str, shape: Shape, generator: torch.Generator | None, 
 def draw_mixed(names: Sequence[str], shape: Shape, generator: torch.Generator, device: torch.device) -> MixedCorruption:
     """Draw one of `names` for each image of a batch of `shape` `[N, C, H, W]` on `device`, all equally likely."""
     which = torch.randint(len(names), shape[:1], generator=generator)
-    rows = [(which == i).nonzero().flatten() for i in range(len(names))]
-    used = [(name, index) for name, index in zip(names, rows, strict=True) if len(index)]
-    taken = [_with_partner(index, shape[0], generator) if needs_partner(name) else index for name, index in used]
-    parts = [
-        draw_corruption(name, (len(index), *shape[1:]), generator, device)
-        for (name, _), index in zip(used, taken, strict=True)
-    ]
-    return MixedCorruption([index for _, index in used], taken, parts)
+    used = [(name, (which == i).nonzero().flatten()) for i, name in enumerate(names) if (which == i).any()]
+    inputs = [_two_of(rows, shape[0], generator) if name in MEANS and len(rows) == 1 else rows for name, rows in used]
+    sizes = [(len(index), *shape[1:]) for index in inputs]
+    parts = [draw_corruption(name, size, generator, device) for (name, _), size in zip(used, sizes, strict=True)]
+    return MixedCorruption([rows for _, rows in used], inputs, parts)
 
 
-def _with_partner(rows: torch.Tensor, total: int, generator: torch.Generator) -> torch.Tensor:
-    """`rows` of a batch of `total`; a single one is followed by another row, if there is any."""
-    if len(rows) > 1 or total == 1:
-        return rows
+def _two_of(row: torch.Tensor, total: int, generator: torch.Generator) -> torch.Tensor:
+    """The single `row` of a batch of `total`, and another one."""
     other = torch.randint(total - 1, (1,), generator=generator)
-    return torch.cat([rows, other + (other >= rows)])
+    return torch.cat([row, other + (other >= row)])

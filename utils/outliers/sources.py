@@ -16,14 +16,7 @@ from utils.core.rng import generator as keyed_generator
 from utils.core.torch_files import fingerprint
 from utils.data.datasets import RealData
 from utils.data.download import TINYIMAGES, fetch_tinyimages
-from utils.outliers.corruptions import (
-    DEFAULT_CORRUPTIONS,
-    Corruption,
-    MixedCorruption,
-    draw_corruption,
-    draw_mixed,
-    needs_partner,
-)
+from utils.outliers.corruptions import DEFAULT_CORRUPTIONS, Corruption, MixedCorruption, draw_corruption, draw_mixed
 
 
 def distinct(total: int, n: int, generator: torch.Generator) -> torch.Tensor:
@@ -44,14 +37,11 @@ def distinct(total: int, n: int, generator: torch.Generator) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class OutlierBatch(Draw):
-    """The random part of a batch of outliers: image indices (int64), and the corruption.
+    """The random part of a batch of outliers."""
 
-    `kept`: how many of them are outliers of the batch; the others are partners of a corruption. None: all.
-    """
-
-    index: torch.Tensor
+    index: torch.Tensor  # int64, of the images that are read
     corruption: Corruption | MixedCorruption | None = None
-    kept: int | None = None
+    count: int | None = None  # only so many of them are outliers of the batch; None: all
 
 
 class OutlierSource(ABC):
@@ -107,21 +97,20 @@ class PseudoOutliers(OutlierSource):
     def choose(self, slot: int, n: int, generator: torch.Generator) -> OutlierBatch:
         """Draw `n` distinct training images of any class (all if there are fewer), and their corruption.
 
-        To a single one whose corruption is a mean of two images, a partner is drawn, too.
+        At least two images are read, because a corruption may be a mean of two.
         """
         names = self.corruptions if self.mixed else (self.corruptions[slot % len(self.corruptions)],)
-        alone = n == 1 and any(map(needs_partner, names))
-        index = distinct(len(self.real.images_train), 2 if alone else n, generator)
+        index = distinct(len(self.real.images_train), max(2, n), generator)
         shape = (len(index), *self.real.images_train.shape[1:])
         if self.mixed:
             corruption = draw_mixed(names, shape, generator, self.real.device)
         else:
             corruption = draw_corruption(names[0], shape, generator, self.real.device)
-        return OutlierBatch(index, corruption, 1 if alone else None)
+        return OutlierBatch(index, corruption, n)
 
     def batch(self, drawn: OutlierBatch) -> torch.Tensor:
         """The drawn training images, corrupted and normalised."""
-        return self.real.normalize(drawn.corruption(self.real.unit_train(drawn.index))[: drawn.kept])
+        return self.real.normalize(drawn.corruption(self.real.unit_train(drawn.index))[: drawn.count])
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,11 @@ MAY_CHANGE = (
     "device", "data_path", "oe_data_path", "ood_path", "load_path", "folder", "download", "checkpoint_interval",
     "tensorboard", "method_file", "buffer_path",
 )  # fmt: skip
+# flags that are gone: the value that did nothing, and the last commit that has the flag
+DROPPED = {
+    "matching": ("separate", "e2cb5ce705a47533bcdf883fb934c70e156a4aef"),
+    "moments_oe": (1, "e2cb5ce705a47533bcdf883fb934c70e156a4aef"),
+}
 
 
 def add_resume(parser: Parser, steps: str) -> None:
@@ -67,7 +72,7 @@ def resumed(parser: Parser, args: argparse.Namespace, given: dict) -> tuple[argp
     about = read_args(folder)
     if about["script"] != parser.prog:
         raise UserError(f"--resume: {folder} is a run of {about['script']}, not of {parser.prog}; resume it with that")
-    stored = about["flags"]
+    stored = _without_dropped(about["flags"], folder)
     code = stored.get("method_file")
     if code is not None and "method_file" not in given:
         raise UserError(f"--resume: {folder} was started with --method_file {one_line(code)}; give that file again")
@@ -84,6 +89,18 @@ def resumed(parser: Parser, args: argparse.Namespace, given: dict) -> tuple[argp
     )[0]
     args.resume = str(folder)
     return args, {name: value for name, value in (stored | given).items() if value is not None}
+
+
+def _without_dropped(flags: dict, folder: Path) -> dict:
+    """Stored flags without those that are gone; raises a `UserError` for one that was used."""
+    for name, (neutral, commit) in DROPPED.items():
+        if flags.get(name) not in (None, neutral):
+            value = one_line(flags[name])
+            raise UserError(
+                f"--resume: {folder} was started with --{name} {value}, a flag that is gone; resume it with commit "
+                f"{commit}, the last that has it"
+            )
+    return {name: value for name, value in flags.items() if name not in DROPPED}
 
 
 def _latest(root: Path, script: str) -> Path:

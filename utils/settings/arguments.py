@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from utils.methods import add_method_choice, add_method_flags
+from utils.methods import METHODS
+from utils.methods.method import add_method_choice, add_method_flags
 from utils.ood.scores import ALL_SCORES, DETECTORS, SCORES
 from utils.settings.common import Data, Folders, Images, Network, Speed, Training, read_data, strategy
 from utils.settings.fields import Need, add_group, flag
@@ -161,7 +162,7 @@ class Scores:
 
 def add_common(parser: Parser) -> None:
     """Flags of every stage: the method, the data, the network and the images per class."""
-    add_method_choice(parser, parser.add_argument_group("method"))
+    add_method_choice(parser, parser.add_argument_group("method"), METHODS)
     for group in (Data, Network, Images):
         add_group(parser, group)
     parser.often.add("method")
@@ -189,7 +190,7 @@ def add_stage1(parser: Parser, save_path: str, source: type | None = None) -> No
     add_group(parser, Training)
     add_group(parser, Speed)
     add_group(parser, Distillation, save_path=save_path)
-    add_method_flags(parser, parser.add_argument_group("methods"))
+    add_method_flags(parser, parser.add_argument_group("methods"), METHODS)
     if source is not None:
         for group in (OutlierBatches, DistilledOutliers, OutlierTraining, source):
             add_group(parser, group)

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from networks import get_network
 from utils.compute import distributed
 from utils.compute.device import Compute
 from utils.core.rng import generator
@@ -18,7 +17,6 @@ from utils.ood.scores import msp
 from utils.runs import signals
 from utils.runs.progress import Progress
 from utils.runs.run_folder import RunFolder
-from utils.training.stacked import StackedTrainer, stacking_is_faster
 from utils.training.trainer import Trainer, TrainSettings, accuracy_of
 
 EVAL_LOG = 500
@@ -80,21 +78,17 @@ class Evaluator:
     ) -> None:
         """Train and test the networks that `measures` lacks, and add their measures to it.
 
-        If it is faster, all networks of a model are trained simultaneously.
-
         Args:
             exp, it: the experiment and its number of updates; they key the random draws.
             measures: the measures so far, updated in place.
-            after_network: called after each network (under `torchrun`: after each process has trained one), or after
-                all networks that are trained simultaneously.
+            after_network: called after each network (under `torchrun`: after each process has trained one).
         Raises:
             Interrupted: after a signal; networks still in training are not in `measures`.
         """
         for model in self.models:
             values = measures.setdefault(model, {})
             todo = [index for index in range(self.settings.num_networks) if index not in values]
-            trainer = self._trainer(model, synthetic)
-            per_round = max(1, len(todo)) if trainer.trains_simultaneously else distributed.world_size()
+            trainer, per_round = self._trainer(model), distributed.world_size()
             rounds = range(0, len(todo), per_round)
             steps = len(rounds) * trainer.settings.epochs
             with self.run.progress(steps, f"evaluate {model}", every=EVAL_LOG) as progress:
@@ -128,16 +122,11 @@ class Evaluator:
             tested[index] = {"accuracy": accuracy_of(logits, self.real.labels_test)} | ood
         return tested
 
-    def _trainer(self, model: str, synthetic: SyntheticSet) -> Trainer:
+    def _trainer(self, model: str) -> Trainer:
         if model not in self.trainers:
-            real, settings = self.real, self.settings.training[model]
-            net = get_network(model, real.channel, real.num_classes, real.im_size, generator(self.settings.seed))
-            images = min(settings.batch, len(synthetic.images)) * (1 if synthetic.images_oe is None else 2)
-            shape = (images, real.channel, *real.im_size)
+            net = self.real.network(model, generator(self.settings.seed))
             compute = self.compute.for_network(net)
-            stacked = self.settings.num_networks > 1 and stacking_is_faster(net, shape, compute)
-            kind = StackedTrainer if stacked else Trainer
-            self.trainers[model] = kind(net.to(real.device), settings, compute)
+            self.trainers[model] = Trainer(net.to(self.real.device), self.settings.training[model], compute)
         return self.trainers[model]
 
 

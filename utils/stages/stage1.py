@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from networks import get_network
 from utils.compute import distributed
 from utils.compute.compiling import Workload, batches
 from utils.compute.device import Compute, choose_compute, choose_device
@@ -105,7 +104,7 @@ def _evaluation_models(eval_mode: str, model: str, real: RealData) -> list[str]:
     models = list(evaluation_models(eval_mode, model))
     for name in models:
         try:
-            get_network(name, real.channel, real.num_classes, real.im_size, generator(0))
+            real.network(name, generator(0))
         except UserError as error:
             if name == model:
                 raise
@@ -117,7 +116,7 @@ def _evaluation_models(eval_mode: str, model: str, real: RealData) -> list[str]:
 def _choose_compute(inputs: MethodInputs, settings: DistillSettings, evaluation: EvalSettings) -> Compute:
     """How the device computes, from how long the run is."""
     real, flags = inputs.real, inputs.flags
-    net = get_network(settings.model, real.channel, real.num_classes, real.im_size, generator(0)).eval()
+    net = real.network(settings.model, generator(0)).eval()
     workload = total_workload(METHODS[settings.method].workload(inputs), settings, evaluation, inputs)
     shape = (real.channel, *real.im_size)
     return choose_compute(flags["compile"], flags["precision"], real.device, net, shape, workload)

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from networks import get_network
 from utils.compute import distributed
 from utils.compute.compiling import Workload, batches
 from utils.compute.device import Compute, choose_compute, choose_device
@@ -108,7 +107,7 @@ def run_stage2(args: argparse.Namespace, outliers: str) -> None:
     )
     work = stage2_workload(args.num_eval, settings, real, chosen.synthetic)
     compute = _choose_compute(args.compile, args.precision, args.model, real, work)
-    net = get_network(args.model, real.channel, real.num_classes, real.im_size, generator(args.seed)).to(device)
+    net = real.network(args.model, generator(args.seed)).to(device)
     inputs = _fingerprints(real, chosen.synthetic)
     if args.resume:
         run = _resume(Path(args.resume), inputs, vars(args), chosen.path)
@@ -189,7 +188,7 @@ def stage2_workload(num_networks: int, settings: TrainSettings, real: RealData, 
 
 def _choose_compute(compile_flag: str, precision: str, model: str, real: RealData, workload: Workload) -> Compute:
     """How the device computes, from how long the run is."""
-    net = get_network(model, real.channel, real.num_classes, real.im_size, generator(0)).eval()
+    net = real.network(model, generator(0)).eval()
     return choose_compute(compile_flag, precision, real.device, net, (real.channel, *real.im_size), workload)
 
 

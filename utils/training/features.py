@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from networks import get_network
 from utils.compute.compiling import Workload, batches
 from utils.compute.device import choose_compute, kept_precision
 from utils.core.errors import UserError
@@ -58,11 +57,11 @@ def save_network(path: Path, net: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class FeatureNetworks:
-    """Trains networks in whose features images are chosen; `settings`: but for the epochs."""
+    """Trains networks in whose features images are chosen."""
 
     model: str
     real: RealData
-    settings: TrainSettings
+    settings: TrainSettings  # its epochs are ignored; `train` sets them
     seed: int
     compile_flag: str
     precision: str
@@ -74,7 +73,7 @@ class FeatureNetworks:
         """
         epochs = epochs or (SMALL_EPOCHS if len(synthetic.images) < len(self.real.images_train) else WHOLE_EPOCHS)
         real, key = self.real, ("feature network",)
-        net = get_network(self.model, real.channel, real.num_classes, real.im_size, generator(self.seed, *key))
+        net = real.network(self.model, generator(self.seed, *key))
         count = len(synthetic.images)
         steps = epochs * batches(count, self.settings.batch)
         workload = Workload(epochs * count, steps, "training", epochs * count)

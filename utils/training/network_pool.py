@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from networks import get_network, initialize
+from networks import initialize
 from utils.compute import distributed
 from utils.compute.device import Compute
 from utils.compute.transfer import send_draws
@@ -20,12 +20,11 @@ from utils.training.trainer import LR_NET, Trainer, TrainSettings
 
 @dataclass(frozen=True)
 class PoolSettings:
-    """`size`: networks, which take turns; `epochs`: that one trains before each turn; `last_epoch`: with so many epochs
-    behind it a network is replaced."""
+    """How many networks there are, and how long they train."""
 
-    size: int
-    epochs: int = 20
-    last_epoch: int = 200
+    size: int  # the networks take turns
+    epochs: int = 20  # a network trains for so many before each of its turns
+    last_epoch: int = 200  # a network that has trained for so many is replaced
 
 
 class NetworkPool:
@@ -39,8 +38,7 @@ class NetworkPool:
         self, real: RealData, model: str, settings: PoolSettings, training: TrainSettings, seed: int, compute: Compute
     ):
         self.settings, self.seed = settings, seed
-        net = get_network(model, real.channel, real.num_classes, real.im_size, generator(seed))
-        self.net = net.to(real.device)
+        self.net = real.network(model, generator(seed)).to(real.device)
         self.trainer = Trainer(self.net, training, compute)
         self.empty()
 

@@ -83,7 +83,7 @@ class NetworkTraining:
         if network.state is None:
             initialize(self.trainer.net, generator(self.seed, *key))
         else:
-            self.trainer.load_state_dict(network.state, network.epoch)
+            self.trainer.load_state_dict(network.state)
         what = f"network {network.index}"
         with self.run.progress(self.trainer.settings.epochs, what, network.epoch, TEST_INTERVAL) as progress:
 
@@ -177,7 +177,7 @@ class NetworkCheckpoints:
                 raise ValueError(f"epoch {self.epoch}")
             self.state = saved.get("state")
             if not self.done:
-                self.trainer.load_state_dict(self.state, self.epoch)
+                self.trainer.load_state_dict(self.state)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = one_line(error, 100)
             raise UserError(f"--resume: {self.checkpointer.path} is not of this run: {reason}") from None

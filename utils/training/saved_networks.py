@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from networks import get_network
 from utils.core.errors import UserError, one_line
 from utils.core.rng import generator
 from utils.core.torch_files import read_pt
@@ -58,7 +57,7 @@ def load_network(path: Path, model: str, real: RealData, flag: str) -> nn.Module
         UserError: when the file is missing, damaged, or of another network or data set.
     """
     state = read_pt(path, flag)
-    net = get_network(model, real.channel, real.num_classes, real.im_size, generator(0))
+    net = real.network(model, generator(0))
     plain = isinstance(state, dict) and all(isinstance(k, str) for k in state)
     if not plain or not all(isinstance(v, torch.Tensor) and not v.is_complex() for v in state.values()):
         raise UserError(f"{flag}: {path} is no state dict; give what stage 2 wrote")

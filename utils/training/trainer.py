@@ -41,12 +41,7 @@ class TrainSettings:
 
 
 class Trainer:
-    """Trains one network on synthetic sets.
-
-    `trains_simultaneously`: whether `networks` trains all networks before it yields the first.
-    """
-
-    trains_simultaneously = False
+    """Trains one network on synthetic sets."""
 
     def __init__(self, net: nn.Module, settings: TrainSettings, compute: Compute | None = None):
         self.net, self.settings = net, settings
@@ -61,12 +56,8 @@ class Trainer:
         """Start a fresh SGD optimiser with learning rate `lr` and empty momentum buffers."""
         s = self.settings
         self.optimizer = torch.optim.SGD(
-            self._trained(), lr=lr, momentum=s.momentum, weight_decay=s.weight_decay, fused=True
+            self.net.parameters(), lr=lr, momentum=s.momentum, weight_decay=s.weight_decay, fused=True
         )
-
-    def _trained(self) -> list[torch.Tensor]:
-        """The parameters that the optimiser updates."""
-        return list(self.net.parameters())
 
     def draw_epochs(self, synthetic: SyntheticSet, generators: Sequence[torch.Generator]) -> list[list[Batch]]:
         """Draw the batches of one epoch over a synthetic set from each generator."""
@@ -143,7 +134,7 @@ class Trainer:
         per_block = epochs_drawn_together(synthetic)
         for first in range(first_epoch, epochs, per_block):
             block = range(first, min(first + per_block, epochs))
-            drawn = self.draw_epochs(synthetic, [self._generator(seed, key, epoch) for epoch in block])
+            drawn = self.draw_epochs(synthetic, [generator(seed, *key, "epoch", epoch) for epoch in block])
             current = synthetic
             if synthetic.fresh_oe is not None:
                 made = [generator(seed, *key, "outliers", epoch) for epoch in block]
@@ -173,28 +164,40 @@ class Trainer:
             self.train(synthetic, seed, key, after_epoch)
             yield index
 
-    def _generator(self, seed: int, key: tuple, epoch: int) -> torch.Generator:
-        return generator(seed, *key, "epoch", epoch)
-
     def state_dict(self) -> dict:
-        """The network, and the momentum of its parameters."""
-        momentum = [self.optimizer.state[p].get("momentum_buffer") for p in self.net.parameters()]
-        return {"net": dict(self.net.state_dict()), "momentum": momentum}
+        """The network and its optimiser."""
+        return {"net": dict(self.net.state_dict()), "optimizer": self.optimizer.state_dict()}
 
-    def load_state_dict(self, state: dict, epoch: int) -> None:
-        """Continue from the `state_dict` after `epoch` epochs.
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from a `state_dict`.
 
         Raises:
-            ValueError, RuntimeError, KeyError: when it is of another network.
+            ValueError, RuntimeError, KeyError: when it is of another network, or older code wrote it.
         """
         self.net.load_state_dict(dict(state["net"]))
-        self.restart((self.settings.lr or LR_NET) * (0.1 if epoch > self.settings.epochs // 2 else 1))
-        for parameter, momentum in zip(self.net.parameters(), state["momentum"], strict=True):
-            if momentum is None:
-                continue
-            if momentum.shape != parameter.shape or momentum.dtype != parameter.dtype:
-                raise ValueError("momentum of another shape than its parameter")
-            self.optimizer.state[parameter]["momentum_buffer"] = momentum.to(parameter.device).clone()
+        load_optimizer(self.optimizer, state.get("optimizer"))
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict | None) -> None:
+    """Continue with the momentum and the learning rates of a `state_dict`; all else comes from the flags.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: when it is of other parameters.
+        ValueError: when there is none, as in checkpoints of older code.
+    """
+    if state is None:
+        raise ValueError("older code wrote it; resume it with that, or start a new run")
+    groups = optimizer.state_dict()["param_groups"]
+    rates = [{"lr": float(group["lr"])} for group in state["param_groups"]]
+    groups = [group | rate for group, rate in zip(groups, rates, strict=True)]
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    for parameter, of_parameter in optimizer.state.items():
+        momentum = of_parameter.get("momentum_buffer")
+        if momentum is None:
+            continue
+        if momentum.shape != parameter.shape:
+            raise ValueError("momentum of another shape than its parameter")
+        of_parameter["momentum_buffer"] = momentum.clone()  # tensors of a file may share memory
 
 
 def epochs_drawn_together(synthetic: SyntheticSet) -> int:

@@ -9,9 +9,9 @@ from utils.compute import transfer
 from utils.compute.transfer import Draw, product_dtype, tensors_of
 from utils.core.rng import generator, noise
 from utils.data.augment import DSA, DSA_ENTRIES
-from utils.methods import match_draws
+from utils.methods import learnable
 from utils.methods.gradient_matching import GradientMatching
-from utils.methods.match_draws import IterationDraws, MatchSettings
+from utils.methods.learnable import IterationDraws, MatchSettings
 from utils.outliers.corruptions import Corruption, corrupt, draw_corruption
 from utils.outliers.sources import PseudoOutliers
 
@@ -64,12 +64,14 @@ def test_every_draw_has_its_key(method):
 def test_one_transfer_of_each_type_for_an_iteration(method, monkeypatch):
     sent = []
     monkeypatch.setattr(transfer, "send", lambda t, device: (sent.append(t.dtype), t)[1])
-    together = lambda ts, device: transfer.packed(ts, lambda t: transfer.send(t, device))  # noqa: E731
-    monkeypatch.setattr(transfer, "send_together", together)
+    together = lambda draws, device: transfer.with_tensors(  # noqa: E731
+        draws, iter(transfer.packed(tensors_of(draws), lambda t: transfer.send(t, device)))
+    )
+    monkeypatch.setattr(learnable, "send_draws", together)
     whole = list(method.draws.steps(0, 0, method.synthetic()))
     assert sorted(map(str, sent)) == ["torch.float32", "torch.int64"]
     sent.clear()
-    monkeypatch.setattr(match_draws, "DRAWN_NUMBERS", 2 * sum(t.numel() for t in tensors_of(whole[0])))
+    monkeypatch.setattr(learnable, "DRAWN_NUMBERS", 2 * sum(t.numel() for t in tensors_of(whole[0])))
     assert equal(list(method.draws.steps(0, 0, method.synthetic())), whole)
     assert len(sent) > 2
 

@@ -12,11 +12,11 @@ from networks import get_network, initialize
 from utils.compute.device import Compute
 from utils.core.errors import UserError
 from utils.core.rng import generator
-from utils.data.augment import DSA, identity, parse_strategy
+from utils.data.augment import DSA, parse_strategy
 from utils.data.synthetic import SyntheticSet
-from utils.methods.distribution_matching import DistributionMatching, statistics
+from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.gradient_matching import GradientMatching
-from utils.methods.match_draws import MatchSettings
+from utils.methods.learnable import MatchSettings
 from utils.outliers.corruptions import MixedCorruption, corrupt, draw_mixed
 from utils.outliers.not_distilled import k_center_by_slot
 from utils.outliers.sources import PseudoOutliers
@@ -145,44 +145,6 @@ def test_outliers_stay_in_the_range_of_pixels(tiny_real, kind):
     assert torch.equal(found[0].images, found[1].images)
 
 
-# --- moments ---------------------------------------------------------------------------------------------------------
-
-
-def test_two_moments_by_numpy():
-    features = torch.randn(3, 7, 4, generator=generator(0), dtype=torch.float64)
-    array = features.numpy()
-    expected = np.concatenate([array.mean(1), array.std(1, ddof=1)], axis=1)
-    np.testing.assert_allclose(statistics(features, 2).numpy(), expected, atol=1e-6)
-    alone = statistics(features[:, :1], 2)[:, 4:]
-    np.testing.assert_allclose(alone.numpy(), np.full((3, 4), 1e-3), atol=1e-9)
-    np.testing.assert_allclose(statistics(features, 1).numpy(), array.mean(1), atol=1e-12)
-
-
-def test_matching_two_moments_of_outliers(tiny_real):
-    """Loss and gradient by a loop over slots in float64; the images are matched as before."""
-    method = DistributionMatching(tiny_real, PseudoOutliers(tiny_real), replace(SETTINGS, moments_oe=2))
-    method.start(0)
-    leaf = method.image_oe.detach().double().requires_grad_()
-    net = get_network("ConvNetD1", 3, 3, (16, 16), generator(4))
-    initialize(net, generator(4, "match", 0, "network", 0))
-    net = net.double()
-    losses = []
-    for slot in range(3):
-        batch = method.outliers.draw(slot, 5, generator(4, "match", 0, "real oe", 0, 0, slot)).double()
-        transform = STRATEGY.draw(1, (16, 16), generator(4, "match", 0, "siamese oe", 0, 0, slot)) or identity
-        real, own = net.embed(transform(batch)), net.embed(transform(leaf[slot]))
-        deviations = (((x - x.mean(0)) ** 2).sum(0) / (len(x) - 1) for x in (real, own))
-        first, second = ((v + 1e-6).sqrt() for v in deviations)
-        losses.append(((real.mean(0) - own.mean(0)) ** 2).sum() + ((first - second) ** 2).sum())
-    (gradient,) = torch.autograd.grad(sum(losses), leaf)
-    found = method.iterate(0)
-    torch.testing.assert_close(found["loss_oe"].double(), torch.stack(losses).detach(), rtol=1e-4, atol=1e-6)
-    assert (method.image_oe.grad.double() - gradient).norm() < 1e-3 * gradient.norm()
-    plain = DistributionMatching(tiny_real, PseudoOutliers(tiny_real), SETTINGS)
-    plain.start(0)
-    assert torch.equal(plain.iterate(0)["loss"], found["loss"])
-
-
 # --- the pool of networks --------------------------------------------------------------------------------------------
 
 
@@ -273,7 +235,7 @@ SHORT += ["--dsa_strategy", "crop_scale", "--Iteration", 2, "--num_exp", 1, "--n
 @pytest.mark.parametrize("method", METHODS)
 def test_the_recipe_through_stage_1(in_process, tmp_path, method):
     recipe = ["--init_oe", "kcenter", "--clamp_oe", "--mix_corruptions", "--network_pool", 2, "--pool_epochs", 1]
-    recipe += ["--moments_oe", 2] if method == "DM" else ["--outer_loop", 1]
+    recipe += [] if method == "DM" else ["--outer_loop", 1]
     out = in_process("main_poe.py", *SHORT, "--batch_oe", 8, "--method", method, *recipe)
     assert "loss_oe" in out
     (path,) = tmp_path.glob("result-poe/*/Digits/ConvNetD1/2/*/res_*.pt")
@@ -288,10 +250,6 @@ def test_the_recipe_through_stage_1(in_process, tmp_path, method):
     ("name", "flags", "message"),
     [
         ("main.py", ["--method", "DM", "--pool_epochs", 3], "--pool_epochs: --network_pool 0 has no networks"),
-        ("main.py", ["--method", "DM", "--moments_oe", 2], "--moments_oe 2: main.py distils no outliers"),
-        ("main_poe.py", ["--method", "DM", "--moments_oe", 2, "--ipc", 1], "one outlier per slot has no deviation"),
-        ("main_poe.py", ["--method", "DM", "--moments_oe", 3], "--moments_oe: unknown number of moments '3'"),
-        ("main_poe.py", ["--method", "DSA", "--moments_oe", 2], "--method DSA does not use it; DM does"),
         ("main_poe.py", ["--method", "MTT", "--network_pool", 2], "--network_pool: --method MTT does not use it"),
         ("main_poe.py", ["--method", "DM", "--init_oe", "kcenter", "--init", "noise"], "--init_oe kcenter: its"),
         ("main_poe.py", ["--method", "DM", "--clamp_oe", "--zca"], "--clamp_oe: whitened images"),

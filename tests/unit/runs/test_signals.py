@@ -17,7 +17,6 @@ from utils.core.errors import Interrupted
 from utils.methods.gradient_matching import GradientMatching
 from utils.methods.learnable import LearnableSet
 from utils.runs import signals
-from utils.training.stacked import StackedTrainer
 from utils.training.trainer import Trainer
 
 STRATEGY = "color_crop_cutout_scale_rotate"
@@ -79,8 +78,8 @@ def same(a, b):
     [
         (GradientMatching, "_matching_step", 5, 1),  # the second outer step of the second iteration
         (LearnableSet, "_initial", 2, 0),  # in the start, at the outliers
-        (StackedTrainer, "step", 3, 0),  # in an evaluation, before the first iteration
-        (Trainer, "step", 6, 1),  # in the training between two matching steps
+        (Trainer, "step", 3, 0),  # in an evaluation, before the first iteration
+        (Trainer, "step", 18, 1),  # in the training between two matching steps
     ],
 )
 def test_a_signal_in_the_middle_saves_the_state_before(tmp_path, monkeypatch, capsys, owner, name, n, iteration):

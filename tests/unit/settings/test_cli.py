@@ -233,11 +233,6 @@ WRONG = [
         [*QUICK, "--oe_data_path", "small.npy", "--ipc", "3", "--init", "real"],
         ["--ipc 3: the outlier source has 2 outliers for each class"],
     ),
-    (
-        "main_poe.py",
-        [*QUICK[:4], "--method", "DM", "--moments_oe", "2", "--ipc", "2", "--batch_oe", "1"],
-        ["--moments_oe 2: one real outlier per slot"],
-    ),
     ("train_model_synthetic_oe.py", [*QUICK, "--folder", "20200101-000000"], ["--folder: no 20200101-000000 under"]),
     ("train_model_synthetic_no_oe.py", [*QUICK, "--folder", "../x"], ["--folder: '../x' is not the name"]),
     ("test_ood_model_syn.py", ["--dataset", "Digits", "--folder", "20200101-000000"], ["result-model-synthetic-oe"]),
