@@ -20,8 +20,8 @@ GIVEN=${OUTLIERS:-}
 EXPERTS_IN=${BUFFERS:-$OUT/buffers}
 half=0.05 tenth=0.01 # of the published learning rate
 case $METHOD in
-    DC | DSA) known="published slow clamp careful careful-pool trained kcenter mixed pool kcenter-pool spread mixed-spread joint" ;;
-    DM) known="published slow clamp careful careful-pool trained kcenter mixed pool kcenter-pool spread mixed-spread moments" half=0.5 tenth=0.1 ;;
+    DC | DSA) known="published slow clamp careful careful-pool trained kcenter mixed pool kcenter-pool spread mixed-spread" ;;
+    DM) known="published slow clamp careful careful-pool trained kcenter mixed pool kcenter-pool spread mixed-spread" half=0.5 tenth=0.1 ;;
     *) known="published clamp kcenter strong strong-kcenter" ;;
 esac
 RECIPES=${RECIPES:-$known}
@@ -41,8 +41,6 @@ flags() {
         pool) echo "--network_pool 10" ;;
         spread) echo "--spread_oe 100" ;;
         mixed-spread) echo "--mix_corruptions --spread_oe 100" ;;
-        joint) echo "--matching joint" ;;
-        moments) echo "--moments_oe 2" ;;
         strong) echo "--outlier_recipe strong" ;;
         strong-kcenter) echo "--outlier_recipe strong --init_oe kcenter" ;;
     esac
@@ -54,28 +52,20 @@ for recipe in $RECIPES; do
         exit 2
     fi
 done
-# ipc_of RECIPE: those of IPC at which it can run; the deviation of `moments` needs two outliers per class
-ipc_of() {
-    local ipc
-    for ipc in $IPC; do if [[ $1 != moments || $ipc -gt 1 ]]; then echo "$ipc"; fi; done
-}
 
 for recipe in $RECIPES; do
-    ipcs=$(ipc_of "$recipe" | xargs)
-    if [ -z "$ipcs" ]; then echo "recipe $recipe: left out at IPC=$IPC, it needs 2 or more"; continue; fi
     # undistilled outliers are drawn as the recipe draws its own
     source=$([[ $recipe == mixed* ]] && echo --mix_corruptions || true)
     # the experts of MTT serve all recipes but the strong ones, whose experts weigh outliers more
     export BUFFERS=$EXPERTS_IN$([[ $recipe == strong* ]] && echo -strong || true)
-    OUTLIERS="$(flags "$recipe") $GIVEN" SOURCE=$source METHOD=$METHOD OUT=$OUT/$recipe IPC=$ipcs KINDS=$KINDS SCORE=$SCORE \
+    OUTLIERS="$(flags "$recipe") $GIVEN" SOURCE=$source METHOD=$METHOD OUT=$OUT/$recipe IPC=$IPC KINDS=$KINDS SCORE=$SCORE \
         bash "scripts/tables/$TABLE.sh"
 done
 base=$([[ " $KINDS " == *" poe "* && $KINDS == *" "* ]] && echo "--base poe" || true)
 for ipc in $IPC; do
     folders=() names=()
     for recipe in $RECIPES; do
-        if [[ " $(ipc_of "$recipe" | xargs) " == *" $ipc "* ]]; then folders+=("$OUT/$recipe/ipc$ipc") names+=("$recipe"); fi
+        folders+=("$OUT/$recipe/ipc$ipc") names+=("$recipe")
     done
-    if [ ${#names[@]} = 0 ]; then continue; fi
     "$PYTHON" scripts/study.py "${folders[@]}" --prefixes "${names[@]}" --kinds $KINDS $base --scores $SCORE --out "$OUT/study-ipc$ipc.md"
 done

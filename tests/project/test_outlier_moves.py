@@ -13,7 +13,7 @@ from utils.core.run_script import run_script
 from utils.data.augment import DSA, parse_strategy
 from utils.data.synthetic import SyntheticSet, iterations_left
 from utils.methods.distribution_matching import DistributionMatching
-from utils.methods.learnable import MatchSettings
+from utils.methods.method import MatchSettings
 from utils.outliers.sources import PseudoOutliers
 from utils.training.trainer import Trainer, TrainSettings
 

@@ -386,18 +386,6 @@ def test_all_recipes_of_outliers(table, method, rate):
     assert study[study.index("--base") + 1] == "poe"
 
 
-def test_a_recipe_that_needs_two_outliers_per_class(table):
-    """At ipc 1 it is left out, and the others come to their end."""
-    settings = {"METHOD": "DM", "SEEDS": "4", "KINDS": "poe poe-corrupt", "RECIPES": "moments clamp"}
-    status, commands = table("outliers.sh", **settings)
-    assert status == 0, table.err
-    distilled = [PARSERS[w[0]].get_args_parser().parse_args(w[1:]) for w in commands if w[0] == "main_poe.py"]
-    assert [(args.ipc, args.moments_oe) for args in distilled] == [(10, 2), (1, 1), (10, 1)]
-    studies = [words for words in commands if words[0] == "scripts/study.py"]
-    prefixes = [words[words.index("--prefixes") + 1 : words.index("--kinds")] for words in studies]
-    assert prefixes == [["clamp"], ["moments", "clamp"]]
-
-
 def test_ablations_need_ipc_1(table):
     status, commands = table("digits.sh", ABLATIONS="1", IPC="10")
     assert (status, commands) == (2, [])
