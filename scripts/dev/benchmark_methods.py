@@ -16,7 +16,7 @@ from utils.core.rng import generator
 from utils.data.datasets import RealData
 from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.experts import ExpertSettings, ExpertTraining
-from utils.methods.learnable import MatchSettings
+from utils.methods.method import MatchSettings
 from utils.methods.trajectory_matching import TrajectoryMatching, TrajectorySettings
 from utils.outliers.sources import PseudoOutliers
 from utils.runs.run_folder import RunFolder

@@ -27,7 +27,8 @@ from utils.core.rng import generator
 from utils.data.augment import DSA, DSA_ENTRIES
 from utils.data.datasets import RealData, load_dataset
 from utils.data.synthetic import SyntheticSet
-from utils.methods.gradient_matching import GradientMatching, MatchSettings, published_loops
+from utils.methods.gradient_matching import GradientMatching, published_loops
+from utils.methods.method import MatchSettings
 from utils.ood.scorer import Scorer
 from utils.outliers.corruptions import DEFAULT_CORRUPTIONS
 from utils.outliers.sources import PseudoOutliers

@@ -37,7 +37,7 @@ from utils.core.files import save_output
 from utils.core.run_script import run_script
 from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.gradient_matching import GradientMatching
-from utils.methods.learnable import MatchSettings
+from utils.methods.method import MatchSettings
 from utils.methods.trajectory_matching import TrajectoryMatching
 from utils.ood.scorer import Scorer
 from utils.outliers.sources import PseudoOutliers

@@ -38,7 +38,8 @@ from utils.data.datasets import RealData, load_dataset
 from utils.data.distilled_file import DistilledFile
 from utils.data.synthetic import SyntheticSet
 from utils.methods.experts import ExpertBuffer
-from utils.methods.gradient_matching import GradientMatching, MatchSettings
+from utils.methods.gradient_matching import GradientMatching
+from utils.methods.method import MatchSettings
 from utils.outliers.sources import PseudoOutliers
 from utils.runs.checkpoints import Checkpointer
 from utils.runs.run_folder import RunFolder

@@ -14,7 +14,7 @@ from utils.core.rng import generator
 from utils.data.augment import DSA, DSA_ENTRIES, identity
 from utils.methods import distribution_matching
 from utils.methods.distribution_matching import DistributionMatching
-from utils.methods.learnable import MatchSettings
+from utils.methods.method import MatchSettings
 from utils.outliers.sources import OutlierPool, PseudoOutliers
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))

@@ -14,8 +14,9 @@ from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.augment import DSA, identity, parse_strategy
 from utils.methods.distances import METRICS, match_loss
-from utils.methods.gradient_matching import GradientMatching, MatchSettings
+from utils.methods.gradient_matching import GradientMatching
 from utils.methods.matcher import Matcher
+from utils.methods.method import MatchSettings
 from utils.outliers.sources import PseudoOutliers
 from utils.training.losses import joint_loss, uniform_cross_entropy
 

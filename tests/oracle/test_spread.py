@@ -11,7 +11,7 @@ from utils.core.rng import generator
 from utils.data.augment import DSA, DSA_ENTRIES
 from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.gradient_matching import GradientMatching
-from utils.methods.learnable import MatchSettings
+from utils.methods.method import MatchSettings
 from utils.outliers.sources import PseudoOutliers
 from utils.outliers.spread import closeness, push_apart
 

@@ -57,7 +57,7 @@ def make(real, settings=SETTINGS, outliers=True, dtype=torch.float64, compute=No
     method = TrajectoryMatching(real, PseudoOutliers(real) if outliers else None, settings, Ends(net, dtype), compute)
     method.start(0)
     images = [t.detach().to(dtype) for t in method._tensors()]
-    method._hold(0, images[0], images[1] if outliers else None)
+    method._set_images(0, images[0], images[1] if outliers else None)
     method.lr_student.data = torch.tensor(0.05, dtype=dtype)
     method.net.to(dtype)
     return method

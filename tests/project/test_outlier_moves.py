@@ -14,7 +14,7 @@ from utils.data.augment import DSA, parse_strategy
 from utils.data.distilled_file import DistilledFile
 from utils.data.synthetic import SyntheticSet
 from utils.methods.distribution_matching import DistributionMatching
-from utils.methods.learnable import MatchSettings
+from utils.methods.method import MatchSettings
 from utils.outliers.sources import PseudoOutliers
 from utils.training.trainer import Trainer, TrainSettings
 

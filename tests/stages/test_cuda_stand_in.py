@@ -24,7 +24,7 @@ from utils.data.distilled_file import DistilledFile
 from utils.data.synthetic import SyntheticSet
 from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.gradient_matching import GradientMatching
-from utils.methods.learnable import MatchSettings
+from utils.methods.method import MatchSettings
 from utils.methods.trajectory_matching import TrajectoryMatching, TrajectorySettings
 from utils.outliers.sources import OutlierPool, PseudoOutliers
 from utils.training.draws import draw_epoch

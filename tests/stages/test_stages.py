@@ -27,7 +27,8 @@ from utils.data.download import FROM_PYTORCH_OOD
 from utils.data.synthetic import SyntheticSet
 from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.experts import ExpertBuffer, ExpertSettings, ExpertTraining, describe, open_expert_run
-from utils.methods.gradient_matching import GradientMatching, MatchSettings
+from utils.methods.gradient_matching import GradientMatching
+from utils.methods.method import MatchSettings
 from utils.methods.trajectory_matching import TrajectoryMatching, TrajectorySettings
 from utils.ood.generated import DRAWN
 from utils.ood.measures import MEASURES, ood_measures

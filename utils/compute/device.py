@@ -199,15 +199,6 @@ def has_bfloat16_instructions() -> bool:
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags.split())
 
 
-def forward_flops(net: nn.Module, image_shape: tuple[int, ...]) -> int:
-    """Floating-point operations of the forward pass of one image `(C, H, W)` through `net`."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(torch.zeros(2, *image_shape, device=next(net.parameters()).device))
-    return counter.get_total_flops() // 2
-
-
 def set_keep_freed_memory(keep: bool) -> None:
     """Let glibc reuse freed memory instead of returning it to the system at every step; without `keep`, undo this.
 

@@ -19,20 +19,12 @@ from utils.core.rng import generator
 from utils.data.augment import apply_by_part, apply_by_slot, identity
 from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet
-from utils.methods.learnable import IterationDraws, LearnableSet, MatchSettings, SlotDraw, shared_settings
-from utils.methods.method import (
-    POOL_FLAGS,
-    SPREAD,
-    MethodEntry,
-    MethodInputs,
-    pool_settings,
-    refuse_without_outliers,
-)
+from utils.methods.learnable import IterationDraws, LearnableSet, SlotDraw, shared_settings
+from utils.methods.method import POOL_FLAGS, SPREAD, MatchSettings, MethodEntry, MethodInputs, match_settings
 from utils.outliers.sources import OutlierSource
 from utils.outliers.spread import push_apart
-from utils.outliers.start import OutlierRecipe
 from utils.training.network_pool import NetworkPool
-from utils.training.trainer import LR_NET, TrainSettings
+from utils.training.trainer import TrainSettings
 
 CHUNK_IMAGES = 512  # synthetic images embedded together, to bound the memory
 
@@ -67,7 +59,7 @@ class DistributionMatching(LearnableSet):
     def iterate(self, it: int) -> dict[str, torch.Tensor]:
         """One iteration on a fresh random network, or on one of the pool; returns losses `[slots]` by name (their sum
         is eq. 6)."""
-        self.renew(self.net, self.draws.generator(self.exp, "network", it), it)
+        self.reset_network(self.net, self.draws.generator(self.exp, "network", it), it)
         self.net.train()
         (drawn,) = self.draws.steps(self.exp, it, self.synthetic())
         batches = (self.real.train_batch(draw.real) for draw in drawn.images.values())
@@ -126,35 +118,13 @@ class DistributionMatching(LearnableSet):
         return in_parts(lambda part: self.embed_real(part).float().clone(), images, self.splitter.count(images))
 
 
-def _settings(inputs: MethodInputs) -> MatchSettings:
-    f = inputs.flags
-    refuse_without_outliers(inputs, spread_oe=0)
-    return MatchSettings(
-        model=f["model"],
-        ipc=f["ipc"],
-        seed=f["seed"],
-        lr_img=f["lr_img"],
-        lr_img_oe=f.get("lr_img_oe"),
-        batch_real=f["batch_real"],
-        batch_oe=f.get("batch_oe", 0),
-        init=f["init"],
-        lr_net=f["lr_net"] or LR_NET,
-        batch_train=f["batch_train"],
-        lambda_oe=f.get("lambda_oe", 0.0),
-        dsa=inputs.augmentation,
-        pool=pool_settings(inputs),
-        recipe=OutlierRecipe.of(f, inputs.augmentation),
-        spread_oe=f["spread_oe"],
-    )
-
-
 def _build(inputs: MethodInputs) -> DistributionMatching:
-    return DistributionMatching(inputs.real, inputs.outliers, _settings(inputs), inputs.compute, inputs.initial)
+    return DistributionMatching(inputs.real, inputs.outliers, match_settings(inputs), inputs.compute, inputs.initial)
 
 
 def _workload(inputs: MethodInputs) -> Workload:
     """Real images only go forward, which counts as half a pass, or with bf16 a quarter."""
-    s, real = _settings(inputs), inputs.real
+    s, real = match_settings(inputs), inputs.real
     per_class = min(s.batch_real, len(real.images_train) // real.num_classes)
     embedded = real.num_classes * (per_class + (0 if inputs.outliers is None else s.batch_oe))
     synthetic = real.num_classes * s.ipc * (1 if inputs.outliers is None else 2)

@@ -148,19 +148,16 @@ class ExpertBuffer:
 
 @dataclass(frozen=True)
 class ExpertSettings:
-    """How experts are trained; `batch_oe`, `lambda_oe`: of the outliers, if there are any.
-
-    `decay`: whether the learning rate drops to a tenth after `epochs // 2 + 1` epochs.
-    """
+    """How experts are trained."""
 
     epochs: int = 50
     lr: float = 0.01
     momentum: float = 0.0
     weight_decay: float = 0.0
-    decay: bool = False
+    decay: bool = False  # whether the learning rate drops to a tenth after `epochs // 2 + 1` epochs
     batch: int = 256
-    batch_oe: int = 256
-    lambda_oe: float = 0.5
+    batch_oe: int = 256  # outliers in a batch, if there are any
+    lambda_oe: float = 0.5  # their weight
     seed: int = 1
     augmentation: DSA | None = None
 

@@ -19,24 +19,23 @@ from utils.data.augment import identity
 from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet
 from utils.methods.distances import METRICS
-from utils.methods.learnable import IterationDraws, LearnableSet, MatchSettings, SlotDraw, StepDraw, shared_settings
+from utils.methods.learnable import IterationDraws, LearnableSet, SlotDraw, StepDraw, shared_settings
 from utils.methods.matcher import Matcher
 from utils.methods.method import (
     POOL_FLAGS,
     SPREAD,
     Flag,
+    MatchSettings,
     MethodEntry,
     MethodInputs,
-    pool_settings,
-    refuse_without_outliers,
+    match_settings,
 )
 from utils.outliers.sources import OutlierSource
 from utils.outliers.spread import push_apart
-from utils.outliers.start import OutlierRecipe
 from utils.settings.parser import count, one_of
 from utils.training.draws import Batch
 from utils.training.network_pool import NetworkPool
-from utils.training.trainer import LR_NET, Trainer, TrainSettings
+from utils.training.trainer import Trainer, TrainSettings
 
 # outer and inner loop by images per class, as published
 LOOPS = {1: (1, 1), 2: (1, 1), 5: (10, 50), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
@@ -70,7 +69,7 @@ class GradientMatching(LearnableSet):
     def iterate(self, it: int) -> dict[str, torch.Tensor]:
         """One iteration on a fresh random network, or on one of the pool; returns losses `[slots]` by name, means over
         the outer steps."""
-        self.renew(self.net, self.draws.generator(self.exp, "network", it), it)
+        self.reset_network(self.net, self.draws.generator(self.exp, "network", it), it)
         self.trainer.restart(self.settings.lr_net)
         losses = []
         for outer, drawn in enumerate(self.draws.steps(self.exp, it, self.synthetic())):
@@ -132,30 +131,14 @@ def published_loops(ipc: int) -> tuple[int, int]:
     return LOOPS.get(ipc, (ipc, max(1, round(500 / ipc))))
 
 
-def match_settings(inputs: MethodInputs) -> MatchSettings:
-    """The settings from the flags."""
+def _settings(inputs: MethodInputs) -> MatchSettings:
     f = inputs.flags
-    refuse_without_outliers(inputs, spread_oe=0)
     outer, inner = published_loops(f["ipc"])
-    return MatchSettings(
-        model=f["model"],
-        ipc=f["ipc"],
-        seed=f["seed"],
-        lr_img=f["lr_img"],
-        lr_img_oe=f.get("lr_img_oe"),
-        lr_net=f["lr_net"] or LR_NET,
-        batch_real=f["batch_real"],
-        batch_oe=f.get("batch_oe", 0),
-        batch_train=f["batch_train"],
-        lambda_oe=f.get("lambda_oe", 0.0),
+    return match_settings(
+        inputs,
         metric=f["dis_metric"],
-        init=f["init"],
         outer_loop=outer if f["outer_loop"] is None else f["outer_loop"],
         inner_loop=inner if f["inner_loop"] is None else f["inner_loop"],
-        dsa=inputs.augmentation,
-        pool=pool_settings(inputs),
-        recipe=OutlierRecipe.of(f, inputs.augmentation),
-        spread_oe=f["spread_oe"],
     )
 
 
@@ -177,7 +160,7 @@ def iteration_steps(settings: MatchSettings, num_classes: int) -> int:
 
 
 def _build(inputs: MethodInputs) -> GradientMatching:
-    settings = match_settings(inputs)
+    settings = _settings(inputs)
     method = GradientMatching(inputs.real, inputs.outliers, settings, inputs.compute, inputs.initial)
     if settings.ipc not in LOOPS and None in (inputs.flags["outer_loop"], inputs.flags["inner_loop"]):
         loops = f"outer {settings.outer_loop}, inner {settings.inner_loop}"
@@ -188,7 +171,7 @@ def _build(inputs: MethodInputs) -> GradientMatching:
 
 
 def _workload(inputs: MethodInputs) -> Workload:
-    settings = match_settings(inputs)
+    settings = _settings(inputs)
     passes = image_passes(settings, inputs.real, inputs.outliers is not None)
     return Workload(passes, iteration_steps(settings, inputs.real.num_classes), "matching", passes)
 

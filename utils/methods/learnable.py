@@ -6,7 +6,7 @@ Siamese rule: a `SlotDraw` has one `transform`, which is applied to both the rea
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -18,13 +18,14 @@ from utils.compute import distributed
 from utils.compute.transfer import Draw, send_draws, tensors_of
 from utils.core.errors import UserError
 from utils.core.rng import generator
-from utils.data.augment import DSA, Transform
+from utils.data.augment import Transform
 from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet
+from utils.methods.method import MatchSettings
 from utils.outliers.sources import OutlierBatch, OutlierSource, draw_repeated
 from utils.outliers.start import OutlierRecipe
 from utils.training.draws import Batch, draw_epoch
-from utils.training.network_pool import NetworkPool, PoolSettings
+from utils.training.network_pool import NetworkPool
 from utils.training.trainer import load_optimizer
 
 BATCHNORM_IMAGES = 16  # of each class
@@ -37,7 +38,7 @@ def shared_settings(settings: object) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in SHARED}
 
 
-def check_enough(real: RealData, outliers: OutlierSource | None, ipc: int) -> None:
+def check_class_sizes(real: RealData, outliers: OutlierSource | None, ipc: int) -> None:
     """Check that `--init real` finds `ipc` different images of each class, and as many outliers of each slot.
 
     Copies would stay copies in DC, DSA and DM: they are augmented alike and so get the same gradients.
@@ -73,7 +74,7 @@ class LearnableSet:
         initial: distilled sets to start the experiments from, in turn, instead of `init`.
         recipe: how outliers start and where they are kept; default: as published.
     Raises:
-        UserError: for a recipe that cannot be followed; `start` raises what `check_enough` does.
+        UserError: for a recipe that cannot be followed; `start` raises what `check_class_sizes` does.
     """
 
     MOMENTUM = 0.5
@@ -105,9 +106,9 @@ class LearnableSet:
     def start(self, exp: int) -> None:
         """Initialise the images (and outliers) of experiment `exp`."""
         if self.init == "real" and not self.initial:
-            check_enough(self.real, self.outliers, self.ipc)
+            check_class_sizes(self.real, self.outliers, self.ipc)
         images = self._initial(exp, "images", lambda slot, n, g: self.real.train_batch(self.real.choose(slot, n, g)))
-        self._hold(exp, images, None if self.outliers is None else self._initial_outliers(exp, images))
+        self._set_images(exp, images, None if self.outliers is None else self._initial_outliers(exp, images))
 
     def _initial_outliers(self, exp: int, images: torch.Tensor) -> torch.Tensor:
         if self.recipe.start == "kcenter":
@@ -134,23 +135,23 @@ class LearnableSet:
             slots.append(draw(slot, self.ipc, g))
         return torch.stack(slots)
 
-    def _hold(self, exp: int, images: torch.Tensor, outliers: torch.Tensor | None) -> None:
+    def _set_images(self, exp: int, images: torch.Tensor, outliers: torch.Tensor | None) -> None:
         """Set the images of experiment `exp`, with new optimisers."""
         self.exp = exp
         self.image_syn, self.image_oe = images, outliers
         if self.pool is not None:
-            self.pool.empty()
+            self.pool.clear()
         self.optimizers = [
             torch.optim.SGD([i.requires_grad_()], lr=lr, momentum=self.MOMENTUM)
             for i, lr in zip(self._tensors(), self.learning_rates, strict=False)
         ]
 
-    def renew(self, net: nn.Module, g: torch.Generator, it: int) -> None:
+    def reset_network(self, net: nn.Module, g: torch.Generator, it: int) -> None:
         """Give `net` random weights, drawn from `g`, or those of the network of the pool whose turn it is."""
         if self.pool is None:
             initialize(net, g)
         else:
-            net.load_state_dict(self.pool.take(self.exp, it, self.synthetic()))
+            net.load_state_dict(self.pool.next_network(self.exp, it, self.synthetic()))
 
     def update_images(self) -> None:
         """Move the images along their gradient."""
@@ -189,7 +190,7 @@ class LearnableSet:
         if len(state["images"]) != count:
             raise ValueError(f"{len(state['images'])} sets of images instead of {count}")
         images = [t.to(self.device).clone() for t in state["images"]]  # tensors of a file may share memory
-        self._hold(exp, images[0], images[1] if count == 2 else None)
+        self._set_images(exp, images[0], images[1] if count == 2 else None)
         if self.pool is not None:
             self.pool.load_state_dict(state["pool"])
         for optimizer, saved in zip(self.optimizers, state.get("optimizers", [None] * count), strict=True):
@@ -197,53 +198,21 @@ class LearnableSet:
 
 
 @dataclass(frozen=True)
-class MatchSettings:
-    """The settings of gradient and distribution matching; each is described at the flag of its name."""
-
-    model: str
-    ipc: int
-    seed: int = 1
-    lr_img: float = 0.1
-    lr_img_oe: float | None = None
-    lr_net: float = 0.01
-    batch_real: int = 256
-    batch_oe: int = 256
-    batch_train: int = 256
-    lambda_oe: float = 0.5
-    metric: str = "ours"
-    init: str = "noise"
-    outer_loop: int = 1
-    inner_loop: int = 1
-    dsa: DSA | None = None
-    pool: PoolSettings | None = None
-    recipe: OutlierRecipe = field(default_factory=OutlierRecipe)
-    spread_oe: float = 0.0
-
-
-@dataclass(frozen=True)
 class SlotDraw(Draw):
-    """The random choices for one slot.
+    """The random choices for one slot."""
 
-    `real`: its real images (int64 `[n]`) or outliers; `transform`: the augmentation of both these and the synthetic
-    ones.
-    """
-
-    real: torch.Tensor | OutlierBatch
-    transform: Transform | None
+    real: torch.Tensor | OutlierBatch  # its real images (int64 `[n]`) or outliers
+    transform: Transform | None  # the augmentation of these and of the synthetic ones
 
 
 @dataclass(frozen=True)
 class StepDraw(Draw):
-    """The random choices of one outer step.
+    """The random choices of one outer step."""
 
-    `images`, `outliers`: by slot; `batchnorm`: the training images (int64 `[n]`) that set BatchNorm's statistics;
-    `epochs`: the network training that follows.
-    """
-
-    images: dict[int, SlotDraw]
+    images: dict[int, SlotDraw]  # by slot
     outliers: dict[int, SlotDraw]
-    batchnorm: torch.Tensor | None
-    epochs: list[list[Batch]]
+    batchnorm: torch.Tensor | None  # the training images (int64 `[n]`) that set BatchNorm's statistics
+    epochs: list[list[Batch]]  # of the network training that follows
 
 
 class IterationDraws:

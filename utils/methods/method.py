@@ -23,8 +23,10 @@ from utils.data.augment import DSA
 from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet
 from utils.outliers.sources import OutlierSource
+from utils.outliers.start import OutlierRecipe
 from utils.settings.parser import Parser, count, number, one_of
 from utils.training.network_pool import PoolSettings
+from utils.training.trainer import LR_NET
 
 
 class Method(Protocol):
@@ -190,7 +192,7 @@ def _complete_flags(
     return args, given
 
 
-# --- flags that several methods share ---------------------------------------------------------------------------------
+# --- flags and settings that several methods share ------------------------------------------------------------------
 
 POOL_FLAGS = (
     Flag(
@@ -233,3 +235,45 @@ def pool_settings(inputs: MethodInputs) -> PoolSettings | None:
     if given:
         raise UserError(f"--pool_{next(iter(given))}: --network_pool 0 has no networks to train; give their number")
     return None
+
+
+@dataclass(frozen=True)
+class MatchSettings:
+    """The settings of gradient and distribution matching; each is described at the flag of its name."""
+
+    model: str
+    ipc: int
+    seed: int = 1
+    lr_img: float = 0.1
+    lr_img_oe: float | None = None
+    lr_net: float = 0.01
+    batch_real: int = 256
+    batch_oe: int = 256
+    batch_train: int = 256
+    lambda_oe: float = 0.5
+    metric: str = "ours"
+    init: str = "noise"
+    outer_loop: int = 1
+    inner_loop: int = 1
+    dsa: DSA | None = None
+    pool: PoolSettings | None = None
+    recipe: OutlierRecipe = field(default_factory=OutlierRecipe)
+    spread_oe: float = 0.0
+
+
+def match_settings(inputs: MethodInputs, **more: Any) -> MatchSettings:
+    """The settings from the flags that gradient and distribution matching share, and `more`."""
+    f = inputs.flags
+    refuse_without_outliers(inputs, spread_oe=0)
+    same = ("model", "ipc", "seed", "lr_img", "batch_real", "batch_train", "init", "spread_oe")
+    return MatchSettings(
+        **{name: f[name] for name in same},
+        lr_img_oe=f.get("lr_img_oe"),
+        lr_net=f["lr_net"] or LR_NET,
+        batch_oe=f.get("batch_oe", 0),
+        lambda_oe=f.get("lambda_oe", 0.0),
+        dsa=inputs.augmentation,
+        pool=pool_settings(inputs),
+        recipe=OutlierRecipe.of(f, inputs.augmentation),
+        **more,
+    )

@@ -93,8 +93,8 @@ class TrajectoryMatching(LearnableSet):
         self.fingerprints = {"buffer_path": experts.fingerprint()}
         self.notices: list[str] = []
 
-    def _hold(self, exp: int, images: torch.Tensor, outliers: torch.Tensor | None) -> None:
-        super()._hold(exp, images, outliers)
+    def _set_images(self, exp: int, images: torch.Tensor, outliers: torch.Tensor | None) -> None:
+        super()._set_images(exp, images, outliers)
         start = self.initial[exp % len(self.initial)].lr_net if self.initial else None
         self.lr_student = torch.tensor(
             self.settings.lr_teacher or start or LR_TEACHER, device=self.device, requires_grad=True

@@ -125,13 +125,10 @@ MEANS = ("avg-mean", "geo-mean")  # of two images
 
 @dataclass(frozen=True)
 class Corruption(Draw):
-    """One draw of a corruption for a batch.
-
-    `drawn`: its random values, if any; for noise on a GPU, the seed from which it is drawn there.
-    """
+    """One draw of a corruption for a batch."""
 
     name: str
-    drawn: torch.Tensor | int | None
+    drawn: torch.Tensor | int | None  # its random values, if any; for noise on a GPU, the seed of what is drawn there
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         kind = CORRUPTIONS[self.name]

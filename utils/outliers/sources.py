@@ -16,7 +16,14 @@ from utils.core.rng import generator as keyed_generator
 from utils.core.torch_files import fingerprint
 from utils.data.datasets import RealData
 from utils.data.download import TINYIMAGES, fetch_tinyimages
-from utils.outliers.corruptions import DEFAULT_CORRUPTIONS, Corruption, MixedCorruption, draw_corruption, draw_mixed
+from utils.outliers.corruptions import (
+    DEFAULT_CORRUPTIONS,
+    MEANS,
+    Corruption,
+    MixedCorruption,
+    draw_corruption,
+    draw_mixed,
+)
 
 
 def distinct(total: int, n: int, generator: torch.Generator) -> torch.Tensor:
@@ -97,10 +104,11 @@ class PseudoOutliers(OutlierSource):
     def choose(self, slot: int, n: int, generator: torch.Generator) -> OutlierBatch:
         """Draw `n` distinct training images of any class (all if there are fewer), and their corruption.
 
-        At least two images are read, because a corruption may be a mean of two.
+        Where the corruption may be a mean of two images, at least two are read.
         """
         names = self.corruptions if self.mixed else (self.corruptions[slot % len(self.corruptions)],)
-        index = distinct(len(self.real.images_train), max(2, n), generator)
+        least = 2 if {*names} & {*MEANS} else 1
+        index = distinct(len(self.real.images_train), max(n, least), generator)
         shape = (len(index), *self.real.images_train.shape[1:])
         if self.mixed:
             corruption = draw_mixed(names, shape, generator, self.real.device)
@@ -115,17 +123,13 @@ class PseudoOutliers(OutlierSource):
 
 @dataclass(frozen=True)
 class OutlierPool(OutlierSource):
-    """OE: disjoint random slices of a pool of images, one for each class slot.
-
-    `images`: uint8 `[N, C, H, W]`, possibly memory-mapped; `slices`: int64 indices `[num_classes, per_slot]`; `sample`:
-    fingerprint of some images of the whole pool.
-    """
+    """OE: disjoint random slices of a pool of images, one for each class slot."""
 
     real: RealData
-    images: torch.Tensor
-    slices: torch.Tensor
+    images: torch.Tensor  # uint8 `[N, C, H, W]`, possibly memory-mapped
+    slices: torch.Tensor  # int64 indices `[num_classes, per_slot]`
     notice: str = ""
-    sample: str = ""
+    sample: str = ""  # fingerprint of some images of the whole pool
 
     def describe(self) -> dict:
         """The fingerprint of some images of the pool."""

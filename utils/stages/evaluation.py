@@ -53,16 +53,12 @@ def training_of(
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """What is evaluated: `num_networks` fresh networks of each model.
+    """What is evaluated."""
 
-    `training`: how each model is trained. `ood`: normalised images `[N, C, H, W]`, by name, of the OOD sets for which
-    AUROC (score msp) is measured.
-    """
-
-    num_networks: int
-    training: dict[str, TrainSettings]
+    num_networks: int  # fresh networks of each model
+    training: dict[str, TrainSettings]  # of each model
     seed: int
-    ood: dict[str, torch.Tensor] = field(default_factory=dict)
+    ood: dict[str, torch.Tensor] = field(default_factory=dict)  # normalised images of each OOD set; for AUROC by msp
 
 
 class Evaluator:

@@ -19,7 +19,7 @@ from utils.data.distilled_file import DistilledFile
 from utils.data.identity import identity
 from utils.data.synthetic import SyntheticSet
 from utils.methods import METHODS, Method, MethodInputs, augmentation_of
-from utils.methods.learnable import check_enough
+from utils.methods.learnable import check_class_sizes
 from utils.ood.sets import OODSource
 from utils.outliers.sources import OutlierSource
 from utils.runs.checkpoints import Checkpointer
@@ -46,7 +46,7 @@ def run_stage1(args: argparse.Namespace, make_outliers: Callable[[RealData], Out
     training = {model: training_of(model, args.dataset, augmentation, *how) for model in models}
     outliers = make_outliers(real)
     if args.init == "real" and not args.load_path and not args.resume:
-        check_enough(real, outliers, args.ipc)
+        check_class_sizes(real, outliers, args.ipc)
     start = [] if args.resume else _start(args.load_path, real, args.ipc, outliers is not None)
     ood = _ood_images(args.eval_ood or (), real, args.ood_path, args.data_path, args.download == "all", args.seed)
     evaluation = EvalSettings(args.num_eval, training, args.seed, ood)

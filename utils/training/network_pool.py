@@ -40,14 +40,14 @@ class NetworkPool:
         self.settings, self.seed = settings, seed
         self.net = real.network(model, generator(seed)).to(real.device)
         self.trainer = Trainer(self.net, training, compute)
-        self.empty()
+        self.clear()
 
-    def empty(self) -> None:
+    def clear(self) -> None:
         """Forget all networks; each is made at its next turn."""
         self.states: list[dict[str, torch.Tensor] | None] = [None] * self.settings.size
         self.ages = [0] * self.settings.size
 
-    def take(self, exp: int, it: int, synthetic: SyntheticSet) -> dict[str, torch.Tensor]:
+    def next_network(self, exp: int, it: int, synthetic: SyntheticSet) -> dict[str, torch.Tensor]:
         """The state of the network whose turn it is at iteration `it`, trained further on the synthetic set.
 
         At its first turn a network also gets a head start, so that the networks are of different ages. Rank 0 trains;

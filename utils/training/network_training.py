@@ -51,7 +51,7 @@ class NetworkTraining:
         """
         indices = distributed.own_share(num_networks)
         networks = [
-            NetworkCheckpoints(self, i, Checkpointer(self.run, f"checkpoint_network{i}", interval)) for i in indices
+            NetworkInTraining(self, i, Checkpointer(self.run, f"checkpoint_network{i}", interval)) for i in indices
         ]
         try:
             with signals.catch():
@@ -69,7 +69,7 @@ class NetworkTraining:
             raise RankError(error) from None
         return list(results.values())
 
-    def _restore(self, networks: list["NetworkCheckpoints"]) -> None:
+    def _restore(self, networks: list["NetworkInTraining"]) -> None:
         for network in networks:
             network.restore()
         epochs = distributed.gather({network.index: network.epoch for network in networks})
@@ -78,7 +78,7 @@ class NetworkTraining:
         self.run.keep_metrics(lambda line: line["epoch"] <= epochs[line["network"]])
         distributed.barrier()  # no process may append before that
 
-    def _train(self, network: "NetworkCheckpoints") -> None:
+    def _train(self, network: "NetworkInTraining") -> None:
         key = ("network", network.index)
         if network.state is None:
             initialize(self.trainer.net, generator(self.seed, *key))
@@ -96,7 +96,7 @@ class NetworkTraining:
         self.run.log_own(f"{what}: best tested accuracy {100 * network.best:.2f} % (epoch {network.best_epoch})")
 
 
-class NetworkCheckpoints:
+class NetworkInTraining:
     """Tests a network while it trains, and writes its checkpoints: those for stage 3, and the one to resume from."""
 
     def __init__(self, training: NetworkTraining, index: int, checkpointer: Checkpointer):

@@ -27,12 +27,11 @@ LR_NET = 0.01
 class TrainSettings:
     """How a network is trained on a synthetic set.
 
-    The learning rate drops to a tenth, with fresh momentum, after half the epochs (section 4.1 of the DC paper). `lr`
-    None: the learning rate of the synthetic set if it has one, else 0.01.
+    The learning rate drops to a tenth, with fresh momentum, after half the epochs (section 4.1 of the DC paper).
     """
 
     epochs: int
-    lr: float | None = LR_NET
+    lr: float | None = LR_NET  # None: the learning rate of the synthetic set if it has one, else 0.01
     batch: int = 256
     lambda_oe: float = 0.5
     augmentation: DSA | DC | None = None

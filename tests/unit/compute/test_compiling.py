@@ -32,8 +32,8 @@ from utils.data.synthetic import SyntheticSet
 from utils.methods import METHODS, MethodInputs
 from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.gradient_matching import GradientMatching, image_passes
-from utils.methods.learnable import MatchSettings
 from utils.methods.matcher import StudentStep
+from utils.methods.method import MatchSettings
 from utils.ood.scorer import Scorer
 from utils.outliers.sources import PseudoOutliers
 from utils.stages import stage2

@@ -11,7 +11,8 @@ from utils.core.rng import generator, noise
 from utils.data.augment import DSA, DSA_ENTRIES
 from utils.methods import learnable
 from utils.methods.gradient_matching import GradientMatching
-from utils.methods.learnable import IterationDraws, MatchSettings
+from utils.methods.learnable import IterationDraws
+from utils.methods.method import MatchSettings
 from utils.outliers.corruptions import Corruption, corrupt, draw_corruption
 from utils.outliers.sources import PseudoOutliers
 

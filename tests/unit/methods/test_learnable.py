@@ -16,7 +16,7 @@ from utils.data.augment import DSA, parse_strategy
 from utils.data.synthetic import SyntheticSet
 from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.gradient_matching import GradientMatching
-from utils.methods.learnable import MatchSettings
+from utils.methods.method import MatchSettings
 from utils.outliers.corruptions import MixedCorruption, corrupt, draw_mixed
 from utils.outliers.not_distilled import k_center_by_slot
 from utils.outliers.sources import PseudoOutliers
@@ -193,7 +193,7 @@ def test_networks_take_turns_and_are_replaced(tiny_real):
             expected[turn], ages[turn] = fresh(tiny_real, 5, it), 0
         expected[turn] = trained(expected[turn], tiny_real, synthetic, 2 + head_start)
         ages[turn] += 2 + head_start
-        found = pool.take(5, it, synthetic)
+        found = pool.next_network(5, it, synthetic)
         assert close(found, expected[turn])
         assert pool.ages == ages
         expected[turn] = {name: t.clone() for name, t in found.items()}  # rounding does not add up
