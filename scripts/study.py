@@ -14,10 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from scripts.kinds import KINDS
 from utils.core.errors import UserError
 from utils.core.files import save_output
 from utils.core.run_script import run_script
-from utils.report.kinds import KINDS
 from utils.report.measures import OF_NETWORKS, OF_OOD
 from utils.report.study import (
     StudyColumn,

@@ -24,11 +24,11 @@ import utils  # noqa: F401  # isort: skip (before torch: it tells OpenMP how to 
 
 import yaml
 
+from scripts.kinds import DISTILLED, Kind, kind_named
 from scripts.runner import Stage, run_stages, to_run
 from scripts.tables import check_inputs
 from utils.core.errors import UserError, one_line, unknown_name
 from utils.core.run_script import run_script
-from utils.report.kinds import DISTILLED, Kind, kind_named
 from utils.settings.parser import Parser, count
 
 HERE = Path(__file__).resolve().parent
