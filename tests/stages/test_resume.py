@@ -25,7 +25,7 @@ from utils.runs import resume
 from utils.runs.checkpoints import Checkpointer
 from utils.runs.resume import _latest, resume_command
 from utils.runs.run_folder import RunFolder
-from utils.settings.parser import Parser
+from utils.settings.parser import Parser, _word
 
 KILLS = int(os.environ.get("TRUSTDD_KILLS", "5"))  # of each kind, in each stage
 NETWORK = "--dataset Digits --model MLP --ipc 1 --method DSA --dsa_strategy color_crop_cutout_scale_rotate"
@@ -508,8 +508,8 @@ def test_the_command_of_a_folder_with_a_dash(monkeypatch):
 
 @pytest.mark.parametrize("value", [1.23456789e-05, 3e-08, -2.5e-07, 1e22, 0.1, -3.0])
 def test_a_number_is_the_same_as_a_word(value):
-    assert float(resume._word(value)) == value
-    assert "e" not in resume._word(value)  # argparse takes -1e-7 for a flag
+    assert float(_word(value)) == value
+    assert "e" not in _word(value)  # argparse takes -1e-7 for a flag
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch):
@@ -581,6 +581,4 @@ def test_checkpoints_of_older_code(whole, refused, tmp_path):
     images = [torch.zeros(10, 1, 1, 8, 8)] * 2
     old = {"exp": 0, "started": True, "finished": [], "method": {"images": images, "momentum": [None] * 2}}
     torch.save(load(folder / "checkpoint.pt") | old, tmp_path / "checkpoint.pt")
-    assert "older code wrote it; resume it with that, or start a new run" in refused(
-        "main_poe.py", "--resume", tmp_path
-    )
+    assert "older code wrote it; resume it with that, or start anew" in refused("main_poe.py", "--resume", tmp_path)
