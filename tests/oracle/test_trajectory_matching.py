@@ -281,6 +281,17 @@ def test_a_killed_training_resumes_with_the_same_bits(tiny_real, tmp_path, monke
     assert all(torch.equal(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True))
 
 
+def test_epochs_that_older_code_left_are_refused(tiny_real, tmp_path):
+    """They hold the momentum alone."""
+    open_expert_run(tmp_path, describe(tiny_real, "ConvNetD1", None)).lock.file.close()
+    (tmp_path / "unfinished_expert_0").mkdir()
+    net = tiny_real.network("ConvNetD1", generator(0)).state_dict()
+    for epoch in range(2):
+        torch.save({"net": net, "momentum": []}, tmp_path / "unfinished_expert_0" / f"epoch_{epoch}.pt")
+    with pytest.raises(UserError, match=r"--buffer_path: cannot continue .*_0: older code wrote it.*Delete it"):
+        train(tiny_real, tmp_path, ExpertSettings(), None)
+
+
 SHAPES = [(2, 3), (2,)]
 
 

@@ -196,7 +196,7 @@ def _method(kind: str, real, outliers):
         settings = TrajectorySettings("ConvNetD1", 2, syn_steps=3, batch_syn=8, dsa=dsa)
         return TrajectoryMatching(real, outliers, settings, _Experts(real.device), Compute(on_cuda=True))
     loops = {} if kind == "DM" else {"outer_loop": 2, "inner_loop": 1}
-    loops |= {"joint": True, "spread_oe": 1.0} if kind == "joint" else {}
+    loops |= {"spread_oe": 1.0} if kind == "spread" else {}
     settings = MatchSettings("ConvNetD1", 2, batch_real=16, batch_oe=8, init="real", dsa=dsa, **loops)
     method = DistributionMatching if kind == "DM" else GradientMatching
     return method(real, outliers, settings, Compute(on_cuda=True))
@@ -219,7 +219,7 @@ class _Experts:
 
 
 @pytest.mark.parametrize("pool", [False, True])
-@pytest.mark.parametrize("kind", ["DSA", "joint", "DM", "MTT"])
+@pytest.mark.parametrize("kind", ["DSA", "spread", "DM", "MTT"])
 def test_the_host_does_not_wait_inside_an_iteration(digits, gpu, kind, pool):
     real = digits.to("cuda")
     outliers = PseudoOutliers(real)

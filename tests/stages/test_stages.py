@@ -323,7 +323,7 @@ def test_a_stopped_training_is_not_tested_at_an_earlier_epoch(networks_of, refus
     error = refused(*TEST, 2)
     assert "--num_exp 2: " in error
     assert "has 1 networks of the kind epoch1000. Lower --num_exp" in error
-    assert error.strip().endswith("the first network has: --epoch_train 800, --epoch_train 1000, --is_load_best")
+    assert error.strip().endswith("the first network has: --epoch_train 800, --is_load_best")
 
 
 def test_checkpoints_that_are_not_there(networks_of, refused):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 
-from utils.core.errors import UserError, one_line, print_error_once, unknown_name
+from utils.core.errors import UserError, blame, one_line, print_error_once, unknown_name
 from utils.core.files import check_file, read_json
 
 NOT_STORED = ("resume", "config", "help", "help_all", "is_parallel")  # flags that no file of flags may hold
@@ -192,7 +192,8 @@ def _read_config(parser: Parser, words: list[str]) -> None:
         return
     place = next(i for i, word in enumerate(words) if word.partition("=")[0] == "--config")
     name = words[place].partition("=")[2] or "".join(words[place + 1 : place + 2])
-    path = check_file(Path(name), "--config")
+    with blame("--config"):
+        path = check_file(Path(name))
     flags = _content(path)
     flags = flags.get("flags", flags) if isinstance(flags, dict) else None
     if not isinstance(flags, dict) or not all(isinstance(key, str) for key in flags):
