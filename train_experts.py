@@ -18,6 +18,7 @@ from utils.data.datasets import RealData
 from utils.methods.experts import ExpertSettings, ExpertTraining, all_trained, describe, expert_folder, open_expert_run
 from utils.outliers.sources import OutlierSource, PseudoOutliers, load_outlier_pool
 from utils.settings import arguments
+from utils.settings.common import read_data
 from utils.settings.parser import Parser
 from utils.training.trainer import TEST_BATCH
 
@@ -49,7 +50,7 @@ def workload(num_experts: int, settings: ExpertSettings, real: RealData, with_ou
 def main(args: argparse.Namespace) -> None:
     """Train the experts that are missing in the folder of this network and data set."""
     device = choose_device(args.device, args.deterministic)
-    real = arguments.read_data(args).to(device)
+    real = read_data(args).to(device)
     outliers = make_outliers(args, real)
     settings = ExpertSettings(
         epochs=args.train_epochs,

@@ -35,8 +35,7 @@ from utils.report.card import CardFacts, card
 from utils.report.plots import save_grid
 from utils.report.results import Results, load_results
 from utils.runs.lineage import args_or_nothing, distilled_set_of
-from utils.settings import arguments
-from utils.settings.common import Data
+from utils.settings.common import Data, read_data
 from utils.settings.fields import add_group
 from utils.settings.parser import Parser, count
 from utils.settings.training_set import Foreign, assumptions
@@ -203,7 +202,7 @@ def _of_run(paths: list[str], assumed: Assumptions, exp_idx: int, zca: bool) -> 
 
 def _of_another(args: argparse.Namespace, assumed: Assumptions) -> Published:
     """A set of another repository, as stage 2 would read it."""
-    real = arguments.read_data(args)
+    real = read_data(args)
     found = read_distilled(args.distilled, real, assumed, args.exp_idx, args.distilled_oe, flag="PATH")
     source = f"Read as: {'; '.join(found.lines)}".replace(str(Path(args.distilled[0]).parent) + os.sep, "")
     statistics = (real.mean, real.std, real.zca)

@@ -25,8 +25,7 @@ from utils.methods import METHODS
 from utils.ood.scores import ALL_SCORES, require_library
 from utils.ood.sets import OODSource
 from utils.report.compare import ComparisonColumn, find_runs
-from utils.settings import arguments
-from utils.settings.common import Data, Network
+from utils.settings.common import Data, Network, read_data
 from utils.settings.fields import add_group
 from utils.settings.parser import Parser, count, number, one_of
 from utils.settings.training_set import Foreign, assumptions
@@ -94,7 +93,7 @@ def _add_tests(parser: Parser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Read the set, train and test each column, and compare them."""
-    real = arguments.read_data(args)
+    real = read_data(args)
     assumed = assumptions(vars(args))
     found = read_distilled(args.distilled, real, assumed, args.exp_idx, args.distilled_oe, flag="PATH")
     source = OODSource(real, Path(args.ood_path), Path(args.data_path), args.download == "all", limit=1, seed=args.seed)

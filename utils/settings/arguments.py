@@ -7,7 +7,7 @@ from typing import Any
 from utils.methods import METHODS
 from utils.methods.method import add_method_choice, add_method_flags
 from utils.ood.scores import ALL_SCORES, DETECTORS, SCORES
-from utils.settings.common import Data, Folders, Images, Network, Speed, Training, read_data, strategy
+from utils.settings.common import Data, Folders, Images, Network, Speed, Training, strategy
 from utils.settings.fields import Need, add_group, flag
 from utils.settings.outliers import Corrupted, DistilledOutliers, OutlierBatches, OutlierTraining, Pool, follow_recipe
 from utils.settings.parser import Parser, add_config, count, number, one_of
@@ -23,7 +23,6 @@ from utils.settings.training_set import (
     used_by,
 )
 
-__all__ = ["read_data"]
 OOD_PATH = "data/ood"
 EVAL_MODES = ("S", "SS", "M", "B", "W", "D", "A", "P", "N")
 INITS = ("noise", "real")

@@ -5,7 +5,7 @@ A group is a frozen dataclass whose fields are made by `flag`. `add_group` adds 
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from utils.settings.parser import Parser
@@ -66,19 +66,17 @@ def _unit(kind: object) -> str:
 def _add(parser: Parser, target: argparse._ArgumentGroup, f: Any, default: Any) -> None:
     """Add one field to a group of argparse."""
     meta = dict(f.metadata)
-    words = [meta[key] for key in ("short",) if key in meta] + [f"--{f.name}"]
+    words = [*([meta["short"]] if "short" in meta else []), f"--{f.name}"]
     if meta.get("often"):
         parser.often.add(f.name)
     if default is False and "action" not in meta:
         target.add_argument(*words, action="store_true", help=meta["help"])
         return
-    kind = {key: meta[key] for key in ("nargs", "const", "action", "metavar") if key in meta}
+    kind = {key: meta[key] for key in ("nargs", "const", "action") if key in meta}
     if meta.get("many"):
-        kind.setdefault("nargs", "+")
-    if names := meta.get("names"):
-        kind.setdefault("metavar", f"{{{','.join(names)}}}" if len(names) <= FEW else None)
-    if "names" not in meta and "metavar" not in meta and (unit := _unit(f.type)):
-        kind["metavar"] = unit
+        kind["nargs"] = "+"
+    names = meta.get("names", ())
+    shown = f"{{{','.join(names)}}}" if 0 < len(names) <= FEW else None
+    kind["metavar"] = meta.get("metavar") or shown or _unit(f.type) or None
     default = list(default) if isinstance(default, tuple) else default
-    default = None if default is MISSING else default
     target.add_argument(*words, type=meta["check"], default=default, help=meta["help"], **kind)

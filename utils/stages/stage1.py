@@ -27,7 +27,8 @@ from utils.runs.lineage import next_command, root_of
 from utils.runs.resume import check_inputs
 from utils.runs.run_folder import RunFolder
 from utils.runs.tensorboard import TensorBoardWriter, require_tensorboard
-from utils.settings.arguments import passed_on, read_data
+from utils.settings.arguments import passed_on
+from utils.settings.common import read_data
 from utils.stages.evaluation import EvalSettings, Evaluator, evaluation_models, training_of
 from utils.stages.loop import Distillation, DistillSettings
 from utils.training.trainer import TEST_BATCH

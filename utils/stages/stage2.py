@@ -34,7 +34,8 @@ from utils.runs.lineage import (
 )
 from utils.runs.resume import check_inputs
 from utils.runs.run_folder import RunFolder, read_args
-from utils.settings.arguments import OOD_PATH, passed_on, read_data
+from utils.settings.arguments import OOD_PATH, passed_on
+from utils.settings.common import read_data
 from utils.settings.training_set import assumptions
 from utils.stages.evaluation import training_of
 from utils.stages.training_set import (

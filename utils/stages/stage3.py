@@ -33,7 +33,7 @@ from utils.report.results import PlotData, Results, results_csv, results_json, r
 from utils.report.tables import report_text
 from utils.runs.lineage import STAGE2_ROOTS, Found, args_or_nothing, distilled_set_of, find_run_folder
 from utils.runs.run_folder import RunFolder
-from utils.settings.arguments import read_data
+from utils.settings.common import read_data
 from utils.training.saved_networks import checkpoint_name, checkpoints_of, epochs_of, load_trained
 
 
