@@ -4,26 +4,20 @@ r"""Stage 1, plain: distil a data set into a few synthetic images per class.
         --dsa_strategy color_crop_cutout_flip_scale_rotate
 """
 
-import argparse
-
 from utils.core.run_script import run_script
-from utils.runs.resume import add_resume
-from utils.settings import arguments
-from utils.settings.parser import Parser
+from utils.settings.arguments import Stage1Settings, script_parser
+from utils.settings.reading import SettingsParser
 from utils.stages.stage1 import run_stage1
 
 
-def get_args_parser() -> Parser:
+def get_args_parser() -> SettingsParser:
     """The flags of this script."""
-    parser = Parser(__doc__.split("\n\n")[1], description="Distil a data set (no outliers).")
-    arguments.add_stage1(parser, save_path="result")
-    add_resume(parser, "iterations")
-    return parser
+    return script_parser(Stage1Settings, __doc__, "Distil a data set (no outliers).")
 
 
-def main(args: argparse.Namespace) -> None:
+def main(settings: Stage1Settings) -> None:
     """Distil without outliers."""
-    run_stage1(args, make_outliers=lambda real: None)
+    run_stage1(settings)
 
 
 if __name__ == "__main__":

@@ -4,32 +4,20 @@ r"""Stage 1, TrustDD with outlier exposure: distil images, and outliers from a p
         --dsa_strategy color_crop_cutout_flip_scale_rotate --lambda_oe 0.5 --num_oe_per_class 10000
 """
 
-import argparse
-
 from utils.core.run_script import run_script
-from utils.outliers.sources import load_outlier_pool
-from utils.runs.resume import add_resume
-from utils.settings import arguments
-from utils.settings.outliers import Pool
-from utils.settings.parser import Parser
+from utils.settings.arguments import Stage1SettingsOE, script_parser
+from utils.settings.reading import SettingsParser
 from utils.stages.stage1 import run_stage1
 
 
-def get_args_parser() -> Parser:
+def get_args_parser() -> SettingsParser:
     """The flags of this script."""
-    parser = Parser(__doc__.split("\n\n")[1], description="Distil a data set and real outliers (OE).")
-    arguments.add_stage1(parser, "result-oe", Pool)
-    add_resume(parser, "iterations")
-    return parser
+    return script_parser(Stage1SettingsOE, __doc__, "Distil a data set and real outliers (OE).")
 
 
-def main(args: argparse.Namespace) -> None:
+def main(settings: Stage1SettingsOE) -> None:
     """Distil with a pool of real images as outliers."""
-    fetch = args.download == "all"
-    run_stage1(
-        args,
-        make_outliers=lambda real: load_outlier_pool(args.oe_data_path, real, args.num_oe_per_class, args.seed, fetch),
-    )
+    run_stage1(settings)
 
 
 if __name__ == "__main__":

@@ -4,28 +4,20 @@ r"""Stage 1, TrustDD with pseudo-outlier exposure: distil images, and outliers m
         --dsa_strategy color_crop_cutout_flip_scale_rotate --lambda_oe 0.5
 """
 
-import argparse
-
 from utils.core.run_script import run_script
-from utils.outliers.sources import PseudoOutliers
-from utils.runs.resume import add_resume
-from utils.settings import arguments
-from utils.settings.outliers import Corrupted
-from utils.settings.parser import Parser
+from utils.settings.arguments import Stage1SettingsPOE, script_parser
+from utils.settings.reading import SettingsParser
 from utils.stages.stage1 import run_stage1
 
 
-def get_args_parser() -> Parser:
+def get_args_parser() -> SettingsParser:
     """The flags of this script."""
-    parser = Parser(__doc__.split("\n\n")[1], description="Distil a data set and pseudo-outliers (POE).")
-    arguments.add_stage1(parser, "result-poe", Corrupted)
-    add_resume(parser, "iterations")
-    return parser
+    return script_parser(Stage1SettingsPOE, __doc__, "Distil a data set and pseudo-outliers (POE).")
 
 
-def main(args: argparse.Namespace) -> None:
+def main(settings: Stage1SettingsPOE) -> None:
     """Distil with corrupted training images as outliers."""
-    run_stage1(args, make_outliers=lambda real: PseudoOutliers(real, tuple(args.corruptions), args.mix_corruptions))
+    run_stage1(settings)
 
 
 if __name__ == "__main__":

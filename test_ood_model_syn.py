@@ -4,26 +4,20 @@ r"""Stage 3: accuracy, error detection and OOD detection of the networks that st
         --folder 20230206-232250 --is_load_best
 """
 
-import argparse
-
 from utils.core.run_script import run_script
-from utils.settings import arguments
-from utils.settings.parser import Parser
+from utils.settings.arguments import Stage3Settings, script_parser
+from utils.settings.reading import SettingsParser
 from utils.stages.stage3 import run_stage3
 
 
-def get_args_parser() -> Parser:
+def get_args_parser() -> SettingsParser:
     """The flags of this script."""
-    parser = Parser(
-        __doc__.split("\n\n")[1], description="Test trained networks: accuracy, error detection, OOD detection."
-    )
-    arguments.add_stage3(parser)
-    return parser
+    return script_parser(Stage3Settings, __doc__, "Test trained networks: accuracy, error detection, OOD detection.")
 
 
-def main(args: argparse.Namespace) -> None:
+def main(settings: Stage3Settings) -> None:
     """Measure and report."""
-    run_stage3(args)
+    run_stage3(settings)
 
 
 if __name__ == "__main__":

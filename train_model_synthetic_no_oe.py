@@ -4,26 +4,20 @@ r"""Stage 2 without outliers: train networks on distilled images alone.
         --dsa_strategy color_crop_cutout_flip_scale_rotate --folder 20230307-093217
 """
 
-import argparse
-
 from utils.core.run_script import run_script
-from utils.runs.resume import add_resume
-from utils.settings import arguments
-from utils.settings.parser import Parser
+from utils.settings.arguments import Stage2SettingsNoOE, script_parser
+from utils.settings.reading import SettingsParser
 from utils.stages.stage2 import run_stage2
 
 
-def get_args_parser() -> Parser:
+def get_args_parser() -> SettingsParser:
     """The flags of this script."""
-    parser = Parser(__doc__.split("\n\n")[1], description="Train networks on a distilled set without outliers.")
-    arguments.add_stage2(parser, save_path="result-model-synthetic-no-oe")
-    add_resume(parser, "epochs")
-    return parser
+    return script_parser(Stage2SettingsNoOE, __doc__, "Train networks on a distilled set without outliers.")
 
 
-def main(args: argparse.Namespace) -> None:
+def main(settings: Stage2SettingsNoOE) -> None:
     """Train on images alone; outliers in the file are ignored."""
-    run_stage2(args, outliers="none")
+    run_stage2(settings)
 
 
 if __name__ == "__main__":

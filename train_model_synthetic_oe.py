@@ -4,26 +4,20 @@ r"""Stage 2 with outliers: train networks on distilled images and outliers, dist
         --dsa_strategy color_crop_cutout_flip_scale_rotate --folder 20230206-232257 --is_load_oe --lambda_oe 0.5
 """
 
-import argparse
-
 from utils.core.run_script import run_script
-from utils.runs.resume import add_resume
-from utils.settings import arguments
-from utils.settings.parser import Parser
+from utils.settings.arguments import Stage2Settings, script_parser
+from utils.settings.reading import SettingsParser
 from utils.stages.stage2 import run_stage2
 
 
-def get_args_parser() -> Parser:
+def get_args_parser() -> SettingsParser:
     """The flags of this script."""
-    parser = Parser(__doc__.split("\n\n")[1], description="Train networks on a distilled set with outliers.")
-    arguments.add_stage2(parser, "result-model-synthetic-oe", with_outliers=True)
-    add_resume(parser, "epochs")
-    return parser
+    return script_parser(Stage2Settings, __doc__, "Train networks on a distilled set with outliers.")
 
 
-def main(args: argparse.Namespace) -> None:
+def main(settings: Stage2Settings) -> None:
     """Train on images and on the outliers of `--outliers`."""
-    run_stage2(args, outliers=args.outliers)
+    run_stage2(settings)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,16 @@
 The first publishes a run of stage 1, the second converts a set of another repository.
 """
 
-import argparse
 import json
 import os
+import shlex
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Self
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -27,7 +29,8 @@ from utils.core.run_script import run_script
 from utils.data.distilled_file import DistilledFile
 from utils.data.synthetic import SyntheticSet
 from utils.data.whitening import ZCA
-from utils.exchange.convert import Assumptions, read_distilled
+from utils.exchange.assumptions import Assumptions
+from utils.exchange.convert import read_distilled
 from utils.exchange.formats import SAFETENSORS, find_files
 from utils.exchange.normalisation import to_unit
 from utils.methods import METHODS
@@ -35,10 +38,11 @@ from utils.report.card import CardFacts, card
 from utils.report.plots import save_grid
 from utils.report.results import Results, load_results
 from utils.runs.lineage import args_or_nothing, distilled_set_of
+from utils.settings.arguments import Stage2Settings, Stage2SettingsNoOE
 from utils.settings.common import Data, read_data
-from utils.settings.fields import add_group
-from utils.settings.parser import Parser, count
-from utils.settings.training_set import Foreign, assumptions
+from utils.settings.fields import Settings, as_words, flag, flags_of
+from utils.settings.reading import SettingsParser
+from utils.settings.training_set import Experiment
 
 SHOWN = 10  # of each class, in the preview
 
@@ -62,49 +66,64 @@ class Published:
         return to_unit(images, (self.mean, self.std), self.zca).clamp(0, 1)
 
 
-def get_args_parser() -> Parser:
+@dataclass(frozen=True)
+class Publication(Settings):
+    """Publication."""
+
+    distilled: tuple[str, ...] = flag(
+        (), "run folder of stage 1, or any set of --distilled", many=True, positional=True, metavar="PATH"
+    )
+    distilled_oe: tuple[str, ...] | None = flag(None, "its outliers, if they are apart", many=True, metavar="PATH")
+    out: str = flag("", "folder to make; it must not exist", required=True)
+    results: tuple[str, ...] = flag((), "stage-3 folders, whose measures the card states", many=True)
+    license: str = flag("unknown", "licence of the set, as the hub names it, e.g. mit")
+    method: str | None = flag(None, "method that made the set; left out: that of the run")
+    dsa_strategy: str | None = flag(None, "augmentation of training; left out: that of the run")
+
+
+@dataclass(frozen=True)
+class PublishSettings(Publication, Experiment, Data, Assumptions):
+    """Settings of this script."""
+
+    def completed(self, given: Mapping[str, Any]) -> Self:
+        """Refuse assumptions that contradict each other."""
+        self.check_assumptions()
+        return self
+
+
+def get_args_parser() -> SettingsParser:
     """The flags of this script."""
-    parser = Parser(description="Publish a distilled set.")
-    parser.add_argument("distilled", nargs="+", metavar="PATH", help="run folder of stage 1, or any set of --distilled")
-    parser.add_argument("--distilled_oe", nargs="+", default=[], metavar="PATH", help="its outliers, if they are apart")
-    parser.add_argument("--out", required=True, help="folder to make; it must not exist")
-    parser.add_argument("--exp_idx", type=count(0), default=0, help="which experiment of a run")
-    parser.add_argument("--results", nargs="+", default=[], help="stage-3 folders, whose measures the card states")
-    parser.add_argument("--license", default="unknown", help="licence of the set, as the hub names it, e.g. mit")
-    parser.add_argument("--method", default=None, help="method that made the set; left out: that of the run")
-    parser.add_argument("--dsa_strategy", default=None, help="augmentation of training; left out: that of the run")
-    for group in (Data, Foreign):
-        add_group(parser, group)
-    return parser
+    return SettingsParser(PublishSettings, description="Publish a distilled set.")
 
 
-def main(args: argparse.Namespace) -> None:
+def main(settings: PublishSettings) -> None:
     """Write everything into a new folder beside `--out`, and rename it when it is whole."""
-    out = Path(args.out)
+    s = settings
+    out = Path(s.out)
     if out.exists():
         raise UserError(f"--out: {out} exists; remove it or give another name")
-    assumed = assumptions(vars(args))
-    run = None if args.distilled_oe else _of_run(args.distilled, assumed, args.exp_idx, args.zca)
-    published = run or _of_another(args, assumed)
+    run = None if s.distilled_oe else _of_run(s)
+    published = run or _of_another(s)
     flags = published.origin.get("flags") or {}
-    s, images = published.synthetic, published.synthetic.images
+    synthetic, images = published.synthetic, published.synthetic.images
     facts = CardFacts(
         dataset=published.dataset,
-        method=args.method or flags.get("method") or "",
+        method=s.method or flags.get("method") or "",
         num_classes=published.num_classes,
         shape=tuple(images.shape[1:]),
-        counts=(len(images), s.num_outliers),
-        labels="soft" if s.labels.is_floating_point() else "hard",
+        counts=(len(images), synthetic.num_outliers),
+        labels="soft" if synthetic.labels.is_floating_point() else "hard",
         mean=published.mean,
         std=published.std,
         zca=published.zca is not None,
-        learning_rate=s.lr_net,
-        license=args.license,
-        strategy=args.dsa_strategy or _strategy(flags),
+        learning_rate=synthetic.lr_net,
+        license=s.license,
+        strategy=s.dsa_strategy or _strategy(flags),
         origin=published.origin,
         source=published.source,
-        results=_results(args.results, s),
+        results=_results(s.results, synthetic),
     )
+    facts = replace(facts, train_command=_train_command(facts))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -125,7 +144,19 @@ def _strategy(flags: dict) -> str | None:
     return flags.get("dsa_strategy") if entry is None or entry.augmentation != "unused" else None
 
 
-def _results(folders: list[str], synthetic: SyntheticSet) -> dict[str, Results]:
+def _train_command(f: CardFacts) -> str:
+    """The command of stage 2 that trains networks on the set; `SET` is the folder of the card."""
+    plain = not f.counts[1]
+    method = f.method if f.method and f.flags.get("method") == f.method else "DSA" if f.strategy else "DC"
+    names = ("model", "im_size", "pixel_max", *(() if plain else ("lambda_oe",)))
+    kept = {name: f.flags[name] for name in names if f.flags.get(name) is not None}
+    own = {"distilled": ("SET",), "ipc": None, "dataset": f.dataset, "dsa_strategy": f.strategy, "zca": f.zca}
+    settings = (Stage2SettingsNoOE if plain else Stage2Settings)(method=method, **own, **kept)
+    script = "train_model_synthetic_no_oe.py" if plain else "train_model_synthetic_oe.py"
+    return shlex.join(["python", script, *as_words(settings)])
+
+
+def _results(folders: Sequence[str], synthetic: SyntheticSet) -> dict[str, Results]:
     """The results of stage-3 folders by network and outliers; folders of the same ones are numbered.
 
     Raises:
@@ -161,13 +192,13 @@ def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 
 
 @blame("PATH")
-def _of_run(paths: list[str], assumed: Assumptions, exp_idx: int, zca: bool) -> Published | None:
+def _of_run(s: PublishSettings) -> Published | None:
     """The set of a run of stage 1; None for any other, or one of the published code, which lacks the normalisation.
 
     Raises:
         UserError: when the file is damaged, or flags say what the file itself says.
     """
-    files = find_files(paths, assumed.format)
+    files = find_files(s.distilled, s.distilled_format)
     if files.format == "published":
         raise UserError(f"{files.images} is published already; copy its folder")
     if files.format != "res":
@@ -176,14 +207,15 @@ def _of_run(paths: list[str], assumed: Assumptions, exp_idx: int, zca: bool) -> 
     _, statistics, whitening = normalisation = file.normalisation()
     if normalisation.space is None or file.num_classes is None:
         return None
-    if replace(assumed, format=None) != Assumptions() or zca:
+    said = [f.name for f in flags_of(Assumptions) if f.name != "distilled_format" and getattr(s, f.name) is not None]
+    if said or s.zca:
         raise UserError(
             f"PATH: {files.images} says itself what its images are; leave out --distilled_…, --soft_labels and --zca"
         )
-    left = file.iterations_left(exp_idx)
+    left = file.iterations_left(s.exp_idx)
     if left and left[0] == 0:
         raise UserError(f"{files.images} has the images that its run starts from; go on with it: --resume")
-    synthetic, classes = file.set(exp_idx), file.num_classes
+    synthetic, classes = file.set(s.exp_idx), file.num_classes
     known = synthetic.labels.shape[1] if synthetic.labels.is_floating_point() else len(synthetic.labels.unique())
     channel = synthetic.images.shape[1]
     fits = (whitening and len(whitening.mean) == synthetic.images[0].numel()) or (
@@ -200,11 +232,11 @@ def _of_run(paths: list[str], assumed: Assumptions, exp_idx: int, zca: bool) -> 
     return Published(synthetic, mean, std, whitening, dataset, classes, about, class_names=names)
 
 
-def _of_another(args: argparse.Namespace, assumed: Assumptions) -> Published:
+def _of_another(s: PublishSettings) -> Published:
     """A set of another repository, as stage 2 would read it."""
-    real = read_data(args)
-    found = read_distilled(args.distilled, real, assumed, args.exp_idx, args.distilled_oe, flag="PATH")
-    source = f"Read as: {'; '.join(found.lines)}".replace(str(Path(args.distilled[0]).parent) + os.sep, "")
+    real = read_data(s)
+    found = read_distilled(s.distilled, real, s, s.exp_idx, s.distilled_oe or (), flag="PATH")
+    source = f"Read as: {'; '.join(found.lines)}".replace(str(Path(s.distilled[0]).parent) + os.sep, "")
     statistics = (real.mean, real.std, real.zca)
     return Published(found.synthetic, *statistics, real.name, real.num_classes, {}, source, real.class_names)
 

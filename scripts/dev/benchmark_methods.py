@@ -15,11 +15,12 @@ from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.datasets import RealData
 from utils.methods.distribution_matching import DistributionMatching
-from utils.methods.experts import ExpertSettings, ExpertTraining
-from utils.methods.method import MatchSettings
+from utils.methods.experts import ExpertTraining
+from utils.methods.method import MatchingSettings, MethodInputs
 from utils.methods.trajectory_matching import TrajectoryMatching, TrajectorySettings
 from utils.outliers.sources import PseudoOutliers
 from utils.runs.run_folder import RunFolder
+from utils.settings.experts import ExpertSettings
 
 STEPS = 30  # of the student of MTT
 
@@ -59,20 +60,18 @@ def _alternating(bench: Bench, methods: list) -> dict:
 
 def dm(bench: Bench) -> dict:
     """An iteration of distribution matching, images and outliers (POE)."""
-    settings = MatchSettings(
-        bench.args.model, bench.ipc, batch_real=bench.batch, batch_oe=bench.batch, lr_img=1.0, init="real", dsa=STRATEGY
-    )
+    batches = {"batch_real": bench.batch, "batch_oe": bench.batch}
+    settings = MatchingSettings(model=bench.args.model, ipc=bench.ipc, lr_img=1.0, init="real", **batches)
+    inputs = MethodInputs(bench.real, PseudoOutliers(bench.real), settings, STRATEGY, bench.compute)
     kinds = (plain_methods.PlainDistributionMatching, DistributionMatching)
-    return _alternating(
-        bench, [kind(bench.real, PseudoOutliers(bench.real), settings, bench.compute) for kind in kinds]
-    )
+    return _alternating(bench, [kind(inputs) for kind in kinds])
 
 
 def trajectory_matching(kind: type, real: RealData, model: str, ipc: int, compute: Compute) -> TrajectoryMatching:
     """Trajectory matching of 30 steps with POE; `kind`: the engine's class or the textbook's."""
-    settings = TrajectorySettings(model, ipc, syn_steps=STEPS, dsa=STRATEGY)
+    settings = TrajectorySettings(model=model, ipc=ipc, init="real", lr_img=1000.0, syn_steps=STEPS)
     net = real.network(model, generator(0)).to(real.device)
-    return kind(real, PseudoOutliers(real), settings, RandomEnds(net), compute)
+    return kind(MethodInputs(real, PseudoOutliers(real), settings, STRATEGY, compute), RandomEnds(net))
 
 
 def mtt(bench: Bench) -> dict:
@@ -123,7 +122,9 @@ def experts(bench: Bench) -> dict:
     images = real.train_batch(torch.arange(len(real.images_train)))
     optimizer = torch.optim.SGD(other.parameters(), 0.01)
     run = RunFolder.create(bench.folder.name, "experts")
-    training = ExpertTraining(net, real, None, ExpertSettings(augmentation=STRATEGY), bench.compute, run)
+    training = ExpertTraining(
+        net, real, None, ExpertSettings(dsa_strategy="_".join(STRATEGY.strategy)), bench.compute, run
+    )
     numbers = count_from(0)
     return bench.measure(
         lambda: plain_methods.train_expert_epoch(other, optimizer, images, real.labels_train, STRATEGY),

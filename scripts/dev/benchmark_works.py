@@ -27,8 +27,8 @@ from utils.core.rng import generator
 from utils.data.augment import DSA, DSA_ENTRIES
 from utils.data.datasets import RealData, load_dataset
 from utils.data.synthetic import SyntheticSet
-from utils.methods.gradient_matching import GradientMatching, published_loops
-from utils.methods.method import MatchSettings
+from utils.methods.gradient_matching import GradientMatching, GradientSettings
+from utils.methods.method import MethodInputs
 from utils.ood.scorer import Scorer
 from utils.outliers.corruptions import DEFAULT_CORRUPTIONS
 from utils.outliers.sources import PseudoOutliers
@@ -133,17 +133,13 @@ class Bench:
     def iteration(self) -> dict:
         """A whole iteration of POE: a fresh network, and for each outer step the random draws, the matching of images
         and outliers, and the epochs of network training after it."""
-        loops = published_loops(self.ipc)
-        given = (self.args.outer_loop, self.args.inner_loop)
-        outer, inner = (rule if flag is None else flag for flag, rule in zip(given, loops, strict=True))
-        settings = MatchSettings(
-            self.args.model, self.ipc, batch_real=self.batch, batch_oe=self.batch, outer_loop=outer, inner_loop=inner,
-            dsa=STRATEGY,
-        )  # fmt: skip
+        batches = {"batch_real": self.batch, "batch_oe": self.batch}
+        loops = {"outer_loop": self.args.outer_loop, "inner_loop": self.args.inner_loop}
+        settings = GradientSettings(model=self.args.model, ipc=self.ipc, **batches, **loops)
         slow = Distillation(
-            *self._training_set(), self.args.model, self.ipc, (outer, inner), STRATEGY.strategy, self.batch
+            *self._training_set(), self.args.model, self.ipc, settings.loops, STRATEGY.strategy, self.batch
         )
-        fast = GradientMatching(self.real, PseudoOutliers(self.real), settings, self.compute)
+        fast = GradientMatching(MethodInputs(self.real, PseudoOutliers(self.real), settings, STRATEGY, self.compute))
         fast.start(0)
         numbers = count_from(0)
         # the losses are read, as in the stage-1 loop

@@ -36,14 +36,14 @@ from utils.compute.device import Compute
 from utils.core.files import save_output
 from utils.core.run_script import run_script
 from utils.methods.distribution_matching import DistributionMatching
-from utils.methods.gradient_matching import GradientMatching
-from utils.methods.method import MatchSettings
+from utils.methods.gradient_matching import GradientMatching, GradientSettings
+from utils.methods.method import MethodInputs
 from utils.methods.trajectory_matching import TrajectoryMatching
 from utils.ood.scorer import Scorer
 from utils.outliers.sources import PseudoOutliers
 from utils.report.tables import markdown_table
 from utils.settings.common import Speed
-from utils.settings.fields import add_group
+from utils.settings.fields import add_group, flags_of
 from utils.settings.parser import Parser, count, one_of
 from utils.training.trainer import Trainer
 
@@ -80,7 +80,7 @@ def get_args_parser() -> Parser:
     parser.add_argument("--works", nargs="+", type=one_of("work", WORKS), default=list(WORKS), help="what to profile")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--out", default=None, help="JSON file to write")
-    add_group(parser, Speed)
+    add_group(parser.add_argument_group("speed"), [*flags_of(Speed)])
     parser.set_defaults(compile="on", batch_real=256, outer_loop=1, inner_loop=1, repeats=1)
     return parser
 
@@ -90,9 +90,9 @@ def work_of(name: str, bench: Bench) -> Callable[[], object]:
     real, outliers = bench.real, PseudoOutliers(bench.real)
     if name in ("dsa", "dm"):
         loops = {"outer_loop": 2, "inner_loop": 1} if name == "dsa" else {}
-        settings = MatchSettings(bench.args.model, bench.ipc, init="real", dsa=STRATEGY, **loops)
+        settings = GradientSettings(model=bench.args.model, ipc=bench.ipc, init="real", **loops)
         kind = GradientMatching if name == "dsa" else DistributionMatching
-        method = kind(real, outliers, settings, bench.compute)
+        method = kind(MethodInputs(real, outliers, settings, STRATEGY, bench.compute))
     elif name == "mtt":
         method = trajectory_matching(TrajectoryMatching, real, bench.args.model, bench.ipc, bench.compute)
     elif name == "stage2":

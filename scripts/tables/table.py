@@ -29,6 +29,8 @@ from scripts.runner import Stage, run_stages, to_run
 from scripts.tables import check_inputs
 from utils.core.errors import UserError, one_line, unknown_name
 from utils.core.run_script import run_script
+from utils.settings.arguments import Stage1Settings
+from utils.settings.fields import Settings, as_words
 from utils.settings.parser import Parser, count
 
 HERE = Path(__file__).resolve().parent
@@ -210,14 +212,14 @@ class Table:
             flags += ["--buffer_path", str(before[0].folder)]
         return self._stage(script, flags, self.out / cell.folder / "1-distilled", *before)
 
-    def experts(self, images: str, distils: argparse.Namespace) -> Stage:
+    def experts(self, images: str, distils: Stage1Settings) -> Stage:
         """The experts of MTT, with the weight of the outliers that the flags of stage 1 lead to.
 
         Equal flags share a folder.
         """
         flags: list[dict | str] = ["all", "dsa_strategy", {"outliers": "none"}]
         if images != "plain":
-            flags += [{"outliers": images, "lambda_oe": str(distils.expert_lambda_oe or distils.lambda_oe)}, images]
+            flags += [{"outliers": images, "lambda_oe": str(distils.of_experts().lambda_oe)}, images]
         words = self._words(*flags, "experts")
         name = f"{images}-{hashlib.sha256(shlex.join(words).encode()).hexdigest()[:8]}"
         return self._stage("train_experts.py", words, self.shared / "buffers" / name)
@@ -257,12 +259,11 @@ class Table:
         return [w for name, words in values.items() for w in (f"--{name}", *([] if words == ["true"] else words))]
 
     def _stage(self, script: str, flags: Sequence[str], folder: Path, *before: Stage, shares: str = "") -> Stage:
-        _parsed(script, tuple(flags))
-        return Stage((script, *flags), folder, before, shares)
+        return Stage((script, *as_words(_parsed(script, tuple(flags)))), folder, before, shares)
 
 
 @cache
-def _parsed(script: str, flags: tuple[str, ...]) -> argparse.Namespace:
+def _parsed(script: str, flags: tuple[str, ...]) -> Settings:
     """The flags as the script reads them; an unknown one ends this script with its message."""
     parser = importlib.import_module(Path(script).stem).get_args_parser()
     parser.prog = f"table.py: {script}"

@@ -25,12 +25,12 @@ class PlainMatching(GradientMatching):
     ) -> torch.Tensor:
         transforms, real = [draw.transform or identity for draw in drawn.values()], list(batches)
         losses, images.grad = match_slots(
-            self.net, images, real.__getitem__, transforms, outliers, self.settings.metric
+            self.net, images, real.__getitem__, transforms, outliers, self.settings.dis_metric
         )
         return torch.tensor(losses, device=images.device)
 
     def _train_network(self, epochs: list[list[Batch]]) -> None:
-        optimizer = torch.optim.SGD(self.net.parameters(), lr=self.settings.lr_net)
+        optimizer = torch.optim.SGD(self.net.parameters(), lr=self.trainer.settings.lr)
         for batches in epochs:
             train_epoch(self.net, optimizer, self.synthetic(), batches, self.settings.lambda_oe)
 

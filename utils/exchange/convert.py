@@ -11,6 +11,7 @@ from utils.core.torch_files import read_pt
 from utils.data.datasets import SPECS, RealData
 from utils.data.distilled_file import Statistics
 from utils.data.synthetic import SyntheticSet, in_classes_of
+from utils.exchange.assumptions import Assumptions
 from utils.exchange.formats import SetFiles, find_files
 from utils.exchange.labels import training_labels
 from utils.exchange.normalisation import check_guess, check_possible, decode, to_training_space
@@ -19,18 +20,6 @@ from utils.exchange.readers import RawSet, check_images, floats, read_raw
 DEFAULT_SPACE = {"mtt": "normalised", "datm": "zca", "idc": "unit", "folders": "unit", "kip": "normalised"}
 DEFAULT_FACTOR = {"idc": 2}
 STATED = ("res", "published")  # formats whose files say themselves what the images are
-
-
-@dataclass(frozen=True)
-class Assumptions:
-    """What the user says of a distilled set; None: found out by its format and its numbers."""
-
-    format: str | None = None  # one of `FORMATS`
-    space: str | None = None  # one of `SPACES`
-    statistics: Statistics | None = None  # mean and deviation of the normalised space
-    factor: int | None = None  # of decoding
-    soft_labels: str | None = None  # probabilities or logits
-    temperature: float | None = None  # of logits; None: 1
 
 
 @dataclass(frozen=True)
@@ -64,7 +53,7 @@ def read_distilled(
         UserError: when there is no such set, it is damaged or of other data, or contradicts what is assumed.
     """
     with blame(flag):
-        files = find_files(paths, assumed.format)
+        files = find_files(paths, assumed.distilled_format)
         return _converted(files, read_raw(files, real, exp_idx), real, assumed, exp_idx, outliers)
 
 
@@ -95,7 +84,7 @@ def _converted(
 
 def _factor(files: SetFiles, real: RealData, assumed: Assumptions) -> int:
     """How many images a stored one holds along each side."""
-    factor = assumed.factor or DEFAULT_FACTOR.get(files.format, 1)
+    factor = assumed.distilled_factor or DEFAULT_FACTOR.get(files.format, 1)
     if factor > max(1, min(real.im_size) // 2):
         size = "x".join(map(str, real.im_size))
         raise UserError(f"--distilled_factor {factor}: images of {size} do not hold so many")
@@ -105,7 +94,9 @@ def _factor(files: SetFiles, real: RealData, assumed: Assumptions) -> int:
 def _labels(raw: RawSet, form: str, num_classes: int, assumed: Assumptions, where: str) -> tuple[torch.Tensor, str]:
     """Labels for training, as many as stored images, and what they are."""
     guess = "logits" if form in ("mtt", "datm") else None
-    labels, kind = training_labels(raw.labels, assumed.soft_labels, guess, assumed.temperature, num_classes, where)
+    labels, kind = training_labels(
+        raw.labels, assumed.soft_labels, guess, assumed.label_temperature, num_classes, where
+    )
     if len(labels) != len(raw.images):
         raise UserError(f"{where} has {len(raw.images)} images and {len(labels)} labels; there must be as many")
     return labels, kind
@@ -113,13 +104,13 @@ def _labels(raw: RawSet, form: str, num_classes: int, assumed: Assumptions, wher
 
 def _space(raw: RawSet, files: SetFiles, real: RealData, assumed: Assumptions, where: str) -> tuple[str, Statistics]:
     """What the images are: as the user says, or the file, or the format; a guess is compared with the numbers."""
-    space = assumed.space or ("normalised" if assumed.statistics else None) or raw.stated.space
+    space = assumed.distilled_space or ("normalised" if assumed.statistics else None) or raw.stated.space
     if space is None:
         space = DEFAULT_SPACE.get(files.format, "normalised")
     statistics = assumed.statistics or raw.stated.statistics or (real.mean, real.std)
     check_possible(space, statistics, real, where)
     stated = raw.stated.space and (files.format in STATED or raw.stated.space == "unit")
-    if not (assumed.space or assumed.statistics or stated):
+    if not (assumed.distilled_space or assumed.statistics or stated):
         check_guess(raw.images, space, real, where)
     return space, statistics
 
@@ -138,7 +129,7 @@ def _outliers(
             return images, f"outliers: {len(images)}, of the {found.lines[0]}"
         images = floats(content, real, Path(paths[0]))
         check_images(images, real, Path(paths[0]))
-        if not (assumed.space or assumed.statistics):
+        if not (assumed.distilled_space or assumed.statistics):
             check_guess(images, space, real, paths[0])
     images = to_training_space(images, space, statistics, real)
     return images, f"outliers: {paths[0]}, {len(images)} images, {_in_words(space, statistics, real)}"

@@ -7,10 +7,10 @@ from utils.core.errors import UserError
 from utils.data.augment import DSA, parse_strategy
 from utils.methods.distribution_matching import DM_ENTRY
 from utils.methods.gradient_matching import DC_ENTRY, DSA_ENTRY
-from utils.methods.method import Flag, Method, MethodEntry, MethodInputs
+from utils.methods.method import Method, MethodEntry, MethodInputs
 from utils.methods.trajectory_matching import MTT_ENTRY
 
-__all__ = ["METHODS", "Flag", "Method", "MethodEntry", "MethodInputs", "augmentation_of", "register"]
+__all__ = ["METHODS", "Method", "MethodEntry", "MethodInputs", "augmentation_of", "register"]
 
 METHODS: dict[str, MethodEntry] = {"DC": DC_ENTRY, "DSA": DSA_ENTRY, "DM": DM_ENTRY, "MTT": MTT_ENTRY}
 

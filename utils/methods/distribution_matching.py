@@ -5,7 +5,7 @@ features comes closer to that of real images of the class; outliers likewise, sl
 derivatives and no network training, so it costs little more than a forward pass of the real images.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -14,17 +14,11 @@ from networks import has_batchnorm
 from utils.compute import distributed
 from utils.compute.compiling import Workload, batches
 from utils.compute.cpu_batches import BatchSplitter, in_parts
-from utils.compute.device import Compute
 from utils.core.rng import generator
 from utils.data.augment import apply_by_part, apply_by_slot, identity
-from utils.data.datasets import RealData
-from utils.data.synthetic import SyntheticSet
-from utils.methods.learnable import IterationDraws, LearnableSet, SlotDraw, shared_settings
-from utils.methods.method import POOL_FLAGS, SPREAD, MatchSettings, MethodEntry, MethodInputs, match_settings
-from utils.outliers.sources import OutlierSource
+from utils.methods.learnable import IterationDraws, LearnableSet, SlotDraw, network_pool
+from utils.methods.method import MatchingSettings, MethodEntry, MethodInputs
 from utils.outliers.spread import push_apart
-from utils.training.network_pool import NetworkPool
-from utils.training.trainer import TrainSettings
 
 CHUNK_IMAGES = 512  # synthetic images embedded together, to bound the memory
 
@@ -32,29 +26,19 @@ CHUNK_IMAGES = 512  # synthetic images embedded together, to bound the memory
 class DistributionMatching(LearnableSet):
     """The synthetic images of one experiment, and the iterations that update them by distribution matching."""
 
-    def __init__(
-        self,
-        real: RealData,
-        outliers: OutlierSource | None,
-        settings: MatchSettings,
-        compute: Compute | None = None,
-        initial: Sequence[SyntheticSet] = (),
-    ):
-        s = replace(settings, outer_loop=1)
-        super().__init__(real, outliers, initial=initial, **shared_settings(s))
-        compute = compute or Compute()
-        self.net = real.network(s.model, generator(s.seed)).to(self.device).requires_grad_(False)
-        training = TrainSettings(1, s.lr_net, s.batch_train, s.lambda_oe, s.dsa)
-        self.pool = s.pool and NetworkPool(real, s.model, s.pool, training, s.seed, compute)
-        self.spread_oe = s.spread_oe
+    settings: MatchingSettings
+
+    def __init__(self, inputs: MethodInputs):
+        super().__init__(inputs)
+        s, compute = self.settings, inputs.compute
+        self.net = self.real.network(s.model, generator(s.seed)).to(self.device).requires_grad_(False)
+        self.pool = network_pool(inputs)
         self.splitter = BatchSplitter(self.net, compute.precision)
         self.has_batchnorm = has_batchnorm(self.net)
         self.embed_real = compute.function(lambda images: self.net.embed(images))
         self.embed_synthetic = replace(compute, precision="fp32").function(lambda images: self.net.embed(images))
         # BatchNorm needs the images of all classes in one pass, so each process then works on all slots
-        self.draws = IterationDraws(real, outliers, s, has_batchnorm=False, all_slots=self.has_batchnorm)
-        self.about: dict[str, object] = {}
-        self.notices: list[str] = []
+        self.draws = IterationDraws(inputs, has_batchnorm=False, all_slots=self.has_batchnorm)
 
     def iterate(self, it: int) -> dict[str, torch.Tensor]:
         """One iteration on a fresh random network, or on one of the pool; returns losses `[slots]` by name (their sum
@@ -68,7 +52,7 @@ class DistributionMatching(LearnableSet):
         if self.outliers is not None:
             batches = (self.outliers.batch(draw.real) for draw in drawn.outliers.values())
             losses["loss_oe"] = self._update(self.image_oe, batches, drawn.outliers)
-            push_apart(self.net, self.image_oe, self.spread_oe)
+            push_apart(self.net, self.image_oe, self.settings.spread_oe)
             self.update_outliers()
         if self.device.type == "cuda":
             self.draws.look_ahead(self.exp, it + 1, self.synthetic())
@@ -86,12 +70,12 @@ class DistributionMatching(LearnableSet):
         slots = list(drawn)
         features = self._real_features(dict(zip(slots, batches, strict=True)), transforms) if slots else {}
         targets = {slot: of_slot.mean(0) for slot, of_slot in features.items()}
-        size = len(slots) if self.has_batchnorm else max(1, CHUNK_IMAGES // self.ipc)
+        size = len(slots) if self.has_batchnorm else max(1, CHUNK_IMAGES // self.settings.ipc)
         for first in range(0, len(slots), max(1, size)):
             chunk = slots[first : first + size]
             some = images.detach()[chunk].requires_grad_()
             augmented = apply_by_slot(some, [transforms[slot] for slot in chunk]).flatten(0, 1)
-            found = self.embed_synthetic(augmented).float().unflatten(0, (len(chunk), self.ipc))
+            found = self.embed_synthetic(augmented).float().unflatten(0, (len(chunk), self.settings.ipc))
             distances = (found.mean(1) - torch.stack([targets[slot] for slot in chunk])).square().sum(1)
             gradient[chunk] = torch.autograd.grad(distances.sum(), some)[0]
             losses[chunk] = distances.detach()
@@ -118,28 +102,24 @@ class DistributionMatching(LearnableSet):
         return in_parts(lambda part: self.embed_real(part).float().clone(), images, self.splitter.count(images))
 
 
-def _build(inputs: MethodInputs) -> DistributionMatching:
-    return DistributionMatching(inputs.real, inputs.outliers, match_settings(inputs), inputs.compute, inputs.initial)
-
-
 def _workload(inputs: MethodInputs) -> Workload:
     """Real images only go forward, which counts as half a pass, or with bf16 a quarter."""
-    s, real = match_settings(inputs), inputs.real
+    s, real = inputs.settings, inputs.real
     per_class = min(s.batch_real, len(real.images_train) // real.num_classes)
     embedded = real.num_classes * (per_class + (0 if inputs.outliers is None else s.batch_oe))
     synthetic = real.num_classes * s.ipc * (1 if inputs.outliers is None else 2)
-    trained = s.pool.epochs * synthetic if s.pool else 0
+    trained = s.pool_epochs * synthetic if s.network_pool else 0
     shared = distributed.world_size()
     passes, bf16_passes = (embedded / 2 + synthetic) / shared + trained, embedded / 4 / shared + trained
-    steps = 1 + (s.pool.epochs * batches(real.num_classes * s.ipc, s.batch_train) if s.pool else 0)
+    steps = 1 + (s.pool_epochs * batches(real.num_classes * s.ipc, s.batch_train) if s.network_pool else 0)
     return Workload(passes, steps, "matching", bf16_passes)
 
 
 DM_ENTRY = MethodEntry(
     "DM",
     "distribution matching, the fastest per iteration",
-    _build,
+    DistributionMatching,
     _workload,
-    (*POOL_FLAGS, SPREAD),
+    MatchingSettings,
     defaults={"Iteration": 20000, "lr_img": 1.0, "init": "real", "eval_interval": 2000},
 )

@@ -8,7 +8,6 @@ trajectories, each a list of epochs, each a list of parameter tensors in paramet
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -22,11 +21,12 @@ from utils.core.errors import UserError, one_line, rank_errors
 from utils.core.files import read_json, save_pt, save_text
 from utils.core.rng import generator
 from utils.core.torch_files import fingerprint, read_pt
-from utils.data.augment import DSA, identity
+from utils.data.augment import identity
 from utils.data.datasets import RealData
 from utils.outliers.sources import OutlierSource
 from utils.runs import signals
 from utils.runs.run_folder import RunFolder
+from utils.settings.experts import ExpertSettings
 from utils.training.trainer import Trainer, TrainSettings, accuracy_of
 
 ABOUT = "experts.json"
@@ -146,27 +146,6 @@ class ExpertBuffer:
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ExpertSettings:
-    """How experts are trained."""
-
-    epochs: int = 50
-    lr: float = 0.01
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    decay: bool = False  # whether the learning rate drops to a tenth after `epochs // 2 + 1` epochs
-    batch: int = 256
-    batch_oe: int = 256  # outliers in a batch, if there are any
-    lambda_oe: float = 0.5  # their weight
-    seed: int = 1
-    augmentation: DSA | None = None
-
-    def about(self) -> dict:
-        """Plain values for `experts.json`; they must be the same in all runs that train experts in one folder."""
-        strategy = None if self.augmentation is None else list(self.augmentation.strategy)
-        return {**asdict(self), "augmentation": strategy}
-
-
 class ExpertTraining:
     """Trains experts on the real set and, if there is a source of outliers, on outliers.
 
@@ -185,10 +164,10 @@ class ExpertTraining:
     ):
         s = settings
         self.net, self.real, self.outliers, self.settings, self.run = net, real, outliers, s, run
-        training = TrainSettings(s.epochs, s.lr, s.batch, s.lambda_oe, s.augmentation, s.momentum, s.weight_decay)
+        training = TrainSettings(s.train_epochs, s.lr_teacher, s.batch_train, s.lambda_oe, s.augmentation, s.mom, s.l2)
         self.trainer = Trainer(net, training, compute)
 
-    def train_all(self, num_experts: int) -> None:
+    def train_all(self) -> None:
         """Train the experts that are missing.
 
         Raises:
@@ -196,7 +175,7 @@ class ExpertTraining:
             UserError: when a training diverges.
         """
         with rank_errors(), signals.catch():
-            for index in distributed.own_share(num_experts):
+            for index in distributed.own_share(self.settings.num_experts):
                 self._train(index, self.run.path / f"replay_buffer_{index}.pt")
                 signals.check()
             distributed.barrier()
@@ -208,23 +187,25 @@ class ExpertTraining:
             return
         folder.mkdir(exist_ok=True)
         done = self._restore(index, folder)
-        with self.run.progress(s.epochs, f"expert {index}", start=done, every=1) as progress:
-            for epoch in range(done, s.epochs):
+        with self.run.progress(s.train_epochs, f"expert {index}", start=done, every=1) as progress:
+            for epoch in range(done, s.train_epochs):
                 with signals.interruptible():
                     loss = self._epoch(index, epoch)
                     accuracy = accuracy_of(self.trainer.predict(self.real.test_images), self.real.labels_test)
                 if not all(torch.isfinite(t).all() for t in (loss, *self.net.parameters())):
                     raise UserError(
-                        f"--lr_teacher {s.lr:g}: expert {index} diverged in epoch {epoch}; lower it, and delete "
-                        f"{self.run.path} or give another --buffer_path"
+                        f"--lr_teacher {s.lr_teacher:g}: expert {index} diverged in epoch {epoch}; lower it, and "
+                        f"delete {self.run.path} or give another --buffer_path"
                     )
                 save_pt(folder / f"epoch_{epoch + 1}.pt", self.trainer.state_dict())
                 progress.step(loss=loss, accuracy=accuracy)
                 signals.check()
-        states = [read_pt(folder / f"epoch_{e}.pt", "unfinished expert") for e in range(s.epochs + 1)]
+        states = [read_pt(folder / f"epoch_{e}.pt", "unfinished expert") for e in range(s.train_epochs + 1)]
         save_pt(path, [[self._parameters(state["net"]) for state in states]])
         shutil.rmtree(folder)
-        what = f"test accuracy {100 * accuracy:.2f} %" if done < s.epochs else f"its epochs are collected in {path}"
+        what = (
+            f"test accuracy {100 * accuracy:.2f} %" if done < s.train_epochs else f"its epochs are collected in {path}"
+        )
         self.run.log_own(f"expert {index}: {what}")
 
     def _parameters(self, state: dict) -> Params:
@@ -242,14 +223,14 @@ class ExpertTraining:
                 raise UserError(f"--buffer_path: cannot continue {folder}: {one_line(error)}. Delete it") from None
             return done
         initialize(self.net, generator(self.settings.seed, "expert", index))
-        self.trainer.restart(self.settings.lr)
+        self.trainer.restart(self.settings.lr_teacher)
         save_pt(folder / "epoch_0.pt", self.trainer.state_dict())
         return 0
 
     def _set_lr(self, epoch: int) -> None:
         s = self.settings
         for group in self.trainer.optimizer.param_groups:
-            group["lr"] = s.lr * (0.1 if s.decay and epoch > s.epochs // 2 else 1.0)
+            group["lr"] = s.lr_teacher * (0.1 if s.decay and epoch > s.train_epochs // 2 else 1.0)
 
     def _epoch(self, index: int, epoch: int) -> torch.Tensor:
         """Train one epoch on the real set; returns the mean batch loss."""
@@ -258,7 +239,7 @@ class ExpertTraining:
         self._set_lr(epoch)
         self.net.train()
         losses = []
-        for part in torch.randperm(len(real.images_train), generator=g).split(s.batch):
+        for part in torch.randperm(len(real.images_train), generator=g).split(s.batch_train):
             images = self._augmented(real.train_batch(part), g)
             if self.outliers is not None:
                 images = torch.cat([images, self._augmented(self._outlier_batch(g), g)])

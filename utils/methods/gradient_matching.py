@@ -5,76 +5,91 @@ gradient of their loss on the network's weights comes closer to that of real ima
 likewise. Between two steps the network is trained on the synthetic set.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from utils.compute import distributed
 from utils.compute.compiling import Workload, batches
-from utils.compute.device import Compute
 from utils.core.rng import generator
 from utils.data.augment import identity
-from utils.data.datasets import RealData
-from utils.data.synthetic import SyntheticSet
 from utils.methods.distances import METRICS
-from utils.methods.learnable import IterationDraws, LearnableSet, SlotDraw, StepDraw, shared_settings
-from utils.methods.matcher import Matcher
-from utils.methods.method import (
-    POOL_FLAGS,
-    SPREAD,
-    Flag,
-    MatchSettings,
-    MethodEntry,
-    MethodInputs,
-    match_settings,
+from utils.methods.learnable import (
+    IterationDraws,
+    LearnableSet,
+    SlotDraw,
+    StepDraw,
+    network_pool,
+    training_between,
 )
-from utils.outliers.sources import OutlierSource
+from utils.methods.matcher import Matcher
+from utils.methods.method import MatchingSettings, MethodEntry, MethodInputs
 from utils.outliers.spread import push_apart
+from utils.settings.fields import flag
 from utils.settings.parser import count, one_of
 from utils.training.draws import Batch
-from utils.training.network_pool import NetworkPool
-from utils.training.trainer import Trainer, TrainSettings
+from utils.training.trainer import LR_NET, Trainer
 
 # outer and inner loop by images per class, as published
 LOOPS = {1: (1, 1), 2: (1, 1), 5: (10, 50), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
 
 
+@dataclass(frozen=True)
+class GradientSettings(MatchingSettings):
+    """Gradient matching."""
+
+    dis_metric: str = flag("ours", "distance between gradients", one_of("metric", METRICS), names=METRICS)
+    outer_loop: int | None = flag(
+        None, "matching steps per iteration; left out: the published number for --ipc", count(1)
+    )
+    inner_loop: int | None = flag(
+        None,
+        "epochs of network training between two matching steps; left out: the published number for --ipc",
+        count(0),
+    )
+
+    @property
+    def loops(self) -> tuple[int, int]:
+        """Outer and inner loop: those given, else those published for this ipc."""
+        outer, inner = published_loops(self.ipc)
+        outer = outer if self.outer_loop is None else self.outer_loop
+        return outer, inner if self.inner_loop is None else self.inner_loop
+
+
 class GradientMatching(LearnableSet):
     """The synthetic images of one experiment, and the iterations that update them by gradient matching."""
 
-    def __init__(
-        self,
-        real: RealData,
-        outliers: OutlierSource | None,
-        settings: MatchSettings,
-        compute: Compute | None = None,
-        initial: Sequence[SyntheticSet] = (),
-    ):
-        s = settings
-        super().__init__(real, outliers, initial=initial, **shared_settings(s))
-        compute = compute or Compute()
-        self.settings = s
-        self.net = real.network(s.model, generator(s.seed)).to(self.device)
-        self.matcher = Matcher(self.net, s.metric, compute)
-        training = TrainSettings(1, s.lr_net, s.batch_train, s.lambda_oe, s.dsa, momentum=0.0, weight_decay=0.0)
-        self.trainer = Trainer(self.net, training, compute)
-        pool_training = TrainSettings(1, s.lr_net, s.batch_train, s.lambda_oe, s.dsa)
-        self.pool = s.pool and NetworkPool(real, s.model, s.pool, pool_training, s.seed, compute)
-        self.draws = IterationDraws(real, outliers, s, self.trainer.has_batchnorm)
-        self.about = {"outer_loop": s.outer_loop, "inner_loop": s.inner_loop}
-        self.notices: list[str] = []
+    settings: GradientSettings
+
+    def __init__(self, inputs: MethodInputs):
+        super().__init__(inputs)
+        s = self.settings
+        self.outer_loop, self.inner_loop = s.loops
+        self.net = self.real.network(s.model, generator(s.seed)).to(self.device)
+        self.matcher = Matcher(self.net, s.dis_metric, inputs.compute)
+        training = training_between(s, inputs.augmentation)
+        self.trainer = Trainer(self.net, replace(training, momentum=0.0, weight_decay=0.0), inputs.compute)
+        self.pool = network_pool(inputs)
+        has_batchnorm = self.trainer.has_batchnorm
+        self.draws = IterationDraws(inputs, has_batchnorm, outer_loop=self.outer_loop, inner_loop=self.inner_loop)
+        self.about = {"outer_loop": self.outer_loop, "inner_loop": self.inner_loop}
+        if s.ipc not in LOOPS and None in (s.outer_loop, s.inner_loop):
+            loops = f"outer {self.outer_loop}, inner {self.inner_loop}"
+            self.notices.append(f"ipc {s.ipc} has no published loops: {loops} by rule")
+        if s.inner_loop and self.outer_loop == 1:
+            self.notices.append("--inner_loop is not used: with an outer loop of 1 no network is trained in between")
 
     def iterate(self, it: int) -> dict[str, torch.Tensor]:
         """One iteration on a fresh random network, or on one of the pool; returns losses `[slots]` by name, means over
         the outer steps."""
         self.reset_network(self.net, self.draws.generator(self.exp, "network", it), it)
-        self.trainer.restart(self.settings.lr_net)
+        self.trainer.restart(self.settings.lr_net or LR_NET)
         losses = []
         for outer, drawn in enumerate(self.draws.steps(self.exp, it, self.synthetic())):
             losses.append(self._matching_step(drawn))
-            if outer < self.settings.outer_loop - 1:
+            if outer < self.outer_loop - 1:
                 self._train_network(drawn.epochs)
         if self.device.type == "cuda":
             self.draws.look_ahead(self.exp, it + 1, self.synthetic())
@@ -131,62 +146,30 @@ def published_loops(ipc: int) -> tuple[int, int]:
     return LOOPS.get(ipc, (ipc, max(1, round(500 / ipc))))
 
 
-def _settings(inputs: MethodInputs) -> MatchSettings:
-    f = inputs.flags
-    outer, inner = published_loops(f["ipc"])
-    return match_settings(
-        inputs,
-        metric=f["dis_metric"],
-        outer_loop=outer if f["outer_loop"] is None else f["outer_loop"],
-        inner_loop=inner if f["inner_loop"] is None else f["inner_loop"],
-    )
-
-
-def image_passes(settings: MatchSettings, real: RealData, with_outliers: bool) -> float:
+def image_passes(inputs: MethodInputs) -> float:
     """How many images one iteration sends forward and backward through the network in this process."""
-    s, kinds = settings, 2 if with_outliers else 1
+    s, real, kinds = inputs.settings, inputs.real, 1 if inputs.outliers is None else 2
+    outer, inner = s.loops
     per_class = min(s.batch_real, len(real.images_train) // real.num_classes)
-    matched = s.outer_loop * real.num_classes * (per_class + s.batch_oe * (kinds - 1))
-    epochs = (s.outer_loop - 1) * s.inner_loop + (s.pool.epochs if s.pool else 0)
+    matched = outer * real.num_classes * (per_class + s.batch_oe * (kinds - 1))
+    epochs = (outer - 1) * inner + (s.pool_epochs if s.network_pool else 0)
     trained = epochs * kinds * real.num_classes * s.ipc  # by rank 0
     return matched / distributed.world_size() + trained
 
 
-def iteration_steps(settings: MatchSettings, num_classes: int) -> int:
+def iteration_steps(s: GradientSettings, num_classes: int) -> int:
     """How many steps one iteration takes: matching, and training of its network in between and in the pool."""
-    s = settings
-    epochs = (s.outer_loop - 1) * s.inner_loop + (s.pool.epochs if s.pool else 0)
-    return s.outer_loop + epochs * batches(num_classes * s.ipc, s.batch_train)
-
-
-def _build(inputs: MethodInputs) -> GradientMatching:
-    settings = _settings(inputs)
-    method = GradientMatching(inputs.real, inputs.outliers, settings, inputs.compute, inputs.initial)
-    if settings.ipc not in LOOPS and None in (inputs.flags["outer_loop"], inputs.flags["inner_loop"]):
-        loops = f"outer {settings.outer_loop}, inner {settings.inner_loop}"
-        method.notices.append(f"ipc {settings.ipc} has no published loops: {loops} by rule")
-    if inputs.flags["inner_loop"] and settings.outer_loop == 1:
-        method.notices.append("--inner_loop is not used: with an outer loop of 1 no network is trained in between")
-    return method
+    outer, inner = s.loops
+    epochs = (outer - 1) * inner + (s.pool_epochs if s.network_pool else 0)
+    return outer + epochs * batches(num_classes * s.ipc, s.batch_train)
 
 
 def _workload(inputs: MethodInputs) -> Workload:
-    settings = _settings(inputs)
-    passes = image_passes(settings, inputs.real, inputs.outliers is not None)
-    return Workload(passes, iteration_steps(settings, inputs.real.num_classes), "matching", passes)
+    passes = image_passes(inputs)
+    return Workload(passes, iteration_steps(inputs.settings, inputs.real.num_classes), "matching", passes)
 
 
-FLAGS = (
-    Flag("dis_metric", one_of("metric", METRICS), "ours", "distance between gradients"),
-    Flag("outer_loop", count(1), None, "matching steps per iteration; left out: the published number for --ipc"),
-    Flag(
-        "inner_loop", count(0), None, "epochs of network training between two matching steps; left out: the published "
-        "number for --ipc",
-    ),
-    *POOL_FLAGS,
-    SPREAD,
-)  # fmt: skip
-DC_ENTRY = MethodEntry("DC", "gradient matching", _build, _workload, FLAGS, augmentation="unused")
+DC_ENTRY = MethodEntry("DC", "gradient matching", GradientMatching, _workload, GradientSettings, augmentation="unused")
 DSA_ENTRY = replace(
     DC_ENTRY,
     name="DSA",

@@ -4,11 +4,10 @@ All that is random in an iteration of gradient or distribution matching is drawn
 Siamese rule: a `SlotDraw` has one `transform`, which is applied to both the real and the synthetic batch.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,24 +17,19 @@ from utils.compute import distributed
 from utils.compute.transfer import Draw, send_draws, tensors_of
 from utils.core.errors import UserError
 from utils.core.rng import generator
-from utils.data.augment import Transform
+from utils.data.augment import DSA, Transform
 from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet
-from utils.methods.method import MatchSettings
+from utils.methods.method import MatchingSettings, MethodInputs
+from utils.outliers.not_distilled import k_center_by_slot
 from utils.outliers.sources import OutlierBatch, OutlierSource, draw_repeated
-from utils.outliers.start import OutlierRecipe
+from utils.outliers.start import check_start, clamp_to_pixels, start_network
 from utils.training.draws import Batch, draw_epoch
 from utils.training.network_pool import NetworkPool
-from utils.training.trainer import load_optimizer
+from utils.training.trainer import LR_NET, TrainSettings, load_optimizer
 
 BATCHNORM_IMAGES = 16  # of each class
 DRAWN_NUMBERS = 2**25  # drawn and sent together: a quarter of a gigabyte of indices
-SHARED = ("ipc", "seed", "init", "lr_img", "lr_img_oe", "recipe")
-
-
-def shared_settings(settings: object) -> dict[str, Any]:
-    """The fields of a method's settings that are arguments of `LearnableSet`."""
-    return {name: getattr(settings, name) for name in SHARED}
 
 
 def check_class_sizes(real: RealData, outliers: OutlierSource | None, ipc: int) -> None:
@@ -68,54 +62,44 @@ class LearnableSet:
     `optimizers`: one for each of them; `labels`: int64 `[num_classes·ipc]`; `pool`: trained networks to match on, if a
     method sets it; its state is kept with the images.
 
-    Args:
-        init: `noise`, or `real` for real images of the class and real outliers of the slot.
-        lr_img: learning rate of the images; lr_img_oe: that of the outliers (default: the same).
-        initial: distilled sets to start the experiments from, in turn, instead of `init`.
-        recipe: how outliers start and where they are kept; default: as published.
+    `about`, `notices`: what a method adds to `args.json` and to the log.
+
     Raises:
-        UserError: for a recipe that cannot be followed; `start` raises what `check_class_sizes` does.
+        UserError: for settings of outliers that contradict each other; `start` raises what `check_class_sizes` does.
     """
 
     MOMENTUM = 0.5
     pool: NetworkPool | None = None
     fingerprints: Mapping[str, str] = MappingProxyType({})  # of further inputs of a method, by flag
 
-    def __init__(
-        self,
-        real: RealData,
-        outliers: OutlierSource | None,
-        *,
-        ipc: int,
-        seed: int,
-        init: str,
-        lr_img: float,
-        lr_img_oe: float | None = None,
-        initial: Sequence[SyntheticSet] = (),
-        recipe: OutlierRecipe | None = None,
-    ):
-        self.real, self.outliers, self.initial = real, outliers, initial
-        self.recipe = recipe or OutlierRecipe()
-        self.recipe.check(real, init, bool(initial))
-        self.ipc, self.seed, self.init = ipc, seed, init
-        self.learning_rates = (lr_img, lr_img if lr_img_oe is None else lr_img_oe)
+    def __init__(self, inputs: MethodInputs):
+        s, real = inputs.settings, inputs.real
+        self.settings, self.real, self.outliers, self.initial = s, real, inputs.outliers, inputs.initial
+        if self.outliers is not None:
+            check_start(s.init_oe, s.init, s.clamp_oe, real, bool(self.initial))
+        self.augmentation = inputs.augmentation
+        self.learning_rates = (s.lr_img, s.lr_img if s.lr_img_oe is None else s.lr_img_oe)
         self.device = real.device
-        self.labels = torch.arange(real.num_classes, device=self.device).repeat_interleave(ipc)
-        self.shape = (real.num_classes, ipc, real.channel, *real.im_size)
+        self.labels = torch.arange(real.num_classes, device=self.device).repeat_interleave(s.ipc)
+        self.shape = (real.num_classes, s.ipc, real.channel, *real.im_size)
+        self.about: dict[str, object] = {}
+        self.notices: list[str] = []
 
     def start(self, exp: int) -> None:
         """Initialise the images (and outliers) of experiment `exp`."""
-        if self.init == "real" and not self.initial:
-            check_class_sizes(self.real, self.outliers, self.ipc)
+        if self.settings.init == "real" and not self.initial:
+            check_class_sizes(self.real, self.outliers, self.settings.ipc)
         images = self._initial(exp, "images", lambda slot, n, g: self.real.train_batch(self.real.choose(slot, n, g)))
         self._set_images(exp, images, None if self.outliers is None else self._initial_outliers(exp, images))
 
     def _initial_outliers(self, exp: int, images: torch.Tensor) -> torch.Tensor:
-        if self.recipe.start == "kcenter":
+        s = self.settings
+        if s.init_oe == "kcenter":
             outliers = torch.zeros_like(images)
             if distributed.is_main():
                 labelled = SyntheticSet(images.flatten(0, 1), self.labels)
-                outliers = self.recipe.first_outliers(self.outliers, labelled, self.real, self.seed, exp)
+                net = start_network(s.model, self.augmentation, labelled, self.real, s.seed)
+                outliers = k_center_by_slot(self.outliers, self.real, s.ipc, (s.seed, exp), net)
             distributed.broadcast_(outliers)  # a network that is trained elsewhere may choose others
             return outliers
         return self._initial(exp, "outliers", lambda slot, n, g: draw_repeated(self.outliers, slot, n, g))
@@ -128,11 +112,11 @@ class LearnableSet:
             return images.to(self.device).clone().view(self.shape)
         slots = []
         for slot in range(self.shape[0]):
-            g = generator(self.seed, "match", exp, "initial", what, slot)
-            if self.init == "noise":
+            g = generator(self.settings.seed, "match", exp, "initial", what, slot)
+            if self.settings.init == "noise":
                 slots.append(torch.randn(self.shape[1:], generator=g).to(self.device))
                 continue
-            slots.append(draw(slot, self.ipc, g))
+            slots.append(draw(slot, self.settings.ipc, g))
         return torch.stack(slots)
 
     def _set_images(self, exp: int, images: torch.Tensor, outliers: torch.Tensor | None) -> None:
@@ -158,9 +142,10 @@ class LearnableSet:
         self.optimizers[0].step()
 
     def update_outliers(self) -> None:
-        """Move the outliers along their gradient, and keep them where the recipe wants them."""
+        """Move the outliers along their gradient, and with `--clamp_oe` back into the range of pixels."""
         self.optimizers[1].step()
-        self.recipe.project(self.image_oe.detach(), self.real)
+        if self.settings.clamp_oe:
+            clamp_to_pixels(self.image_oe.detach(), self.real)
 
     def _tensors(self) -> list[torch.Tensor]:
         return [self.image_syn] if self.image_oe is None else [self.image_syn, self.image_oe]
@@ -224,14 +209,15 @@ class IterationDraws:
 
     def __init__(
         self,
-        real: RealData,
-        outliers: OutlierSource | None,
-        settings: MatchSettings,
+        inputs: MethodInputs,
         has_batchnorm: bool,
         all_slots: bool = False,
+        outer_loop: int = 1,
+        inner_loop: int = 0,
     ):
-        self.all_slots = all_slots
-        self.real, self.outliers, self.settings, self.has_batchnorm = real, outliers, settings, has_batchnorm
+        self.real, self.outliers, self.settings = inputs.real, inputs.outliers, inputs.settings
+        self.dsa, self.outer_loop, self.inner_loop = inputs.augmentation, outer_loop, inner_loop
+        self.all_slots, self.has_batchnorm = all_slots, has_batchnorm
         self.ahead: tuple[tuple[int, int], list[StepDraw]] | None = None
 
     def generator(self, exp: int, *key: int | str) -> torch.Generator:
@@ -245,7 +231,7 @@ class IterationDraws:
         which the network will be trained, matter.
         """
         outer = 0
-        while outer < self.settings.outer_loop:
+        while outer < self.outer_loop:
             if not outer and self.ahead is not None and self.ahead[0] == (exp, it):
                 part = self.ahead[1]
             else:
@@ -262,7 +248,7 @@ class IterationDraws:
         """The draws of as many outer steps, from `first` on, as are drawn together."""
         part = [self._step(exp, it, first, synthetic)]
         size = sum(t.numel() for t in tensors_of(part))
-        last = min(self.settings.outer_loop, first + max(1, DRAWN_NUMBERS // max(1, size)))
+        last = min(self.outer_loop, first + max(1, DRAWN_NUMBERS // max(1, size)))
         part += [self._step(exp, it, outer, synthetic) for outer in range(first + 1, last)]
         return send_draws(part, self.real.device)
 
@@ -284,8 +270,7 @@ class IterationDraws:
         return SlotDraw(batch, self._siamese(exp, "siamese oe", it, outer, slot))
 
     def _siamese(self, *key: int | str) -> Transform | None:
-        dsa = self.settings.dsa
-        return None if dsa is None else dsa.draw(1, self.real.im_size, self.generator(*key))
+        return None if self.dsa is None else self.dsa.draw(1, self.real.im_size, self.generator(*key))
 
     def _batchnorm(self, exp: int, it: int, outer: int) -> torch.Tensor:
         """16 images of each class."""
@@ -295,7 +280,21 @@ class IterationDraws:
 
     def _epochs(self, exp: int, it: int, outer: int, synthetic: SyntheticSet) -> list[list[Batch]]:
         """The epochs after this step; none after the last step, nor on ranks other than 0, which trains for all."""
-        if outer == self.settings.outer_loop - 1 or not distributed.is_main():
+        if outer == self.outer_loop - 1 or not distributed.is_main():
             return []
-        s, g = self.settings, self.generator(exp, "inner", it, outer)
-        return [draw_epoch(synthetic, s.batch_train, s.dsa, g) for _ in range(s.inner_loop)]
+        g = self.generator(exp, "inner", it, outer)
+        return [draw_epoch(synthetic, self.settings.batch_train, self.dsa, g) for _ in range(self.inner_loop)]
+
+
+def training_between(s: MatchingSettings, augmentation: DSA | None) -> TrainSettings:
+    """How the networks that images are matched on are trained on the synthetic set."""
+    return TrainSettings(1, s.lr_net or LR_NET, s.batch_train, s.lambda_oe, augmentation)
+
+
+def network_pool(inputs: MethodInputs) -> NetworkPool | None:
+    """The networks of `--network_pool`, if there are any."""
+    s, training = inputs.settings, training_between(inputs.settings, inputs.augmentation)
+    if not s.network_pool:
+        return None
+    ages = (s.network_pool, s.pool_epochs, s.pool_last_epoch)
+    return NetworkPool(inputs.real, s.model, *ages, training, s.seed, inputs.compute)

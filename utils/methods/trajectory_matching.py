@@ -12,7 +12,7 @@ import shlex
 import warnings
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,20 +20,21 @@ from torch import nn
 
 from utils.compute import distributed
 from utils.compute.compiling import Workload
-from utils.compute.device import Compute
 from utils.compute.transfer import Draw, send_draws
 from utils.core.errors import UserError
 from utils.core.rng import generator
-from utils.data.augment import DSA, identity
-from utils.data.datasets import RealData
+from utils.data.augment import identity
 from utils.data.synthetic import SyntheticSet
-from utils.methods.experts import ABOUT, ExpertBuffer, ExpertSettings, check_about, describe, expert_folder
-from utils.methods.learnable import LearnableSet, shared_settings
+from utils.methods.experts import ABOUT, ExpertBuffer, check_about, describe, expert_folder
+from utils.methods.learnable import LearnableSet
 from utils.methods.matcher import StudentStep
-from utils.methods.method import Flag, MethodEntry, MethodInputs, refuse_without_outliers
-from utils.outliers.sources import OutlierSource
-from utils.outliers.start import OutlierRecipe
+from utils.methods.method import MethodEntry, MethodInputs
 from utils.runs.lineage import args_or_nothing
+from utils.settings.common import Data, Network
+from utils.settings.distillation import WITH_OUTLIERS, Distilling
+from utils.settings.experts import Buffers, ExpertSettings
+from utils.settings.fields import as_words, flag, flags_of
+from utils.settings.outliers import Corrupted, OutlierTraining, Pool
 from utils.settings.parser import count, number
 from utils.training.trainer import load_optimizer
 
@@ -42,24 +43,45 @@ SMALLEST_LR = 1e-6  # lower bound of the student's learning rate
 
 
 @dataclass(frozen=True)
-class TrajectorySettings:
-    """The settings of trajectory matching; each is described at the flag of its name."""
+class TrajectorySettings(Distilling, Buffers):
+    """Trajectory matching."""
 
-    model: str
-    ipc: int
-    seed: int = 1
-    lr_img: float = 1000.0
-    lr_img_oe: float | None = None
-    lr_teacher: float | None = None
-    lr_lr: float = 1e-5
-    lambda_oe: float = 0.5
-    init: str = "real"
-    expert_epochs: int = 2
-    syn_steps: int = 30
-    max_start_epoch: int = 15
-    batch_syn: int | None = None
-    dsa: DSA | None = None
-    recipe: OutlierRecipe = field(default_factory=OutlierRecipe)
+    expert_epochs: int = flag(2, "epochs of the expert that the student's steps are to match", count(1))
+    syn_steps: int = flag(30, "steps of the student; more are slower, the memory stays the same", count(1))
+    max_start_epoch: int = flag(15, "the student starts at an epoch below this; more for a larger ipc", count(1))
+    lr_lr: float = flag(1e-5, "learning rate of the student's learning rate; 0 keeps it fixed", number(0))
+    lr_teacher: float | None = flag(
+        None,
+        "the student's initial learning rate; left out: that of the set of --load_path if it has one, else "
+        f"{LR_TEACHER}",
+        number(0, exclusive=True),
+    )
+    batch_syn: int | None = flag(
+        None, "synthetic images per step; left out: all. Lower it if memory runs out", count(1)
+    )
+    expert_lambda_oe: float | None = flag(
+        None,
+        "weight of the outlier loss when the experts were trained; left out: --lambda_oe. With a larger one, training "
+        "on the distilled outliers at --lambda_oe acts like training at this weight",
+        number(0),
+        needs=(WITH_OUTLIERS,),
+    )
+    max_experts: int | None = flag(None, "use only this many experts, the first ones; left out: all", count(1))
+
+    @property
+    def last_epoch(self) -> int:
+        """The last epoch of the experts that is needed."""
+        return self.max_start_epoch - 1 + self.expert_epochs
+
+    def of_experts(self) -> ExpertSettings:
+        """The settings of `train_experts.py` for experts that fit."""
+        groups = (Data, Network, Buffers, OutlierTraining, Pool, Corrupted)
+        shared = {f.name: getattr(self, f.name) for group in groups for f in flags_of(group)}
+        if self.expert_lambda_oe is not None:
+            shared["lambda_oe"] = self.expert_lambda_oe
+        epochs = max(self.last_epoch, ExpertSettings.train_epochs)
+        own = {"outliers": self.outliers, "train_epochs": epochs, "dsa_strategy": self.dsa_strategy}
+        return ExpertSettings(**own, **shared)
 
 
 @dataclass(frozen=True)
@@ -73,25 +95,18 @@ class StudentBatch(Draw):
 class TrajectoryMatching(LearnableSet):
     """The synthetic images of one experiment, the student's learning rate, and the iterations that update them."""
 
-    def __init__(
-        self,
-        real: RealData,
-        outliers: OutlierSource | None,
-        settings: TrajectorySettings,
-        experts: ExpertBuffer,
-        compute: Compute | None = None,
-        initial: Sequence[SyntheticSet] = (),
-    ):
-        s = settings
-        super().__init__(real, outliers, initial=initial, **shared_settings(s))
-        self.settings, self.experts = s, experts
-        net = real.network(s.model, generator(s.seed))
+    settings: TrajectorySettings
+
+    def __init__(self, inputs: MethodInputs, experts: ExpertBuffer):
+        super().__init__(inputs)
+        s = self.settings
+        self.experts = experts
+        net = self.real.network(s.model, generator(s.seed))
         self.net = _without_running_statistics(net).to(self.device).requires_grad_(False)
         self.names = [name for name, _ in self.net.named_parameters()]
-        self.step = StudentStep(self.net, compute or Compute())
-        self.about: dict[str, object] = {"num_experts": len(experts.trajectories)}
+        self.step = StudentStep(self.net, inputs.compute)
+        self.about = {"num_experts": len(experts.trajectories)}
         self.fingerprints = {"buffer_path": experts.fingerprint()}
-        self.notices: list[str] = []
 
     def _set_images(self, exp: int, images: torch.Tensor, outliers: torch.Tensor | None) -> None:
         super()._set_images(exp, images, outliers)
@@ -110,7 +125,7 @@ class TrajectoryMatching(LearnableSet):
         tensors = [*self._tensors(), self.lr_student]
         gradients = [torch.zeros_like(t) for t in tensors]
         if distributed.is_main():
-            g = generator(self.seed, "match", self.exp, "segment", it)
+            g = generator(self.settings.seed, "match", self.exp, "segment", it)
             s = self.settings
             start, target = self.experts.segment(g, s.max_start_epoch, s.expert_epochs, self.device)
             loss, gradients = self._match(start, target, *self._draw(it))
@@ -133,7 +148,7 @@ class TrajectoryMatching(LearnableSet):
     def _draw(self, it: int) -> tuple[list[StudentBatch], list[StudentBatch]]:
         """The batches of every step of the student: of images, and of outliers."""
         kinds = ("student", "student oe") if self.image_oe is not None else ("student",)
-        drawn = [self._batches(generator(self.seed, "match", self.exp, kind, it)) for kind in kinds]
+        drawn = [self._batches(generator(self.settings.seed, "match", self.exp, kind, it)) for kind in kinds]
         batches = send_draws(drawn, self.device)
         return batches[0], batches[1] if len(batches) > 1 else []
 
@@ -145,7 +160,7 @@ class TrajectoryMatching(LearnableSet):
             if not len(order):
                 order = torch.randperm(total, generator=g)
             index, order = order[:size], order[size:]
-            dsa = self.settings.dsa
+            dsa = self.augmentation
             transform = None if dsa is None else dsa.draw(len(index), self.real.im_size, g)
             batches.append(StudentBatch(index, transform))
         return batches
@@ -227,106 +242,51 @@ def _without_running_statistics(net: nn.Module) -> nn.Module:
     return net
 
 
-def trajectory_settings(inputs: MethodInputs) -> TrajectorySettings:
-    """The settings from the flags."""
-    f = inputs.flags
-    same = ("model", "ipc", "seed", "lr_img", "lr_teacher", "lr_lr", "init", "expert_epochs", "syn_steps")
-    names = (*same, "max_start_epoch", "batch_syn")
-    more = {"lr_img_oe": f.get("lr_img_oe"), "lambda_oe": f.get("lambda_oe", 0.0), "dsa": inputs.augmentation}
-    return TrajectorySettings(
-        **{name: f[name] for name in names}, **more, recipe=OutlierRecipe.of(f, inputs.augmentation)
-    )
-
-
 def _build(inputs: MethodInputs) -> TrajectoryMatching:
-    f, real = inputs.flags, inputs.real
-    folder = expert_folder(f["buffer_path"], real, f["model"])
-    net = real.network(f["model"], generator(0))
-    last = f["max_start_epoch"] - 1 + f["expert_epochs"]
-    most = f["max_experts"]
-    if f.get("resume"):  # more may have been trained since the run began
-        most = args_or_nothing(Path(f["resume"])).get("num_experts", most)
-    experts = ExpertBuffer(folder, [p.shape for p in net.parameters()], most, _how_to_make(inputs, last))
-    weight = _weight_of_experts(inputs)
-    described = check_about(folder, describe(real, f["model"], inputs.outliers, weight), "--buffer_path")
+    s, real = inputs.settings, inputs.real
+    folder, how_to_make = expert_folder(s.buffer_path, real, s.model), _how_to_make(s)
+    net = real.network(s.model, generator(0))
+    most = s.max_experts
+    if s.resume:  # more may have been trained since the run began
+        most = args_or_nothing(Path(s.resume)).get("num_experts", most)
+    experts = ExpertBuffer(folder, [p.shape for p in net.parameters()], most, how_to_make)
+    expected = describe(real, s.model, inputs.outliers, s.of_experts().lambda_oe)
+    described = check_about(folder, expected, "--buffer_path")
     if not described and inputs.outliers is not None:
         raise UserError(
             f"--buffer_path: {folder} has no {ABOUT}, so its experts have seen no outliers; make them with "
-            f"{_how_to_make(inputs, last)}"
+            f"{how_to_make}"
         )
-    if last > experts.epochs:
+    if s.last_epoch > experts.epochs:
         raise UserError(
-            f"--max_start_epoch {f['max_start_epoch']}: with --expert_epochs {f['expert_epochs']} it needs experts of "
-            f"{last} epochs; those in {folder} have {experts.epochs}. Lower one of them, or train experts for longer"
+            f"--max_start_epoch {s.max_start_epoch}: with --expert_epochs {s.expert_epochs} it needs experts of "
+            f"{s.last_epoch} epochs; those in {folder} have {experts.epochs}. Lower one of them, or train experts for "
+            "longer"
         )
-    method = TrajectoryMatching(
-        real, inputs.outliers, trajectory_settings(inputs), experts, inputs.compute, inputs.initial
-    )
+    method = TrajectoryMatching(inputs, experts)
     if not described:
         method.notices.append(f"{folder} has no {ABOUT}: experts are assumed to have seen images normalised as here")
     return method
 
 
-def _weight_of_experts(inputs: MethodInputs) -> float | None:
-    """The weight that outliers had in the training of the experts, or None without outliers."""
-    refuse_without_outliers(inputs, expert_lambda_oe=None)
-    own = inputs.flags["expert_lambda_oe"]
-    return inputs.flags.get("lambda_oe") if own is None else own
-
-
-def _how_to_make(inputs: MethodInputs, epochs: int) -> str:
-    """The command that trains the experts of these flags, with at least `epochs` epochs."""
-    f = {**inputs.flags, "lambda_oe": _weight_of_experts(inputs)}
-    kind = "none" if inputs.outliers is None else inputs.outliers.describe()["kind"]
-    names = ["dataset", "data_path", "im_size", "model", "seed", "buffer_path", "dsa_strategy"]
-    names += ["lambda_oe"] if kind != "none" else []
-    names += {"oe": ["oe_data_path", "num_oe_per_class"], "poe": ["corruptions"]}.get(kind, [])
-    words = ["python", "train_experts.py", "--outliers", kind]
-    for name in names:
-        value = f.get(name)
-        if value is not None:
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    words += [f"--{name}" for name in ("mix_corruptions", "zca") if f.get(name)]
-    words += ["--train_epochs", str(epochs)] if epochs > ExpertSettings().epochs else []
-    return shlex.join(words)
+def _how_to_make(s: TrajectorySettings) -> str:
+    """The command that trains experts that fit."""
+    return shlex.join(["python", "train_experts.py", *as_words(s.of_experts())])
 
 
 def _workload(inputs: MethodInputs) -> Workload:
     """Each step goes forward and backward once, which bf16 speeds up, then twice more for the second derivative."""
-    s, total = trajectory_settings(inputs), inputs.real.num_classes * inputs.flags["ipc"]
+    s, total = inputs.settings, inputs.real.num_classes * inputs.settings.ipc
     images = min(s.batch_syn or total, total) * (1 if inputs.outliers is None else 2)
     return Workload(3.0 * s.syn_steps * images, s.syn_steps, "matching", s.syn_steps * images)
 
 
-FLAGS = (
-    Flag("buffer_path", str, "buffers", "folder of the expert trajectories that train_experts.py writes"),
-    Flag("expert_epochs", count(1), 2, "epochs of the expert that the student's steps are to match"),
-    Flag("syn_steps", count(1), 30, "steps of the student; more are slower, the memory stays the same"),
-    Flag("max_start_epoch", count(1), 15, "the student starts at an epoch below this; more for a larger ipc"),
-    Flag("lr_lr", number(0), 1e-5, "learning rate of the student's learning rate; 0 keeps it fixed"),
-    Flag(
-        "lr_teacher",
-        number(0, exclusive=True),
-        None,
-        "the student's initial learning rate; left out: that of the set of --load_path if it has one, else "
-        f"{LR_TEACHER}",
-    ),
-    Flag("batch_syn", count(1), None, "synthetic images per step; left out: all. Lower it if memory runs out"),
-    Flag(
-        "expert_lambda_oe",
-        number(0),
-        None,
-        "weight of the outlier loss when the experts were trained; left out: --lambda_oe. With a larger one, training "
-        "on the distilled outliers at --lambda_oe acts like training at this weight",
-    ),
-    Flag("max_experts", count(1), None, "use only this many experts, the first ones; left out: all"),
-)
 MTT_ENTRY = MethodEntry(
     "MTT",
     "matching of training trajectories, needs train_experts.py first",
     _build,
     _workload,
-    FLAGS,
+    TrajectorySettings,
     defaults={"Iteration": 5000, "lr_img": 1000.0, "init": "real", "eval_interval": 100},
     unused=("batch_real", "batch_oe"),
 )

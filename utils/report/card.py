@@ -36,6 +36,7 @@ class CardFacts:
     origin: dict = field(default_factory=dict)  # the content of the run's args.json
     source: str = ""  # what was assumed of a set of another repository
     results: dict[str, Results] = field(default_factory=dict)  # of stage 3, by title
+    train_command: str = ""  # that trains networks on the set
 
     @property
     def flags(self) -> dict:
@@ -59,7 +60,6 @@ def card(f: CardFacts) -> str:
         yaml_title=_yaml(title),
         tags=map(_yaml, tags),
         size=next((name for most, name in SIZES if sum(f.counts) < most), "100K<n<1M"),
-        train=_train_command(f),
         epochs=_epochs(f),
         origin=_origin(f),
         measured=measured_table(f.results),
@@ -72,20 +72,8 @@ def _yaml(text: str) -> str:
     return text if re.fullmatch(r"[A-Za-z][\w.-]*", text) else json.dumps(text)
 
 
-def _train_command(f: CardFacts) -> str:
-    """The command of stage 2; `SET` is the folder of the card."""
-    script = "train_model_synthetic_oe.py" if f.counts[1] else "train_model_synthetic_no_oe.py"
-    words = ["python", script, "--distilled", "SET", "--dataset", f.dataset, "--model", f.flags.get("model", "ConvNet")]
-    words += ["--method", f.method] if f.flags.get("method") == f.method else []
-    words += ["--dsa_strategy", f.strategy] if f.strategy else []
-    words += ["--im_size", str(f.flags["im_size"])] if f.flags.get("im_size") else []
-    words += ["--zca"] if f.zca else []
-    words += ["--lambda_oe", f"{f.flags.get('lambda_oe', 0.5):g}"] if f.counts[1] else []
-    return shlex.join(words)
-
-
 def _epochs(f: CardFacts) -> int:
-    """The epochs of `_train_command`, by default."""
+    """The epochs of the command that trains networks, by default."""
     augmented = f.strategy or dc_augmentation(f.dataset, f.flags.get("model", "ConvNet"))
     return 1000 if augmented else 300
 

@@ -4,8 +4,6 @@ The `args.json` of stage 3 names the folder of its networks; that of stage 2 nam
 """
 
 import os
-import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -17,7 +15,6 @@ from utils.core.errors import UserError
 from utils.core.files import read_json
 from utils.data.distilled_file import DistilledFile
 from utils.runs.run_folder import ARGS, is_live
-from utils.settings.parser import flag_words
 
 TRAINED_ON = "trained_on.pt"  # in a folder of stage 2: the set, where no file of stage 1 holds it
 PLAIN_SCRIPTS = ("main.py", "train_model_synthetic_no_oe.py")
@@ -146,12 +143,6 @@ def root_of(folder: Path, parts: Sequence[str | int]) -> str | None:
         return None
     root, here = path.parents[len(parts)], Path.cwd()
     return str(root.relative_to(here) if root.is_relative_to(here) else root)
-
-
-def next_command(script: str, flags: Mapping[str, object]) -> str:
-    """The shell command of the next stage, with the interpreter and the folder of this script as they were called."""
-    words = [sys.orig_argv[0], str(Path(sys.argv[0]).with_name(script))]
-    return shlex.join([*words, *(word for name, value in flags.items() for word in flag_words(name, value))])
 
 
 def distilled_set_of(networks: Path) -> tuple[DistilledFile, int]:

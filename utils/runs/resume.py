@@ -4,22 +4,21 @@ The state itself is restored by `utils/stages/loop.py` (stage 1) and `utils/trai
 2).
 """
 
-import argparse
 import os
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from utils.compute import distributed
 from utils.core.errors import UserError, one_line
 from utils.runs.lineage import args_or_nothing, started
 from utils.runs.run_folder import ARGS, read_args
-from utils.settings.parser import Parser, flags_as_words
+from utils.settings.fields import Settings, flag, flags_of
+from utils.settings.parser import count
+from utils.settings.reading import SettingsParser, flags_as_words
 
-MAY_CHANGE = (
-    "device", "data_path", "oe_data_path", "ood_path", "load_path", "folder", "download", "checkpoint_interval",
-    "tensorboard", "method_file", "buffer_path",
-)  # fmt: skip
 # flags that are gone: the value that did nothing, and the last commit that has the flag
 DROPPED = {
     "matching": ("separate", "e2cb5ce705a47533bcdf883fb934c70e156a4aef"),
@@ -27,68 +26,59 @@ DROPPED = {
 }
 
 
-def add_resume(parser: Parser, steps: str) -> None:
-    """Add `--checkpoint_interval` and `--resume`, after all other flags; `steps`: the unit of the interval."""
-    group = parser.add_argument_group("checkpoints")
-    group.add_argument(
-        "--checkpoint_interval",
-        type=_interval,
-        default=50,
-        help=f"{steps} between two checkpoints; use a lower value if jobs are killed often. One is also written when "
-        "the last is ten minutes old",
+@dataclass(frozen=True)
+class Checkpoints(Settings):
+    """Checkpoints."""
+
+    checkpoint_interval: int = flag(
+        50,
+        "iterations (stage 1) or epochs (stage 2) between two checkpoints; use a lower value if jobs are killed often. "
+        "One is also written when the last is ten minutes old",
+        count(1),
+        may_change=True,
     )
-    known = {action.dest for action in parser._actions}
-    group.add_argument(
-        "--resume",
-        default=None,
+    resume: str | None = flag(
+        None,
+        "run folder to resume, or latest: the newest under --save_path. The flags come from the folder; only those of "
+        "places, the device and what is shown may differ",
         metavar="FOLDER",
-        help="run folder to resume, or latest: the newest under --save_path. The flags come from the folder; only "
-        f"{', '.join('--' + name for name in MAY_CHANGE if name in known)} may differ",
     )
-    parser.completions.insert(0, resumed)
 
+    @classmethod
+    def restored(cls, parser: SettingsParser, given: dict[str, Any]) -> dict[str, Any] | None:
+        """The values of the run that `--resume` names, checked like flags; None without `--resume`.
 
-def _interval(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
+        `--method_file`, which is code, is never taken from a run folder.
 
-
-def resumed(parser: Parser, args: argparse.Namespace, given: dict) -> tuple[argparse.Namespace, dict]:
-    """Return the arguments of the run that `--resume` names, checked like flags, and its flags that are not None.
-
-    Without `--resume`, return both unchanged. `--method_file`, which is code, is never taken from a run folder.
-
-    Args:
-        given: the flags that were on the command line.
-    Raises:
-        UserError: when there is no such run, it is another script's, a flag conflicts with it, or `--method_file` is
-            missing.
-    """
-    if args.resume is None:
-        return args, given
-    latest = args.resume == "latest"
-    folder = _latest(Path(args.save_path), parser.prog) if latest else Path(args.resume)
-    about = read_args(folder)
-    if about["script"] != parser.prog:
-        raise UserError(f"--resume: {folder} is a run of {about['script']}, not of {parser.prog}; resume it with that")
-    stored = _without_dropped(about["flags"], folder)
-    code = stored.get("method_file")
-    if code is not None and "method_file" not in given:
-        raise UserError(f"--resume: {folder} was started with --method_file {one_line(code)}; give that file again")
-    no_conflict = ("resume", "save_path", *MAY_CHANGE) if latest else ("resume", *MAY_CHANGE)
-    for name, value in given.items():
-        if name not in no_conflict and stored.get(name) != value:
+        Raises:
+            UserError: when there is no such run, it is another script's, a flag conflicts with it, or `--method_file`
+                is missing.
+        """
+        if "resume" not in given:
+            return None
+        latest = given["resume"] == "latest"
+        root = given.get("save_path", cls().save_path)
+        folder = _latest(Path(root), parser.prog) if latest else Path(given["resume"])
+        about = read_args(folder)
+        if about["script"] != parser.prog:
             raise UserError(
-                f"--{name}: given is {value}, but {folder} was started with {stored.get(name)}; leave the flag out, or "
-                "start a new run"
+                f"--resume: {folder} is a run of {about['script']}, not of {parser.prog}; resume it with that"
             )
-    changed = {name: value for name, value in given.items() if name in MAY_CHANGE}
-    args = argparse.ArgumentParser.parse_known_args(
-        parser, flags_as_words(parser, stored | changed, "--resume", folder / ARGS)
-    )[0]
-    args.resume = str(folder)
-    return args, {name: value for name, value in (stored | given).items() if value is not None}
+        stored = _without_dropped(about["flags"], folder)
+        code = stored.get("method_file")
+        if code is not None and "method_file" not in given:
+            raise UserError(f"--resume: {folder} was started with --method_file {one_line(code)}; give that file again")
+        may_change = {f.name for f in flags_of(cls) if f.metadata.get("may_change")}
+        changed = {name: value for name, value in given.items() if name in may_change}
+        for name in given.keys() - changed.keys() - {"resume", *(["save_path"] if latest else [])}:
+            value = list(given[name]) if isinstance(given[name], tuple) else given[name]
+            if stored.get(name) != value:
+                raise UserError(
+                    f"--{name}: given is {value}, but {folder} was started with {stored.get(name)}; leave the flag "
+                    "out, or start a new run"
+                )
+        restored = parser.values_of(flags_as_words(parser, stored, "--resume", folder / ARGS))
+        return restored | changed | {"resume": str(folder)}
 
 
 def _without_dropped(flags: dict, folder: Path) -> dict:
@@ -130,10 +120,10 @@ def check_inputs(folder: Path, inputs: dict[str, str]) -> None:
         UserError: when one differs, as the results would mix two inputs.
     """
     before = read_args(folder).get("inputs")
-    for flag, found in inputs.items():
-        if isinstance(before, dict) and before.get(flag) != found:
+    for name, found in inputs.items():
+        if isinstance(before, dict) and before.get(name) != found:
             raise UserError(
-                f"--{flag}: the data differ from those {folder} was started with; give those, or start a new run"
+                f"--{name}: the data differ from those {folder} was started with; give those, or start a new run"
             )
 
 

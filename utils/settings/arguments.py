@@ -1,232 +1,286 @@
-"""The flags of each script: which groups of settings it has, and what differs from their defaults."""
+"""The settings of each script: the groups of flags that it has, and what differs from their defaults."""
 
+import shlex
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
+from utils.core.errors import UserError, blame, one_line
+from utils.core.files import check_file
+from utils.exchange.assumptions import Assumptions
 from utils.methods import METHODS
-from utils.methods.method import add_method_choice, add_method_flags
-from utils.ood.scores import ALL_SCORES, DETECTORS, SCORES
-from utils.settings.common import Data, Folders, Images, Network, Speed, Training, strategy
-from utils.settings.fields import Need, add_group, flag
-from utils.settings.outliers import Corrupted, DistilledOutliers, OutlierBatches, OutlierTraining, Pool, follow_recipe
-from utils.settings.parser import Parser, add_config, count, number, one_of
+from utils.methods.method import MethodEntry
+from utils.runs.resume import Checkpoints
+from utils.settings.common import Batches, Data, Determinism, Images, Network, Reads, Speed, Training, Writes
+from utils.settings.distillation import Distilling
+from utils.settings.fields import Need, Settings, as_words, flag, flags_of, with_default, with_shown_default
+from utils.settings.ood_test import OODSets, Scores, Test
+from utils.settings.outliers import Corrupted, OutlierTraining, Pool
+from utils.settings.parser import one_of
+from utils.settings.reading import SettingsParser
 from utils.settings.training_set import (
+    MADE,
     OF_DISTILLED,
     OUTLIERS,
+    READS_A_RUN,
     READS_A_SET,
-    Foreign,
+    Experiment,
     TrainingOutliers,
-    TrainingSet,
-    complete_outliers,
-    complete_training_set,
+    TrainsOn,
     used_by,
 )
 
-OOD_PATH = "data/ood"
-EVAL_MODES = ("S", "SS", "M", "B", "W", "D", "A", "P", "N")
-INITS = ("noise", "real")
-EXPERT_OUTLIERS = ("none", "oe", "poe")
-FITS = ("distilled", "real")
+RECIPES: dict[str, tuple[str, dict[str, Any]]] = {"strong": ("MTT", {"expert_lambda_oe": 2.0})}  # method and flags
 
 
 @dataclass(frozen=True)
-class Distillation:
-    """Distillation."""
+class MethodChoice(Settings):
+    """Method."""
 
-    eval_mode: str = flag(
-        "S",
-        "which networks evaluate: S the same without BatchNorm, SS exactly the same, M several architectures, B "
-        "BatchNorm ones, W widths, D depths, A activations, P poolings, N norms",
-        one_of("evaluation mode", EVAL_MODES),
-        names=EVAL_MODES,
-    )
-    num_exp: int = flag(5, "independent distillations", count(1), often=True)
-    Iteration: int = flag(1000, "updates of the synthetic images", count(0), often=True)
-    eval_interval: int = flag(500, "updates between two evaluations; the last update is always evaluated", count(1))
-    lr_img: float = flag(0.1, "learning rate of the synthetic images", number(0, exclusive=True))
-    batch_real: int = flag(256, "real images per class and step; lower it when memory is short", count(1))
-    init: str = flag(
-        "noise",
-        "noise or real images; real converges faster",
-        one_of("initialisation", INITS),
-        names=INITS,
+    method: str = flag(
+        "DC",
+        "; ".join(f"{entry.name}: {entry.help}" for entry in METHODS.values()),
+        one_of("method", METHODS),
         often=True,
+        always=True,
     )
-    eval_ood: tuple[str, ...] | None = flag(
+    method_file: str | None = flag(
         None,
-        "evaluations also report the AUROC (score msp) on these OOD sets: any of stage 3, e.g. patches gaussian",
-        many=True,
-        metavar="SET",
-    )
-    ood_path: str = flag(
-        OOD_PATH,
-        "folder of the sets of --eval_ood",
-        need=Need(lambda args: args.eval_ood, "it is the folder of the sets of --eval_ood, which is not given"),
-    )
-    tensorboard: bool = flag(False, "also write TensorBoard events into the run folder (needs tensorboard)")
-    save_path: str = flag("result", "run folders are made in this folder", often=True)
-    load_path: str | None = flag(
-        None, "a res_….pt whose images (and outliers) are the start, instead of --init; continues with other flags"
+        "a Python file that registers a further method (docs/methods.md); its code is run, so use only your own",
+        may_change=True,
     )
 
 
 @dataclass(frozen=True)
-class Experts:
-    """Experts."""
+class Stage1Settings(MethodChoice, *dict.fromkeys(entry.settings for entry in METHODS.values())):
+    """Settings of `main.py`: those of all methods."""
 
-    num_experts: int = flag(
-        100, "how many networks to train; the paper used 100, fewer work, too", count(1), often=True
-    )
-    train_epochs: int = flag(
-        50, "epochs of each; at least --max_start_epoch + --expert_epochs - 1", count(1), often=True
-    )
-    lr_teacher: float = flag(0.01, "learning rate", number(0, exclusive=True), often=True)
-    mom: float = flag(0.0, "momentum", number(0), often=True)
-    l2: float = flag(0.0, "weight decay", number(0))
-    decay: bool = flag(False, "multiply the learning rate by 0.1 after epoch train_epochs // 2 + 1")
-    batch_train: int = flag(256, "images in a batch", count(1))
-    dsa_strategy: str | None = flag(None, "augmentation; take that of the distillation", strategy, often=True)
-    buffer_path: str = flag("buffers", "the trajectories are written below this folder", often=True)
-    outliers: str = flag(
-        "none",
-        "train on outliers, too: oe for main_oe.py, poe for main_poe.py",
-        one_of("kind of outliers", EXPERT_OUTLIERS),
-        names=EXPERT_OUTLIERS,
-        often=True,
-    )
+    def defaults(self) -> dict[str, Any]:
+        """The defaults of the method."""
+        return super().defaults() | METHODS[self.method].defaults
 
+    def completed(self, given: Mapping[str, Any]) -> Self:
+        """The defaults of the method and of the recipe, where no flag was given."""
+        _check_used(METHODS[self.method], given)
+        method, of_recipe = RECIPES.get(self.outlier_recipe, (self.method, {}))
+        if self.method != method:
+            raise UserError(
+                f"--outlier_recipe {self.outlier_recipe}: --method {self.method} has no such; --method {method} has"
+            )
+        known = {f.name for f in fields(self)}
+        usual = METHODS[self.method].defaults | of_recipe
+        return replace(self, **{n: value for n, value in usual.items() if n in known and n not in given})
 
-@dataclass(frozen=True)
-class Test:
-    """Test."""
-
-    batch_test: int = flag(256, "images per forward pass; lower it when memory is short", count(1))
-    num_exp: int = flag(5, "how many of the trained networks to test", count(1), often=True)
-    is_load_best: bool = flag(False, "test the best checkpoints instead of those of --epoch_train", often=True)
-    epoch_train: int | None = flag(
-        None,
-        "which epoch's checkpoints to test; left out: the last that the networks have; --is_load_best tests the best "
-        "instead",
-        count(1),
-    )
+    def used(self) -> set[str]:
+        """The names of the flags that the method uses."""
+        users = {f.name: _users(f.name) for f in flags_of(type(self))}
+        return {name for name, of_flag in users.items() if not of_flag or self.method in of_flag}
 
 
 @dataclass(frozen=True)
-class OODSets:
-    """OOD sets."""
+class Stage1SettingsOE(Stage1Settings):
+    """Settings of `main_oe.py`."""
 
-    ood_path: str = flag(
-        OOD_PATH,
-        "folder of OOD sets: <name>/ (images), <name>.npz (key images) or <name>.npy; and of the images in a list",
-        often=True,
-    )
-    ood_sets: tuple[str, ...] | None = flag(
-        None,
-        "which sets, in order; left out: those of the paper. Names (gaussian uniform rademacher blob patches need no "
-        "files), or paths: a folder, .npz, .npy, or a list (.txt, `path label` a line, as OpenOOD's)",
-        many=True,
-        often=True,
-    )
-    skip_missing: bool = flag(False, "test without the sets that are missing; the table names them")
-    num_ood_ratio: int = flag(
-        1, "N: use a fraction 1/N of as many OOD images as there are test images; 10 for a quick look", count(1)
-    )
-    validate: bool = flag(False, "also test on validation outliers, for choosing hyperparameters", short="-v")
+    outliers: str = "oe"
+    save_path: str = with_default(Writes, "save_path", "result-oe")
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Scores."""
+class Stage1SettingsPOE(Stage1Settings):
+    """Settings of `main_poe.py`."""
 
-    score: tuple[str, ...] | None = flag(
-        None,
-        f"msp when left out; one or more of {', '.join(SCORES)}; or, with the package pytorch-ood, of "
-        f"{', '.join(DETECTORS)}. Scores of logits or features share one forward pass; odin, mahalanobis_odin and the "
-        "grad ones need their own",
-        one_of("score", ALL_SCORES),
-        many=True,
-        often=True,
-    )
-    fit_on: str | None = flag(
-        None,
-        "what detectors are fitted on: the distilled set of these networks, or the real training set; left out: the "
-        "set that they were trained on. knn, mahalanobis and the like need more images than a small ipc has",
-        one_of("fitting set", FITS),
-        names=FITS,
-    )
-    T: float = flag(1.0, "temperature of --score energy", number(0, exclusive=True))
-    use_xent: bool = flag(False, "adds xent to --score", short="-x")
+    outliers: str = "poe"
+    save_path: str = with_default(Writes, "save_path", "result-poe")
 
 
-def add_common(parser: Parser) -> None:
-    """Flags of every stage: the method, the data, the network and the images per class."""
-    add_method_choice(parser, parser.add_argument_group("method"), METHODS)
-    for group in (Data, Network, Images):
-        add_group(parser, group)
-    parser.often.add("method")
-    add_config(parser)
+@dataclass(frozen=True)
+class Stage2Settings(
+    MethodChoice,
+    Data,
+    Network,
+    Images,
+    Training,
+    Batches,
+    Speed,
+    Determinism,
+    Reads,
+    Writes,
+    Experiment,
+    TrainsOn,
+    Assumptions,
+    OutlierTraining,
+    TrainingOutliers,
+    Pool,
+    Corrupted,
+    Checkpoints,
+):
+    """Settings of `train_model_synthetic_oe.py`."""
+
+    NEEDS: ClassVar = {
+        Reads: (READS_A_SET, READS_A_RUN),
+        Assumptions: (OF_DISTILLED,),
+        "exp_idx": (  # it is part of random's seed
+            Need(lambda s: s.train_on in ("distilled", "random") or not s.exp_idx, READS_A_SET.why),
+        ),
+        OutlierTraining: (used_by(*(kind for kind in OUTLIERS if kind != "none")),),
+        "oe_data_path": (used_by("initial", "kcenter", "real"),),
+        "num_oe_per_class": (
+            Need(lambda s: bool(s.oe_data_path), "it cuts the pool of --oe_data_path, which is not given"),
+        ),
+        Corrupted: (
+            used_by(*MADE, again=True),
+            Need(
+                lambda s: not s.oe_data_path or s.corrupt_again,
+                "it is for outliers made of training images, not of --oe_data_path; give one of them",
+            ),
+        ),
+    }
+
+    num_eval: int = with_default(Training, "num_eval", 5)
+    save_path: str = with_default(Writes, "save_path", "result-model-synthetic-oe")
+    oe_data_path: str | None = with_default(Pool, "oe_data_path", None)
+
+    def completed(self, given: Mapping[str, Any]) -> Self:
+        """The settings that follow from the kind of the training set.
+
+        With a set by its path, `--ipc` left out becomes that of the set, and `--method` what names the folder and
+        augments.
+        """
+        self.check_assumptions()
+        self._check_outliers(given)
+        ipc = None if self.distilled and "ipc" not in given else self.ipc
+        method = self.method
+        if "method" not in given and (self.distilled or self.train_on != "distilled"):
+            method = "DSA" if self.dsa_strategy else "DC"
+        return replace(self, ipc=ipc, method=method)
+
+    def _check_outliers(self, given: Mapping[str, Any]) -> None:
+        """Refuse outliers that the training set does not have."""
+        kind = self.outliers
+        if self.train_on != "distilled" and kind == "distilled":
+            others = " ".join(name for name in OUTLIERS if name != kind)
+            raise UserError(f"--outliers distilled: --train_on {self.train_on} has none; choose one of {others}")
+        if self.train_on == "whole" and kind in ("initial", "kcenter") and "ipc" not in given:
+            raise UserError(f"--outliers {kind}: give --ipc, the number of outliers for each class slot")
 
 
-def passed_on(flags: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    """The flags that the next stage is given as they were.
+WITHOUT_OUTLIERS = (
+    Need(
+        lambda s: s.outliers != "none",
+        "train_model_synthetic_no_oe.py trains without outliers; leave it out, or use train_model_synthetic_oe.py",
+        of_script=True,
+    ),
+)
 
-    These are what names the run, and those of stage 1 and 2 that differ from their defaults in stage 1, out of `names`
-    and of these that all stages have.
+
+@dataclass(frozen=True)
+class Stage2SettingsNoOE(Stage2Settings):
+    """Settings of `train_model_synthetic_no_oe.py`."""
+
+    NEEDS: ClassVar = dict.fromkeys((OutlierTraining, TrainingOutliers, Pool, Corrupted), WITHOUT_OUTLIERS)
+
+    outliers: str = "none"
+    save_path: str = with_default(Writes, "save_path", "result-model-synthetic-no-oe")
+
+
+@dataclass(frozen=True)
+class Stage3Settings(MethodChoice, Data, Network, Images, Speed, Reads, Writes, Test, OODSets, Scores):
+    """Settings of `test_ood_model_syn.py`."""
+
+    precision: str = with_default(Speed, "precision", "fp32")
+    save_path: str = with_default(Writes, "save_path", "result-test-ood-synthetic")
+
+
+def script_parser(settings: type[Settings], doc: str, description: str) -> SettingsParser:
+    """The parser of a script, with the flags of methods; `doc`: of the script, whose second paragraph is an example."""
+    prepare = _load_method_file if issubclass(settings, MethodChoice) else None
+    parser = SettingsParser(settings, doc.split("\n\n")[1], prepare, description=description)
+    _tell_methods(parser)
+    return parser
+
+
+def _used(entry: MethodEntry) -> set[str]:
+    """The names of the flags of methods that a method uses."""
+    return {f.name for f in flags_of(entry.settings)} - set(entry.unused)
+
+
+def _users(name: str) -> list[str]:
+    """The methods that use a flag; empty for a flag that all use, or none."""
+    users = [entry.name for entry in METHODS.values() if name in _used(entry)]
+    return [] if len(users) == len(METHODS) else users
+
+
+def _check_used(entry: MethodEntry, given: Mapping[str, Any]) -> None:
+    """Refuse given flags of other methods."""
+    own = _used(entry)
+    for name in given:
+        if name not in own and (users := _users(name)):
+            do = "does" if len(users) == 1 else "do"
+            raise UserError(f"--{name}: --method {entry.name} does not use it; {', '.join(users)} {do}. Leave it out")
+
+
+def _tell_methods(parser: SettingsParser) -> None:
+    """Name in the help of each flag the methods that use it, and the defaults that differ by method."""
+    if not issubclass(parser.settings, Distilling):
+        return
+    common = {f.name for f in flags_of(Distilling)}
+    usual = {f.name: f for f in flags_of(parser.settings)}
+    for action in parser._actions:
+        name, default = action.dest, usual[action.dest].default if action.dest in usual else None
+        if (users := _users(name)) and name not in common and action.help != "==SUPPRESS==":
+            action.help = f"{', '.join(users)}: {action.help}"
+        others = [f"{entry.name}: {entry.defaults[name]}" for entry in METHODS.values() if name in entry.defaults]
+        if others:
+            parser.defaults_of_methods.add(name)
+            plain = action.help.removesuffix(with_shown_default("", default))
+            action.help = f"{plain} (left out: {', '.join(others)}; else {default})"
+
+
+def _load_method_file(parser: SettingsParser, arguments: list[str]) -> None:
+    """Run the file of `--method_file`, which registers a method, and add that method's flags to the parser.
+
+    Raises:
+        UserError: when the file is missing, fails, or registers nothing.
     """
-    parser = Parser()
-    add_common(parser)
-    for group in (Training, Speed, OutlierTraining):
-        add_group(parser, group)
-    known = ("data_path", "im_size", "pixel_max", "zca", "seed", "device", "compile", *names)
-    changed = {n: flags[n] for n in known if n in flags and flags[n] != parser.get_default(n)}
-    return {n: flags[n] for n in ("method", "method_file", "dataset", "model", "ipc")} | changed
+    named = [word.removeprefix("--method_file=") for word in arguments if word.startswith("--method_file=")]
+    named += [arguments[i + 1] for i, word in enumerate(arguments[:-1]) if word == "--method_file"]
+    if not named:
+        return
+    with blame("--method_file"):
+        path = check_file(Path(named[-1]))
+    before = dict(METHODS)
+    spec = spec_from_file_location("method_file", path, loader=SourceFileLoader("method_file", str(path)))
+    try:
+        spec.loader.exec_module(module_from_spec(spec))
+    except Exception as error:
+        reason = one_line(f"{type(error).__name__}: {error}")
+        raise UserError(f"--method_file: {path} fails: {reason}. Repair it") from None
+    new = [entry for name, entry in METHODS.items() if before.get(name) is not entry]
+    if not new:
+        raise UserError(f"--method_file: {path} registers no method; it must call utils.methods.register")
+    for entry in new if issubclass(parser.settings, Distilling) else ():  # only stage 1 has flags of methods
+        own = [cls for cls in entry.settings.__mro__ if cls not in parser.settings.__mro__]
+        declared = {name for cls in own for name in vars(cls).get("__annotations__", ())}
+        if taken := declared & {f.name for f in flags_of(parser.settings)}:
+            raise UserError(
+                f"--method_file: {path} defines --{min(taken)}, which is another flag already; give it another name"
+            )
+        parser.extend(entry.settings)
 
 
-def add_stage1(parser: Parser, save_path: str, source: type | None = None) -> None:
-    """All flags of a stage-1 script; `source`: the group of its source of outliers, if it distils them."""
-    add_common(parser)
-    add_group(parser, Training)
-    add_group(parser, Speed)
-    add_group(parser, Distillation, save_path=save_path)
-    add_method_flags(parser, parser.add_argument_group("methods"), METHODS)
-    if source is not None:
-        for group in (OutlierBatches, DistilledOutliers, OutlierTraining, source):
-            add_group(parser, group)
-        parser.completions.append(follow_recipe)
+def carried(source: Settings, target: type[Settings], *names: str, **more: Any) -> Settings:
+    """Settings of the next stage: what names the run, and those of `names` that are not at the defaults of `source`."""
+    usual = source.defaults()
+    common = ("data_path", "im_size", "pixel_max", "zca", "seed", "device", "compile", *names)
+    kept = {name: getattr(source, name) for name in common if getattr(source, name) != usual[name]}
+    named = {name: getattr(source, name) for name in ("method", "method_file", "dataset", "model", "ipc")}
+    return target(**named | kept | more)
 
 
-def add_experts(parser: Parser) -> None:
-    """All flags of `train_experts.py`; those of outliers that `--outliers` does not use are refused."""
-    add_config(parser)
-    for group in (Data, Network, Experts, Speed):
-        add_group(parser, group)
-    for group, kinds in ((OutlierBatches, ("oe", "poe")), (OutlierTraining, ("oe", "poe")), (Pool, ("oe",)),
-                         (Corrupted, ("poe",))):  # fmt: skip
-        why = f"--outliers {{outliers}} does not use it; give --outliers {' or '.join(kinds)}"
-        add_group(parser, group, Need(lambda args, kinds=kinds: args.outliers in kinds, why))
-
-
-def add_stage2(parser: Parser, save_path: str, with_outliers: bool = False) -> None:
-    """All flags of a stage-2 script; `with_outliers`: whether its networks see outliers."""
-    add_common(parser)
-    add_group(parser, Training, num_eval=5)
-    add_group(parser, Speed)
-    add_group(parser, Folders, READS_A_SET, omit=("save_path",))
-    add_group(parser, Folders, omit=("folder", "load_path", "is_load_oe"), save_path=save_path)
-    add_group(parser, TrainingSet)
-    add_group(parser, Foreign, OF_DISTILLED)
-    parser.completions.append(complete_training_set)
-    if with_outliers:
-        add_group(parser, OutlierTraining, used_by(*(name for name in OUTLIERS if name != "none")))
-        add_group(parser, TrainingOutliers)
-        parser.completions.append(complete_outliers)
-
-
-def add_stage3(parser: Parser) -> None:
-    """All flags of the stage-3 script."""
-    add_common(parser)
-    add_group(parser, Speed, omit=("deterministic",), precision="fp32")
-    add_group(parser, Folders, save_path="result-test-ood-synthetic")
-    for group in (Test, OODSets, Scores):
-        add_group(parser, group)
+def command_of(script: str, settings: Settings) -> str:
+    """The shell command of a script, with the interpreter and the folder of this script as they were called."""
+    return shlex.join([sys.orig_argv[0], str(Path(sys.argv[0]).with_name(script)), *as_words(settings)])

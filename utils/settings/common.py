@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from networks import MODEL_NAMES
 from utils.compute.device import PRECISIONS
 from utils.core.errors import UserError
-from utils.data.augment import DSA_ENTRIES, parse_strategy
+from utils.data.augment import DSA, DSA_ENTRIES, parse_strategy
 from utils.data.datasets import DATASET_NAMES, RealData, load_dataset
-from utils.settings.fields import flag
+from utils.settings.fields import Settings, flag
 from utils.settings.parser import count, number, one_of
 
 DOWNLOADS = ("none", "data", "all")
@@ -27,7 +27,7 @@ def strategy(text: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class Data:
+class Data(Settings):
     """Data."""
 
     dataset: str = flag(
@@ -35,11 +35,13 @@ class Data:
         f"one of {', '.join(DATASET_NAMES)}; npz and ImageFolder read your own data",
         one_of("dataset", DATASET_NAMES),
         often=True,
+        always=True,
     )
     data_path: str = flag(
         "data",
         "folder of the real data (with --dataset npz: the file); change it to share one copy between clones",
         often=True,
+        may_change=True,
     )
     download: str = flag(
         "data",
@@ -48,6 +50,7 @@ class Data:
         names=DOWNLOADS,
         nargs="?",
         const="all",
+        may_change=True,
     )
     zca: bool = flag(
         False,
@@ -62,14 +65,13 @@ class Data:
     )
 
 
-def read_data(args: argparse.Namespace) -> RealData:
-    """The data set that the flags of `Data` name, on the CPU."""
-    download = args.download != "none"
-    return load_dataset(args.dataset, args.data_path, args.im_size, download, args.zca, args.pixel_max)
+def read_data(s: Data) -> RealData:
+    """The data set that the settings name, on the CPU."""
+    return load_dataset(s.dataset, s.data_path, s.im_size, s.download != "none", s.zca, s.pixel_max)
 
 
 @dataclass(frozen=True)
-class Network:
+class Network(Settings):
     """Network."""
 
     model: str = flag(
@@ -78,20 +80,21 @@ class Network:
         "LeNet, AlexNet, VGG11 to VGG19, ResNet18 to ResNet152; ConvNetW32 suits a laptop",
         one_of("model", MODEL_NAMES),
         often=True,
+        always=True,
     )
     seed: int = flag(1, "fixes everything random; change it for an independent run", int)
-    device: str = flag("auto", "auto (CUDA where there is one), cpu, cuda or cuda:N")
+    device: str = flag("auto", "auto (CUDA where there is one), cpu, cuda or cuda:N", may_change=True)
 
 
 @dataclass(frozen=True)
-class Images:
+class Images(Settings):
     """Synthetic images."""
 
-    ipc: int = flag(1, "synthetic images per class", count(1), often=True)
+    ipc: int | None = flag(1, "synthetic images per class", count(1), often=True, always=True)
 
 
 @dataclass(frozen=True)
-class Speed:
+class Speed(Settings):
     """Speed. Results differ by rounding only."""
 
     compile: str = flag(
@@ -107,13 +110,38 @@ class Speed:
         one_of("precision", PRECISIONS),
         names=PRECISIONS,
     )
+
+
+@dataclass(frozen=True)
+class Determinism(Settings):
+    """Determinism."""
+
     deterministic: bool = flag(
         False, "the same bits at every run on CUDA, but slower; on the CPU every run has the same bits anyway"
     )
 
 
 @dataclass(frozen=True)
-class Training:
+class Batches(Settings):
+    """Training batches."""
+
+    batch_train: int = flag(256, "batch of network training (of InD images, and of outliers)", count(1))
+    dsa_strategy: str | None = flag(
+        None,
+        f"augmentation: names joined by _ out of {', '.join(DSA_ENTRIES)}; leave out flip for digits and letters; the "
+        "same in all stages",
+        strategy,
+        often=True,
+    )
+
+    @property
+    def augmentation(self) -> DSA | None:
+        """The augmentation of the strategy, if there is one."""
+        return None if self.dsa_strategy is None else DSA(parse_strategy(self.dsa_strategy))
+
+
+@dataclass(frozen=True)
+class Training(Settings):
     """Network training on a synthetic set."""
 
     num_eval: int = flag(
@@ -130,26 +158,29 @@ class Training:
         "learning rate of the networks; left out: that of the distilled set if it has one (MTT), else 0.01",
         number(0, exclusive=True),
     )
-    batch_train: int = flag(256, "batch of network training (of InD images, and of outliers)", count(1))
-    dsa_strategy: str | None = flag(
-        None,
-        f"augmentation: names joined by _ out of {', '.join(DSA_ENTRIES)}; leave out flip for digits and letters",
-        strategy,
-        often=True,
-    )
 
 
 @dataclass(frozen=True)
-class Folders:
-    """Files. What the stage before wrote, and where this one writes."""
+class Reads(Settings):
+    """What the stage before wrote."""
 
     folder: str | None = flag(
         None,
         "name of the run folder to read; left out: the newest finished one that matches the other flags",
         often=True,
+        may_change=True,
     )
     load_path: str | None = flag(
-        None, "root folder in which --folder is searched; left out: those that the stage before writes to", often=True
+        None,
+        "root folder in which --folder is searched; left out: those that the stage before writes to",
+        often=True,
+        may_change=True,
     )
     is_load_oe: bool = flag(False, "search only runs with outliers (OE, POE)", often=True)
-    save_path: str = flag("", "run folders are made in this folder", often=True)
+
+
+@dataclass(frozen=True)
+class Writes(Settings):
+    """Where this stage writes."""
+
+    save_path: str = flag("result", "run folders are made in this folder", often=True)

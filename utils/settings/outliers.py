@@ -1,18 +1,17 @@
 """Settings of outliers in stage 1 and in the training of experts, and of their weight in network training."""
 
-import argparse
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from utils.outliers.corruptions import CORRUPTIONS, DEFAULT_CORRUPTIONS
-from utils.outliers.start import METHODS_OF_RECIPES, RECIPES, STARTS
-from utils.settings.fields import flag
-from utils.settings.parser import Parser, count, number, one_of
+from utils.settings.fields import Settings, flag
+from utils.settings.parser import count, number, one_of
+
+STARTS = ("random", "kcenter")
+RECIPES = ("published", "strong")
 
 
 @dataclass(frozen=True)
-class OutlierTraining:
+class OutlierTraining(Settings):
     """Outliers in network training."""
 
     lambda_oe: float = flag(
@@ -21,14 +20,14 @@ class OutlierTraining:
 
 
 @dataclass(frozen=True)
-class OutlierBatches:
+class OutlierBatches(Settings):
     """Outliers in batches."""
 
     batch_oe: int = flag(256, "outliers per slot and step", count(1))
 
 
 @dataclass(frozen=True)
-class DistilledOutliers:
+class DistilledOutliers(Settings):
     """Distilled outliers."""
 
     lr_img_oe: float | None = flag(
@@ -48,18 +47,20 @@ class DistilledOutliers:
         "published",
         "a set of flags; strong, for MTT: --expert_lambda_oe 2 (what it did: docs/results.md)",
         one_of("outlier recipe", RECIPES),
-        names=tuple(RECIPES),
+        names=RECIPES,
     )
 
 
 @dataclass(frozen=True)
-class Pool:
+class Pool(Settings):
     """Outlier exposure."""
 
-    oe_data_path: str = flag(
+    oe_data_path: str | None = flag(
         "data/300K_random_images.npy",
-        "the pool: .npy (uint8 NHWC), .npz (key images), or a folder of images",
+        "the pool of real outliers: .npy (uint8 NHWC), .npz (key images), or a folder of images; without one, stage 2 "
+        "corrupts training images",
         often=True,
+        may_change=True,
     )
     num_oe_per_class: int = flag(
         10000, "outliers of the pool for each class slot; fewer if the pool is too small", count(1)
@@ -67,7 +68,7 @@ class Pool:
 
 
 @dataclass(frozen=True)
-class Corrupted:
+class Corrupted(Settings):
     """Pseudo-outlier exposure."""
 
     corruptions: tuple[str, ...] = flag(
@@ -81,18 +82,3 @@ class Corrupted:
     mix_corruptions: bool = flag(
         False, "draw the corruption of each pseudo-outlier out of --corruptions, instead of one for each class"
     )
-
-
-def follow_recipe(
-    parser: Parser, args: argparse.Namespace, given: Mapping[str, Any]
-) -> tuple[argparse.Namespace, Mapping[str, Any]]:
-    """Set the flags of `--outlier_recipe` that were not given."""
-    method = METHODS_OF_RECIPES.get(args.outlier_recipe, args.method)
-    if args.method != method:
-        parser.error(
-            f"--outlier_recipe {args.outlier_recipe}: --method {args.method} has no such; --method {method} has"
-        )
-    for name, value in RECIPES.get(args.outlier_recipe, {}).items():
-        if name not in given:
-            setattr(args, name, value)
-    return args, given

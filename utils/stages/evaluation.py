@@ -17,6 +17,7 @@ from utils.ood.scores import msp
 from utils.runs import signals
 from utils.runs.progress import Progress
 from utils.runs.run_folder import RunFolder
+from utils.settings.arguments import Stage1Settings, Stage2Settings
 from utils.training.trainer import Trainer, TrainSettings, accuracy_of
 
 EVAL_LOG = 500
@@ -40,15 +41,14 @@ def evaluation_models(mode: str, model: str) -> tuple[str, ...]:
     return EVAL_MODES.get(mode, (model,))
 
 
-def training_of(
-    model: str, dataset: str, dsa: DSA | None, epochs: int | None, lr: float | None, batch: int, lambda_oe: float
-) -> TrainSettings:
-    """How an evaluation network is trained: with DSA's augmentation, DC's, or none.
+def training_of(s: Stage1Settings | Stage2Settings, model: str, dsa: DSA | None) -> TrainSettings:
+    """How a network is trained on a synthetic set: with DSA's augmentation, DC's, or none.
 
-    `epochs` None: 1000 with augmentation, else 300.
+    `--epoch_eval_train` left out: 1000 epochs with augmentation, else 300.
     """
-    augmentation = dsa or dc_augmentation(dataset, model)
-    return TrainSettings(epochs or (1000 if augmentation else 300), lr, batch, lambda_oe, augmentation)
+    augmentation = dsa or dc_augmentation(s.dataset, model)
+    epochs = s.epoch_eval_train or (1000 if augmentation else 300)
+    return TrainSettings(epochs, s.lr_net, s.batch_train, s.lambda_oe, augmentation)
 
 
 @dataclass(frozen=True)

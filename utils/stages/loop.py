@@ -1,6 +1,6 @@
 """The loop of stage 1: iterate, evaluate, save. It knows a method by the protocol of `utils/methods` alone."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,28 +18,16 @@ from utils.runs.checkpoints import Checkpointer
 from utils.runs.progress import Progress
 from utils.runs.resume import resume_command
 from utils.runs.run_folder import RunFolder
+from utils.settings.arguments import Stage1Settings
+from utils.settings.fields import as_dict
 from utils.stages.evaluation import Evaluator
 from utils.stages.loop_state import DistillState
-
-
-@dataclass(frozen=True)
-class DistillSettings:
-    """What the stage-1 loop needs besides its method; `flags` are stored in the files that it writes."""
-
-    method: str
-    model: str
-    ipc: int
-    num_exp: int
-    iterations: int
-    eval_interval: int
-    eval_last_only: bool
-    flags: dict
 
 
 class ResultFiles:
     """The files of a run that hold its results: distilled sets, pictures and curves. Only rank 0 writes."""
 
-    def __init__(self, run: RunFolder, settings: DistillSettings, evaluator: Evaluator):
+    def __init__(self, run: RunFolder, settings: Stage1Settings, evaluator: Evaluator):
         self.run, self.settings, self.real = run, settings, evaluator.real
         self.path: Path = run.path / result_name(settings.method, self.real.name, settings.model, settings.ipc)
 
@@ -77,7 +65,7 @@ class ResultFiles:
             self.run.log("no curves.png: matplotlib is not installed (pip install matplotlib)")
 
     def _about(self, state: DistillState) -> dict:
-        return {"iteration": state.iteration, "experiment": state.exp, "flags": self.settings.flags}
+        return {"iteration": state.iteration, "experiment": state.exp, "flags": as_dict(self.settings)}
 
 
 class Distillation:
@@ -87,7 +75,7 @@ class Distillation:
         self,
         method: Method,
         evaluator: Evaluator,
-        settings: DistillSettings,
+        settings: Stage1Settings,
         run: RunFolder,
         checkpointer: Checkpointer,
     ):
@@ -137,10 +125,10 @@ class Distillation:
                 self.method.start(state.exp)
                 first = self.method.state_dict()
             state.method = first
-        with self.run.progress(s.iterations, f"exp {state.exp}", start=state.iteration) as progress:
+        with self.run.progress(s.Iteration, f"exp {state.exp}", start=state.iteration) as progress:
             while True:
-                last = state.iteration == s.iterations
-                if last or (state.iteration % s.eval_interval == 0 and not s.eval_last_only):
+                last = state.iteration == s.Iteration
+                if last or (state.iteration % s.eval_interval == 0 and not s.evaluates_only_the_last):
                     self._evaluate(progress)
                 signals.check()
                 if last:
@@ -169,12 +157,13 @@ class Distillation:
 
     def _stop_diverged(self, problem: str) -> None:
         """Save the images as they were before this update, and raise."""
-        flags = self.settings.flags
+        s = self.settings
         self.method.load_state_dict(self.state.exp, self.state.method)
-        rates = [f"--{n}" for n in ("lr_img", "lr_img_oe", "lr_lr", "lr_net") if flags.get(n) is not None]
+        names = [name for name in ("lr_img", "lr_img_oe", "lr_lr", "lr_net") if name in s.used()]
+        rates = [f"--{name}" for name in names if getattr(s, name) is not None]
         path = self.files.save_last_finite(self.state, self.method.synthetic())
         raise UserError(
-            f"--lr_img {flags['lr_img']:g}: experiment {self.state.exp} diverged in iteration {self.state.iteration}: "
+            f"--lr_img {s.lr_img:g}: experiment {self.state.exp} diverged in iteration {self.state.iteration}: "
             f"{problem} not finite. Lower {' or '.join(rates)}; --load_path {path} "
             "starts from the last finite images"
         )
@@ -242,7 +231,7 @@ class Distillation:
         images = torch.empty(len(labels), real.channel, *real.im_size)
         example = SyntheticSet(images, labels, None if self.method.outliers is None else images)
         s = self.settings
-        self.state = DistillState.from_dict(content, s.num_exp, s.iterations, self.evaluator.models, example)
+        self.state = DistillState.from_dict(content, s.num_exp, s.Iteration, self.evaluator.models, example)
         if self.state.method is not None:
             self.method.load_state_dict(self.state.exp, self.state.method)
 

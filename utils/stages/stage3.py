@@ -1,7 +1,7 @@
 """Stage 3: accuracy, calibration, error detection and OOD detection of trained networks, as tables, files and plots."""
 
-import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -33,45 +33,47 @@ from utils.report.results import PlotData, Results, results_csv, results_json, r
 from utils.report.tables import report_text
 from utils.runs.lineage import STAGE2_ROOTS, Found, args_or_nothing, distilled_set_of, find_run_folder
 from utils.runs.run_folder import RunFolder
+from utils.settings.arguments import Stage3Settings
 from utils.settings.common import read_data
+from utils.settings.fields import as_dict
 from utils.training.saved_networks import checkpoint_name, checkpoints_of, epochs_of, load_trained
 
 
-def run_stage3(args: argparse.Namespace) -> Results:
+def run_stage3(settings: Stage3Settings) -> Results:
     """Everything that the stage-3 script does after parsing; under `torchrun` each process tests some networks."""
-    device = choose_device(args.device)
-    scores = _scores(args.score, args.use_xent)
-    if args.T != 1.0 and "energy" not in scores:
-        raise UserError(f"--T {args.T:g}: only --score energy has a temperature; leave --T out or add energy")
+    s, scores = settings, _scores(settings.score, settings.use_xent)
+    device = choose_device(s.device)
+    if s.T != 1.0 and "energy" not in scores:
+        raise UserError(f"--T {s.T:g}: only --score energy has a temperature; leave --T out or add energy")
     require_library(scores)
-    parts = (args.method, args.dataset, args.model, args.ipc)
-    folder, note = _find_networks(parts, args.folder, args.load_path, args.is_load_oe)
-    which, chosen = _which_checkpoints(folder, args)
-    _check_whitening(folder, args.zca)
+    parts = (s.method, s.dataset, s.model, s.ipc)
+    folder, note = _find_networks(parts, s.folder, s.load_path, s.is_load_oe)
+    s, which, chosen = _which_checkpoints(folder, s)
+    _check_whitening(folder, s.zca)
     trained_on = cache(partial(distilled_set_of, folder))  # the file is opened once
-    real, changed = _as_trained_on(folder, read_data(args).to(device), trained_on)
-    limit = _images_per_set(len(real.images_test), args.num_ood_ratio)
-    source = OODSource(real, Path(args.ood_path), Path(args.data_path), args.download == "all", limit, args.seed)
-    sets, missing = _find_sets(source, args.ood_sets, args.skip_missing, args.validate)
-    fit = _fit_set(args.fit_on, folder, real, trained_on) if need_fitting(scores) else None
-    batch = min(args.batch_test, len(real.images_test))  # no set is larger than the test set, nor need a batch be
+    real, changed = _as_trained_on(folder, read_data(s).to(device), trained_on)
+    limit = _images_per_set(len(real.images_test), s.num_ood_ratio)
+    source = OODSource(real, Path(s.ood_path), Path(s.data_path), s.download == "all", limit, s.seed)
+    sets, missing = _find_sets(source, s.ood_sets, s.skip_missing, s.validate)
+    fit = _fit_set(s.fit_on, folder, real, trained_on) if need_fitting(scores) else None
+    batch = min(s.batch_test, len(real.images_test))  # no set is larger than the test set, nor need a batch be
     with rank_errors():
-        nets = _load_networks(folder, args.model, real, args.num_exp, which)
-        example = next(iter(nets.values())) if nets else load_trained(folder, args.model, real, 0, which).cpu()
+        nets = _load_networks(folder, s.model, real, s.num_exp, which)
+        example = next(iter(nets.values())) if nets else load_trained(folder, s.model, real, 0, which).cpu()
         sizes = [len(real.images_test), *[limit] * len(sets), 0 if fit is None else len(fit.labels)]
         work = stage3_workload(len(nets), sizes, batch)
         shape = (real.channel, *real.im_size)
-        compute = choose_compute(args.compile, args.precision, real.device, example, shape, work)
+        compute = choose_compute(s.compile, s.precision, real.device, example, shape, work)
         embed = compute.embedding(example, batch)
-        scorers = {index: Scorer(net, scores, args.T, deviation(real), embed) for index, net in nets.items()}
+        scorers = {index: Scorer(net, scores, s.T, deviation(real), embed) for index, net in nets.items()}
         for scorer in scorers.values():
             scorer.prepare(real.test_images[:2], fit, batch)
-    run = RunFolder.create(args.save_path, *parts, name=folder.name)
-    run.save_args(vars(args), networks=str(folder.resolve()), device=str(device), fitted_on=fit and fit.name)
+    run = RunFolder.create(s.save_path, *parts, name=folder.name)
+    run.save_args(as_dict(s), networks=str(folder.resolve()), device=str(device), fitted_on=fit and fit.name)
     run.log(f"run folder: {run.path}")
     about = [note, *real.lines(), *changed, *(line for ood in sets for line in ood.lines())]
-    about += [f"networks: {folder}, {args.num_exp} × {which}{chosen}", f"computing: {compute}"]
-    for line in filter(None, [*about, *_about_fitting(fit, scores, args.fit_on)]):
+    about += [f"networks: {folder}, {s.num_exp} × {which}{chosen}", f"computing: {compute}"]
+    for line in filter(None, [*about, *_about_fitting(fit, scores, s.fit_on)]):
         run.log(line)
     with rank_errors(), run.progress(len(sets), "OOD sets") as progress:
         networks = score_networks(scorers, real, sets, batch, run.log_own, progress.step)
@@ -79,7 +81,7 @@ def run_stage3(args: argparse.Namespace) -> Results:
     results.missing = list(missing)
     if run.is_main:
         counts = {ood.name: {"kind": ood.kind, "images": ood.count, "source": ood.source} for ood in sets}
-        _write_report(results, scores, run, {"networks": str(folder), "ood_sets": counts, "flags": vars(args)})
+        _write_report(results, scores, run, {"networks": str(folder), "ood_sets": counts, "flags": as_dict(s)})
         _draw_plots(run, measured, folder)
     run.finish()
     return results
@@ -162,8 +164,8 @@ def _find_networks(
     return find_run_folder(roots, parts, folder, checkpoint_name(dataset, model, 0, "*"), "--load_path", is_load_oe)
 
 
-def _which_checkpoints(folder: Path, args: argparse.Namespace) -> tuple[str, str]:
-    """The checkpoints to test, `best` or `epoch<e>`, and how they were chosen, for the log.
+def _which_checkpoints(folder: Path, s: Stage3Settings) -> tuple[Stage3Settings, str, str]:
+    """The settings with `--epoch_train`, the checkpoints to test, `best` or `epoch<e>`, and how they were chosen.
 
     `--epoch_train` left out is set to the last epoch of the training, as the folder says; of a folder of the published
     code, which does not say it, to the last that all networks have.
@@ -171,15 +173,15 @@ def _which_checkpoints(folder: Path, args: argparse.Namespace) -> tuple[str, str
     Raises:
         UserError: when one of the `--num_exp` networks has no such checkpoint.
     """
-    kept = checkpoints_of(folder, args.dataset, args.model)
+    kept = checkpoints_of(folder, s.dataset, s.model)
     first = kept.get(0, set())
-    of_all = set.intersection(*(kept.get(index, set()) for index in range(min(args.num_exp, len(kept) + 1))))
+    of_all = set.intersection(*(kept.get(index, set()) for index in range(min(s.num_exp, len(kept) + 1))))
     which, how = "best", ""
-    if not args.is_load_best:
-        if args.epoch_train is None:
-            args.epoch_train = _last_epoch(folder, of_all or first)
-            how = f" (--epoch_train is left out: {args.epoch_train} is the last epoch)"
-        which = f"epoch{args.epoch_train}"
+    if not s.is_load_best:
+        if s.epoch_train is None:
+            s = replace(s, epoch_train=_last_epoch(folder, of_all or first))
+            how = f" (--epoch_train is left out: {s.epoch_train} is the last epoch)"
+        which = f"epoch{s.epoch_train}"
     if which not in of_all:
         has = sum(which in names for names in kept.values())
         others = [f"--epoch_train {epoch}" for epoch in epochs_of(first - {which})]
@@ -187,12 +189,12 @@ def _which_checkpoints(folder: Path, args: argparse.Namespace) -> tuple[str, str
         choose = f"choose what the first network has: {', '.join(others)}" if others else "lower --num_exp"
         if has:
             raise UserError(
-                f"--num_exp {args.num_exp}: {folder} has {has} networks of the kind {which}. Lower --num_exp, train "
+                f"--num_exp {s.num_exp}: {folder} has {has} networks of the kind {which}. Lower --num_exp, train "
                 f"more networks in stage 2, or {choose}"
             )
-        flag = "--is_load_best" if which == "best" else f"--epoch_train {args.epoch_train}"
+        flag = "--is_load_best" if which == "best" else f"--epoch_train {s.epoch_train}"
         raise UserError(f"{flag}: no network in {folder} is of the kind {which}. Train longer in stage 2, or {choose}")
-    return which, how
+    return s, which, how
 
 
 def _last_epoch(folder: Path, kept: set[str]) -> int:

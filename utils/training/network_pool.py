@@ -4,8 +4,6 @@ The idea is that of a model pool (Zhao et al., *Improved Distribution Matching*,
 shows in its gradients and features, but a single network would be followed too closely.
 """
 
-from dataclasses import dataclass
-
 import torch
 
 from networks import initialize
@@ -18,34 +16,36 @@ from utils.data.synthetic import SyntheticSet
 from utils.training.trainer import LR_NET, Trainer, TrainSettings
 
 
-@dataclass(frozen=True)
-class PoolSettings:
-    """How many networks there are, and how long they train."""
-
-    size: int  # the networks take turns
-    epochs: int = 20  # a network trains for so many before each of its turns
-    last_epoch: int = 200  # a network that has trained for so many is replaced
-
-
 class NetworkPool:
     """Networks of one architecture and different ages.
 
     Args:
+        size: how many there are; they take turns.
+        epochs: a network trains for so many before each of its turns.
+        last_epoch: a network that has trained for so many is replaced.
         training: how they are trained; the learning rate stays as it is.
     """
 
     def __init__(
-        self, real: RealData, model: str, settings: PoolSettings, training: TrainSettings, seed: int, compute: Compute
+        self,
+        real: RealData,
+        model: str,
+        size: int,
+        epochs: int,
+        last_epoch: int,
+        training: TrainSettings,
+        seed: int,
+        compute: Compute,
     ):
-        self.settings, self.seed = settings, seed
+        self.size, self.epochs, self.last_epoch, self.seed = size, epochs, last_epoch, seed
         self.net = real.network(model, generator(seed)).to(real.device)
         self.trainer = Trainer(self.net, training, compute)
         self.clear()
 
     def clear(self) -> None:
         """Forget all networks; each is made at its next turn."""
-        self.states: list[dict[str, torch.Tensor] | None] = [None] * self.settings.size
-        self.ages = [0] * self.settings.size
+        self.states: list[dict[str, torch.Tensor] | None] = [None] * self.size
+        self.ages = [0] * self.size
 
     def next_network(self, exp: int, it: int, synthetic: SyntheticSet) -> dict[str, torch.Tensor]:
         """The state of the network whose turn it is at iteration `it`, trained further on the synthetic set.
@@ -53,11 +53,11 @@ class NetworkPool:
         At its first turn a network also gets a head start, so that the networks are of different ages. Rank 0 trains;
         the others receive the weights.
         """
-        s, turn = self.settings, it % self.settings.size
-        epochs, state = s.epochs, self.states[turn]
+        turn = it % self.size
+        epochs, state = self.epochs, self.states[turn]
         if state is None:
-            epochs += turn * s.last_epoch // s.size
-        if state is None or self.ages[turn] >= s.last_epoch:
+            epochs += turn * self.last_epoch // self.size
+        if state is None or self.ages[turn] >= self.last_epoch:
             initialize(self.net, generator(self.seed, "pool", exp, it))
             self.ages[turn] = 0
         else:
@@ -85,8 +85,8 @@ class NetworkPool:
             ValueError, RuntimeError: when it has another number of networks, or networks of another kind.
         """
         networks, ages = list(state["networks"]), [int(age) for age in state["ages"]]
-        if not len(networks) == len(ages) == self.settings.size:
-            raise ValueError(f"{len(networks)} networks instead of {self.settings.size}")
+        if not len(networks) == len(ages) == self.size:
+            raise ValueError(f"{len(networks)} networks instead of {self.size}")
         for network in networks:
             if network is not None:
                 self.net.load_state_dict(network)

@@ -1,0 +1,112 @@
+"""Settings of stage 1 that do not belong to one method."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from utils.data.datasets import RealData
+from utils.outliers.sources import OutlierSource, PseudoOutliers, load_outlier_pool
+from utils.runs.resume import Checkpoints
+from utils.settings.common import Batches, Data, Determinism, Images, Network, Speed, Training, Writes
+from utils.settings.experts import ExpertSettings
+from utils.settings.fields import Need, Settings, flag
+from utils.settings.outliers import Corrupted, DistilledOutliers, OutlierBatches, OutlierTraining, Pool
+from utils.settings.parser import count, number, one_of
+
+OOD_PATH = "data/ood"
+EVAL_MODES = ("S", "SS", "M", "B", "W", "D", "A", "P", "N")
+INITS = ("noise", "real")
+WITH_OUTLIERS = Need(
+    lambda s: s.outliers != "none",
+    "main.py distils no outliers; leave it out, or use main_oe.py or main_poe.py",
+    of_script=True,
+)
+FROM_A_POOL = Need(lambda s: s.outliers == "oe", "only main_oe.py takes outliers from a pool; leave it out", True)
+OF_IMAGES = Need(lambda s: s.outliers == "poe", "only main_poe.py corrupts training images; leave it out", True)
+
+
+@dataclass(frozen=True)
+class Distillation(Settings):
+    """Distillation."""
+
+    eval_mode: str = flag(
+        "S",
+        "which networks evaluate: S the same without BatchNorm, SS exactly the same, M several architectures, B "
+        "BatchNorm ones, W widths, D depths, A activations, P poolings, N norms",
+        one_of("evaluation mode", EVAL_MODES),
+        names=EVAL_MODES,
+    )
+    num_exp: int = flag(5, "independent distillations", count(1), often=True)
+    Iteration: int = flag(1000, "updates of the synthetic images", count(0), often=True)
+    eval_interval: int = flag(500, "updates between two evaluations; the last update is always evaluated", count(1))
+    lr_img: float = flag(0.1, "learning rate of the synthetic images", number(0, exclusive=True))
+    batch_real: int = flag(256, "real images per class and step; lower it when memory is short", count(1))
+    init: str = flag(
+        "noise",
+        "noise or real images; real converges faster",
+        one_of("initialisation", INITS),
+        names=INITS,
+        often=True,
+    )
+    eval_ood: tuple[str, ...] | None = flag(
+        None,
+        "evaluations also report the AUROC (score msp) on these OOD sets: any of stage 3, e.g. patches gaussian",
+        many=True,
+        metavar="SET",
+    )
+    ood_path: str = flag(
+        OOD_PATH,
+        "folder of the sets of --eval_ood",
+        may_change=True,
+        needs=(Need(lambda s: s.eval_ood, "it is the folder of the sets of --eval_ood, which is not given"),),
+    )
+    tensorboard: bool = flag(
+        False, "also write TensorBoard events into the run folder (needs tensorboard)", may_change=True
+    )
+    load_path: str | None = flag(
+        None,
+        "a res_….pt whose images (and outliers) are the start, instead of --init; continues with other flags",
+        may_change=True,
+    )
+
+    @property
+    def evaluates_only_the_last(self) -> bool:
+        """Whether only the last update is evaluated, since the modes with several networks take long."""
+        return self.eval_mode not in ("S", "SS")
+
+
+@dataclass(frozen=True)
+class Distilling(
+    Data,
+    Network,
+    Images,
+    Training,
+    Batches,
+    Speed,
+    Determinism,
+    Distillation,
+    Writes,
+    OutlierBatches,
+    DistilledOutliers,
+    OutlierTraining,
+    Pool,
+    Corrupted,
+    Checkpoints,
+):
+    """What every method finds in its settings. A method's own settings are a subclass that adds its flags."""
+
+    NEEDS: ClassVar = {
+        OutlierBatches: (WITH_OUTLIERS,),
+        DistilledOutliers: (WITH_OUTLIERS,),
+        OutlierTraining: (WITH_OUTLIERS,),
+        Pool: (FROM_A_POOL,),
+        Corrupted: (OF_IMAGES,),
+    }
+
+    outliers: str = "none"  # the script decides it: none, oe or poe
+
+
+def source_of(s: Distilling | ExpertSettings, real: RealData) -> OutlierSource | None:
+    """The source of outliers of a distillation, or of experts; None without outliers."""
+    if s.outliers == "oe":
+        return load_outlier_pool(s.oe_data_path, real, s.num_oe_per_class, s.seed, s.download == "all")
+    return PseudoOutliers(real, s.corruptions, s.mix_corruptions) if s.outliers == "poe" else None
