@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 from utils.compute.device import Compute  # noqa: E402
 from utils.core.run_script import run_script  # noqa: E402
 from utils.data.datasets import RealData, load_dataset  # noqa: E402
+from utils.methods import MethodInputs  # noqa: E402
 
 DEVICE = torch.device(os.environ.get("TRUSTDD_TEST_DEVICE", "cpu"))  # scripts/dev/gpu_check.sh sets cuda
 COMPILED = Compute(compiled=True, on_cuda=DEVICE.type == "cuda")
@@ -43,6 +44,17 @@ def tiny_real() -> RealData:
     images = torch.randint(0, 256, (46, 3, 16, 16), dtype=torch.uint8, generator=g)
     labels = torch.arange(46) % 3
     return RealData("tiny", 3, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25), images[:40], labels[:40], images[40:], labels[40:])
+
+
+def made(kind, real, outliers, settings, *more, compute=None, initial=()):
+    """A method with the augmentation of its settings; `more`: what its class takes besides the inputs."""
+    augmentation = settings.augmentation
+    return kind(MethodInputs(real, outliers, settings, augmentation, compute or Compute(), initial), *more)
+
+
+def named(dsa):
+    """The value of `--dsa_strategy` for an augmentation."""
+    return "_".join(dsa.strategy)
 
 
 def write_idx(path, array):

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from conftest import made
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -39,12 +40,12 @@ from utils.data.distilled_file import DistilledFile
 from utils.data.synthetic import SyntheticSet
 from utils.methods.experts import ExpertBuffer
 from utils.methods.gradient_matching import GradientMatching
-from utils.methods.method import MatchSettings
 from utils.outliers.sources import PseudoOutliers
 from utils.runs.checkpoints import Checkpointer
 from utils.runs.run_folder import RunFolder
+from utils.settings.arguments import Stage1Settings
 from utils.stages.evaluation import EvalSettings, Evaluator
-from utils.stages.loop import Distillation, DistillSettings
+from utils.stages.loop import Distillation
 from utils.training.saved_networks import load_trained
 from utils.training.trainer import TrainSettings
 
@@ -151,12 +152,10 @@ def _small_run(folder: Path, real: RealData) -> Distillation:
     folder.mkdir(parents=True, exist_ok=True)
     run = RunFolder(folder)
     run.is_main = False
-    settings = MatchSettings("MLP", 1, batch_real=2, batch_oe=2)
-    method = GradientMatching(real, PseudoOutliers(real), settings)
+    settings = Stage1Settings(model="MLP", ipc=1, batch_real=2, batch_oe=2, outliers="poe", num_exp=2, Iteration=1)
+    method = made(GradientMatching, real, PseudoOutliers(real), settings)
     evaluator = Evaluator(real, EvalSettings(1, {"MLP": TrainSettings(1)}, 1), run, Compute())
-    flags = {"lr_img": 0.1, "lr_net": 0.01}
-    of_run = DistillSettings("DC", "MLP", 1, 2, 1, 1, False, flags)
-    return Distillation(method, evaluator, of_run, run, Checkpointer(run))
+    return Distillation(method, evaluator, settings, run, Checkpointer(run))
 
 
 @cache

@@ -7,7 +7,7 @@ from itertools import chain, product
 import numpy as np
 import pytest
 import torch
-from conftest import COMPILED, DEVICE, needs_compiler
+from conftest import COMPILED, DEVICE, made, named, needs_compiler
 from torch import nn
 
 import networks
@@ -26,9 +26,8 @@ from utils.data.augment import DC, DSA, DSA_ENTRIES, identity
 from utils.data.synthetic import SyntheticSet
 from utils.methods import matcher
 from utils.methods.distances import METRICS
-from utils.methods.gradient_matching import GradientMatching
+from utils.methods.gradient_matching import GradientMatching, GradientSettings
 from utils.methods.matcher import Matcher, Way, chunks, slot_loss
-from utils.methods.method import MatchSettings
 from utils.ood.scorer import Scorer
 from utils.outliers import corruptions, sources
 from utils.outliers.sources import OutlierPool, PseudoOutliers
@@ -236,8 +235,10 @@ def test_an_iteration_reads_nothing_back_and_sends_draws_together(tiny_real, nam
         real = on_meta(tiny_real, classes)
         noise = PseudoOutliers(real, ("gauss-speckle", "geo-mean", "pixelate"))
         pool = OutlierPool(real, real.images_train, torch.arange(36).view(classes, -1))
-        settings = MatchSettings(name, 2, batch_real=4, batch_oe=4, dsa=STRATEGY, outer_loop=3, inner_loop=2)
-        method = GradientMatching(real, pool if source == "pool" else noise, settings)
+        settings = GradientSettings(
+            model=name, ipc=2, batch_real=4, batch_oe=4, dsa_strategy=named(STRATEGY), outer_loop=3, inner_loop=2
+        )
+        method = made(GradientMatching, real, pool if source == "pool" else noise, settings)
         method.start(0)
         sent.clear()
         losses = method.iterate(0)
@@ -251,10 +252,18 @@ def test_an_iteration_reads_nothing_back_and_sends_draws_together(tiny_real, nam
 def test_a_whole_iteration_equals_the_textbook(tiny_real, dsa):
     """Three outer steps with training in between, from the same keyed draws, with the textbook's parts."""
     tiny = replace(tiny_real, images_train=tiny_real.images_train.double() / 255)
-    settings = MatchSettings(
-        "ConvNetW32", 2, batch_real=8, batch_oe=8, init="real", dsa=dsa, outer_loop=3, inner_loop=2, lr_img=0.5
+    settings = GradientSettings(
+        model="ConvNetW32",
+        ipc=2,
+        batch_real=8,
+        batch_oe=8,
+        init="real",
+        dsa_strategy=dsa and named(dsa),
+        outer_loop=3,
+        inner_loop=2,
+        lr_img=0.5,
     )
-    methods = [GradientMatching(tiny, PseudoOutliers(tiny), settings) for _ in range(2)]
+    methods = [made(GradientMatching, tiny, PseudoOutliers(tiny), settings) for _ in range(2)]
     for method in methods:
         method.net.double()
         method.start(0)
@@ -271,8 +280,16 @@ def test_a_whole_iteration_equals_the_textbook(tiny_real, dsa):
 @pytest.mark.parametrize("outliers", [True, False])
 def test_the_textbook_that_the_benchmark_measures_does_the_same(tiny_real, name, outliers):
     tiny = replace(tiny_real, images_train=tiny_real.images_train.double() / 255)
-    settings = MatchSettings(
-        name, 2, batch_real=8, batch_oe=8, init="real", dsa=STRATEGY, outer_loop=3, inner_loop=2, batch_train=4
+    settings = GradientSettings(
+        model=name,
+        ipc=2,
+        batch_real=8,
+        batch_oe=8,
+        init="real",
+        dsa_strategy=named(STRATEGY),
+        outer_loop=3,
+        inner_loop=2,
+        batch_train=4,
     )
     found = []
     for kind in (GradientMatching, PlainMatching):

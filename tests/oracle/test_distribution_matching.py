@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import COMPILED, DEVICE, needs_compiler
+from conftest import COMPILED, DEVICE, made, named, needs_compiler
 
 from networks import get_network, initialize
 from scripts.textbook import augment_images
@@ -14,11 +14,13 @@ from utils.core.rng import generator
 from utils.data.augment import DSA, DSA_ENTRIES, identity
 from utils.methods import distribution_matching
 from utils.methods.distribution_matching import DistributionMatching
-from utils.methods.method import MatchSettings
+from utils.methods.gradient_matching import GradientSettings
 from utils.outliers.sources import OutlierPool, PseudoOutliers
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))
-SETTINGS = MatchSettings("ConvNetD1", 3, seed=4, lr_img=0.5, batch_real=6, batch_oe=5, init="real", dsa=STRATEGY)
+SETTINGS = GradientSettings(
+    model="ConvNetD1", ipc=3, seed=4, lr_img=0.5, batch_real=6, batch_oe=5, init="real", dsa_strategy=named(STRATEGY)
+)
 
 
 def by_hand(method, it):
@@ -61,7 +63,7 @@ def make(real, settings=SETTINGS, compute=None, source="corruptions"):
     slices = torch.arange(12).view(3, 4)
     pool = OutlierPool(real, torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8), slices)
     outliers = {"corruptions": PseudoOutliers(real), "pool": pool, None: None}[source]
-    method = DistributionMatching(real.to(DEVICE), outliers, settings, compute)
+    method = made(DistributionMatching, real.to(DEVICE), outliers, settings, compute=compute)
     method.settings_of_test = settings
     method.start(0)
     return method
@@ -72,7 +74,7 @@ def make(real, settings=SETTINGS, compute=None, source="corruptions"):
 @pytest.mark.parametrize("dsa", [STRATEGY, None])
 def test_loss_and_gradient(tiny_real, model, dsa, chunk, monkeypatch):
     monkeypatch.setattr(distribution_matching, "CHUNK_IMAGES", chunk)
-    method = make(tiny_real, replace(SETTINGS, model=model, dsa=dsa))
+    method = make(tiny_real, replace(SETTINGS, model=model, dsa_strategy=dsa and named(dsa)))
     for it in range(2):
         expected = by_hand(method, it)
         losses = method.iterate(it)

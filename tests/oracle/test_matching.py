@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import made, named
 from torch import nn
 
 from networks import get_network
@@ -14,9 +15,8 @@ from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.augment import DSA, identity, parse_strategy
 from utils.methods.distances import METRICS, match_loss
-from utils.methods.gradient_matching import GradientMatching
+from utils.methods.gradient_matching import GradientMatching, GradientSettings
 from utils.methods.matcher import Matcher
-from utils.methods.method import MatchSettings
 from utils.outliers.sources import PseudoOutliers
 from utils.training.losses import joint_loss, uniform_cross_entropy
 
@@ -120,15 +120,25 @@ def test_matching_is_zero_at_the_real_images():
     assert losses.sum().item() > 10
 
 
-def settings(**kwargs) -> MatchSettings:
-    return MatchSettings(
-        **({"model": "ConvNetW32", "ipc": 2, "batch_real": 8, "batch_oe": 8, "dsa": STRATEGY} | kwargs)
+def settings(**kwargs) -> GradientSettings:
+    return GradientSettings(
+        **(
+            {
+                "model": "ConvNetW32",
+                "ipc": 2,
+                "batch_real": 8,
+                "batch_oe": 8,
+                "outer_loop": 1,
+                "dsa_strategy": named(STRATEGY),
+            }
+            | kwargs
+        )
     )
 
 
 def test_first_update_is_sgd_with_the_matching_gradient(tiny_real):
     """One iteration with one outer step moves the images by minus lr times the gradient, both sets on their own."""
-    method = GradientMatching(tiny_real, PseudoOutliers(tiny_real), settings(init="real", lr_img=0.3))
+    method = made(GradientMatching, tiny_real, PseudoOutliers(tiny_real), settings(init="real", lr_img=0.3))
     method.start(0)
     before, before_oe = method.image_syn.detach().clone(), method.image_oe.detach().clone()
     losses = method.iterate(0)
@@ -140,7 +150,7 @@ def test_first_update_is_sgd_with_the_matching_gradient(tiny_real):
 
 
 def test_real_initialisation_takes_images_of_the_class(tiny_real):
-    method = GradientMatching(tiny_real, None, settings(init="real", ipc=3))
+    method = made(GradientMatching, tiny_real, None, settings(init="real", ipc=3))
     method.start(0)
     everything = tiny_real.train_batch(torch.arange(40))
     for slot in range(3):
@@ -153,12 +163,12 @@ def test_real_initialisation_takes_images_of_the_class(tiny_real):
 
 def test_real_initialisation_needs_enough_images(tiny_real):
     with pytest.raises(UserError, match="smallest class of tiny has 13"):
-        GradientMatching(tiny_real, None, settings(init="real", ipc=14)).start(0)
+        made(GradientMatching, tiny_real, None, settings(init="real", ipc=14)).start(0)
 
 
 def test_batchnorm_is_frozen_for_matching(tiny_real):
     """Statistics come from one training-mode pass over 16 images of each class; matching leaves them alone."""
-    method = GradientMatching(tiny_real, None, settings(model="ConvNetBN"))
+    method = made(GradientMatching, tiny_real, None, settings(model="ConvNetBN"))
     method.start(0)
     method.iterate(0)
     norms = [m for m in method.net.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -171,7 +181,9 @@ def test_batchnorm_is_frozen_for_matching(tiny_real):
 
 def test_same_seed_same_bits_and_keys_differ(tiny_real):
     def run(seed, exp=0):
-        method = GradientMatching(tiny_real, PseudoOutliers(tiny_real), settings(seed=seed, outer_loop=2, inner_loop=1))
+        method = made(
+            GradientMatching, tiny_real, PseudoOutliers(tiny_real), settings(seed=seed, outer_loop=2, inner_loop=1)
+        )
         method.start(exp)
         method.iterate(0)
         return method.synthetic()
@@ -184,7 +196,7 @@ def test_same_seed_same_bits_and_keys_differ(tiny_real):
 
 
 def test_every_iteration_has_its_own_network(tiny_real):
-    method = GradientMatching(tiny_real, None, settings())
+    method = made(GradientMatching, tiny_real, None, settings())
     method.start(0)
     weights = []
     for it in range(2):
@@ -195,7 +207,7 @@ def test_every_iteration_has_its_own_network(tiny_real):
 
 def test_momentum_of_the_images_is_a_half(tiny_real):
     """The second step is minus lr times (gradient + half the first gradient)."""
-    method = GradientMatching(tiny_real, None, settings(lr_img=0.2))
+    method = made(GradientMatching, tiny_real, None, settings(lr_img=0.2))
     method.start(0)
     method.iterate(0)
     first, before = method.image_syn.grad.clone(), method.image_syn.detach().clone()
@@ -221,10 +233,11 @@ def test_the_real_batch_is_transformed_as_the_synthetic_one():
 def test_training_between_steps_is_plain_sgd_on_both_sets(tiny_real):
     """`inner_loop` epochs, no momentum, no weight decay, lambda_oe as given: two epochs by hand."""
     tiny = replace(tiny_real, images_train=tiny_real.images_train.double() / 255)
-    method = GradientMatching(
+    method = made(
+        GradientMatching,
         tiny,
         PseudoOutliers(tiny),
-        settings(dsa=None, outer_loop=2, inner_loop=2, lr_net=0.1, lambda_oe=0.8, init="real"),
+        settings(dsa_strategy=None, outer_loop=2, inner_loop=2, lr_net=0.1, lambda_oe=0.8, init="real"),
     )
     method.net.double()
     method.start(0)
@@ -247,10 +260,10 @@ def test_training_between_steps_is_plain_sgd_on_both_sets(tiny_real):
 
 
 def test_a_set_to_start_from(tiny_real):
-    start = GradientMatching(tiny_real, PseudoOutliers(tiny_real), settings(seed=5))
+    start = made(GradientMatching, tiny_real, PseudoOutliers(tiny_real), settings(seed=5))
     start.start(0)
     given = start.synthetic().detached_cpu()
-    method = GradientMatching(tiny_real, PseudoOutliers(tiny_real), settings(seed=6), initial=[given])
+    method = made(GradientMatching, tiny_real, PseudoOutliers(tiny_real), settings(seed=6), initial=[given])
     method.start(1)
     assert torch.equal(method.synthetic().images, given.images)
     assert torch.equal(method.synthetic().images_oe, given.images_oe)

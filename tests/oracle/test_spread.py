@@ -5,18 +5,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import named
 
 from networks import get_network
 from utils.core.rng import generator
 from utils.data.augment import DSA, DSA_ENTRIES
 from utils.methods.distribution_matching import DistributionMatching
-from utils.methods.gradient_matching import GradientMatching
-from utils.methods.method import MatchSettings
+from utils.methods.gradient_matching import GradientMatching, GradientSettings
 from utils.outliers.sources import PseudoOutliers
 from utils.outliers.spread import closeness, push_apart
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))
-SETTINGS = MatchSettings("ConvNetD1", 2, seed=4, batch_real=6, batch_oe=5, init="real", dsa=STRATEGY)
+SETTINGS = GradientSettings(
+    model="ConvNetD1", ipc=2, seed=4, batch_real=6, batch_oe=5, init="real", dsa_strategy=named(STRATEGY)
+)
 
 
 def test_closeness_by_numpy():

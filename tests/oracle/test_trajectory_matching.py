@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import COMPILED, ROOT, needs_compiler
+from conftest import COMPILED, ROOT, made, named, needs_compiler
 
 import main_poe
 import train_experts
@@ -26,13 +26,16 @@ from utils.core.rng import generator
 from utils.data.augment import DSA, DSA_ENTRIES
 from utils.data.distilled_file import DistilledFile
 from utils.methods import METHODS, MethodEntry
-from utils.methods.experts import ExpertBuffer, ExpertSettings, ExpertTraining, describe, open_expert_run
+from utils.methods.experts import ExpertBuffer, ExpertTraining, describe, open_expert_run
 from utils.methods.trajectory_matching import SMALLEST_LR, TrajectoryMatching, TrajectorySettings
 from utils.outliers.sources import PseudoOutliers
 from utils.runs import signals
+from utils.settings.experts import ExpertSettings
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))
-SETTINGS = TrajectorySettings("ConvNetD1", 2, seed=4, lambda_oe=0.7, syn_steps=5, expert_epochs=1, max_start_epoch=2)
+SETTINGS = TrajectorySettings(
+    model="ConvNetD1", ipc=2, seed=4, lambda_oe=0.7, syn_steps=5, expert_epochs=1, max_start_epoch=2
+)
 
 
 class Ends:
@@ -54,7 +57,14 @@ class Ends:
 
 def make(real, settings=SETTINGS, outliers=True, dtype=torch.float64, compute=None):
     net = get_network(settings.model, real.channel, real.num_classes, real.im_size)
-    method = TrajectoryMatching(real, PseudoOutliers(real) if outliers else None, settings, Ends(net, dtype), compute)
+    method = made(
+        TrajectoryMatching,
+        real,
+        PseudoOutliers(real) if outliers else None,
+        settings,
+        Ends(net, dtype),
+        compute=compute,
+    )
     method.start(0)
     images = [t.detach().to(dtype) for t in method._tensors()]
     method._set_images(0, images[0], images[1] if outliers else None)
@@ -79,7 +89,7 @@ def relative(a, b):
 @pytest.mark.parametrize("steps", [1, 2, 5, 8])
 @pytest.mark.parametrize("batch", [None, 4])  # of six images: it wraps around the order
 def test_exact_gradients(tiny_real, outliers, steps, batch):
-    settings = replace(SETTINGS, syn_steps=steps, batch_syn=batch, dsa=STRATEGY)
+    settings = replace(SETTINGS, syn_steps=steps, batch_syn=batch, dsa_strategy=named(STRATEGY))
     method = make(tiny_real, settings, outliers)
     for it in range(3):  # other augmentations each
         loss, gradients = full_graph(method, it)
@@ -91,7 +101,7 @@ def test_exact_gradients(tiny_real, outliers, steps, batch):
 
 @pytest.mark.parametrize("model", ["ConvNet", "ConvNetBN", "MLP"])
 def test_other_networks(tiny_real, model):
-    method = make(tiny_real, replace(SETTINGS, model=model, dsa=STRATEGY, syn_steps=3))
+    method = make(tiny_real, replace(SETTINGS, model=model, dsa_strategy=named(STRATEGY), syn_steps=3))
     loss, gradients = full_graph(method, 0)
     found, ours = method._match(*method.experts.segment(None, 0, 0, None), *method._draw(0))
     assert relative(found[0], loss) < 1e-9
@@ -100,7 +110,7 @@ def test_other_networks(tiny_real, model):
 
 @needs_compiler
 def test_compiled(tiny_real):
-    settings = replace(SETTINGS, dsa=STRATEGY, syn_steps=4, batch_syn=6)
+    settings = replace(SETTINGS, dsa_strategy=named(STRATEGY), syn_steps=4, batch_syn=6)
     method = make(tiny_real, settings, compute=COMPILED)
     loss, gradients = full_graph(method, 0)
     found, ours = method._match(*method.experts.segment(None, 0, 0, None), *method._draw(0))
@@ -110,7 +120,7 @@ def test_compiled(tiny_real):
 
 def test_finite_differences(tiny_real):
     # with ReLU the loss jumps where an activation changes its sign
-    method = make(tiny_real, replace(SETTINGS, model="ConvNetASwish", syn_steps=3, dsa=STRATEGY))
+    method = make(tiny_real, replace(SETTINGS, model="ConvNetASwish", syn_steps=3, dsa_strategy=named(STRATEGY)))
     ends, drawn = method.experts.segment(None, 0, 0, None), method._draw(0)
     _, gradients = method._match(*ends, *drawn)
     g = torch.Generator().manual_seed(0)
@@ -200,13 +210,15 @@ def plain_sgd(real, settings, index, outliers):
     """The trajectory of an expert by a plain loop with torch's own SGD; augmentation and batches by their keys."""
     net = get_network("ConvNetD1", 3, 3, (16, 16))
     initialize(net, generator(settings.seed, "expert", index)).double()
-    optimizer = torch.optim.SGD(net.parameters(), settings.lr, settings.momentum, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.SGD(net.parameters(), settings.lr_teacher, settings.mom, weight_decay=settings.l2)
     trajectory = [[p.detach().clone() for p in net.parameters()]]
-    for epoch in range(settings.epochs):
+    for epoch in range(settings.train_epochs):
         for group in optimizer.param_groups:
-            group["lr"] = settings.lr * (0.1 if settings.decay and epoch >= settings.epochs // 2 + 1 else 1)
+            group["lr"] = settings.lr_teacher * (
+                0.1 if settings.decay and epoch >= settings.train_epochs // 2 + 1 else 1
+            )
         g = generator(settings.seed, "expert", index, "epoch", epoch)
-        for part in torch.randperm(len(real.images_train), generator=g).split(settings.batch):
+        for part in torch.randperm(len(real.images_train), generator=g).split(settings.batch_train):
             x = real.normalize(real.images_train[part])
             x = settings.augmentation.draw(len(x), (16, 16), g)(x)
             n, rest = len(x), None
@@ -230,14 +242,21 @@ def train(real, folder, settings, outliers, num=1):
     dtype = real.images_train.dtype
     net = get_network("ConvNetD1", 3, 3, (16, 16)).to(dtype if dtype.is_floating_point else torch.float32)
     run = open_expert_run(folder, describe(real, "ConvNetD1", outliers))
-    ExpertTraining(net, real, outliers, settings, Compute(), run).train_all(num)
+    ExpertTraining(net, real, outliers, replace(settings, num_experts=num), Compute(), run).train_all()
     run.lock.file.close()
 
 
 @pytest.mark.parametrize("with_outliers", [True, False])
 def test_an_expert_is_a_plain_sgd_loop(tiny_real, tmp_path, with_outliers):
     settings = ExpertSettings(
-        epochs=4, lr=0.05, momentum=0.5, weight_decay=1e-3, decay=True, batch=16, batch_oe=7, augmentation=STRATEGY
+        train_epochs=4,
+        lr_teacher=0.05,
+        mom=0.5,
+        l2=1e-3,
+        decay=True,
+        batch_train=16,
+        batch_oe=7,
+        dsa_strategy=named(STRATEGY),
     )
     unit = {name: getattr(tiny_real, name).double() / 255 for name in ("images_train", "images_test")}
     real = replace(tiny_real, **unit)  # in float64 rounding does not grow over the epochs
@@ -255,7 +274,7 @@ def test_an_expert_is_a_plain_sgd_loop(tiny_real, tmp_path, with_outliers):
 
 
 def test_a_killed_training_resumes_with_the_same_bits(tiny_real, tmp_path, monkeypatch):
-    settings = ExpertSettings(epochs=4, lr=0.05, momentum=0.5, batch=16, augmentation=STRATEGY)
+    settings = ExpertSettings(train_epochs=4, lr_teacher=0.05, mom=0.5, batch_train=16, dsa_strategy=named(STRATEGY))
     train(tiny_real, tmp_path / "whole", settings, None)
     original, calls = ExpertTraining._epoch, []
 

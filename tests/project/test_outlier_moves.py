@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import made
 from scipy.spatial.distance import pdist
 
 from networks import get_network
@@ -14,7 +15,7 @@ from utils.data.augment import DSA, parse_strategy
 from utils.data.distilled_file import DistilledFile
 from utils.data.synthetic import SyntheticSet
 from utils.methods.distribution_matching import DistributionMatching
-from utils.methods.method import MatchSettings
+from utils.methods.gradient_matching import GradientSettings
 from utils.outliers.sources import PseudoOutliers
 from utils.training.trainer import Trainer, TrainSettings
 
@@ -51,7 +52,12 @@ def test_the_values_of_a_run(in_process, moves, digits, tmp_path):
     images, labels = content["data"][0]
     outliers = content["data_oe"][0][0]
 
-    method = DistributionMatching(digits, PseudoOutliers(digits), MatchSettings("ConvNetD1", 2, seed=3, init="real"))
+    method = made(
+        DistributionMatching,
+        digits,
+        PseudoOutliers(digits),
+        GradientSettings(model="ConvNetD1", ipc=2, seed=3, init="real"),
+    )
     method.start(0)
     start = method.synthetic().images_oe
     assert values["moved"] == pytest.approx(np.sqrt(((outliers - start).numpy() ** 2).mean()), rel=1e-5)

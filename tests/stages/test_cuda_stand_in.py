@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import made
 from cuda_stand_in import CudaTensor, cuda_stand_in
 
 import main
@@ -23,8 +24,7 @@ from utils.data.augment import DSA
 from utils.data.distilled_file import DistilledFile
 from utils.data.synthetic import SyntheticSet
 from utils.methods.distribution_matching import DistributionMatching
-from utils.methods.gradient_matching import GradientMatching
-from utils.methods.method import MatchSettings
+from utils.methods.gradient_matching import GradientMatching, GradientSettings
 from utils.methods.trajectory_matching import TrajectoryMatching, TrajectorySettings
 from utils.outliers.sources import OutlierPool, PseudoOutliers
 from utils.training.draws import draw_epoch
@@ -191,15 +191,16 @@ def test_a_run_on_cuda_resumes_on_the_cpu(folder):
 
 
 def _method(kind: str, real, outliers):
-    dsa = DSA(tuple(STRATEGY.split("_")))
     if kind == "MTT":
-        settings = TrajectorySettings("ConvNetD1", 2, syn_steps=3, batch_syn=8, dsa=dsa)
-        return TrajectoryMatching(real, outliers, settings, _Experts(real.device), Compute(on_cuda=True))
+        settings = TrajectorySettings(model="ConvNetD1", ipc=2, syn_steps=3, batch_syn=8, dsa_strategy=STRATEGY)
+        return made(TrajectoryMatching, real, outliers, settings, _Experts(real.device), compute=Compute(on_cuda=True))
     loops = {} if kind == "DM" else {"outer_loop": 2, "inner_loop": 1}
     loops |= {"spread_oe": 1.0} if kind == "spread" else {}
-    settings = MatchSettings("ConvNetD1", 2, batch_real=16, batch_oe=8, init="real", dsa=dsa, **loops)
+    settings = GradientSettings(
+        model="ConvNetD1", ipc=2, batch_real=16, batch_oe=8, init="real", dsa_strategy=STRATEGY, **loops
+    )
     method = DistributionMatching if kind == "DM" else GradientMatching
-    return method(real, outliers, settings, Compute(on_cuda=True))
+    return made(method, real, outliers, settings, compute=Compute(on_cuda=True))
 
 
 class _Experts:

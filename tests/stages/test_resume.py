@@ -24,7 +24,8 @@ from utils.outliers.sources import load_outlier_pool
 from utils.runs.checkpoints import Checkpointer
 from utils.runs.resume import _latest, _without_dropped, resume_command
 from utils.runs.run_folder import RunFolder
-from utils.settings.parser import Parser, flag_words
+from utils.settings.fields import flag_words
+from utils.settings.parser import Parser
 
 KILLS = int(os.environ.get("TRUSTDD_KILLS", "5"))  # of each kind, in each stage
 NETWORK = "--dataset Digits --model MLP --ipc 1 --method DSA --dsa_strategy color_crop_cutout_scale_rotate"

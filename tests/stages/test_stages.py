@@ -12,6 +12,7 @@ from importlib import metadata
 import numpy as np
 import pytest
 import torch
+from conftest import made
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -27,8 +28,7 @@ from utils.data.download import FROM_PYTORCH_OOD
 from utils.data.synthetic import SyntheticSet
 from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.experts import ExpertBuffer, ExpertSettings, ExpertTraining, describe, open_expert_run
-from utils.methods.gradient_matching import GradientMatching
-from utils.methods.method import MatchSettings
+from utils.methods.gradient_matching import GradientMatching, GradientSettings
 from utils.methods.trajectory_matching import TrajectoryMatching, TrajectorySettings
 from utils.ood.generated import DRAWN
 from utils.ood.measures import MEASURES, ood_measures
@@ -37,9 +37,9 @@ from utils.ood.sets import FROM_TORCHVISION, PAPER_SETS, OODSource, validation_s
 from utils.outliers.corruptions import corrupt
 from utils.outliers.sources import PseudoOutliers
 from utils.runs import progress
-from utils.runs.lineage import next_command
 from utils.runs.progress import Progress
 from utils.runs.run_folder import RunFolder
+from utils.settings.arguments import Stage2Settings, command_of
 from utils.stages.evaluation import EvalSettings, Evaluator
 from utils.stages.stage2 import stage3_command
 from utils.training.saved_networks import is_checkpoint_epoch, load_trained
@@ -256,17 +256,18 @@ def test_each_stage_prints_the_line_of_the_next(kind, in_process, tmp_path):
 def test_a_printed_line_calls_the_scripts_as_this_one_was_called(monkeypatch):
     monkeypatch.setattr(sys, "orig_argv", ["../.venv/bin/python", "-u", "../my code/main.py"])
     monkeypatch.setattr(sys, "argv", ["../my code/main.py"])
-    line = next_command("two.py", {"zca": True, "is_load_oe": False, "im_size": None, "folder": "-a", "seed": 3})
-    assert line == "../.venv/bin/python '../my code/two.py' --zca --folder=-a --seed 3"
+    line = command_of("two.py", Stage2Settings(zca=True, folder="-a", seed=3, model="MLP", oe_data_path="a b"))
+    named = "--method DC --dataset CIFAR10 --model MLP --ipc 1"
+    assert line == f"../.venv/bin/python '../my code/two.py' {named} --zca --seed 3 --folder=-a --oe_data_path 'a b'"
 
 
 def test_the_line_of_stage_3_names_the_sets_that_are_there(digits, tmp_path, monkeypatch):
-    flags = {"method": "DC", "method_file": None, "dataset": "Digits", "model": "MLP", "ipc": 1, "num_eval": 2}
+    settings = Stage2Settings(dataset="Digits", model="MLP", num_eval=2)
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "two" / "DC" / "Digits" / "MLP" / "1" / "name"
 
     def sets() -> str:
-        return stage3_command({**flags, "data_path": "data"}, folder, digits).partition(" --ood_sets ")[2]
+        return stage3_command(settings, folder, digits).partition(" --ood_sets ")[2]
 
     assert sets() == " ".join(DRAWN)
     (tmp_path / "data" / "ood" / "Places365").mkdir(parents=True)
@@ -277,7 +278,7 @@ def test_the_line_of_stage_3_names_the_sets_that_are_there(digits, tmp_path, mon
     for name in (*PAPER_SETS, "CIFAR10"):
         np.savez(tmp_path / "data" / "ood" / f"{name}.npz", images=np.full((30, 8, 8), 255, np.uint8))
     assert sets() == ""  # all: the default
-    assert stage3_command({**flags, "data_path": "data"}, tmp_path / "moved", digits) is None
+    assert stage3_command(settings, tmp_path / "moved", digits) is None
 
 
 @pytest.fixture
@@ -352,30 +353,29 @@ def experts(digits, tmp_path_factory):
         folder = tmp_path_factory.mktemp("experts") / "b"
         net = get_network("ConvNetD1", 1, 10, (8, 8))
         run = open_expert_run(folder, describe(digits, "ConvNetD1", outliers))
-        settings = ExpertSettings(epochs=7, lr=0.05, batch=64, batch_oe=64, augmentation=DSA_SETTINGS)
-        ExpertTraining(net, digits, outliers, settings, Compute(), run).train_all(2)
+        settings = ExpertSettings(
+            num_experts=2, train_epochs=7, lr_teacher=0.05, batch_train=64, batch_oe=64, dsa_strategy=STRATEGY
+        )
+        ExpertTraining(net, digits, outliers, settings, Compute(), run).train_all()
         buffers[with_outliers] = ExpertBuffer(folder, [p.shape for p in net.parameters()], None, "")
     return buffers
 
 
 def distilled(method, digits, seed, outliers, experts):
     """A distilled set of Digits, one image per class, and the real images that it started from."""
+    common = {"model": "ConvNetD1", "ipc": 1, "seed": seed, "init": "real", "dsa_strategy": STRATEGY}
     if method == "MTT":
-        settings = TrajectorySettings(
-            "ConvNetD1", 1, seed, lr_img=10.0, lr_teacher=0.05, syn_steps=12, max_start_epoch=4, dsa=DSA_SETTINGS
-        )
-        made = TrajectoryMatching(digits, outliers, settings, experts[outliers is not None])
+        settings = TrajectorySettings(lr_img=10.0, lr_teacher=0.05, syn_steps=12, max_start_epoch=4, **common)
+        of_seed = made(TrajectoryMatching, digits, outliers, settings, experts[outliers is not None])
     else:
         kind, lr = (GradientMatching, 0.1) if method == "DSA" else (DistributionMatching, 1.0)
-        settings = MatchSettings(
-            "ConvNetD1", 1, seed, lr_img=lr, init="real", dsa=DSA_SETTINGS, batch_real=64, batch_oe=64
-        )
-        made = kind(digits, outliers, settings)
-    made.start(0)
-    before = made.synthetic().detached_cpu()
+        settings = GradientSettings(lr_img=lr, batch_real=64, batch_oe=64, **common)
+        of_seed = made(kind, digits, outliers, settings)
+    of_seed.start(0)
+    before = of_seed.synthetic().detached_cpu()
     for it in range(45):
-        made.iterate(it)
-    return before, made.synthetic().detached_cpu()
+        of_seed.iterate(it)
+    return before, of_seed.synthetic().detached_cpu()
 
 
 @pytest.mark.parametrize("method", ["DSA", "DM", "MTT"])

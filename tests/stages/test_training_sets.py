@@ -24,13 +24,15 @@ from scripts import runner
 from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.distilled_file import DistilledFile
-from utils.exchange.convert import Assumptions, read_distilled
+from utils.exchange.assumptions import Assumptions
+from utils.exchange.convert import read_distilled
 from utils.exchange.readers import read_safetensors
 from utils.outliers.corruptions import corrupt
 from utils.outliers.not_distilled import corrupted, with_corrupted_again, with_fresh, with_k_center
 from utils.outliers.sources import FreshOutliers, PseudoOutliers
+from utils.settings.arguments import Stage2Settings
 from utils.stages.stage2 import find_distilled
-from utils.stages.training_set import Choice, labelled_images
+from utils.stages.training_set import labelled_images
 from utils.training.coresets import coreset, herding, k_center, random_images
 from utils.training.draws import draw_epoch, with_fresh_outliers
 from utils.training.features import FeatureNetworks
@@ -217,9 +219,9 @@ def test_feature_networks_of_whitened_images_are_others(digits, tmp_path):
 
 
 def test_a_class_that_is_too_small_is_told_before_networks_train(digits):
-    choice = Choice("herding", "none", 10_000, 1)
+    settings = Stage2Settings(train_on="herding", outliers="none", ipc=10_000)
     with pytest.raises(UserError, match="--ipc 10000: the smallest class of Digits"):
-        labelled_images(choice, digits, lambda: None, lambda: pytest.fail("a network was trained"))
+        labelled_images(settings, digits, lambda: None, lambda: pytest.fail("a network was trained"))
 
 
 def test_k_center_spreads_outliers(digits):
@@ -585,13 +587,13 @@ def test_a_set_of_a_stopped_run(digits, made, in_process, refused, tmp_path):
         cards[name] = (tmp_path / name / "README.md").read_text(encoding="utf-8")
     assert f"after iteration {total - 1} of {total}" in cards["later"]
     assert "stopped" not in cards["last"]
-    choice = Choice("distilled", "none", None, 1)
+    settings = Stage2Settings(method="DSA", dataset="Digits", model="ConvNetD1", load_path=str(tmp_path / "root"))
     for name in ("later", "last"):
         folder = tmp_path / "root" / "DSA" / "Digits" / "ConvNetD1" / "1" / name
         folder.mkdir(parents=True)
         shutil.copy(tmp_path / f"res_{name}.pt", folder / "res_DSA_Digits_ConvNetD1_1ipc.pt")
-        stage1 = partial(find_distilled, ("DSA", "Digits", "ConvNetD1", 1), name, str(tmp_path / "root"))
-        lines = labelled_images(choice, digits, stage1, None).lines
+        of_run = replace(settings, folder=name)
+        lines = labelled_images(of_run, digits, partial(find_distilled, of_run), None).lines
         assert ("is not finished (after iteration 8 of 9)" in lines[-1]) == (name == "later")
 
 

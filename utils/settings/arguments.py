@@ -14,6 +14,7 @@ from utils.core.files import check_file
 from utils.exchange.assumptions import Assumptions
 from utils.methods import METHODS
 from utils.methods.method import MethodEntry
+from utils.outliers.corruptions import DEFAULT_CORRUPTIONS
 from utils.runs.resume import Checkpoints
 from utils.settings.common import Batches, Data, Determinism, Images, Network, Reads, Speed, Training, Writes
 from utils.settings.distillation import Distilling
@@ -142,7 +143,8 @@ class Stage2Settings(
 
     num_eval: int = with_default(Training, "num_eval", 5)
     save_path: str = with_default(Writes, "save_path", "result-model-synthetic-oe")
-    oe_data_path: str | None = with_default(Pool, "oe_data_path", None)
+    oe_data_path: str | None = with_default(Pool, "oe_data_path", None, often=False)
+    corruptions: tuple[str, ...] = with_default(Corrupted, "corruptions", DEFAULT_CORRUPTIONS, often=False)
 
     def completed(self, given: Mapping[str, Any]) -> Self:
         """The settings that follow from the kind of the training set.

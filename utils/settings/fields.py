@@ -38,9 +38,9 @@ def flag(default: Any, help: str, check: Callable[[str], Any] | None = None, **m
     return field(default=default, metadata={"help": help, "check": check, **more})
 
 
-def with_default(group: type, name: str, default: Any) -> Any:
-    """The field `name` of a group, with another default."""
-    return field(default=default, metadata=group.__dataclass_fields__[name].metadata)
+def with_default(group: type, name: str, default: Any, **more: Any) -> Any:
+    """The field `name` of a group, with another default, and `more` in the place of what `flag` was given."""
+    return field(default=default, metadata={**group.__dataclass_fields__[name].metadata, **more})
 
 
 @dataclass(frozen=True)

@@ -31,14 +31,12 @@ from utils.data.augment import DSA
 from utils.data.synthetic import SyntheticSet
 from utils.methods import METHODS, MethodInputs
 from utils.methods.distribution_matching import DistributionMatching
-from utils.methods.gradient_matching import GradientMatching, image_passes
+from utils.methods.gradient_matching import GradientMatching, GradientSettings, image_passes
 from utils.methods.matcher import StudentStep
-from utils.methods.method import MatchSettings
 from utils.ood.scorer import Scorer
 from utils.outliers.sources import PseudoOutliers
 from utils.stages import stage2
 from utils.stages.evaluation import EvalSettings
-from utils.stages.loop import DistillSettings
 from utils.stages.stage1 import total_workload
 from utils.training import trainer
 from utils.training.trainer import Trainer, TrainSettings
@@ -187,30 +185,31 @@ def run_with_broken_compiler(tmp_path):
 def test_passes_of_a_run_by_hand(digits, monkeypatch):
     """Three experiments of 10 iterations with four matching steps and 5 epochs after three of them; evaluated at 0, 4,
     8 and 10 with two networks of 7 epochs."""
-    run = DistillSettings("DSA", "ConvNet", 2, 3, 10, 4, False, {})
-    match = MatchSettings("ConvNet", 2, batch_real=64, batch_oe=32, outer_loop=4, inner_loop=5)
+    loops = {"num_exp": 3, "Iteration": 10, "eval_interval": 4, "outer_loop": 4, "inner_loop": 5}
+    run = GradientSettings(model="ConvNet", ipc=2, batch_real=64, batch_oe=32, **loops)
     evaluation = EvalSettings(2, {"ConvNet": TrainSettings(7)}, 1)
 
-    def passes(run, match, outliers):
-        images = image_passes(match, digits, outliers is not None)
-        iteration = Workload(images, match.outer_loop, "matching", images)
-        total = total_workload(iteration, run, evaluation, MethodInputs(digits, outliers, {}))
+    def passes(run, outliers):
+        inputs = MethodInputs(digits, outliers, run)
+        images = image_passes(inputs)
+        iteration = Workload(images, run.outer_loop, "matching", images)
+        total = total_workload(iteration, evaluation, inputs)
         assert total.kind == "matching"
         tested = total.passes - total.bf16_passes  # in float32
-        evaluations = 3 * (1 if run.eval_last_only else 4) * 2
+        evaluations = 3 * (1 if run.evaluates_only_the_last else 4) * 2
         assert tested == pytest.approx(evaluations * len(digits.images_test) / 2 / distributed.world_size())
         return total.passes
 
     outliers, tests = PseudoOutliers(digits), len(digits.images_test) / 2
     matched, trained, evaluated = 120 * 10 * (64 + 32), 30 * 3 * 5 * 40, 3 * 4 * 2 * (7 * 40 + tests)
-    assert passes(run, match, outliers) == pytest.approx(matched + trained + evaluated)
+    assert passes(run, outliers) == pytest.approx(matched + trained + evaluated)
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
-    assert passes(run, match, outliers) == pytest.approx((matched + evaluated) / 4 + trained)
+    assert passes(run, outliers) == pytest.approx((matched + evaluated) / 4 + trained)
     monkeypatch.setattr(distributed, "world_size", lambda: 1)
-    last = replace(run, eval_last_only=True)
+    last = replace(run, eval_mode="M", batch_real=10**6)
     per_class = len(digits.images_train) // 10
     expected = 120 * 10 * per_class + 30 * 3 * 5 * 20 + 3 * 2 * (7 * 20 + tests)
-    assert passes(last, replace(match, batch_real=10**6), None) == pytest.approx(expected)
+    assert passes(last, None) == pytest.approx(expected)
 
 
 def test_compiled_code_is_kept_in_the_users_cache(tmp_path, monkeypatch):
@@ -284,7 +283,7 @@ def test_passes_of_stage_2_by_hand(digits, monkeypatch):
 def test_passes_of_an_iteration_by_hand(digits, flags, passes, bf16_passes):
     parser = main_poe.get_args_parser()
     args = parser.parse_args(f"--dataset Digits --model ConvNetD1 --ipc 2 {flags}".split())
-    found = METHODS[args.method].workload(MethodInputs(digits, PseudoOutliers(digits), vars(args)))
+    found = METHODS[args.method].workload(MethodInputs(digits, PseudoOutliers(digits), args))
     assert (found.passes, found.bf16_passes) == (passes, bf16_passes)
 
 
@@ -343,7 +342,7 @@ def test_steps_of_a_pool_of_networks_by_hand(digits):
     parser = main_poe.get_args_parser()
     for method, steps in (("DM", 1 + 2 * 2), ("DSA --dsa_strategy flip --outer_loop 1", 1 + 2 * 2)):
         args = parser.parse_args([*map(str, SMALL), *f"--network_pool 2 --pool_epochs 2 --method {method}".split()])
-        inputs = MethodInputs(digits, PseudoOutliers(digits), vars(args), DSA(("flip",)))
+        inputs = MethodInputs(digits, PseudoOutliers(digits), args, DSA(("flip",)))
         assert METHODS[args.method].workload(inputs).steps == steps
 
 

@@ -4,25 +4,27 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import made, named
 
 from utils.compute import transfer
 from utils.compute.transfer import Draw, product_dtype, tensors_of
 from utils.core.rng import generator, noise
 from utils.data.augment import DSA, DSA_ENTRIES
 from utils.methods import learnable
-from utils.methods.gradient_matching import GradientMatching
+from utils.methods.gradient_matching import GradientMatching, GradientSettings
 from utils.methods.learnable import IterationDraws
-from utils.methods.method import MatchSettings
 from utils.outliers.corruptions import Corruption, corrupt, draw_corruption
 from utils.outliers.sources import PseudoOutliers
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))
-SETTINGS = MatchSettings("ConvNetBN", 2, batch_real=4, batch_oe=5, dsa=STRATEGY, outer_loop=4, inner_loop=3)
+SETTINGS = GradientSettings(
+    model="ConvNetBN", ipc=2, batch_real=4, batch_oe=5, dsa_strategy=named(STRATEGY), outer_loop=4, inner_loop=3
+)
 
 
 @pytest.fixture
 def method(tiny_real):
-    method = GradientMatching(tiny_real, PseudoOutliers(tiny_real), SETTINGS)
+    method = made(GradientMatching, tiny_real, PseudoOutliers(tiny_real), SETTINGS)
     method.start(0)
     return method
 

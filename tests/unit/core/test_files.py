@@ -23,7 +23,8 @@ from utils.data.synthetic import SyntheticSet
 from utils.runs.checkpoints import Checkpointer
 from utils.runs.lineage import find_run_folder, nothing_left
 from utils.runs.run_folder import RunFolder
-from utils.settings.parser import Parser, flag_words
+from utils.settings.fields import flag_words
+from utils.settings.parser import Parser
 
 
 def synthetic(seed=0, oe=True) -> SyntheticSet:

@@ -9,7 +9,8 @@ from utils.core.errors import UserError
 from utils.core.images import ImageReader
 from utils.core.pixels import centre_box, conform
 from utils.data.datasets import load_dataset
-from utils.exchange.convert import Assumptions, read_distilled
+from utils.exchange.assumptions import Assumptions
+from utils.exchange.convert import read_distilled
 from utils.ood.sets import OODSource
 from utils.outliers.sources import load_outlier_pool
 
@@ -189,7 +190,7 @@ def test_dark_data_are_refused_everywhere(tmp_path, digits):
         load_outlier_pool(tmp_path / "mine.npz", same, 1, 1)
     np.savez(tmp_path / "set.npz", images=values[:10, ..., None], labels=np.arange(10))
     with pytest.raises(UserError, match=r"--distilled: .*set.npz: the brightest pixel is 16"):
-        read_distilled([str(tmp_path / "set.npz")], same, Assumptions(space="unit"))
+        read_distilled([str(tmp_path / "set.npz")], same, Assumptions(distilled_space="unit"))
 
 
 # --- which files are read ---------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from utils.data.distilled_file import DistilledFile
 from utils.data.identity import class_order, renumbered
 from utils.data.synthetic import SyntheticSet
 from utils.data.whitening import fit_zca
-from utils.exchange.convert import Assumptions, read_distilled
+from utils.exchange.assumptions import Assumptions
+from utils.exchange.convert import read_distilled
 
 G = np.random.default_rng(0)
 QUICK = "--num_exp 1 --num_eval 1 --epoch_eval_train 1 --Iteration 1".split()  # noqa: SIM905

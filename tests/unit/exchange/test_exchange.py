@@ -17,7 +17,8 @@ from utils.data.datasets import SPECS, RealData
 from utils.data.distilled_file import DistilledFile
 from utils.data.synthetic import SyntheticSet
 from utils.exchange import formats
-from utils.exchange.convert import Assumptions, read_distilled
+from utils.exchange.assumptions import Assumptions
+from utils.exchange.convert import read_distilled
 from utils.exchange.labels import training_labels
 from utils.exchange.normalisation import check_guess, decode
 
@@ -140,7 +141,7 @@ def test_datm(real, pixels, tmp_path):
     by_hand = torch.tensor([[math.exp(v) / sum(map(math.exp, row)) for v in row] for row in logits.tolist()])
     assert torch.allclose(found.labels, by_hand.float(), atol=1e-6)
     assert found.lr_net == pytest.approx(0.05)
-    softer = read(white, tmp_path, temperature=2.0).labels
+    softer = read(white, tmp_path, label_temperature=2.0).labels
     assert torch.allclose(softer, F.softmax(logits / 2, 1), atol=1e-6)
 
 
@@ -148,7 +149,7 @@ def test_a_learning_rate_beside_hard_labels(real, pixels, tmp_path):
     """Not only DATM stores one; the labels stay what they are."""
     for labels in (LABELS, torch.eye(K)[LABELS]):
         save_all(tmp_path, images_best=real.normalize(pixels), labels_best=labels, lr_best=torch.tensor(0.05))
-        found = read(real, tmp_path, space="normalised")
+        found = read(real, tmp_path, distilled_space="normalised")
         assert torch.equal(found.labels, LABELS)
         assert found.lr_net == pytest.approx(0.05)
 
@@ -201,7 +202,7 @@ def test_idc(real, pixels, tmp_path, name):
     found = read(real, tmp_path)
     assert torch.allclose(found.images, real.normalize(decode(pixels, 2)), atol=1e-6)
     assert torch.equal(found.labels, LABELS.repeat(4))
-    plain = read(real, tmp_path / name, factor=1)
+    plain = read(real, tmp_path / name, distilled_factor=1)
     assert torch.allclose(plain.images, real.normalize(pixels), atol=1e-6)
 
 
@@ -230,7 +231,7 @@ def test_kip(real, pixels, tmp_path):
     assert torch.equal(found.labels, LABELS)
     other = (images - 0.5) * 2
     np.savez(tmp_path / "kip.npz", images=other, labels=np.eye(K, dtype=np.float32)[LABELS])
-    given = read(real, tmp_path / "kip.npz", statistics=((0.5,), (0.5,))).images
+    given = read(real, tmp_path / "kip.npz", distilled_mean=(0.5,), distilled_std=(0.5,)).images
     by_hand = real.normalize(torch.from_numpy(other).permute(0, 3, 1, 2) * 0.5 + 0.5)
     assert torch.allclose(given, by_hand, atol=1e-6)
 
@@ -269,7 +270,7 @@ def test_numbers_that_contradict_the_space(real, pixels, tmp_path):
     message = refusal(real, tmp_path)
     assert "pixels from 0 to 1" in message
     assert "--distilled_space" in message
-    assert torch.allclose(read(real, tmp_path, space="unit").images, real.normalize(pixels), atol=1e-6)
+    assert torch.allclose(read(real, tmp_path, distilled_space="unit").images, real.normalize(pixels), atol=1e-6)
     save_all(tmp_path, images_best=pixels * 255, labels_best=LABELS)
     assert "0 to 255" in refusal(real, tmp_path)
     torch.save([real.normalize(pixels), LABELS], tmp_path / "data.pt")
@@ -391,7 +392,7 @@ def test_unknown_and_ambiguous_files(real, pixels, tmp_path):
     assert "images_best.pt (mtt)" in message
     assert "data.pt (idc)" in message
     assert "--distilled_format" in message
-    assert torch.equal(read(real, tmp_path, format="mtt").images, real.normalize(pixels))
+    assert torch.equal(read(real, tmp_path, distilled_format="mtt").images, real.normalize(pixels))
 
 
 def test_names_without_an_iteration(real, pixels, tmp_path):
@@ -407,7 +408,7 @@ def test_a_temperature_belongs_to_logits(real, pixels, tmp_path):
     save_all(tmp_path, images_b=real.normalize(pixels), labels_b=3 * one_hot - 1)
     assert "--label_temperature" in refusal(real, tmp_path / "images_a.pt", temperature=2.0)
     outliers = [str(tmp_path / "images_a.pt")]
-    found = read_distilled([str(tmp_path / "images_b.pt")], real, Assumptions(temperature=2.0), 0, outliers)
+    found = read_distilled([str(tmp_path / "images_b.pt")], real, Assumptions(label_temperature=2.0), 0, outliers)
     assert torch.allclose(found.synthetic.labels, ((3 * one_hot - 1) / 2).softmax(1))
     assert len(found.synthetic.images_oe) == len(pixels)
 

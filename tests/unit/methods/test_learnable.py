@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import whole_and_resumed
+from conftest import made, named, whole_and_resumed
 
 from networks import get_network, initialize
 from utils.compute.device import Compute
@@ -15,18 +15,18 @@ from utils.core.rng import generator
 from utils.data.augment import DSA, parse_strategy
 from utils.data.synthetic import SyntheticSet
 from utils.methods.distribution_matching import DistributionMatching
-from utils.methods.gradient_matching import GradientMatching
-from utils.methods.method import MatchSettings
+from utils.methods.gradient_matching import GradientMatching, GradientSettings
 from utils.outliers.corruptions import MixedCorruption, corrupt, draw_mixed
 from utils.outliers.not_distilled import k_center_by_slot
 from utils.outliers.sources import PseudoOutliers
-from utils.outliers.start import OutlierRecipe
 from utils.training.coresets import k_center
-from utils.training.network_pool import NetworkPool, PoolSettings
+from utils.training.network_pool import NetworkPool
 from utils.training.trainer import TrainSettings
 
 STRATEGY = DSA(parse_strategy("color_crop_cutout_flip_scale_rotate"))
-SETTINGS = MatchSettings("ConvNetD1", 2, seed=4, batch_real=6, batch_oe=5, init="real", dsa=STRATEGY)
+SETTINGS = GradientSettings(
+    model="ConvNetD1", ipc=2, seed=4, batch_real=6, batch_oe=5, init="real", dsa_strategy=named(STRATEGY)
+)
 METHODS = {"DSA": GradientMatching, "DM": DistributionMatching}
 
 
@@ -40,8 +40,8 @@ def test_mixed_corruptions_by_a_slow_loop():
     out = drawn(images)
     assert torch.equal(images, before)
     used = []
-    for one, made in zip(images, out, strict=True):
-        found = [name for name in names if torch.allclose(corrupt(one[None], name)[0], made, atol=1e-6)]
+    for one, result in zip(images, out, strict=True):
+        found = [name for name in names if torch.allclose(corrupt(one[None], name)[0], result, atol=1e-6)]
         assert len(found) == 1
         used += found
     assert all(10 <= used.count(name) <= 30 for name in names)
@@ -103,16 +103,15 @@ def test_outliers_that_start_far_apart(digits):
 
 @pytest.mark.parametrize("kind", METHODS)
 def test_kcenter_starts_depend_on_seed_and_experiment(tiny_real, kind):
-    recipe = OutlierRecipe("kcenter", model="ConvNetD1")
 
-    def start(seed: int, exp: int, how: OutlierRecipe) -> SyntheticSet:
+    def start(seed: int, exp: int, init_oe: str) -> SyntheticSet:
         noisy = PseudoOutliers(tiny_real, ("gauss-speckle",))  # no two draws are the same
-        method = METHODS[kind](tiny_real, noisy, replace(SETTINGS, seed=seed, recipe=how))
+        method = made(METHODS[kind], tiny_real, noisy, replace(SETTINGS, seed=seed, init_oe=init_oe))
         method.start(exp)
         return method.synthetic()
 
-    first, again, seed, exp = (start(s, e, recipe) for s, e in ((1, 0), (1, 0), (2, 0), (1, 1)))
-    plain = start(1, 0, OutlierRecipe())
+    first, again, seed, exp = (start(s, e, "kcenter") for s, e in ((1, 0), (1, 0), (2, 0), (1, 1)))
+    plain = start(1, 0, "random")
     assert torch.equal(first.images_oe, again.images_oe)
     assert torch.equal(first.images, plain.images)
     for other in (seed, exp, plain):
@@ -121,9 +120,9 @@ def test_kcenter_starts_depend_on_seed_and_experiment(tiny_real, kind):
 
 def test_a_distilled_set_is_a_start_of_its_own(tiny_real):
     start = images_of(tiny_real)
-    settings = replace(SETTINGS, recipe=OutlierRecipe("kcenter", model="ConvNetD1"))
+    settings = replace(SETTINGS, init_oe="kcenter")
     with pytest.raises(UserError, match="--init_oe kcenter: the outliers start as those of --load_path"):
-        DistributionMatching(tiny_real, PseudoOutliers(tiny_real), settings, initial=[start])
+        made(DistributionMatching, tiny_real, PseudoOutliers(tiny_real), settings, initial=[start])
 
 
 @pytest.mark.parametrize("kind", METHODS)
@@ -131,8 +130,8 @@ def test_outliers_stay_in_the_range_of_pixels(tiny_real, kind):
     """After each update they are those of the free update, clipped."""
     found = []
     for clamp in (False, True):
-        settings = replace(SETTINGS, lr_img_oe=50.0, recipe=OutlierRecipe(clamp=clamp))
-        method = METHODS[kind](tiny_real, PseudoOutliers(tiny_real), settings)
+        settings = replace(SETTINGS, lr_img_oe=50.0, clamp_oe=clamp)
+        method = made(METHODS[kind], tiny_real, PseudoOutliers(tiny_real), settings)
         method.start(0)
         method.iterate(0)
         found.append(method.synthetic())
@@ -154,8 +153,7 @@ def images_of(real, ipc: int = 2) -> SyntheticSet:
 
 
 def make_pool(real, size: int = 2, epochs: int = 2, last: int = 6) -> NetworkPool:
-    settings = PoolSettings(size, epochs, last)
-    return NetworkPool(real, "ConvNetD1", settings, TrainSettings(1, 0.05, batch=64), 3, Compute())
+    return NetworkPool(real, "ConvNetD1", size, epochs, last, TrainSettings(1, 0.05, batch=64), 3, Compute())
 
 
 def trained(state: dict, real, synthetic: SyntheticSet, epochs: int) -> dict:
@@ -202,10 +200,10 @@ def test_networks_take_turns_and_are_replaced(tiny_real):
 
 @pytest.mark.parametrize("kind", METHODS)
 def test_a_pool_resumes_with_the_same_bits(tiny_real, kind):
-    settings = replace(SETTINGS, pool=PoolSettings(2, 2, 4), recipe=OutlierRecipe(clamp=True))
+    settings = replace(SETTINGS, network_pool=2, pool_epochs=2, pool_last_epoch=4, clamp_oe=True)
 
     def make():
-        return METHODS[kind](tiny_real, PseudoOutliers(tiny_real), settings)
+        return made(METHODS[kind], tiny_real, PseudoOutliers(tiny_real), settings)
 
     whole, second = whole_and_resumed(make, stop=3, end=6)
     for a, b in ((whole.image_syn, second.image_syn), (whole.image_oe, second.image_oe)):
@@ -216,7 +214,12 @@ def test_a_pool_resumes_with_the_same_bits(tiny_real, kind):
 
 @pytest.mark.parametrize("kind", METHODS)
 def test_another_experiment_has_other_networks(tiny_real, kind):
-    method = METHODS[kind](tiny_real, PseudoOutliers(tiny_real), replace(SETTINGS, pool=PoolSettings(2, 1, 4)))
+    method = made(
+        METHODS[kind],
+        tiny_real,
+        PseudoOutliers(tiny_real),
+        replace(SETTINGS, network_pool=2, pool_epochs=1, pool_last_epoch=4),
+    )
     method.start(0)
     method.iterate(0)
     first = method.pool.states[0]

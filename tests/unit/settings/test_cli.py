@@ -15,12 +15,13 @@ import main as stage1
 import main_oe
 import main_poe
 import test_ood_model_syn
+import train_experts
 import train_model_synthetic_no_oe
 import train_model_synthetic_oe
 from utils.core.errors import print_line
 from utils.core.run_script import run_script
 from utils.methods import METHODS, MethodInputs
-from utils.settings.parser import flag_words
+from utils.settings.fields import as_dict, as_words, flags_of
 
 SCRIPTS = {
     "main.py": stage1,
@@ -63,19 +64,21 @@ def test_help_from_a_real_process(script):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_both_spellings(name):
     parser = SCRIPTS[name].get_args_parser()
+    usual = parser.settings()
     for action in parser._actions:
         flag = action.option_strings[-1]
         if "_" not in flag or action.help == "==SUPPRESS==":
             continue
         value = [] if action.nargs == 0 else ["3"]
         if action.choices or (action.type not in (None, int, float) and "3" not in flag):
-            value = value and [_valid(action)]
-        users = [m for m, e in METHODS.items() if action.dest in [f.name for f in e.flags]]
+            value = value and [_valid(action.dest, getattr(usual, action.dest))]
+        users = [m for m, e in METHODS.items() if action.dest in {f.name for f in flags_of(e.settings)}]
+        users = [m for m in users if action.dest not in METHODS[m].unused]
         method = ["--method", users[0]] if users else []
         if action.dest == "method_file":  # it must be there: see tests/unit/methods/test_methods.py
             continue
         both = (flag, flag[:2] + flag[2:].replace("_", "-"))
-        with_it = COMPANIONS.get((action.dest, action.container.title), COMPANIONS.get(action.dest, []))
+        with_it = COMPANIONS.get((action.dest, name), COMPANIONS.get(action.dest, []))
         spelled = [vars(parser.parse_args([*method, *with_it, f, *value])) for f in both]
         assert spelled[0] == spelled[1]
 
@@ -86,15 +89,41 @@ def test_flags_of_a_file_are_those_of_the_command_line(name, tmp_path):
     words = ["--dataset", "Digits", "--model=MLP", "--ipc", "3", "--seed", "7", "--zca", "--dsa_strategy", "crop_scale"]
     words = words[:-2] if name.startswith("test_ood") else words
     parse = SCRIPTS[name].get_args_parser
-    expected = vars(parse().parse_args(words))
-    (tmp_path / "flags.json").write_text(json.dumps({"flags": expected}))
+    settings = parse().parse_args(words)
+    (tmp_path / "flags.json").write_text(json.dumps({"flags": as_dict(settings)}))
+    expected = vars(settings)
     found = vars(parse().parse_args(["--config", str(tmp_path / "flags.json")]))
-    assert found | {"config": None} == expected
+    assert found == expected
     over = vars(parse().parse_args(["--ipc=4", "--config", str(tmp_path / "flags.json"), "--model", "LeNet"]))
-    assert over | {"config": None} == expected | {"ipc": 4, "model": "LeNet"}
-    changed = {n: v for n, v in expected.items() if v != parse().get_default(n)}
-    written = [word for n, v in changed.items() for word in flag_words(n, v)]
-    assert vars(parse().parse_args(written)) == expected
+    assert over == expected | {"ipc": 4, "model": "LeNet"}
+
+
+WRITTEN = {
+    "main.py": ["", "--method DM --lr_img 0.1 --Iteration 1000", "--method MTT --lr_lr 3e-7 --max_experts 2"],
+    "main_oe.py": ["--oe_data_path=-pool.npz --lambda_oe 2", "--eval_ood patches blob --ood_path a --zca"],
+    "main_poe.py": [
+        "--method MTT --outlier_recipe strong",
+        "--method MTT --outlier_recipe strong --expert_lambda_oe 0.5",
+        "--corruptions invert jigsaw --mix_corruptions --init_oe kcenter --init real --spread_oe 1e-5",
+    ],
+    "train_model_synthetic_oe.py": [
+        "--distilled a.pt b.pt --dsa_strategy crop --distilled_mean -0.5 1e-3 0 --distilled_std 1 2 3",
+        "--distilled a.pt --dsa_strategy crop --method DC --ipc 1",
+        "--train_on random --outliers real --oe_data_path pool.npz --num_oe_per_class 3",
+    ],
+    "train_model_synthetic_no_oe.py": ["--train_on whole", "--folder=-name --load_path r --num_eval 20"],
+    "test_ood_model_syn.py": ["--score msp energy --T 2 -x", "--ood_sets a b --download all -v --precision bf16"],
+    "train_experts.py": ["--outliers poe --corruptions invert", "--outliers oe --decay --mom 0.9"],
+}
+
+
+@pytest.mark.parametrize(("name", "flags"), [(name, flags) for name, lines in WRITTEN.items() for flags in lines])
+def test_settings_that_are_written_and_read_are_equal(name, flags):
+    """As words of a command line, and as the flags of a file."""
+    parse = (SCRIPTS | {"train_experts.py": train_experts})[name].get_args_parser
+    settings = parse().parse_args(flags.split())
+    assert parse().parse_args(as_words(settings)) == settings
+    assert flags or not [word for word in as_words(settings) if word.startswith("--")][4:]  # what names the run
 
 
 def test_a_file_of_flags_that_cannot_be(tmp_path, refused):
@@ -108,15 +137,17 @@ def test_a_file_of_flags_that_cannot_be(tmp_path, refused):
 
 
 FOREIGN = ["--distilled", "set.pt"]
-COMPANIONS = {  # without which a flag of stage 2 would have no effect
+MAINS = ("main.py", "main_oe.py", "main_poe.py")
+OTHERS = "train_model_synthetic_oe.py"
+COMPANIONS = {  # without which a flag would have no effect; by flag, or by flag and script
     **dict.fromkeys(("distilled_format", "distilled_space", "distilled_factor", "distilled_oe"), FOREIGN),
     **dict.fromkeys(("soft_labels", "label_temperature"), FOREIGN),
     "distilled_mean": [*FOREIGN, "--distilled_std", "1"],
     "distilled_std": [*FOREIGN, "--distilled_mean", "1"],
-    ("ood_path", "distillation"): ["--eval_ood", "patches"],
-    ("oe_data_path", "outliers"): ["--outliers", "real"],
-    ("mix_corruptions", "outliers"): ["--outliers", "real"],
-    ("num_oe_per_class", "outliers"): ["--outliers", "real", "--oe_data_path", "pool.npy"],
+    **{("ood_path", name): ["--eval_ood", "patches"] for name in MAINS},
+    **{(flag, OTHERS): ["--outliers", "real"] for flag in ("oe_data_path", "mix_corruptions")},
+    ("num_oe_per_class", OTHERS): ["--outliers", "real", "--oe_data_path", "pool.npz"],
+    **{flag: ["--network_pool", "1"] for flag in ("pool_epochs", "pool_last_epoch")},
 }
 VALID = {
     "fit_on": "real",
@@ -127,15 +158,15 @@ VALID = {
 }
 
 
-def _valid(action) -> str:
-    """A value that the action accepts."""
-    default = action.default[0] if isinstance(action.default, list) else action.default
-    return VALID.get(action.dest) or str(default if default is not None else 3)
+def _valid(name, default) -> str:
+    """A value that a flag accepts, from its default."""
+    default = default[0] if isinstance(default, tuple) else default
+    return VALID.get(name) or str(default if default is not None else 3)
 
 
 def test_values_of_flags_keep_their_dashes():
     args = main_poe.get_args_parser().parse_args(["--corruptions", "gauss-speckle", "--save-path=a-b_c"])
-    assert (args.corruptions, args.save_path) == (["gauss-speckle"], "a-b_c")
+    assert (args.corruptions, args.save_path) == (("gauss-speckle",), "a-b_c")
 
 
 STRATEGY = "color_crop_cutout_flip_scale_rotate"
@@ -173,9 +204,9 @@ def test_given_scores_are_never_dropped():
 
 def test_loops_by_ipc(digits):
     def loops(*flags):
-        flags = vars(stage1.get_args_parser().parse_args(list(flags)))
-        method = METHODS["DC"].build(MethodInputs(digits, None, flags | {"model": "MLP"}))
-        return method.settings.outer_loop, method.settings.inner_loop, " ".join(method.notices)
+        settings = stage1.get_args_parser().parse_args(["--model", "MLP", *flags])
+        method = METHODS["DC"].build(MethodInputs(digits, None, settings))
+        return method.outer_loop, method.inner_loop, " ".join(method.notices)
 
     assert loops("--ipc", "1")[:2] == (1, 1)
     assert loops("--ipc", "10") == (10, 50, "")
