@@ -39,22 +39,18 @@ KINDS = {"fifo": os.mkfifo, "device": lambda p: p.symlink_to("/dev/zero"), "fold
 
 
 class Processes:
-    """Starts scripts through `fork_server.py`."""
+    """Starts scripts through `fork_server.py`, one at a time."""
 
-    def __init__(self):
-        pipe = subprocess.PIPE
-        command = [sys.executable, str(ROOT / "tests" / "stages" / "fork_server.py")]
-        self.server = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+    def __init__(self, forks):
+        self.forks = forks
 
     def start(self, cwd, script, flags, kill_at=None) -> int:
         self.log = cwd / "printed"
-        request = {"script": script, "flags": list(map(str, flags)), "cwd": str(cwd), "log": str(self.log)}
-        self.server.stdin.write(json.dumps(request | {"kill_at": kill_at}) + "\n")
-        self.server.stdin.flush()
-        return int(self.server.stdout.readline())
+        self.process = self.forks.start([ROOT / script, *flags], cwd, self.log, kill_at=kill_at)
+        return self.process.pid
 
     def wait(self) -> int:
-        return int(self.server.stdout.readline())
+        return self.process.wait()
 
     def run(self, *args, **kwargs) -> str:
         """Run to the end without an error; what was printed."""
@@ -64,16 +60,10 @@ class Processes:
         assert status == 0, printed[-2000:]
         return printed
 
-    def close(self):
-        self.server.stdin.close()
-        self.server.wait(timeout=60)
-
 
 @pytest.fixture(scope="module")
-def processes():
-    processes = Processes()
-    yield processes
-    processes.close()
+def processes(forks):
+    return Processes(forks)
 
 
 @pytest.fixture(scope="module")
