@@ -170,6 +170,20 @@ def script(tmp_path, forks):
 
 
 @pytest.fixture
+def program(tmp_path, forks):
+    """The command that runs lines of Python, which may import the project, in a process that has imported torch."""
+
+    def command(code: str, *words: object) -> list[str]:
+        folder = tmp_path.with_name(f"{tmp_path.name}-program")
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{len([*folder.iterdir()])}.py"
+        path.write_text(code)
+        return [forks.python, str(path), *map(str, words)]
+
+    return command
+
+
+@pytest.fixture
 def in_process(tmp_path, monkeypatch, capsys):
     """Run a script's `main` in `tmp_path` within this process, which has imported torch; returns its output."""
 

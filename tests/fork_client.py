@@ -1,7 +1,7 @@
 """Stands in for Python where a script is started: has `fork_server.py` fork a process for it, and is its deputy.
 
 Installed beside the server's socket, as an executable. It ends as that process ends, and passes signals on to it;
-if it is killed, the server kills the process. What is no script of the project goes to Python itself.
+if it is killed, the server kills the process. What is neither a script of the project nor torchrun goes to Python.
 """
 
 import json
@@ -16,11 +16,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 def main() -> None:
     """Ask for a process with the arguments, folder, environment and standard streams of this one."""
-    words = [word for word in sys.argv[1:] if word != "-u"]
-    if not words or not (words[0].endswith(".py") or words[:2] == ["-m", "torch.distributed.run"]):
+    words = sys.argv[2:] if sys.argv[1:2] == ["-u"] else sys.argv[1:]
+    is_script = words and words[0].endswith(".py") and "site-packages" not in words[0]
+    if not is_script and words[:2] != ["-m", "torch.distributed.run"]:
         os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    request = {"words": words, "cwd": os.getcwd(), "environment": {**os.environ}, "unbuffered": "-u" in sys.argv[:2]}
+    request = {"words": words, "cwd": os.getcwd(), "environment": {**os.environ}, "umask": os.umask(0)}
+    request["unbuffered"] = "-u" in sys.argv[:2]
     server = socket.socket(socket.AF_UNIX)
     server.connect(os.path.join(HERE, "socket"))
     data = json.dumps(request).encode()

@@ -1,12 +1,14 @@
 """Imports the program once, then forks a process for each request: real processes that start in milliseconds.
 
 A request comes over a socket: the file descriptors 0 to 2 of the process, and JSON: `words`, a script and its flags (or
-`-m` and torchrun's module), the folder to run in (`cwd`), the `environment`, `unbuffered` as by `python -u`, and
-`kill_at`, [a function of os, n]: the process kills itself when it calls that for the n-th time. The answers are a line
-with the number of the process, and one with its exit code when it has ended (negative: the signal). A process whose
-client goes away is killed, and all are when this one's stdin is closed.
+`-m` and torchrun's module), the folder to run in (`cwd`), the `environment`, the `umask`, `unbuffered` as by `python
+-u`, and `kill_at`, [a function of os, n]: the process kills itself when it calls that for the n-th time. The answers
+are a line with the number of the process, and one with its exit code when it has ended (negative: the signal). A
+process whose client goes away is killed, and all are when this one's stdin is closed. Before it forks, the server
+imports the modules in `needs`, for those to come, too.
 """
 
+import atexit
 import gc
 import importlib
 import json
@@ -16,11 +18,12 @@ import selectors
 import signal
 import socket
 import sys
+import traceback
 from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[0] = str(ROOT)
 
 import torch  # noqa: E402
 
@@ -55,6 +58,7 @@ def run(request: dict, streams: list[int]) -> None:
     sys.stdout.reconfigure(write_through=request.get("unbuffered", False))
     sys.stderr.reconfigure(line_buffering=True, errors="backslashreplace")
     os.chdir(request["cwd"])
+    os.umask(request.get("umask", os.umask(0)))
     os.environ.clear()
     os.environ.update(request["environment"])
     words = request["words"]
@@ -69,8 +73,27 @@ def run(request: dict, streams: list[int]) -> None:
         module.main()
     else:
         sys.argv = words
-        sys.path[0] = os.path.dirname(os.path.abspath(words[0]))
+        sys.path.insert(0, os.path.dirname(os.path.abspath(words[0])))
         runpy.run_path(words[0], run_name="__main__")
+
+
+def run_and_leave(request: dict, streams: list[int]) -> None:
+    """As Python ends a script, but without freeing all that was imported, which takes as long as a short script."""
+    status: object = 1
+    try:
+        run(request, streams)
+        status = 0
+    except SystemExit as stopped:
+        status = stopped.code or 0
+        if not isinstance(status, int):
+            print(status, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status if isinstance(status, int) else 1)
 
 
 class Server:
@@ -115,6 +138,8 @@ class Server:
         size, streams, *_ = socket.recv_fds(client, 8, 3)
         with client.makefile("rb") as file:
             request = json.loads(file.read(int.from_bytes(size, "big")))
+        for name in request.get("needs", ()):
+            importlib.import_module(name)
         pid = os.fork()
         if pid:
             for stream in streams:
@@ -153,7 +178,7 @@ def main() -> None:
     gc.freeze()  # what all share stays shared
     asked = Server(sys.argv[1]).serve()
     if asked:
-        run(*asked)
+        run_and_leave(*asked)
 
 
 if __name__ == "__main__":

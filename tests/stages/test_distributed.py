@@ -20,9 +20,10 @@ from utils.data.distilled_file import DistilledFile
 from utils.runs.resume import resume_command
 
 NETWORK = "--dataset Digits --model ConvNetD1 --ipc 2 --method DSA --dsa_strategy color_crop_cutout_scale_rotate"
-TRAINING = f"{NETWORK} --num_eval 3 --epoch_eval_train 20 --seed 3".split()
+TRAINING = f"{NETWORK} --num_eval 3 --epoch_eval_train 8 --seed 3".split()
 MATCHING = "--init real --num_exp 1 --batch_real 32 --batch_oe 32 --outer_loop 2 --inner_loop 2"
 FLAGS = TRAINING + MATCHING.split()
+ENDLESS = [*FLAGS, "--num_eval", 1, "--Iteration", 100000]
 RESULTS = "result-test-ood-synthetic"
 
 
@@ -37,11 +38,11 @@ def run_alone(folder, module, *flags):
 def runs(torchrun, tmp_path_factory):
     """Stage 1 with 1, 2 and 3 processes, of which 3 does not divide the ten slots; stage 2 with 1 and 2."""
     folders = {n: tmp_path_factory.mktemp(f"processes{n}") for n in (1, 2, 3)}
-    run_alone(folders[1], main_poe, *FLAGS, "--Iteration", 4)
+    run_alone(folders[1], main_poe, *FLAGS, "--Iteration", 3)
     run_alone(folders[1], train_model_synthetic_oe, *TRAINING)
     for processes, script, flags in [
-        (2, "main_poe.py", [*FLAGS, "--Iteration", 4]),
-        (3, "main_poe.py", [*FLAGS, "--Iteration", 4]),
+        (2, "main_poe.py", [*FLAGS, "--Iteration", 3]),
+        (3, "main_poe.py", [*FLAGS, "--Iteration", 3]),
         (2, "train_model_synthetic_oe.py", TRAINING),
     ]:
         process = torchrun(folders[processes], processes, script, *flags)
@@ -120,7 +121,7 @@ def test_a_wrong_flag_is_said_once(torchrun, tmp_path):
 
 def test_a_process_that_dies_ends_the_run(forks, tmp_path):
     (folder := tmp_path / "run").mkdir()
-    words = [*LAUNCHER, 2, ROOT / "main_poe.py", *FLAGS, "--Iteration", 100000]
+    words = [*LAUNCHER, 2, ROOT / "main_poe.py", *ENDLESS]
     process = forks.start(words, folder, tmp_path / "printed")
     deadline = time.monotonic() + 120
     while not found(folder, "res_*.pt") and time.monotonic() < deadline:
@@ -135,7 +136,7 @@ def test_a_process_that_dies_ends_the_run(forks, tmp_path):
 
 
 def test_a_signal_stops_every_process_and_saves(torchrun, tmp_path):
-    process = torchrun(tmp_path, 2, "main_poe.py", *FLAGS, "--Iteration", 100000)
+    process = torchrun(tmp_path, 2, "main_poe.py", *ENDLESS, "--checkpoint_interval", 1)
     try:
         deadline = time.monotonic() + 120
         while not found(tmp_path, "checkpoint.pt") and time.monotonic() < deadline:
