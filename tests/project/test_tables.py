@@ -6,7 +6,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -354,9 +353,9 @@ def test_rows_of_baselines_and_of_outliers_that_are_not_distilled(run):
     assert [sum(word.endswith("out/whole") for word in words) for words in columns] == [1, 1]
 
 
-def test_a_real_table_is_stopped_and_resumed(tmp_path):
+def test_a_real_table_is_stopped_and_resumed(forks, tmp_path):
     """On Digits: a signal while it distils, and the same command again."""
-    command = [sys.executable, TABLES / "table.py", TABLES / "digits.yaml", TABLES / "digits-studies.yaml", "--jobs", 2]
+    command = [forks.python, TABLES / "table.py", TABLES / "digits.yaml", TABLES / "digits-studies.yaml", "--jobs", 2]
     command += ["--ipc", 1, "--seeds", 1, "--networks", 1, "--kinds", "poe", "--out", "out", "--set", "all.model=MLP"]
     command += ["all.compile=off", "stage1.epoch_eval_train=2", "stage2.epoch_eval_train=2", "stage1.Iteration=150"]
     command = [*map(str, command), "stage3.ood_sets=uniform"]

@@ -110,8 +110,9 @@ def save_score_histograms(path: Path, score: str, in_scores: np.ndarray, out_sco
     figure, axes = _panels(len(out_scores), 4, 3.6, 2.6)
     for axis, (name, values) in zip(axes, out_scores.items(), strict=False):
         bins = _edges(np.concatenate([in_scores, values]))
-        axis.hist(in_scores, bins, density=True, alpha=0.6, label="in-distribution", color=BLUE)
-        axis.hist(values, bins, density=True, alpha=0.6, label="OOD", color=ORANGE)
+        style = {"density": True, "alpha": 0.6, "histtype": "stepfilled"}  # one shape is drawn faster than 40 bars
+        axis.hist(in_scores, bins, label="in-distribution", color=BLUE, **style)
+        axis.hist(values, bins, label="OOD", color=ORANGE, **style)
         axis.set_title(name, fontsize=10)
         axis.set_yticks([])
     axes[0].legend(fontsize=8)

@@ -158,7 +158,7 @@ def test_a_compiler_that_fails_does_not_end_a_run(flag, run_with_broken_compiler
 
 
 @pytest.fixture
-def run_with_broken_compiler(tmp_path):
+def run_with_broken_compiler(program, tmp_path):
     """Distil in a process whose C++ compiler is a script that fails; `auto` is made to choose to compile."""
 
     def run(flag):
@@ -176,7 +176,7 @@ def run_with_broken_compiler(tmp_path):
         env = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "CXX": ""}
         env |= {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
         env.pop("CXX")
-        command = [sys.executable, "-c", code, *flags.split(), "--compile", flag]
+        command = program(code, *flags.split(), "--compile", flag)
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=env)
 
     return run
