@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.core.errors import UserError, one_line
+from utils.core.errors import UserError, one_line, require
 from utils.core.files import check_file
 
 MAX_PACKED = 256 << 20  # bytes; up to this unpacked size any compression ratio is accepted
-LEAST_SIDE = 5  # pixels; a narrower side may be an axis of channels
 MAX_RATIO = 100  # the highest ratio above that size; images seldom compress by 10
+LEAST_SIDE = 5  # pixels; a narrower side may be an axis of channels
 
 
 def read_npy(path: Path) -> np.ndarray:
@@ -31,9 +31,9 @@ def read_npz(path: Path, keys: Sequence[str]) -> list[np.ndarray]:
     with _as_user_error(path, "an .npz file"), zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         for key in keys:
-            if f"{key}.npy" not in names:
-                has = ", ".join(sorted(n.removesuffix(".npy") for n in names)[:10]) or "nothing"
-                raise UserError(f"{path} has no key {key!r}; it needs {', '.join(keys)} and has {one_line(has)}")
+            has = ", ".join(sorted(n.removesuffix(".npy") for n in names)[:10]) or "nothing"
+            told = f"{path} has no key {key!r}; it needs {', '.join(keys)} and has {one_line(has)}"
+            require(f"{key}.npy" in names, told)
         members = [archive.getinfo(f"{key}.npy") for key in keys]
         _check_sizes(members, path.stat().st_size)
         return [_read_member(archive, member) for member in members]
@@ -78,12 +78,10 @@ def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
         version = np.lib.format.read_magic(member)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(member)
-        if dtype.hasobject:
-            raise ValueError(f"{info.filename} holds Python objects")
-        claimed = math.prod(shape) * dtype.itemsize
-        if min(shape, default=0) < 0 or claimed != info.file_size - member.tell():
-            raise ValueError(f"{info.filename} claims {claimed} bytes and has {info.file_size - member.tell()}")
-    with archive.open(info) as member:
+        claimed, has = math.prod(shape) * dtype.itemsize, info.file_size - member.tell()
+        if dtype.hasobject or min(shape, default=0) < 0 or claimed != has:
+            raise ValueError(f"{info.filename} claims {claimed} bytes of {dtype} and has {has}")
+        member.seek(0)
         array = np.lib.format.read_array(member, allow_pickle=False)
         if member.read(1):  # also makes zipfile compare the checksum of what was read
             raise ValueError(f"{info.filename} has more bytes than its header says")
@@ -93,20 +91,18 @@ def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
 def images_to_nchw(array: np.ndarray, path: Path) -> torch.Tensor:
     """uint8 `[N, H, W]`, `[N, H, W, 1]` or `[N, H, W, 3]` as a view `[N, C, H, W]`.
 
-    Raises:
-        UserError: for other arrays, and for shapes that can be read in several ways, as `[32, 32, 3]`: one picture in
-            colour, or 32 grey ones of 32×3.
+    A `UserError` tells of other arrays.
+    It also tells of shapes that can be read in several ways, as `[32, 32, 3]`: one colour picture, or 32 grey ones.
     """
     accepted = "it must be uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3]"
     found = f"{path} holds {array.dtype} {list(array.shape)}"
     shape_ok = array.ndim == 3 or (array.ndim == 4 and array.shape[3] in (1, 3))
-    if array.dtype != np.uint8 or not shape_ok or 0 in array.shape:
-        raise UserError(f"{found}; {accepted}")
-    if min(array.shape[1:3]) < LEAST_SIDE or (array.ndim == 3 and array.shape[0] in (3, 4)):
-        one = "one picture, or several" if array.ndim == 3 else "[N, H, W, C] or [N, C, H, W]"
-        raise UserError(
-            f"{found}, which may be {one}; {accepted}, with sides of {LEAST_SIDE} pixels or more; 3 or 4 grey images "
-            "as [N, H, W, 1]"
-        )
+    require(array.dtype == np.uint8 and shape_ok and 0 not in array.shape, f"{found}; {accepted}")
+    one = "one picture, or several" if array.ndim == 3 else "[N, H, W, C] or [N, C, H, W]"
+    require(
+        min(array.shape[1:3]) >= LEAST_SIDE and not (array.ndim == 3 and array.shape[0] in (3, 4)),
+        f"{found}, which may be {one}; {accepted}, with sides of {LEAST_SIDE} pixels or more; 3 or 4 grey images as "
+        "[N, H, W, 1]",
+    )
     images = torch.from_numpy(array)
     return images.unsqueeze(1) if array.ndim == 3 else images.permute(0, 3, 1, 2)

@@ -7,7 +7,7 @@ import pickletools
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -46,16 +46,17 @@ _NUMPY_SCALARS = [
     (_number, "numpy.core.multiarray.scalar"),
     (_NumberType, "numpy.dtype"),
 ]
-_KINDS = ("Half", "BFloat16", "Float", "Double", "Byte", "Char", "Short", "Int", "Long", "Bool")
+_KINDS = ("Half", "BFloat16", "Float", "Double", "ComplexFloat", "ComplexDouble")
+_KINDS += ("Byte", "Char", "Short", "Int", "Long", "Bool")
+_FOREIGN = "it holds objects other than tensors and plain values, or is damaged; it was not executed"
 _STORED_GLOBALS = {
     "torch._utils _rebuild_tensor_v2",
     "torch._utils _rebuild_parameter",
     "torch.storage UntypedStorage",
     "collections OrderedDict",
     "_codecs encode",  # restores the bytes of numpy scalars
-    *(name.replace(".scalar", " scalar").replace("numpy.dtype", "numpy dtype") for _, name in _NUMPY_SCALARS),
+    *(" ".join(name.rsplit(".", 1)) for _, name in _NUMPY_SCALARS),
     *(f"torch {kind}Storage" for kind in _KINDS),
-    *(f"torch Complex{kind}Storage" for kind in ("Float", "Double")),
 }
 
 
@@ -63,13 +64,12 @@ def read_pt(path: Path, what: str = "", check_crc: bool = False, mmap: bool = Fa
     """Load a `torch.save` file on the CPU, executing no code: dense tensors, plain values and numpy scalars only.
 
     Numpy scalars become plain numbers. The calls and allocations in the file are checked before it is loaded.
+    A `UserError` tells of a file that is missing, damaged, or holds anything else.
 
     Args:
         what: begins messages.
         check_crc: compare the checksums, too, which torch does not.
         mmap: leave tensor values on the disk until they are used.
-    Raises:
-        UserError: when the file is missing, damaged, or holds anything else.
     """
     with blame(what):
         path = check_file(path)
@@ -80,13 +80,16 @@ def read_pt(path: Path, what: str = "", check_crc: bool = False, mmap: bool = Fa
             raise UserError(f"cannot read {path}: {reason}. Write it again with the stage that makes it") from None
 
 
-_FOREIGN = "it holds objects other than tensors and plain values, or is damaged; it was not executed"
-
-
 def _read(path: Path, check_crc: bool, mmap: bool) -> object:
     with path.open("rb") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _check_archive(file, check_crc) if file.read(2) == b"PK" else _check_old_format(file)
+        if file.read(2) == b"PK":
+            _check_archive(file, check_crc)
+        else:  # written before PyTorch 1.6: five pickles, then the values of the tensors
+            file.seek(0)
+            start = io.BytesIO(file.read(MAX_PICKLE))
+            for _ in range(5):
+                _check_pickle(start)
         file.seek(0)
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
             value = torch.load(str(path) if mmap else file, map_location="cpu", weights_only=True, mmap=mmap)
@@ -114,14 +117,6 @@ def _check_archive(file: BinaryIO, check_crc: bool) -> None:
             raise ValueError("its checksums are wrong")
 
 
-def _check_old_format(file: BinaryIO) -> None:
-    """Check a file written before PyTorch 1.6: five pickles, then the values of the tensors."""
-    file.seek(0)
-    start = io.BytesIO(file.read(MAX_PICKLE))
-    for _ in range(5):
-        _check_pickle(start)
-
-
 def _check_pickle(stream: BinaryIO) -> None:
     """Scan a pickle's opcodes without executing them; refuse unknown names, and content that would expand in memory."""
     count: Counter[str] = Counter()
@@ -139,25 +134,17 @@ def _check_pickle(stream: BinaryIO) -> None:
 
 def _check_tensors(value: object, size: int) -> None:
     """Refuse tensors, at any nesting, that are not dense, not on the CPU, or larger than their storage or the file."""
-    for tensor in _tensors(value):
-        if tensor.layout is not torch.strided or tensor.device.type != "cpu":
-            raise ValueError(f"it holds a {tensor.layout} tensor on {tensor.device}; only dense ones are read")
-        stored = tensor.untyped_storage().nbytes()
-        if stored > size or tensor.numel() * tensor.element_size() > stored:
-            raise ValueError(f"a tensor claims the shape {one_line(list(tensor.shape))} and has {stored} bytes")
-
-
-def _tensors(value: object) -> Iterator[torch.Tensor]:
-    """Yield every tensor in nested lists, tuples and dicts, which may contain themselves."""
     todo, seen = [value], set()
     while todo:
         item = todo.pop()
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
         if isinstance(item, torch.Tensor):
-            yield item
-        elif isinstance(item, (list, tuple, dict)):
+            if item.layout is not torch.strided or item.device.type != "cpu":
+                raise ValueError(f"it holds a {item.layout} tensor on {item.device}; only dense ones are read")
+            stored = item.untyped_storage().nbytes()
+            if stored > size or item.numel() * item.element_size() > stored:
+                raise ValueError(f"a tensor claims the shape {one_line(list(item.shape))} and has {stored} bytes")
+        elif isinstance(item, (list, tuple, dict)) and id(item) not in seen:  # it may contain itself
+            seen.add(id(item))
             todo += [*item, *item.values()] if isinstance(item, dict) else item
 
 
@@ -167,9 +154,9 @@ def fingerprint(tensors: Iterable[torch.Tensor | None]) -> str:
     for tensor in tensors:
         if tensor is None:
             digest.update(b"none")
-        else:
-            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-            plain = tensor.detach().cpu().contiguous()
-            # numpy has no bfloat16: its bits are hashed as int16
-            digest.update((plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain).numpy())
+            continue
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        plain = tensor.detach().cpu().contiguous()
+        # numpy has no bfloat16: its bits are hashed as int16
+        digest.update((plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain).numpy())
     return digest.hexdigest()

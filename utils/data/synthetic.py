@@ -64,10 +64,8 @@ class SyntheticSet:
 def in_classes_of(real: RealData, synthetic: SyntheticSet, class_names: object, what: str) -> SyntheticSet:
     """The set with the labels of `real`, sorted by class, if its own classes had another order.
 
-    Args:
-        class_names: those of the set in the order of its labels; what: the file, for messages.
-    Raises:
-        UserError: when the names of the classes differ.
+    `class_names` are those of the set in the order of its labels.
+    A `UserError`, which names the file `what`, tells that the names of the classes differ.
     """
     order = class_order(class_names, real.class_names, what)
     if order is None:

@@ -31,11 +31,9 @@ class ZCA:
 
     def is_close(self, mean: torch.Tensor, matrix: torch.Tensor) -> bool:
         """Whether a whitening of this mean and matrix is the same but for rounding."""
-        same_shape = matrix.shape == self.matrix.shape and mean.shape == self.mean.shape
-        return same_shape and all(
-            torch.allclose(ours, theirs, rtol=1e-5, atol=atol)
-            for ours, theirs, atol in ((self.matrix, matrix, 1e-3), (self.mean, mean, 1e-4))
-        )
+        same = matrix.shape == self.matrix.shape and mean.shape == self.mean.shape
+        same = same and torch.allclose(self.matrix, matrix, rtol=1e-5, atol=1e-3)
+        return same and torch.allclose(self.mean, mean, rtol=1e-5, atol=1e-4)
 
     def to(self, device: torch.device | str) -> "ZCA":
         """The same map on `device`."""

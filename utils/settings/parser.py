@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 
-from utils.core.errors import UserError, blame, one_line, print_error_once, unknown_name
+from utils.core.errors import UserError, blame, one_line, print_error, unknown_name
 from utils.core.files import check_file, read_json
 
 NOT_STORED = ("resume", "config", "help", "help_all", "is_parallel")  # flags that no file of flags may hold
@@ -81,7 +81,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         """Print one line on stderr and exit with status 2."""
-        sys.exit(print_error_once(self.prog, f"{message} (see --help)"))
+        sys.exit(print_error(self.prog, f"{message} (see --help)"))
 
 
 _NOT_GIVEN = object()
