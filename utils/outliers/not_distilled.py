@@ -34,12 +34,10 @@ def with_k_center(
 def k_center_by_slot(
     source: OutlierSource, real: RealData, ipc: int, key: tuple[int, ...], net: nn.Module
 ) -> torch.Tensor:
-    """As many outliers of each class slot, chosen by k-center: each slot's are far from those of the slots before, too.
+    """`ipc` outliers of each class slot, chosen by k-center: each slot's are far from those of the slots before, too.
 
-    Args:
-        key: a seed, and what further numbers name the draw of the 10,000 candidates.
-    Returns:
-        `[num_classes, ipc, C, H, W]`, normalised, on the device of `real`.
+    `key`: a seed, and what further numbers name the draw of the 10,000 candidates.
+    They are normalised, `[num_classes, ipc, C, H, W]`, on the device of `real`.
     """
     outliers, before = [], None
     for candidates in _candidates(source, real, ipc, key):
@@ -81,8 +79,7 @@ def corrupted(
 ) -> PseudoOutliers:
     """A source of pseudo-outliers that corrupts given images in place of real training images.
 
-    Args:
-        images: normalised `[N, C, H, W]`; what lies outside the range of pixels is clipped first.
+    The images are normalised, `[N, C, H, W]`; what lies outside the range of pixels is clipped first.
     """
     unit = real.denormalize(images.to(real.device))
     unlabelled = torch.zeros(len(unit), dtype=torch.int64, device=real.device)
