@@ -29,10 +29,10 @@ def read_npz(path: Path, keys: Sequence[str]) -> list[np.ndarray]:
     """Read the arrays `keys` of an `.npz` file. Raises `UserError` naming the missing key or the damage."""
     path = check_file(path)
     with _as_user_error(path, "an .npz file"), zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
+        names = sorted(archive.namelist())
+        has = ", ".join(name.removesuffix(".npy") for name in names[:10]) or "nothing"
         for key in keys:
-            has = ", ".join(sorted(n.removesuffix(".npy") for n in names)[:10]) or "nothing"
-            told = f"{path} has no key {key!r}; it needs {', '.join(keys)} and has {one_line(has)}"
+            told = f"it has no key {key!r}; it needs {', '.join(keys)} and has {has}"
             require(f"{key}.npy" in names, told)
         members = [archive.getinfo(f"{key}.npy") for key in keys]
         _check_sizes(members, path.stat().st_size)
@@ -46,21 +46,19 @@ def _as_user_error(path: Path, what: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except UserError:
-        raise
     except Exception as error:
-        raise UserError(f"cannot read {path} as {what}: {one_line(error)}") from None
+        raise UserError(f"cannot read {path} as {what}: {one_line(error, 300)}") from None
 
 
 def _check_sizes(members: Sequence[zipfile.ZipInfo], size: int) -> None:
     """Refuse members that claim more bytes than the file can hold, or than fit into free memory."""
     unpacked, packed = sum(m.file_size for m in members), sum(m.compress_size for m in members)
-    if packed > size or any(m.compress_type == zipfile.ZIP_STORED and m.file_size > size for m in members):
-        raise ValueError("an array claims more bytes than the file has")
-    if unpacked > MAX_PACKED and unpacked > MAX_RATIO * packed:
-        raise ValueError(f"its arrays claim {unpacked} bytes, packed into {packed}: images do not compress that well")
-    if unpacked > free_memory():
-        raise ValueError(f"its arrays need {unpacked >> 20} MB of memory and {free_memory() >> 20} MB are free")
+    stored = sum(m.file_size for m in members if m.compress_type == zipfile.ZIP_STORED)
+    require(max(packed, stored) <= size, "an array claims more bytes than the file has")
+    told = f"its arrays claim {unpacked} bytes, packed into {packed}: images do not compress that well"
+    require(unpacked <= max(MAX_PACKED, MAX_RATIO * packed), told)
+    told = f"its arrays need {unpacked >> 20} MB of memory and {free_memory() >> 20} MB are free"
+    require(unpacked <= free_memory(), told)
 
 
 def free_memory() -> int:
@@ -79,12 +77,11 @@ def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(member)
         claimed, has = math.prod(shape) * dtype.itemsize, info.file_size - member.tell()
-        if dtype.hasobject or min(shape, default=0) < 0 or claimed != has:
-            raise ValueError(f"{info.filename} claims {claimed} bytes of {dtype} and has {has}")
+        is_plain = not dtype.hasobject and min(shape, default=0) >= 0
+        require(is_plain and claimed == has, f"{info.filename} claims {claimed} bytes of {dtype} and has {has}")
         member.seek(0)
         array = np.lib.format.read_array(member, allow_pickle=False)
-        if member.read(1):  # also makes zipfile compare the checksum of what was read
-            raise ValueError(f"{info.filename} has more bytes than its header says")
+        require(not member.read(1), "it is damaged")  # this makes zipfile compare the checksum of what was read
         return array
 
 

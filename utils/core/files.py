@@ -72,8 +72,7 @@ def append_line(path: Path, line: str, sync: bool = True) -> None:
     With `sync` it is on the disk when this returns.
     Without, it survives a crash of this process, but not a power cut in the next seconds.
     """
-    data = (line + "\n").encode(errors="replace")
-    written = 0
+    data, written = (line + "\n").encode(errors="replace"), 0
     try:
         with open(path, "ab", buffering=0, opener=open_no_link) as file:
             try:

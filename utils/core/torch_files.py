@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from utils.core.arrays import MAX_PACKED
-from utils.core.errors import UserError, blame, one_line
+from utils.core.errors import UserError, blame, one_line, require
 from utils.core.files import check_file
 
 MAX_PICKLE = 4 << 20  # bytes of the pickle in a `.pt`: it describes the tensors, without their values
@@ -27,13 +27,11 @@ class _NumberType:
     """Replaces `numpy.dtype` in published `.pt` files, which hold accuracies as numpy scalars."""
 
     def __init__(self, code: str, *_: bool):
-        if code not in ("f2", "f4", "f8", "i4", "i8", "b1"):
-            raise ValueError(f"numpy type {code!r:.40} is not read")
+        require(code in ("f2", "f4", "f8", "i4", "i8", "b1"), f"numpy type {code!r:.40} is not read")
         self.code = code
 
     def __setstate__(self, state: tuple) -> None:
-        if state[1] not in ("<", "|"):
-            raise ValueError("numbers of another byte order are not read")
+        require(state[1] in ("<", "|"), "numbers of another byte order are not read")
 
 
 def _number(kind: _NumberType, data: bytes) -> float | int | bool:
@@ -101,20 +99,18 @@ def _check_archive(file: BinaryIO, check_crc: bool) -> None:
     """Refuse archives that torch did not write: compressed or overlapping members, or bytes after the member list."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(size - 22, 0))
-    if file.read(4) != b"PK\5\6":  # else torch and zipfile could find different lists of members
-        raise ValueError("it is truncated or damaged")
+    # else torch and zipfile could find different lists of members
+    require(file.read(4) == b"PK\5\6", "it is truncated or damaged")
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
-        if len({m.filename for m in members}) != len(members) or any(m.compress_type for m in members):
-            raise ValueError("its members are compressed or duplicated, which torch never writes")
-        if sum(m.file_size for m in members) > size:
-            raise ValueError("a member claims more bytes than the file has")
+        plain = {m.filename for m in members if not m.compress_type}
+        require(len(plain) == len(members), "its members are compressed or duplicated, which torch never writes")
+        require(sum(m.file_size for m in members) <= size, "a member claims more bytes than the file has")
         pickles = [m for m in members if m.filename.endswith("/data.pkl")]
-        if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE:
-            raise ValueError("it holds no list of tensors, or an oversized one")
+        fits = len(pickles) == 1 and pickles[0].file_size <= MAX_PICKLE
+        require(fits, "it holds no list of tensors, or an oversized one")
         _check_pickle(io.BytesIO(archive.read(pickles[0])))
-        if check_crc and archive.testzip() is not None:
-            raise ValueError("its checksums are wrong")
+        require(not check_crc or archive.testzip() is None, "its checksums are wrong")
 
 
 def _check_pickle(stream: BinaryIO) -> None:
@@ -122,14 +118,14 @@ def _check_pickle(stream: BinaryIO) -> None:
     count: Counter[str] = Counter()
     longest, before = 0, ""
     for op, arg, _ in pickletools.genops(stream):
-        is_unknown = op.name in ("GLOBAL", "STACK_GLOBAL", "INST") and arg not in _STORED_GLOBALS
-        if is_unknown or (op.name == "REDUCE" and before == "TUPLE1"):  # such a call could copy a large list
-            raise ValueError(_FOREIGN)
+        is_known = op.name not in ("GLOBAL", "STACK_GLOBAL", "INST") or arg in _STORED_GLOBALS
+        is_copy = op.name == "REDUCE" and before == "TUPLE1"  # such a call could copy a large list
+        require(is_known and not is_copy, _FOREIGN)
         longest = max(longest, len(arg) if isinstance(arg, (str, bytes)) else 0)
         count[op.name] += 1
         before = before if "PUT" in op.name else op.name
-    if count["REDUCE"] * longest > MAX_PACKED or count["BUILD"] > 256:
-        raise ValueError("it is far larger in memory than on disk")
+    fits = count["REDUCE"] * longest <= MAX_PACKED and count["BUILD"] <= 256
+    require(fits, "it is far larger in memory than on disk")
 
 
 def _check_tensors(value: object, size: int) -> None:
@@ -138,11 +134,11 @@ def _check_tensors(value: object, size: int) -> None:
     while todo:
         item = todo.pop()
         if isinstance(item, torch.Tensor):
-            if item.layout is not torch.strided or item.device.type != "cpu":
-                raise ValueError(f"it holds a {item.layout} tensor on {item.device}; only dense ones are read")
+            is_plain = item.layout is torch.strided and item.device.type == "cpu"
+            require(is_plain, f"it holds a {item.layout} tensor on {item.device}; only dense ones are read")
             stored = item.untyped_storage().nbytes()
-            if stored > size or item.numel() * item.element_size() > stored:
-                raise ValueError(f"a tensor claims the shape {one_line(list(item.shape))} and has {stored} bytes")
+            fits = item.numel() * item.element_size() <= stored <= size
+            require(fits, f"a tensor claims the shape {one_line(list(item.shape))} and has {stored} bytes")
         elif isinstance(item, (list, tuple, dict)) and id(item) not in seen:  # it may contain itself
             seen.add(id(item))
             todo += [*item, *item.values()] if isinstance(item, dict) else item

@@ -92,12 +92,10 @@ def affine(images: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
 
 
 def bilinear(images: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-    """`grid_sample` (bilinear, zeros outside, align_corners true) by gathering the four neighbours of each point.
+    """`grid_sample` of images `[N, C, H, W]` (bilinear, zeros outside, align_corners true) by gathering neighbours.
 
+    The grid is `[N, H', W', 2]`, x then y in [-1, 1].
     Used for determinism: on CUDA, the gradient of torch's `grid_sample` is summed in no fixed order.
-
-    Args:
-        images: `[N, C, H, W]`; grid: `[N, H', W', 2]`, x then y in [-1, 1].
     """
     height, width = images.shape[2:]
     x, y = (grid[..., 0] + 1) / 2 * (width - 1), (grid[..., 1] + 1) / 2 * (height - 1)

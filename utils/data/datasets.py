@@ -172,14 +172,14 @@ def load_dataset(
         else:
             source = data_path
             parts = _read_named(name, data_path, im_size or 64, download, ImageReader("--data_path", pixel_max))
-        (images, labels, images_test, labels_test), class_names, notes = parts
+        arrays, class_names, notes = parts
         spec = SPECS.get(name)
-        num_classes = spec.num_classes if spec else int(labels.max()) + 1 if len(labels) else 0
-        for holds, told in _rules(name, spec, num_classes, *parts[0]):
+        num_classes = spec.num_classes if spec else int(arrays[1].max()) + 1 if len(arrays[1]) else 0
+        for holds, told in _rules(name, spec, num_classes, arrays):
             require(holds, f"{source}: {told}")
-        images, images_test = in_full_range([images, images_test], pixel_max, str(source))
+        images, images_test = in_full_range(arrays[::2], pixel_max, str(source))
     mean, std = (spec.mean, spec.std) if spec and spec.mean else _moments(images)
-    tensors = (images, labels, images_test, labels_test)
+    tensors = (images, arrays[1], images_test, arrays[3])
     real = RealData(name, num_classes, mean, std, *tensors, None, class_names, notes, pixel_max)
     return real.whitened() if zca else real
 
@@ -188,22 +188,14 @@ Arrays = Sequence[torch.Tensor]  # training images and labels, test images and l
 Parts = tuple[Arrays, tuple[str, ...], tuple[str, ...]]  # the names of the classes, too, and lines for the log
 
 
-def _rules(
-    name: str,
-    spec: Spec | None,
-    num_classes: int,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    images_test: torch.Tensor,
-    labels_test: torch.Tensor,
-) -> Iterator[tuple[bool, str]]:
+def _rules(name: str, spec: Spec | None, num_classes: int, arrays: Arrays) -> Iterator[tuple[bool, str]]:
     """What must hold of a data set, and what to say if it does not. Each rule needs that those before it hold."""
+    images, labels, images_test, labels_test = arrays
     shape, shape_test = ("x".join(map(str, part.shape[1:])) for part in (images, images_test))
     yield shape == shape_test, f"training images are {shape} and test images {shape_test}; they must agree"
     wanted = f"{spec.channel}x{spec.side}x{spec.side}" if spec else shape
     yield shape == wanted, f"images are {shape}; {name} has {wanted}. Use --dataset npz for other data"
-    train, test = ("train", labels, images), ("test", labels_test, images_test)
-    for part, values, of in (train, test):
+    for part, values, of in (("train", labels, images), ("test", labels_test, images_test)):
         counts = f"{len(of)} {part} images and {len(values)} labels"
         yield 0 < len(values) == len(of), f"{counts}; their numbers must be equal, and not 0"
     found, found_test = (f"{int(values.min())}..{int(values.max())}" for values in (labels, labels_test))

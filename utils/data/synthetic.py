@@ -1,23 +1,12 @@
 """The synthetic set: labelled images and outliers that networks are trained on."""
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any
 
 import torch
 
 from utils.data.datasets import RealData
 from utils.data.identity import class_order, renumbered
-
-
-class OutlierMaker(Protocol):
-    """Makes outliers whenever an epoch asks for them; `utils/outliers/sources.py` has one."""
-
-    @property
-    def count(self) -> int:
-        """How many are made together."""
-
-    def make(self, generator: torch.Generator) -> torch.Tensor:
-        """New outliers, normalised `[count, C, H, W]`, sorted by class slot."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +17,7 @@ class SyntheticSet:
     labels: torch.Tensor  # int64 [num_classes·ipc], or probabilities, float32 [num_classes·ipc, num_classes]
     images_oe: torch.Tensor | None = None  # outliers, as images
     lr_net: float | None = None  # the distilled learning rate for network training
-    fresh_oe: OutlierMaker | None = None  # draws new outliers in every epoch, instead of images_oe
+    fresh_oe: Any = None  # `FreshOutliers` of utils/outliers: draws new ones in every epoch, instead of images_oe
 
     @property
     def hard_labels(self) -> torch.Tensor:

@@ -12,14 +12,11 @@ EPSILON = 0.1
 
 @dataclass(frozen=True)
 class ZCA:
-    """An affine map of flattened images that decorrelates their pixel values.
+    """An affine map of flattened images, of D = C·H·W numbers, that decorrelates their pixel values; float32."""
 
-    `mean` `[D]`, `matrix` and `inverse` `[D, D]` (symmetric), float32, with D = C·H·W.
-    """
-
-    mean: torch.Tensor
-    matrix: torch.Tensor
-    inverse: torch.Tensor
+    mean: torch.Tensor  # [D]
+    matrix: torch.Tensor  # [D, D], symmetric
+    inverse: torch.Tensor  # of the matrix
 
     def whiten(self, images: torch.Tensor) -> torch.Tensor:
         """Whiten images `[N, C, H, W]` in [0, 1]."""
@@ -51,9 +48,7 @@ def fit_zca(batches: Iterable[torch.Tensor], epsilon: float = EPSILON) -> ZCA:
 
     With the eigenvalues `s` and eigenvectors `U` of the covariance (divided by N - 1), `matrix` is
     `U diag(1 / sqrt(s + epsilon)) U'` and `inverse` is `U diag(sqrt(s + epsilon)) U'`.
-
-    Args:
-        batches: images `[n, C, H, W]` in [0, 1], all of the set.
+    The batches are images `[n, C, H, W]` in [0, 1], all of the set.
     """
     count, total, products = 0, 0.0, 0.0
     for images in batches:

@@ -15,11 +15,7 @@ def decode(images: torch.Tensor, factor: int) -> torch.Tensor:
     """Cut images into `factor × factor` parts and enlarge each to the size of the whole (IDC, ICML 2022, section 3.2).
 
     A size that `factor` does not divide is first padded with 0.5, below and on the right.
-
-    Args:
-        images: `[N, C, H, W]`.
-    Returns:
-        `[factor²·N, C, H, W]`: the upper left parts of all images, then those to their right, and so on.
+    `[N, C, H, W]` become `[factor²·N, C, H, W]`: the upper left parts of all images, those to their right, and so on.
     """
     if factor == 1:
         return images
@@ -36,11 +32,8 @@ def to_training_space(
 ) -> torch.Tensor:
     """Images as networks see those of `real`: normalised with its statistics, or whitened.
 
-    They are returned unchanged if they were made like that.
-
-    Args:
-        images: float32 `[N, C, H, W]`; space: one of `SPACES`; statistics: of the normalised space; zca: by which they
-            were whitened, if that is known.
+    They are float32 `[N, C, H, W]`, and returned unchanged if they were made like that.
+    `space` is one of `SPACES`, `statistics` are of the normalised one; `zca` whitened the images, if that is known.
     """
     if space == "zca" and (zca is None or real.zca.to("cpu").is_close(zca.mean, zca.matrix)):
         return images

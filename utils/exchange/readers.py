@@ -3,14 +3,13 @@
 import json
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from utils.core.arrays import read_npz
-from utils.core.errors import UserError, one_line, require
+from utils.core.errors import UserError, named, one_line, require
 from utils.core.files import check_file
 from utils.core.images import ImageReader, image_formats, is_content
 from utils.core.pixels import in_full_range, unit_images
@@ -131,14 +130,10 @@ def _read_folders(files: SetFiles, real: RealData) -> RawSet:
     for path in paths:
         _check_size(path, real)
     images = reader.files(paths, real.channel, real.im_size)
-    note = f"classes in the order of the folders: {_ends([folder.name for folder in folders])}"
+    note = f"classes in the order of the folders: {named([folder.name for folder in folders], 3)}"
     if real.class_names:
-        note += f"; those of --data_path: {_ends(real.class_names)}"
+        note += f"; those of --data_path: {named(real.class_names, 3)}"
     return RawSet(unit_images(images), torch.tensor(labels), note="; ".join([note, *reader.notes()]))
-
-
-def _ends(names: Sequence[str]) -> str:
-    return ", ".join(names) if len(names) < 4 else f"{names[0]}, {names[1]}, … {names[-1]}"
 
 
 def _in_order(folders: list[Path], class_names: tuple[str, ...]) -> list[Path]:

@@ -61,8 +61,8 @@ def _features(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 def with_fresh(synthetic: SyntheticSet, source: OutlierSource, num_classes: int) -> SyntheticSet:
     """The set with other outliers of `source` in every epoch, as many as it has images."""
-    per_slot = -(-len(synthetic.images) // num_classes)
-    return replace(synthetic, images_oe=None, fresh_oe=FreshOutliers(source, num_classes, per_slot))
+    fresh = FreshOutliers(source, num_classes, -(-len(synthetic.images) // num_classes))
+    return replace(synthetic, images_oe=None, fresh_oe=fresh)
 
 
 def with_corrupted_again(
