@@ -71,28 +71,19 @@ def read_pt(path: Path, what: str = "", check_crc: bool = False, mmap: bool = Fa
     """
     with blame(what):
         path = check_file(path)
+        mmap = mmap and str(path).isprintable()  # torch maps by name, and knows UTF-8 alone
         try:
-            return _read(path, check_crc, mmap and str(path).isprintable())  # torch maps by name, and knows UTF-8 alone
+            with path.open("rb") as file, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                _check_archive(file, check_crc) if file.read(2) == b"PK" else _check_old_format(file)
+                file.seek(0)
+                with torch.serialization.safe_globals(_NUMPY_SCALARS):
+                    value = torch.load(str(path) if mmap else file, map_location="cpu", weights_only=True, mmap=mmap)
+            _check_tensors(value, path.stat().st_size)
+            return value
         except Exception as error:  # a damaged file can raise any error in the reader
             reason = _FOREIGN if "Weights only load failed" in str(error) else one_line(error)
             raise UserError(f"cannot read {path}: {reason}. Write it again with the stage that makes it") from None
-
-
-def _read(path: Path, check_crc: bool, mmap: bool) -> object:
-    with path.open("rb") as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if file.read(2) == b"PK":
-            _check_archive(file, check_crc)
-        else:  # written before PyTorch 1.6: five pickles, then the values of the tensors
-            file.seek(0)
-            start = io.BytesIO(file.read(MAX_PICKLE))
-            for _ in range(5):
-                _check_pickle(start)
-        file.seek(0)
-        with torch.serialization.safe_globals(_NUMPY_SCALARS):
-            value = torch.load(str(path) if mmap else file, map_location="cpu", weights_only=True, mmap=mmap)
-    _check_tensors(value, path.stat().st_size)
-    return value
 
 
 def _check_archive(file: BinaryIO, check_crc: bool) -> None:
@@ -111,6 +102,14 @@ def _check_archive(file: BinaryIO, check_crc: bool) -> None:
         require(fits, "it holds no list of tensors, or an oversized one")
         _check_pickle(io.BytesIO(archive.read(pickles[0])))
         require(not check_crc or archive.testzip() is None, "its checksums are wrong")
+
+
+def _check_old_format(file: BinaryIO) -> None:
+    """Check a file written before PyTorch 1.6: five pickles, then the values of the tensors."""
+    file.seek(0)
+    start = io.BytesIO(file.read(MAX_PICKLE))
+    for _ in range(5):
+        _check_pickle(start)
 
 
 def _check_pickle(stream: BinaryIO) -> None:

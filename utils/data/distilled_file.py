@@ -226,9 +226,10 @@ class DistilledFile:
         is_whitened = isinstance(stored, dict) and "zca" in stored
         how = "with it; give" if is_whitened else "without it; leave out"
         require(is_whitened == (real.zca is not None), f"--zca: {self.path} was made {how} --zca")
-        is_same = not is_whitened or _is_whitening(stored["zca"], real.zca)
+        found = _whitening(stored["zca"]) if is_whitened else None
+        is_same = not is_whitened or (found and real.zca.to("cpu").is_close(found.mean, found.matrix))
         require(is_same, f"--zca: {self.path} was whitened by another data set: give {cure}")
-        is_same = isinstance(stored, dict) and all(_is_close(stored.get(n), getattr(real, n)) for n in ("mean", "std"))
+        is_same = isinstance(stored, dict) and all(is_close(stored.get(n), getattr(real, n)) for n in ("mean", "std"))
         require(
             is_same or "normalisation" not in self._content,
             f"--dataset {real.name}: {self.path} was distilled from other data: the mean and deviation stored in it "
@@ -236,12 +237,6 @@ class DistilledFile:
         )
 
 
-def _is_whitening(stored: object, zca: ZCA) -> bool:
-    """Whether a stored whitening is `zca`."""
-    found = _whitening(stored)
-    return found is not None and zca.to("cpu").is_close(found.mean, found.matrix)
-
-
-def _is_close(stored: object, known: Sequence[float]) -> bool:
+def is_close(stored: object, known: Sequence[float]) -> bool:
     """Whether stored numbers are the known ones, up to float32 rounding."""
     return _are_floats(stored) and len(stored) == len(known) and np.allclose(stored, known, rtol=1e-5, atol=0)

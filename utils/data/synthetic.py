@@ -36,14 +36,10 @@ class SyntheticSet:
         oe = None if self.images_oe is None else self.images_oe.to(device)
         return replace(self, images=self.images.to(device), labels=self.labels.to(device), images_oe=oe)
 
-    def detached_copy(self) -> "SyntheticSet":
-        """A copy that later updates do not change."""
-        oe = None if self.images_oe is None else self.images_oe.detach().clone()
-        return replace(self, images=self.images.detach().clone(), images_oe=oe)
-
     def detached_cpu(self) -> "SyntheticSet":
         """A copy on the CPU that later updates do not change."""
-        return self.detached_copy().to("cpu")
+        oe = None if self.images_oe is None else self.images_oe.detach().clone()
+        return replace(self, images=self.images.detach().clone(), images_oe=oe).to("cpu")
 
     def without_outliers(self) -> "SyntheticSet":
         """The labelled images alone."""

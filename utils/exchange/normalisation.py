@@ -1,13 +1,11 @@
 """What the numbers of distilled images mean: decoding them, checking what is assumed, and normalising them."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 
 from utils.core.errors import require
 from utils.data.datasets import RealData
-from utils.data.distilled_file import Statistics
+from utils.data.distilled_file import Statistics, is_close
 from utils.data.whitening import ZCA
 
 
@@ -37,7 +35,7 @@ def to_training_space(
     """
     if space == "zca" and (zca is None or real.zca.to("cpu").is_close(zca.mean, zca.matrix)):
         return images
-    if space == "normalised" and real.zca is None and all(map(_is_close, statistics, (real.mean, real.std))):
+    if space == "normalised" and real.zca is None and all(map(is_close, statistics, (real.mean, real.std))):
         return images
     unit = images if space == "unit" else to_unit(images, statistics, zca if space == "zca" else None)
     return real.normalize(unit.to(real.device)).cpu()
@@ -49,10 +47,6 @@ def to_unit(images: torch.Tensor, statistics: Statistics | None, zca: ZCA | None
         return zca.undo(images)
     mean, std = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in statistics)
     return images * std + mean
-
-
-def _is_close(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    return len(a) == len(b) and all(math.isclose(x, y, rel_tol=1e-5) for x, y in zip(a, b, strict=True))
 
 
 def check_possible(space: str, statistics: Statistics, real: RealData, where: str) -> None:

@@ -69,16 +69,6 @@ def speckle(images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     return (images + images * noise).clamp(0, 1)
 
 
-def average(images: torch.Tensor, partner: torch.Tensor) -> torch.Tensor:
-    """The arithmetic mean of each image and its partner (int64 `[N]`)."""
-    return (images + images[partner]) / 2
-
-
-def geometric_mean(images: torch.Tensor, partner: torch.Tensor) -> torch.Tensor:
-    """The geometric mean of each image and its partner (int64 `[N]`)."""
-    return (images * images[partner]).sqrt()
-
-
 Shape = tuple[int, ...]
 
 
@@ -98,8 +88,8 @@ CORRUPTIONS: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Te
     "rgb-ghost": (rgb_ghost, None),
     "gauss-speckle": (speckle, torch.randn),
     "uniform-speckle": (speckle, torch.rand),
-    "avg-mean": (average, _draw_partner),
-    "geo-mean": (geometric_mean, _draw_partner),
+    "avg-mean": (lambda images, partner: (images + images[partner]) / 2, _draw_partner),
+    "geo-mean": (lambda images, partner: (images * images[partner]).sqrt(), _draw_partner),
 }
 MEANS = ("avg-mean", "geo-mean")  # of two images
 

@@ -5,10 +5,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from utils.core.rng import generator
 from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet
-from utils.outliers.sources import FreshOutliers, OutlierSource, PseudoOutliers, draw_repeated, initial_outliers
+from utils.outliers.sources import FreshOutliers, OutlierSource, PseudoOutliers, draw_by_slot, initial_outliers
 from utils.training.coresets import k_center
 from utils.training.features import unit_features
 
@@ -51,8 +50,7 @@ def k_center_by_slot(
 def _candidates(source: OutlierSource, real: RealData, ipc: int, key: tuple[int, ...]) -> list[torch.Tensor]:
     """The outliers of each slot among which k-center chooses."""
     each = max(ipc, CANDIDATES // real.num_classes)
-    generators = [generator(key[0], "candidates", *key[1:], slot) for slot in range(real.num_classes)]
-    return [draw_repeated(source, slot, each, g) for slot, g in enumerate(generators)]
+    return draw_by_slot(source, real.num_classes, each, key[0], "candidates", *key[1:])
 
 
 def _features(net: nn.Module, images: torch.Tensor) -> torch.Tensor:

@@ -172,13 +172,14 @@ def draw_repeated(source: OutlierSource, slot: int, n: int, generator: torch.Gen
     return batch[torch.arange(n) % len(batch)]
 
 
-def initial_outliers(source: OutlierSource, num_slots: int, per_slot: int, seed: int, exp: int) -> torch.Tensor:
-    """The outliers that experiment `exp` of a distillation with `--init real` starts from.
+def draw_by_slot(source: OutlierSource, num_slots: int, n: int, seed: int, *key: int | str) -> list[torch.Tensor]:
+    """Exactly `n` outliers of each slot, see `draw_repeated`; their generators depend on `seed`, `key` and the slot."""
+    return [draw_repeated(source, slot, n, keyed_generator(seed, *key, slot)) for slot in range(num_slots)]
 
-    They are normalised, `[num_slots·per_slot, C, H, W]`, sorted by slot.
-    """
-    generators = [keyed_generator(seed, "match", exp, "initial", "outliers", slot) for slot in range(num_slots)]
-    return torch.cat([draw_repeated(source, slot, per_slot, g) for slot, g in enumerate(generators)])
+
+def initial_outliers(source: OutlierSource, num_slots: int, per_slot: int, seed: int, exp: int) -> torch.Tensor:
+    """The outliers that a distillation with `--init real` starts from, `[num_slots·per_slot, C, H, W]`, normalised."""
+    return torch.cat(draw_by_slot(source, num_slots, per_slot, seed, "match", exp, "initial", "outliers"))
 
 
 def load_outlier_pool(
