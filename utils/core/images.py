@@ -86,10 +86,11 @@ class ImageReader:
     Args:
         flag: the flag that names the source; it begins messages and notes. Empty where `blame` names it.
         pixel_max: the value of white in a source that uses a small part of its type's range (`--pixel_max`).
+        exact: refuse files of another size or number of channels than that which is asked for.
     """
 
-    def __init__(self, flag: str, pixel_max: int | None = None):
-        self.flag, self.pixel_max = flag, pixel_max
+    def __init__(self, flag: str, pixel_max: int | None = None, exact: bool = False):
+        self.flag, self.pixel_max, self.exact = flag, pixel_max, exact
         self.unread: Counter[str] = Counter()  # files that are no images, by suffix
         self.seen: dict[str, set[Path]] = {}  # files of which something is noted, by what
         self._peaks: set[tuple[int, int]] = set()  # of each file the brightest value, and the largest of its type
@@ -196,6 +197,9 @@ class ImageReader:
             pixels = image.width * image.height
             if pixels > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels are too many")
+            found = (image.height, image.width, 1 if image.mode in ("1", "L", "I;16", "I") else 3)
+            if self.exact and found != shape:
+                raise ValueError("it is {2}x{0}x{1}, not {5}x{3}x{4}".format(*found, *shape))
             with self._one_large if pixels > LARGE_PIXELS else nullcontext():
                 return self._fitted(self._plain(image, path, shape[2], white), path, shape)
 

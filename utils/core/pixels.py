@@ -20,8 +20,7 @@ def unit_images(images: torch.Tensor) -> torch.Tensor:
 def centre_box(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int, int, int]:
     """Top, left, height and width of the largest centred part, in whole pixels, that has the shape of `wanted`.
 
-    Args:
-        size, wanted: height and width of the image, and those that it shall have.
+    `size` is the height and width of the image, `wanted` those of another size.
     """
     (height, width), (h, w) = size, wanted
     inner_h, inner_w = min(height, max(1, round(width * h / w))), min(width, max(1, round(height * w / h)))

@@ -62,12 +62,9 @@ def read_pt(path: Path, what: str = "", check_crc: bool = False, mmap: bool = Fa
     """Load a `torch.save` file on the CPU, executing no code: dense tensors, plain values and numpy scalars only.
 
     Numpy scalars become plain numbers. The calls and allocations in the file are checked before it is loaded.
-    A `UserError` tells of a file that is missing, damaged, or holds anything else.
-
-    Args:
-        what: begins messages.
-        check_crc: compare the checksums, too, which torch does not.
-        mmap: leave tensor values on the disk until they are used.
+    A `UserError`, which `what` begins, tells of a file that is missing, damaged, or holds anything else.
+    `check_crc` compares the checksums, too, which torch does not.
+    `mmap` leaves tensor values on the disk until they are used.
     """
     with blame(what):
         path = check_file(path)

@@ -8,12 +8,11 @@ the CPU, so they are the same on every device (except DC's noise).
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 
-from utils.compute.transfer import Draw, send, send_together
+from utils.compute.transfer import Draw, send
 from utils.core.errors import require, unknown_name
 from utils.core.rng import draw_seed, noise
 
@@ -59,17 +58,12 @@ def shift(images: torch.Tensor, offset: torch.Tensor, fill: torch.Tensor | None 
 
 def cutout(images: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
     """Zero a square around `centre` (int64 `[n, 2]`, rows then columns), clipped at the border."""
-    height, width = images.shape[2:]
-    centre = send(centre, images.device)
-
-    def outside(length: int, middle: torch.Tensor) -> torch.Tensor:
-        """Whether each position along a side is outside the square, `[n, length]`."""
+    outside = []  # for each side, whether a position along it is outside the square, `[n, length]`
+    for length, middle in zip(images.shape[2:], send(centre, images.device).unbind(1), strict=True):
         side = _cutout_side(length)
-        first = middle.unsqueeze(1) - side // 2
-        position = torch.arange(length, device=images.device)
-        return (position < first) | (position >= first + side)
-
-    keep = outside(height, centre[:, 0]).unsqueeze(2) | outside(width, centre[:, 1]).unsqueeze(1)
+        position = torch.arange(length, device=images.device) - middle.unsqueeze(1) + side // 2
+        outside.append((position < 0) | (position >= side))
+    keep = outside[0].unsqueeze(2) | outside[1].unsqueeze(1)
     return images * keep.unsqueeze(1).to(images.dtype)
 
 
@@ -191,23 +185,16 @@ def apply_by_part(images: torch.Tensor, transforms: Sequence[Callable], lengths:
     The parts are consecutive, and the result has their order.
     Those with the same entry share one call: on a GPU, and for few images, the number of calls determines the time.
     """
-    entries = [t.entry if isinstance(t, Transform) else None for t in transforms]
-    if None in entries:
-        return torch.cat([t(x) for t, x in zip(transforms, images.split(list(lengths)), strict=True)])
-    distinct = list(dict.fromkeys(entries))
-    order = sorted(range(len(entries)), key=lambda part: distinct.index(entries[part]))
-    starts = [0, *accumulate(lengths)]
-    where = torch.cat([torch.arange(starts[part], starts[part + 1]) for part in order])
-    there, back = send_together([where, where.argsort()], images.device)
-    images = images[there]
-    done = []
-    for entry in distinct:
-        parts = [part for part in order if entries[part] == entry]
-        each = [(transforms[part].params, lengths[part]) for part in parts]
-        params = torch.cat([values.expand(n, *values.shape[1:]) for values, n in each])
-        done.append(Transform(entry, params)(images[: len(params)]))
-        images = images[len(params) :]
-    return torch.cat(done)[back]
+    parts = images.split(list(lengths))
+    if not all(isinstance(t, Transform) for t in transforms):
+        return torch.cat([t(x) for t, x in zip(transforms, parts, strict=True)])
+    done = {}
+    for entry in dict.fromkeys(t.entry for t in transforms):
+        which = [i for i, t in enumerate(transforms) if t.entry == entry]
+        params = [transforms[i].params.expand(lengths[i], *transforms[i].params.shape[1:]) for i in which]
+        changed = Transform(entry, torch.cat(params))(torch.cat([parts[i] for i in which]))
+        done.update(zip(which, changed.split([lengths[i] for i in which]), strict=True))
+    return torch.cat([done[i] for i in range(len(parts))])
 
 
 def apply_by_slot(images: torch.Tensor, transforms: Sequence[Callable]) -> torch.Tensor:

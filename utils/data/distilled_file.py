@@ -93,10 +93,9 @@ class DistilledFile:
     def write(
         path: Path, sets: Sequence[SyntheticSet], accs: dict[str, list[float]], real: RealData, about: dict
     ) -> None:
-        """Write the sets of all experiments so far.
+        """Write the sets of all experiments so far, their accuracies in [0, 1] by evaluation model, and the run.
 
-        Args:
-            accs: accuracies in [0, 1] by evaluation model; about: plain values that describe the run.
+        `about` has plain values that describe the run.
         """
         content: dict = {"data": [[s.images, s.hard_labels] for s in sets], "accs_all_exps": accs}
         if sets and sets[0].images_oe is not None:
@@ -130,9 +129,8 @@ class DistilledFile:
     def set(self, exp_idx: int = 0, real: RealData | None = None) -> SyntheticSet:
         """The set of one experiment; a `UserError` tells that there is none, or it is damaged or of other data.
 
-        Args:
-            real: the data set that it must match, if given: name, image shape, classes and normalisation. If the names
-                of classes are the same in another order, the set is brought into that order.
+        It must match `real`, if that is given: name, image shape, classes and normalisation.
+        If the names of classes are the same in another order, the set is brought into that order.
         """
         path, count = self.path, self.num_experiments
         require(0 <= exp_idx < count, f"--exp_idx {exp_idx}: {path} holds {count} experiments, counted from 0")

@@ -60,13 +60,8 @@ def read_torchvision(name: str, root: Path, download: bool, flag: str = "--data_
     """Training and test images (uint8 `[N, C, H, W]`), labels (int64 `[N]`) and class names of a torchvision data set.
 
     torchvision checks the MD5 sums of its downloads, and those of CIFAR's files each time before it unpickles them.
-
-    Args:
-        root: its folder; download: download missing files; flag: names the folder in messages.
-    Returns:
-        `images_train, labels_train, images_test, labels_test, class_names`; no names where torchvision has none.
-    Raises:
-        NotThere: when the set cannot be opened from `root`, and `download` is false or fails.
+    `NotThere` tells that the set cannot be opened from the folder `root`, which is that of `flag`, and `download` is
+    false or fails. The names are empty where torchvision has none.
     """
     training = {"split": "train"} if name == "SVHN" else {"train": True}
     parts = _opened(name, root, [training, _test_part(name)], download, flag, f"keys {', '.join(NPZ_KEYS)}")
@@ -75,11 +70,9 @@ def read_torchvision(name: str, root: Path, download: bool, flag: str = "--data_
 
 
 def read_torchvision_test(name: str, root: Path, download: bool, flag: str) -> torch.Tensor | Sequence:
-    """The test part of a set of `TORCHVISION_FILES`, to be an OOD set; see `read_torchvision`.
+    """The test images of a set of `TORCHVISION_FILES`, uint8 `[N, C, H, W]`, to be an OOD set; see `read_torchvision`.
 
-    Returns:
-        Its images, uint8 `[N, C, H, W]`; or, where they are files of many sizes, the data set, whose items begin with a
-        PIL image.
+    Where they are files of many sizes, it is the data set, whose items begin with a PIL image.
     """
     (part,) = _opened(name, root, [_test_part(name)], download, flag, "key test_images")
     if not hasattr(part, "data"):

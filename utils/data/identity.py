@@ -56,13 +56,10 @@ def as_trained_on(
 ) -> tuple[RealData, tuple[str, ...]]:
     """Data as networks know them: their order of classes, and the normalisation of the data that they were trained on.
 
+    `stored` is the `identity` of that data, and `what` the networks, for messages.
+    `whitening` finds that of the training, if it is stored somewhere.
     A `UserError` tells that the classes or the size of the images differ, or the whitening, which is not at hand.
-
-    Args:
-        stored: the `identity` of that data; what: the networks, for messages.
-        whitening: finds that of the training, if it is stored somewhere.
-    Returns:
-        The data, and lines for the log that say what was changed.
+    Lines for the log say what was changed.
     """
     lines = []
     order = class_order(stored.get("class_names"), real.class_names, what)

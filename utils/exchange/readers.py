@@ -11,7 +11,7 @@ import torch
 from utils.core.arrays import read_npz
 from utils.core.errors import UserError, named, one_line, require
 from utils.core.files import check_file
-from utils.core.images import ImageReader, image_formats, is_content
+from utils.core.images import ImageReader, is_content
 from utils.core.pixels import in_full_range, unit_images
 from utils.core.torch_files import PLAIN_TENSORS, read_pt
 from utils.data.datasets import SPECS, RealData
@@ -115,7 +115,7 @@ def _read_pair(files: SetFiles, real: RealData) -> RawSet:
 
 def _read_folders(files: SetFiles, real: RealData) -> RawSet:
     """A folder of images for each class: in the order of `real`'s, if it has the same names, or of numbers or names."""
-    reader = ImageReader("", real.pixel_max)
+    reader = ImageReader("", real.pixel_max, exact=True)
     folders = [p for p in files.images.iterdir() if p.is_dir() and is_content(p.name)]
     folders = _in_order(folders, real.class_names)
     told = f"{files.images} has {len(folders)} folders; --dataset has {real.num_classes} classes"
@@ -127,8 +127,6 @@ def _read_folders(files: SetFiles, real: RealData) -> RawSet:
         labels += [label] * len(images)
         told = f"{folder} has {len(images)} images; a class has some, and all at most {MAX_NAMES}"
         require(images and len(paths) <= MAX_NAMES, told)
-    for path in paths:
-        _check_size(path, real)
     images = reader.files(paths, real.channel, real.im_size)
     note = f"classes in the order of the folders: {named([folder.name for folder in folders], 3)}"
     if real.class_names:
@@ -143,19 +141,6 @@ def _in_order(folders: list[Path], class_names: tuple[str, ...]) -> list[Path]:
     parts = [re.fullmatch(r"(\D*)(\d+)", folder.name) for folder in folders]
     numbered = all(parts) and len({part[1] for part in parts}) == 1
     return sorted(folders, key=lambda p: int(re.sub(r"\D", "", p.name))) if numbered else sorted(folders)
-
-
-def _check_size(path: Path, real: RealData) -> None:
-    """Compare the size and the colours of an image file with those of `real`, without decoding it."""
-    from PIL import Image
-
-    try:
-        with Image.open(path, formats=image_formats()) as image:
-            shape = (1 if image.mode in ("1", "L", "I;16", "I") else 3, image.height, image.width)
-    except Exception:  # damaged: the reader names all such files
-        return
-    found, wanted = ("x".join(map(str, s)) for s in (shape, (real.channel, *real.im_size)))
-    require(found == wanted, f"{path} is {found}; --dataset {real.name} has {wanted}")
 
 
 def _read_kip(files: SetFiles, real: RealData) -> RawSet:

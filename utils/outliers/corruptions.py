@@ -129,14 +129,10 @@ class MixedCorruption(Draw):
 
 
 def corrupt(images: torch.Tensor, name: str, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Corrupt a batch of images.
+    """Corrupt a batch of images `[N, C, H, W]` in [0, 1], of one or three channels; they are not changed.
 
-    Args:
-        images: `[N, C, H, W]` in [0, 1], one or three channels.
-        name: one of `CORRUPTIONS`; a `UserError` tells that it is not.
-        generator: a CPU generator for random corruptions; default: torch's global one.
-    Returns:
-        Images of the same shape in [0, 1]; the input is not changed.
+    `name` is one of `CORRUPTIONS`; a `UserError` tells that it is not.
+    `generator` is on the CPU, for random corruptions; default: torch's global one.
     """
     require(name in CORRUPTIONS, unknown_name("corruption", name, CORRUPTIONS))
     return draw_corruption(name, tuple(images.shape), generator, torch.device("cpu"))(images)

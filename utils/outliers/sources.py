@@ -16,14 +16,7 @@ from utils.core.rng import generator as keyed_generator
 from utils.core.torch_files import fingerprint
 from utils.data.datasets import RealData
 from utils.data.download import TINYIMAGES, fetch_tinyimages
-from utils.outliers.corruptions import (
-    DEFAULT_CORRUPTIONS,
-    MEANS,
-    Corruption,
-    MixedCorruption,
-    draw_corruption,
-    draw_mixed,
-)
+from utils.outliers.corruptions import DEFAULT_CORRUPTIONS, MEANS, draw_corruption, draw_mixed
 
 
 def distinct(total: int, n: int, generator: torch.Generator) -> torch.Tensor:
@@ -46,7 +39,7 @@ class OutlierBatch(Draw):
     """The random part of a batch of outliers."""
 
     index: torch.Tensor  # int64, of the images that are read
-    corruption: Corruption | MixedCorruption | None = None
+    corruption: Draw | None = None  # `Corruption` or `MixedCorruption`
     count: int | None = None  # only so many of them are outliers of the batch; None: all
 
 
