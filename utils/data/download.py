@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 
@@ -49,7 +49,6 @@ _TEST_PART = {  # torchvision's arguments; those of the others: train=False
     "EMNIST": {"split": "letters", "train": False},  # letters alone: beside digits no class is known
     "Omniglot": {"background": False},
 }
-T = TypeVar("T")
 
 
 class NotThere(UserError):
@@ -118,7 +117,7 @@ def _opened(name: str, root: Path, which: Sequence[dict], download: bool, flag: 
     return parts
 
 
-def _try(make: Callable[[], T], most: int = 80) -> tuple[T | None, str]:
+def _try(make: Callable[[], Any], most: int = 80) -> tuple[Any, str]:
     """What `make` returns, or None and in at most `most` characters what is wrong."""
     try:
         return make(), ""
@@ -134,7 +133,7 @@ def _archives(name: str, root: Path) -> list[Path]:
     return [p for p in found if p.suffix in ARCHIVES and (p.parent != root or p.name in files)]
 
 
-def _fetch_into(root: Path, fetch: Callable[[Path], T]) -> T:
+def _fetch_into(root: Path, fetch: Callable[[Path], Any]) -> Any:
     """Call `fetch` with a temporary folder, move what it wrote there to `root`, and return its result."""
     made = [p for p in (root, *root.parents) if not p.exists()]
     try:

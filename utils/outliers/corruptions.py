@@ -80,16 +80,21 @@ def _draw_partner(shape: Shape, generator: torch.Generator | None) -> torch.Tens
     return partner
 
 
-# by name: how it is applied and, if it is random, what draws for images `(N, C, H, W)` the tensor that it takes beside
-CORRUPTIONS: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor] | None]] = {
-    "jigsaw": (jigsaw, None),
-    "invert": (invert, None),
-    "pixelate": (pixelate, None),
-    "rgb-ghost": (rgb_ghost, None),
-    "gauss-speckle": (speckle, torch.randn),
-    "uniform-speckle": (speckle, torch.rand),
-    "avg-mean": (lambda images, partner: (images + images[partner]) / 2, _draw_partner),
-    "geo-mean": (lambda images, partner: (images * images[partner]).sqrt(), _draw_partner),
+CORRUPTIONS: dict[str, Callable[..., torch.Tensor]] = {
+    "jigsaw": jigsaw,
+    "invert": invert,
+    "pixelate": pixelate,
+    "rgb-ghost": rgb_ghost,
+    "gauss-speckle": speckle,
+    "uniform-speckle": speckle,
+    "avg-mean": lambda images, partner: (images + images[partner]) / 2,
+    "geo-mean": lambda images, partner: (images * images[partner]).sqrt(),
+}
+DRAWS: dict[str, Callable[..., torch.Tensor]] = {  # of random ones: what they take beside images `(N, C, H, W)`
+    "gauss-speckle": torch.randn,
+    "uniform-speckle": torch.rand,
+    "avg-mean": _draw_partner,
+    "geo-mean": _draw_partner,
 }
 MEANS = ("avg-mean", "geo-mean")  # of two images
 
@@ -102,11 +107,11 @@ class Corruption(Draw):
     drawn: torch.Tensor | int | None  # its random values, if any; for noise on a GPU, the seed of what is drawn there
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        apply, draw = CORRUPTIONS[self.name]
-        if draw is None:
+        apply = CORRUPTIONS[self.name]
+        if self.drawn is None:
             return apply(images)
         if isinstance(self.drawn, int):
-            return apply(images, noise(draw, images.shape, self.drawn, images.device).to(images.dtype))
+            return apply(images, noise(DRAWS[self.name], images.shape, self.drawn, images.device).to(images.dtype))
         return apply(images, send(self.drawn, images.device))
 
 
@@ -140,7 +145,7 @@ def corrupt(images: torch.Tensor, name: str, generator: torch.Generator | None =
 
 def draw_corruption(name: str, shape: Shape, generator: torch.Generator | None, device: torch.device) -> Corruption:
     """Draw the corruption `name` (of `CORRUPTIONS`) for a batch of `shape` `[N, C, H, W]` on `device`."""
-    draw = CORRUPTIONS[name][1]
+    draw = DRAWS.get(name)
     if draw is None:
         return Corruption(name, None)
     if draw in (torch.randn, torch.rand) and device.type != "cpu":  # one number per pixel and channel
