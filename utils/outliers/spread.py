@@ -25,10 +25,7 @@ def closeness(features: torch.Tensor) -> torch.Tensor:
 def push_apart(net: nn.Module, outliers: torch.Tensor, weight: float) -> None:
     """Add `weight` times the gradient of `closeness` of all outliers, in the features of `net`, to `outliers.grad`.
 
-    Args:
-        net: a network with `embed`; its weights are not changed.
-        outliers: `[slots, ipc, C, H, W]`, with a gradient.
-        weight: 0 does nothing.
+    The outliers are `[slots, ipc, C, H, W]`. The network has `embed`; its weights are not changed.
     """
     if not weight:
         return
