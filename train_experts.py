@@ -44,7 +44,7 @@ def workload(num_experts: int, settings: ExpertSettings, real: RealData, with_ou
     epochs = len(distributed.own_share(num_experts)) * s.epochs
     images = train * (1 + s.batch_oe / s.batch if with_outliers else 1)
     steps = epochs * (batches(train, s.batch) + batches(test, TEST_BATCH))
-    return Workload(epochs * (images + test / 2), steps, "training", epochs * images)
+    return Workload(epochs * (images + test / 2), steps, "training")
 
 
 def main(args: argparse.Namespace) -> None:

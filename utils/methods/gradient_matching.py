@@ -173,7 +173,7 @@ def _build(inputs: MethodInputs) -> GradientMatching:
 def _workload(inputs: MethodInputs) -> Workload:
     settings = _settings(inputs)
     passes = image_passes(settings, inputs.real, inputs.outliers is not None)
-    return Workload(passes, iteration_steps(settings, inputs.real.num_classes), "matching", passes)
+    return Workload(passes, iteration_steps(settings, inputs.real.num_classes), "matching")
 
 
 FLAGS = (

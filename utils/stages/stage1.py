@@ -142,7 +142,6 @@ def total_workload(
         iterations * iteration.passes + trained + tested,
         iterations * iteration.steps + most * (updates + test_batches),
         iteration.kind,
-        iterations * iteration.bf16_passes + trained,
     )
 
 
