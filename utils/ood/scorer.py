@@ -46,15 +46,13 @@ class Scorer:
     ):
         self.net = net.eval()
         self.detectors: dict[str, Detector] = {name: ALL_DETECTORS[name] for name in scores}
-        if last_layer is None and hasattr(net, "embed"):
-            head_name, plain = last_layer_name(net), net.embed
+        plain = None  # images to what enters the last layer, in float32
+        if last_layer is not None:
+            self.embed = plain = partial(_entering, net, _linear(net, last_layer))
+        elif hasattr(net, "embed"):
+            last_layer, plain = last_layer_name(net), net.embed
             self.embed = partial(embed or Compute().embedding(net, batch=0), net)
-        elif last_layer is not None:
-            head_name, plain = last_layer, partial(_entering, net, _linear(net, last_layer))
-            self.embed = plain
-        else:
-            head_name, plain = None, None
-        self.model = Model(net, temperature, std, head_name, plain)
+        self.model = Model(net, temperature, std, last_layer, plain)
         # what needs no library can be used at once
         self.scores: dict[str, Score] = {n: d.make(d, self.model) for n, d in self.detectors.items() if n in SCORES}
 
@@ -85,10 +83,9 @@ class Scorer:
         self.scores = {name: detector.make(detector, self.model) for name, detector in self.detectors.items()}
         if fit is not None:
             self._fit(fit, batch)
+        inputs = self._inputs(example[:2])
         for name, score in self.scores.items():
-            self._guarded(
-                name, "does not fit this network", score, self._inputs(example[:2])[self.detectors[name].takes]
-            )
+            self._guarded(name, "does not fit this network", score, inputs[self.detectors[name].takes])
         return self
 
     @property
