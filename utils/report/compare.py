@@ -1,5 +1,6 @@
-"""Results of several stage-3 runs in one table: as markdown, CSV, LaTeX, and as a picture."""
+"""Results of several stage-3 runs in one table: as markdown, CSV, LaTeX, a picture and a web page."""
 
+import base64
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from utils.runs.lineage import args_or_nothing, sources_of
 
 STRIP = 20
 RESULTS = "results.json"
+CAPTIONS = {"reliability": "reliability of the confidence", "distilled": "the distilled set"}  # these come first
 SHOWN_OF_NETWORKS = ("accuracy", "aurc", "ece", "nll", "brier")
 
 
@@ -186,7 +188,7 @@ def latex(columns: Sequence[ComparisonColumn], rows: Sequence[ComparisonRow]) ->
     return render("compare.tex.j2", columns=columns, rows=rows, safe=lambda text: text.translate(_LATEX))
 
 
-# --- picture ---------------------------------------------------------------------------------------------------------
+# --- picture and page -------------------------------------------------------------------------------------------------
 
 
 def plot_comparison(path: Path, columns: Sequence[ComparisonColumn]) -> None:
@@ -211,3 +213,25 @@ def _strips(column: ComparisonColumn) -> list[tuple[str, torch.Tensor]]:
     networks = args_or_nothing(column.folders[0]).get("networks")
     pictures = distilled_pictures(Path(networks)) if isinstance(networks, str) else []
     return [(f"{column.name}: {title}, one per class", images[:STRIP, 0]) for title, images in pictures]
+
+
+def comparison_page(
+    columns: Sequence[ComparisonColumn], rows: Sequence[ComparisonRow], picture: Path | None, notes: Sequence[str] = ()
+) -> str:
+    """A self-contained page: tables of the networks and of each score, the picture, and each run's plots; no scripts.
+
+    Args:
+        picture: a PNG of the comparison, if there is one; notes: lines that stand above the tables.
+    """
+    scores = dict.fromkeys(row.score for row in rows)
+    return render(
+        "page.html.j2",
+        columns=columns,
+        tables={score: [row for row in rows if row.score == score] for score in scores},
+        picture=picture,
+        notes=notes,
+        plots_of=lambda folder: sorted(folder.glob("*.png"), key=lambda p: (p.stem not in CAPTIONS, p.stem)),
+        caption_of=lambda path: CAPTIONS.get(path.stem, path.stem.replace("_", " ", 1)),
+        fitted_on=lambda folder: args_or_nothing(folder).get("fitted_on"),
+        data_of=lambda path: base64.b64encode(path.read_bytes()).decode(),
+    )

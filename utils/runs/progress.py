@@ -67,9 +67,8 @@ class Progress:
         timed = self.count - self.first - 1
         if not timed:
             return ""
-        seconds = round((self.total - self.count) * (time.monotonic() - self.warm) / timed)
-        minutes, hours = seconds // 60, seconds // 3600
-        return f"left {hours}:{minutes % 60:02} h" if hours else f"left {minutes}:{seconds % 60:02} min"
+        minutes, seconds = divmod(round((self.total - self.count) * (time.monotonic() - self.warm) / timed), 60)
+        return f"left {minutes // 60}:{minutes % 60:02} h" if minutes >= 60 else f"left {minutes}:{seconds:02} min"
 
     def note(self, text: str) -> None:
         """Show `text` on the bar from now on."""

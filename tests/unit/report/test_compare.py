@@ -23,6 +23,7 @@ from utils.ood.measures import MEASURES
 from utils.report.card import measured_table
 from utils.report.compare import (
     ComparisonColumn,
+    comparison_page,
     comparison_rows,
     find_runs,
     latex,
@@ -31,7 +32,6 @@ from utils.report.compare import (
     pooled,
     table_csv,
 )
-from utils.report.page import comparison_page
 from utils.report.plots import distilled_pictures, save_score_histograms
 from utils.report.results import NETWORK_MEASURES, Results, load_results, results_csv, results_json, shared_sets
 from utils.report.study import StudyColumn, StudyRow, mean_rows, score_rows
