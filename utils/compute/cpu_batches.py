@@ -15,16 +15,11 @@ LARGEST = 2**21
 
 def convolution_outputs(net: nn.Module, image_shape: Sequence[int]) -> list[int]:
     """The number of output elements of each convolution of `net` for one image `[C, H, W]`."""
-    return [outputs for outputs, _ in convolution_sizes(net, image_shape)]
-
-
-def convolution_sizes(net: nn.Module, image_shape: Sequence[int]) -> list[tuple[int, int]]:
-    """Of each convolution of `net`, for one image `[C, H, W]`: output elements, and floating-point operations."""
     shadow = deepcopy(net).eval()
-    sizes: list[tuple[int, int]] = []
+    sizes: list[int] = []
     for module in shadow.modules():
         if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(lambda m, x, y: sizes.append((y.numel(), 2 * y.numel() * m.weight[0].numel())))
+            module.register_forward_hook(lambda module, inputs, output: sizes.append(output.numel()))
     with torch.no_grad():
         shadow(next(shadow.parameters()).new_zeros(1, *image_shape))
     return sizes

@@ -124,7 +124,6 @@ def total_workload(iteration: Workload, evaluation: EvalSettings, inputs: Method
         iterations * iteration.passes + trained + tested,
         iterations * iteration.steps + most * (updates + test_batches),
         iteration.kind,
-        iterations * iteration.bf16_passes + trained,
     )
 
 

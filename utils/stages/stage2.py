@@ -144,7 +144,7 @@ def stage2_workload(num_networks: int, settings: TrainSettings, real: RealData, 
     trained = num_networks * epochs * images * (2 if synthetic.num_outliers else 1) / distributed.world_size()
     most = batches(num_networks, distributed.world_size())  # of a process, so that all of them decide alike
     steps = most * (epochs * batches(images, settings.batch) + tests * batches(len(real.images_test), TEST_BATCH))
-    return Workload(trained + tested / 2 / distributed.world_size(), steps, "training", trained)
+    return Workload(trained + tested / 2 / distributed.world_size(), steps, "training")
 
 
 def _resumed(s: Stage2Settings, real: RealData) -> TrainingSet | None:
