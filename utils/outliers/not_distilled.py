@@ -1,4 +1,4 @@
-"""Outliers that were not distilled, the references by which distilled ones are judged; and outliers made anew."""
+"""Baseline outliers for stage 2: those that a distillation starts from, k-center, and ones made anew every epoch."""
 
 from dataclasses import replace
 
@@ -66,7 +66,7 @@ def with_fresh(synthetic: SyntheticSet, source: OutlierSource, num_classes: int)
 def with_corrupted_again(
     synthetic: SyntheticSet, real: RealData, corruptions: tuple[str, ...], mixed: bool = False
 ) -> SyntheticSet:
-    """The set whose outliers are corrupted once more, anew in every epoch, as many as it has; it keeps them, too."""
+    """The set, trained in each epoch on a fresh corruption of its outliers; the originals stay in `images_oe`."""
     source = corrupted(synthetic.images_oe, real, corruptions, mixed)
     per_slot = -(-len(synthetic.images_oe) // real.num_classes)
     return replace(synthetic, fresh_oe=FreshOutliers(source, real.num_classes, per_slot))
