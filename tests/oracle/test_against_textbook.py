@@ -312,7 +312,9 @@ def textbook_iteration(method, s):
     for outer in range(3):
         for which, (images, siamese) in enumerate(((method.image_syn, "siamese"), (method.image_oe, "siamese oe"))):
             transforms = [
-                s.dsa.draw(1, (16, 16), method.draws.generator(0, siamese, 0, outer, c)) if s.dsa else identity
+                s.augmentation.draw(1, (16, 16), method.draws.generator(0, siamese, 0, outer, c))
+                if s.augmentation
+                else identity
                 for c in range(3)
             ]
 
@@ -339,15 +341,15 @@ def textbook_epoch(method, s, g):
     synthetic = method.synthetic()
     order, order_oe = (torch.randperm(6, generator=g) for _ in range(2))
     batches = [synthetic.images[order], synthetic.images_oe[order_oe]]
-    if s.dsa:
-        batches = [textbook.augment_images(b, s.dsa.draw(6, (16, 16), g)) for b in batches]
+    if s.augmentation:
+        batches = [textbook.augment_images(b, s.augmentation.draw(6, (16, 16), g)) for b in batches]
     logits = [method.net(b) for b in batches]
     loss = nn.functional.cross_entropy(logits[0], synthetic.labels[order])
     loss = loss - s.lambda_oe * logits[1].log_softmax(1).mean(1).mean()
     grads = torch.autograd.grad(loss, list(method.net.parameters()))
     with torch.no_grad():
         for p, grad in zip(method.net.parameters(), grads, strict=True):
-            p -= s.lr_net * grad
+            p -= 0.01 * grad
 
 
 @pytest.fixture
