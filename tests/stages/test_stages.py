@@ -251,7 +251,7 @@ def test_each_stage_prints_the_line_of_the_next(kind, in_process, tmp_path):
     assert found.items() >= expected.items()
     assert "| mean " in out
     assert all(json.loads(p.read_text())["finished"] for p in tmp_path.rglob("args.json"))
-    assert f"--load_path one --folder {folder.name}" in in_process(KINDS[kind][0], "--resume", folder)
+    assert f"--folder {folder.name} --load_path one" in in_process(KINDS[kind][0], "--resume", folder)
 
 
 def test_a_printed_line_calls_the_scripts_as_this_one_was_called(monkeypatch):

@@ -122,7 +122,7 @@ def _outliers(
     with blame("--distilled_oe"):
         content = read_pt(Path(paths[0])) if len(paths) == 1 and paths[0].endswith(".pt") else None
         if not isinstance(content, torch.Tensor):
-            of_images = replace(assumed, format=None, soft_labels=None, temperature=None)
+            of_images = replace(assumed, distilled_format=None, soft_labels=None, label_temperature=None)
             found = read_distilled(paths, real, of_images, exp_idx, flag="--distilled_oe")
             synthetic = found.synthetic
             images = synthetic.images if synthetic.images_oe is None else synthetic.images_oe

@@ -187,7 +187,9 @@ class OODSource:
     def _is_in_distribution(self, path: Path) -> bool:
         """Whether a file or folder is, holds, or lies in what is read of `--data_path`."""
         parts = [self.data_path / part for part in ("train", "test", "val")]
-        own = {"npz": [self.data_path], "ImageFolder": parts}.get(self.real.name, [])  # others: one set of several
+        own = {"npz": [self.data_path] * self.data_path.is_file(), "ImageFolder": parts}.get(
+            self.real.name, []
+        )  # others: one set of several
         pairs = [(path.resolve(), place.resolve()) for place in own]
         return any(a.is_relative_to(b) or b.is_relative_to(a) for a, b in pairs)
 
