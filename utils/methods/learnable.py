@@ -19,6 +19,7 @@ from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.augment import DSA, Transform
 from utils.data.datasets import RealData
+from utils.data.parts import encode
 from utils.data.synthetic import SyntheticSet
 from utils.methods.method import MatchingSettings, MethodInputs
 from utils.outliers.not_distilled import k_center_by_slot
@@ -88,7 +89,7 @@ class LearnableSet:
     def start(self, exp: int) -> None:
         """Initialise the images (and outliers) of experiment `exp`."""
         if self.settings.init == "real" and not self.initial:
-            check_class_sizes(self.real, self.outliers, self.settings.ipc)
+            check_class_sizes(self.real, self.outliers, self.settings.decoded_ipc)
         images = self._initial(exp, "images", lambda slot, n, g: self.real.train_batch(self.real.choose(slot, n, g)))
         self._set_images(exp, images, None if self.outliers is None else self._initial_outliers(exp, images))
 
@@ -97,9 +98,10 @@ class LearnableSet:
         if s.init_oe == "kcenter":
             outliers = torch.zeros_like(images)
             if distributed.is_main():
-                labelled = SyntheticSet(images.flatten(0, 1), self.labels)
+                labelled = SyntheticSet(images.flatten(0, 1), self.labels, factor=s.factor).decoded()
                 net = start_network(s.model, self.augmentation, labelled, self.real, s.seed)
-                outliers = k_center_by_slot(self.outliers, self.real, s.ipc, (s.seed, exp), net)
+                chosen = k_center_by_slot(self.outliers, self.real, s.decoded_ipc, (s.seed, exp), net)
+                outliers = torch.stack([encode(of_slot, s.factor) for of_slot in chosen])
             distributed.broadcast_(outliers)  # a network that is trained elsewhere may choose others
             return outliers
         return self._initial(exp, "outliers", lambda slot, n, g: draw_repeated(self.outliers, slot, n, g))
@@ -116,7 +118,7 @@ class LearnableSet:
             if self.settings.init == "noise":
                 slots.append(torch.randn(self.shape[1:], generator=g).to(self.device))
                 continue
-            slots.append(draw(slot, self.settings.ipc, g))
+            slots.append(encode(draw(slot, self.settings.decoded_ipc, g), self.settings.factor))
         return torch.stack(slots)
 
     def _set_images(self, exp: int, images: torch.Tensor, outliers: torch.Tensor | None) -> None:
@@ -135,7 +137,7 @@ class LearnableSet:
         if self.pool is None:
             initialize(net, g)
         else:
-            net.load_state_dict(self.pool.next_network(self.exp, it, self.synthetic()))
+            net.load_state_dict(self.pool.next_network(self.exp, it, self.synthetic().decoded()))
 
     def update_images(self) -> None:
         """Move the images along their gradient."""
@@ -153,7 +155,7 @@ class LearnableSet:
     def synthetic(self) -> SyntheticSet:
         """The current synthetic set (views of the images that later iterations update)."""
         oe = None if self.image_oe is None else self.image_oe.detach().flatten(0, 1)
-        return SyntheticSet(self.image_syn.detach().flatten(0, 1), self.labels, oe)
+        return SyntheticSet(self.image_syn.detach().flatten(0, 1), self.labels, oe, factor=self.settings.factor)
 
     def state_dict(self) -> dict:
         """Copies of the images, the outliers, their optimisers and the pool: all state that later iterations need."""
@@ -283,6 +285,7 @@ class IterationDraws:
         if outer == self.outer_loop - 1 or not distributed.is_main():
             return []
         g = self.generator(exp, "inner", it, outer)
+        synthetic = synthetic.decoded()
         return [draw_epoch(synthetic, self.settings.batch_train, self.dsa, g) for _ in range(self.inner_loop)]
 
 

@@ -39,6 +39,13 @@ class Distillation(Settings):
     Iteration: int = flag(1000, "updates of the synthetic images", count(0), often=True)
     eval_interval: int = flag(500, "updates between two evaluations; the last update is always evaluated", count(1))
     lr_img: float = flag(0.1, "learning rate of the synthetic images", number(0, exclusive=True))
+    factor: int = flag(
+        1,
+        "images in parts: each stored image holds factor x factor smaller ones, which are enlarged, so that networks "
+        "train on factor² times --ipc images per class",
+        count(1),
+        often=True,
+    )
     batch_real: int = flag(256, "real images per class and step; lower it when memory is short", count(1))
     init: str = flag(
         "noise",
@@ -103,6 +110,11 @@ class Distilling(
     }
 
     outliers: str = "none"  # the script decides it: none, oe or poe
+
+    @property
+    def decoded_ipc(self) -> int:
+        """Images per class that networks see."""
+        return self.ipc * self.factor**2
 
 
 def source_of(s: Distilling | ExpertSettings, real: RealData) -> OutlierSource | None:

@@ -178,7 +178,7 @@ class Distillation:
             if self.checkpointer.late():
                 self.save()
 
-        self.evaluator.evaluate(self.method.synthetic(), state.exp, state.iteration, state.measures, after_network)
+        self.evaluator.evaluate(self.method.synthetic().decoded(), state.exp, state.iteration, state.measures, after_network)
         for model, networks in state.measures.items():
             measures = {name: [m[name] for m in networks.values()] for name in next(iter(networks.values()))}
             what = f"{len(networks)} networks, {self.evaluator.settings.training[model].epochs} epochs"
@@ -229,7 +229,8 @@ class Distillation:
     def _restore(self, content: dict) -> None:
         real, labels = self.evaluator.real, self.method.labels.cpu()
         images = torch.empty(len(labels), real.channel, *real.im_size)
-        example = SyntheticSet(images, labels, None if self.method.outliers is None else images)
+        outliers = None if self.method.outliers is None else images
+        example = SyntheticSet(images, labels, outliers, factor=self.settings.factor)
         s = self.settings
         self.state = DistillState.from_dict(content, s.num_exp, s.Iteration, self.evaluator.models, example)
         if self.state.method is not None:

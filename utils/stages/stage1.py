@@ -47,7 +47,7 @@ def run_stage1(settings: Stage1Settings) -> None:
     training = {model: training_of(s, model, augmentation) for model in models}
     outliers = source_of(s, real)
     if s.init == "real" and not s.load_path and not s.resume:
-        check_class_sizes(real, outliers, s.ipc)
+        check_class_sizes(real, outliers, s.decoded_ipc)
     start = [] if s.resume else _start(s, real)
     evaluation = EvalSettings(s.num_eval, training, s.seed, _ood_images(s, real))
     inputs = MethodInputs(real, outliers, s, augmentation, initial=start)
@@ -110,14 +110,14 @@ def _choose_compute(inputs: MethodInputs, evaluation: EvalSettings) -> Compute:
 def total_workload(iteration: Workload, evaluation: EvalSettings, inputs: MethodInputs) -> Workload:
     """The work of a whole run in this process, from that of one iteration; a tested image counts half a pass."""
     s, real = inputs.settings, inputs.real
-    per_epoch = (1 if inputs.outliers is None else 2) * real.num_classes * s.ipc
+    per_epoch = (1 if inputs.outliers is None else 2) * real.num_classes * s.decoded_ipc
     times = 1 if s.evaluates_only_the_last else 1 + -(-s.Iteration // s.eval_interval)
     networks = s.num_exp * times * evaluation.num_networks / distributed.world_size()
     trained = networks * sum(t.epochs for t in evaluation.training.values()) * per_epoch
     sizes = [len(real.images_test), *map(len, evaluation.ood.values())]
     tested = networks * len(evaluation.training) * sum(sizes) / 2
     iterations = s.num_exp * s.Iteration
-    updates = sum(t.epochs * batches(real.num_classes * s.ipc, t.batch) for t in evaluation.training.values())
+    updates = sum(t.epochs * batches(real.num_classes * s.decoded_ipc, t.batch) for t in evaluation.training.values())
     test_batches = len(evaluation.training) * sum(batches(size, TEST_BATCH) for size in sizes)
     most = s.num_exp * times * batches(evaluation.num_networks, distributed.world_size())  # so that all decide alike
     return Workload(
