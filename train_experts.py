@@ -32,7 +32,7 @@ def workload(s: ExpertSettings, real: RealData) -> Workload:
     epochs = len(distributed.own_share(s.num_experts)) * s.train_epochs
     images = train * (1 if s.outliers == "none" else 1 + s.batch_oe / s.batch_train)
     steps = epochs * (batches(train, s.batch_train) + batches(test, TEST_BATCH))
-    return Workload(epochs * (images + test / 2), steps, "training", epochs * images)
+    return Workload(epochs * (images + test / 2), steps, "training")
 
 
 def main(settings: ExpertSettings) -> None:

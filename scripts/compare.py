@@ -17,6 +17,7 @@ from utils.ood.measures import MEASURES
 from utils.report.compare import (
     ComparisonColumn,
     ComparisonRow,
+    comparison_page,
     comparison_rows,
     find_runs,
     latex,
@@ -25,7 +26,6 @@ from utils.report.compare import (
     plot_comparison,
     table_csv,
 )
-from utils.report.page import comparison_page
 from utils.settings.parser import Parser, one_of
 
 

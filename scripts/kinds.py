@@ -6,7 +6,9 @@ from utils.core.errors import UserError, unknown_name
 
 DISTILLED = {"plain": "none", "oe": "distilled (OE)", "poe": "distilled"}  # images; how their own outliers are shown
 REAL = {"random": "random", "herding": "herding", "kcenter": "k-center", "whole": "whole training set"}
-OTHERS = ("initial", "kcenter", "corrupt", "real", "none")  # outliers that were not distilled, as --outliers
+# outliers that were not distilled, as --outliers, and how they are shown
+OTHERS = {"initial": "start", "kcenter": "k-center", "corrupt": "on the fly", "real": "real", "none": "none"}
+SHOWN = {"distilled": "distilled", **OTHERS}
 
 
 @dataclass(frozen=True)
@@ -18,15 +20,15 @@ class Kind:
     again: bool = False  # whether the outliers are corrupted again in every epoch
 
     def title(self, prefix: str = "") -> str:
-        """How tables show it, e.g. `DSA, distilled` or `random, corrupt`; `prefix` stands for distilled images."""
+        """How tables show it, e.g. `DSA, distilled` or `random, on the fly`; `prefix` stands for distilled images."""
         more = ", corrupted again" if self.again else ""
         if self.images in REAL:  # the same images, whatever was distilled beside them
-            return f"{REAL[self.images]}, {self.outliers}{more}"
+            return f"{REAL[self.images]}, {SHOWN[self.outliers]}{more}"
         shown = DISTILLED[self.images]
         if self.outliers == "none" != shown:
             shown = f"none ({self.images} images)"
         elif self.outliers not in ("none", "distilled"):
-            shown = self.outliers + {"oe": " (OE)", "plain": " (plain images)", "poe": ""}[self.images]
+            shown = SHOWN[self.outliers] + {"oe": " (OE)", "plain": " (plain images)", "poe": ""}[self.images]
         return f"{prefix or 'distilled images'}, {shown}{more}"
 
 

@@ -1,11 +1,14 @@
 """Shared fixtures: small data, and scripts run as users run them."""
 
 import importlib
+import json
 import os
 import shutil
+import socket
 import struct
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,7 @@ from utils.methods import MethodInputs  # noqa: E402
 
 DEVICE = torch.device(os.environ.get("TRUSTDD_TEST_DEVICE", "cpu"))  # scripts/dev/gpu_check.sh sets cuda
 COMPILED = Compute(compiled=True, on_cuda=DEVICE.type == "cuda")
+LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler on a CPU"
 )
@@ -97,15 +101,98 @@ def whole_and_resumed(make, stop: int, end: int) -> tuple:
     return whole, second
 
 
+class Fork:
+    """A process that `fork_server.py` has forked."""
+
+    def __init__(self, place: Path, streams: list[int], **request: object):
+        data = json.dumps(request).encode()
+        server = socket.socket(socket.AF_UNIX)
+        server.connect(str(place))
+        socket.send_fds(server, [len(data).to_bytes(8, "big")], streams)
+        server.sendall(data)
+        server.settimeout(300)
+        self.answers = server.makefile()
+        server.close()  # the file keeps the connection
+        self.pid = int(self.answers.readline())
+
+    def wait(self) -> int:
+        """Its exit code, once it has ended."""
+        with self.answers:
+            return int(self.answers.readline())
+
+
+class ForkServer:
+    """Starts scripts as processes that need not import anything.
+
+    `python` is an executable that does so; it stands in for Python wherever a command names that.
+    """
+
+    def __init__(self, folder: Path):
+        self.place, self.python = folder / "socket", str(folder / "python")
+        source = (ROOT / "tests" / "fork_client.py").read_text()
+        Path(self.python).write_text(f"#!{sys.executable} -IS\n{source}")
+        Path(self.python).chmod(0o755)
+        command = [sys.executable, str(ROOT / "tests" / "fork_server.py"), str(self.place)]
+        pipe, env = subprocess.PIPE, os.environ | {"OMP_NUM_THREADS": "1"}
+        self.server = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env)
+        assert self.server.stdout.readline() == "ready\n"
+
+    def start(self, words, cwd: Path, log: Path, environment=None, **more: object) -> Fork:
+        """Start a script with its flags, which prints to `log`; the process is the one that the server forks."""
+        environment = {**os.environ, **(environment or {})}
+        with open(log, "ab") as out, open(os.devnull) as nothing:
+            streams = [nothing.fileno(), out.fileno(), out.fileno()]
+            words = list(map(str, words))
+            return Fork(self.place, streams, words=words, cwd=str(cwd), environment=environment, **more)
+
+    def close(self) -> None:
+        self.server.stdin.close()
+        self.server.wait(timeout=60)
+
+
+@pytest.fixture(scope="session")
+def forks():
+    with tempfile.TemporaryDirectory() as folder:  # a socket's name is short
+        server = ForkServer(Path(folder))
+        yield server
+        server.close()
+
+
+@pytest.fixture(scope="session")
+def torchrun(forks):
+    """Start a script in a folder with several processes."""
+
+    def start(folder: Path, processes: int, script: object, *flags: object) -> subprocess.Popen:
+        command = [forks.python, *map(str, [*LAUNCHER, processes, ROOT / script, *flags])]
+        env, pipe = os.environ | {"OMP_NUM_THREADS": "1"}, subprocess.PIPE
+        return subprocess.Popen(command, cwd=folder, stdout=pipe, stderr=pipe, text=True, env=env)
+
+    return start
+
+
 @pytest.fixture
-def script(tmp_path):
+def script(tmp_path, forks):
     """Run a script of the project in `tmp_path`, as from a shell; returns the completed process."""
 
     def run(name: str, *flags: object, **kwargs) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(ROOT / name), *map(str, flags)]
+        command = [forks.python, str(ROOT / name), *map(str, flags)]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, **kwargs)
 
     return run
+
+
+@pytest.fixture
+def program(tmp_path, forks):
+    """The command that runs lines of Python, which may import the project, in a process that has imported torch."""
+
+    def command(code: str, *words: object) -> list[str]:
+        folder = tmp_path.with_name(f"{tmp_path.name}-program")
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{len([*folder.iterdir()])}.py"
+        path.write_text(code)
+        return [forks.python, str(path), *map(str, words)]
+
+    return command
 
 
 @pytest.fixture

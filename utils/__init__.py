@@ -2,8 +2,7 @@
 
 import os
 
-# A thread of OpenMP that waits for the others keeps its core busy for a while before it sleeps. The 300,000 turns that
-# GNU OpenMP takes by default make two runs on one machine wait for each other's waiting (docs/performance.md). It reads
-# the number when torch is imported, and the scripts import utils before.
+# GNU OpenMP spins 300,000 times before a waiting thread sleeps. Two runs on one machine then take each other's cores
+# (docs/performance.md). The number is read when torch is imported, so the scripts import utils before it.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -30,7 +30,7 @@ from scripts.tables import check_inputs
 from utils.core.errors import UserError, one_line, unknown_name
 from utils.core.run_script import run_script
 from utils.settings.arguments import Stage1Settings
-from utils.settings.fields import Settings, as_words
+from utils.settings.fields import Settings
 from utils.settings.parser import Parser, count
 
 HERE = Path(__file__).resolve().parent
@@ -259,7 +259,8 @@ class Table:
         return [w for name, words in values.items() for w in (f"--{name}", *([] if words == ["true"] else words))]
 
     def _stage(self, script: str, flags: Sequence[str], folder: Path, *before: Stage, shares: str = "") -> Stage:
-        return Stage((script, *as_words(_parsed(script, tuple(flags)))), folder, before, shares)
+        _parsed(script, tuple(flags))
+        return Stage((script, *flags), folder, before, shares)
 
 
 @cache

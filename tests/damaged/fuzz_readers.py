@@ -44,6 +44,7 @@ from utils.outliers.sources import PseudoOutliers
 from utils.runs.checkpoints import Checkpointer
 from utils.runs.run_folder import RunFolder
 from utils.settings.arguments import Stage1Settings
+from utils.settings.fields import as_dict
 from utils.stages.evaluation import EvalSettings, Evaluator
 from utils.stages.loop import Distillation
 from utils.training.saved_networks import load_trained
@@ -166,7 +167,6 @@ def _one_small_run() -> Distillation:
 def _checkpoints(real: RealData) -> list[bytes]:
     with tempfile.TemporaryDirectory() as folder:
         run = _small_run(Path(folder), real)
-        run.run.log_file_only = lambda message: None
         run.state.measures = {"MLP": {0: {"accuracy": 0.5}}}
         run.method.start(0)
         run.method.iterate(0)
@@ -185,7 +185,7 @@ def _read_checkpoint(path: Path, real: RealData) -> None:
 
 
 def _arguments(real: RealData) -> list[bytes]:
-    flags = {k: v for k, v in vars(main_poe.get_args_parser().parse_args([])).items() if k != "resume"}
+    flags = {k: v for k, v in as_dict(main_poe.get_args_parser().parse_args([])).items() if k != "resume"}
     return [json.dumps({"script": "main_poe.py", "flags": flags}, indent=60).encode()]
 
 

@@ -17,8 +17,7 @@ from scripts import textbook
 from tests.oracle.plain_methods import PlainMatching
 from utils.compute import compiling, transfer
 from utils.compute.compiling import Workload
-from utils.compute.cpu_batches import convolution_sizes
-from utils.compute.device import Compute, bf16_advice, choose_compute, set_precision
+from utils.compute.device import Compute, choose_compute, set_precision
 from utils.compute.transfer import packed, tensors_of, with_tensors
 from utils.core.rng import generator
 from utils.data import augment, datasets
@@ -313,7 +312,9 @@ def textbook_iteration(method, s):
     for outer in range(3):
         for which, (images, siamese) in enumerate(((method.image_syn, "siamese"), (method.image_oe, "siamese oe"))):
             transforms = [
-                s.dsa.draw(1, (16, 16), method.draws.generator(0, siamese, 0, outer, c)) if s.dsa else identity
+                s.augmentation.draw(1, (16, 16), method.draws.generator(0, siamese, 0, outer, c))
+                if s.augmentation
+                else identity
                 for c in range(3)
             ]
 
@@ -340,15 +341,15 @@ def textbook_epoch(method, s, g):
     synthetic = method.synthetic()
     order, order_oe = (torch.randperm(6, generator=g) for _ in range(2))
     batches = [synthetic.images[order], synthetic.images_oe[order_oe]]
-    if s.dsa:
-        batches = [textbook.augment_images(b, s.dsa.draw(6, (16, 16), g)) for b in batches]
+    if s.augmentation:
+        batches = [textbook.augment_images(b, s.augmentation.draw(6, (16, 16), g)) for b in batches]
     logits = [method.net(b) for b in batches]
     loss = nn.functional.cross_entropy(logits[0], synthetic.labels[order])
     loss = loss - s.lambda_oe * logits[1].log_softmax(1).mean(1).mean()
     grads = torch.autograd.grad(loss, list(method.net.parameters()))
     with torch.no_grad():
         for p, grad in zip(method.net.parameters(), grads, strict=True):
-            p -= s.lr_net * grad
+            p -= 0.01 * grad
 
 
 @pytest.fixture
@@ -375,36 +376,23 @@ def test_bf16_needs_a_processor_that_has_it(processor, flags, has):
 
 
 @pytest.mark.parametrize(
-    ("flags", "precision", "model", "hours", "told"),
+    ("flags", "precision", "model", "kind", "told"),
     [
-        ("avx512_bf16", "tf32", "ConvNetW32", 2, True),
-        ("avx512_bf16", "tf32", "ConvNetW32", 0.05, False),
-        ("avx512_bf16", "tf32", "ConvNetNP", 10, False),  # it is not compiled
-        ("avx512_bf16", "fp32", "ConvNetW32", 10, False),  # the user's own choice
-        ("avx512_bf16", "bf16", "ConvNetW32", 10, False),
-        ("avx2", "tf32", "ConvNetW32", 10, False),
+        ("avx512_bf16", "tf32", "ConvNetW32", "training", True),
+        ("avx512_bf16", "tf32", "ConvNetW32", "testing", False),
+        ("avx512_bf16", "tf32", "ConvNetNP", "training", False),  # it is not compiled
+        ("avx512_bf16", "fp32", "ConvNetW32", "training", False),  # the user's own choice
+        ("avx512_bf16", "bf16", "ConvNetW32", "training", False),
+        ("avx2", "tf32", "ConvNetW32", "training", False),
     ],
 )
-def test_a_long_run_is_told_what_bf16_would_save(monkeypatch, processor, flags, precision, model, hours, told):
-    """Minutes, in proportion to the run."""
+def test_a_long_run_is_told_that_bf16_would_be_faster(monkeypatch, processor, flags, precision, model, kind, told):
     processor(flags)
-    monkeypatch.setattr(compiling, "COMPILERS", ("true",))
-    monkeypatch.setattr(compiling, "compiler_failure", lambda compiler: "")
+    monkeypatch.setattr(compiling, "compiler_failure", lambda: "")
     net = get_network(model, 3, 10, (32, 32))
-
-    def line(passes):
-        work = Workload(passes, 1, "training", passes)
-        return str(choose_compute("auto", precision, torch.device("cpu"), net, (3, 32, 32), work))
-
-    passes = int(hours * 3600 * torch.get_num_threads() / 0.0005)  # a pass of ConvNetW32 takes about half a millisecond
-    found = re.search(r"--precision bf16 would save about (\d+) min", line(passes))
-    assert bool(found) == told
-    if told:
-        twice = re.search(r"about (\d+) min", line(2 * passes))
-        assert int(twice[1]) == pytest.approx(2 * int(found[1]), abs=2)
-        assert 0 < int(found[1]) < 60 * hours
-        assert int(re.search(r"about (\d+) h", line(20 * passes))[1]) == pytest.approx(20 * int(found[1]) / 60, abs=1)
-    assert bf16_advice(get_network("MLP", 3, 10, (32, 32)), (3, 32, 32), Workload(0, 1, "training", 1e15)) == ""
+    work = Workload(1e12, 1, kind)
+    line = str(choose_compute("auto", precision, torch.device("cpu"), net, (3, 32, 32), work))
+    assert ("--precision bf16 would be faster" in line) == told
 
 
 def test_bf16_is_near_and_matching_stays_in_float32():
@@ -429,12 +417,6 @@ def test_compiled_training_equals_eager(tiny_real, monkeypatch):
     outs = [trainer.predict(tiny_real.test_images) for trainer in trainers]
     assert outs[0].shape == (6, 3)
     torch.testing.assert_close(*outs, atol=1e-3, rtol=1e-3)
-
-
-def test_flops_by_hand():
-    """ConvNetD1 on 8x8: 2 · 128·9 multiply-adds for each of 64 pixels in its one convolution."""
-    net = get_network("ConvNetD1", 1, 10, (8, 8), generator(0))
-    assert convolution_sizes(net, (1, 8, 8)) == [(128 * 64, 2 * 128 * 9 * 64)]
 
 
 def test_what_is_drawn_together_is_what_is_drawn_apart(tiny_real):

@@ -44,7 +44,7 @@ def by_hand(method, it):
                 order = torch.randperm(len(real.class_indices[slot]), generator=g)[: s.batch_real]
                 batch = real.train_batch(real.class_indices[slot][order])
             siamese = generator(s.seed, "match", 0, f"siamese{what}", it, 0, slot)
-            transform = s.dsa.draw(1, real.im_size, siamese) if s.dsa else identity
+            transform = s.augmentation.draw(1, real.im_size, siamese) if s.augmentation else identity
             reals.append(augment_images(batch.double(), transform))
             synthetics.append(augment_images(leaf[slot], transform))
         if method.has_batchnorm:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import named
+from conftest import made, named
 
 from networks import get_network
 from utils.core.rng import generator
@@ -55,7 +55,7 @@ def test_a_spread_keeps_outliers_apart_and_leaves_images(tiny_real, kind):
     found = []
     for weight in (0.0, 1000.0):
         settings = replace(SETTINGS, spread_oe=weight)
-        method = kind(tiny_real, PseudoOutliers(tiny_real), settings)
+        method = made(kind, tiny_real, PseudoOutliers(tiny_real), settings)
         method.start(0)
         for it in range(5):
             method.iterate(it)
@@ -70,7 +70,7 @@ def test_a_spread_keeps_outliers_apart_and_leaves_images(tiny_real, kind):
 @pytest.mark.parametrize(
     ("name", "flags", "message"),
     [
-        ("main.py", ["--method", "DM", "--spread_oe", 1], "--spread_oe 1.0: main.py distils no outliers"),
+        ("main.py", ["--method", "DM", "--spread_oe", 1], "--spread_oe: main.py distils no outliers"),
         ("main_poe.py", ["--method", "MTT", "--spread_oe", 1], "--spread_oe: --method MTT does not use it"),
         ("main_poe.py", ["--method", "DC", "--spread_oe", -1], "--spread_oe"),
     ],

@@ -243,7 +243,7 @@ def train(real, folder, settings, outliers, num=1):
     net = get_network("ConvNetD1", 3, 3, (16, 16)).to(dtype if dtype.is_floating_point else torch.float32)
     run = open_expert_run(folder, describe(real, "ConvNetD1", outliers))
     ExpertTraining(net, real, outliers, replace(settings, num_experts=num), Compute(), run).train_all()
-    run.lock.file.close()
+    run.lock.close()
 
 
 @pytest.mark.parametrize("with_outliers", [True, False])
@@ -302,7 +302,7 @@ def test_a_killed_training_resumes_with_the_same_bits(tiny_real, tmp_path, monke
 
 def test_epochs_that_older_code_left_are_refused(tiny_real, tmp_path):
     """They hold the momentum alone."""
-    open_expert_run(tmp_path, describe(tiny_real, "ConvNetD1", None)).lock.file.close()
+    open_expert_run(tmp_path, describe(tiny_real, "ConvNetD1", None)).lock.close()
     (tmp_path / "unfinished_expert_0").mkdir()
     net = tiny_real.network("ConvNetD1", generator(0)).state_dict()
     for epoch in range(2):
@@ -530,7 +530,7 @@ def test_the_command_that_makes_the_experts_is_whole(refused):
     flags = [*STAGE1, "--corruptions", "invert", "--lambda_oe", 3, "--max_start_epoch", 60]
     words = shlex.split(refused("main_poe.py", *flags, "--buffer_path", "a b").split("make them: ")[1])
     args = train_experts.get_args_parser().parse_args(words[2:])
-    assert (args.outliers, args.corruptions, args.lambda_oe) == ("poe", ["invert"], 3)
+    assert (args.outliers, args.corruptions, args.lambda_oe) == ("poe", ("invert",), 3)
     assert (args.train_epochs, args.buffer_path, args.seed) == (61, "a b", 2)
 
 
@@ -563,7 +563,7 @@ def test_experts_that_saw_stronger_outliers(in_process, refused, tmp_path):
 def test_a_method_without_recipes(monkeypatch):
     monkeypatch.setitem(METHODS, "mine", MethodEntry("mine", "", None, None, unused=("outlier_recipe",)))
     args = main_poe.get_args_parser().parse_args(["--method", "mine"])
-    assert args.outlier_recipe is None
+    assert args.outlier_recipe == "published"
 
 
 def test_experts_without_a_description(in_process, refused, tmp_path):

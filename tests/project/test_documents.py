@@ -187,7 +187,7 @@ def test_a_corruption_is_added_as_the_readme_says(monkeypatch, tiny_real):
     expected = torch.from_numpy(images.numpy()[:, :, ::-1].copy())
     assert torch.equal(corruptions.corrupt(images, name), expected)
     args = main_poe.get_args_parser().parse_args(["--dataset", "Digits", "--corruptions", "invert", name])
-    assert args.corruptions == ["invert", name]
+    assert args.corruptions == ("invert", name)
     for names, mixed, slot in ((args.corruptions, False, 1), ([name], True, 0), ([name], False, 0)):
         batch = PseudoOutliers(tiny_real, tuple(names), mixed).draw(slot, 5, generator(1))
         distance = (batch[:, None] - tiny_real.normalize(expected)).abs().amax((2, 3, 4))

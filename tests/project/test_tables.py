@@ -6,7 +6,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -216,7 +215,7 @@ def test_further_detectors(run):
     kinds = ("digits", "--ipc", 2, "--seeds", 1, "--kinds", "plain", "poe", "whole", "--set", "stage3.compile=off")
     _, commands = run(*kinds, "--detectors", "knn", "tscaling", "react")
     again = [parsed(words) for words in commands if "/fit-" in " ".join(words)]
-    scores = {"distilled": ["knn", "react"], "real": ["knn", "tscaling", "react"]}
+    scores = {"distilled": ("knn", "react"), "real": ("knn", "tscaling", "react")}
     expected = [(fit, kind) for fit in ("distilled", "real") for kind in ("plain", "poe")]
     for args, (fit, kind) in zip(again, expected, strict=True):
         assert (args.score, args.fit_on, args.compile) == (scores[fit], fit, "off")
@@ -333,7 +332,7 @@ def test_rows_of_baselines_and_of_outliers_that_are_not_distilled(run):
     rows = {}
     for args in args_of(commands, "train_model_synthetic_oe.py", "train_model_synthetic_no_oe.py"):
         *_, ipc, kind, _, _ = args.save_path.split("/")
-        args = vars(args) | {"oe_data_path": bool(getattr(args, "oe_data_path", None))}
+        args = vars(args) | {"oe_data_path": bool(args.oe_data_path)}
         names = ("train_on", "outliers", "corrupt_again", "oe_data_path", "epoch_eval_train", "load_path")
         rows[ipc, kind] = tuple(args.get(name) for name in names)
     source = {images: f"out/ipc2/{images}/seed4/1-distilled" for images in ("poe", "oe", "plain")}
@@ -341,7 +340,7 @@ def test_rows_of_baselines_and_of_outliers_that_are_not_distilled(run):
         "poe-corrupt": ("distilled", "corrupt", False, False, 9, source["poe"]),
         "oe-initial": ("distilled", "initial", False, True, 9, source["oe"]),
         "plain-kcenter": ("distilled", "kcenter", False, False, 9, source["plain"]),
-        "random": ("random", None, None, False, 9, None),
+        "random": ("random", "none", False, False, 9, None),
         "random-real": ("random", "real", False, False, 9, None),
         "poe-again": ("distilled", "distilled", True, False, 9, source["poe"]),
         "oe-initial-again": ("distilled", "initial", True, True, 9, source["oe"]),
@@ -354,9 +353,9 @@ def test_rows_of_baselines_and_of_outliers_that_are_not_distilled(run):
     assert [sum(word.endswith("out/whole") for word in words) for words in columns] == [1, 1]
 
 
-def test_a_real_table_is_stopped_and_resumed(tmp_path):
+def test_a_real_table_is_stopped_and_resumed(forks, tmp_path):
     """On Digits: a signal while it distils, and the same command again."""
-    command = [sys.executable, TABLES / "table.py", TABLES / "digits.yaml", TABLES / "digits-studies.yaml", "--jobs", 2]
+    command = [forks.python, TABLES / "table.py", TABLES / "digits.yaml", TABLES / "digits-studies.yaml", "--jobs", 2]
     command += ["--ipc", 1, "--seeds", 1, "--networks", 1, "--kinds", "poe", "--out", "out", "--set", "all.model=MLP"]
     command += ["all.compile=off", "stage1.epoch_eval_train=2", "stage2.epoch_eval_train=2", "stage1.Iteration=150"]
     command = [*map(str, command), "stage3.ood_sets=uniform"]

@@ -35,7 +35,7 @@ NETWORK = ["--dataset", "Digits", "--model", "ConvNetD1", "--ipc", 2, "--seed", 
 LOOP = ["--init", "real", "--num_exp", 1, "--num_eval", 2, "--epoch_eval_train", 6, "--Iteration", 2]
 EXPERTS = ["--num_experts", 1, "--train_epochs", 3, "--batch_train", 200]
 OF_METHOD = {
-    "DC": [],
+    "DC": ["--outer_loop", 2, "--inner_loop", 2, "--batch_real", 16],
     "DSA": ["--dsa_strategy", STRATEGY, "--outer_loop", 2, "--inner_loop", 2, "--batch_real", 16],
     "DM": ["--dsa_strategy", STRATEGY, "--batch_real", 16],
     "MTT": ["--dsa_strategy", STRATEGY, "--syn_steps", 3, "--max_start_epoch", 1, "--batch_syn", 5],

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import LAUNCHER, ROOT
 
 import main_poe
 import test_ood_model_syn
@@ -21,18 +20,11 @@ from utils.data.distilled_file import DistilledFile
 from utils.runs.resume import resume_command
 
 NETWORK = "--dataset Digits --model ConvNetD1 --ipc 2 --method DSA --dsa_strategy color_crop_cutout_scale_rotate"
-TRAINING = f"{NETWORK} --num_eval 3 --epoch_eval_train 20 --seed 3".split()
+TRAINING = f"{NETWORK} --num_eval 3 --epoch_eval_train 8 --seed 3".split()
 MATCHING = "--init real --num_exp 1 --batch_real 32 --batch_oe 32 --outer_loop 2 --inner_loop 2"
 FLAGS = TRAINING + MATCHING.split()
+ENDLESS = [*FLAGS, "--num_eval", 1, "--Iteration", 100000]
 RESULTS = "result-test-ood-synthetic"
-
-
-def start(folder, processes, script, *flags):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-    command = [sys.executable, *map(str, launcher), str(ROOT / script), *map(str, flags)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=folder, stdout=pipe, stderr=pipe, text=True, env=env)
 
 
 def run_alone(folder, module, *flags):
@@ -43,17 +35,17 @@ def run_alone(folder, module, *flags):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(torchrun, tmp_path_factory):
     """Stage 1 with 1, 2 and 3 processes, of which 3 does not divide the ten slots; stage 2 with 1 and 2."""
     folders = {n: tmp_path_factory.mktemp(f"processes{n}") for n in (1, 2, 3)}
-    run_alone(folders[1], main_poe, *FLAGS, "--Iteration", 4)
+    run_alone(folders[1], main_poe, *FLAGS, "--Iteration", 3)
     run_alone(folders[1], train_model_synthetic_oe, *TRAINING)
     for processes, script, flags in [
-        (2, "main_poe.py", [*FLAGS, "--Iteration", 4]),
-        (3, "main_poe.py", [*FLAGS, "--Iteration", 4]),
+        (2, "main_poe.py", [*FLAGS, "--Iteration", 3]),
+        (3, "main_poe.py", [*FLAGS, "--Iteration", 3]),
         (2, "train_model_synthetic_oe.py", TRAINING),
     ]:
-        process = start(folders[processes], processes, script, *flags)
+        process = torchrun(folders[processes], processes, script, *flags)
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, f"{out}\n{err}"
         assert out.count("run folder") == 1
@@ -98,9 +90,9 @@ def resume_networks(runs, folder):
     return run
 
 
-def test_networks_of_one_process_go_on(runs, tmp_path):
+def test_networks_of_one_process_go_on(torchrun, runs, tmp_path):
     run = resume_networks(runs, tmp_path / "copy")
-    process = start(tmp_path / "copy", 2, "train_model_synthetic_oe.py", "--resume", run)
+    process = torchrun(tmp_path / "copy", 2, "train_model_synthetic_oe.py", "--resume", run)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, f"{out}\n{err}"
     assert "is finished" not in out
@@ -109,43 +101,42 @@ def test_networks_of_one_process_go_on(runs, tmp_path):
     assert sorted(line["network"] for line in lines) == [0, 1, 2]
 
 
-def test_the_process_that_fails_says_it(runs, tmp_path):
+def test_the_process_that_fails_says_it(torchrun, runs, tmp_path):
     run = resume_networks(runs, tmp_path / "copy")
     (run / "checkpoint_network1.pt").write_bytes(b"junk")
-    process = start(tmp_path / "copy", 2, "train_model_synthetic_oe.py", "--resume", run)
+    process = torchrun(tmp_path / "copy", 2, "train_model_synthetic_oe.py", "--resume", run)
     _, err = process.communicate(timeout=300)
     assert process.returncode != 0
     assert "error: process 1: --resume: no checkpoint in" in err
     assert "[rank0]" not in err
 
 
-def test_a_wrong_flag_is_said_once(tmp_path):
-    process = start(tmp_path, 2, "main_poe.py", *FLAGS, "--load_path", "nowhere.pt")
+def test_a_wrong_flag_is_said_once(torchrun, tmp_path):
+    process = torchrun(tmp_path, 2, "main_poe.py", *FLAGS, "--load_path", "nowhere.pt")
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
     assert err.count("main_poe.py: error: ") == 1
     assert not list(tmp_path.iterdir())
 
 
-def test_a_process_that_dies_ends_the_run(tmp_path):
-    process = start(tmp_path, 2, "main_poe.py", *FLAGS, "--Iteration", 100000)
-    try:
-        deadline = time.monotonic() + 120
-        while not found(tmp_path, "res_*.pt") and time.monotonic() < deadline:
-            time.sleep(0.2)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(children[-1]), signal.SIGKILL)
-        _, err = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode != 0
+def test_a_process_that_dies_ends_the_run(forks, tmp_path):
+    (folder := tmp_path / "run").mkdir()
+    words = [*LAUNCHER, 2, ROOT / "main_poe.py", *ENDLESS]
+    process = forks.start(words, folder, tmp_path / "printed")
+    deadline = time.monotonic() + 120
+    while not found(folder, "res_*.pt") and time.monotonic() < deadline:
+        time.sleep(0.2)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert process.wait() != 0
+    err = (tmp_path / "printed").read_text()
     assert "SIGKILL" in err or "exitcode: -9" in err or "exitcode  : -9" in err
-    (saved,) = found(tmp_path, "res_*.pt")
+    (saved,) = found(folder, "res_*.pt")
     assert DistilledFile.open(saved).set().images.shape == (20, 1, 8, 8)
 
 
-def test_a_signal_stops_every_process_and_saves(tmp_path):
-    process = start(tmp_path, 2, "main_poe.py", *FLAGS, "--Iteration", 100000)
+def test_a_signal_stops_every_process_and_saves(torchrun, tmp_path):
+    process = torchrun(tmp_path, 2, "main_poe.py", *ENDLESS, "--checkpoint_interval", 1)
     try:
         deadline = time.monotonic() + 120
         while not found(tmp_path, "checkpoint.pt") and time.monotonic() < deadline:
@@ -219,19 +210,19 @@ run_script(main, "program.py")
 """
 
 
-def test_an_error_that_the_first_process_does_not_meet(tmp_path):
+def test_an_error_that_the_first_process_does_not_meet(torchrun, tmp_path):
     (tmp_path / "program.py").write_text(OWN_ERROR.format(root=str(ROOT)))
-    process = start(tmp_path, 2, tmp_path / "program.py")
+    process = torchrun(tmp_path, 2, tmp_path / "program.py")
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "error: process 1: seen here alone" in err
 
 
-def test_what_one_process_does_for_all(tmp_path):
+def test_what_one_process_does_for_all(torchrun, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM.format(root=str(ROOT)))
     (tmp_path / "ood1").mkdir()
     np.save(tmp_path / "ood1" / "Textures.npy", np.full((3, 8, 8, 1), 255, np.uint8))
-    process = start(tmp_path, 2, tmp_path / "program.py")
+    process = torchrun(tmp_path, 2, tmp_path / "program.py")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert out.count("fetching") == 1
@@ -244,11 +235,11 @@ def test_what_one_process_does_for_all(tmp_path):
     assert sorted(lines) == ["common", "own", "process 1: own"]
 
 
-def test_stage_3_on_two_processes(runs, tmp_path):
+def test_stage_3_on_two_processes(torchrun, runs, tmp_path):
     """Three networks over two processes: the files of one."""
     flags = "--dataset Digits --model ConvNetD1 --ipc 2 --method DSA --num_exp 3 --is_load_best --ood_sets patches blob"
     shutil.copytree(runs[2], tmp_path / "two")
-    process = start(tmp_path / "two", 2, "test_ood_model_syn.py", *flags.split(), "--score", "msp", "energy")
+    process = torchrun(tmp_path / "two", 2, "test_ood_model_syn.py", *flags.split(), "--score", "msp", "energy")
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, f"{out}\n{err}"
     assert out.count("results: ") == 1

@@ -40,22 +40,18 @@ KINDS = {"fifo": os.mkfifo, "device": lambda p: p.symlink_to("/dev/zero"), "fold
 
 
 class Processes:
-    """Starts scripts through `fork_server.py`."""
+    """Starts scripts through `fork_server.py`, one at a time."""
 
-    def __init__(self):
-        pipe = subprocess.PIPE
-        command = [sys.executable, str(ROOT / "tests" / "stages" / "fork_server.py")]
-        self.server = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+    def __init__(self, forks):
+        self.forks = forks
 
-    def start(self, cwd, script, flags, kill_at=None) -> int:
+    def start(self, cwd, script, flags, kill_at=None, needs=()) -> int:
         self.log = cwd / "printed"
-        request = {"script": script, "flags": list(map(str, flags)), "cwd": str(cwd), "log": str(self.log)}
-        self.server.stdin.write(json.dumps(request | {"kill_at": kill_at}) + "\n")
-        self.server.stdin.flush()
-        return int(self.server.stdout.readline())
+        self.process = self.forks.start([ROOT / script, *flags], cwd, self.log, kill_at=kill_at, needs=needs)
+        return self.process.pid
 
     def wait(self) -> int:
-        return int(self.server.stdout.readline())
+        return self.process.wait()
 
     def run(self, *args, **kwargs) -> str:
         """Run to the end without an error; what was printed."""
@@ -65,16 +61,10 @@ class Processes:
         assert status == 0, printed[-2000:]
         return printed
 
-    def close(self):
-        self.server.stdin.close()
-        self.server.wait(timeout=60)
-
 
 @pytest.fixture(scope="module")
-def processes():
-    processes = Processes()
-    yield processes
-    processes.close()
+def processes(forks):
+    return Processes(forks)
 
 
 @pytest.fixture(scope="module")
@@ -143,15 +133,15 @@ def test_compiled_distillation_ends_with_the_same_bits(processes, tmp_path):
     """Killed once, between its first iteration and its last."""
     flags = f"{NETWORK} --init real --num_exp 1 --num_eval 1 --epoch_eval_train 5 --Iteration 8 --compile on"
     flags += " --batch_real 8 --outer_loop 2 --inner_loop 2 --checkpoint_interval 1 --save_path one"
-    flags = flags.split()
+    flags, needs = flags.split(), ["torch._inductor.compile_fx"]
     results = []
     for name in ("whole", "killed"):
         (cwd := tmp_path / name).mkdir()
         if name == "killed":
-            processes.start(cwd, "main.py", flags, ["fsync", 20])
+            processes.start(cwd, "main.py", flags, ["fsync", 20], needs)
             assert processes.wait() == -signal.SIGKILL
             flags = ["--resume", run_folder(cwd).relative_to(cwd)]
-        printed = processes.run(cwd, "main.py", flags)
+        printed = processes.run(cwd, "main.py", flags, needs=needs)
         assert "torch.compile on" in printed
         results.append(load(next(run_folder(cwd).glob("res_*.pt"))))
     assert re.search("resumed at experiment 0, iteration [1-7]", printed)
@@ -267,7 +257,7 @@ def test_a_signal_saves_and_says_how_to_go_on(processes, whole, tmp_path, number
     assert processes.wait() == status
     *_, command = processes.log.read_text().strip().splitlines()
     words = shlex.split(command)
-    assert words[1] == "main_poe.py"
+    assert Path(words[1]).name == "main_poe.py"
     before = len(lines(run_folder(tmp_path)))
     assert 0 < before < len(lines(run_folder(whole / "one")))
     processes.run(tmp_path, words[1], words[2:])
@@ -413,11 +403,11 @@ def test_start_images_from_a_folder_elsewhere(whole, in_process, refused, tmp_pa
     assert same_tensors(load(next(folder.glob("res_*.pt")))["data"], expected)
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path):
+def test_what_a_killed_process_left_is_removed(program, tmp_path):
     code = "import os, signal, sys; sys.path.insert(0, sys.argv[1]); from utils.core.files import save_text; "
     code += "os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL); from pathlib import Path; "
     code += "save_text(Path('checkpoint.txt'), 'x')"
-    subprocess.run([sys.executable, "-c", code, str(ROOT)], cwd=tmp_path)
+    subprocess.run(program(code, ROOT), cwd=tmp_path)
     (left,) = tmp_path.iterdir()
     kept = [tmp_path / ".notes.settings", tmp_path / "checkpoint.pt", tmp_path / ".a.unfinished"]
     kept[0].write_bytes(b"x")

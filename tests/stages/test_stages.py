@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 from dataclasses import replace
+from functools import cache, partial
 from importlib import metadata
 
 import numpy as np
@@ -244,13 +245,13 @@ def test_each_stage_prints_the_line_of_the_next(kind, in_process, tmp_path):
     expected = {"load_path": "one", "folder": folder.name, "num_eval": 1, "epoch_eval_train": 5, "zca": True, "seed": 7}
     expected |= {"dsa_strategy": STRATEGY, "is_load_oe": bool(weight), "data_path": "my data", "device": "cpu"}
     assert found.items() >= expected.items()
-    assert found.get("lambda_oe") == (0.25 if weight else None)
+    assert found["lambda_oe"] == (0.25 if weight else 0.5)
     _, out, found = follow(out, "to test them")
     expected = {"num_exp": 1, "ood_sets": list(DRAWN), "zca": True, "seed": 7, "data_path": "my data", "device": "cpu"}
     assert found.items() >= expected.items()
     assert "| mean " in out
     assert all(json.loads(p.read_text())["finished"] for p in tmp_path.rglob("args.json"))
-    assert f"--load_path one --folder {folder.name}" in in_process(KINDS[kind][0], "--resume", folder)
+    assert f"--folder {folder.name} --load_path one" in in_process(KINDS[kind][0], "--resume", folder)
 
 
 def test_a_printed_line_calls_the_scripts_as_this_one_was_called(monkeypatch):
@@ -361,12 +362,19 @@ def experts(digits, tmp_path_factory):
     return buffers
 
 
-def distilled(method, digits, seed, outliers, experts):
+@pytest.fixture(scope="module")
+def distilled(digits, experts):
+    """Distils each set once."""
+    return cache(partial(distil, digits, experts))
+
+
+def distil(digits, experts, method, seed, with_outliers):
     """A distilled set of Digits, one image per class, and the real images that it started from."""
+    outliers = PseudoOutliers(digits) if with_outliers else None
     common = {"model": "ConvNetD1", "ipc": 1, "seed": seed, "init": "real", "dsa_strategy": STRATEGY}
     if method == "MTT":
         settings = TrajectorySettings(lr_img=10.0, lr_teacher=0.05, syn_steps=12, max_start_epoch=4, **common)
-        of_seed = made(TrajectoryMatching, digits, outliers, settings, experts[outliers is not None])
+        of_seed = made(TrajectoryMatching, digits, outliers, settings, experts[with_outliers])
     else:
         kind, lr = (GradientMatching, 0.1) if method == "DSA" else (DistributionMatching, 1.0)
         settings = GradientSettings(lr_img=lr, batch_real=64, batch_oe=64, **common)
@@ -379,12 +387,12 @@ def distilled(method, digits, seed, outliers, experts):
 
 
 @pytest.mark.parametrize("method", ["DSA", "DM", "MTT"])
-def test_distilled_images_beat_the_real_ones_they_started_from(digits, experts, method):
+def test_distilled_images_beat_the_real_ones_they_started_from(digits, distilled, method):
     """Same training, three seeds: the mean gains more than five points, and no seed loses."""
     gains = []
     for seed in (1, 2, 3):
         accs = []
-        for synthetic in distilled(method, digits, seed, None, experts):
+        for synthetic in distilled(method, seed, with_outliers=False):
             net = get_network("ConvNetD1", 1, 10, (8, 8), generator(seed, "net"))
             synthetic = replace(synthetic, lr_net=None)  # the same training for both
             Trainer(net, TrainSettings(200, augmentation=DSA_SETTINGS)).train(synthetic, seed, ("train",))
@@ -395,15 +403,15 @@ def test_distilled_images_beat_the_real_ones_they_started_from(digits, experts, 
 
 
 @pytest.mark.parametrize("method", ["DM", "MTT"])
-def test_distilled_outliers_help_to_detect(digits, experts, method, tmp_path):
+def test_distilled_outliers_help_to_detect(digits, distilled, method, tmp_path):
     """Mean AUROC (msp) on two OOD sets over three seeds: with pseudo-outliers more than two points above plain."""
     source = OODSource(digits, tmp_path, tmp_path, False, 200, 1)
     sets = [ood.load() for ood in source.find(["patches", "gaussian"])[0]]
     means = []
-    for outliers in (None, PseudoOutliers(digits)):
+    for with_outliers in (False, True):
         aurocs = []
         for seed in (1, 2, 3):
-            _, synthetic = distilled(method, digits, seed, outliers, experts)
+            _, synthetic = distilled(method, seed, with_outliers=with_outliers)
             net = get_network("ConvNetD1", 1, 10, (8, 8), generator(seed, "net"))
             Trainer(net, TrainSettings(200, augmentation=DSA_SETTINGS)).train(synthetic, seed, ("train",))
             inside = msp(predict(net, digits.test_images).double()).numpy()
@@ -618,7 +626,7 @@ def progress_lines(monkeypatch, total, first, other, **more):
     """The lines of a loop whose first step takes `first` seconds and all others `other`: those shown, those logged."""
     shown, logged, now = [], [], [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    loop = Progress(shown.append, logged.append, total, "exp 0", **more)
+    loop = Progress(lambda line, show: (shown if show else logged).append(line), total, "exp 0", **more)
     for step in range(loop.count, total):
         now[0] += other if step > loop.first else first
         loop.step(loss=step)

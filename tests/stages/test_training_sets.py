@@ -6,6 +6,7 @@ import math
 import re
 import shlex
 import shutil
+import subprocess
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,6 @@ import torch
 from conftest import ROOT
 from PIL import Image
 from sklearn.metrics import pairwise_distances
-from test_distributed import start
 
 from networks import get_network
 from scripts import runner
@@ -354,9 +354,9 @@ def test_outliers_of_a_pool(made, in_process, tmp_path):
     assert {p.tobytes() for p in pixels} <= {p.tobytes() for p in pool}
 
 
-def test_two_processes_train_on_the_set_of_the_first(in_process, tmp_path):
+def test_two_processes_train_on_the_set_of_the_first(in_process, torchrun, tmp_path):
     flags = [*QUICK, "--num_eval", 2, "--ipc", 2, "--train_on", "herding", "--outliers", "kcenter"]
-    process = start(tmp_path, 2, WITH_OE, *flags)
+    process = torchrun(tmp_path, 2, WITH_OE, *flags)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, f"{out}\n{err}"
     (stored,) = tmp_path.rglob("trained_on.pt")
@@ -647,11 +647,8 @@ def test_a_set_of_another_repository_is_published(made, in_process, refused, tmp
     assert "exists" in refused("scripts.publish", "images_best.pt", "--dataset", "Digits", "--out", "published")
 
 
-def test_trust_report_of_one_line(made, tmp_path):
-    import subprocess
-    import sys
-
-    command = [sys.executable, ROOT / "scripts" / "trust_report.py", made, "--dataset", "Digits", "--model", "MLP"]
+def test_trust_report_of_one_line(made, forks, tmp_path):
+    command = [forks.python, ROOT / "scripts" / "trust_report.py", made, "--dataset", "Digits", "--model", "MLP"]
     command += ["--num_eval", 1, "--epoch_eval_train", 2, "--baselines", "random", "--outliers", "distilled", "again"]
     command = [
         *map(str, [*command, "--ood_sets", "patches", "--score", "msp", "knn", "--fit_on", "real", "--out", "report"])

@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -30,19 +31,11 @@ SAVED_SECONDS = 2 * 2e-9
 
 @dataclass(frozen=True)
 class Workload:
-    """The length of a run, from which `choose_compile` decides.
+    """The length of a run in this process, from which `choose_compile` decides."""
 
-    `passes`: forward and backward passes of single images in this process; a forward pass alone counts half.
-    `steps`: how often a batch goes through a network in this process. One is a matching step (of images and outliers
-    together), a step of a student, an update of a network in training, or a batch that is only tested; networks that
-    train simultaneously count singly. `kind`: a key of `COMPILE_SECONDS`. `bf16_passes`: the passes that `--precision
-    bf16` speeds up; a forward pass alone counts a quarter.
-    """
-
-    passes: float
-    steps: int
-    kind: str
-    bf16_passes: float = 0.0
+    passes: float  # forward and backward passes of single images; a forward pass alone counts half
+    steps: int  # how often a batch goes through a network: matching steps, updates of networks, tested batches
+    kind: str  # a key of `COMPILE_SECONDS`
 
 
 def batches(images: int, size: int) -> int:
@@ -76,50 +69,43 @@ def choose_compile(
     if device.type == "cuda":
         why = f"auto: {workload.steps} steps; compiles from {CUDA_STEPS} on"
         return (True, "") if flag == "on" else (workload.steps >= CUDA_STEPS, why)
-    compiler = next(filter(shutil.which, COMPILERS), None)
-    if flag == "on" and compiler is None:
-        raise UserError("--compile on: torch.compile needs a C++ compiler; install g++, or use --compile off")
     if flag == "on":
-        failure = compiler_failure(compiler)
-        if failure:
-            raise UserError(f"--compile on: {compiler} fails: {failure}. Repair it, or use --compile off")
+        if failure := compiler_failure():
+            raise UserError(f"--compile on: {failure}. Install or repair g++, or use --compile off")
         return True, ""
-    if compiler is None:
-        return False, "auto: there is no C++ compiler"
     if not faster_on_cpu(net):
         return False, "auto: it does not make this network faster on a CPU"
     outputs = sum(convolution_outputs(net, image_shape))
     saves, costs = workload.passes * outputs * SAVED_SECONDS / torch.get_num_threads(), COMPILE_SECONDS[workload.kind]
-    failure = compiler_failure(compiler) if saves > costs else ""
-    if failure:
-        warnings.warn(f"nothing is compiled: {compiler} fails: {failure}", stacklevel=2)
-        return False, f"auto: {compiler} fails"
+    if saves > costs and (failure := compiler_failure()):
+        warnings.warn(f"nothing is compiled: {failure}", stacklevel=2)
+        return False, f"auto: {failure}"
     return saves > costs, f"auto: saves about {saves:.0f} s, costs {costs:.0f} s"
 
 
 @lru_cache
-def compiler_failure(compiler: str) -> str:
-    """The first line that a C++ compiler prints when it fails on an empty program; an empty string if it works."""
+def compiler_failure() -> str:
+    """Why the C++ compiler cannot compile an empty program; an empty string if it can."""
+    compiler = next(filter(shutil.which, COMPILERS), None)
+    if compiler is None:
+        return "there is no C++ compiler"
     with tempfile.TemporaryDirectory() as folder:
-        source = os.path.join(folder, "empty.cpp")
-        with open(source, "w") as file:
-            file.write("int main() { return 0; }\n")
-        command = [compiler, source, "-o", os.path.join(folder, "empty")]
+        library = os.path.join(folder, "empty.so")
+        command = [compiler, "-x", "c++", "-shared", "-fPIC", os.devnull, "-o", library]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
         except (OSError, subprocess.SubprocessError) as error:
-            return one_line(error)
-    lines = (done.stderr + done.stdout).strip().splitlines()
-    return "" if done.returncode == 0 else one_line(lines[0] if lines else f"exit status {done.returncode}")
+            return f"{compiler} fails: {one_line(error)}"
+    said = (done.stderr + done.stdout).strip().partition("\n")[0] or f"exit status {done.returncode}"
+    return f"{compiler} fails: {one_line(said)}" if done.returncode else ""
 
 
 class Compiled:
     """A compiled function of images `[N, C, H, W]` and further arguments.
 
     Images are converted to channels-last order, in which compiled convolutions and pooling are faster.
-
-    After a compilation that fails, everything runs uncompiled. It may fail because a process was killed while it wrote
-    into the compile cache; the message names the folder.
+    After a compilation that fails, everything runs uncompiled.
+    It may fail because a process was killed while it wrote into the compile cache; the message names the folder.
 
     Args:
         function: the function to compile.
@@ -131,79 +117,57 @@ class Compiled:
     failed = False  # whether any object of this class found the compiler broken
 
     def __init__(self, function: Callable, mode: str | None, required: bool):
-        self.function, self.mode, self.required = function, mode, required
+        self.function, self.required = function, required
         use_lasting_cache()
-        say_nothing_of_cuda()
-        self.compiled = self._compile()
+        for name in ("recompile_limit", "cache_size_limit"):  # the name before PyTorch 2.7
+            # each batch size is compiled; past the limit some would run uncompiled, different ones after a resume
+            if hasattr(torch._dynamo.config, name):
+                setattr(torch._dynamo.config, name, 64)
+        self.compiled = torch.compile(function, mode=mode, dynamic=False)
 
     def __call__(self, images: torch.Tensor, *rest: object) -> object:
         if images.dim() == 4:
             images = images.contiguous(memory_format=torch.channels_last)
-        if not Compiled.failed or self.required:
+        if self.required or not Compiled.failed:
             try:
                 return self.compiled(images, *rest)
             except torch._dynamo.exc.BackendCompilerFailed as error:
                 self._give_up(str(error))
         return self.function(images, *rest)
 
-    def _compile(self) -> Callable:
-        for name in ("recompile_limit", "cache_size_limit"):  # the name before PyTorch 2.7
-            # each batch size is compiled; past the limit some would run uncompiled, different ones after a resume
-            if hasattr(torch._dynamo.config, name):
-                setattr(torch._dynamo.config, name, 64)
-        return torch.compile(self.function, mode=self.mode, dynamic=False)
-
     def _give_up(self, message: str) -> None:
-        reason = f"torch.compile failed: {compiler_message(message)}"
-        cure = (
-            f"Repair the compiler, or delete its cache, {os.environ.get('TORCHINDUCTOR_CACHE_DIR', 'torchinductor_*')}"
-        )
+        cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "torchinductor_*")
+        what = f"torch.compile failed: {compiler_message(message)}. Repair the compiler, or delete its cache, {cache}"
         if self.required:
-            raise UserError(f"--compile on: {reason}. {cure}, or use --compile off")
-        warnings.warn(f"nothing is compiled: {reason}. {cure}", stacklevel=3)
+            raise UserError(f"--compile on: {what}, or use --compile off")
+        warnings.warn(f"nothing is compiled: {what}", stacklevel=3)
         Compiled.failed = True
 
 
-def say_nothing_of_cuda() -> None:
-    """Let PyTorch built for CUDA compile for a CPU without its line "No CUDA runtime is found".
-
-    It prints that when it finds a CUDA toolkit, but no GPU, in this process and in those that it starts to compile. An
-    empty path tells it not to look for one.
-    """
-    if torch.version.cuda and not torch.cuda.is_available():
-        os.environ.pop("CUDA_HOME", None)
-        os.environ["CUDA_PATH"] = ""
-
-
 def use_lasting_cache() -> None:
-    """Keep compiled code under the user's cache folder, where it outlives a restart, so that later runs find it there.
+    """Keep compiled code under the user's cache folder, where later runs find it, also after a restart.
 
-    By default PyTorch keeps it in the system's temporary folder. There is a folder for each version of PyTorch and each
-    kind of processor, since a home folder may be shared by machines. A `TORCHINDUCTOR_CACHE_DIR` that is set stays.
+    There is a folder for each version of PyTorch and each kind of processor, as machines may share a home folder.
+    A `TORCHINDUCTOR_CACHE_DIR` that is set stays; where there is no such folder, PyTorch uses a temporary one.
     """
-    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ or not os.path.isabs(root):  # without a home, `~` stays
         return
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    kind = f"torch-{torch.__version__}-{_processor()}".replace("+", "-")
-    folder = os.path.join(root, "trustdd", kind)
-    if not os.path.isabs(root):  # no home: `~` is not expanded
-        return
-    try:
+    processor = hashlib.sha256(f"{platform.machine()} {processor_features()}".encode()).hexdigest()[:8]
+    folder = os.path.join(root, "trustdd", f"torch-{torch.__version__}-{processor}".replace("+", "-"))
+    with suppress(OSError):
         os.makedirs(folder, exist_ok=True)
-    except OSError:
-        return
-    if os.access(folder, os.W_OK):
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        if os.access(folder, os.W_OK):
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
 
 
-def _processor() -> str:
-    """Eight digits that tell processors with other instructions apart."""
+def processor_features() -> str:
+    """The names of the instructions that the processor has; on an unknown system only its name."""
     try:
         with open("/proc/cpuinfo") as file:
-            flags = next(line for line in file if line.startswith(("flags", "Features")))
+            return next(line for line in file if line.startswith(("flags", "Features")))
     except (OSError, StopIteration):
-        flags = platform.processor()
-    return hashlib.sha256(f"{platform.machine()} {flags}".encode()).hexdigest()[:8]
+        return platform.processor()
 
 
 def compiler_message(message: str) -> str:

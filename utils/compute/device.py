@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,16 +13,11 @@ from torch.func import functional_call
 
 from networks.convnet import ConvNet
 from utils.compute import distributed
-from utils.compute.compiling import Compiled, Workload, choose_compile, faster_on_cpu
-from utils.compute.cpu_batches import BatchSplitter, convolution_sizes, in_parts, padded_to
+from utils.compute.compiling import Compiled, Workload, choose_compile, faster_on_cpu, processor_features
+from utils.compute.cpu_batches import BatchSplitter, in_parts, padded_to
 from utils.core.errors import UserError, under_torchrun
 
 PRECISIONS = ("tf32", "fp32", "bf16")
-# Measured on two CPU cores with AVX512-BF16, compiled ConvNets: the thread-seconds that bf16 saves in a forward and
-# backward pass of an image, per floating-point operation that its forward pass has in convolutions. It was 7.1e-12 to
-# 7.7e-12 with ConvNet, and with ConvNetW32 5e-12 (training) to 11e-12 (DSA).
-BF16_SAVES = 7.3e-12
-BF16_WORTH_MINUTES = 2
 
 
 class _Embedding(nn.Module):
@@ -37,19 +33,15 @@ class _Embedding(nn.Module):
 
 @dataclass(frozen=True)
 class Compute:
-    """Compilation and precision of a run; results depend on them only by rounding.
+    """Compilation and precision of a run; results depend on them only by rounding."""
 
-    `compiled`: matching, network training and testing use `torch.compile`. `precision`: `bf16` runs network training,
-    in matching the real gradients or embeddings and MTT's student steps, and in stage 3 the features, under autocast;
-    the gradient of the synthetic images stays in float32. `why`: the reason for the choice of `--compile auto`; empty
-    if the user chose. `note`: why the precision is not the one asked for, or what another would save.
-    """
-
-    compiled: bool = False
+    compiled: bool = False  # matching, network training and testing use `torch.compile`
+    # bf16 puts under autocast: network training, real gradients and embeddings, the student of MTT, stage 3's features.
+    # The gradient of the synthetic images stays in float32.
     precision: str = "fp32"
     on_cuda: bool = False
-    why: str = ""
-    note: str = ""
+    why: str = ""  # the reason for the choice of `--compile auto`; empty if the user chose
+    note: str = ""  # why the precision is not the one asked for, or that another would be faster
 
     def __str__(self) -> str:
         compiled = f"torch.compile {'on' if self.compiled else 'off'}{self.why and f' ({self.why})'}"
@@ -62,17 +54,19 @@ class Compute:
 
     def function(self, function: Callable) -> Callable:
         """`function` under autocast (`bf16`) and compiled, each if set; otherwise unchanged."""
-        wrapped = self._autocast(function) if self.precision == "bf16" else function
-        if not self.compiled:
-            return wrapped
+
+        def under_autocast(images: torch.Tensor, *rest: object) -> torch.Tensor:
+            with torch.autocast(images.device.type, torch.bfloat16):
+                return function(images, *rest)
+
+        wrapped = under_autocast if self.precision == "bf16" else function
         mode = "reduce-overhead" if self.on_cuda else None  # which records CUDA graphs
-        return Compiled(wrapped, mode, required=not self.why)
+        return Compiled(wrapped, mode, required=not self.why) if self.compiled else wrapped
 
     def embedding(self, example: nn.Module, batch: int) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
         """A function of a network and images that returns `net.embed(images)`, float32 `[N, D]`.
 
-        It is compiled once, for all networks of the architecture of `example`, and for `batch` images, the most that it
-        takes: fewer are padded. If it is not compiled, `batch` does not matter.
+        If it is compiled, then once, for all networks like `example`, and for `batch` images, the most that it takes.
         """
         splitter = BatchSplitter(example, self.precision)
         if not self.compiled:
@@ -90,14 +84,6 @@ class Compute:
 
         return embed
 
-    @staticmethod
-    def _autocast(function: Callable) -> Callable:
-        def under_autocast(images: torch.Tensor, *rest: object) -> torch.Tensor:
-            with torch.autocast(images.device.type, torch.bfloat16):
-                return function(images, *rest)
-
-        return under_autocast
-
 
 def choose_device(text: str, deterministic: bool = False) -> torch.device:
     """Return the device `auto`, `cpu`, `cuda` or `cuda:N`, prepared; raise a `UserError` if it cannot be used.
@@ -109,25 +95,22 @@ def choose_device(text: str, deterministic: bool = False) -> torch.device:
     """
     if text == "auto":
         text = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:(0|[1-9]\d?))?", text):
         raise UserError(f"--device {text}: unknown device. Accepted: auto, cpu, cuda, cuda:N")
-    if device.type == "cuda" and device.index is not None and under_torchrun():
-        raise UserError(f"--device {text}: under torchrun each process takes a GPU of its own; use --device cuda")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", distributed.local_rank())
-    if device.type == "cuda" and device.index >= torch.cuda.device_count():
-        raise UserError(f"--device {text}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
-    if device.type == "cuda":
+    device = torch.device(text)
+    if device.type == "cpu":
+        set_keep_freed_memory(True)
+    else:
+        if device.index is not None and under_torchrun():
+            raise UserError(f"--device {text}: under torchrun each process takes a GPU of its own; use --device cuda")
+        count, index = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
+        device = torch.device("cuda", index if device.index is None else device.index)
+        if device.index >= count:
+            raise UserError(f"--device {text}: this machine has {count} CUDA devices; use --device cpu")
         torch.cuda.set_device(device)
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-    else:
-        set_keep_freed_memory(True)
     distributed.start(device.type)
     return device
 
@@ -173,30 +156,14 @@ def choose_compute(
     if device.type == "cpu" and precision == "bf16" and not has_bfloat16_instructions():
         precision, note = "fp32", "bf16 would be slower: this processor has neither AVX512-BF16 nor AMX"
     if device.type == "cpu" and precision == "tf32":
-        precision, note = "fp32", bf16_advice(net, image_shape, workload) if compiled else ""
+        faster = compiled and workload.kind != "testing" and isinstance(net, ConvNet) and has_bfloat16_instructions()
+        precision, note = "fp32", "--precision bf16 would be faster" if faster else ""
     return Compute(compiled, precision, device.type == "cuda", why, note)
-
-
-def bf16_advice(net: nn.Module, image_shape: tuple[int, ...], workload: Workload) -> str:
-    """What `--precision bf16` would save in a long compiled run of a ConvNet; empty if that is little or unknown."""
-    if not (isinstance(net, ConvNet) and has_bfloat16_instructions()):
-        return ""
-    flops = sum(flops for _, flops in convolution_sizes(net, image_shape))
-    minutes = workload.bf16_passes * flops * BF16_SAVES / torch.get_num_threads() / 60
-    if minutes < BF16_WORTH_MINUTES:
-        return ""
-    time = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
-    return f"--precision bf16 would save about {time}"
 
 
 def has_bfloat16_instructions() -> bool:
     """Whether the CPU computes in bfloat16, rather than emulating it. On an unknown system: False."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            flags = next((line for line in file if line.startswith(("flags", "Features"))), "")
-    except OSError:
-        return False
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags.split())
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(processor_features().split())
 
 
 def set_keep_freed_memory(keep: bool) -> None:

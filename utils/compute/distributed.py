@@ -1,7 +1,6 @@
 """Several processes under `torchrun`; with one process, nothing here communicates."""
 
 import atexit
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -48,11 +47,6 @@ def rank() -> int:
 def is_main() -> bool:
     """Whether this process is rank 0, the one that writes the files of a run and prints."""
     return rank() == 0
-
-
-def local_rank() -> int:
-    """Rank of this process on its machine, and the index of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def own_share(count: int) -> range:

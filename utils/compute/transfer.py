@@ -1,10 +1,11 @@
 """Moving random draws from the CPU to the device, in as few transfers as possible."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import TypeVar
 
 import torch
+from torch.utils._pytree import register_pytree_node, tree_flatten, tree_map_only
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -35,36 +36,24 @@ def packed(tensors: Sequence[torch.Tensor], transfer: Callable[[torch.Tensor], t
 class Draw:
     """Base class of dataclasses that hold random draws; `send_draws` moves the tensors in their fields."""
 
+    def __init_subclass__(cls, **kwargs: object):
+        super().__init_subclass__(**kwargs)
+        register_pytree_node(
+            cls, lambda draw: ([getattr(draw, f.name) for f in fields(draw)], None), lambda values, _: cls(*values)
+        )
+
 
 AnyDraws = TypeVar("AnyDraws")
 
 
 def tensors_of(draws: object) -> list[torch.Tensor]:
     """The tensors in a `Draw`, and in lists, tuples and dicts of draws, in order."""
-    if isinstance(draws, torch.Tensor):
-        return [draws]
-    return [tensor for part in _parts(draws).values() for tensor in tensors_of(part)]
+    return [leaf for leaf in tree_flatten(draws)[0] if isinstance(leaf, torch.Tensor)]
 
 
 def with_tensors(draws: AnyDraws, tensors: Iterator[torch.Tensor]) -> AnyDraws:
     """`draws` with their tensors replaced, in order, by `tensors`."""
-    if isinstance(draws, torch.Tensor):
-        return next(tensors)
-    parts = {key: with_tensors(part, tensors) for key, part in _parts(draws).items()}
-    if isinstance(draws, Draw):
-        return replace(draws, **parts)
-    if isinstance(draws, (list, tuple)):
-        return type(draws)(parts.values())
-    return parts if isinstance(draws, dict) else draws
-
-
-def _parts(draws: object) -> dict:
-    """The parts of a `Draw`, a list, a tuple or a dict, by name, position or key; empty for anything else."""
-    if isinstance(draws, Draw):
-        return {f.name: getattr(draws, f.name) for f in fields(draws)}
-    if isinstance(draws, (list, tuple)):
-        return dict(enumerate(draws))
-    return draws if isinstance(draws, dict) else {}
+    return tree_map_only(torch.Tensor, lambda tensor: next(tensors), draws)
 
 
 def send_draws(draws: AnyDraws, device: torch.device) -> AnyDraws:

@@ -20,6 +20,12 @@ class RankError(UserError):
     """An error that only some of several processes may meet. Each of them prints it, whatever its rank."""
 
 
+def require(condition: object, message: str) -> None:
+    """Raise a `UserError` with this message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
 @contextmanager
 def rank_errors() -> Iterator[None]:
     """Turn a `UserError` into a `RankError`, for a block in which each process does its own work."""
@@ -41,10 +47,7 @@ def blame(flag: str) -> Iterator[None]:
 
 
 class Interrupted(BaseException):
-    """A signal asked the run to stop; `number` is the signal number.
-
-    Like `KeyboardInterrupt` it is not an `Exception`, so that no library swallows it.
-    """
+    """The signal `number` asked the run to stop. It is no `Exception`, so that no library swallows it."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -78,10 +81,9 @@ def under_torchrun() -> bool:
 
 
 def print_line(line: str, stream: TextIO | None = None) -> None:
-    """Print a line to `stream` (stdout if none is given) in one write, so that processes do not mix their lines.
+    """Print a line to `stream` (default: stdout) in one write, so that processes do not mix their lines.
 
-    `print` alone writes the line and its end apart when Python does not buffer (`PYTHONUNBUFFERED`). If the reader of
-    the stream has gone (`| head`), this line and the next ones are dropped.
+    If the reader of the stream has gone (`| head`), this line and the next ones are dropped.
     """
     try:
         print(f"{line}\n", end="", file=stream, flush=True)
@@ -94,18 +96,14 @@ def drop_output(stream: TextIO) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def print_error(prog: str, message: object) -> int:
-    """Print an error as one line on stderr; return the exit status, 2."""
+def print_error(prog: str, message: object, wait: bool = True) -> int:
+    """Print an error as one line on stderr; return the exit status, 2.
+
+    Usually all processes of `torchrun` meet an error, and the first one prints it while the others `wait`.
+    If `torchrun` has not ended them by then, only they met the error, and they print it.
+    """
+    if wait and under_torchrun() and os.environ["RANK"] != "0":
+        time.sleep(PRINT_SECONDS)
     where = f"process {os.environ['RANK']}: " if under_torchrun() else ""
     print_line(f"{prog}: error: {where}{' '.join(str(message).split())}", sys.stderr)
     return 2
-
-
-def print_error_once(prog: str, message: object) -> int:
-    """Like `print_error`, for an error that all processes of `torchrun` usually meet, so that the first one prints it.
-
-    The others wait. If `torchrun` has not ended them by then, only they met the error, and they print it.
-    """
-    if under_torchrun() and os.environ["RANK"] != "0":
-        time.sleep(PRINT_SECONDS)
-    return print_error(prog, message)

@@ -12,8 +12,10 @@ from typing import BinaryIO
 
 import torch
 
-from utils.core.errors import UserError, blame, one_line
+from utils.core.errors import UserError, blame, one_line, require
 
+MAX_TEXT = 256 << 20  # bytes of a text file
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 _UNFINISHED = ".unfinished"
 _UMASK = os.umask(0o077)  # it can be read only by setting it
 os.umask(_UMASK)
@@ -23,27 +25,24 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None], keep: Path | Non
     """Let `write` fill a temporary file beside `path`, flush it to the disk, then rename it to `path`.
 
     With `keep`, an existing file at `path` is first renamed to `keep`.
-
-    Raises:
-        UserError: when the disk is full or the folder is read-only; `path` is then unchanged.
+    A `UserError` tells of a full disk or a read-only folder; `path` is then unchanged.
     """
-    path = Path(path)
+    path, unfinished = Path(path), None
     try:
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED, delete=False
-        ) as file:
-            try:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-                os.chmod(file.name, 0o666 & ~_UMASK)
-                if keep is not None and path.exists():
-                    os.replace(path, keep)
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-    except (OSError, RuntimeError) as error:
+        handle, unfinished = tempfile.mkstemp(_UNFINISHED, f".{path.name}.", path.parent)
+        with open(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(unfinished, 0o666 & ~_UMASK)
+        if keep is not None and path.exists():
+            os.replace(path, keep)
+        os.replace(unfinished, path)
+    except BaseException as error:
+        if unfinished is not None:
+            os.unlink(unfinished)
+        if not isinstance(error, (OSError, RuntimeError)):
+            raise
         reason = error if isinstance(error, OSError) else "not all of it could be written"  # RuntimeError of torch.save
         raise UserError(f"cannot write {path}: {reason}. Free space or choose another folder") from None
 
@@ -59,11 +58,7 @@ def save_text(path: Path, text: str) -> None:
 
 
 def save_output(path: str, text: str) -> None:
-    """Write the text file of a flag `--out`; its folder is made.
-
-    Raises:
-        UserError: when it cannot be written.
-    """
+    """Write the text file of a flag `--out`; its folder is made. A `UserError` tells why it cannot be written."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -72,15 +67,12 @@ def save_output(path: str, text: str) -> None:
 
 
 def append_line(path: Path, line: str, sync: bool = True) -> None:
-    """Append a line, whole or not at all; with `sync` it is on the disk when this returns.
+    """Append a line, whole or not at all; a `UserError` tells of a full disk or a read-only folder.
 
-    Without `sync` the line survives a crash of this process, but not a power cut in the next seconds.
-
-    Raises:
-        UserError: when the disk is full or the folder is read-only.
+    With `sync` it is on the disk when this returns.
+    Without, it survives a crash of this process, but not a power cut in the next seconds.
     """
-    data = (line + "\n").encode(errors="replace")
-    written = 0
+    data, written = (line + "\n").encode(errors="replace"), 0
     try:
         with open(path, "ab", buffering=0, opener=open_no_link) as file:
             try:
@@ -103,11 +95,7 @@ def sync_file(path: Path) -> None:
 
 
 def remove_files(folder: Path, pattern: str) -> None:
-    """Remove the regular files of `folder` that match a glob pattern.
-
-    Raises:
-        UserError: when one cannot be removed.
-    """
+    """Remove the regular files of `folder` that match a glob pattern; a `UserError` tells why one stays."""
     for path in folder.glob(pattern):
         if path.is_file() and not path.is_symlink():
             try:
@@ -126,10 +114,6 @@ def open_no_link(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
-MAX_TEXT = 256 << 20  # bytes of a text file
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
-
-
 def check_file(path: Path) -> Path:
     """Return `path` if it is a regular file; raise a `UserError` otherwise."""
     path = Path(path)
@@ -140,11 +124,7 @@ def check_file(path: Path) -> Path:
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """The content of a regular file of at most `most` bytes.
-
-    Raises:
-        OSError: when it is not a regular file, cannot be read, or is larger.
-    """
+    """The content of a regular file; an `OSError` if it is none, cannot be read, or has more than `most` bytes."""
     if not os.path.isfile(path):
         raise OSError("it is no regular file")
     with open(path, "rb") as file:
@@ -155,11 +135,7 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file; an empty list if it does not exist.
-
-    Raises:
-        UserError: when it cannot be read, or has more than 256 MiB.
-    """
+    """The lines of a text file; none if it does not exist. A `UserError` tells why it cannot be read."""
     if not os.path.lexists(path):
         return []
     try:
@@ -169,19 +145,17 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_json(path: Path, what: str, most: int = 1 << 20) -> dict:
-    """The JSON object in a file of at most `most` bytes; `what` begins messages.
+    """The JSON object in a file of at most `most` bytes.
 
-    Raises:
-        UserError: when the file is missing, damaged, too large, or does not hold an object.
+    A `UserError`, which `what` begins, tells of a file that is missing, damaged or too large, or holds no object.
     """
     with blame(what):
         path = check_file(path)
         try:
             value = json.loads(read_bytes(path, most))
-            if not isinstance(value, dict):
-                raise ValueError("it holds no JSON object")
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} is damaged: {one_line(error)}") from None
+        require(isinstance(value, dict), f"{path} is damaged: it holds no JSON object")
         return value
 
 

@@ -9,8 +9,9 @@ import logging
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 from utils.core.arrays import images_to_nchw, read_npy, read_npz
-from utils.core.errors import UserError, blame, named, one_line
+from utils.core.errors import UserError, blame, named, one_line, require
 from utils.core.pixels import DARK, centre_box, in_full_range, scale_table, white_value
 
 if TYPE_CHECKING:
@@ -74,10 +75,9 @@ def is_image(path: Path) -> bool:
 
 def check_link(path: Path, tree: Path) -> None:
     """Raise a `UserError` if `path` is a broken link or resolves to a place outside `tree` (a resolved folder)."""
-    if not os.path.exists(path):
-        raise UserError(f"{path} is a broken link; mend or remove it")
-    if not path.resolve().is_relative_to(tree):
-        raise UserError(f"{path} is a link that leads out of {tree}; put the files themselves there")
+    require(os.path.exists(path), f"{path} is a broken link; mend or remove it")
+    inside = path.resolve().is_relative_to(tree)
+    require(inside, f"{path} is a link that leads out of {tree}; put the files themselves there")
 
 
 class ImageReader:
@@ -86,68 +86,74 @@ class ImageReader:
     Args:
         flag: the flag that names the source; it begins messages and notes. Empty where `blame` names it.
         pixel_max: the value of white in a source that uses a small part of its type's range (`--pixel_max`).
+        exact: refuse files of another size or number of channels than that which is asked for.
     """
 
-    def __init__(self, flag: str, pixel_max: int | None = None):
-        self.flag, self.pixel_max = flag, pixel_max
-        self.begin = f"{flag}: " if flag else ""  # of messages
+    def __init__(self, flag: str, pixel_max: int | None = None, exact: bool = False):
+        self.flag, self.pixel_max, self.exact = flag, pixel_max, exact
         self.unread: Counter[str] = Counter()  # files that are no images, by suffix
-        self.seen: dict[str, list[Path]] = {}  # files of which something is noted, by what
+        self.seen: dict[str, set[Path]] = {}  # files of which something is noted, by what
+        self._peaks: set[tuple[int, int]] = set()  # of each file the brightest value, and the largest of its type
         self._one_large = Lock()
 
     def notes(self) -> tuple[str, ...]:
         """Lines for the log."""
-        lines = []
+        lines = [f"{len(paths)} of the images {what}, e.g. {min(paths)}" for what, paths in self.seen.items()]
         if self.unread:
             counts = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in sorted(self.unread.items()))
-            lines.append(f"{self.begin}not read, as they are no images: {counts}")
-        for what, paths in self.seen.items():
-            lines.append(f"{self.begin}{len(paths)} of the images {what}, e.g. {min(paths)}")
-        return tuple(lines)
+            lines.insert(0, f"not read, as they are no images: {counts}")
+        return tuple(f"{self.flag}: {line}" if self.flag else line for line in lines)
 
     def find(self, folder: Path, tree: Path | None = None) -> list[Path]:
         """All image files below `folder`, at any depth, sorted by name.
 
-        Names that begin with a dot, and those of `NOT_CONTENT`, are passed over.
-
-        Args:
-            folder: where to look. Links to folders below it are not followed.
-            tree: links must stay inside it; default: `folder`.
-        Raises:
-            UserError: for a link that is broken or leads out of `tree`, and for a folder that cannot be read.
+        Names that begin with a dot, and those of `NOT_CONTENT`, are passed over. Links to folders are not followed.
+        A `UserError` tells of a link that is broken or leads out of `tree` (default: `folder`), and of a folder that
+        cannot be read.
         """
-        tree = (tree or folder).resolve()
-        try:
-            with blame(self.flag):
+
+        def fail(error: OSError) -> None:
+            raise error
+
+        tree, paths = (tree or folder).resolve(), []
+        with blame(self.flag):
+            try:
                 check_link(folder, tree)
-                paths = sorted(_files_below(folder))
-                for path in paths:
+                for place, folders, files in os.walk(folder, onerror=fail):
+                    folders[:] = filter(is_content, folders)
+                    paths += [Path(place, name) for name in files if is_content(name)]
+                for path in sorted(paths):
                     if path.is_symlink() and path.suffix.lower() in image_suffixes():
                         check_link(path, tree)
-            images = [path for path in paths if path.is_file() and is_image(path)]
-            self.unread.update(path.suffix.lower() for path in {*paths} - {*images})
-            return images
-        except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
-            raise UserError(f"{self.begin}cannot list {folder}: {one_line(error)}") from None
+                images = sorted(path for path in paths if path.is_file() and is_image(path))
+            except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+                raise UserError(f"cannot list {folder}: {one_line(error)}") from None
+        self.unread.update(path.suffix.lower() for path in {*paths} - {*images})
+        return images
+
+    def some(self, folder: Path) -> list[Path]:
+        """All image files below `folder`; a `UserError` if there are none."""
+        files = self.find(folder)
+        with blame(self.flag):
+            require(files, ". ".join([f"{folder} holds no images", *self.notes()]))
+        return files
 
     def files(self, paths: Sequence[Path], channel: int, im_size: tuple[int, int]) -> torch.Tensor:
         """Decode image files in threads to uint8 `[N, channel, H, W]`: `centre_box`, bilinear resize.
 
-        Raises:
-            UserError: naming the files that are damaged, of another format, or larger than `MAX_PIXELS`; and for dark
-                images, see `white_value`.
+        A `UserError` names the files that are damaged, of another format, or larger than `MAX_PIXELS`.
+        It also tells of dark images, see `white_value`.
         """
-        images, decoder = self._decoded(paths, channel, im_size, None)
-        self.seen, (brightest, full) = decoder.seen, decoder.brightest
-        if brightest * DARK <= full:
-            where = f"{self.begin}{os.path.commonpath(paths)}"
-            if len(decoder.types) > 1:
-                raise UserError(
-                    f"{where}: dark images of 8 and of 16 bits, brightest {brightest} of {full}; store 8 bits"
-                )
-            white = white_value(brightest, full, self.pixel_max, where)
-            if white != full:
-                images, _ = self._decoded(paths, channel, im_size, white)
+        with blame(self.flag):
+            self._peaks.clear()
+            images = self._decoded(paths, (*im_size, channel), None)
+            if all(peak * DARK <= full for peak, full in self._peaks):
+                where, types = os.path.commonpath(paths), {full for _, full in self._peaks}
+                require(len(types) == 1, f"{where}: dark images of 8 and of 16 bits; store 8 bits")
+                peak, full = max(self._peaks)
+                white = white_value(peak, full, self.pixel_max, where)
+                if white != full:
+                    images = self._decoded(paths, (*im_size, channel), white)
         return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
     def array(self, path: Path) -> torch.Tensor:
@@ -161,32 +167,16 @@ class ImageReader:
 
     def folder_or_array(self, path: Path, channel: int, im_size: tuple[int, int]) -> torch.Tensor:
         """All images of a folder, decoded to `channel` and `im_size`, or those of an array file as they are."""
-        if not path.is_dir():
-            return self.array(path)
-        return self.files(self.some(path), channel, im_size)
+        return self.files(self.some(path), channel, im_size) if path.is_dir() else self.array(path)
 
-    def some(self, folder: Path) -> list[Path]:
-        """All image files below `folder`; a `UserError` if there are none."""
-        files = self.find(folder)
-        if not files:
-            raise UserError(". ".join([f"{self.begin}{folder} holds no images", *self.notes()]))
-        return files
-
-    def _decoded(
-        self, paths: Sequence[Path], channel: int, im_size: tuple[int, int], white: int | None
-    ) -> tuple[np.ndarray, "_Decoder"]:
-        """The images, uint8 `[N, H, W, channel]`, and what decoded them.
-
-        `white`: the value that becomes 255; None: the largest of the type.
-        """
-        height, width = im_size
-        images = np.empty((len(paths), height, width, channel), np.uint8)
-        decoder = _Decoder(channel, im_size, white)
+    def _decoded(self, paths: Sequence[Path], shape: tuple[int, int, int], white: int | None) -> np.ndarray:
+        """The images, uint8 `[N, *shape]`. `white`: the value that becomes 255; None: the largest of the type."""
+        images = np.empty((len(paths), *shape), np.uint8)
 
         def decode(index: int) -> str:
             """Read one file into its place in `images`; returns what is wrong with it."""
             try:
-                images[index] = decoder(paths[index], self._one_large)
+                images[index] = self._decode(paths[index], shape, white)
             except Exception as error:
                 damaged = type(error).__name__ == "UnidentifiedImageError"  # its message shows the object of the file
                 return f"{paths[index]}: {'no image that can be read' if damaged else one_line(error)}"
@@ -195,73 +185,63 @@ class ImageReader:
         with warnings.catch_warnings(), ThreadPoolExecutor(DECODERS) as pool:
             warnings.simplefilter("ignore")
             wrong = [text for text in pool.map(decode, range(len(paths))) if text]
-        if wrong:
-            what, them = ("the image", "it") if len(wrong) == 1 else (f"{len(wrong)} images:", "them")
-            raise UserError(f"{self.begin}cannot read {what} {named(wrong)}. Mend or remove {them}")
-        return images, decoder
+        what, them = ("the image", "it") if len(wrong) == 1 else (f"{len(wrong)} images:", "them")
+        require(not wrong, f"cannot read {what} {named(wrong)}. Mend or remove {them}")
+        return images
 
-
-class _Decoder:
-    """Decodes files to uint8 `[H, W, channel]`, and notes what they have.
-
-    `seen`: files of which something is to be said, by what; `brightest`: the brightest value, and the largest that its
-    type holds; `types`: the largest values of all types.
-    """
-
-    def __init__(self, channel: int, im_size: tuple[int, int], white: int | None):
-        self.mode, self.channel, self.im_size, self.white = "L" if channel == 1 else "RGB", channel, im_size, white
-        self.seen: dict[str, list[Path]] = {}
-        self.brightest = (0, 255)
-        self.types: set[int] = set()
-        self.lock = Lock()
-
-    def __call__(self, path: Path, one_large: Lock) -> np.ndarray:
-        """Decode one file; several threads do so, but large images one after another."""
+    def _decode(self, path: Path, shape: tuple[int, int, int], white: int | None) -> np.ndarray:
+        """One file as uint8 `shape`; several threads do so, but large images one after another."""
         from PIL import Image
 
         with path.open("rb") as file, Image.open(file, formats=image_formats()) as image:
             pixels = image.width * image.height
             if pixels > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels are too many")
-            if pixels > LARGE_PIXELS:
-                with one_large:
-                    return self._fitted(image, path)
-            return self._fitted(image, path)
+            found = (image.height, image.width, 1 if image.mode in ("1", "L", "I;16", "I") else 3)
+            if self.exact and found != shape:
+                raise ValueError("it is {2}x{0}x{1}, not {5}x{3}x{4}".format(*found, *shape))
+            with self._one_large if pixels > LARGE_PIXELS else nullcontext():
+                return self._fitted(self._plain(image, path, shape[2], white), path, shape)
 
-    def _fitted(self, image: "PILImage", path: Path) -> np.ndarray:
-        from PIL import Image, ImageOps
+    def _plain(self, image: "PILImage", path: Path, channel: int, white: int | None) -> "PILImage":
+        """The image upright, on white, of 8 bits, in `channel` channels, with white at 255."""
+        from PIL import ImageOps
 
         if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: a photograph and its preview
             self._note("have several frames, of which the first is read", path)
         if image.getexif().get(ORIENTATION, 1) != 1:
             self._note("are turned as their EXIF orientation says", path)
             ImageOps.exif_transpose(image, in_place=True)
-        of_16_bits = image.mode.startswith("I")
-        opaque = self._on_white(self._eight_bits(image) if of_16_bits or image.mode == "F" else image, path)
-        whole = opaque if opaque.mode == self.mode else opaque.convert(self.mode)
-        whole = whole if of_16_bits else self._whitened(whole)
-        height, width = self.im_size
-        if (whole.height, whole.width) != (height, width):
-            top, left, h, w = centre_box((whole.height, whole.width), (height, width))
-            if (h, w) != (whole.height, whole.width):
+        has_8_bits = image.mode[0] not in "IF"
+        mode = "L" if channel == 1 else "RGB"
+        image = self._on_white(image if has_8_bits else self._eight_bits(image, white), path)
+        image = image if image.mode == mode else image.convert(mode)
+        if has_8_bits:
+            self._peaks.add((int(np.asarray(image).max()), 255))
+        return image.point([*scale_table(white)] * channel) if has_8_bits and white else image
+
+    def _fitted(self, image: "PILImage", path: Path, shape: tuple[int, int, int]) -> np.ndarray:
+        """The centre of the image, scaled to uint8 `shape`."""
+        from PIL import Image
+
+        (height, width), size = shape[:2], (image.height, image.width)
+        if size != (height, width):
+            top, left, h, w = centre_box(size, (height, width))
+            if (h, w) != size:
                 self._note(f"are cut to their centre, as they are not {width}:{height} in shape", path)
-            part = whole.crop((left, top, left + w, top + h))  # `resize(box=…)` would mix in pixels from outside
-            whole = part.resize((width, height), Image.Resampling.BILINEAR)
-        return np.asarray(whole, dtype=np.uint8).reshape(height, width, self.channel)
+            part = image.crop((left, top, left + w, top + h))  # `resize(box=…)` would mix in pixels from outside
+            image = part.resize((width, height), Image.Resampling.BILINEAR)
+        return np.asarray(image, dtype=np.uint8).reshape(shape)
 
-    def _eight_bits(self, image: "PILImage") -> "PILImage":
-        """An image of 16 bits a pixel scaled to 8: PIL's `convert` would make all above 255 white.
-
-        Raises:
-            ValueError: for pixels of 32 bits, whose range is not known.
-        """
+    def _eight_bits(self, image: "PILImage", white: int | None) -> "PILImage":
+        """An image of 16 bits a pixel scaled to 8: PIL's `convert` would make all above 255 white."""
         from PIL import Image
 
         if not image.mode.startswith("I;16") and (image.mode == "F" or image.format not in ("PNG", "PPM")):  # older: I
             raise ValueError(f"pixels of 32 bits (mode {image.mode}) have no range; store 8 or 16 bits")
         values = np.asarray(image).astype(np.uint32)
-        self._note_brightest(int(values.max()), 65535)
-        white = self.white or 65535
+        self._peaks.add((int(values.max()), 65535))
+        white = white or 65535
         return Image.fromarray(((values * 255 + white // 2) // white).clip(0, 255).astype(np.uint8))
 
     def _on_white(self, image: "PILImage", path: Path) -> "PILImage":
@@ -276,32 +256,5 @@ class _Decoder:
         self._note("have transparent parts, which lie on white", path)
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
 
-    def _whitened(self, image: "PILImage") -> "PILImage":
-        """An image of 8 bits, with white at 255."""
-        if self.white is not None:
-            return image.point([*scale_table(self.white)] * self.channel)
-        if self.brightest[0] * DARK <= self.brightest[1]:  # else this source is known to be bright
-            extrema = image.getextrema()
-            self._note_brightest(max(extrema[1:] if self.channel == 1 else (high for _, high in extrema)), 255)
-        return image
-
     def _note(self, what: str, path: Path) -> None:
-        with self.lock:
-            self.seen.setdefault(what, []).append(path)
-
-    def _note_brightest(self, value: int, full: int) -> None:
-        with self.lock:
-            self.types.add(full)
-            if value * self.brightest[1] >= self.brightest[0] * full:
-                self.brightest = (value, full)
-
-
-def _files_below(folder: Path) -> Iterator[Path]:
-    """All files below a folder, and links to files, whose names are a user's; links to folders are not followed."""
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    for place, folders, files in os.walk(folder, onerror=fail):
-        folders[:] = filter(is_content, folders)
-        yield from (Path(place, name) for name in files if is_content(name))
+        self.seen.setdefault(what, set()).add(path)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from utils.core.errors import UserError
+from utils.core.errors import require
 
 DARK = 8  # images whose brightest value is at most this part of their type's range are not taken as they are
 LOOKED_AT = 1000  # images in which a bright value is looked for first
@@ -18,19 +18,13 @@ def unit_images(images: torch.Tensor) -> torch.Tensor:
 
 
 def centre_box(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The largest centred part of an image that has the shape of `wanted`, in whole pixels.
+    """Top, left, height and width of the largest centred part, in whole pixels, that has the shape of `wanted`.
 
-    Args:
-        size, wanted: height and width.
-    Returns:
-        Top, left, height and width of the part.
+    `size` is the height and width of the image, `wanted` those of another size.
     """
     (height, width), (h, w) = size, wanted
-    if width * h >= height * w:
-        inner = max(1, round(height * w / h))
-        return 0, (width - inner) // 2, height, inner
-    inner = max(1, round(width * h / w))
-    return (height - inner) // 2, 0, inner, width
+    inner_h, inner_w = min(height, max(1, round(width * h / w))), min(width, max(1, round(height * w / h)))
+    return (height - inner_h) // 2, (width - inner_w) // 2, inner_h, inner_w
 
 
 def conform(images: torch.Tensor, channel: int, im_size: tuple[int, int]) -> torch.Tensor:
@@ -57,19 +51,16 @@ def white_value(brightest: int, full: int, pixel_max: int | None, where: str) ->
 
     It is `full` for all but dark images: those use at most 1/8 of the range, as values of 12 bits in files of 16, or
     0 and 1 in bytes. `pixel_max`: what the user says that white is in dark images (`--pixel_max`).
-
-    Raises:
-        UserError: for dark images, if the user says nothing or what cannot be. `where` begins the message.
+    A `UserError`, which `where` begins, tells of dark images of which the user says nothing or what cannot be.
     """
     if brightest * DARK > full or (pixel_max is not None and pixel_max >= full):
         return full
     found = f"{where}: the brightest pixel is {brightest}, and white is {full} in this type"
     as_they_are = f"--pixel_max {full} takes them as they are"
-    if pixel_max is None:
-        white = f"if white is {brightest}, give --pixel_max {brightest}; " if brightest else ""
-        raise UserError(f"{found}, so these images are nearly black: {white}{as_they_are}")
-    if not brightest <= pixel_max < max(1, brightest) * DARK:
-        raise UserError(f"{found}; --pixel_max {pixel_max} does not fit: give the value of white, or {as_they_are}")
+    white = f"if white is {brightest}, give --pixel_max {brightest}; " if brightest else ""
+    require(pixel_max is not None, f"{found}, so these images are nearly black: {white}{as_they_are}")
+    wrong = f"{found}; --pixel_max {pixel_max} does not fit: give the value of white, or {as_they_are}"
+    require(brightest <= pixel_max < max(1, brightest) * DARK, wrong)
     return pixel_max
 
 
@@ -77,14 +68,10 @@ def in_full_range(parts: Sequence[torch.Tensor], pixel_max: int | None, where: s
     """The parts of one source of images, uint8 ones scaled so that white is 255; see `white_value`."""
     if any(part.dtype != torch.uint8 for part in parts):
         return list(parts)
-    looked_at = max(int(part[:: max(1, len(part) // LOOKED_AT)].max()) for part in parts)
-    if looked_at * DARK > 255:
+    if any(int(part[:: max(1, len(part) // LOOKED_AT)].max()) * DARK > 255 for part in parts):
         return list(parts)
     white = white_value(max(int(part.max()) for part in parts), 255, pixel_max, where)
-    if white == 255:
-        return list(parts)
-    table = scale_table(white)
-    return [torch.from_numpy(table[part.numpy()]) for part in parts]
+    return [torch.from_numpy(scale_table(white)[part.numpy()]) if white < 255 else part for part in parts]
 
 
 def scale_table(white: int) -> np.ndarray:

@@ -10,10 +10,9 @@ def generator(seed: int, *key: int | str) -> torch.Generator:
     """Return a fresh CPU generator that depends only on `seed` and `key`.
 
     The key names the purpose of the draw, e.g. `("real", experiment, iteration, outer_step, slot)`. No draw depends on
-    what was drawn before, so a resumed or distributed run draws the same as an uninterrupted single process. PyTorch's
-    CPU generator uses 32 bits of the seed: of 100,000 keys about one pair draws the same.
-    The generator is on the CPU whatever the device of the computation, so draws are the same on every device (except
-    `noise`).
+    what was drawn before, so a resumed or distributed run draws the same as an uninterrupted single process.
+    Of 100,000 keys about one pair draws the same: PyTorch's CPU generator uses 32 bits of the seed.
+    Draws are made on the CPU, so they are the same on every device (except `noise`).
     """
     digest = hashlib.blake2b(repr((int(seed), *key)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

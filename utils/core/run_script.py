@@ -9,17 +9,14 @@ from contextlib import suppress
 
 import torch.distributed as dist
 
-from utils.core.errors import (
-    Interrupted,
-    RankError,
-    UserError,
-    drop_output,
-    print_error,
-    print_error_once,
-    under_torchrun,
-)
+from utils.core.errors import Interrupted, RankError, UserError, drop_output, print_error, under_torchrun
 
 SIGPIPE = 13  # by number: Windows has no such signal
+OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError", "allocate memory", "not enough memory")  # Python, CUDA, the CPU
+MEMORY_ADVICE = (
+    "out of memory: lower --ipc or the flags of this script that begin with --batch_, or choose a narrower --model; "
+    "--zca needs much for large images"
+)
 
 
 def run_script(main: Callable[[], None], prog: str) -> None:
@@ -60,19 +57,14 @@ def _status(main: Callable[[], None], prog: str) -> int:
             raise
         drop_output(sys.stdout)
         return 128 + SIGPIPE
-    except RankError as error:
-        return print_error(prog, error)
     except UserError as error:
-        return print_error_once(prog, error)
+        return print_error(prog, error, wait=not isinstance(error, RankError))
     except (MemoryError, RuntimeError) as error:
-        if _is_out_of_memory(error):
-            return print_error(
-                prog,
-                "out of memory: lower --ipc or the flags of this script that begin with --batch_, or choose a "
-                "narrower --model; --zca needs much for large images",
-            )
-        if under_torchrun() and _is_broken_connection(error):
-            print_error(prog, "another process of this run has ended, so this one ends, too")
+        said = f"{type(error).__name__} {error}"
+        if any(words in said for words in OUT_OF_MEMORY):
+            return print_error(prog, MEMORY_ADVICE, wait=False)
+        if under_torchrun() and ("by peer" in said or "ncclRemoteError" in said):  # as gloo and NCCL say it
+            print_error(prog, "another process of this run has ended, so this one ends, too", wait=False)
             return 1
         raise
     return 0
@@ -85,14 +77,3 @@ def _reader_has_gone() -> bool:
     except BrokenPipeError:
         return True
     return False
-
-
-def _is_broken_connection(error: Exception) -> bool:
-    """Whether gloo or NCCL says that another process has left."""
-    return "by peer" in str(error) or "ncclRemoteError" in str(error)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether an error of Python, of CUDA or of PyTorch's CPU allocator means that memory ran out."""
-    is_named = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
-    return is_named or "allocate memory" in str(error) or "not enough memory" in str(error)

@@ -8,13 +8,12 @@ the CPU, so they are the same on every device (except DC's noise).
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 
-from utils.compute.transfer import Draw, send, send_together
-from utils.core.errors import UserError, unknown_name
+from utils.compute.transfer import Draw, send
+from utils.core.errors import require, unknown_name
 from utils.core.rng import draw_seed, noise
 
 Size = tuple[int, int]
@@ -59,17 +58,12 @@ def shift(images: torch.Tensor, offset: torch.Tensor, fill: torch.Tensor | None 
 
 def cutout(images: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
     """Zero a square around `centre` (int64 `[n, 2]`, rows then columns), clipped at the border."""
-    height, width = images.shape[2:]
-    centre = send(centre, images.device)
-
-    def outside(length: int, middle: torch.Tensor) -> torch.Tensor:
-        """Whether each position along a side is outside the square, `[n, length]`."""
+    outside = []  # for each side, whether a position along it is outside the square, `[n, length]`
+    for length, middle in zip(images.shape[2:], send(centre, images.device).unbind(1), strict=True):
         side = _cutout_side(length)
-        first = middle.unsqueeze(1) - side // 2
-        position = torch.arange(length, device=images.device)
-        return (position < first) | (position >= first + side)
-
-    keep = outside(height, centre[:, 0]).unsqueeze(2) | outside(width, centre[:, 1]).unsqueeze(1)
+        position = torch.arange(length, device=images.device) - middle.unsqueeze(1) + side // 2
+        outside.append((position < 0) | (position >= side))
+    keep = outside[0].unsqueeze(2) | outside[1].unsqueeze(1)
     return images * keep.unsqueeze(1).to(images.dtype)
 
 
@@ -92,12 +86,10 @@ def affine(images: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
 
 
 def bilinear(images: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-    """`grid_sample` (bilinear, zeros outside, align_corners true) by gathering the four neighbours of each point.
+    """`grid_sample` of images `[N, C, H, W]` (bilinear, zeros outside, align_corners true) by gathering neighbours.
 
+    The grid is `[N, H', W', 2]`, x then y in [-1, 1].
     Used for determinism: on CUDA, the gradient of torch's `grid_sample` is summed in no fixed order.
-
-    Args:
-        images: `[N, C, H, W]`; grid: `[N, H', W', 2]`, x then y in [-1, 1].
     """
     height, width = images.shape[2:]
     x, y = (grid[..., 0] + 1) / 2 * (width - 1), (grid[..., 1] + 1) / 2 * (height - 1)
@@ -124,10 +116,6 @@ def _rotate_theta(angle: torch.Tensor) -> torch.Tensor:
     return F.pad(rows, (0, 1))
 
 
-def _draw_color(n: int, size: Size, g: torch.Generator) -> torch.Tensor:
-    return torch.rand(n, 3, generator=g)
-
-
 def _draw_crop(n: int, size: Size, g: torch.Generator) -> torch.Tensor:
     limits = [int(side * CROP_RATIO + 0.5) for side in size]
     return torch.stack([torch.randint(-s, s + 1, (n,), generator=g) for s in limits], 1)
@@ -136,10 +124,6 @@ def _draw_crop(n: int, size: Size, g: torch.Generator) -> torch.Tensor:
 def _draw_cutout(n: int, size: Size, g: torch.Generator) -> torch.Tensor:
     # the centre of a square of even side lies between pixels, so it has one more possible position
     return torch.stack([torch.randint(0, side + 1 - _cutout_side(side) % 2, (n,), generator=g) for side in size], 1)
-
-
-def _draw_flip(n: int, size: Size, g: torch.Generator) -> torch.Tensor:
-    return torch.rand(n, generator=g)
 
 
 def _draw_scale(n: int, size: Size, g: torch.Generator) -> torch.Tensor:
@@ -152,21 +136,20 @@ def _draw_rotate(n: int, size: Size, g: torch.Generator) -> torch.Tensor:
 
 _Draw = Callable[[int, Size, torch.Generator], torch.Tensor]
 DSA_ENTRIES: dict[str, tuple[_Draw, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]] = {
-    "color": (_draw_color, color),
+    "color": (lambda n, size, g: torch.rand(n, 3, generator=g), color),
     "crop": (_draw_crop, shift),
     "cutout": (_draw_cutout, cutout),
-    "flip": (_draw_flip, flip),
+    "flip": (lambda n, size, g: torch.rand(n, generator=g), flip),
     "scale": (_draw_scale, affine),
     "rotate": (_draw_rotate, affine),
 }
 
 
-def parse_strategy(text: str, entries: Sequence[str] = tuple(DSA_ENTRIES)) -> tuple[str, ...]:
-    """Split a `_`-joined strategy; raise a `UserError` for an entry that is not among `entries`."""
+def parse_strategy(text: str) -> tuple[str, ...]:
+    """Split a `_`-joined strategy; raise a `UserError` for an entry that is not among `DSA_ENTRIES`."""
     parts = tuple(text.split("_"))
     for part in parts:
-        if part not in entries:
-            raise UserError(f"--dsa_strategy {text}: " + unknown_name("entry", part, entries))
+        require(part in DSA_ENTRIES, f"--dsa_strategy {text}: {unknown_name('entry', part, DSA_ENTRIES)}")
     return parts
 
 
@@ -197,36 +180,21 @@ class DSA:
 
 
 def apply_by_part(images: torch.Tensor, transforms: Sequence[Callable], lengths: Sequence[int]) -> torch.Tensor:
-    """Apply each transform to its part of the images; the parts are consecutive. Returns images in the same order.
+    """Apply each transform to its part of the images `[N, C, H, W]`; `lengths` has the size of each of the parts.
 
-    Parts with the same entry share one call: on a GPU, and for few images, the number of calls determines the time.
-
-    Args:
-        images: `[N, C, H, W]`.
-        transforms: one for each part, with one set of parameters for the part or one per image.
-        lengths: number of images in each part; the sum is N.
+    The parts are consecutive, and the result has their order.
+    Those with the same entry share one call: on a GPU, and for few images, the number of calls determines the time.
     """
-    entries = [t.entry if isinstance(t, Transform) else None for t in transforms]
-    if None in entries:
-        return torch.cat([t(x) for t, x in zip(transforms, images.split(list(lengths)), strict=True)])
-    distinct = list(dict.fromkeys(entries))
-    order = sorted(range(len(entries)), key=lambda part: distinct.index(entries[part]))
-    starts = [0, *accumulate(lengths)]
-    where = torch.cat([torch.arange(starts[part], starts[part + 1]) for part in order])
-    there, back = send_together([where, where.argsort()], images.device)
-    images = images[there]
-    done = []
-    for entry in distinct:
-        parts = [part for part in order if entries[part] == entry]
-        params = torch.cat([_for_each(transforms[part].params, lengths[part]) for part in parts])
-        done.append(Transform(entry, params)(images[: len(params)]))
-        images = images[len(params) :]
-    return torch.cat(done)[back]
-
-
-def _for_each(params: torch.Tensor, n: int) -> torch.Tensor:
-    """Parameters `[1 or n, …]` as `[n, …]`."""
-    return params.expand(n, *params.shape[1:])
+    parts = images.split(list(lengths))
+    if not all(isinstance(t, Transform) for t in transforms):
+        return torch.cat([t(x) for t, x in zip(transforms, parts, strict=True)])
+    done = {}
+    for entry in dict.fromkeys(t.entry for t in transforms):
+        which = [i for i, t in enumerate(transforms) if t.entry == entry]
+        params = [transforms[i].params.expand(lengths[i], *transforms[i].params.shape[1:]) for i in which]
+        changed = Transform(entry, torch.cat(params))(torch.cat([parts[i] for i in which]))
+        done.update(zip(which, changed.split([lengths[i] for i in which]), strict=True))
+    return torch.cat([done[i] for i in range(len(parts))])
 
 
 def apply_by_slot(images: torch.Tensor, transforms: Sequence[Callable]) -> torch.Tensor:
@@ -242,7 +210,6 @@ def identity(images: torch.Tensor) -> torch.Tensor:
 
 # --- DC: used when an evaluation network is trained, never in the matching -------------------------------------------
 
-DC_ENTRIES = ("crop", "scale", "rotate", "noise")
 DC_CROP, DC_SCALE, DC_ROTATE_DEGREES, DC_NOISE = 4, 0.2, 45.0, 0.001
 
 
@@ -259,20 +226,18 @@ class DCTransform(Draw):
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         mean = images.mean((2, 3), keepdim=True)
+        shape, seed = images.shape, self.noise_seed
         results = {
             "crop": lambda: shift(images, self.offset, mean),
             "scale": lambda: affine(images - mean, self.theta_scale) + mean,
             "rotate": lambda: affine(images - mean, self.theta_rotate) + mean,
-            "noise": lambda: images + DC_NOISE * self._noise(images),
+            "noise": lambda: images + DC_NOISE * noise(torch.randn, shape, seed, images.device).to(images.dtype),
         }
         out = images
         choice = _per_image(self.choice, images)
         for index, entry in enumerate(self.strategy):
             out = torch.where(choice == index, results[entry](), out)
         return out
-
-    def _noise(self, images: torch.Tensor) -> torch.Tensor:
-        return noise(torch.randn, images.shape, self.noise_seed, images.device).to(images.dtype)
 
 
 @dataclass(frozen=True)
@@ -285,20 +250,14 @@ class DC:
         """Return the transform of a batch of `n` images."""
         factors = 1 + DC_SCALE * (2 * torch.rand(n, 2, generator=generator) - 1)
         angle = math.radians(DC_ROTATE_DEGREES) * (2 * torch.rand(n, generator=generator) - 1)
-        return DCTransform(
-            self.strategy,
-            torch.randint(len(self.strategy), (n,), generator=generator),
-            torch.randint(-DC_CROP, DC_CROP + 1, (n, 2), generator=generator),
-            _scale_theta(1 / factors),
-            _rotate_theta(angle),
-            draw_seed(generator),
-        )
+        choice = torch.randint(len(self.strategy), (n,), generator=generator)
+        offset = torch.randint(-DC_CROP, DC_CROP + 1, (n, 2), generator=generator)
+        thetas = _scale_theta(1 / factors), _rotate_theta(angle)
+        return DCTransform(self.strategy, choice, offset, *thetas, draw_seed(generator))
 
 
 def dc_augmentation(dataset: str, model_eval: str) -> DC | None:
     """The augmentation that method DC uses to evaluate `model_eval` on `dataset`; None if it uses none."""
     if model_eval == "ConvNetBN":
-        return DC(parse_strategy("crop_noise", DC_ENTRIES))
-    if dataset == "MNIST":
-        return DC(parse_strategy("crop_scale_rotate", DC_ENTRIES))
-    return None
+        return DC(("crop", "noise"))
+    return DC(("crop", "scale", "rotate")) if dataset == "MNIST" else None

@@ -1,6 +1,6 @@
 """Real data as whole tensors: read once, kept as uint8, normalised where they are used."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch import nn
 from networks import get_network
 from utils.compute.transfer import send
 from utils.core.arrays import images_to_nchw, read_npz
-from utils.core.errors import UserError, blame, unknown_name
+from utils.core.errors import blame, require, unknown_name
 from utils.core.images import ImageReader
 from utils.core.pixels import in_full_range, unit_images
 from utils.core.torch_files import PLAIN_INTEGERS, fingerprint, read_pt
@@ -32,15 +32,11 @@ class Spec:
     std: tuple[float, ...] | None
 
 
-def _of_255(*values: float) -> tuple[float, ...]:
-    return tuple(v / 255 for v in values)
-
-
 SPECS = {
     "MNIST": Spec(1, 28, 10, (0.1307,), (0.3081,)),
     "FashionMNIST": Spec(1, 28, 10, (0.2861,), (0.3530,)),
     "SVHN": Spec(3, 32, 10, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
-    "CIFAR10": Spec(3, 32, 10, _of_255(125.3, 123.0, 113.9), _of_255(63.0, 62.1, 66.7)),
+    "CIFAR10": Spec(3, 32, 10, (125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)),
     "CIFAR100": Spec(3, 32, 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "TinyImageNet": Spec(3, 64, 200, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "Digits": Spec(1, 8, 10, None, None),
@@ -90,17 +86,13 @@ class RealData:
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Normalise images in [0, 1] to zero mean and unit deviation per channel, or whiten them."""
-        if self.zca is not None:
-            return self.zca.whiten(images)
         mean, std = self._scale
-        return (images - mean).div_(std)
+        return (images - mean).div_(std) if self.zca is None else self.zca.whiten(images)
 
     def denormalize(self, images: torch.Tensor) -> torch.Tensor:
         """The inverse of `normalize`, clipped to [0, 1]."""
-        if self.zca is not None:
-            return self.zca.undo(images).clamp(0, 1)
         mean, std = self._scale
-        return (images * std + mean).clamp(0, 1)
+        return (images * std + mean if self.zca is None else self.zca.undo(images)).clamp(0, 1)
 
     def unit_train(self, indices: torch.Tensor) -> torch.Tensor:
         """Training images at `indices`, float32 in [0, 1]."""
@@ -119,8 +111,7 @@ class RealData:
     def class_indices(self) -> tuple[torch.Tensor, ...]:
         """For each class the indices of its training images, on the CPU (draws are made there)."""
         labels = self.labels_train.cpu()
-        order = labels.argsort(stable=True)
-        return order.split(labels.bincount(minlength=self.num_classes).tolist())
+        return labels.argsort(stable=True).split(labels.bincount(minlength=self.num_classes).tolist())
 
     def choose(self, label: int, n: int, generator: torch.Generator) -> torch.Tensor:
         """Indices of `n` different training images of a class, or of all if there are fewer; int64, on the CPU."""
@@ -130,11 +121,8 @@ class RealData:
     def lines(self) -> tuple[str, ...]:
         """Lines for the log: how many images there are, and what was noted when they were read."""
         sizes = self.labels_train.bincount(minlength=self.num_classes)
-        counts = (
-            f"{len(self.labels_train)} training images of {self.num_classes} classes (smallest {int(sizes.min())}, "
-            f"largest {int(sizes.max())}), {len(self.labels_test)} test images"
-        )
-        return counts, *self.notes
+        of = f"{self.num_classes} classes (smallest {int(sizes.min())}, largest {int(sizes.max())})"
+        return f"{len(self.labels_train)} training images of {of}, {len(self.labels_test)} test images", *self.notes
 
     def fingerprint(self) -> str:
         """SHA-256 of the images and labels."""
@@ -148,8 +136,7 @@ class RealData:
 
     def whitened(self) -> "RealData":
         """The same data with ZCA whitening, fitted on the training images, in place of mean and deviation."""
-        parts = (unit_images(part) for part in self.images_train.split(5000))
-        return replace(self, zca=fit_zca(parts))
+        return replace(self, zca=fit_zca(unit_images(part) for part in self.images_train.split(5000)))
 
 
 def load_dataset(
@@ -162,6 +149,9 @@ def load_dataset(
 ) -> RealData:
     """Load a data set as whole CPU tensors.
 
+    A `UserError` tells of an unknown name, `im_size` with another set, missing files, wrong dtypes, shapes or labels,
+    and dark images.
+
     Args:
         name: one of `DATASET_NAMES`.
         data_path: the folder of the data; for `npz` the file itself, for `ImageFolder` the folder with `train/`. For
@@ -170,82 +160,60 @@ def load_dataset(
         download: fetch a missing set through torchvision.
         zca: whiten the images instead of normalising them.
         pixel_max: the value of white in images that use a small part of their type's range, see `white_value`.
-    Raises:
-        UserError: for an unknown name, `im_size` with another set, missing files, wrong dtypes, shapes or labels, and
-            dark images.
     """
-    if zca:
-        return load_dataset(name, data_path, im_size, download, pixel_max=pixel_max).whitened()
-    if name not in DATASET_NAMES:
-        raise UserError(unknown_name("dataset", name, DATASET_NAMES))
-    if im_size is not None and name != "ImageFolder":
-        raise UserError(f"--im_size: only ImageFolder takes it; {name} has its own size")
+    require(name in DATASET_NAMES, unknown_name("dataset", name, DATASET_NAMES))
+    wrong = f"--im_size: only ImageFolder takes it; {name} has its own size"
+    require(im_size is None or name == "ImageFolder", wrong)
     data_path = Path(data_path)
-    class_names: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    source, local = data_path, data_path / f"{name.lower()}.npz"
-    if name == "npz":
-        arrays = _read_npz_set(data_path)
-    elif name == "ImageFolder":
-        arrays, class_names, notes = read_class_folders(data_path, im_size or 64, ImageReader("--data_path", pixel_max))
-    elif local.is_file():
-        arrays, source = _read_npz_set(local), local
-    elif name == "TinyImageNet" and (unpacked := _unpacked_tinyimagenet(data_path)):
-        arrays, class_names, notes = _read_unpacked(unpacked, ImageReader("--data_path", pixel_max))
-    else:
-        read = {"Digits": _read_digits, "TinyImageNet": _read_tinyimagenet}.get(name)
-        *arrays, class_names = read(data_path) if read else read_torchvision(name, data_path, download)
-    real = _checked(name, SPECS.get(name), arrays, source, pixel_max)
-    return replace(real, class_names=class_names, notes=notes)
+    source = data_path if name == "npz" else data_path / f"{name.lower()}.npz"
+    with blame("--data_path"):
+        if name == "npz" or (name != "ImageFolder" and source.is_file()):
+            parts = _read_npz_set(source)
+        else:
+            source = data_path
+            parts = _read_named(name, data_path, im_size or 64, download, ImageReader("--data_path", pixel_max))
+        arrays, class_names, notes = parts
+        spec = SPECS.get(name)
+        num_classes = spec.num_classes if spec else int(arrays[1].max()) + 1 if len(arrays[1]) else 0
+        for holds, told in _rules(name, spec, num_classes, arrays):
+            require(holds, f"{source}: {told}")
+        images, images_test = in_full_range(arrays[::2], pixel_max, str(source))
+    mean, std = (spec.mean, spec.std) if spec and spec.mean else _moments(images)
+    tensors = (images, arrays[1], images_test, arrays[3])
+    real = RealData(name, num_classes, mean, std, *tensors, None, class_names, notes, pixel_max)
+    return real.whitened() if zca else real
 
 
 Arrays = Sequence[torch.Tensor]  # training images and labels, test images and labels
+Parts = tuple[Arrays, tuple[str, ...], tuple[str, ...]]  # the names of the classes, too, and lines for the log
 
 
-def _checked(name: str, spec: Spec | None, arrays: Arrays, source: Path, pixel_max: int | None) -> RealData:
-    """Check shapes and labels, compute what `spec` leaves out, and make the `RealData`."""
+def _rules(name: str, spec: Spec | None, num_classes: int, arrays: Arrays) -> Iterator[tuple[bool, str]]:
+    """What must hold of a data set, and what to say if it does not. Each rule needs that those before it hold."""
     images, labels, images_test, labels_test = arrays
-    where = f"--data_path: {source}"
-    if images.shape[1:] != images_test.shape[1:]:
-        raise UserError(
-            f"{where}: training images are {_shape(images)} and test images {_shape(images_test)}; they must agree"
-        )
-    if spec and tuple(images.shape[1:]) != (spec.channel, spec.side, spec.side):
-        raise UserError(
-            f"{where}: images are {_shape(images)}; {name} has {spec.channel}x{spec.side}x{spec.side}. "
-            "Use --dataset npz for other data"
-        )
+    shape, shape_test = ("x".join(map(str, part.shape[1:])) for part in (images, images_test))
+    yield shape == shape_test, f"training images are {shape} and test images {shape_test}; they must agree"
+    wanted = f"{spec.channel}x{spec.side}x{spec.side}" if spec else shape
+    yield shape == wanted, f"images are {shape}; {name} has {wanted}. Use --dataset npz for other data"
     for part, values, of in (("train", labels, images), ("test", labels_test, images_test)):
-        if len(values) != len(of) or not len(of):
-            raise UserError(
-                f"{where}: {len(of)} {part} images and {len(values)} labels; their numbers must be equal, and not 0"
-            )
-    num_classes = spec.num_classes if spec else int(labels.max()) + 1
-    if num_classes > len(labels):  # before `bincount`: a label may claim billions of classes
-        raise UserError(
-            f"{where}: {len(labels)} train labels cannot be of {num_classes} classes; each class needs one at least. "
-            f"They are {int(labels.min())}..{int(labels.max())}; labels start at 0"
-        )
-    for part, values in (("train", labels), ("test", labels_test)):
-        if values.min() < 0 or values.max() >= num_classes:
-            found = f"{int(values.min())}..{int(values.max())}"
-            raise UserError(f"{where}: {part} labels are {found}; they must be 0..{num_classes - 1}")
+        counts = f"{len(of)} {part} images and {len(values)} labels"
+        yield 0 < len(values) == len(of), f"{counts}; their numbers must be equal, and not 0"
+    found, found_test = (f"{int(values.min())}..{int(values.max())}" for values in (labels, labels_test))
+    yield (  # before `bincount`: a label may claim billions of classes
+        num_classes <= len(labels),
+        f"{len(labels)} train labels cannot be of {num_classes} classes; each class needs one at least. They are "
+        f"{found}; labels start at 0",
+    )
+    for part, values, span in (("train", labels, found), ("test", labels_test, found_test)):
+        within = bool(values.min() >= 0) and bool(values.max() < num_classes)
+        yield within, f"{part} labels are {span}; they must be 0..{num_classes - 1}"
+    yield num_classes >= 2, "all images are of one class; two classes or more are needed"
     empty = (labels.bincount(minlength=num_classes) == 0).nonzero().flatten().tolist()
-    if num_classes < 2:
-        raise UserError(f"{where}: all images are of one class; two classes or more are needed")
-    if empty:
-        raise UserError(
-            f"{where}: train labels are {int(labels.min())}..{int(labels.max())}, and no training image is of class "
-            f"{', '.join(map(str, empty[:10]))}. Labels start at 0 and leave out no class; renumber them, in the test "
-            "set, too"
-        )
-    images, images_test = in_full_range([images, images_test], pixel_max, where)
-    mean, std = (spec.mean, spec.std) if spec and spec.mean else _moments(images)
-    return RealData(name, num_classes, mean, std, images, labels, images_test, labels_test, pixel_max=pixel_max)
-
-
-def _shape(images: torch.Tensor) -> str:
-    return "x".join(map(str, images.shape[1:]))
+    yield (
+        not empty,
+        f"train labels are {found}, and no training image is of class {', '.join(map(str, empty[:10]))}. Labels start "
+        "at 0 and leave out no class; renumber them, in the test set, too",
+    )
 
 
 def _moments(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -258,25 +226,30 @@ def _moments(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]
     return tuple(mean.flatten().tolist()), tuple(std.tolist())
 
 
-@blame("--data_path")
-def _read_npz_set(path: Path) -> Arrays:
+def _read_named(name: str, data_path: Path, side: int, download: bool, reader: ImageReader) -> Parts:
+    """A data set that is not an `.npz` file; `side`: of the images of `ImageFolder`."""
+    if name == "ImageFolder":
+        return read_class_folders(data_path, side, reader)
+    if name == "TinyImageNet":
+        return _read_tinyimagenet(data_path, reader)
+    *arrays, class_names = _read_digits() if name == "Digits" else read_torchvision(name, data_path, download)
+    return arrays, class_names, ()
+
+
+def _read_npz_set(path: Path) -> Parts:
     train_images, train_labels, test_images, test_labels = read_npz(path, NPZ_KEYS)
-    return (
-        images_to_nchw(train_images, path).contiguous(),
-        _labels(train_labels, path),
-        images_to_nchw(test_images, path).contiguous(),
-        _labels(test_labels, path),
-    )
+    images, images_test = (images_to_nchw(part, path).contiguous() for part in (train_images, test_images))
+    return (images, _labels(train_labels, path), images_test, _labels(test_labels, path)), (), ()
 
 
 def _labels(array: np.ndarray, path: Path) -> torch.Tensor:
     """int64 `[N]` from integers `[N]` or, as in MedMNIST, `[N, 1]`."""
-    if array.dtype.kind not in "iu" or array.ndim not in (1, 2) or (array.ndim == 2 and array.shape[1] != 1):
-        raise UserError(f"{path} has labels {array.dtype} {list(array.shape)}; they must be integers [N] or [N, 1]")
+    fits = array.dtype.kind in "iu" and array.ndim in (1, 2) and array.shape[1:] in ((), (1,))
+    require(fits, f"{path} has labels {array.dtype} {list(array.shape)}; they must be integers [N] or [N, 1]")
     return torch.from_numpy(array.reshape(-1).astype(np.int64))
 
 
-def _read_digits(_: Path) -> tuple:
+def _read_digits() -> tuple:
     """scikit-learn's 8×8 digits; a fifth of them, stratified, is the test set."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -288,52 +261,38 @@ def _read_digits(_: Path) -> tuple:
     return images[train], labels[train], images[test], labels[test], tuple(map(str, digits.target_names))
 
 
-def _unpacked_tinyimagenet(data_path: Path) -> Path | None:
-    """The folder of TinyImageNet as unpacked; None if it is not there, or `tinyimagenet.pt` is, which goes first."""
-    if (data_path / "tinyimagenet.pt").is_file():
-        return None
-    folders = (data_path / "tiny-imagenet-200", data_path)
-    return next((folder for folder in folders if (folder / "train").is_dir()), None)
-
-
-def _read_unpacked(folder: Path, reader: ImageReader) -> tuple[Arrays, tuple[str, ...], tuple[str, ...]]:
-    """TinyImageNet as unpacked: what `read_class_folders` returns, if it is whole."""
-    spec = SPECS["TinyImageNet"]
-    arrays, class_names, notes = read_class_folders(folder, spec.side, reader)
-    if len(class_names) != spec.num_classes:
-        raise UserError(
-            f"--data_path: {folder / 'train'} has {len(class_names)} classes; TinyImageNet has {spec.num_classes}. "
-            f"Use --dataset ImageFolder --im_size {spec.side} for a part of it"
+def _read_tinyimagenet(data_path: Path, reader: ImageReader) -> Parts:
+    """TinyImageNet of `tinyimagenet.pt` or, without that file, as it is unpacked."""
+    path, spec = data_path / "tinyimagenet.pt", SPECS["TinyImageNet"]
+    inner = data_path / "tiny-imagenet-200"
+    folder = next((folder for folder in (inner, data_path) if (folder / "train").is_dir()), None)
+    if folder and not path.is_file():
+        parts = read_class_folders(folder, spec.side, reader)
+        require(
+            len(parts[1]) == spec.num_classes,
+            f"{folder / 'train'} has {len(parts[1])} classes; TinyImageNet has {spec.num_classes}. "
+            f"Use --dataset ImageFolder --im_size {spec.side} for a part of it",
         )
-    return arrays, class_names, notes
-
-
-def _read_tinyimagenet(data_path: Path) -> tuple:
-    path = data_path / "tinyimagenet.pt"
-    if not path.is_file():
-        raise UserError(
-            f"--data_path: {path} is not there, nor {data_path / 'tiny-imagenet-200' / 'train'}; TinyImageNet is read "
-            "from that file or that folder (see README, Data)"
-        )
-    data = read_pt(path, "--data_path")
+        return parts
+    missing = f"{path} is not there, nor {inner / 'train'}; TinyImageNet is read from that file or that folder"
+    require(path.is_file(), f"{missing} (see README, Data)")
+    data = read_pt(path)
     accepted = (
         "it must hold the keys classes, images_train, labels_train, images_val and labels_val: images uint8 "
         "[N, 3, 64, 64], labels integers [N]"
     )
-    keys = ("images_train", "labels_train", "images_val", "labels_val")
-    if not isinstance(data, dict) or not all(isinstance(data.get(key), torch.Tensor) for key in keys):
-        raise UserError(f"--data_path: {path} lacks tensors; {accepted}")
-    arrays = tuple(data[key].detach() for key in keys)
-    for key, array in zip(keys, arrays, strict=True):
+    arrays = []
+    for key in ("images_train", "labels_train", "images_val", "labels_val"):
+        array = data.get(key) if isinstance(data, dict) else None
+        require(isinstance(array, torch.Tensor), f"{path} lacks tensors; {accepted}")
         of_images = array.dtype == torch.uint8 and array.ndim == 4 and tuple(array.shape[1:]) == (3, 64, 64)
         of_labels = array.dtype in PLAIN_INTEGERS and array.ndim == 1
-        if not (of_images if key.startswith("images") else of_labels):
-            found = f"{array.dtype} {list(array.shape[:8])}".removeprefix("torch.")
-            raise UserError(f"--data_path: {path} has {key} {found}; {accepted}")
+        found = f"{array.dtype} {list(array.shape[:8])}".removeprefix("torch.")
+        require(of_images if key.startswith("images") else of_labels, f"{path} has {key} {found}; {accepted}")
+        arrays.append(array.detach() if of_images else array.detach().long())
     names = data.get("classes")
-    named = isinstance(names, (list, tuple)) and len(names) == SPECS["TinyImageNet"].num_classes
-    names = tuple(names) if named and all(isinstance(n, str) for n in names) else ()
-    return arrays[0], arrays[1].long(), arrays[2], arrays[3].long(), names
+    is_list = isinstance(names, (list, tuple)) and len(names) == spec.num_classes
+    return arrays, tuple(names) if is_list and all(isinstance(n, str) for n in names) else (), ()
 
 
 def load_test_images(
@@ -341,12 +300,11 @@ def load_test_images(
 ) -> torch.Tensor | Sequence[tuple]:
     """Only the test images of a torchvision set, which is used as an OOD set: as `read_torchvision_test` returns them.
 
-    Raises:
-        UserError: naming `flag`, when they are not in `root`, and `download` is false or fails.
+    A `UserError`, which names `flag`, tells that they are not in `root`, and `download` is false or fails.
     """
     local = root / f"{name.lower()}.npz"
-    if local.is_file():
-        with blame(flag):
-            (images,) = read_npz(local, ["test_images"])
-            return in_full_range([images_to_nchw(images, local).contiguous()], pixel_max, str(local))[0]
-    return read_torchvision_test(name, root, download, flag)
+    if not local.is_file():
+        return read_torchvision_test(name, root, download, flag)
+    with blame(flag):
+        (images,) = read_npz(local, ["test_images"])
+        return in_full_range([images_to_nchw(images, local).contiguous()], pixel_max, str(local))[0]

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,15 +20,15 @@ from utils.core.errors import UserError, one_line, print_line
 
 NPZ_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 TINYIMAGES = "300K_random_images.npy"
-FROM_PYTORCH_OOD = {  # class and arguments in pytorch_ood.dataset.img
-    "Textures": ("Textures", {}),
-    "Places365": ("Places365", {}),
-    "TinyImageNet_resize": ("TinyImageNetResize", {}),
-    "TinyImageNet_crop": ("TinyImageNetCrop", {}),
-    "LSUN_resize": ("LSUNResize", {}),
-    "LSUN_crop": ("LSUNCrop", {}),
+FROM_PYTORCH_OOD = {  # class in pytorch_ood.dataset.img
+    "Textures": "Textures",
+    "Places365": "Places365",
+    "TinyImageNet_resize": "TinyImageNetResize",
+    "TinyImageNet_crop": "TinyImageNetCrop",
+    "LSUN_resize": "LSUNResize",
+    "LSUN_crop": "LSUNCrop",
 }
-TORCHVISION_FILES = {  # what each set of torchvision is made of, for messages
+TORCHVISION_FILES = {  # what each set of torchvision is made of, for messages and to find its archives
     "MNIST": "MNIST/raw/*-ubyte (the four unpacked files)",
     "FashionMNIST": "FashionMNIST/raw/*-ubyte (the four unpacked files)",
     "SVHN": "train_32x32.mat and test_32x32.mat",
@@ -42,29 +43,11 @@ TORCHVISION_FILES = {  # what each set of torchvision is made of, for messages
     "Flowers102": "flowers-102/ (102flowers.tgz, unpacked, imagelabels.mat and setid.mat)",
     "Food101": "food-101/ (food-101.tar.gz, unpacked)",
 }
-_TEST_PART = {  # its arguments; those of the others: train=False
-    "SVHN": {"split": "test"},
+ARCHIVES = (".gz", ".tgz", ".zip", ".bz2", ".mat")
+_TEST_PART = {  # torchvision's arguments; those of the others: train=False
+    **{name: {"split": "test"} for name in ("SVHN", "STL10", "GTSRB", "Flowers102", "Food101")},
     "EMNIST": {"split": "letters", "train": False},  # letters alone: beside digits no class is known
-    "STL10": {"split": "test"},
     "Omniglot": {"background": False},
-    "GTSRB": {"split": "test"},
-    "Flowers102": {"split": "test"},
-    "Food101": {"split": "test"},
-}
-_ARCHIVES = {
-    "MNIST": ("MNIST/raw/*.gz",),
-    "FashionMNIST": ("FashionMNIST/raw/*.gz",),
-    "SVHN": ("*_32x32.mat",),
-    "CIFAR10": ("cifar-10-python.tar.gz",),
-    "CIFAR100": ("cifar-100-python.tar.gz",),
-    "KMNIST": ("KMNIST/raw/*.gz",),
-    "EMNIST": ("EMNIST/raw/*.zip",),
-    "USPS": ("usps.t.bz2",),
-    "STL10": ("stl10_binary.tar.gz",),
-    "Omniglot": ("omniglot-py/*.zip",),
-    "GTSRB": ("gtsrb/*.zip",),
-    "Flowers102": ("flowers-102/*.tgz", "flowers-102/*.mat"),
-    "Food101": ("food-101.tar.gz",),
 }
 
 
@@ -76,31 +59,21 @@ def read_torchvision(name: str, root: Path, download: bool, flag: str = "--data_
     """Training and test images (uint8 `[N, C, H, W]`), labels (int64 `[N]`) and class names of a torchvision data set.
 
     torchvision checks the MD5 sums of its downloads, and those of CIFAR's files each time before it unpickles them.
-
-    Args:
-        root: its folder; download: download missing files.
-        flag: the flag that names the folder, for the message.
-    Returns:
-        `images_train, labels_train, images_test, labels_test, class_names`; no names where torchvision has none.
-    Raises:
-        NotThere: when the set cannot be opened from `root`, and `download` is false or fails.
+    `NotThere` tells that the set cannot be opened from the folder `root`, which is that of `flag`, and `download` is
+    false or fails. The names are empty where torchvision has none.
     """
     training = {"split": "train"} if name == "SVHN" else {"train": True}
-    parts = _opened(name, root, [training, _test_part(name)], download, flag, NPZ_KEYS)
+    parts = _opened(name, root, [training, _test_part(name)], download, flag, f"keys {', '.join(NPZ_KEYS)}")
     names = tuple(getattr(parts[0], "classes", ()))
     return *(t for part in parts for t in _whole_tensors(part)), names
 
 
 def read_torchvision_test(name: str, root: Path, download: bool, flag: str) -> torch.Tensor | Sequence:
-    """The test part of a torchvision data set, to be an OOD set: of `TORCHVISION_FILES`.
+    """The test images of a set of `TORCHVISION_FILES`, uint8 `[N, C, H, W]`, to be an OOD set; see `read_torchvision`.
 
-    Arguments and errors as for `read_torchvision`.
-
-    Returns:
-        Its images, uint8 `[N, C, H, W]`; or, where they are files of many sizes, the data set, whose items begin with a
-        PIL image.
+    Where they are files of many sizes, it is the data set, whose items begin with a PIL image.
     """
-    (part,) = _opened(name, root, [_test_part(name)], download, flag, ("test_images",))
+    (part,) = _opened(name, root, [_test_part(name)], download, flag, "key test_images")
     if not hasattr(part, "data"):
         return part
     images = _whole_tensors(part)[0]
@@ -111,54 +84,56 @@ def _test_part(name: str) -> dict:
     return _TEST_PART.get(name, {"train": False})
 
 
-def _opened(name: str, root: Path, which: Sequence[dict], download: bool, flag: str, keys: Sequence[str]) -> list:
+def _opened(name: str, root: Path, which: Sequence[dict], download: bool, flag: str, keys: str) -> list:
     """The parts `which` (torchvision's arguments); `keys`: those of the file that may replace them, for the message."""
-    parts, why = _try_torchvision(name, root, which)
-    if parts is None and not download:
-        raise NotThere(_how_to_get(name, root, f"not there ({why})", flag, keys))
-    if download and distributed.anywhere(parts is None):
-        with distributed.main_first():
-            parts = _try_torchvision(name, root, which)[0] or _fetch_torchvision(name, root, which, flag, keys)
-    return parts
-
-
-def _try_torchvision(name: str, root: Path, which: Sequence[dict]) -> tuple[list | None, str]:
-    """The parts if they are in `root`, else None and what is wrong."""
-    try:
-        return _open_torchvision(name, root, which, False), ""
-    except Exception as error:
-        return None, one_line(error, 80)
-
-
-def _open_torchvision(name: str, root: Path, which: Sequence[dict], download: bool) -> list:
-    """The parts, as torchvision reads them."""
     from torchvision import datasets
 
-    return [getattr(datasets, name)(root, **part, download=download) for part in which]
-
-
-def _fetch_torchvision(name: str, root: Path, which: Sequence[dict], flag: str, keys: Sequence[str]) -> list:
-    print_line(f"{name} is not in {root}; downloading it through torchvision")
+    def open_in(folder: Path, download: bool) -> list:
+        return [getattr(datasets, name)(folder, **part, download=download) for part in which]
 
     def fetch(folder: Path) -> list:
         """Download the parts into `folder`; archives that `root` already has are not downloaded again."""
-        for pattern in _ARCHIVES[name]:
-            for path in root.glob(pattern):
-                copy = folder / path.relative_to(root)  # no link: torchvision writes over an archive that is not whole
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, copy)
-        return _open_torchvision(name, folder, which, True)
+        for path in _archives(name, root):
+            copy = folder / path.relative_to(root)  # no link: torchvision writes over an archive that is not whole
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+        return open_in(folder, True)
 
+    cure = f"Put {TORCHVISION_FILES[name]} into {root}, or {name.lower()}.npz with the {keys}"
+    parts, why = _try(lambda: open_in(root, False))
+    if why and not download:
+        raise NotThere(f"{flag} {root}: {name} is not there ({why}). {cure}")
+    if download and distributed.anywhere(bool(why)):
+        with distributed.main_first():
+            parts, why = _try(lambda: open_in(root, False))  # rank 0 may have downloaded it
+            if not why:
+                return parts
+            print_line(f"{name} is not in {root}; downloading it through torchvision")
+            parts, why = _try(lambda: _fetch_into(root, fetch))
+            if why:
+                raise NotThere(f"{flag} {root}: {name} is not there, and its download failed ({why}). {cure}")
+            if not all(hasattr(part, "data") for part in parts):
+                return open_in(root, False)  # the files have moved
+    return parts
+
+
+def _try(make: Callable[[], Any], most: int = 80) -> tuple[Any, str]:
+    """What `make` returns, or None and in at most `most` characters what is wrong."""
     try:
-        parts = _fetch_into(root, fetch)
-        in_memory = all(hasattr(part, "data") for part in parts)
-        return parts if in_memory else _open_torchvision(name, root, which, False)  # the files have moved
+        return make(), ""
     except Exception as error:
-        found = f"not there, and its download failed ({one_line(error, 80)})"
-        raise NotThere(_how_to_get(name, root, found, flag, keys)) from None
+        return None, one_line(error, most)
 
 
-def _fetch_into(root: Path, fetch: Callable[[Path], object]) -> object:
+def _archives(name: str, root: Path) -> list[Path]:
+    """What `root` already has of a data set's downloads: archives named in `TORCHVISION_FILES`, or in its folder."""
+    files = TORCHVISION_FILES[name]
+    top = files.split("/")[0]
+    found = (*root.glob("*"), *root.glob(f"{top}/*"), *root.glob(f"{top}/raw/*"))
+    return [p for p in found if p.suffix in ARCHIVES and (p.parent != root or p.name in files)]
+
+
+def _fetch_into(root: Path, fetch: Callable[[Path], Any]) -> Any:
     """Call `fetch` with a temporary folder, move what it wrote there to `root`, and return its result."""
     made = [p for p in (root, *root.parents) if not p.exists()]
     try:
@@ -178,13 +153,6 @@ def _fetch_into(root: Path, fetch: Callable[[Path], object]) -> object:
         raise
 
 
-def _how_to_get(name: str, data_path: Path, found: str, flag: str, keys: Sequence[str]) -> str:
-    return (
-        f"{flag} {data_path}: {name} is {found}. Put {TORCHVISION_FILES[name]} into {data_path}, "
-        f"or {name.lower()}.npz with the {'keys' if len(keys) > 1 else 'key'} {', '.join(keys)}"
-    )
-
-
 def _whole_tensors(part: object) -> tuple[torch.Tensor, torch.Tensor]:
     """Images `[N, C, H, W]` uint8 and labels int64 `[N]` of a torchvision data set, without a loop over images."""
     images = torch.as_tensor(part.data)
@@ -199,8 +167,7 @@ def _whole_tensors(part: object) -> tuple[torch.Tensor, torch.Tensor]:
 def fetch_tinyimages(path: Path) -> None:
     """Download 300K Random Images (Hendrycks et al.) to `path` through pytorch-ood, which checks the MD5 sum.
 
-    Raises:
-        UserError: without pytorch-ood 0.4 or newer, and when the download fails.
+    A `UserError` tells of a failed download, or that pytorch-ood 0.4 or newer is missing.
     """
     with distributed.main_first():
         if path.exists():  # rank 0 has downloaded it
@@ -208,31 +175,27 @@ def fetch_tinyimages(path: Path) -> None:
         require_pytorch_ood(f"--oe_data_path: fetching {path}")
         from pytorch_ood.dataset.img import TinyImages300k
 
-        try:
-            _fetch_into(path.parent, lambda folder: TinyImages300k(root=str(folder), download=True))
-        except Exception as error:
-            reason = one_line(error, 120)
-            raise UserError(f"--oe_data_path: {path} could not be fetched by pytorch-ood: {reason}") from None
+        _, why = _try(
+            lambda: _fetch_into(path.parent, lambda folder: TinyImages300k(root=str(folder), download=True)), 120
+        )
+        if why:
+            raise UserError(f"--oe_data_path: {path} could not be fetched by pytorch-ood: {why}")
 
 
 def fetch_pytorch_ood(name: str, root: Path) -> Sequence:
     """The OOD set `name` of `FROM_PYTORCH_OOD` as a pytorch-ood data set, downloaded to `root` if it is missing there.
 
-    Raises:
-        UserError: without pytorch-ood 0.4 or newer, and when the download or its checksum fails.
+    A `UserError` tells of a failed download or a wrong checksum, or that pytorch-ood 0.4 or newer is missing.
     """
     require_pytorch_ood(f"fetching {name}")
     from pytorch_ood.dataset import img
 
-    cls, kwargs = FROM_PYTORCH_OOD[name]
-    make = getattr(img, cls)
+    make = getattr(img, FROM_PYTORCH_OOD[name])
     with distributed.main_first():
-        try:
-            return make(root=str(root), download=False, **kwargs)
-        except Exception:  # not there
-            pass
-        try:
-            _fetch_into(root, lambda folder: make(root=str(folder), download=True, **kwargs))
-            return make(root=str(root), download=False, **kwargs)
-        except Exception as error:
-            raise UserError(f"{name} could not be fetched by pytorch-ood: {one_line(error, 120)}") from None
+        found, why = _try(lambda: make(root=str(root), download=False))
+        if why:
+            _, why = _try(lambda: _fetch_into(root, lambda folder: make(root=str(folder), download=True)), 120)
+            if why:
+                raise UserError(f"{name} could not be fetched by pytorch-ood: {why}")
+            found = make(root=str(root), download=False)
+        return found

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from utils.core.errors import UserError, named
+from utils.core.errors import named, require
 from utils.data.datasets import RealData
 from utils.data.whitening import ZCA
 
@@ -32,32 +32,23 @@ def class_order(stored: object, known: Sequence[str], what: str) -> list[int] | 
     """For each class of `stored`, names in the order of labels, its number in `known`.
 
     None where the names of one side are not known, or both have the same order.
-
-    Args:
-        what: what the stored names are of, for the message.
-    Raises:
-        UserError: when the names differ.
+    A `UserError` tells that the names differ; `what` the stored ones are of is in its message.
     """
     if not isinstance(stored, (list, tuple)) or not stored or not known or list(stored) == list(known):
         return None
-    if sorted(map(str, stored)) != sorted(known):
-        parts = ([str(n) for n in a if n not in b] for a, b in ((stored, known), (known, stored)))
-        lacks, has = (named(part, NAMED) or "none" for part in parts)
-        raise UserError(
-            f"--data_path: its classes are not those of {what}: it lacks {lacks}, and has {has}. Give data of the same "
-            "classes, or rename the folders"
-        )
+    lacks, has = ([str(n) for n in a if n not in b] for a, b in ((stored, known), (known, stored)))
+    require(
+        sorted(map(str, stored)) == sorted(known),
+        f"--data_path: its classes are not those of {what}: it lacks {named(lacks, NAMED) or 'none'}, and has "
+        f"{named(has, NAMED) or 'none'}. Give data of the same classes, or rename the folders",
+    )
     return [known.index(name) for name in stored]
 
 
 def renumbered(labels: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
     """Labels in which class `c` has become class `order[c]`; of probabilities `[N, K]` the columns move."""
     numbers = torch.tensor(order, device=labels.device)
-    if not labels.is_floating_point():
-        return numbers[labels]
-    moved = torch.empty_like(labels)
-    moved[:, numbers] = labels
-    return moved
+    return labels[:, numbers.argsort()] if labels.is_floating_point() else numbers[labels]
 
 
 def as_trained_on(
@@ -65,52 +56,40 @@ def as_trained_on(
 ) -> tuple[RealData, tuple[str, ...]]:
     """Data as networks know them: their order of classes, and the normalisation of the data that they were trained on.
 
-    Args:
-        stored: the `identity` of that data; what: the networks, for messages.
-        whitening: finds that of the training, if it is stored somewhere.
-    Returns:
-        The data, and lines for the log that say what was changed.
-    Raises:
-        UserError: when the classes or the size of the images differ, or the whitening differs and is not at hand.
+    `stored` is the `identity` of that data, and `what` the networks, for messages.
+    `whitening` finds that of the training, if it is stored somewhere.
+    A `UserError` tells that the classes or the size of the images differ, or the whitening, which is not at hand.
+    Lines for the log say what was changed.
     """
     lines = []
     order = class_order(stored.get("class_names"), real.class_names, what)
     shape, classes = [real.channel, *real.im_size], real.num_classes
-    if stored.get("shape", shape) != shape or stored.get("num_classes", classes) != classes:
-        raise UserError(_other_shape(stored, real, what))
+    wanted, classes_wanted = stored.get("shape") or shape, stored.get("num_classes") or classes
+    resize = f"give --im_size {wanted[1]}" if real.name == "ImageFolder" else "give the data that they were trained on"
+    require(
+        (wanted, classes_wanted) == (shape, classes),
+        f"--data_path: {classes} classes of {'x'.join(map(str, shape))} images do not fit {what}, which were trained "
+        f"on {classes_wanted} classes of {'x'.join(map(str, wanted))}; {resize}",
+    )
     if order is not None:
         back = sorted(range(classes), key=order.__getitem__)
         labels = {name: renumbered(getattr(real, name), back) for name in ("labels_train", "labels_test")}
         real = replace(real, **labels, class_names=tuple(stored["class_names"]))
         lines.append(f"classes in the order of {what}: {named(real.class_names, NAMED)}")
-    if real.zca is not None:
-        real, changed = _whitened_as(real, stored.get("whitening"), what, whitening)
-        return real, (*lines, *changed)
     mean, std = (tuple(stored.get(name) or getattr(real, name)) for name in ("mean", "std"))
-    if not all(map(math.isclose, (*mean, *std), (*real.mean, *real.std))):
-        lines.append(f"images are normalised as in the training of {what}, not by the statistics of --data_path")
-    return replace(real, mean=mean, std=std), tuple(lines)
+    if real.zca is None:
+        if not all(map(math.isclose, (*mean, *std), (*real.mean, *real.std))):
+            lines.append(f"images are normalised as in the training of {what}, not by the statistics of --data_path")
+        return replace(real, mean=mean, std=std), tuple(lines)
+    trace = stored.get("whitening")
+    if trace is not None and not _has_trace(real.zca, trace):
+        zca = whitening()
+        told = f"--zca: --data_path gives another whitening than {what} were trained with; give their data"
+        require(zca is not None and _has_trace(zca, trace), told)
+        real = replace(real, zca=zca.to(real.device))
+        lines.append(f"images are whitened as in the training of {what}, not by the statistics of --data_path")
+    return real, tuple(lines)
 
 
-def _other_shape(stored: dict, real: RealData, what: str) -> str:
-    """The message for data of another shape or number of classes."""
-    shape, classes = stored.get("shape"), stored.get("num_classes")
-    wanted, found = ("x".join(map(str, s)) for s in (shape, (real.channel, *real.im_size)))
-    cure = f"give --im_size {shape[1]}" if real.name == "ImageFolder" else "give the data that they were trained on"
-    return (
-        f"--data_path: {real.num_classes} classes of {found} images do not fit {what}, which were trained on {classes} "
-        f"classes of {wanted}; {cure}"
-    )
-
-
-def _whitened_as(
-    real: RealData, trace: float | None, what: str, whitening: Callable[[], ZCA | None]
-) -> tuple[RealData, tuple[str, ...]]:
-    """Data whitened as in training; `trace`: of the matrix then."""
-    if trace is None or math.isclose(trace, float(real.zca.matrix.trace()), rel_tol=1e-4):
-        return real, ()
-    zca = whitening()
-    if zca is None or not math.isclose(trace, float(zca.matrix.trace()), rel_tol=1e-4):
-        raise UserError(f"--zca: --data_path gives another whitening than {what} were trained with; give their data")
-    line = f"images are whitened as in the training of {what}, not by the statistics of --data_path"
-    return replace(real, zca=zca.to(real.device)), (line,)
+def _has_trace(zca: ZCA, trace: float) -> bool:
+    return math.isclose(trace, float(zca.matrix.trace()), rel_tol=1e-4)

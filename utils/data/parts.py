@@ -6,6 +6,8 @@ Networks see the parts, each enlarged to the size of the whole. So `ipc` stored 
 import torch
 import torch.nn.functional as F
 
+from utils.core.errors import require
+
 
 def decode(images: torch.Tensor, factor: int, fill: float = 0.0) -> torch.Tensor:
     """Cut images into `factor × factor` parts and enlarge each to the size of the whole; differentiable.
@@ -43,6 +45,23 @@ def encode(images: torch.Tensor, factor: int) -> torch.Tensor:
     small = F.adaptive_avg_pool2d(images, (rows, columns)).view(factor, factor, -1, channel, rows, columns)
     whole = small.permute(2, 3, 0, 4, 1, 5).reshape(-1, channel, factor * rows, factor * columns)
     return whole[:, :, :height, :width].contiguous()
+
+
+def as_parts(images: torch.Tensor, factor: int) -> torch.Tensor:
+    """Images as they look once they were stored in parts, shrunk and enlarged; as many must fill whole images."""
+    return decode(encode(images, factor), factor)
+
+
+def check_factor(factor: object, size: tuple[int, int], flag: str) -> int:
+    """`factor`, if parts of images of this size have two pixels a side or more.
+
+    Raises:
+        UserError: that begins with `flag` if they have not.
+    """
+    most = max(1, min(size) // 2)
+    fits = isinstance(factor, int) and 1 <= factor <= most
+    require(fits, f"{flag} {factor}: images of {size[0]}x{size[1]} hold at most {most} parts a side")
+    return factor
 
 
 def part_size(size: tuple[int, int], factor: int) -> tuple[int, int]:

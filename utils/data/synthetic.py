@@ -1,24 +1,13 @@
 """The synthetic set: labelled images and outliers that networks are trained on."""
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any
 
 import torch
 
 from utils.data.datasets import RealData
 from utils.data.identity import class_order, renumbered
 from utils.data.parts import decode
-
-
-class OutlierMaker(Protocol):
-    """Makes outliers whenever an epoch asks for them; `utils/outliers/sources.py` has one."""
-
-    @property
-    def count(self) -> int:
-        """How many are made together."""
-
-    def make(self, generator: torch.Generator) -> torch.Tensor:
-        """New outliers, normalised `[count, C, H, W]`, sorted by class slot."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +18,7 @@ class SyntheticSet:
     labels: torch.Tensor  # int64 [num_classes·ipc], or probabilities, float32 [num_classes·ipc, num_classes]
     images_oe: torch.Tensor | None = None  # outliers, as images
     lr_net: float | None = None  # the distilled learning rate for network training
-    fresh_oe: OutlierMaker | None = None  # draws new outliers in every epoch, instead of images_oe
+    fresh_oe: Any = None  # `FreshOutliers` of utils/outliers: draws new ones in every epoch, instead of images_oe
     factor: int = 1  # each image holds factor × factor parts; networks are trained on the `decoded` set
 
     @property
@@ -49,14 +38,10 @@ class SyntheticSet:
         oe = None if self.images_oe is None else self.images_oe.to(device)
         return replace(self, images=self.images.to(device), labels=self.labels.to(device), images_oe=oe)
 
-    def detached_copy(self) -> "SyntheticSet":
-        """A copy that later updates do not change."""
-        oe = None if self.images_oe is None else self.images_oe.detach().clone()
-        return replace(self, images=self.images.detach().clone(), images_oe=oe)
-
     def detached_cpu(self) -> "SyntheticSet":
         """A copy on the CPU that later updates do not change."""
-        return self.detached_copy().to("cpu")
+        oe = None if self.images_oe is None else self.images_oe.detach().clone()
+        return replace(self, images=self.images.detach().clone(), images_oe=oe).to("cpu")
 
     def decoded(self) -> "SyntheticSet":
         """The set that networks are trained on: every part of every image, enlarged."""
@@ -74,10 +59,8 @@ class SyntheticSet:
 def in_classes_of(real: RealData, synthetic: SyntheticSet, class_names: object, what: str) -> SyntheticSet:
     """The set with the labels of `real`, sorted by class, if its own classes had another order.
 
-    Args:
-        class_names: those of the set in the order of its labels; what: the file, for messages.
-    Raises:
-        UserError: when the names of the classes differ.
+    `class_names` are those of the set in the order of its labels.
+    A `UserError`, which names the file `what`, tells that the names of the classes differ.
     """
     order = class_order(class_names, real.class_names, what)
     if order is None:

@@ -12,14 +12,11 @@ EPSILON = 0.1
 
 @dataclass(frozen=True)
 class ZCA:
-    """An affine map of flattened images that decorrelates their pixel values.
+    """An affine map of flattened images, of D = C·H·W numbers, that decorrelates their pixel values; float32."""
 
-    `mean` `[D]`, `matrix` and `inverse` `[D, D]` (symmetric), float32, with D = C·H·W.
-    """
-
-    mean: torch.Tensor
-    matrix: torch.Tensor
-    inverse: torch.Tensor
+    mean: torch.Tensor  # [D]
+    matrix: torch.Tensor  # [D, D], symmetric
+    inverse: torch.Tensor  # of the matrix
 
     def whiten(self, images: torch.Tensor) -> torch.Tensor:
         """Whiten images `[N, C, H, W]` in [0, 1]."""
@@ -31,11 +28,9 @@ class ZCA:
 
     def is_close(self, mean: torch.Tensor, matrix: torch.Tensor) -> bool:
         """Whether a whitening of this mean and matrix is the same but for rounding."""
-        same_shape = matrix.shape == self.matrix.shape and mean.shape == self.mean.shape
-        return same_shape and all(
-            torch.allclose(ours, theirs, rtol=1e-5, atol=atol)
-            for ours, theirs, atol in ((self.matrix, matrix, 1e-3), (self.mean, mean, 1e-4))
-        )
+        same = matrix.shape == self.matrix.shape and mean.shape == self.mean.shape
+        same = same and torch.allclose(self.matrix, matrix, rtol=1e-5, atol=1e-3)
+        return same and torch.allclose(self.mean, mean, rtol=1e-5, atol=1e-4)
 
     def to(self, device: torch.device | str) -> "ZCA":
         """The same map on `device`."""
@@ -53,9 +48,7 @@ def fit_zca(batches: Iterable[torch.Tensor], epsilon: float = EPSILON) -> ZCA:
 
     With the eigenvalues `s` and eigenvectors `U` of the covariance (divided by N - 1), `matrix` is
     `U diag(1 / sqrt(s + epsilon)) U'` and `inverse` is `U diag(sqrt(s + epsilon)) U'`.
-
-    Args:
-        batches: images `[n, C, H, W]` in [0, 1], all of the set.
+    The batches are images `[n, C, H, W]` in [0, 1], all of the set.
     """
     count, total, products = 0, 0.0, 0.0
     for images in batches:

@@ -1,34 +1,11 @@
 """What the numbers of distilled images mean: decoding them, checking what is assumed, and normalising them."""
 
-import math
-
 import torch
-import torch.nn.functional as F
 
-from utils.core.errors import UserError
+from utils.core.errors import require
 from utils.data.datasets import RealData
-from utils.data.distilled_file import Statistics
+from utils.data.distilled_file import Statistics, is_close
 from utils.data.whitening import ZCA
-
-
-def decode(images: torch.Tensor, factor: int) -> torch.Tensor:
-    """Cut images into `factor × factor` parts and enlarge each to the size of the whole (IDC, ICML 2022, section 3.2).
-
-    A size that `factor` does not divide is first padded with 0.5, below and on the right.
-
-    Args:
-        images: `[N, C, H, W]`.
-    Returns:
-        `[factor²·N, C, H, W]`: the upper left parts of all images, then those to their right, and so on.
-    """
-    if factor == 1:
-        return images
-    height, width = images.shape[2:]
-    rows, columns = -(-height // factor), -(-width // factor)
-    padded = F.pad(images, (0, columns * factor - width, 0, rows * factor - height), value=0.5)
-    parts = padded.unfold(2, rows, rows).unfold(3, columns, columns)  # [N, C, factor, factor, rows, columns]
-    parts = parts.permute(2, 3, 0, 1, 4, 5).reshape(-1, images.shape[1], rows, columns)
-    return F.interpolate(parts, (height, width), mode="bilinear", align_corners=False)
 
 
 def to_training_space(
@@ -36,20 +13,15 @@ def to_training_space(
 ) -> torch.Tensor:
     """Images as networks see those of `real`: normalised with its statistics, or whitened.
 
-    They are returned unchanged if they were made like that.
-
-    Args:
-        images: float32 `[N, C, H, W]`; space: one of `SPACES`; statistics: of the normalised space; zca: by which they
-            were whitened, if that is known.
+    They are float32 `[N, C, H, W]`, and returned unchanged if they were made like that.
+    `space` is one of `SPACES`, `statistics` are of the normalised one; `zca` whitened the images, if that is known.
     """
-    if space == "zca":
-        same = zca is None or real.zca.to("cpu").is_close(zca.mean, zca.matrix)
-        return images if same else real.normalize(to_unit(images, None, zca).to(real.device)).cpu()
-    if space == "unit":
-        return real.normalize(images.to(real.device)).cpu()
-    if real.zca is None and all(map(_close, statistics, (real.mean, real.std))):
+    if space == "zca" and (zca is None or real.zca.to("cpu").is_close(zca.mean, zca.matrix)):
         return images
-    return real.normalize(to_unit(images, statistics).to(real.device)).cpu()
+    if space == "normalised" and real.zca is None and all(map(is_close, statistics, (real.mean, real.std))):
+        return images
+    unit = images if space == "unit" else to_unit(images, statistics, zca if space == "zca" else None)
+    return real.normalize(unit.to(real.device)).cpu()
 
 
 def to_unit(images: torch.Tensor, statistics: Statistics | None, zca: ZCA | None = None) -> torch.Tensor:
@@ -60,41 +32,30 @@ def to_unit(images: torch.Tensor, statistics: Statistics | None, zca: ZCA | None
     return images * std + mean
 
 
-def _close(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    return len(a) == len(b) and all(math.isclose(x, y, rel_tol=1e-5) for x, y in zip(a, b, strict=True))
-
-
 def check_possible(space: str, statistics: Statistics, real: RealData, where: str) -> None:
-    """Check that images of a space can be used for `real`.
+    """Check that images of a space can be used for `real`; `where`, the file, begins the message.
 
-    Args:
-        where: begins messages: the file.
-    Raises:
-        UserError: when they are whitened and those of `real` are not, or the statistics are of other channels.
+    A `UserError` tells that they are whitened and those of `real` are not, or the statistics are of other channels.
     """
-    if space == "zca" and real.zca is None:
-        raise UserError(
-            f"{where} is whitened (ZCA), so networks must see whitened test images: add --zca. "
-            "If it is not, give --distilled_space normalised"
-        )
-    if any(len(values) not in (1, real.channel) for values in statistics) or len(statistics[0]) != len(statistics[1]):
-        raise UserError(
-            f"--distilled_mean, --distilled_std: give one number each, or one for each of {real.channel} channels"
-        )
+    require(
+        space != "zca" or real.zca is not None,
+        f"{where} is whitened (ZCA), so networks must see whitened test images: add --zca. "
+        "If it is not, give --distilled_space normalised",
+    )
+    mean, std = map(len, statistics)
+    told = f"--distilled_mean, --distilled_std: give one number each, or one for each of {real.channel} channels"
+    require(mean == std and mean in (1, real.channel), told)
 
 
 def check_guess(images: torch.Tensor, space: str, real: RealData, where: str) -> None:
-    """Compare the numbers of images with a space that no file states.
+    """Raise a `UserError` where the numbers of images contradict a space that no file states.
 
     Pixels lie in [0, 1]. Normalised images have negative numbers and, when they are distilled, a deviation from 0.4 to
     40. Whitened images have the deviation of pixels once the whitening is undone; normalised ones would get 18 times
     that (CIFAR-10).
-
-    Raises:
-        UserError: when they contradict it, with what they look like.
     """
     low, high, mean, std = (f(images).item() for f in (torch.min, torch.max, torch.mean, torch.std))
-    looks = f"from {low:.3g} to {high:.3g}, mean {mean:.3g}, deviation {std:.3g}"
+    what = {"unit": "pixels from 0 to 1", "normalised": "normalised images", "zca": "whitened images (ZCA)"}[space]
     like = ""
     if space == "unit":
         wrong = low < -0.1 or high > 1.1
@@ -106,9 +67,9 @@ def check_guess(images: torch.Tensor, space: str, real: RealData, where: str) ->
     else:
         pixels = real.zca.undo(images.to(real.device))
         wrong, like = bool(pixels.std() > 4 * sum(real.std) / len(real.std)), "normalised images"
-    if wrong:
-        what = {"unit": "pixels from 0 to 1", "normalised": "normalised images", "zca": "whitened images (ZCA)"}[space]
-        raise UserError(
-            f"{where} is taken to hold {what}, but its numbers are {looks}{like and f', as of {like}'}. Say what they "
-            "are with --distilled_space (and --distilled_mean, --distilled_std)"
-        )
+    require(
+        not wrong,
+        f"{where} is taken to hold {what}, but its numbers are from {low:.3g} to {high:.3g}, mean {mean:.3g}, "
+        f"deviation {std:.3g}{like and f', as of {like}'}. Say what they are with --distilled_space "
+        "(and --distilled_mean, --distilled_std)",
+    )

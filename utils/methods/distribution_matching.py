@@ -106,16 +106,16 @@ class DistributionMatching(LearnableSet):
 
 
 def _workload(inputs: MethodInputs) -> Workload:
-    """Real images only go forward, which counts as half a pass, or with bf16 a quarter."""
+    """Real images only go forward, which counts as half a pass."""
     s, real = inputs.settings, inputs.real
     per_class = min(s.batch_real, len(real.images_train) // real.num_classes)
     embedded = real.num_classes * (per_class + (0 if inputs.outliers is None else s.batch_oe))
     synthetic = real.num_classes * s.decoded_ipc * (1 if inputs.outliers is None else 2)
     trained = s.pool_epochs * synthetic if s.network_pool else 0
     shared = distributed.world_size()
-    passes, bf16_passes = (embedded / 2 + synthetic) / shared + trained, embedded / 4 / shared + trained
+    passes = (embedded / 2 + synthetic) / shared + trained
     steps = 1 + (s.pool_epochs * batches(real.num_classes * s.decoded_ipc, s.batch_train) if s.network_pool else 0)
-    return Workload(passes, steps, "matching", bf16_passes)
+    return Workload(passes, steps, "matching")
 
 
 DM_ENTRY = MethodEntry(

@@ -168,8 +168,8 @@ def iteration_steps(s: GradientSettings, num_classes: int) -> int:
 
 
 def _workload(inputs: MethodInputs) -> Workload:
-    passes = image_passes(inputs)
-    return Workload(passes, iteration_steps(inputs.settings, inputs.real.num_classes), "matching", passes)
+    steps = iteration_steps(inputs.settings, inputs.real.num_classes)
+    return Workload(image_passes(inputs), steps, "matching")
 
 
 DC_ENTRY = MethodEntry("DC", "gradient matching", GradientMatching, _workload, GradientSettings, augmentation="unused")

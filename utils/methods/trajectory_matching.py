@@ -281,10 +281,10 @@ def _how_to_make(s: TrajectorySettings) -> str:
 
 
 def _workload(inputs: MethodInputs) -> Workload:
-    """Each step goes forward and backward once, which bf16 speeds up, then twice more for the second derivative."""
+    """Each step goes forward and backward once, then twice more for the second derivative."""
     s, total = inputs.settings, inputs.real.num_classes * inputs.settings.decoded_ipc
     images = min(s.batch_syn or total, total) * (1 if inputs.outliers is None else 2)
-    return Workload(3.0 * s.syn_steps * images, s.syn_steps, "matching", s.syn_steps * images)
+    return Workload(3.0 * s.syn_steps * images, s.syn_steps, "matching")
 
 
 MTT_ENTRY = MethodEntry(

@@ -12,22 +12,17 @@ TEMPERATURES = (1e-3, 1e3)  # the range in which a temperature is looked for
 
 @dataclass(frozen=True)
 class Reliability:
-    """What a reliability diagram shows: for each bin of confidence, arrays `[bins]`.
+    """What a reliability diagram shows: bins of confidence, (edges[i], edges[i + 1]], and what lies in each."""
 
-    `edges` `[bins + 1]`: the bins are (edges[i], edges[i + 1]]; `count`: predictions in the bin; `confidence` and
-    `accuracy`: their means, NaN in empty bins.
-    """
-
-    edges: np.ndarray
-    count: np.ndarray
-    confidence: np.ndarray
-    accuracy: np.ndarray
+    edges: np.ndarray  # `[bins + 1]`
+    count: np.ndarray  # of predictions, `[bins]`
+    confidence: np.ndarray  # their mean, `[bins]`; NaN in empty bins
+    accuracy: np.ndarray  # their mean, `[bins]`; NaN in empty bins
 
     @property
     def error(self) -> float:
         """Expected calibration error: the mean of |accuracy - confidence| over bins, weighted by their counts."""
-        gaps = np.abs(self.accuracy - self.confidence)
-        filled = self.count > 0
+        gaps, filled = np.abs(self.accuracy - self.confidence), self.count > 0
         return float((gaps[filled] * self.count[filled]).sum() / self.count.sum())
 
 
@@ -94,11 +89,11 @@ def best_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     logits = np.asarray(logits, dtype=np.float64)
     if (logits.argmax(1) == labels).all():
         raise ValueError("the network is right on all of them, so that no temperature is the best one")
-    bounds = tuple(np.log(TEMPERATURES))
-    found = minimize_scalar(
-        lambda log_t: calibration(logits / np.exp(log_t), labels)["nll"], bounds=bounds, method="bounded"
-    )
-    return float(np.exp(found.x))
+
+    def likelihood(log_t: float) -> float:
+        return calibration(logits / np.exp(log_t), labels)["nll"]
+
+    return float(np.exp(minimize_scalar(likelihood, bounds=tuple(np.log(TEMPERATURES)), method="bounded").x))
 
 
 def scaled_calibration(logits: np.ndarray, labels: np.ndarray, temperature: float) -> dict[str, float]:

@@ -104,8 +104,7 @@ def score_networks(
     """Score the networks of this process; returns those of all processes, in order.
 
     Args:
-        scorers: by network index.
-        batch: images per forward pass.
+        scorers: by network index; batch: images per forward pass.
         log: takes lines about this process; after_set: called when a set is done.
     Raises:
         UserError: when the outputs of a network are not finite.
@@ -115,12 +114,11 @@ def score_networks(
     for ood in sets:
         images = ood.load()
         for index, scorer in scorers.items():
-            values = scorer(images, batch)[1]
-            network = own[index]
-            network.out_scores[ood.name] = values
+            network, found = own[index], scorer(images, batch)[1]
+            network.out_scores[ood.name] = found
             network.measures[ood.name] = {
-                name: _measures(network.in_scores[name], values[name], f"{name}, {ood.name}, {index}", log)
-                for name in values
+                name: _measures(network.in_scores[name], values, f"{name}, {ood.name}, {index}", log)
+                for name, values in found.items()
             }
         after_set()
     return list(distributed.gather(own).values())

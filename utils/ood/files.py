@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,38 +12,27 @@ from utils.core.images import check_link
 
 ARRAY_SUFFIXES = (".npz", ".npy")
 LIST_SUFFIX = ".txt"
+SUFFIXES = (*ARRAY_SUFFIXES, LIST_SUFFIX)
 OPENOOD_FOLDERS = ("images_classic", "images_largescale")  # OpenOOD's lists are relative to one of them
 
 
 def is_path(given: str) -> bool:
     """Whether an entry of `--ood_sets` is a path, not a name: it has a separator, or the suffix of an array or list."""
-    separators = [separator for separator in (os.sep, os.altsep) if separator]
-    return any(s in given for s in separators) or Path(given).suffix in (*ARRAY_SUFFIXES, LIST_SUFFIX)
+    return any(separator and separator in given for separator in (os.sep, os.altsep)) or Path(given).suffix in SUFFIXES
 
 
 def stem(given: str) -> str:
     """The name of a set that is given by its path: without folders, and without the suffix of an array or a list."""
     path = Path(given)
     path = path.resolve() if path.name in ("", "..") else path
-    return path.stem if path.suffix in (*ARRAY_SUFFIXES, LIST_SUFFIX) else path.name
+    return path.stem if path.suffix in SUFFIXES else path.name
 
 
 def shown_names(given: Sequence[str]) -> dict[str, str]:
-    """What each entry of `--ood_sets` is called in tables, no two alike.
-
-    A name stays as it is. A path becomes its stem, with as many of its folders as tell it from the other entries.
-    """
-    choices = {entry: _choices(entry) if is_path(entry) else [entry] for entry in given}
-    return {
-        entry: next((c for c in own if all(c not in choices[o] for o in choices if o != entry)), entry)
-        for entry, own in choices.items()
-    }
-
-
-def _choices(given: str) -> list[str]:
-    """`c`, `b/c`, `a/b/c` for the path `a/b/c.npz`."""
-    folders = [part for part in Path(given).parent.parts if part != os.sep]
-    return ["/".join([*folders[i:], stem(given)]) for i in range(len(folders), -1, -1)]
+    """What each entry of `--ood_sets` is called in tables: a name as it is, a path by its stem if no other has that."""
+    short = {entry: stem(entry) if is_path(entry) else entry for entry in given}
+    count = Counter(short.values())
+    return {entry: name if count[name] == 1 else entry for entry, name in short.items()}
 
 
 def listed_images(path: Path, root: Path) -> list[Path]:

@@ -49,9 +49,5 @@ def patches(real: RealData, n: int, g: torch.Generator) -> torch.Tensor:
 
 
 DRAWN: dict[str, Callable[[RealData, int, torch.Generator], torch.Tensor]] = {
-    "gaussian": gaussian,
-    "uniform": uniform,
-    "rademacher": rademacher,
-    "blob": blob,
-    "patches": patches,
+    f.__name__: f for f in (gaussian, uniform, rademacher, blob, patches)
 }

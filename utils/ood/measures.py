@@ -4,6 +4,8 @@ There are two conventions for the "positive" class, so both are computed: OUT me
 score; IN measures take in-distribution as positive, with minus the score. AUROC is the same for both.
 """
 
+import math
+
 import numpy as np
 
 from utils.ood.calibration import confidence_and_correct
@@ -91,8 +93,6 @@ def error_detection(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     confidence, correct = confidence_and_correct(logits, labels)
     wrong, scores = ~correct, -confidence
     measures = {"error": float(wrong.mean()), "aurc": aurc(wrong, scores)}
-    if wrong.all() or not wrong.any():
-        return measures | {"auroc": float("nan"), "aupr": float("nan"), "fpr": float("nan")}
-    measures["auroc"] = float(roc_auc_score(wrong, scores))
-    measures["aupr"] = float(average_precision_score(wrong, scores))
-    return measures | {"fpr": fpr_at_recall(wrong, scores)}
+    curves = {"auroc": roc_auc_score, "aupr": average_precision_score, "fpr": fpr_at_recall}
+    defined = wrong.any() and not wrong.all()
+    return measures | {name: float(of(wrong, scores)) if defined else math.nan for name, of in curves.items()}

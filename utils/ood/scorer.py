@@ -46,15 +46,13 @@ class Scorer:
     ):
         self.net = net.eval()
         self.detectors: dict[str, Detector] = {name: ALL_DETECTORS[name] for name in scores}
-        if last_layer is None and hasattr(net, "embed"):
-            head_name, plain = last_layer_name(net), net.embed
+        plain = None  # images to what enters the last layer, in float32
+        if last_layer is not None:
+            self.embed = plain = partial(_entering, net, _linear(net, last_layer))
+        elif hasattr(net, "embed"):
+            last_layer, plain = last_layer_name(net), net.embed
             self.embed = partial(embed or Compute().embedding(net, batch=0), net)
-        elif last_layer is not None:
-            head_name, plain = last_layer, partial(_entering, net, _linear(net, last_layer))
-            self.embed = plain
-        else:
-            head_name, plain = None, None
-        self.model = Model(net, temperature, std, head_name, plain)
+        self.model = Model(net, temperature, std, last_layer, plain)
         # what needs no library can be used at once
         self.scores: dict[str, Score] = {n: d.make(d, self.model) for n, d in self.detectors.items() if n in SCORES}
 
@@ -68,27 +66,21 @@ class Scorer:
         """
         if len(self.scores) == len(self.detectors):
             return self
-        for name, detector in self.detectors.items():
-            if detector.takes_features and self.model.head_name is None:
-                raise UserError(
-                    f"--score {name}: needs the last layer of the network: give last_layer, or leave it out"
-                )
+        num_classes = self.logits(example[:1]).shape[1]
+        self._check(fit, num_classes)
         maps = any(detector.takes == "maps" for detector in self.detectors.values())
         self.model = replace(
             self.model,
-            num_classes=self.logits(example[:1]).shape[1],
+            num_classes=num_classes,
             num_fit=0 if fit is None else len(fit.labels),
             map_shape=feature_map_shape(self.net, example[:1], self.model.embed) if maps else None,
         )
-        if fit is not None:
-            self._check_enough(fit)
         self.scores = {name: detector.make(detector, self.model) for name, detector in self.detectors.items()}
         if fit is not None:
             self._fit(fit, batch)
+        inputs = self._inputs(example[:2])
         for name, score in self.scores.items():
-            self._guarded(
-                name, "does not fit this network", score, self._inputs(example[:2])[self.detectors[name].takes]
-            )
+            self._guarded(name, "does not fit this network", score, inputs[self.detectors[name].takes])
         return self
 
     @property
@@ -96,15 +88,18 @@ class Scorer:
         """The temperature of temperature scaling, if that is among the scores."""
         return next((score.temperature for score in self.scores.values() if score.temperature is not None), None)
 
-    def _check_enough(self, fit: FitSet) -> None:
-        """Check that the set has as many images of each class as the detectors need."""
-        fewest = int(fit.labels.bincount(minlength=self.model.num_classes).min())
-        for name in need_fitting(self.detectors):
-            least = self.detectors[name].least
-            if fewest < least:
+    def _check(self, fit: FitSet | None, num_classes: int) -> None:
+        """Check that the last layer is known where a detector needs it, and that there are enough images to fit."""
+        fewest = None if fit is None else int(fit.labels.bincount(minlength=num_classes).min())
+        for name, detector in self.detectors.items():
+            if detector.takes_features and self.model.head_name is None:
                 raise UserError(
-                    f"--score {name}: needs {least} or more images of each class to fit; the {fit.name} has {fewest} "
-                    "of one. Use --fit_on real, a larger --ipc, or leave it out"
+                    f"--score {name}: needs the last layer of the network: give last_layer, or leave it out"
+                )
+            if detector.fits and fewest is not None and fewest < detector.least:
+                raise UserError(
+                    f"--score {name}: needs {detector.least} or more images of each class to fit; the {fit.name} has "
+                    f"{fewest} of one. Use --fit_on real, a larger --ipc, or leave it out"
                 )
 
     @torch.no_grad()

@@ -43,12 +43,7 @@ def xent(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     return logits.mean(1) - logits.logsumexp(1)
 
 
-SCORES: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
-    "msp": msp,
-    "mls": mls,
-    "energy": energy,
-    "xent": xent,
-}
+SCORES: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {f.__name__: f for f in (msp, mls, energy, xent)}
 
 
 @dataclass(frozen=True)
@@ -81,26 +76,21 @@ class Model:
 
 
 class Score:
-    """One score of one network; higher = more out-of-distribution."""
+    """One score of one network, higher = more out-of-distribution: here a function of `SCORES`."""
 
     temperature: float | None = None  # by which logits are divided for calibration; only one score finds it
+
+    def __init__(self, detector: "Detector", model: Model):
+        self.function, self.energy_temperature = SCORES[detector.cls], model.temperature
 
     def fit(self, values: torch.Tensor, labels: torch.Tensor) -> None:
         """Fit the score to a labelled set: to its logits, features or maps; detectors of images to its features."""
 
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        """The score of each image of a batch, `[n]`, from what `Detector.takes` says."""
-        raise NotImplementedError
+        """The score of each image of a batch, `[n]`, from what `Detector.takes` says.
 
-
-class OfLogits(Score):
-    """A function of `SCORES`."""
-
-    def __init__(self, detector: "Detector", model: Model):
-        self.function, self.energy_temperature = SCORES[detector.cls], model.temperature
-
-    def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        """In float64: float32 probabilities tie near 1."""
+        In float64, as float32 probabilities tie near 1.
+        """
         return self.function(values.double(), self.energy_temperature)
 
 
@@ -110,20 +100,19 @@ class OfLibrary(Score):
     def __init__(self, detector: "Detector", model: Model):
         from pytorch_ood import detector as library
 
-        self.takes = detector.takes
-        self.library = getattr(library, detector.cls)(**self.network(model), **detector.arguments(model))
-
-    def network(self, model: Model) -> dict[str, Any]:
-        """The library's argument for the network; it may be None where the detector does not run it."""
-        return {_NETWORK[self.takes]: model.net if self.takes == "images" else None}
+        network, self.fit_name, self.predict_name = _LIBRARY_NAMES[detector.takes]
+        arguments = detector.arguments(model)
+        if "encoder" not in arguments:
+            arguments[network] = model.net if detector.takes == "images" else None  # others do not run the network
+        self.library = getattr(library, detector.cls)(**arguments)
 
     def fit(self, values: torch.Tensor, labels: torch.Tensor) -> None:
         """Fit the detector."""
-        getattr(self.library, _FIT[self.takes])(values, labels)
+        getattr(self.library, self.fit_name)(values, labels)
 
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
         """What the library predicts."""
-        return getattr(self.library, _PREDICT[self.takes])(values).detach()
+        return getattr(self.library, self.predict_name)(values).detach()
 
 
 class OpenMax(OfLibrary):
@@ -146,7 +135,7 @@ class TemperatureScaling(OfLibrary):
         self.library.t.data.fill_(self.temperature)
 
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        """In float64, as `OfLogits`."""
+        """In float64, as `Score`."""
         return super().__call__(values.double())
 
 
@@ -167,32 +156,11 @@ class OfGradients(OfLibrary):
         return torch.cat([score(part) for part in values.split(GRADIENT_BATCH)])
 
 
-class MahalanobisODIN(OfLibrary):
-    """It differentiates the features, not the logits."""
-
-    def network(self, model: Model) -> dict[str, Any]:
-        """What computes the features."""
-        return {"encoder": model.embed}
-
-
-class RankFeat(OfLibrary):
-    """RankFeat looks at the singular values of a feature map."""
-
-    def __init__(self, detector: "Detector", model: Model):
-        channels, height, width = model.map_shape
-        if height * width == 1:
-            raise UserError(
-                f"--score rankfeat: takes a feature map of more than one pixel; {type(model.net).__name__} ends in "
-                f"{channels} features without one. Leave it out or choose another --model"
-            )
-        super().__init__(detector, model)
-
-
 @dataclass(frozen=True)
 class Detector:
     """How a score is made."""
 
-    cls: str  # its class in pytorch-ood; for `OfLogits` its name in `SCORES`
+    cls: str  # its class in pytorch-ood; for `Score` its name in `SCORES`
     takes: str  # its input: logits, features, maps or images
     fits: bool = False  # whether it must be fitted
     arguments: Callable[[Model], dict[str, Any]] = lambda model: {}  # others keep the library's defaults
@@ -219,8 +187,24 @@ def _head_of_maps(model: Model) -> dict[str, Any]:
     return {"head": lambda maps: model.head(maps.flatten(1).to(model.head.weight.device))}
 
 
+def _head_of_large_maps(model: Model) -> dict[str, Any]:
+    """RankFeat looks at the singular values of a feature map."""
+    channels, height, width = model.map_shape
+    if height * width == 1:
+        raise UserError(
+            f"--score rankfeat: takes a feature map of more than one pixel; {type(model.net).__name__} ends in "
+            f"{channels} features without one. Leave it out or choose another --model"
+        )
+    return _head_of_maps(model)
+
+
 def _norm_std(model: Model) -> dict[str, Any]:
     return {"norm_std": list(model.std)}
+
+
+def _embed(model: Model) -> dict[str, Any]:
+    """Mahalanobis with ODIN differentiates the features, not the logits."""
+    return _norm_std(model) | {"encoder": model.embed}
 
 
 def _of_head(model: Model) -> dict[str, Any]:
@@ -252,22 +236,19 @@ DETECTORS = {
     "ash": Detector("ASH", "maps", False, _head_of_maps),
     "scale": Detector("SCALE", "maps", False, _head_of_maps),
     "vra": Detector("VRA", "maps", True, _head_of_maps),
-    "rankfeat": Detector("RankFeat", "maps", False, _head_of_maps, make=RankFeat),
+    "rankfeat": Detector("RankFeat", "maps", False, _head_of_large_maps),
     "odin": Detector("ODIN", "images", False, _norm_std),
-    "mahalanobis_odin": Detector("MahalanobisODIN", "images", True, _norm_std, make=MahalanobisODIN, needs_head=True),
+    "mahalanobis_odin": Detector("MahalanobisODIN", "images", True, _embed, needs_head=True),
     "gradnorm": Detector("GradNorm", "images", False, _of_head, make=OfGradients, needs_head=True),
     "graduncertainty": Detector("GradUncertainty", "images", make=OfGradients),
 }
-ALL_DETECTORS = {name: Detector(name, "logits", make=OfLogits) for name in SCORES} | DETECTORS
+ALL_DETECTORS = {name: Detector(name, "logits", make=Score) for name in SCORES} | DETECTORS
 ALL_SCORES = tuple(ALL_DETECTORS)
-# by a detector's input: the name of its network argument, and of its methods
-_NETWORK = {"logits": "model", "features": "encoder", "maps": "backbone", "images": "model"}
-_FIT = {"logits": "fit_logits", "features": "fit_features", "maps": "fit_feature_maps", "images": "fit_features"}
-_PREDICT = {
-    "logits": "predict_logits",
-    "features": "predict_features",
-    "maps": "predict_feature_maps",
-    "images": "predict",
+_LIBRARY_NAMES = {  # by a detector's input: its argument for the network, and its methods that fit and predict
+    "logits": ("model", "fit_logits", "predict_logits"),
+    "features": ("encoder", "fit_features", "predict_features"),
+    "maps": ("backbone", "fit_feature_maps", "predict_feature_maps"),
+    "images": ("model", "fit_features", "predict"),
 }
 
 
@@ -286,7 +267,7 @@ def require_library(scores: Sequence[str]) -> None:
 
     for name in wanted:
         spec = DETECTORS[name]
-        if not hasattr(getattr(detector, spec.cls, None), _PREDICT[spec.takes]):
+        if not hasattr(getattr(detector, spec.cls, None), _LIBRARY_NAMES[spec.takes][-1]):
             raise UserError(
                 f"--score {name}: this version of pytorch-ood does not have it: pip install --upgrade pytorch-ood"
             )

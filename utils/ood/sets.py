@@ -25,7 +25,8 @@ LOCAL_ONLY = ("iSUN",)  # also in the paper, but in no library: used if it is on
 FROM_TORCHVISION = tuple(TORCHVISION_FILES)
 SAME_IMAGES = {"TinyImageNet": ("TinyImageNet_resize", "TinyImageNet_crop")}  # sets of images of a data set
 VALIDATION = ("avg-mean", "geo-mean", "jigsaw", "gauss-speckle", "pixelate", "rgb-ghost", "invert")
-KNOWN_SETS = tuple(dict.fromkeys((*PAPER_SETS, *LOCAL_ONLY, *FROM_TORCHVISION, *FROM_PYTORCH_OOD, *DRAWN)))
+FETCHED = (*FROM_TORCHVISION, *FROM_PYTORCH_OOD)
+KNOWN_SETS = tuple(dict.fromkeys((*PAPER_SETS, *LOCAL_ONLY, *FETCHED, *DRAWN)))
 
 
 @dataclass(frozen=True)
@@ -78,32 +79,25 @@ class OODSource:
         """
         there: dict[str, OODSet] = {}
         missing: dict[str, str] = {}
-        to_fetch = []
         shown = shown_names(names)
         for name in names:
             try:
                 there[name] = replace(self._at_hand(name), name=shown[name])
             except NotThere as error:
-                if self.download and name in (*FROM_TORCHVISION, *FROM_PYTORCH_OOD):
-                    to_fetch.append(name)
-                else:
-                    missing[name] = str(error)
-        missing, to_fetch = self._agreed(missing, to_fetch)
-        if skip_missing or not missing:
+                missing[name] = str(error)
+        missing = _on_any_process(missing)
+        to_fetch = [name for name in missing if self.download and name in FETCHED]
+        if skip_missing or len(to_fetch) == len(missing):
             for name in to_fetch:
                 try:
                     there[name] = self._fetched(name)
+                    del missing[name]
                 except UserError as error:
                     missing[name] = f"{error}; or {self._put(name)}"
-            missing = self._agreed(missing, [])[0]
+            missing = _on_any_process(missing)
+        else:
+            missing = {name: why for name, why in missing.items() if name not in to_fetch}
         return [there[name] for name in names if name in there and name not in missing], missing
-
-    @staticmethod
-    def _agreed(missing: dict[str, str], to_fetch: list[str]) -> tuple[dict[str, str], list[str]]:
-        """What any process of `torchrun` lacks, so that all of them fetch together and test on the same sets."""
-        parts = distributed.gather({distributed.rank(): (missing, to_fetch)}).values()
-        lacking = {name: why for part, _ in parts for name, why in part.items()}
-        return lacking, list(dict.fromkeys(name for _, part in parts for name in part if name not in lacking))
 
     def find_all(self, names: Sequence[str], advice: str = "") -> list[OODSet]:
         """Look up `names`; raises a `UserError` that lists all missing sets and what to do; `advice`: one way more."""
@@ -114,26 +108,19 @@ class OODSource:
 
     def _without(self, missing: dict[str, str], advice: str) -> str:
         """The message for sets that are missing: their names, why they could not be fetched, and what to do."""
-        fetchable = [name for name in missing if name in (*FROM_TORCHVISION, *FROM_PYTORCH_OOD)]
-        paths = [name for name in missing if is_path(name)]
-        absolute = [name for name in paths if Path(name).is_absolute()]
-        relative = [name for name in paths if name not in absolute]
-        groups = {"missing": [name for name in missing if name not in absolute], "not there": absolute}
-        found = [
-            f"{', '.join(group)} {'is' if len(group) == 1 else 'are'} {how}" for how, group in groups.items() if group
-        ]
-        what = ", ".join(found)
-        ways = [f"give {', '.join(relative)} as seen from here or from {self.ood_path}"] if relative else []
-        ways += [] if len(paths) == len(missing) else [f"put NAME/ or NAME.npz (key images) into {self.ood_path}"]
-        ways += [advice] if advice else []
-        ways.append(f"choose sets that need no files: {' '.join(DRAWN)}")
-        if fetchable and self.download:
-            what += f" ({missing[fetchable[0]].removesuffix(f'; or {self._put(fetchable[0])}')[:120]})"
-        elif fetchable:
-            names = "them" if len(fetchable) == len(missing) else ", ".join(fetchable)
-            ways.insert(0, f"fetch {names} by --download all (pip install pytorch-ood)")
-        text = "; or ".join(ways)
-        return f"{what}. {text[0].upper()}{text[1:]}"
+        fetched = [name for name in missing if name in FETCHED]
+        relative = [name for name in missing if is_path(name) and not Path(name).is_absolute()]
+        why = f" ({missing[fetched[0]].partition('; or ')[0][:120]})" if fetched and self.download else ""
+        them = "them" if len(fetched) == len(missing) else ", ".join(fetched)
+        ways = {
+            f"fetch {them} by --download all (pip install pytorch-ood)": fetched and not self.download,
+            f"give {', '.join(relative)} as seen from here or from {self.ood_path}": relative,
+            f"put NAME/ or NAME.npz (key images) into {self.ood_path}": not all(map(is_path, missing)),
+            advice: advice,
+            f"choose sets that need no files: {' '.join(DRAWN)}": True,
+        }
+        text = "; or ".join(way for way, helps in ways.items() if helps)
+        return f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing{why}. {text[0].upper()}{text[1:]}"
 
     def at_hand(self, names: Sequence[str]) -> list[str]:
         """Those of `names` that are there and can be read without a download."""
@@ -150,20 +137,17 @@ class OODSource:
             NotThere: when a path leads to nothing.
             UserError: when `name` can be neither a name nor a path.
         """
-        if (
-            name in ("", ".", "..")
-            or "\0" in name
-            or max(len(os.fsencode(part)) for part in ("", *Path(name).parts)) > 200
-        ):
+        too_long = any(len(os.fsencode(part)) > 200 for part in Path(name).parts)
+        if name in ("", ".", "..") or "\0" in name or too_long:
             raise UserError(f"{self.flag}: {name[:200]!r} is neither the name nor the path of a set")
         if is_path(name):
-            places = dict.fromkeys((Path(name), self.ood_path / name))  # the second of an absolute path is the first
-            path = next((place for place in places if os.path.lexists(place)), None)
-            if path is None:
-                raise NotThere(f"looked for {' and '.join(map(str, places))}; give the path of the set")
-            return path
-        candidates = [self.ood_path / name, *(self.ood_path / f"{name}{suffix}" for suffix in ARRAY_SUFFIXES)]
-        return next((path for path in candidates if os.path.lexists(path)), None)
+            places = list(dict.fromkeys((Path(name), self.ood_path / name)))  # of an absolute path they are one
+        else:
+            places = [self.ood_path / f"{name}{suffix}" for suffix in ("", *ARRAY_SUFFIXES)]
+        path = next((place for place in places if os.path.lexists(place)), None)
+        if path is None and is_path(name):
+            raise NotThere(f"looked for {' and '.join(map(str, places))}; give the path of the set")
+        return path
 
     def _at_hand(self, name: str) -> OODSet:
         """The set `name` without a download; if it needs one, raises `NotThere`, which says what to do."""
@@ -203,10 +187,11 @@ class OODSource:
     def _is_in_distribution(self, path: Path) -> bool:
         """Whether a file or folder is, holds, or lies in what is read of `--data_path`."""
         parts = [self.data_path / part for part in ("train", "test", "val")]
-        read = {"npz": [self.data_path] * self.data_path.is_file(), "ImageFolder": parts}
-        own = [place.resolve() for place in read.get(self.real.name, ())]  # of others `--data_path` holds more sets
-        path = path.resolve()
-        return any(path.is_relative_to(place) or place.is_relative_to(path) for place in own)
+        own = {"npz": [self.data_path] * self.data_path.is_file(), "ImageFolder": parts}.get(
+            self.real.name, []
+        )  # others: one set of several
+        pairs = [(path.resolve(), place.resolve()) for place in own]
+        return any(a.is_relative_to(b) or b.is_relative_to(a) for a, b in pairs)
 
     def _of_torchvision(self, name: str, download: bool) -> OODSet:
         """A set as torchvision stores it, in `data_path` or `ood_path`; `download`: into the first of them."""
@@ -216,23 +201,16 @@ class OODSource:
         errors = []
         for root, flag in places[: 1 if download else None]:
             try:
-                return self._of_test_images(
-                    name, root, load_test_images(name, root, download, flag, self.real.pixel_max)
-                )
+                images = load_test_images(name, root, download, flag, self.real.pixel_max)
+                return self._of_library(name, str(root), images)
             except NotThere as error:
                 errors.append(error)
         raise errors[0]
 
-    def _of_test_images(self, name: str, root: Path, images: torch.Tensor | Sequence[tuple]) -> OODSet:
-        if not isinstance(images, torch.Tensor):
-            return self._from_library(name, str(root), images)
-        chosen = images[self.subset(name, len(images))]
-        return OODSet(name, str(root), len(chosen), lambda: self.prepare(chosen))
-
     def _fetched(self, name: str) -> OODSet:
         if name in FROM_TORCHVISION:
             return self._of_torchvision(name, True)
-        return self._from_library(name, "pytorch-ood", fetch_pytorch_ood(name, self.ood_path))
+        return self._of_library(name, "pytorch-ood", fetch_pytorch_ood(name, self.ood_path))
 
     def _put(self, name: str) -> str:
         return f"put images into {self.ood_path / name}/ or an array into {self.ood_path / name}.npz (key images)"
@@ -243,10 +221,9 @@ class OODSource:
 
     def prepare(self, chosen: torch.Tensor) -> torch.Tensor:
         """Images `[N, C, H, W]` of any size, converted to the data set's shape, normalised, on its device."""
-        parts = [
-            conform(part.to(self.real.device), self.real.channel, self.real.im_size) for part in chosen.split(1000)
-        ]
-        return self.real.normalize(torch.cat(parts))
+        real = self.real
+        parts = [conform(part.to(real.device), real.channel, real.im_size) for part in chosen.split(1000)]
+        return real.normalize(torch.cat(parts))
 
     def _from_files(self, name: str, path: Path) -> OODSet:
         """A set from a local array, folder or list; of files only the images that are used are decoded."""
@@ -266,24 +243,33 @@ class OODSource:
             chosen = images[self.subset(key, len(images))]
         return OODSet(name, str(path), len(chosen), lambda: self.prepare(chosen), reader.notes())
 
+    def _drawn(self, name: str) -> torch.Tensor:
+        return DRAWN[name](self.real, self.most, generator(self.seed, "ood", name)).to(self.real.device)
+
+    def _of_library(self, name: str, source: str, images: torch.Tensor | Sequence[tuple]) -> OODSet:
+        """A set of images `[N, C, H, W]`, or of pairs of a PIL image and a label."""
+        indices = self.subset(name, len(images))
+        if isinstance(images, torch.Tensor):
+            chosen = images[indices]
+            return OODSet(name, source, len(chosen), lambda: self.prepare(chosen))
+
+        def load() -> torch.Tensor:
+            arrays = (np.array(images[index][0].convert("RGB")) for index in indices.tolist())
+            pictures = (torch.from_numpy(array).permute(2, 0, 1)[None] for array in arrays)
+            parts = [conform(picture, self.real.channel, self.real.im_size) for picture in pictures]
+            return self.real.normalize(torch.cat(parts).to(self.real.device))
+
+        return OODSet(name, source, len(indices), load)
+
     def reader(self, flag: str = "--ood_path") -> ImageReader:
         """A reader of the images of one set; `flag` names it in messages."""
         return ImageReader(flag, self.real.pixel_max)
 
-    def _drawn(self, name: str) -> torch.Tensor:
-        return DRAWN[name](self.real, self.most, generator(self.seed, "ood", name)).to(self.real.device)
 
-    def _from_library(self, name: str, source: str, dataset: Sequence) -> OODSet:
-        """A library's data set, whose items are pairs of a PIL image and a label."""
-        indices = self.subset(name, len(dataset)).tolist()
-
-        def load() -> torch.Tensor:
-            arrays = (np.array(dataset[index][0].convert("RGB")) for index in indices)
-            images = (torch.from_numpy(array).permute(2, 0, 1)[None] for array in arrays)
-            parts = [conform(image, self.real.channel, self.real.im_size) for image in images]
-            return self.real.normalize(torch.cat(parts).to(self.real.device))
-
-        return OODSet(name, source, len(indices), load)
+def _on_any_process(missing: dict[str, str]) -> dict[str, str]:
+    """What any process of `torchrun` lacks, so that all of them fetch together and test on the same sets."""
+    parts = distributed.gather({distributed.rank(): missing}).values()
+    return {name: why for part in parts for name, why in part.items()}
 
 
 def validation_sets(source: OODSource) -> list[OODSet]:

@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 
 from utils.compute.transfer import Draw, product_dtype, send
-from utils.core.errors import UserError, unknown_name
+from utils.core.errors import require, unknown_name
 from utils.core.rng import draw_seed, noise
 
 PIXELATE = 0.2
@@ -16,17 +16,12 @@ DEFAULT_CORRUPTIONS = ("jigsaw", "invert", "pixelate", "gauss-speckle")
 
 def jigsaw(images: torch.Tensor) -> torch.Tensor:
     """Rearrange the quadrants, the upper two with swapped halves; a last odd row or column stays in place."""
-    height, width = images.shape[2:]
-    half, half_w = height // 2, width // 2
-    quarter, quarter_w = height // 4, width // 4
-    bottom, right = 2 * half, 2 * half_w
-    a, b = images[..., quarter:half, :half_w], images[..., :quarter, :half_w]
-    d, e = images[..., half:bottom, :half_w], images[..., half:bottom, half_w:right]
-    f, g = images[..., :half, half_w + quarter_w : right], images[..., :half, half_w : half_w + quarter_w]
-    upper = torch.cat([torch.cat([a, b], 2), d], 3)
-    lower = torch.cat([e, torch.cat([f, g], 3)], 3)
+    h, w = (side // 2 for side in images.shape[2:])
     out = images.clone()
-    out[..., :bottom, :right] = torch.cat([upper, lower], 2)
+    out[..., :h, :w] = images[..., :h, :w].roll(-(images.shape[2] // 4), 2)
+    out[..., :h, w : 2 * w] = images[..., h : 2 * h, :w]
+    out[..., h : 2 * h, :w] = images[..., h : 2 * h, w : 2 * w]
+    out[..., h : 2 * h, w : 2 * w] = images[..., :h, w : 2 * w].roll(-(images.shape[3] // 4), 3)
     return out
 
 
@@ -44,9 +39,8 @@ def _box_weights(length: int, out: int) -> torch.Tensor:
     weights = torch.zeros(out, length)
     for i in range(out):
         centre = (i + 0.5) * scale
-        first, last = max(int(centre - support + 0.5), 0), min(int(centre + support + 0.5), length)
-        weights[i, first:last] = 1 / (last - first)
-    return weights
+        weights[i, max(int(centre - support + 0.5), 0) : int(centre + support + 0.5)] = 1
+    return weights / weights.sum(1, keepdim=True)
 
 
 def pixelate(images: torch.Tensor) -> torch.Tensor:
@@ -75,16 +69,6 @@ def speckle(images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     return (images + images * noise).clamp(0, 1)
 
 
-def average(images: torch.Tensor, partner: torch.Tensor) -> torch.Tensor:
-    """The arithmetic mean of each image and its partner (int64 `[N]`)."""
-    return (images + images[partner]) / 2
-
-
-def geometric_mean(images: torch.Tensor, partner: torch.Tensor) -> torch.Tensor:
-    """The geometric mean of each image and its partner (int64 `[N]`)."""
-    return (images * images[partner]).sqrt()
-
-
 Shape = tuple[int, ...]
 
 
@@ -96,30 +80,22 @@ def _draw_partner(shape: Shape, generator: torch.Generator | None) -> torch.Tens
     return partner
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """A corruption with random values: `draw(shape, generator=g)` makes what `apply` takes beside the images.
-
-    `shape` is `(N, C, H, W)`; what is drawn for a batch is a tensor on the CPU.
-    """
-
-    draw: Callable[..., torch.Tensor]
-    apply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-CORRUPTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor] | Drawn] = {
+CORRUPTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "jigsaw": jigsaw,
     "invert": invert,
     "pixelate": pixelate,
     "rgb-ghost": rgb_ghost,
-    "gauss-speckle": Drawn(torch.randn, speckle),
-    "uniform-speckle": Drawn(torch.rand, speckle),
-    "avg-mean": Drawn(_draw_partner, average),
-    "geo-mean": Drawn(_draw_partner, geometric_mean),
+    "gauss-speckle": speckle,
+    "uniform-speckle": speckle,
+    "avg-mean": lambda images, partner: (images + images[partner]) / 2,
+    "geo-mean": lambda images, partner: (images * images[partner]).sqrt(),
 }
-
-
-NOISES = (torch.randn, torch.rand)  # one number per pixel and channel
+DRAWS: dict[str, Callable[..., torch.Tensor]] = {  # of random ones: what they take beside images `(N, C, H, W)`
+    "gauss-speckle": torch.randn,
+    "uniform-speckle": torch.rand,
+    "avg-mean": _draw_partner,
+    "geo-mean": _draw_partner,
+}
 MEANS = ("avg-mean", "geo-mean")  # of two images
 
 
@@ -131,12 +107,12 @@ class Corruption(Draw):
     drawn: torch.Tensor | int | None  # its random values, if any; for noise on a GPU, the seed of what is drawn there
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        kind = CORRUPTIONS[self.name]
-        if not isinstance(kind, Drawn):
-            return kind(images)
+        apply = CORRUPTIONS[self.name]
+        if self.drawn is None:
+            return apply(images)
         if isinstance(self.drawn, int):
-            return kind.apply(images, noise(kind.draw, images.shape, self.drawn, images.device).to(images.dtype))
-        return kind.apply(images, send(self.drawn, images.device))
+            return apply(images, noise(DRAWS[self.name], images.shape, self.drawn, images.device).to(images.dtype))
+        return apply(images, send(self.drawn, images.device))
 
 
 @dataclass(frozen=True)
@@ -158,43 +134,35 @@ class MixedCorruption(Draw):
 
 
 def corrupt(images: torch.Tensor, name: str, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Corrupt a batch of images.
+    """Corrupt a batch of images `[N, C, H, W]` in [0, 1], of one or three channels; they are not changed.
 
-    Args:
-        images: `[N, C, H, W]` in [0, 1], one or three channels.
-        name: one of `CORRUPTIONS`.
-        generator: a CPU generator for random corruptions; default: torch's global one.
-    Returns:
-        Images of the same shape in [0, 1]; the input is not changed.
-    Raises:
-        UserError: for an unknown name.
+    `name` is one of `CORRUPTIONS`; a `UserError` tells that it is not.
+    `generator` is on the CPU, for random corruptions; default: torch's global one.
     """
-    if name not in CORRUPTIONS:
-        raise UserError(unknown_name("corruption", name, CORRUPTIONS))
+    require(name in CORRUPTIONS, unknown_name("corruption", name, CORRUPTIONS))
     return draw_corruption(name, tuple(images.shape), generator, torch.device("cpu"))(images)
 
 
 def draw_corruption(name: str, shape: Shape, generator: torch.Generator | None, device: torch.device) -> Corruption:
     """Draw the corruption `name` (of `CORRUPTIONS`) for a batch of `shape` `[N, C, H, W]` on `device`."""
-    kind = CORRUPTIONS[name]
-    if not isinstance(kind, Drawn):
+    draw = DRAWS.get(name)
+    if draw is None:
         return Corruption(name, None)
-    if kind.draw in NOISES and device.type != "cpu":
+    if draw in (torch.randn, torch.rand) and device.type != "cpu":  # one number per pixel and channel
         return Corruption(name, draw_seed(generator))
-    return Corruption(name, kind.draw(shape, generator=generator))
+    return Corruption(name, draw(shape, generator=generator))
 
 
 def draw_mixed(names: Sequence[str], shape: Shape, generator: torch.Generator, device: torch.device) -> MixedCorruption:
     """Draw one of `names` for each image of a batch of `shape` `[N, C, H, W]` on `device`, all equally likely."""
     which = torch.randint(len(names), shape[:1], generator=generator)
     used = [(name, (which == i).nonzero().flatten()) for i, name in enumerate(names) if (which == i).any()]
-    inputs = [_two_of(rows, shape[0], generator) if name in MEANS and len(rows) == 1 else rows for name, rows in used]
+    inputs = []
+    for name, rows in used:
+        if name in MEANS and len(rows) == 1:
+            other = torch.randint(shape[0] - 1, (1,), generator=generator)
+            rows = torch.cat([rows, other + (other >= rows)])
+        inputs.append(rows)
     sizes = [(len(index), *shape[1:]) for index in inputs]
     parts = [draw_corruption(name, size, generator, device) for (name, _), size in zip(used, sizes, strict=True)]
     return MixedCorruption([rows for _, rows in used], inputs, parts)
-
-
-def _two_of(row: torch.Tensor, total: int, generator: torch.Generator) -> torch.Tensor:
-    """The single `row` of a batch of `total`, and another one."""
-    other = torch.randint(total - 1, (1,), generator=generator)
-    return torch.cat([row, other + (other >= row)])

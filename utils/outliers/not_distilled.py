@@ -1,14 +1,13 @@
-"""Outliers that were not distilled, the references by which distilled ones are judged; and outliers made anew."""
+"""Baseline outliers for stage 2: those that a distillation starts from, k-center, and ones made anew every epoch."""
 
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from utils.core.rng import generator
 from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet
-from utils.outliers.sources import FreshOutliers, OutlierSource, PseudoOutliers, draw_repeated, initial_outliers
+from utils.outliers.sources import FreshOutliers, OutlierSource, PseudoOutliers, draw_by_slot, initial_outliers
 from utils.training.coresets import k_center
 from utils.training.features import unit_features
 
@@ -34,12 +33,10 @@ def with_k_center(
 def k_center_by_slot(
     source: OutlierSource, real: RealData, ipc: int, key: tuple[int, ...], net: nn.Module
 ) -> torch.Tensor:
-    """As many outliers of each class slot, chosen by k-center: each slot's are far from those of the slots before, too.
+    """`ipc` outliers of each class slot, chosen by k-center: each slot's are far from those of the slots before, too.
 
-    Args:
-        key: a seed, and what further numbers name the draw of the 10,000 candidates.
-    Returns:
-        `[num_classes, ipc, C, H, W]`, normalised, on the device of `real`.
+    `key`: a seed, and what further numbers name the draw of the 10,000 candidates.
+    They are normalised, `[num_classes, ipc, C, H, W]`, on the device of `real`.
     """
     outliers, before = [], None
     for candidates in _candidates(source, real, ipc, key):
@@ -53,8 +50,7 @@ def k_center_by_slot(
 def _candidates(source: OutlierSource, real: RealData, ipc: int, key: tuple[int, ...]) -> list[torch.Tensor]:
     """The outliers of each slot among which k-center chooses."""
     each = max(ipc, CANDIDATES // real.num_classes)
-    generators = [generator(key[0], "candidates", *key[1:], slot) for slot in range(real.num_classes)]
-    return [draw_repeated(source, slot, each, g) for slot, g in enumerate(generators)]
+    return draw_by_slot(source, real.num_classes, each, key[0], "candidates", *key[1:])
 
 
 def _features(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -63,14 +59,14 @@ def _features(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 def with_fresh(synthetic: SyntheticSet, source: OutlierSource, num_classes: int) -> SyntheticSet:
     """The set with other outliers of `source` in every epoch, as many as it has images."""
-    per_slot = -(-len(synthetic.images) // num_classes)
-    return replace(synthetic, images_oe=None, fresh_oe=FreshOutliers(source, num_classes, per_slot))
+    fresh = FreshOutliers(source, num_classes, -(-len(synthetic.images) // num_classes))
+    return replace(synthetic, images_oe=None, fresh_oe=fresh)
 
 
 def with_corrupted_again(
     synthetic: SyntheticSet, real: RealData, corruptions: tuple[str, ...], mixed: bool = False
 ) -> SyntheticSet:
-    """The set whose outliers are corrupted once more, anew in every epoch, as many as it has; it keeps them, too."""
+    """The set, trained in each epoch on a fresh corruption of its outliers; the originals stay in `images_oe`."""
     source = corrupted(synthetic.images_oe, real, corruptions, mixed)
     per_slot = -(-len(synthetic.images_oe) // real.num_classes)
     return replace(synthetic, fresh_oe=FreshOutliers(source, real.num_classes, per_slot))
@@ -81,8 +77,7 @@ def corrupted(
 ) -> PseudoOutliers:
     """A source of pseudo-outliers that corrupts given images in place of real training images.
 
-    Args:
-        images: normalised `[N, C, H, W]`; what lies outside the range of pixels is clipped first.
+    The images are normalised, `[N, C, H, W]`; what lies outside the range of pixels is clipped first.
     """
     unit = real.denormalize(images.to(real.device))
     unlabelled = torch.zeros(len(unit), dtype=torch.int64, device=real.device)

@@ -9,28 +9,20 @@ import torch
 
 from utils.compute import distributed
 from utils.compute.transfer import Draw, send
-from utils.core.errors import UserError
+from utils.core.errors import blame, require
 from utils.core.images import ImageReader
 from utils.core.pixels import conform
 from utils.core.rng import generator as keyed_generator
 from utils.core.torch_files import fingerprint
 from utils.data.datasets import RealData
 from utils.data.download import TINYIMAGES, fetch_tinyimages
-from utils.outliers.corruptions import (
-    DEFAULT_CORRUPTIONS,
-    MEANS,
-    Corruption,
-    MixedCorruption,
-    draw_corruption,
-    draw_mixed,
-)
+from utils.outliers.corruptions import DEFAULT_CORRUPTIONS, MEANS, draw_corruption, draw_mixed
 
 
 def distinct(total: int, n: int, generator: torch.Generator) -> torch.Tensor:
     """`n` distinct indices below `total` (all of them if there are no more) in random order, int64 `[min(n, total)]`.
 
-    If `n` is small against `total`, indices are drawn with repetition until `n` distinct ones are found; this needs no
-    memory of length `total`, and every order is equally likely.
+    If `n` is small against `total`, indices are drawn until `n` distinct ones are found: without memory for `total`.
     """
     if 4 * n >= total:
         return torch.randperm(total, generator=generator)[:n]
@@ -47,7 +39,7 @@ class OutlierBatch(Draw):
     """The random part of a batch of outliers."""
 
     index: torch.Tensor  # int64, of the images that are read
-    corruption: Corruption | MixedCorruption | None = None
+    corruption: Draw | None = None  # `Corruption` or `MixedCorruption`
     count: int | None = None  # only so many of them are outliers of the batch; None: all
 
 
@@ -68,13 +60,13 @@ class OutlierSource(ABC):
     def batch(self, drawn: OutlierBatch) -> torch.Tensor:
         """The drawn outliers, normalised `[n, C, H, W]`, on the device of the real data."""
 
-    def draw(self, slot: int, n: int, generator: torch.Generator) -> torch.Tensor:
-        """`choose`, then `batch`."""
-        return self.batch(self.choose(slot, n, generator))
-
     @abstractmethod
     def describe(self) -> dict:
         """Plain values that identify this source: its `kind`, `oe` or `poe`, and its content."""
+
+    def draw(self, slot: int, n: int, generator: torch.Generator) -> torch.Tensor:
+        """`choose`, then `batch`."""
+        return self.batch(self.choose(slot, n, generator))
 
     def fingerprint(self) -> str | None:
         """SHA-256 of the images that are read in addition to the real data; None if there are none."""
@@ -107,14 +99,10 @@ class PseudoOutliers(OutlierSource):
         Where the corruption may be a mean of two images, at least two are read.
         """
         names = self.corruptions if self.mixed else (self.corruptions[slot % len(self.corruptions)],)
-        least = 2 if {*names} & {*MEANS} else 1
-        index = distinct(len(self.real.images_train), max(n, least), generator)
+        index = distinct(self.per_slot(), max(n, 2 if {*names} & {*MEANS} else 1), generator)
         shape = (len(index), *self.real.images_train.shape[1:])
-        if self.mixed:
-            corruption = draw_mixed(names, shape, generator, self.real.device)
-        else:
-            corruption = draw_corruption(names[0], shape, generator, self.real.device)
-        return OutlierBatch(index, corruption, n)
+        draw, what = (draw_mixed, names) if self.mixed else (draw_corruption, names[0])
+        return OutlierBatch(index, draw(what, shape, generator, self.real.device), n)
 
     def batch(self, drawn: OutlierBatch) -> torch.Tensor:
         """The drawn training images, corrupted and normalised."""
@@ -177,14 +165,14 @@ def draw_repeated(source: OutlierSource, slot: int, n: int, generator: torch.Gen
     return batch[torch.arange(n) % len(batch)]
 
 
-def initial_outliers(source: OutlierSource, num_slots: int, per_slot: int, seed: int, exp: int) -> torch.Tensor:
-    """The outliers that experiment `exp` of a distillation with `--init real` starts from, normalised.
+def draw_by_slot(source: OutlierSource, num_slots: int, n: int, seed: int, *key: int | str) -> list[torch.Tensor]:
+    """Exactly `n` outliers of each slot, see `draw_repeated`; their generators depend on `seed`, `key` and the slot."""
+    return [draw_repeated(source, slot, n, keyed_generator(seed, *key, slot)) for slot in range(num_slots)]
 
-    Returns:
-        `[num_slots·per_slot, C, H, W]`, sorted by slot.
-    """
-    keys = [keyed_generator(seed, "match", exp, "initial", "outliers", slot) for slot in range(num_slots)]
-    return torch.cat([draw_repeated(source, slot, per_slot, g) for slot, g in enumerate(keys)])
+
+def initial_outliers(source: OutlierSource, num_slots: int, per_slot: int, seed: int, exp: int) -> torch.Tensor:
+    """The outliers that a distillation with `--init real` starts from, `[num_slots·per_slot, C, H, W]`, normalised."""
+    return torch.cat(draw_by_slot(source, num_slots, per_slot, seed, "match", exp, "initial", "outliers"))
 
 
 def load_outlier_pool(
@@ -196,22 +184,17 @@ def load_outlier_pool(
     `300K_random_images.npy` is downloaded.
     """
     path = Path(path)
-    if download and path.name == TINYIMAGES:
-        if distributed.anywhere(not path.exists()):
+    with blame("--oe_data_path"):
+        if download and path.name == TINYIMAGES and distributed.anywhere(not path.exists()):
             fetch_tinyimages(path)
-    elif not path.exists():
-        fetch = f", or let --download all fetch {TINYIMAGES} (pip install pytorch-ood)"
-        raise UserError(
-            f"--oe_data_path: {path} is not there; give a .npy (uint8 NHWC), an .npz (key images) or a folder of "
-            f"images{fetch if path.name == TINYIMAGES else ''}"
-        )
-    reader = ImageReader("--oe_data_path", real.pixel_max)
-    images = reader.folder_or_array(path, real.channel, real.im_size)
-    fits = len(images) // real.num_classes
-    if not fits:
-        raise UserError(
-            f"--oe_data_path: {path} has {len(images)} images; {real.num_classes} classes need at least one each"
-        )
+        accepted = "give a .npy (uint8 NHWC), an .npz (key images) or a folder of images"
+        if path.name == TINYIMAGES:
+            accepted += f", or let --download all fetch {TINYIMAGES} (pip install pytorch-ood)"
+        require(path.exists(), f"{path} is not there; {accepted}")
+        reader = ImageReader("--oe_data_path", real.pixel_max)
+        images = reader.folder_or_array(path, real.channel, real.im_size)
+        fits = len(images) // real.num_classes
+        require(fits, f"{path} has {len(images)} images; {real.num_classes} classes need at least one each")
     notices = [*reader.notes()]
     if fits < per_slot:
         notices.append(

@@ -26,11 +26,8 @@ def closeness(features: torch.Tensor) -> torch.Tensor:
 def push_apart(net: nn.Module, outliers: torch.Tensor, weight: float, factor: int = 1) -> None:
     """Add `weight` times the gradient of `closeness` of all outliers, in the features of `net`, to `outliers.grad`.
 
-    Args:
-        net: a network with `embed`; its weights are not changed.
-        outliers: `[slots, ipc, C, H, W]`, with a gradient.
-        weight: 0 does nothing.
-        factor: of the parts that the outliers hold; the parts are kept apart.
+    The outliers are `[slots, ipc, C, H, W]`; of outliers in parts the parts are kept apart. The network has `embed`;
+    its weights are not changed.
     """
     if not weight:
         return

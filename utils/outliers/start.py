@@ -1,4 +1,4 @@
-"""How synthetic outliers start and where they are kept, beyond the published method."""
+"""Optional: how synthetic outliers start, and clamping them to the range of pixels."""
 
 import torch
 from torch import nn

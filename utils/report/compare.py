@@ -1,5 +1,6 @@
-"""Results of several stage-3 runs in one table: as markdown, CSV, LaTeX, and as a picture."""
+"""Results of several stage-3 runs in one table: as markdown, CSV, LaTeX, a picture and a web page."""
 
+import base64
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from utils.runs.lineage import args_or_nothing, sources_of
 
 STRIP = 20
 RESULTS = "results.json"
+CAPTIONS = {"reliability": "reliability of the confidence", "distilled": "the distilled set"}  # these come first
 SHOWN_OF_NETWORKS = ("accuracy", "aurc", "ece", "nll", "brier")
 
 
@@ -39,22 +41,15 @@ class ComparisonRow:
     measure: Measure
     values: tuple[tuple[float, ...], ...]  # for each column one value per network, without NaN
 
-    def cells(self) -> list[str]:
-        """`mean ± std` of each column; a dash if it has no value."""
-        return [value_cell(values, self.measure) for values in self.values]
-
-    def best(self) -> list[bool]:
-        """Whether each column's mean, at the digits shown, is the best; all False if fewer than two have a value."""
-        means = [round(np.mean(v) * self.measure.factor, self.measure.digits) if v else math.nan for v in self.values]
-        defined = [m for m in means if not math.isnan(m)]
-        if len(defined) < 2:
-            return [False] * len(means)
-        top = max(defined) if self.measure.better == "↑" else min(defined)
-        return [m == top for m in means]
-
     def shown(self) -> list[tuple[str, bool]]:
-        """Each cell, and whether it is the best."""
-        return list(zip(self.cells(), self.best(), strict=True))
+        """For each column `mean ± std`, and whether that mean, at the digits shown, is the best of two or more."""
+        factor, digits = self.measure.factor, self.measure.digits
+        means = [round(np.mean(v) * factor, digits) if v else math.nan for v in self.values]
+        defined = [mean for mean in means if not math.isnan(mean)]
+        best = (max if self.measure.better == "↑" else min)(defined) if len(defined) > 1 else None
+        return [
+            (value_cell(values, self.measure), mean == best) for values, mean in zip(self.values, means, strict=True)
+        ]
 
 
 # --- finding runs ----------------------------------------------------------------------------------------------------
@@ -71,11 +66,12 @@ def find_runs(folders: Sequence[Path], names: Sequence[str] | None, search: Sequ
     Raises:
         UserError: when a folder leads to no stage-3 run, or its results are damaged.
     """
-    columns: dict[str, dict[Path, None]] = {}
+    found: dict[str, list[Path]] = {}
     for folder, name in zip(folders, names or [None] * len(folders), strict=True):
         for path in stage3_folders(folder, search):
-            columns.setdefault(name or str(path), {})[path] = None
-    return [ComparisonColumn(name, tuple(paths), pooled(map(load_results, paths))) for name, paths in columns.items()]
+            found.setdefault(name or str(path), []).append(path)
+    columns = {name: tuple(dict.fromkeys(paths)) for name, paths in found.items()}
+    return [ComparisonColumn(name, paths, pooled(map(load_results, paths))) for name, paths in columns.items()]
 
 
 def stage3_folders(folder: Path, search: Sequence[Path]) -> list[Path]:
@@ -86,19 +82,16 @@ def stage3_folders(folder: Path, search: Sequence[Path]) -> list[Path]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; give run folders of test_ood_model_syn.py, or of stage 1 or 2")
-    below = sorted(path.parent for path in folder.rglob(RESULTS))
-    if below:
+    if below := sorted(path.parent for path in folder.rglob(RESULTS)):
         return below
     known = sorted({path.parent for root in search for path in root.rglob(RESULTS)})
     origin = folder.resolve()
-    made_from_it = [path for path in known if any(source.is_relative_to(origin) for source in sources_of(path))]
-    if not made_from_it:
-        places = ", ".join(map(str, search)) or "nothing"
-        raise UserError(
-            f"{folder}: no {RESULTS}, and none of the {len(known)} under {places} was made from it; run "
-            "test_ood_model_syn.py, or name the root of its results with --results"
-        )
-    return made_from_it
+    if made := [path for path in known if any(source.is_relative_to(origin) for source in sources_of(path))]:
+        return made
+    raise UserError(
+        f"{folder}: no {RESULTS}, and none of the {len(known)} under {', '.join(map(str, search)) or 'nothing'} was "
+        "made from it; run test_ood_model_syn.py, or name the root of its results with --results"
+    )
 
 
 def of_scores(column: ComparisonColumn, scores: Sequence[str]) -> ComparisonColumn:
@@ -134,18 +127,21 @@ def comparison_rows(columns: Sequence[ComparisonColumn], measures: Sequence[str]
     The mean is over the sets on which all networks were measured; its title says so where there are others.
     """
     results = [column.results for column in columns]
-    of_networks = ((OF_NETWORKS[name], [r.of_networks(name) for r in results]) for name in SHOWN_OF_NETWORKS)
-    rows = [ComparisonRow("", "", measure, _defined(values)) for measure, values in of_networks]
+    rows = [
+        ComparisonRow("", "", OF_NETWORKS[name], _defined([r.of_networks(name) for r in results]))
+        for name in SHOWN_OF_NETWORKS
+    ]
     shared = shared_sets(results)
     sets = {name: name for name in _distinct(r.sets() for r in results)}
     if shared:
-        others = [name for name in _distinct(r.ood_sets() for r in results) if name not in shared]
+        others = set(_distinct(r.ood_sets() for r in results)) - {*shared}
         sets[None] = f"mean of {', '.join(shared)}" if others else "mean"
-    for score in _distinct(r.scores() for r in results):
-        for name, title in sets.items():
-            for measure in measures:
-                values = _defined([r.per_network(name, score, measure, shared) for r in results])
-                rows.append(ComparisonRow(score, title, OF_OOD[measure], values))
+    rows += [
+        ComparisonRow(score, title, OF_OOD[m], _defined([r.per_network(name, score, m, shared) for r in results]))
+        for score in _distinct(r.scores() for r in results)
+        for name, title in sets.items()
+        for m in measures
+    ]
     return [row for row in rows if any(row.values)]
 
 
@@ -192,7 +188,7 @@ def latex(columns: Sequence[ComparisonColumn], rows: Sequence[ComparisonRow]) ->
     return render("compare.tex.j2", columns=columns, rows=rows, safe=lambda text: text.translate(_LATEX))
 
 
-# --- picture ---------------------------------------------------------------------------------------------------------
+# --- picture and page -------------------------------------------------------------------------------------------------
 
 
 def plot_comparison(path: Path, columns: Sequence[ComparisonColumn]) -> None:
@@ -208,9 +204,8 @@ def plot_comparison(path: Path, columns: Sequence[ComparisonColumn]) -> None:
         }
         for score in _distinct(r.scores() for r in results)
     }
-    save_comparison(
-        path, [column.name for column in columns], panels, [s for column in columns for s in _strips(column)]
-    )
+    strips = [strip for column in columns for strip in _strips(column)]
+    save_comparison(path, [column.name for column in columns], panels, strips)
 
 
 def _strips(column: ComparisonColumn) -> list[tuple[str, torch.Tensor]]:
@@ -218,3 +213,25 @@ def _strips(column: ComparisonColumn) -> list[tuple[str, torch.Tensor]]:
     networks = args_or_nothing(column.folders[0]).get("networks")
     pictures = distilled_pictures(Path(networks)) if isinstance(networks, str) else []
     return [(f"{column.name}: {title}, one per class", images[:STRIP, 0]) for title, images in pictures]
+
+
+def comparison_page(
+    columns: Sequence[ComparisonColumn], rows: Sequence[ComparisonRow], picture: Path | None, notes: Sequence[str] = ()
+) -> str:
+    """A self-contained page: tables of the networks and of each score, the picture, and each run's plots; no scripts.
+
+    Args:
+        picture: a PNG of the comparison, if there is one; notes: lines that stand above the tables.
+    """
+    scores = dict.fromkeys(row.score for row in rows)
+    return render(
+        "page.html.j2",
+        columns=columns,
+        tables={score: [row for row in rows if row.score == score] for score in scores},
+        picture=picture,
+        notes=notes,
+        plots_of=lambda folder: sorted(folder.glob("*.png"), key=lambda p: (p.stem not in CAPTIONS, p.stem)),
+        caption_of=lambda path: CAPTIONS.get(path.stem, path.stem.replace("_", " ", 1)),
+        fitted_on=lambda folder: args_or_nothing(folder).get("fitted_on"),
+        data_of=lambda path: base64.b64encode(path.read_bytes()).decode(),
+    )

@@ -1,6 +1,6 @@
 """Pictures: grids of synthetic images, the distilled images behind results, and plots."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,6 @@ import torch
 from utils.core.errors import UserError
 from utils.core.files import atomic_write
 from utils.data.datasets import SPECS
-from utils.data.distilled_file import Normalisation
 from utils.exchange.normalisation import to_unit
 from utils.ood.calibration import Reliability
 from utils.runs.lineage import args_or_nothing, distilled_set_of
@@ -44,33 +43,26 @@ def distilled_pictures(networks: Path) -> list[tuple[str, torch.Tensor]]:
     Returns:
         Titles and images `[num_classes, ipc, C, H, W]` in [0, 1]; empty if the set is missing or cannot be read.
     """
+    flags = args_or_nothing(networks).get("flags") or {}
     try:
         file, exp_idx = distilled_set_of(networks)
-        synthetic = file.set(exp_idx)
-        to_unit = _to_unit(file.normalisation(), args_or_nothing(networks))
+        synthetic, (_, statistics, zca) = file.set(exp_idx), file.normalisation()
+        if statistics is None and zca is None:  # a published file: by its data set
+            spec = SPECS[flags["dataset"]]
+            statistics = (spec.mean, spec.std)
+        order = synthetic.hard_labels.argsort(stable=True)
+        parts = [(f"{flags.get('train_on', 'distilled')} images", synthetic.images[order])]
+        outliers = flags.get("outliers", "none")  # train_model_synthetic_no_oe.py has no such flag
+        if synthetic.images_oe is not None and outliers in ("distilled", "initial", "kcenter"):
+            parts.append((f"{outliers} outliers", synthetic.images_oe))
+        classes = int(synthetic.hard_labels.max()) + 1
+        return [
+            (title, to_unit(images, statistics, zca).clamp(0, 1).unflatten(0, (classes, -1)))
+            for title, images in parts
+            if len(images) % classes == 0
+        ]
     except (UserError, KeyError, TypeError, RuntimeError):
         return []
-    flags = args_or_nothing(networks).get("flags") or {}
-    images = flags.get("train_on", "distilled")
-    outliers = flags.get("outliers", "none")  # train_model_synthetic_no_oe.py has no such flag
-    order = synthetic.hard_labels.argsort(stable=True)
-    classes = int(synthetic.hard_labels.max()) + 1
-    parts = [(f"{images} images", synthetic.images[order])]
-    if synthetic.images_oe is not None and outliers in ("distilled", "initial", "kcenter"):
-        parts.append((f"{outliers} outliers", synthetic.images_oe))
-    shown = [(title, to_unit(images).clamp(0, 1)) for title, images in parts if len(images) % classes == 0]
-    return [(title, images.unflatten(0, (classes, -1))) for title, images in shown]
-
-
-def _to_unit(stored: Normalisation, about: dict) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The inverse of normalisation, to [0, 1]: by what the file stores or, for published files, by its data set."""
-    _, statistics, zca = stored
-    if statistics is None and zca is None:
-        spec = SPECS[about["flags"]["dataset"]]
-        if spec.mean is None:
-            raise KeyError("normalisation")
-        statistics = (spec.mean, spec.std)
-    return lambda images: to_unit(images, statistics, zca)
 
 
 def _new_figure(width: float, height: float) -> "Figure":
@@ -110,8 +102,9 @@ def save_score_histograms(path: Path, score: str, in_scores: np.ndarray, out_sco
     figure, axes = _panels(len(out_scores), 4, 3.6, 2.6)
     for axis, (name, values) in zip(axes, out_scores.items(), strict=False):
         bins = _edges(np.concatenate([in_scores, values]))
-        axis.hist(in_scores, bins, density=True, alpha=0.6, label="in-distribution", color=BLUE)
-        axis.hist(values, bins, density=True, alpha=0.6, label="OOD", color=ORANGE)
+        style = {"density": True, "alpha": 0.6, "histtype": "stepfilled"}  # one shape is drawn faster than 40 bars
+        axis.hist(in_scores, bins, label="in-distribution", color=BLUE, **style)
+        axis.hist(values, bins, label="OOD", color=ORANGE, **style)
         axis.set_title(name, fontsize=10)
         axis.set_yticks([])
     axes[0].legend(fontsize=8)
@@ -166,25 +159,21 @@ def save_curves(path: Path, lines: Sequence[dict]) -> None:
     """
     panels: Panels = {"matching loss": {}, "accuracy, %": {}, "AUROC, %": {}}
     for line in lines:
+        model = line.get("model")
         for key, value in line.items():
-            place = _place_of(key, line)
             values = [v for v in (value if isinstance(value, list) else [value]) if v is not None]
-            if place and values:
-                panel, curve, scale = place
+            if key in ("loss", "loss_oe"):
+                panel, curve, factor = "matching loss", "images" if key == "loss" else "outliers", 1
+            elif key == "accuracy":
+                panel, curve, factor = "accuracy, %", model, 100
+            elif key.startswith("auroc "):
+                panel, curve, factor = "AUROC, %", f"{key.removeprefix('auroc ')} ({model})", 100
+            else:
+                continue
+            if values:
                 points = panels[panel].setdefault(curve, {}).setdefault(line["experiment"], {})
-                points[line["iteration"]] = scale * float(np.mean(values))
+                points[line["iteration"]] = factor * float(np.mean(values))
     save_panels(path, {panel: curves for panel, curves in panels.items() if curves}, points=("accuracy, %", "AUROC, %"))
-
-
-def _place_of(key: str, line: dict) -> tuple[str, str, float] | None:
-    """The panel, the curve and the factor of a value in a line of `metrics.jsonl`; None if it is not shown."""
-    if key in ("loss", "loss_oe"):
-        return "matching loss", "images" if key == "loss" else "outliers", 1
-    if key == "accuracy":
-        return "accuracy, %", line["model"], 100
-    if key.startswith("auroc "):
-        return "AUROC, %", f"{key.removeprefix('auroc ')} ({line['model']})", 100
-    return None
 
 
 def save_panels(

@@ -44,12 +44,6 @@ class Results:
         """Names of the scores, in order."""
         return list(dict.fromkeys(row["score"] for row in self.rows))
 
-    def sets_of_all(self) -> list[str]:
-        """Names of the sets on which every network was measured, in order, without validation sets."""
-        of = {name: {row["network"] for row in self.rows if row["set"] == name} for name in self.sets()}
-        everyone = set().union(*of.values())
-        return [name for name in self.ood_sets() if of[name] == everyone]
-
     def per_network(
         self, name: str | None, score: str, measure: str, among: Sequence[str] | None = None
     ) -> list[float]:
@@ -73,9 +67,13 @@ class Results:
 
 def shared_sets(results: Sequence[Results]) -> list[str]:
     """The OOD sets on which all networks of all `results` were measured, in order: those whose means compare."""
-    measured = [r for r in results if r.rows]
-    names = dict.fromkeys(name for r in measured for name in r.sets())
-    return [name for name in names if all(name in r.sets_of_all() for r in measured)]
+    names = dict.fromkeys(name for r in results for name in r.ood_sets())
+    for r in results:
+        networks = {row["network"] for row in r.rows}
+        for name in [*names]:
+            if {row["network"] for row in r.rows if row["set"] == name} != networks:
+                del names[name]
+    return list(names)
 
 
 @dataclass
@@ -107,16 +105,10 @@ def results_of(networks: Sequence[NetworkScores]) -> tuple[Results, PlotData]:
 
 def results_json(results: Results, about: dict) -> str:
     """The results, and plain values about them, as JSON; NaN becomes null."""
-    content = {"about": about, "errors": results.errors, "rows": results.rows, "missing": results.missing}
-    return json.dumps(_without_nan(content), indent=1) + "\n"
-
-
-def _without_nan(value: object) -> object:
-    if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(v) for v in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    content: dict = {"about": about}
+    for key, rows in (("errors", results.errors), ("rows", results.rows)):
+        content[key] = [{k: None if v != v else v for k, v in row.items()} for row in rows]
+    return json.dumps(content | {"missing": results.missing}, indent=1) + "\n"
 
 
 def results_csv(results: Results) -> str:
@@ -142,16 +134,15 @@ def load_results(folder: Path) -> Results:
     path = folder / "results.json"
     content = read_json(path, "results", most=64 << 20)
     try:
-        errors, rows = ([_with_nan(row) for row in content[key]] for key in ("errors", "rows"))
+        errors, rows = (
+            [{k: math.nan if v is None else v for k, v in row.items()} for row in content[key]]
+            for key in ("errors", "rows")
+        )
         for row in rows:
             _ = row["set"], row["score"], [float(row[m]) for m in MEASURES], float(errors[row["network"]]["error"])
         return Results(errors, rows, list(content["missing"]))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise UserError(f"{path} is damaged, or is not what test_ood_model_syn.py writes; run it again") from None
-
-
-def _with_nan(row: dict) -> dict:
-    return {k: math.nan if v is None else v for k, v in row.items()}
 
 
 # --- the file of a study ---------------------------------------------------------------------------------------------

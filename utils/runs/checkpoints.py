@@ -57,12 +57,11 @@ class Checkpointer:
         for path in there:
             try:
                 state = read_pt(path, "--resume", check_crc=True)
-                if isinstance(state, dict):
-                    return state
-                reason = f"{path} is no checkpoint"
+                if not isinstance(state, dict):
+                    raise UserError(f"{path} is no checkpoint")
+                return state
             except UserError as error:
-                reason = str(error)
-            self.run.log(reason + ("; trying the checkpoint before it" if path != there[-1] else ""))
+                self.run.log(f"{error}{'; trying the checkpoint before it' if path != there[-1] else ''}")
         if there:
             raise UserError(
                 f"--resume: no checkpoint in {self.run.path} can be read: {', '.join(p.name for p in there)}. "

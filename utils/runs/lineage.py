@@ -51,7 +51,7 @@ def find_run_folder(
         folder: its name; None for the newest, finished runs before others.
         holds: a glob pattern of a file that the folder must hold.
         flag_roots: the flag that sets `roots`, for the message, e.g. `--load_path`.
-        only_oe: leave out runs of scripts without outliers.
+        only_oe: find only runs with outliers, those of main_oe.py, main_poe.py and stage 2 with outliers.
         left: what the files of a run say of how far it came; empty if it came to its end.
     Raises:
         UserError: when there is none, `folder` is not a plain name, or several roots have one of that name.
@@ -120,7 +120,7 @@ def started(folder: Path) -> float:
 
 
 def _is_plain(folder: Path) -> bool:
-    """Whether a run is known to be of a script without outliers."""
+    """Whether a script that knows no outliers made the run."""
     return args_or_nothing(folder).get("script") in PLAIN_SCRIPTS
 
 

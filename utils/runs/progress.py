@@ -16,23 +16,21 @@ class Progress:
     Values may be tensors on any device: they are summed there, and read only when they are shown.
 
     Args:
-        log: prints and logs a line; log_file_only: only logs it.
+        log: takes a line, and whether to print it, too.
         start: number of steps done before; every: least number of steps between two lines.
         with_bar: whether this process may draw a bar.
     """
 
     def __init__(
         self,
-        log: Callable[[str], None],
-        log_file_only: Callable[[str], None],
+        log: Callable[[str, bool], None],
         total: int,
         what: str,
         start: int = 0,
         every: int = LOG_EVERY,
         with_bar: bool = True,
     ):
-        self.log, self.log_file_only = log, log_file_only
-        self.total, self.what, self.count, self.first, self.every = total, what, start, start, every
+        self.log, self.total, self.what, self.count, self.first, self.every = log, total, what, start, start, every
         self.warm: float | None = None  # when the first step, which may compile, was done
         self.sums: dict[str, torch.Tensor | float] = {}
         self.summed = 0
@@ -62,18 +60,15 @@ class Progress:
         self.sums, self.summed = {}, 0
         if self.bar is not None:
             self.bar.set_postfix_str("  ".join(filter(None, (text, self.noted))))
-            self.log_file_only(line)
-        else:
-            self.log(line)
+        self.log(line, self.bar is None)
 
     def _left(self) -> str:
         """The time that the rest takes at the pace since the first step; empty where no other step was made."""
         timed = self.count - self.first - 1
         if not timed:
             return ""
-        seconds = round((self.total - self.count) * (time.monotonic() - self.warm) / timed)
-        minutes, hours = seconds // 60, seconds // 3600
-        return f"left {hours}:{minutes % 60:02} h" if hours else f"left {minutes}:{seconds % 60:02} min"
+        minutes, seconds = divmod(round((self.total - self.count) * (time.monotonic() - self.warm) / timed), 60)
+        return f"left {minutes // 60}:{minutes % 60:02} h" if minutes >= 60 else f"left {minutes}:{seconds:02} min"
 
     def note(self, text: str) -> None:
         """Show `text` on the bar from now on."""

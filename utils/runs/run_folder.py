@@ -7,10 +7,10 @@ import os
 import shlex
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from itertools import chain, count
 from pathlib import Path
 from typing import IO
 
@@ -28,8 +28,9 @@ except ImportError:  # Windows has no such locks
 
 ARGS = "args.json"
 LOCK = ".lock"
+LOG = "logs.txt"
 METRICS = "metrics.jsonl"
-SYNC_SECONDS = 1.0  # between two flushes of a log to the disk
+COUNTS = ("experiment", "iteration", "network", "epoch")  # in lines of `METRICS`
 
 
 class RunFolder:
@@ -38,11 +39,10 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path = Path(path)
         self.is_main = distributed.is_main()
-        self.lock = RunLock(self.path) if self.is_main else None
+        self.lock = lock(self.path) if self.is_main else None
         if self.is_main:
             remove_unfinished(self.path)
         self.tensorboard: TensorBoardWriter | None = None  # set if --tensorboard is given
-        self.synced: dict[str, float] = {}  # time of the last flush to the disk, by file name
 
     @classmethod
     def create(cls, root: str | Path, *parts: str | int, name: str | None = None, ending: str = "") -> "RunFolder":
@@ -59,58 +59,37 @@ class RunFolder:
         name = (name or datetime.now().strftime("%Y%m%d-%H%M%S")) + ending
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            attempt = 1
-            while True:
-                path = parent / (name if attempt == 1 else f"{name}-{attempt}")
-                try:
-                    path.mkdir()
-                    return path
-                except FileExistsError:
-                    attempt += 1
+            for suffix in chain([""], (f"-{attempt}" for attempt in count(2))):
+                with suppress(FileExistsError):
+                    (parent / f"{name}{suffix}").mkdir()
+                    return parent / f"{name}{suffix}"
         except OSError as error:
             raise UserError(f"--save_path: cannot make a folder in {parent}: {error}") from None
 
-    def log(self, message: str) -> None:
-        """Print a line, and append it with the time to `logs.txt`. Only rank 0 does so."""
+    def log(self, message: str, show: bool = True) -> None:
+        """Append a line with the time to `logs.txt`, and print it if `show`. Only rank 0 does so."""
         if self.is_main:
-            print_line(message)
-        self.log_file_only(message)
+            self._log(message, show)
 
     def log_own(self, message: str) -> None:
         """Like `log`, but on every rank, for messages about this process alone."""
-        if self.is_main:
-            self.log(message)
-            return
-        message = f"process {distributed.rank()}: {message}"
-        print_line(message)
-        self._append_log(message)
+        self._log(message if self.is_main else f"process {distributed.rank()}: {message}")
 
-    def log_file_only(self, message: str) -> None:
-        """Append a line with the time to `logs.txt`. Only rank 0 does so."""
-        if self.is_main:
-            self._append_log(message)
-
-    def _append_log(self, message: str) -> None:
-        self._append("logs.txt", f"[{datetime.now():%Y-%m-%d %H:%M:%S}] {message}")
-
-    def _append(self, name: str, line: str) -> None:
-        """Append a line to a file of the folder; flush the file to the disk at most once a second."""
-        now = time.monotonic()
-        sync = now - self.synced.get(name, -SYNC_SECONDS) >= SYNC_SECONDS
-        append_line(self.path / name, line, sync)
-        if sync:
-            self.synced[name] = now
+    def _log(self, message: str, show: bool = True) -> None:
+        if show:
+            print_line(message)
+        append_line(self.path / LOG, f"[{datetime.now():%Y-%m-%d %H:%M:%S}] {message}", sync=False)
 
     def sync(self) -> None:
         """Flush all appended lines to the disk, before something relies on them, e.g. a checkpoint."""
-        for name in self.synced:
+        for name in (LOG, METRICS):
             sync_file(self.path / name)
 
     def metric(self, **values: object) -> None:
         """Append `values` and the time to `metrics.jsonl`, whatever the rank; non-finite numbers become null."""
         plain = {k: [_finite(x) for x in v] if isinstance(v, list) else _finite(v) for k, v in values.items()}
         line = {"time": datetime.now().isoformat(timespec="milliseconds"), **plain}
-        self._append(METRICS, json.dumps(line))
+        append_line(self.path / METRICS, json.dumps(line), sync=False)
         if self.tensorboard is not None:
             self.tensorboard.add(plain)
 
@@ -121,72 +100,71 @@ class RunFolder:
     def keep_metrics(self, keep: Callable[[dict], bool]) -> None:
         """Drop damaged lines of `metrics.jsonl`, and those that a resumed run writes again (`keep` is false)."""
         if self.is_main:
-            save_text(self.path / METRICS, "".join(line + "\n" for line in _kept_lines(self.path, keep)))
+            kept = read_metrics(self.path, keep)
+            save_text(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
 
     def save_args(self, flags: dict, **more: object) -> None:
         """Write the flags to `args` (JSON, as in published runs); `args.json` adds the command, versions and `more`."""
         if not self.is_main:
             return
-        save_text(self.path / "args", json.dumps(flags, indent=1, default=str) + "\n")
         about = {"script": Path(sys.argv[0]).name, "command": shlex.join(sys.orig_argv), "flags": flags}
-        about |= {"started": datetime.now().isoformat(timespec="seconds"), "git_commit": git_commit()}
-        about |= {"finished": None, "versions": versions(), "processes": distributed.world_size(), **more}
-        save_text(self.path / ARGS, json.dumps(about, indent=1, default=str) + "\n")
+        about |= {"started": _now(), "git_commit": git_commit(), "finished": None, "versions": versions()}
+        _save_json(self.path / "args", flags)
+        _save_json(self.path / ARGS, about | {"processes": distributed.world_size(), **more})
 
     def update_args(self, flags: dict, **more: object) -> None:
         """Record in `args.json` the command that resumed the run, the flags that now apply, and `more`."""
         if not self.is_main:
             return
         about = read_args(self.path)
-        resumed = about.get("resumed") if isinstance(about.get("resumed"), list) else []
-        now = {"command": shlex.join(sys.orig_argv), "at": datetime.now().isoformat(timespec="seconds")}
-        now |= {"git_commit": git_commit(), "versions": versions()}
-        about |= {"flags": flags | {"resume": None}, "resumed": [*resumed, now], **more}
-        save_text(self.path / ARGS, json.dumps(about | {"finished": None}, indent=1, default=str) + "\n")
+        before = about.get("resumed") if isinstance(about.get("resumed"), list) else []
+        resumed = {"command": shlex.join(sys.orig_argv), "at": _now(), "git_commit": git_commit()}
+        about |= {"flags": flags | {"resume": None}, "resumed": [*before, resumed | {"versions": versions()}], **more}
+        _save_json(self.path / ARGS, about | {"finished": None})
 
     def finish(self) -> None:
         """Record in `args.json` that the run has come to its end, and when."""
-        if not self.is_main:
-            return
-        about = read_args(self.path) | {"finished": datetime.now().isoformat(timespec="seconds")}
-        save_text(self.path / ARGS, json.dumps(about, indent=1, default=str) + "\n")
+        if self.is_main:
+            _save_json(self.path / ARGS, read_args(self.path) | {"finished": _now()})
 
     @contextmanager
     def progress(self, total: int, what: str, start: int = 0, every: int = LOG_EVERY) -> Iterator[Progress]:
         """Show the progress of a loop: a bar on a terminal, else a log line every `every` steps."""
-        progress = Progress(self.log, self.log_file_only, total, what, start, every, with_bar=self.is_main)
+        progress = Progress(self.log, total, what, start, every, with_bar=self.is_main)
         try:
             yield progress
         finally:
             progress.close()
 
 
-def read_metrics(folder: Path) -> list[dict]:
-    """The lines of a run folder's `metrics.jsonl`, parsed; damaged ones are skipped. Takes no lock."""
-    return [json.loads(line) for line in _kept_lines(folder, lambda line: True)]
+def _now() -> str:
+    return datetime.now().isoformat(timespec="seconds")
 
 
-def _kept_lines(folder: Path, keep: Callable[[dict], bool]) -> list[str]:
-    """The lines of `metrics.jsonl` that are whole and for which `keep` is true."""
-    kept = []
-    for line in read_lines(folder / METRICS):
+def _save_json(path: Path, value: dict) -> None:
+    save_text(path, json.dumps(value, indent=1, default=str) + "\n")
+
+
+def read_metrics(folder: Path, keep: Callable[[dict], bool] = lambda line: True) -> list[dict]:
+    """The lines of a run folder's `metrics.jsonl` that are whole and for which `keep` is true. Takes no lock."""
+    lines = []
+    for text in read_lines(folder / METRICS):
         with suppress(ValueError, TypeError, KeyError, RecursionError):
-            value = json.loads(line)
-            if _is_metric(value) and keep(value):
-                kept.append(line)
-    return kept
+            line = json.loads(text)
+            if _is_metric(line) and keep(line):
+                lines.append(line)
+    return lines
 
 
 def _is_metric(line: object) -> bool:
     """Whether a parsed line of `metrics.jsonl` has the form that `RunFolder.metric` writes."""
-    if not isinstance(line, dict) or not isinstance(line.get("time", ""), str):
+    if not isinstance(line, dict):
         return False
-    counts = [line[name] for name in ("experiment", "iteration", "network", "epoch") if name in line]
     rest = [v for name, v in line.items() if name not in ("time", "model")]
     numbers = [x for v in rest for x in (v if isinstance(v, list) else [v])]
     return (
-        isinstance(line.get("model", ""), str)
-        and all(type(n) is int and 0 <= n < 1 << 31 for n in counts)
+        all(isinstance(line.get(name, ""), str) for name in ("time", "model"))
+        and all(type(line[name]) is int and 0 <= line[name] < 1 << 31 for name in COUNTS if name in line)
         and [] not in rest
         and all(x is None or (type(x) in (int, float) and abs(x) < math.inf) for x in numbers)
     )
@@ -213,15 +191,11 @@ def read_args(folder: Path) -> dict:
 
 def is_live(folder: Path) -> bool:
     """Whether another process holds the lock of a run folder. Asking needs no right to write, and takes no lock."""
-    path = Path(folder) / LOCK
     try:
-        if not os.path.isfile(path):
-            return False
-        file = open(path, "rb", opener=open_no_link)  # noqa: SIM115 - closed below
-    except OSError:  # a folder of somebody else
+        with open(Path(folder) / LOCK, "rb", opener=open_no_link) as file:
+            return _is_held(file, shared=True)  # several processes may ask at once
+    except OSError:  # there is no lock, or it is a folder of somebody else
         return False
-    with file:
-        return _is_held(file, shared=True)  # several processes may ask at once
 
 
 def _is_held(file: IO, shared: bool) -> bool:
@@ -238,24 +212,26 @@ def _is_held(file: IO, shared: bool) -> bool:
     return False
 
 
-class RunLock:
-    """The lock of a process on its run folder, released when the process ends; a `UserError` if another holds it.
+def lock(folder: Path) -> IO:
+    """Lock a run folder for this process, for as long as the file that is returned is open.
 
     The package filelock would do less: it cannot ask without the right to write, and where a file system has no locks
     it leaves a file that a killed run would never remove.
-    """
 
-    def __init__(self, folder: Path):
-        try:  # the file stays open as long as the process lives
-            self.file = open(folder / LOCK, "a+", encoding="utf-8", opener=open_no_link)  # noqa: SIM115
-        except OSError as error:
-            raise UserError(f"cannot write into {folder}: {error}. Choose another folder") from None
-        if _is_held(self.file, shared=False):
-            self.file.seek(0)
-            owner = self.file.read(200).strip() or "another process"
-            self.file.close()
-            raise UserError(f"{folder} is a live run of {owner}; wait for it, or stop it first")
-        with suppress(OSError):  # the owner is only for the message; a full disk leaves it out
-            self.file.truncate(0)
-            self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            self.file.flush()
+    Raises:
+        UserError: when another process holds the lock, or the folder is read-only.
+    """
+    try:
+        file = open(folder / LOCK, "a+", encoding="utf-8", opener=open_no_link)  # noqa: SIM115 - see above
+    except OSError as error:
+        raise UserError(f"cannot write into {folder}: {error}. Choose another folder") from None
+    if _is_held(file, shared=False):
+        file.seek(0)
+        owner = file.read(200).strip() or "another process"
+        file.close()
+        raise UserError(f"{folder} is a live run of {owner}; wait for it, or stop it first")
+    with suppress(OSError):  # the owner is only for the message; a full disk leaves it out
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+    return file

@@ -13,7 +13,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 
 from utils.compute import distributed
 from utils.core.errors import Interrupted, UserError
@@ -21,51 +22,53 @@ from utils.core.errors import Interrupted, UserError
 GRACE = 1.5  # seconds
 AGAIN = 0.5  # seconds between attempts: Python discards exceptions raised in a destructor
 REPEAT = 5.0  # seconds
+HAS_TIMER = hasattr(signal, "setitimer")  # not on Windows
 NOT_HANDLED = "not in the main thread: Ctrl-C and SIGTERM do not save; --resume continues from the last checkpoint"
 
-_received = 0  # number of the first signal
-_received_at = 0.0
-_interruptible = False
-_overdue = False  # whether the grace period is over
+
+@dataclass
+class _State:
+    """What has happened to this process since `catch` began."""
+
+    received: int = 0  # number of the first signal
+    at: float = 0.0  # when it came
+    interruptible: bool = False
+    overdue: bool = False  # whether the grace period is over
+
+
+_now = _State()
 
 
 def received() -> int:
     """The number of the first signal that this process received, 0 for none."""
-    return _received
+    return _now.received
 
 
 def check() -> None:
     """Raise `Interrupted` if this process received a signal. Called where the state of the run is consistent."""
-    if _received:
-        raise Interrupted(_received)
+    if _now.received:
+        raise Interrupted(_now.received)
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
+def interruptible(may_stop: bool = True) -> Iterator[None]:
     """Mark a long computation that may be interrupted, as the state from before it can still be saved.
 
     Raises:
         Interrupted: inside the block, when the grace period after a signal is over.
     """
-    global _interruptible
-    _interruptible = True
+    before, _now.interruptible = _now.interruptible, may_stop
     try:
         _raise_if_overdue()
         yield
     finally:
-        _interruptible = False
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Inside `interruptible`: mark a part that must run to its end, such as writing files."""
-    global _interruptible
-    before, _interruptible = _interruptible, False
-    try:
-        yield
-    finally:
-        _interruptible = before
+        _now.interruptible = before
     _raise_if_overdue()
+
+
+def uninterrupted() -> AbstractContextManager[None]:
+    """Inside `interruptible`: mark a part that must run to its end, such as writing files."""
+    return interruptible(False)
 
 
 @contextmanager
@@ -84,9 +87,9 @@ def catch() -> Iterator[None]:
             print(NOT_HANDLED, file=sys.stderr, flush=True)
         yield
         return
-    _reset()
+    _begin()
     handlers = {signal.SIGINT: _note, signal.SIGTERM: _note}
-    if hasattr(signal, "SIGALRM"):
+    if HAS_TIMER:
         handlers[signal.SIGALRM] = _grace_is_over
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
@@ -94,37 +97,34 @@ def catch() -> Iterator[None]:
     except UserError:
         raise
     except Exception:
-        if not _received:
+        if not _now.received:
             raise
-        raise Interrupted(_received) from None
+        raise Interrupted(_now.received) from None
     finally:
-        if hasattr(signal, "setitimer"):
+        if HAS_TIMER:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
-        _reset()
+        _begin()
 
 
-def _reset() -> None:
-    global _received, _received_at, _interruptible, _overdue
-    _received, _received_at, _interruptible, _overdue = 0, 0.0, False, False
+def _begin() -> None:
+    global _now
+    _now = _State()
 
 
 def _note(number: int, frame: object) -> None:
     """The handler of SIGINT and SIGTERM."""
-    global _received, _received_at
-    now = time.monotonic()
-    if _received:
-        if now - _received_at > REPEAT:
+    if _now.received:
+        if time.monotonic() - _now.at > REPEAT:
             os._exit(128 + number)
         return
-    _received, _received_at = number, now
+    _now.received, _now.at = number, time.monotonic()
     if distributed.is_main():
         name = signal.Signals(number).name
-        os.write(
-            2, f"\n{name}: stopping and saving; another signal after {REPEAT:.0f} s ends without saving\n".encode()
-        )
-    if hasattr(signal, "setitimer"):
+        text = f"\n{name}: stopping and saving; another signal after {REPEAT:.0f} s ends without saving\n"
+        os.write(2, text.encode())
+    if HAS_TIMER:
         signal.setitimer(signal.ITIMER_REAL, GRACE, AGAIN)
     else:
         _grace_is_over(number, frame)
@@ -132,11 +132,10 @@ def _note(number: int, frame: object) -> None:
 
 def _grace_is_over(number: int, frame: object) -> None:
     """The handler of the timer."""
-    global _overdue
-    _overdue = True
+    _now.overdue = True
     _raise_if_overdue()
 
 
 def _raise_if_overdue() -> None:
-    if _overdue and _interruptible:
-        raise Interrupted(_received)
+    if _now.overdue and _now.interruptible:
+        raise Interrupted(_now.received)

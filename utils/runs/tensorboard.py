@@ -27,21 +27,14 @@ class TensorBoardWriter:
         remove_files(folder, "events.out.tfevents.*")
         self.writer = SummaryWriter(str(folder))
         for line in before:
-            self._add(line)
-        self.writer.flush()
+            self.add(line)
 
     def add(self, line: dict) -> None:
         """Write one line: each number, and the mean of each list, at its iteration and under its experiment."""
-        self._add(line)
-        self.writer.flush()
-
-    def _add(self, line: dict) -> None:
-        step, group = line["iteration"], f"experiment{line['experiment']}"
-        prefix = f"{group}/{line['model']}/" if "model" in line else f"{group}/"
+        prefix = "/".join([f"experiment{line['experiment']}", *([line["model"]] if "model" in line else []), ""])
         for name, value in line.items():
-            if name in ("iteration", "experiment"):
-                continue
             if isinstance(value, list) and None not in value:
                 value = sum(value) / len(value)
-            if isinstance(value, (int, float)):
-                self.writer.add_scalar(prefix + name, value, step)
+            if isinstance(value, (int, float)) and name not in ("iteration", "experiment"):
+                self.writer.add_scalar(prefix + name, value, line["iteration"])
+        self.writer.flush()

@@ -16,7 +16,7 @@ from utils.methods import METHODS
 from utils.methods.method import MethodEntry
 from utils.outliers.corruptions import DEFAULT_CORRUPTIONS
 from utils.runs.resume import Checkpoints
-from utils.settings.common import Batches, Data, Determinism, Images, Network, Reads, Speed, Training, Writes
+from utils.settings.common import Batches, Data, Determinism, Images, Network, Parts, Reads, Speed, Training, Writes
 from utils.settings.distillation import Distilling
 from utils.settings.fields import Need, Settings, as_words, flag, flags_of, with_default, with_shown_default
 from utils.settings.ood_test import OODSets, Scores, Test
@@ -104,6 +104,7 @@ class Stage2Settings(
     Data,
     Network,
     Images,
+    Parts,
     Training,
     Batches,
     Speed,
@@ -126,6 +127,12 @@ class Stage2Settings(
         Assumptions: (OF_DISTILLED,),
         "exp_idx": (  # it is part of random's seed
             Need(lambda s: s.train_on in ("distilled", "random") or not s.exp_idx, READS_A_SET.why),
+        ),
+        Parts: (
+            Need(
+                lambda s: s.train_on in ("random", "herding", "kcenter"),
+                "a distilled set says itself how many parts its images hold; leave it out",
+            ),
         ),
         OutlierTraining: (used_by(*(kind for kind in OUTLIERS if kind != "none")),),
         "oe_data_path": (used_by("initial", "kcenter", "real"),),

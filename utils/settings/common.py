@@ -113,6 +113,19 @@ class Speed(Settings):
 
 
 @dataclass(frozen=True)
+class Parts(Settings):
+    """Images in parts."""
+
+    factor: int = flag(
+        1,
+        "each stored image holds factor x factor smaller ones, which are enlarged: networks train on factor² times "
+        "--ipc images per class; 2 gains much at the same storage",
+        count(1),
+        often=True,
+    )
+
+
+@dataclass(frozen=True)
 class Determinism(Settings):
     """Determinism."""
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 from utils.data.datasets import RealData
 from utils.outliers.sources import OutlierSource, PseudoOutliers, load_outlier_pool
 from utils.runs.resume import Checkpoints
-from utils.settings.common import Batches, Data, Determinism, Images, Network, Speed, Training, Writes
+from utils.settings.common import Batches, Data, Determinism, Images, Network, Parts, Speed, Training, Writes
 from utils.settings.experts import ExpertSettings
 from utils.settings.fields import Need, Settings, flag
 from utils.settings.outliers import Corrupted, DistilledOutliers, OutlierBatches, OutlierTraining, Pool
@@ -39,13 +39,6 @@ class Distillation(Settings):
     Iteration: int = flag(1000, "updates of the synthetic images", count(0), often=True)
     eval_interval: int = flag(500, "updates between two evaluations; the last update is always evaluated", count(1))
     lr_img: float = flag(0.1, "learning rate of the synthetic images", number(0, exclusive=True))
-    factor: int = flag(
-        1,
-        "images in parts: each stored image holds factor x factor smaller ones, which are enlarged, so that networks "
-        "train on factor² times --ipc images per class",
-        count(1),
-        often=True,
-    )
     batch_real: int = flag(256, "real images per class and step; lower it when memory is short", count(1))
     init: str = flag(
         "noise",
@@ -86,6 +79,7 @@ class Distilling(
     Data,
     Network,
     Images,
+    Parts,
     Training,
     Batches,
     Speed,

@@ -142,13 +142,17 @@ def as_dict(settings: Settings) -> dict[str, Any]:
 
 
 def as_words(settings: Settings) -> list[str]:
-    """The words of a command line that parse to these settings: what names the run, and what is not at its default."""
-    usual = settings.defaults()
+    """The words of a command line that parse to these settings.
+
+    They begin with what names the run. A flag that is at its default or has no effect here is left out.
+    """
+    usual, needs = settings.defaults(), needs_of(type(settings))
     found = []
-    for f in flags_of(type(settings)):
-        value = getattr(settings, f.name)
-        if "positional" not in f.metadata and (f.metadata.get("always") or value != usual[f.name]):
-            found += flag_words(f.name, value)
+    for f in sorted(flags_of(type(settings)), key=lambda f: not f.metadata.get("always")):
+        value, name = getattr(settings, f.name), f.name
+        differs = value != usual[name] and all(need.holds(settings) for need in needs[name])
+        if "positional" not in f.metadata and (f.metadata.get("always") or differs):
+            found += flag_words(name, value)
     return found
 
 

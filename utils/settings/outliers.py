@@ -73,12 +73,12 @@ class Corrupted(Settings):
 
     corruptions: tuple[str, ...] = flag(
         DEFAULT_CORRUPTIONS,
-        f"how pseudo-outliers are made, out of {', '.join(CORRUPTIONS)}: class 0 uses the first, class 1 the second, "
+        f"how POE outliers are made, out of {', '.join(CORRUPTIONS)}: class 0 uses the first, class 1 the second, "
         "and so on, from the first again after the last",
         one_of("corruption", CORRUPTIONS),
         many=True,
         often=True,
     )
     mix_corruptions: bool = flag(
-        False, "draw the corruption of each pseudo-outlier out of --corruptions, instead of one for each class"
+        False, "draw the corruption of each POE outlier out of --corruptions, instead of one for each class"
     )

@@ -5,7 +5,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
-from utils.core.errors import print_error_once, unknown_name
+from utils.core.errors import print_error, unknown_name
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,7 +58,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         """Print one line on stderr and exit with status 2."""
-        sys.exit(print_error_once(self.prog, f"{message} (see --help)"))
+        sys.exit(print_error(self.prog, f"{message} (see --help)"))
 
 
 class _Help(argparse.HelpFormatter):

@@ -108,13 +108,15 @@ def flags_as_words(parser: SettingsParser, flags: Mapping[str, object], flag: st
     Raises:
         UserError: for a flag that the parser does not know, or a value that would be parsed as a flag.
     """
-    known = {action.dest: action.nargs for action in parser._actions if action.dest not in ("help", "help_all")}
+    takes_several = {
+        f.name: bool(f.metadata.get("many") or f.metadata.get("nargs") == "*") for f in flags_of(parser.settings)
+    }
     found = []
     for name, value in flags.items():
         if name in NOT_READ or value is None or value is False:
             continue
         several = flag_words(name, value)[1:] if isinstance(value, list) else []
-        fits = name in known and (isinstance(value, list) == (known[name] == "+"))
+        fits = takes_several.get(name) == isinstance(value, list)
         if not fits or any(v.startswith("-") and not v[1:2].isdigit() for v in several):
             wrong = one_line(f"--{name}={value}")
             raise UserError(f"{flag}: {path} has a flag that {parser.prog} does not know: {wrong}")

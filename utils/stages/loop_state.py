@@ -10,20 +10,15 @@ from utils.stages.evaluation import EvalMeasures
 
 @dataclass
 class DistillState:
-    """`iteration` updates of experiment `exp` are done.
+    """Where a distillation stands."""
 
-    `method`: the state of the method at this point, None before the experiment has started. `evaluated`: whether this
-    point is evaluated; `measures`: of its networks so far. `finished`, `accs`: the sets and the accuracies, by model,
-    of the experiments before.
-    """
-
-    exp: int = 0
-    iteration: int = 0
-    method: dict | None = None
-    evaluated: bool = False
-    measures: EvalMeasures = field(default_factory=dict)
-    finished: list[SyntheticSet] = field(default_factory=list)
-    accs: dict[str, list[float]] = field(default_factory=dict)
+    exp: int = 0  # the experiment that runs
+    iteration: int = 0  # its updates so far
+    method: dict | None = None  # the state of the method, None before the experiment has started
+    evaluated: bool = False  # whether the images are evaluated as they are now
+    measures: EvalMeasures = field(default_factory=dict)  # of the networks that evaluated them so far
+    finished: list[SyntheticSet] = field(default_factory=list)  # the sets of the experiments before
+    accs: dict[str, list[float]] = field(default_factory=dict)  # their accuracies, by model
 
     def all_accs(self) -> dict[str, list[float]]:
         """Accuracies by model: those of the experiments before, then those of this point."""

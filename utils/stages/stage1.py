@@ -47,7 +47,7 @@ def run_stage1(settings: Stage1Settings) -> None:
     training = {model: training_of(s, model, augmentation) for model in models}
     outliers = source_of(s, real)
     if s.init == "real" and not s.load_path and not s.resume:
-        check_class_sizes(real, outliers, s.decoded_ipc)
+        check_class_sizes(real, outliers, s.ipc, s.factor)
     start = [] if s.resume else _start(s, real)
     evaluation = EvalSettings(s.num_eval, training, s.seed, _ood_images(s, real))
     inputs = MethodInputs(real, outliers, s, augmentation, initial=start)
@@ -124,7 +124,6 @@ def total_workload(iteration: Workload, evaluation: EvalSettings, inputs: Method
         iterations * iteration.passes + trained + tested,
         iterations * iteration.steps + most * (updates + test_batches),
         iteration.kind,
-        iterations * iteration.bf16_passes + trained,
     )
 
 
@@ -169,7 +168,7 @@ def _start(s: Stage1Settings, real: RealData) -> list[SyntheticSet]:
     if s.load_path is None:
         return []
     with blame("--load_path"):
-        return DistilledFile.open(s.load_path, "").start(real, s.ipc, s.outliers != "none")
+        return DistilledFile.open(s.load_path, "").start(real, s.ipc, s.outliers != "none", s.factor)
 
 
 def _restore(distillation: Distillation, inputs: MethodInputs) -> bool:
@@ -186,7 +185,13 @@ def _restore(distillation: Distillation, inputs: MethodInputs) -> bool:
 def _notices(inputs: MethodInputs, method: Method, models: Sequence[str]) -> list[str]:
     """What the user should know before the run starts; `models`: the networks that evaluate."""
     s, entry = inputs.settings, METHODS[inputs.settings.method]
-    lines = [*inputs.real.lines(), *method.notices, method.outliers.notice if method.outliers else ""]
+    parts = f"{s.ipc} images of {s.factor**2} parts per class: networks train on {s.decoded_ipc}"
+    lines = [
+        *inputs.real.lines(),
+        parts if s.factor > 1 else "",
+        *method.notices,
+        method.outliers.notice if method.outliers else "",
+    ]
     defaults = " ".join(f"--{n} {v}" for n, v in entry.defaults.items() if getattr(s, n, None) == v)
     if defaults:
         lines.append(f"defaults of --method {entry.name}: {defaults}")

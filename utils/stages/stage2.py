@@ -144,13 +144,13 @@ def stage2_workload(num_networks: int, settings: TrainSettings, real: RealData, 
     trained = num_networks * epochs * images * (2 if synthetic.num_outliers else 1) / distributed.world_size()
     most = batches(num_networks, distributed.world_size())  # of a process, so that all of them decide alike
     steps = most * (epochs * batches(images, settings.batch) + tests * batches(len(real.images_test), TEST_BATCH))
-    return Workload(trained + tested / 2 / distributed.world_size(), steps, "training", trained)
+    return Workload(trained + tested / 2 / distributed.world_size(), steps, "training")
 
 
 def _resumed(s: Stage2Settings, real: RealData) -> TrainingSet | None:
-    """The set that the run of `--resume` was trained on; None where it is to be chosen anew.
+    """The set that the run of `--resume` was trained on.
 
-    That is for a new run, for the whole training set, and with another `--load_path` or `--folder` than the run had.
+    None if there is nothing to resume, the set is the whole training set, or `--load_path` or `--folder` changed.
     """
     if s.resume is None or s.train_on == "whole":
         return None
@@ -184,7 +184,7 @@ def _resume(s: Stage2Settings, inputs: dict[str, str], distilled_set: Path | Non
 def _start(s: Stage2Settings, chosen: TrainingSet, real: RealData, about: dict) -> RunFolder:
     """A new run folder, named as that of stage 1 if there is one, so that one name leads through all stages.
 
-    A set that no file of stage 1 holds is saved in it.
+    If the set is no file of stage 1, it is saved in the folder.
     """
     name = chosen.origin and chosen.origin.name
     kinds = (s.train_on, s.outliers, "again" if s.corrupt_again else "none")

@@ -145,7 +145,7 @@ def _fit_set(which: str | None, networks: Path, real: RealData, trained_on: Open
         return FitSet("real training set", real.labels_train, real.train_batch, on_whole)
     try:
         file, exp_idx = trained_on()
-        synthetic = file.set(exp_idx, real).to(real.device)
+        synthetic = file.set(exp_idx, real).decoded().to(real.device)
     except UserError as error:
         raise UserError(f"--fit_on distilled: {error}. Use --fit_on real") from None
     name = "distilled set" if images == "distilled" else f"real images chosen by {images}"

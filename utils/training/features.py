@@ -76,7 +76,7 @@ class FeatureNetworks:
         net = real.network(self.model, generator(self.seed, *key))
         count = len(synthetic.images)
         steps = epochs * batches(count, self.settings.batch)
-        workload = Workload(epochs * count, steps, "training", epochs * count)
+        workload = Workload(epochs * count, steps, "training")
         shape = (real.channel, *real.im_size)
         with kept_precision():
             compute = choose_compute(self.compile_flag, self.precision, real.device, net, shape, workload)

@@ -50,8 +50,7 @@ def network(name="ConvNetW32"):
 
 @pytest.mark.parametrize("what", COMPILE_SECONDS)
 def test_auto_compiles_where_the_time_comes_back(what, monkeypatch):
-    monkeypatch.setattr("utils.compute.compiling.shutil.which", lambda name: "/usr/bin/" + name)
-    monkeypatch.setattr("utils.compute.compiling.compiler_failure", lambda name: "")
+    monkeypatch.setattr("utils.compute.compiling.compiler_failure", lambda: "")
     breakeven = COMPILE_SECONDS[what] * torch.get_num_threads() / SAVED_SECONDS / (32 * (32 * 32 + 16 * 16 + 8 * 8))
     for share, expected in ((0.9, False), (1.1, True)):
         compiled, why = choose_compile("auto", CPU, network(), (3, 32, 32), Workload(share * breakeven, 1, what))
@@ -71,8 +70,7 @@ def test_auto_compiles_where_the_time_comes_back(what, monkeypatch):
     ],
 )
 def test_networks_that_compiling_does_not_help_on_a_cpu(name, helps, monkeypatch):
-    monkeypatch.setattr("utils.compute.compiling.shutil.which", lambda name: "/usr/bin/" + name)
-    monkeypatch.setattr("utils.compute.compiling.compiler_failure", lambda name: "")
+    monkeypatch.setattr("utils.compute.compiling.compiler_failure", lambda: "")
     net = network(name)
     assert faster_on_cpu(net) is helps
     assert choose_compile("auto", CPU, net, (3, 32, 32), Workload(1e15, 1, "training"))[0] is helps
@@ -88,10 +86,11 @@ def test_networks_that_compiling_does_not_help_on_a_cpu(name, helps, monkeypatch
 
 def test_without_a_compiler(monkeypatch):
     monkeypatch.setattr("utils.compute.compiling.shutil.which", lambda name: None)
+    monkeypatch.setattr(compiling, "compiler_failure", compiling.compiler_failure.__wrapped__)  # it keeps its answer
     compiled, why = choose_compile("auto", CPU, network(), (3, 32, 32), Workload(1e15, 1, "training"))
     assert not compiled
     assert str(Compute(compiled, why=why)) == "torch.compile off (auto: there is no C++ compiler), fp32"
-    with pytest.raises(UserError, match=r"--compile on: .*install g"):
+    with pytest.raises(UserError, match=r"--compile on: there is no C\+\+ compiler. Install"):
         choose_compile("on", CPU, network(), (3, 32, 32), Workload(0, 1, "training"))
 
 
@@ -158,7 +157,7 @@ def test_a_compiler_that_fails_does_not_end_a_run(flag, run_with_broken_compiler
 
 
 @pytest.fixture
-def run_with_broken_compiler(tmp_path):
+def run_with_broken_compiler(program, tmp_path):
     """Distil in a process whose C++ compiler is a script that fails; `auto` is made to choose to compile."""
 
     def run(flag):
@@ -176,7 +175,7 @@ def run_with_broken_compiler(tmp_path):
         env = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "CXX": ""}
         env |= {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
         env.pop("CXX")
-        command = [sys.executable, "-c", code, *flags.split(), "--compile", flag]
+        command = program(code, *flags.split(), "--compile", flag)
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=env)
 
     return run
@@ -191,13 +190,9 @@ def test_passes_of_a_run_by_hand(digits, monkeypatch):
 
     def passes(run, outliers):
         inputs = MethodInputs(digits, outliers, run)
-        images = image_passes(inputs)
-        iteration = Workload(images, run.outer_loop, "matching", images)
+        iteration = Workload(image_passes(inputs), run.outer_loop, "matching")
         total = total_workload(iteration, evaluation, inputs)
         assert total.kind == "matching"
-        tested = total.passes - total.bf16_passes  # in float32
-        evaluations = 3 * (1 if run.evaluates_only_the_last else 4) * 2
-        assert tested == pytest.approx(evaluations * len(digits.images_test) / 2 / distributed.world_size())
         return total.passes
 
     outliers, tests = PseudoOutliers(digits), len(digits.images_test) / 2
@@ -220,7 +215,7 @@ def test_compiled_code_is_kept_in_the_users_cache(tmp_path, monkeypatch):
     folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     assert folder.is_relative_to(tmp_path / "cache" / "trustdd")
     assert torch.__version__.replace("+", "-") in folder.name
-    monkeypatch.setattr(compiling, "_processor", lambda: "another")
+    monkeypatch.setattr(compiling, "processor_features", lambda: "another")
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     compiling.use_lasting_cache()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] != str(folder)
@@ -249,14 +244,12 @@ def test_a_second_process_compiles_nothing_anew(tmp_path):
         "f = Compiled(lambda x: (x * 2).relu().sum(), None, True); print(f(torch.ones(2, 3, 4, 4)).item())"
     )
     env = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"} | {"XDG_CACHE_HOME": str(tmp_path)}
-    env["CUDA_HOME"] = str(tmp_path)  # PyTorch built for CUDA would say that there is a toolkit, but no GPU
     libraries = []
     for _ in range(2):
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
         )
         assert done.stdout.strip() == "192.0", done.stderr
-        assert "No CUDA runtime" not in done.stderr
         libraries.append({path: path.stat().st_mtime_ns for path in (tmp_path / "trustdd").rglob("*.so")})
     assert libraries[0]
     assert libraries[0] == libraries[1]
@@ -268,23 +261,23 @@ def test_passes_of_stage_2_by_hand(digits, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     found = stage2.stage2_workload(6, TrainSettings(300), digits, synthetic)
     trained, tests = 3 * 300 * 40, -(-300 // stage2.TEST_INTERVAL)
-    assert (found.passes, found.bf16_passes) == (trained + 3 * tests * len(digits.images_test) / 2, trained)
+    assert found.passes == trained + 3 * tests * len(digits.images_test) / 2
 
 
 @pytest.mark.parametrize(
-    ("flags", "passes", "bf16_passes"),
+    ("flags", "passes"),
     [
         # ten slots of 64 real images and 32 corrupted ones, which go forward alone, and ipc 2 of both kinds
-        ("--method DM --batch_real 64 --batch_oe 32", 10 * 96 / 2 + 40, 10 * 96 / 4),
-        # ten steps of 20 images and 20 outliers, three passes each, of which the first is fast
-        ("--method MTT --syn_steps 10", 3 * 10 * 40, 10 * 40),
+        ("--method DM --batch_real 64 --batch_oe 32", 10 * 96 / 2 + 40),
+        # ten steps of 20 images and 20 outliers, three passes each
+        ("--method MTT --syn_steps 10", 3 * 10 * 40),
     ],
 )
-def test_passes_of_an_iteration_by_hand(digits, flags, passes, bf16_passes):
+def test_passes_of_an_iteration_by_hand(digits, flags, passes):
     parser = main_poe.get_args_parser()
     args = parser.parse_args(f"--dataset Digits --model ConvNetD1 --ipc 2 {flags}".split())
     found = METHODS[args.method].workload(MethodInputs(digits, PseudoOutliers(digits), args))
-    assert (found.passes, found.bf16_passes) == (passes, bf16_passes)
+    assert found.passes == passes
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def test_parts_are_equal(lengths, least, count):
 
 def test_parts_fit(monkeypatch):
     net = get_network("ConvNetW32", 3, 10, (16, 16), generator(0))  # its largest output: 32 · 16 · 16 for each image
-    monkeypatch.setattr(parts, "LARGEST", 4 * 8192)
+    monkeypatch.setattr(parts, "MAX_PART_ELEMENTS", 4 * 8192)
     cut = BatchSplitter(net)
     images = torch.zeros(16, 3, 16, 16)
     assert (cut.count(images), cut.count(images, 12, 4), cut.count(images[:4])) == (4, 4, 1)
@@ -59,7 +59,7 @@ def test_training_and_matching_in_parts(name, width, tiny_real, monkeypatch):
     synthetic = SyntheticSet(images, tiny_real.labels_train[:12], outliers)
     seen = []
     for most in (2**22, 3 * width * 16 * 16):
-        monkeypatch.setattr(parts, "LARGEST", most)
+        monkeypatch.setattr(parts, "MAX_PART_ELEMENTS", most)
         net = get_network(name, 3, 3, (16, 16), generator(0)).double()
         trainer = Trainer(net, TrainSettings(2, batch=8))
         losses = [trainer.epoch(synthetic, generator(epoch)) for epoch in range(2)]
@@ -91,7 +91,7 @@ def test_steps_of_a_student_in_parts(name, width, soft, tiny_real, monkeypatch):
     backward = step.part_backward
     step.part_backward = lambda *args: calls.append(len(args[0])) or backward(*args)
     for most in (2**22, 5 * width * 16 * 16):
-        monkeypatch.setattr(parts, "LARGEST", most)
+        monkeypatch.setattr(parts, "MAX_PART_ELEMENTS", most)
         product, on_images, on_params = step.backward(images, labels, 0.5, params, v)
         gradient = step.gradient(images, labels, 0.5, params)
         seen.append([product, on_images, *on_params.values(), *gradient.values()])

@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from datetime import datetime
 
 import numpy as np
@@ -131,7 +130,7 @@ def test_failed_write_leaves_the_old_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
-def test_a_line_that_does_not_fit_leaves_no_part(tmp_path, monkeypatch):
+def test_a_line_that_does_not_fit_leaves_no_part(program, tmp_path):
     """A file-size limit takes the place of a full disk: the first write takes a part, the second fails."""
     path = tmp_path / "log"
     append_line(path, "first")
@@ -139,7 +138,7 @@ def test_a_line_that_does_not_fit_leaves_no_part(tmp_path, monkeypatch):
     code += "resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20)); "
     code += "from pathlib import Path; from utils.core.files import append_line"
     code += f"; append_line(Path({str(path)!r}), 'x' * 50)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(program(code), capture_output=True, text=True)
     assert "UserError: cannot write" in done.stderr
     assert path.read_text() == "first\n"
     append_line(path, "second")
@@ -223,7 +222,7 @@ def test_the_newest_run_is_the_finished_one_that_was_started_last(tmp_path):
     assert note.endswith(f"--folder NAME, of {older.name} (not finished)")
 
 
-def test_a_run_that_another_process_writes_is_not_finished(tmp_path):
+def test_a_run_that_another_process_writes_is_not_finished(program, tmp_path):
     """Also one of the published layout, whose files do not say so; it takes part again when the process has ended."""
     older, live = (run_of(tmp_path / "root" / "DSA", name) for name in ("20230101-000000", "20230102-000000"))
 
@@ -232,8 +231,8 @@ def test_a_run_that_another_process_writes_is_not_finished(tmp_path):
 
     code = "import sys; from pathlib import Path; from utils.runs.run_folder import RunFolder; "
     code += "run = RunFolder(Path(sys.argv[1])); print('locked', flush=True); input()"
-    command = [sys.executable, "-c", code, str(live)]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    command = program(code, live)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "locked\n"
         assert find().path == older
         assert "is not finished (still running)" in find(live.name).note
@@ -269,12 +268,12 @@ def test_flags_become_words_and_the_same_values_again(value):
     assert parser.parse_args(words).it == value
 
 
-def test_files_have_the_mode_that_the_user_wants(tmp_path):
-    code = "import sys; from pathlib import Path; from utils.core.files import append_line, save_text; "
-    code += "save_text(Path(sys.argv[1]), 'x'); append_line(Path(sys.argv[2]), 'x')"
+def test_files_have_the_mode_that_the_user_wants(program, tmp_path):
+    code = "import importlib, sys; from pathlib import Path; from utils.core import files; importlib.reload(files); "
+    code += "files.save_text(Path(sys.argv[1]), 'x'); files.append_line(Path(sys.argv[2]), 'x')"
     for mask in (0o077, 0o002):
         files = [tmp_path / f"{mask}-{n}" for n in "ab"]
-        subprocess.run([sys.executable, "-c", code, *files], cwd=ROOT, umask=mask, check=True)
+        subprocess.run(program(code, *files), umask=mask, check=True)
         assert [p.stat().st_mode & 0o777 for p in files] == [0o666 & ~mask] * 2
 
 
@@ -290,11 +289,10 @@ def test_a_file_whose_name_is_no_utf8(tmp_path, mmap):
     assert torch.equal(read_pt(path, "--buffer_path", mmap=mmap)["a"], torch.ones(3))
 
 
-def test_the_commit_is_that_of_this_code(tmp_path):
+def test_the_commit_is_that_of_this_code(program, tmp_path):
     """Not that of another repository that it was unpacked into."""
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from utils.compute.version import git_commit; print(git_commit())"
-    )
+    code = "import sys; sys.path.insert(0, sys.argv[1]); names = [n for n in sys.modules if n.startswith('utils')]; "
+    code += "[sys.modules.pop(n) for n in names]; from utils.compute.version import git_commit; print(git_commit())"
     shutil.copytree(ROOT / "utils" / "core", tmp_path / "copy" / "utils" / "core")
     (tmp_path / "copy" / "utils" / "compute").mkdir()
     for name in ("__init__.py", "compute/__init__.py", "compute/version.py"):
@@ -302,7 +300,7 @@ def test_the_commit_is_that_of_this_code(tmp_path):
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "another"]):
         subprocess.run([*git, *words], check=True)
-    command = [sys.executable, "-c", code, str(tmp_path / "copy")]
+    command = program(code, tmp_path / "copy")
     assert subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout == "None\n"
     subprocess.run([*git, "add", "copy"], check=True)
     subprocess.run([*git, "commit", "-q", "-m", "with it"], check=True)
@@ -323,20 +321,18 @@ def test_keyed_generators():
     assert torch.corrcoef(many[:, :2].T)[0, 1].abs() < 0.07
 
 
-def test_metrics_are_flushed_once_a_second_and_before_a_checkpoint(tmp_path, monkeypatch):
-    synced, now = [], [100.0]
+def test_logs_are_flushed_before_a_checkpoint_relies_on_them(tmp_path, monkeypatch):
+    synced = []
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.fstat(file).st_ino), fsync(file))[1])
-    monkeypatch.setattr("utils.runs.run_folder.time.monotonic", lambda: now[0])
     run = RunFolder(tmp_path)
     for step in range(100):
-        now[0] += 0.025
         run.metric(iteration=step)
-    assert len(synced) == 3  # in 2.5 seconds
+    run.log("a line")
+    assert not synced
     assert len(run.metrics()) == 100
     Checkpointer(run).save({"a": 1})
-    metrics = os.stat(tmp_path / "metrics.jsonl").st_ino
-    assert synced[3] == metrics  # before the checkpoint relies on them
+    assert synced[:2] == [os.stat(tmp_path / name).st_ino for name in ("logs.txt", "metrics.jsonl")]
 
 
 def test_fingerprints_of_bfloat16_tensors():

@@ -13,6 +13,7 @@ from utils.data import augment
 from utils.data.augment import DC, DSA, DSA_ENTRIES, apply_by_slot, bilinear, parse_strategy
 
 FULL = tuple(DSA_ENTRIES)
+DC_ENTRIES = ("crop", "scale", "rotate", "noise")
 SIZE = (12, 10)
 
 
@@ -134,7 +135,7 @@ def test_gradients_by_finite_differences(entry, n):
 
 def test_dc_gradients_by_finite_differences():
     x = torch.rand(6, 2, 9, 9, generator=generator(7), dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(DC(augment.DC_ENTRIES).draw(6, (9, 9), generator(1)), (x,))
+    assert torch.autograd.gradcheck(DC(DC_ENTRIES).draw(6, (9, 9), generator(1)), (x,))
 
 
 def test_entries_are_picked_uniformly():
@@ -152,10 +153,10 @@ def test_apply_by_slot_equals_the_loop():
 
 def test_dc_entries_one_per_image():
     x = images(8)
-    draw = DC(augment.DC_ENTRIES).draw(8, SIZE, generator(4))
+    draw = DC(DC_ENTRIES).draw(8, SIZE, generator(4))
     out, mean = draw(x), x.mean((2, 3), keepdim=True)
     for i, choice in enumerate(draw.choice.tolist()):
-        entry = augment.DC_ENTRIES[choice]
+        entry = DC_ENTRIES[choice]
         if entry == "crop":
             dr, dc = draw.offset[i].tolist()
             expected = mean[i].expand_as(x[i]).clone()

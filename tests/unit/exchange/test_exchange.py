@@ -338,7 +338,7 @@ def test_pickles_are_not_executed(real, pixels, tmp_path, monkeypatch, name):
         files = {"images_best": real.normalize(pixels), "labels_best": LABELS, "lr_best": torch.tensor(0.1)}
         save_all(tmp_path, **files)
     torch.save(_Payload(), tmp_path / name)
-    message = refusal(real.whitened(), tmp_path, space="zca")
+    message = refusal(real.whitened(), tmp_path, distilled_space="zca")
     assert name in message
     assert not (tmp_path / "executed").exists()
 
@@ -406,7 +406,7 @@ def test_a_temperature_belongs_to_logits(real, pixels, tmp_path):
     one_hot = torch.nn.functional.one_hot(LABELS, K).float()
     save_all(tmp_path, images_a=real.normalize(pixels), labels_a=one_hot)
     save_all(tmp_path, images_b=real.normalize(pixels), labels_b=3 * one_hot - 1)
-    assert "--label_temperature" in refusal(real, tmp_path / "images_a.pt", temperature=2.0)
+    assert "--label_temperature" in refusal(real, tmp_path / "images_a.pt", label_temperature=2.0)
     outliers = [str(tmp_path / "images_a.pt")]
     found = read_distilled([str(tmp_path / "images_b.pt")], real, Assumptions(label_temperature=2.0), 0, outliers)
     assert torch.allclose(found.synthetic.labels, ((3 * one_hot - 1) / 2).softmax(1))
@@ -447,7 +447,7 @@ def test_an_npz_that_claims_more_than_it_has(real, tmp_path):
 @pytest.mark.parametrize("lr", [0.0, -1.0, float("nan"), float("inf")])
 def test_learning_rates_that_are_refused(real, pixels, tmp_path, lr):
     save_all(tmp_path, images_best=real.normalize(pixels), labels_best=LABELS, lr_best=torch.tensor(lr))
-    assert "lr_best.pt" in refusal(real, tmp_path, space="normalised")
+    assert "lr_best.pt" in refusal(real, tmp_path, distilled_space="normalised")
 
 
 # --- what a review found ---------------------------------------------------------------------------------------------
@@ -463,13 +463,13 @@ def test_numbered_folders_are_in_the_order_of_their_numbers(tmp_path):
         Image.fromarray(images[c].permute(1, 2, 0).numpy()).save(tmp_path / str(c) / "a.png")
     found = read_distilled([str(tmp_path)], real, Assumptions())
     assert torch.allclose(found.synthetic.images, real.normalize(images / 255), atol=1e-6)
-    assert "0, 1, … 11" in found.lines[1]
+    assert "0, 1, 2 and 9 more" in found.lines[1]
     # a data set whose classes have these names numbers them as ImageFolder does, by name
     names = sorted(map(str, range(12)))
     order = torch.tensor([int(name) for name in names])
     found = read_distilled([str(tmp_path)], replace(real, class_names=tuple(names)), Assumptions())
     assert torch.allclose(found.synthetic.images, real.normalize(images[order] / 255), atol=1e-6)
-    assert "0, 1, … 9; those of --data_path: 0, 1, … 9" in found.lines[1]
+    assert "0, 1, 10 and 9 more; those of --data_path: 0, 1, 10 and 9 more" in found.lines[1]
 
 
 def test_folders_beside_other_files(real, tmp_path):
@@ -560,4 +560,4 @@ def test_odd_kinds_of_numbers(real, tmp_path):
 
 def test_a_factor_that_images_cannot_hold(real, pixels, tmp_path):
     torch.save([pixels, LABELS], tmp_path / "data.pt")
-    assert "--distilled_factor 9" in refusal(real, tmp_path, factor=9)
+    assert "--distilled_factor 9" in refusal(real, tmp_path, distilled_factor=9)

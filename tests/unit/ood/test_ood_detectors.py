@@ -264,7 +264,7 @@ def test_only_compiled_code_sees_padded_batches(digits, trained, noise, compiled
     """And batches of one size alone, of which there would be two."""
     net, seen = trained[0], []
     monkeypatch.setattr(device, "Compiled", lambda function, mode, required: function)
-    monkeypatch.setattr(cpu_batches, "LARGEST", 10**12)
+    monkeypatch.setattr(cpu_batches, "MAX_PART_ELEMENTS", 10**12)
     hook = net.features[0].register_forward_hook(lambda module, x, out: seen.append(len(out)))
     batch = len(noise) - 1
     try:

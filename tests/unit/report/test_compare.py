@@ -23,6 +23,7 @@ from utils.ood.measures import MEASURES
 from utils.report.card import measured_table
 from utils.report.compare import (
     ComparisonColumn,
+    comparison_page,
     comparison_rows,
     find_runs,
     latex,
@@ -31,9 +32,8 @@ from utils.report.compare import (
     pooled,
     table_csv,
 )
-from utils.report.page import comparison_page
 from utils.report.plots import distilled_pictures, save_score_histograms
-from utils.report.results import NETWORK_MEASURES, Results, load_results, results_csv, results_json
+from utils.report.results import NETWORK_MEASURES, Results, load_results, results_csv, results_json, shared_sets
 from utils.report.study import StudyColumn, StudyRow, mean_rows, score_rows
 from utils.report.tables import report_text
 
@@ -54,17 +54,25 @@ def run(name, *args, **kwargs):
     return ComparisonColumn(name, (), results(*args, **kwargs))
 
 
+def cells(row):
+    return [cell for cell, _ in row.shown()]
+
+
+def best(row):
+    return [is_best for _, is_best in row.shown()]
+
+
 def test_the_table_shows_means_deviations_and_the_best():
     runs = [run("plain", [[0.5, 0.7], [0.7, 0.9]]), run("a|b_%", [[0.6, 0.8], [0.6, 0.8]], error=0.2, nll=0.2)]
     rows = comparison_rows(runs, ["auroc", "fpr_in"])
     by_title = {(row.set, row.measure.heading): row for row in rows}
-    assert by_title["patches", "AUROC ↑"].cells() == ["60.00 ± 10.00", "60.00 ± 0.00"]
-    assert by_title["patches", "AUROC ↑"].best() == [True, True]  # equal to the digits that are shown
-    assert by_title["", "accuracy ↑"].best() == [True, False]
-    assert by_title["", "NLL ↓"].best() == [False, True]
-    assert by_title["", "NLL ↓"].cells() == ["0.300 ± 0.000", "0.200 ± 0.000"]
+    assert cells(by_title["patches", "AUROC ↑"]) == ["60.00 ± 10.00", "60.00 ± 0.00"]
+    assert best(by_title["patches", "AUROC ↑"]) == [True, True]  # equal to the digits that are shown
+    assert best(by_title["", "accuracy ↑"]) == [True, False]
+    assert best(by_title["", "NLL ↓"]) == [False, True]
+    assert cells(by_title["", "NLL ↓"]) == ["0.300 ± 0.000", "0.200 ± 0.000"]
     # over networks of their mean over sets: 60 and 80, not over all four values
-    assert by_title["mean", "AUROC ↑"].cells()[0] == "70.00 ± 10.00"
+    assert cells(by_title["mean", "AUROC ↑"])[0] == "70.00 ± 10.00"
     text = markdown(runs, rows)
     assert "**60.00 ± 10.00** | **60.00 ± 0.00**" in text
     assert r"a\|b_%" in text
@@ -85,14 +93,14 @@ def test_what_a_run_lacks_is_a_dash():
     old = ComparisonColumn("old", (), Results([{"error": 0.1}], run("old", [[nan, 0.6]]).results.rows))
     runs = [run("one", [[nan, 0.8], [0.5, 0.8]]), other, old]
     rows = comparison_rows(runs, ["auroc"])
-    found = {(row.score, row.set): row.cells() for row in rows if row.measure.title == "AUROC"}
+    found = {(row.score, row.set): cells(row) for row in rows if row.measure.title == "AUROC"}
     assert found["msp", "patches"] == ["50.00 ± 0.00", "-", "-"]
     assert found["knn", "blob"] == ["-", "90.00 ± 0.00", "-"]
     assert ("knn", "patches") not in found
-    best = {(row.score, row.set): row.best() for row in rows}
-    assert best["msp", "patches"] == [False] * 3
-    assert best["msp", "blob"] == [True, False, False]
-    assert [row.cells()[2] for row in rows if row.measure.title == "ECE"] == ["-"]
+    is_best = {(row.score, row.set): best(row) for row in rows}
+    assert is_best["msp", "patches"] == [False] * 3
+    assert is_best["msp", "blob"] == [True, False, False]
+    assert [cells(row)[2] for row in rows if row.measure.title == "ECE"] == ["-"]
     assert "blob (knn)" in markdown(runs, rows)
 
 
@@ -274,10 +282,10 @@ def test_the_mean_is_over_the_sets_of_all_runs():
     runs = [run("both", [[0.5, 0.9]] * 2), run("one", [[0.9]] * 2, sets=("blob",))]
     rows = {row.set: row for row in comparison_rows(runs, ["auroc"]) if row.score}
     assert list(rows) == ["patches", "blob", "mean of blob"]
-    assert rows["mean of blob"].cells() == ["90.00 ± 0.00", "90.00 ± 0.00"]
-    assert rows["patches"].cells() == ["50.00 ± 0.00", "-"]
+    assert cells(rows["mean of blob"]) == ["90.00 ± 0.00", "90.00 ± 0.00"]
+    assert cells(rows["patches"]) == ["50.00 ± 0.00", "-"]
     seeds = pooled([results([[0.5, 0.9]] * 2), results([[0.7]] * 2, sets=("blob",))])
-    assert seeds.sets_of_all() == ["blob"]
+    assert shared_sets([seeds]) == ["blob"]
 
 
 def test_pictures_show_the_outliers_that_networks_were_trained_with(tmp_path, digits):

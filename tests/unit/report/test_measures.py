@@ -8,9 +8,8 @@ import pytest
 from utils.ood.calibration import calibration, scaled_calibration
 from utils.ood.measures import MEASURES, error_detection, ood_measures
 from utils.report.card import CardFacts, card
-from utils.report.compare import ComparisonColumn, comparison_rows
+from utils.report.compare import ComparisonColumn, comparison_page, comparison_rows
 from utils.report.measures import OF_NETWORKS, OF_OOD
-from utils.report.page import comparison_page
 from utils.report.results import NETWORK_MEASURES, Results
 from utils.report.tables import value_cell
 

@@ -114,7 +114,7 @@ def test_the_script(study, tmp_path, run):
     assert status == 0, error
     assert out.read_text() == shown
     lines = shown.splitlines()
-    assert [line.split("|")[1].strip() for line in lines[2:5]] == ["DM, none", "DM, distilled", "DM, corrupt"]
+    assert [line.split("|")[1].strip() for line in lines[2:5]] == ["DM, none", "DM, distilled", "DM, on the fly"]
     assert sum("minus" in line for line in lines) == 2
     assert "AUROC mls uniform ↑" in shown
 
@@ -128,7 +128,7 @@ def test_a_row_for_each_score(study, run):
     status, shown, error = run(folder, "--kinds", "poe", "poe-corrupt", "--by_score", "fpr_in")
     assert status == 0, error
     header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines())
-    assert header == ["score, FPR95 ↓", "distilled images, distilled", "distilled images, corrupt"]
+    assert header == ["score, FPR95 ↓", "distilled images, distilled", "distilled images, on the fly"]
     assert [row[0] for row in rows] == ["msp", "mls", "knn"]
     mls = [100 * v for seed in (1, 2, 10) for v in expected(values["poe", seed], "mls", "fpr_in")]
     assert rows[1][1] == f"{np.mean(mls):.2f} ± {np.std(mls):.2f}"
@@ -169,8 +169,8 @@ def test_kinds_of_several_folders_and_one_beside_them(study, run):
     status, shown, error = run(folder, other, *words, "--against", "poe-corrupt")
     assert status == 0, error
     first = [line.split("|")[1].strip() for line in shown.splitlines() if line.startswith("| ")]
-    rows = ["A, none", "A, distilled", "A, corrupt", "whole training set, none", "B, distilled", "B, corrupt"]
-    pairs = ["A, distilled minus A, corrupt", "difference", "B, distilled minus B, corrupt"]
+    rows = ["A, none", "A, distilled", "A, on the fly", "whole training set, none", "B, distilled", "B, on the fly"]
+    pairs = ["A, distilled minus A, on the fly", "difference", "B, distilled minus B, on the fly"]
     assert first == ["images, outliers", *rows, "difference", *pairs]
 
 
@@ -312,14 +312,14 @@ def test_results_that_cannot_be_kept(study, run, tmp_path):
     ("kind", "prefix", "expected"),
     [
         ("poe-again", "", "distilled images, distilled, corrupted again"),
-        ("poe-kcenter-again", "DM", "DM, kcenter, corrupted again"),
+        ("poe-kcenter-again", "DM", "DM, k-center, corrupted again"),
         ("oe-again", "", "distilled images, distilled (OE), corrupted again"),
-        ("random-initial-again", "DM", "random, initial, corrupted again"),
-        ("poe-corrupt", "DM", "DM, corrupt"),
-        ("plain-corrupt", "DM", "DM, corrupt (plain images)"),
+        ("random-initial-again", "DM", "random, start, corrupted again"),
+        ("poe-corrupt", "DM", "DM, on the fly"),
+        ("plain-corrupt", "DM", "DM, on the fly (plain images)"),
         ("plain", "DM", "DM, none"),
         ("poe-none", "DM", "DM, none (poe images)"),
-        ("oe-initial", "", "distilled images, initial (OE)"),
+        ("oe-initial", "", "distilled images, start (OE)"),
     ],
 )
 def test_names_of_rows(monkeypatch, kind, prefix, expected):

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 
@@ -73,6 +72,14 @@ def same(a, b):
     return a and a.keys() == b.keys() and all(all(map(torch.equal, a[n], b[n])) for n in a)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Stage 1 without a signal."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(main_poe, [*STAGE1, "--save_path", folder])
+    return folder
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "n", "iteration"),
     [
@@ -82,9 +89,8 @@ def same(a, b):
         (Trainer, "step", 18, 1),  # in the training between two matching steps
     ],
 )
-def test_a_signal_in_the_middle_saves_the_state_before(tmp_path, monkeypatch, capsys, owner, name, n, iteration):
+def test_a_signal_in_the_middle_saves_the_state_before(whole, tmp_path, monkeypatch, capsys, owner, name, n, iteration):
     monkeypatch.chdir(tmp_path)
-    run(main_poe, [*STAGE1, "--save_path", "whole"])
     with monkeypatch.context() as patch:
         patch.setattr(signals, "GRACE", 0.05)
         calls_before_a_signal(patch, owner, name, n)
@@ -95,13 +101,13 @@ def test_a_signal_in_the_middle_saves_the_state_before(tmp_path, monkeypatch, ca
     assert torch.load(checkpoint, weights_only=True)["iteration"] == iteration
     assert "to resume:" in capsys.readouterr().out
     run(main_poe, ["--resume", "latest", "--save_path", "cut"])
-    assert same(tensors(tmp_path / "whole", "res_*.pt"), tensors(tmp_path / "cut", "res_*.pt"))
+    assert same(tensors(whole, "res_*.pt"), tensors(tmp_path / "cut", "res_*.pt"))
 
 
-def test_a_signal_in_a_long_epoch_of_stage_2(tmp_path, monkeypatch):
+def test_a_signal_in_a_long_epoch_of_stage_2(whole, tmp_path, monkeypatch):
     """The newest checkpoint, of epoch 20, is what it resumes from."""
     monkeypatch.chdir(tmp_path)
-    run(main_poe, [*STAGE1, "--save_path", "1"])
+    (tmp_path / "1").symlink_to(whole)
     run(train_model_synthetic_oe, [*STAGE2, "--save_path", "whole"])
     with monkeypatch.context() as patch:
         patch.setattr(signals, "GRACE", 0.05)
@@ -146,9 +152,9 @@ with signals.catch():
 
 
 @pytest.mark.parametrize(("repeat", "status", "printed"), [(60, 0, "still here 15\n"), (0.1, 143, "")])
-def test_a_repeat_within_seconds_is_one_signal(repeat, status, printed):
+def test_a_repeat_within_seconds_is_one_signal(program, repeat, status, printed):
     """torchrun passes on a signal that its processes have received already; later ones end the process."""
-    command = [sys.executable, "-c", PROGRAM, str(ROOT), str(repeat)]
+    command = program(PROGRAM, ROOT, repeat)
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (status, printed)
     assert done.stderr.count("SIGTERM: stopping and saving") == 1
