@@ -59,7 +59,7 @@ def check_factor(factor: object, size: tuple[int, int], flag: str) -> int:
         UserError: that begins with `flag` if they have not.
     """
     most = max(1, min(size) // 2)
-    fits = isinstance(factor, int) and 1 <= factor <= most
+    fits = type(factor) is int and 1 <= factor <= most
     require(fits, f"{flag} {factor}: images of {size[0]}x{size[1]} hold at most {most} parts a side")
     return factor
 
