@@ -292,7 +292,7 @@ def test_the_textbook_that_the_benchmark_measures_does_the_same(tiny_real, name,
     )
     found = []
     for kind in (GradientMatching, PlainMatching):
-        method = kind(tiny, PseudoOutliers(tiny) if outliers else None, settings)
+        method = made(kind, tiny, PseudoOutliers(tiny) if outliers else None, settings)
         method.net.double()
         method.start(0)
         losses = [method.iterate(it) for it in range(2)]
