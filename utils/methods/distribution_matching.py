@@ -114,7 +114,7 @@ def _workload(inputs: MethodInputs) -> Workload:
     trained = s.pool_epochs * synthetic if s.network_pool else 0
     shared = distributed.world_size()
     passes = (embedded / 2 + synthetic) / shared + trained
-    steps = 1 + (s.pool_epochs * batches(real.num_classes * s.decoded_ipc, s.batch_train) if s.network_pool else 0)
+    steps = 1 + (s.pool_epochs * batches(real.num_classes * s.decoded_ipc, s.batch) if s.network_pool else 0)
     return Workload(passes, steps, "matching")
 
 

@@ -164,7 +164,7 @@ def iteration_steps(s: GradientSettings, num_classes: int) -> int:
     """How many steps one iteration takes: matching, and training of its network in between and in the pool."""
     outer, inner = s.loops
     epochs = (outer - 1) * inner + (s.pool_epochs if s.network_pool else 0)
-    return outer + epochs * batches(num_classes * s.decoded_ipc, s.batch_train)
+    return outer + epochs * batches(num_classes * s.decoded_ipc, s.batch)
 
 
 def _workload(inputs: MethodInputs) -> Workload:

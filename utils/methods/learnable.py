@@ -292,12 +292,12 @@ class IterationDraws:
             return []
         g = self.generator(exp, "inner", it, outer)
         synthetic = synthetic.decoded()
-        return [draw_epoch(synthetic, self.settings.batch_train, self.dsa, g) for _ in range(self.inner_loop)]
+        return [draw_epoch(synthetic, self.settings.batch, self.dsa, g) for _ in range(self.inner_loop)]
 
 
 def training_between(s: MatchingSettings, augmentation: DSA | None) -> TrainSettings:
     """How the networks that images are matched on are trained on the synthetic set."""
-    return TrainSettings(1, s.lr_net or LR_NET, s.batch_train, s.lambda_oe, augmentation)
+    return TrainSettings(1, s.lr_net or LR_NET, s.batch, s.lambda_oe, augmentation)
 
 
 def network_pool(inputs: MethodInputs) -> NetworkPool | None:

@@ -16,7 +16,19 @@ from utils.methods import METHODS
 from utils.methods.method import MethodEntry
 from utils.outliers.corruptions import DEFAULT_CORRUPTIONS
 from utils.runs.resume import Checkpoints
-from utils.settings.common import Batches, Data, Determinism, Images, Network, Parts, Reads, Speed, Training, Writes
+from utils.settings.common import (
+    Batches,
+    Data,
+    Determinism,
+    Images,
+    Network,
+    Parts,
+    Reads,
+    Speed,
+    Training,
+    TrainingProtocol,
+    Writes,
+)
 from utils.settings.distillation import Distilling
 from utils.settings.fields import Need, Settings, as_words, flag, flags_of, with_default, with_shown_default
 from utils.settings.ood_test import OODSets, Scores, Test
@@ -105,6 +117,7 @@ class Stage2Settings(
     Network,
     Images,
     Parts,
+    TrainingProtocol,
     Training,
     Batches,
     Speed,

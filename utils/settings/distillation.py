@@ -6,7 +6,18 @@ from typing import ClassVar
 from utils.data.datasets import RealData
 from utils.outliers.sources import OutlierSource, PseudoOutliers, load_outlier_pool
 from utils.runs.resume import Checkpoints
-from utils.settings.common import Batches, Data, Determinism, Images, Network, Parts, Speed, Training, Writes
+from utils.settings.common import (
+    Batches,
+    Data,
+    Determinism,
+    Images,
+    Network,
+    Parts,
+    Speed,
+    Training,
+    TrainingProtocol,
+    Writes,
+)
 from utils.settings.experts import ExpertSettings
 from utils.settings.fields import Need, Settings, flag
 from utils.settings.outliers import Corrupted, DistilledOutliers, OutlierBatches, OutlierTraining, Pool
@@ -80,6 +91,7 @@ class Distilling(
     Network,
     Images,
     Parts,
+    TrainingProtocol,
     Training,
     Batches,
     Speed,

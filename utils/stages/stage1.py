@@ -77,6 +77,7 @@ def stage2_command(s: Stage1Settings, folder: Path) -> str | None:
     plain = s.outliers == "none"
     script = "train_model_synthetic_no_oe.py" if plain else "train_model_synthetic_oe.py"
     own = ("num_eval", "epoch_eval_train", "lr_net", "batch_train", "dsa_strategy", "precision", "lambda_oe")
+    own += ("protocol", "optimizer", "schedule", "mix")
     where = {"is_load_oe": not plain, "load_path": root, "folder": folder.name}
     return command_of(script, carried(s, Stage2SettingsNoOE if plain else Stage2Settings, *own, **where))
 
