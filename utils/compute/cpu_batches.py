@@ -26,7 +26,7 @@ def convolution_outputs(net: nn.Module, image_shape: Sequence[int]) -> list[int]
 
 
 def equal_parts(lengths: Sequence[int], least: int) -> int:
-    """The smallest number from `least` to twice that which divides every length, else the largest below `least`."""
+    """The smallest divisor of all lengths from `least` to twice `least`, else the largest one below `least`."""
     common = math.gcd(*lengths)
     even = [k for k in range(1, 2 * least + 1) if common % k == 0]
     return next((k for k in even if k >= least), even[-1])

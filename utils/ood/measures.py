@@ -16,14 +16,14 @@ ERROR_MEASURES = ("error", "auroc", "aupr", "fpr", "aurc")
 
 
 def fpr_at_recall(positive: np.ndarray, scores: np.ndarray, recall: float = RECALL) -> float:
-    """False-positive rate at the achieved recall that is nearest to `recall`.
+    """FPR95, if `recall` is 0.95: the false-positive rate at the achieved recall that is nearest to it.
 
     Args:
         positive: bool `[N]`, with both values present.
         scores: `[N]`, higher = more positive. Thresholds are the scores; those at or above one are called positive.
     Returns:
-        The rate in [0, 1]. Of several thresholds with the same recall, the one with the largest rate counts; at recall
-        1, the one with the smallest (the convention of the Outlier Exposure code).
+        The rate in [0, 1]. Several thresholds may have the same recall. Then the largest rate counts, but at recall 1
+        the smallest (the convention of the Outlier Exposure code).
     """
     from sklearn.metrics import roc_curve
 

@@ -1,4 +1,4 @@
-"""Links between runs: the folder of an earlier stage, the command of the next, the sources of results.
+"""Links between runs: the folder of an earlier stage, and the sources of results.
 
 The `args.json` of stage 3 names the folder of its networks; that of stage 2 names the distilled set.
 """

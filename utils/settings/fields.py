@@ -50,7 +50,7 @@ class Settings:
     NEEDS: ClassVar[Mapping[type | str, Sequence[Need]]] = {}  # in this script, by group or name of a flag
 
     def defaults(self) -> dict[str, Any]:
-        """By name, the values that these settings would have if only what names the run were given."""
+        """By name, the values that these settings have where no flag but `--method` and the like is given."""
         return {f.name: f.default for f in fields(self)}
 
     def completed(self, given: Mapping[str, Any]) -> Self:
