@@ -257,14 +257,10 @@ def test_each_stage_prints_the_line_of_the_next(kind, in_process, tmp_path):
 def test_a_printed_line_calls_the_scripts_as_this_one_was_called(monkeypatch):
     monkeypatch.setattr(sys, "orig_argv", ["../.venv/bin/python", "-u", "../my code/main.py"])
     monkeypatch.setattr(sys, "argv", ["../my code/main.py"])
-    line = command_of(
-        "two.py", Stage2Settings(zca=True, folder="-a", seed=3, model="MLP", outliers="real", oe_data_path="a b")
-    )
-    named = "--method DC --dataset CIFAR10 --model MLP --ipc 1"
-    assert (
-        line
-        == f"../.venv/bin/python '../my code/two.py' {named} --zca --seed 3 --folder=-a --outliers real --oe_data_path 'a b'"
-    )
+    settings = Stage2Settings(zca=True, folder="-a", seed=3, model="MLP", outliers="real", oe_data_path="a b")
+    named = "--method DC --dataset CIFAR10 --model MLP --ipc 1 --zca --seed 3 --folder=-a --outliers real"
+    line = f"../.venv/bin/python '../my code/two.py' {named} --oe_data_path 'a b'"
+    assert command_of("two.py", settings) == line
 
 
 def test_the_line_of_stage_3_names_the_sets_that_are_there(digits, tmp_path, monkeypatch):
