@@ -162,6 +162,7 @@ class Stage2Settings(
     }
 
     num_eval: int = with_default(Training, "num_eval", 5)
+    factor: int = with_default(Parts, "factor", 1, often=False)
     save_path: str = with_default(Writes, "save_path", "result-model-synthetic-oe")
     oe_data_path: str | None = with_default(Pool, "oe_data_path", None, often=False)
     corruptions: tuple[str, ...] = with_default(Corrupted, "corruptions", DEFAULT_CORRUPTIONS, often=False)

@@ -120,7 +120,7 @@ class Parts(Settings):
     factor: int = flag(
         1,
         "each stored image holds factor x factor smaller ones, which are enlarged: networks train on factor² times "
-        "--ipc images per class; 2 gains much at the same storage",
+        "--ipc images per class; too much for images of 8x8",
         count(1),
         often=True,
     )
@@ -170,8 +170,7 @@ class TrainingProtocol(Settings):
 
     protocol: str = flag(
         "dc",
-        "as published: dc (DC, DSA, DM, MTT), idc (IDC, DREAM) or ncfm; it says epochs, batch, and the flags below "
-        "where they are not given",
+        "training as in DC to MTT (dc), IDC or NCFM; other flags overrule it",
         one_of("protocol", PROTOCOLS),
         names=tuple(PROTOCOLS),
         often=True,

@@ -168,7 +168,7 @@ def _named(s: Stage2Settings) -> str:
 
 
 def stored_set(s: Stage2Settings, path: Path, real: RealData) -> TrainingSet:
-    """The set of an earlier run, for its resumption: from the file that holds it, with those outliers that `--outliers` names."""
+    """The set of an earlier run, for its resumption: from the file that holds it, with the outliers of `--outliers`."""
     exp_idx = 0 if path.name == TRAINED_ON else s.exp_idx
     chosen = TrainingSet(DistilledFile.open(path).set(exp_idx, real).decoded(), path=path)
     if s.outliers in ("corrupt", "real"):

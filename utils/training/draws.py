@@ -124,7 +124,7 @@ def augmented_batches(
     """
     of_images = synthetic.labels
     if is_mixed and not of_images.is_floating_point():
-        of_images = F.one_hot(of_images).float()
+        of_images = F.one_hot(of_images).to(synthetic.images.dtype)
     device = synthetic.images.device
     largest = max(b.count for b in batches) * synthetic.images[0].numel()
     per_block = max(1, (AUGMENTED_CUDA if device.type == "cuda" else AUGMENTED_CPU) // largest)
