@@ -30,8 +30,8 @@ def workload(s: ExpertSettings, real: RealData) -> Workload:
     """The work of this process, as if no expert had been trained before; each epoch ends in a test."""
     train, test = len(real.images_train), len(real.images_test)
     epochs = len(distributed.own_share(s.num_experts)) * s.train_epochs
-    images = train * (1 if s.outliers == "none" else 1 + s.batch_oe / s.batch_train)
-    steps = epochs * (batches(train, s.batch_train) + batches(test, TEST_BATCH))
+    images = train * (1 if s.outliers == "none" else 1 + s.batch_oe / s.batch)
+    steps = epochs * (batches(train, s.batch) + batches(test, TEST_BATCH))
     return Workload(epochs * (images + test / 2), steps, "training")
 
 

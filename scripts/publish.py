@@ -260,7 +260,7 @@ def write(folder: Path, published: Published, facts: CardFacts) -> None:
     if s.lr_net is not None:
         tensors["lr_net"] = torch.tensor(s.lr_net, dtype=torch.float64)
     about: dict = {"version": VERSION, "dataset": facts.dataset, "method": facts.method}
-    about["class_names"] = list(published.class_names)
+    about |= {"class_names": list(published.class_names)} | ({"factor": s.factor} if s.factor > 1 else {})
     if published.zca is None:
         about["normalisation"] = {"mean": list(published.mean), "std": list(published.std)}
     else:

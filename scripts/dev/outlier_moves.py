@@ -152,7 +152,7 @@ def read_run(path: Path) -> tuple[dict, SyntheticSet, list[float]] | None:
     losses = [line.get("loss_oe", line["loss"]) for line in lines]
     if not losses:
         raise UserError(f"{path.parent}/metrics.jsonl has no losses of the run; leave the run out")
-    return flags, file.set(), losses
+    return flags, file.set().decoded(), losses
 
 
 def measure(flags: dict, synthetic: SyntheticSet, losses: list[float], networks: int, epochs: int) -> dict[str, float]:

@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> None:
     real = load_dataset(flags["dataset"], args.data_path, flags.get("im_size"), False, flags.get("zca", False))
     real = real.to(choose_device(args.device))
     file, exp_idx = distilled_set_of(folder)
-    synthetic = file.set(exp_idx, real).to(real.device)
+    synthetic = file.set(exp_idx, real).decoded().to(real.device)
     sets = {
         "distilled": FitSet("distilled set", synthetic.hard_labels, lambda index: synthetic.images[index]),
         "real": FitSet("real training set", real.labels_train, real.train_batch),

@@ -24,15 +24,16 @@ from scripts import runner
 from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.distilled_file import DistilledFile
+from utils.data.parts import as_parts
 from utils.exchange.assumptions import Assumptions
 from utils.exchange.convert import read_distilled
 from utils.exchange.readers import read_safetensors
 from utils.outliers.corruptions import corrupt
 from utils.outliers.not_distilled import corrupted, with_corrupted_again, with_fresh, with_k_center
-from utils.outliers.sources import FreshOutliers, PseudoOutliers
+from utils.outliers.sources import FreshOutliers, PseudoOutliers, initial_outliers
 from utils.settings.arguments import Stage2Settings
 from utils.stages.stage2 import find_distilled
-from utils.stages.training_set import labelled_images
+from utils.stages.training_set import labelled_images, with_outliers
 from utils.training.coresets import coreset, herding, k_center, random_images
 from utils.training.draws import draw_epoch, with_fresh_outliers
 from utils.training.features import FeatureNetworks
@@ -753,3 +754,69 @@ def test_results_of_the_card_are_those_of_stage_3(made, in_process, refused, tmp
     assert f"{accuracy:.2f} ± 0.00" in text
     assert f"{auroc:.2f} ± 0.00" in text
     assert re.search(rf"1 × ConvNetD1, {outliers}\b(?!, corrupted)", text)
+
+
+PARTS = ["--dataset", "Digits", "--model", "ConvNetD1", "--method", "DM", "--dsa_strategy", "crop_scale", "--ipc", 1]
+
+
+@pytest.fixture(scope="module")
+def in_parts(digits, tmp_path_factory):
+    """A set in 2×2 parts, as stage 1 writes it, and its folder."""
+    root = tmp_path_factory.mktemp("parts")
+    folder = root / "one" / "DM" / "Digits" / "ConvNetD1" / "1" / "name"
+    folder.mkdir(parents=True)
+    stored = replace(random_images(digits, 1, 5, 0), factor=2)
+    stored = replace(stored, images_oe=random_images(digits, 1, 6, 0).images)
+    path = folder / "res_DM_Digits_ConvNetD1_1ipc.pt"
+    DistilledFile.write(path, [stored], {}, digits, {"flags": {}})
+    (folder / "args.json").write_text(json.dumps({"script": "main_poe.py", "flags": {"method": "DM"}}))
+    return path, stored
+
+
+def weights_in(folder: Path) -> torch.Tensor:
+    """The parameters of the best network of the run in a folder."""
+    (path,) = folder.rglob("*best*.pt")
+    return torch.cat([t.flatten() for t in torch.load(path, weights_only=True).values()])
+
+
+def test_a_set_in_parts_through_publishing_and_back(in_parts, in_process, refused, tmp_path):
+    """Networks are trained on the decoded set, and on what was published of it, to the bit."""
+    path, _ = in_parts
+    flags = [*PARTS, "--num_eval", 1, "--epoch_eval_train", 3]
+    out = in_process("train_model_synthetic_oe.py", *flags, "--load_path", path.parents[5], "--save_path", "a")
+    assert "images of 4 parts: networks train on 40" in out
+    in_process("scripts.publish", path, "--out", "published")
+    for name, source in (("b", path), ("c", "published")):
+        words = [*flags[:-6], *flags[-4:], "--distilled", source, "--save_path", name]
+        assert "decoding factor 2" in in_process("train_model_synthetic_oe.py", *words)
+        assert torch.equal(weights_in(tmp_path / name), weights_in(tmp_path / "a"))
+    error = refused("train_model_synthetic_oe.py", *flags, "--factor", 2)
+    assert "--factor: a distilled set says itself how many parts its images hold" in error
+    error = refused("main_poe.py", *PARTS, "--load_path", path)
+    assert "has images of 2x2 parts; give --factor 2" in error
+
+
+@pytest.mark.parametrize("kind", ["initial", "kcenter", "corrupt", "none"])
+def test_outliers_beside_a_set_in_parts(in_parts, digits, kind):
+    """As many as the decoded set has, and shrunk like it where they are stored."""
+    path, stored = in_parts
+    settings = Stage2Settings(
+        method="DM", dataset="Digits", model="ConvNetD1", load_path=str(path.parents[5]), outliers=kind, is_load_oe=True
+    )
+    chosen = labelled_images(settings, digits, partial(find_distilled, settings), None)
+    net = get_network("ConvNetD1", 1, 10, (8, 8), generator(0)).eval()
+    found = with_outliers(settings, chosen, digits, lambda: net).synthetic
+    assert torch.equal(found.images, stored.decoded().images)
+    assert found.num_outliers == (0 if kind == "none" else 40)
+    if kind == "initial":
+        whole = initial_outliers(PseudoOutliers(digits), 10, 4, 1, 0)
+        assert torch.equal(found.images_oe, as_parts(whole, 2))
+
+
+def test_a_baseline_of_parts(digits):
+    """Four times as many real images, shrunk and enlarged."""
+    settings = Stage2Settings(dataset="Digits", train_on="random", factor=2, ipc=3, outliers="none", seed=4)
+    chosen = labelled_images(settings, digits, None, None)
+    assert "baseline: 12 real images per class, shrunk to the parts of 3, chosen at random" in chosen.lines
+    assert torch.equal(chosen.synthetic.images, as_parts(random_images(digits, 12, 4, 0).images, 2))
+    assert chosen.ipc(10) == 3

@@ -4,7 +4,8 @@ It is a dict in the layout of the published code: `data`, a list of `[images, la
 `data_oe`, a list of `[outliers, zeros]` (CPU, float32, normalised; int64); `accs_all_exps`, lists of accuracies by
 evaluation model. Published files lack the others: `normalisation` (`mean`, `std`; with `--zca` also `zca`), `lr_net`
 (MTT: the learning rate of each experiment), `soft_labels` (probabilities `[N, num_classes]` of each experiment, where
-`labels` has the most probable class), `dataset`, `num_classes`, `class_names`, `about` (the run), `version`.
+`labels` has the most probable class), `factor` (of images in parts), `dataset`, `num_classes`, `class_names`, `about`
+(the run), `version`.
 """
 
 import math
@@ -21,6 +22,7 @@ from utils.core.files import save_pt
 from utils.core.torch_files import PLAIN_INTEGERS, PLAIN_TENSORS, read_pt
 from utils.data.datasets import RealData
 from utils.data.identity import class_order
+from utils.data.parts import check_factor
 from utils.data.synthetic import SyntheticSet, in_classes_of, is_probabilities
 from utils.data.whitening import ZCA
 
@@ -109,6 +111,8 @@ class DistilledFile:
             normalisation["zca"] = {n: getattr(real.zca, n).cpu() for n in ("mean", "matrix", "inverse")}
         content |= {"normalisation": normalisation, "dataset": real.name, "num_classes": real.num_classes}
         content["class_names"] = list(real.class_names)
+        if sets and sets[0].factor > 1:
+            content["factor"] = sets[0].factor
         save_pt(path, content | {"about": about, "version": VERSION})
 
     def normalisation(self) -> Normalisation:
@@ -145,23 +149,26 @@ class DistilledFile:
             lr_net = self._entry("lr_net", exp_idx)
             is_rate = isinstance(lr_net, float) and 0 < lr_net < math.inf
             require(is_rate, f"{path} is damaged: its learning rate must be a positive number for each experiment")
-        synthetic = SyntheticSet(images, labels, images_oe, lr_net)
+        factor = check_factor(self._content.get("factor", 1), tuple(images.shape[2:]), f"{path} is damaged: factor")
+        synthetic = SyntheticSet(images, labels, images_oe, lr_net, factor=factor)
         if real is None:
             return synthetic
         self._check_classes(synthetic, real)
         self._check_normalisation(real)
         return in_classes_of(real, synthetic, self.class_names, str(path))
 
-    def start(self, real: RealData, ipc: int, with_outliers: bool) -> list[SyntheticSet]:
+    def start(self, real: RealData, ipc: int, with_outliers: bool, factor: int = 1) -> list[SyntheticSet]:
         """The sets of all experiments, for a distillation to start from.
 
-        A `UserError` tells of a set that does not match `real` and `ipc`, or lacks the outliers that are needed.
+        A `UserError` tells of a set that does not match `real`, `ipc` and `factor`, or lacks outliers that are needed.
         """
         sets = [self.set(exp_idx, real) for exp_idx in range(max(1, self.num_experiments))]
         order = torch.arange(real.num_classes).repeat_interleave(ipc)
         for one in sets:
             told = f"{self.path} does not have {ipc} images of each class, in order; give its --ipc"
             require(torch.equal(one.labels, order), told)
+            told = f"{self.path} has images of {one.factor}x{one.factor} parts; give --factor {one.factor}"
+            require(one.factor == factor, told)
             has_outliers = one.images_oe is not None and one.images_oe.shape == one.images.shape
             told = f"{self.path} has no outliers to start from; give a set of main_oe.py or main_poe.py"
             require(has_outliers or not with_outliers, told)

@@ -7,6 +7,7 @@ import torch
 
 from utils.data.datasets import RealData
 from utils.data.identity import class_order, renumbered
+from utils.data.parts import decode
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class SyntheticSet:
     images_oe: torch.Tensor | None = None  # outliers, as images
     lr_net: float | None = None  # the distilled learning rate for network training
     fresh_oe: Any = None  # `FreshOutliers` of utils/outliers: draws new ones in every epoch, instead of images_oe
+    factor: int = 1  # each image holds factor × factor parts; networks are trained on the `decoded` set
 
     @property
     def hard_labels(self) -> torch.Tensor:
@@ -40,6 +42,14 @@ class SyntheticSet:
         """A copy on the CPU that later updates do not change."""
         oe = None if self.images_oe is None else self.images_oe.detach().clone()
         return replace(self, images=self.images.detach().clone(), images_oe=oe).to("cpu")
+
+    def decoded(self) -> "SyntheticSet":
+        """The set that networks are trained on: every part of every image, enlarged."""
+        if self.factor == 1:
+            return self
+        labels = self.labels.repeat(self.factor**2, *[1] * (self.labels.ndim - 1))
+        oe = None if self.images_oe is None else decode(self.images_oe, self.factor)
+        return replace(self, images=decode(self.images, self.factor), labels=labels, images_oe=oe, factor=1)
 
     def without_outliers(self) -> "SyntheticSet":
         """The labelled images alone."""

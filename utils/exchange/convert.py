@@ -10,11 +10,12 @@ from utils.core.errors import UserError, blame
 from utils.core.torch_files import read_pt
 from utils.data.datasets import SPECS, RealData
 from utils.data.distilled_file import Statistics
+from utils.data.parts import check_factor, decode
 from utils.data.synthetic import SyntheticSet, in_classes_of
 from utils.exchange.assumptions import Assumptions
 from utils.exchange.formats import SetFiles, find_files
 from utils.exchange.labels import training_labels
-from utils.exchange.normalisation import check_guess, check_possible, decode, to_training_space
+from utils.exchange.normalisation import check_guess, check_possible, to_training_space
 from utils.exchange.readers import RawSet, check_images, floats, read_raw
 
 DEFAULT_SPACE = {"mtt": "normalised", "datm": "zca", "idc": "unit", "folders": "unit", "kip": "normalised"}
@@ -63,8 +64,10 @@ def _converted(
     """What was read, in the form of training."""
     where = str(files.images)
     space, statistics = _space(raw, files, real, assumed, where)
-    factor = _factor(files, real, assumed)
-    images = to_training_space(decode(raw.images, factor), space, statistics, real, raw.stated.zca)
+    factor = assumed.distilled_factor or raw.factor or DEFAULT_FACTOR.get(files.format, 1)
+    check_factor(factor, real.im_size, "--distilled_factor")
+    fill = 0.5 if space == "unit" else 0.0
+    images = to_training_space(decode(raw.images, factor, fill), space, statistics, real, raw.stated.zca)
     labels, kind = _labels(raw, files.format, real.num_classes, assumed, where)
     labels = labels.repeat(factor**2, *[1] * (labels.ndim - 1))
     line = (
@@ -76,19 +79,11 @@ def _converted(
     if outliers:
         images_oe, line_oe = _outliers(outliers, real, assumed, exp_idx, space, statistics)
     elif raw.images_oe is not None:
-        images_oe = to_training_space(raw.images_oe, space, statistics, real, raw.stated.zca)
+        decoded = decode(raw.images_oe, raw.factor or 1, fill)
+        images_oe = to_training_space(decoded, space, statistics, real, raw.stated.zca)
     synthetic = SyntheticSet(images, labels, images_oe, raw.lr_net)
     synthetic = in_classes_of(real, synthetic, raw.class_names, where)
     return Found(synthetic, tuple(text for text in (line, raw.note, line_oe) if text), len(raw.images))
-
-
-def _factor(files: SetFiles, real: RealData, assumed: Assumptions) -> int:
-    """How many images a stored one holds along each side."""
-    factor = assumed.distilled_factor or DEFAULT_FACTOR.get(files.format, 1)
-    if factor > max(1, min(real.im_size) // 2):
-        size = "x".join(map(str, real.im_size))
-        raise UserError(f"--distilled_factor {factor}: images of {size} do not hold so many")
-    return factor
 
 
 def _labels(raw: RawSet, form: str, num_classes: int, assumed: Assumptions, where: str) -> tuple[torch.Tensor, str]:

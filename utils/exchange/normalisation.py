@@ -1,28 +1,11 @@
 """What the numbers of distilled images mean: decoding them, checking what is assumed, and normalising them."""
 
 import torch
-import torch.nn.functional as F
 
 from utils.core.errors import require
 from utils.data.datasets import RealData
 from utils.data.distilled_file import Statistics, is_close
 from utils.data.whitening import ZCA
-
-
-def decode(images: torch.Tensor, factor: int) -> torch.Tensor:
-    """Cut images into `factor × factor` parts and enlarge each to the size of the whole (IDC, ICML 2022, section 3.2).
-
-    A size that `factor` does not divide is first padded with 0.5, below and on the right.
-    `[N, C, H, W]` become `[factor²·N, C, H, W]`: the upper left parts of all images, those to their right, and so on.
-    """
-    if factor == 1:
-        return images
-    height, width = images.shape[2:]
-    rows, columns = -(-height // factor), -(-width // factor)
-    padded = F.pad(images, (0, columns * factor - width, 0, rows * factor - height), value=0.5)
-    parts = padded.unfold(2, rows, rows).unfold(3, columns, columns)  # [N, C, factor, factor, rows, columns]
-    parts = parts.permute(2, 3, 0, 1, 4, 5).reshape(-1, images.shape[1], rows, columns)
-    return F.interpolate(parts, (height, width), mode="bilinear", align_corners=False)
 
 
 def to_training_space(

@@ -16,6 +16,7 @@ from utils.core.pixels import in_full_range, unit_images
 from utils.core.torch_files import PLAIN_TENSORS, read_pt
 from utils.data.datasets import SPECS, RealData
 from utils.data.distilled_file import DistilledFile, Normalisation
+from utils.data.parts import check_factor
 from utils.exchange.formats import MAX_NAMES, SetFiles
 
 
@@ -30,6 +31,7 @@ class RawSet:
     stated: Normalisation = field(default_factory=Normalisation)  # what the files or their names say of the images
     note: str = ""  # a further line for the log
     class_names: object = None  # in the order of the labels, as the file says, unchecked
+    factor: int | None = None  # of images in parts, if the file says it
 
 
 def read_raw(files: SetFiles, real: RealData, exp_idx: int) -> RawSet:
@@ -44,7 +46,8 @@ def read_raw(files: SetFiles, real: RealData, exp_idx: int) -> RawSet:
         file = DistilledFile(path, files.content)
         s = file.set(exp_idx)
         _check_dataset(file.dataset, real, path)
-        raw = RawSet(s.images, s.labels, s.images_oe, s.lr_net, file.normalisation(), class_names=file.class_names)
+        stated, names = file.normalisation(), file.class_names
+        raw = RawSet(s.images, s.labels, s.images_oe, s.lr_net, stated, class_names=names, factor=s.factor)
     else:
         told = f"--exp_idx {exp_idx}: {path} (format {files.format}) holds one set; leave the flag out"
         require(not exp_idx, told)
@@ -166,7 +169,8 @@ def _read_published(files: SetFiles, real: RealData) -> RawSet:
     if "zca_matrix" in tensors:
         stored = {"zca": {name: tensors.get(f"zca_{name}") for name in ("mean", "matrix", "inverse")}}
     images, stated = floats(tensors["images"], real, path), Normalisation.read(stored, path)
-    return RawSet(images, labels, images_oe, lr, stated, class_names=about.get("class_names"))
+    factor = check_factor(about.get("factor", 1), tuple(images.shape[2:]), f"{path} is damaged: factor")
+    return RawSet(images, labels, images_oe, lr, stated, class_names=about.get("class_names"), factor=factor)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:

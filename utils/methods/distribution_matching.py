@@ -16,6 +16,7 @@ from utils.compute.compiling import Workload, batches
 from utils.compute.cpu_batches import BatchSplitter, in_parts
 from utils.core.rng import generator
 from utils.data.augment import apply_by_part, apply_by_slot, identity
+from utils.data.parts import decode_slots, on_stored
 from utils.methods.learnable import IterationDraws, LearnableSet, SlotDraw, network_pool
 from utils.methods.method import MatchingSettings, MethodEntry, MethodInputs
 from utils.outliers.spread import push_apart
@@ -52,7 +53,7 @@ class DistributionMatching(LearnableSet):
         if self.outliers is not None:
             batches = (self.outliers.batch(draw.real) for draw in drawn.outliers.values())
             losses["loss_oe"] = self._update(self.image_oe, batches, drawn.outliers)
-            push_apart(self.net, self.image_oe, self.settings.spread_oe)
+            push_apart(self.net, self.image_oe, self.settings.spread_oe, self.settings.factor)
             self.update_outliers()
         if self.device.type == "cuda":
             self.draws.look_ahead(self.exp, it + 1, self.synthetic())
@@ -66,16 +67,18 @@ class DistributionMatching(LearnableSet):
         `batches`: the real batch of each slot in `drawn`.
         """
         transforms = {slot: draw.transform or identity for slot, draw in drawn.items()}
-        losses, gradient = images.new_zeros(len(images)), torch.zeros_like(images)
+        factor, ipc = self.settings.factor, self.settings.decoded_ipc
+        decoded = decode_slots(images.detach(), factor)
+        losses, gradient = images.new_zeros(len(images)), torch.zeros_like(decoded)
         slots = list(drawn)
         features = self._real_features(dict(zip(slots, batches, strict=True)), transforms) if slots else {}
         targets = {slot: of_slot.mean(0) for slot, of_slot in features.items()}
-        size = len(slots) if self.has_batchnorm else max(1, CHUNK_IMAGES // self.settings.ipc)
+        size = len(slots) if self.has_batchnorm else max(1, CHUNK_IMAGES // ipc)
         for first in range(0, len(slots), max(1, size)):
             chunk = slots[first : first + size]
-            some = images.detach()[chunk].requires_grad_()
+            some = decoded[chunk].requires_grad_()
             augmented = apply_by_slot(some, [transforms[slot] for slot in chunk]).flatten(0, 1)
-            found = self.embed_synthetic(augmented).float().unflatten(0, (len(chunk), self.settings.ipc))
+            found = self.embed_synthetic(augmented).float().unflatten(0, (len(chunk), ipc))
             distances = (found.mean(1) - torch.stack([targets[slot] for slot in chunk])).square().sum(1)
             gradient[chunk] = torch.autograd.grad(distances.sum(), some)[0]
             losses[chunk] = distances.detach()
@@ -83,7 +86,7 @@ class DistributionMatching(LearnableSet):
             distributed.broadcast_(losses, gradient)  # all processes computed all slots, but may round differently
         else:
             distributed.sum_(losses, gradient)
-        images.grad = gradient
+        images.grad = on_stored(images, factor, gradient)
         return losses
 
     @torch.no_grad()
@@ -107,11 +110,11 @@ def _workload(inputs: MethodInputs) -> Workload:
     s, real = inputs.settings, inputs.real
     per_class = min(s.batch_real, len(real.images_train) // real.num_classes)
     embedded = real.num_classes * (per_class + (0 if inputs.outliers is None else s.batch_oe))
-    synthetic = real.num_classes * s.ipc * (1 if inputs.outliers is None else 2)
+    synthetic = real.num_classes * s.decoded_ipc * (1 if inputs.outliers is None else 2)
     trained = s.pool_epochs * synthetic if s.network_pool else 0
     shared = distributed.world_size()
     passes = (embedded / 2 + synthetic) / shared + trained
-    steps = 1 + (s.pool_epochs * batches(real.num_classes * s.ipc, s.batch_train) if s.network_pool else 0)
+    steps = 1 + (s.pool_epochs * batches(real.num_classes * s.decoded_ipc, s.batch) if s.network_pool else 0)
     return Workload(passes, steps, "matching")
 
 

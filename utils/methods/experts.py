@@ -164,7 +164,7 @@ class ExpertTraining:
     ):
         s = settings
         self.net, self.real, self.outliers, self.settings, self.run = net, real, outliers, s, run
-        training = TrainSettings(s.train_epochs, s.lr_teacher, s.batch_train, s.lambda_oe, s.augmentation, s.mom, s.l2)
+        training = TrainSettings(s.train_epochs, s.lr_teacher, s.batch, s.lambda_oe, s.augmentation, s.mom, s.l2)
         self.trainer = Trainer(net, training, compute)
 
     def train_all(self) -> None:
@@ -239,7 +239,7 @@ class ExpertTraining:
         self._set_lr(epoch)
         self.net.train()
         losses = []
-        for part in torch.randperm(len(real.images_train), generator=g).split(s.batch_train):
+        for part in torch.randperm(len(real.images_train), generator=g).split(s.batch):
             images = self._augmented(real.train_batch(part), g)
             if self.outliers is not None:
                 images = torch.cat([images, self._augmented(self._outlier_batch(g), g)])

@@ -15,6 +15,7 @@ from utils.compute import distributed
 from utils.compute.compiling import Workload, batches
 from utils.core.rng import generator
 from utils.data.augment import identity
+from utils.data.parts import decode_slots, on_stored
 from utils.methods.distances import METRICS
 from utils.methods.learnable import (
     IterationDraws,
@@ -98,7 +99,7 @@ class GradientMatching(LearnableSet):
     def _train_network(self, epochs: list[list[Batch]]) -> None:
         """Train on the synthetic set for some epochs: rank 0 trains, the others receive its weights."""
         if distributed.is_main():
-            for _ in self.trainer.epochs(self.synthetic(), epochs):
+            for _ in self.trainer.epochs(self.synthetic().decoded(), epochs):
                 pass
         distributed.broadcast_(*(t.detach() for t in self.net.state_dict().values()))
 
@@ -113,7 +114,7 @@ class GradientMatching(LearnableSet):
         if self.outliers is not None:
             batches = (self.outliers.batch(draw.real) for draw in drawn.outliers.values())
             losses.append(self._update(self.image_oe, batches, drawn.outliers, outliers=True))
-            push_apart(self.net, self.image_oe, self.settings.spread_oe)
+            push_apart(self.net, self.image_oe, self.settings.spread_oe, self.settings.factor)
             self.update_outliers()
         return torch.stack(losses)
 
@@ -129,7 +130,9 @@ class GradientMatching(LearnableSet):
         `batches`: the real batch of each slot in `drawn`.
         """
         transforms = {slot: draw.transform or identity for slot, draw in drawn.items()}
-        losses, images.grad = self.matcher(images.detach(), batches, transforms, outliers)
+        decoded = decode_slots(images.detach(), self.settings.factor)
+        losses, gradient = self.matcher(decoded, batches, transforms, outliers)
+        images.grad = on_stored(images, self.settings.factor, gradient)
         return losses
 
     def _set_batchnorm(self, index: torch.Tensor) -> None:
@@ -153,7 +156,7 @@ def image_passes(inputs: MethodInputs) -> float:
     per_class = min(s.batch_real, len(real.images_train) // real.num_classes)
     matched = outer * real.num_classes * (per_class + s.batch_oe * (kinds - 1))
     epochs = (outer - 1) * inner + (s.pool_epochs if s.network_pool else 0)
-    trained = epochs * kinds * real.num_classes * s.ipc  # by rank 0
+    trained = epochs * kinds * real.num_classes * s.decoded_ipc  # by rank 0
     return matched / distributed.world_size() + trained
 
 
@@ -161,7 +164,7 @@ def iteration_steps(s: GradientSettings, num_classes: int) -> int:
     """How many steps one iteration takes: matching, and training of its network in between and in the pool."""
     outer, inner = s.loops
     epochs = (outer - 1) * inner + (s.pool_epochs if s.network_pool else 0)
-    return outer + epochs * batches(num_classes * s.ipc, s.batch_train)
+    return outer + epochs * batches(num_classes * s.decoded_ipc, s.batch)
 
 
 def _workload(inputs: MethodInputs) -> Workload:

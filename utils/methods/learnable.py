@@ -15,10 +15,11 @@ from torch import nn
 from networks import initialize
 from utils.compute import distributed
 from utils.compute.transfer import Draw, send_draws, tensors_of
-from utils.core.errors import UserError
+from utils.core.errors import UserError, require
 from utils.core.rng import generator
 from utils.data.augment import DSA, Transform
 from utils.data.datasets import RealData
+from utils.data.parts import check_factor, encode
 from utils.data.synthetic import SyntheticSet
 from utils.methods.method import MatchingSettings, MethodInputs
 from utils.outliers.not_distilled import k_center_by_slot
@@ -32,24 +33,27 @@ BATCHNORM_IMAGES = 16  # of each class
 DRAWN_NUMBERS = 2**25  # drawn and sent together: a quarter of a gigabyte of indices
 
 
-def check_class_sizes(real: RealData, outliers: OutlierSource | None, ipc: int) -> None:
-    """Check that `--init real` finds `ipc` different images of each class, and as many outliers of each slot.
+def check_class_sizes(real: RealData, outliers: OutlierSource | None, ipc: int, factor: int = 1) -> None:
+    """Check that `--init real` finds different images for all `ipc` of each class, and as many outliers of each slot.
 
     Copies would stay copies in DC, DSA and DM: they are augmented alike and so get the same gradients.
 
     Raises:
         UserError: when there are fewer.
     """
-    smallest = min(len(i) for i in real.class_indices)
-    if smallest < ipc:
-        raise UserError(
-            f"--ipc {ipc}: the smallest class of {real.name} has {smallest} training images, and --init real takes "
-            "that many of each; lower --ipc or use --init noise"
-        )
-    if outliers is not None and outliers.per_slot() < ipc:
-        raise UserError(
-            f"--ipc {ipc}: the outlier source has {outliers.per_slot()} outliers for each class, and --init real takes "
-            "that many; give more (--oe_data_path, --num_oe_per_class), lower --ipc or use --init noise"
+    needed, smallest = ipc * factor**2, min(map(len, real.class_indices))
+    flags = f"--ipc {ipc}" if factor == 1 else f"--ipc {ipc} --factor {factor}"
+    takes = f"and --init real takes {'that many' if factor == 1 else needed}"
+    require(
+        smallest >= needed,
+        f"{flags}: the smallest class of {real.name} has {smallest} training images, {takes} of each; lower --ipc or "
+        "use --init noise",
+    )
+    if outliers is not None:
+        require(
+            outliers.per_slot() >= needed,
+            f"{flags}: the outlier source has {outliers.per_slot()} outliers for each class, {takes}; give more "
+            "(--oe_data_path, --num_oe_per_class), lower --ipc or use --init noise",
         )
 
 
@@ -77,6 +81,9 @@ class LearnableSet:
         self.settings, self.real, self.outliers, self.initial = s, real, inputs.outliers, inputs.initial
         if self.outliers is not None:
             check_start(s.init_oe, s.init, s.clamp_oe, real, bool(self.initial))
+        check_factor(s.factor, real.im_size, "--factor")
+        if s.factor > 1 and real.zca is not None:
+            raise UserError(f"--factor {s.factor}: whitened images (--zca) cannot be enlarged; leave one of them out")
         self.augmentation = inputs.augmentation
         self.learning_rates = (s.lr_img, s.lr_img if s.lr_img_oe is None else s.lr_img_oe)
         self.device = real.device
@@ -88,7 +95,7 @@ class LearnableSet:
     def start(self, exp: int) -> None:
         """Initialise the images (and outliers) of experiment `exp`."""
         if self.settings.init == "real" and not self.initial:
-            check_class_sizes(self.real, self.outliers, self.settings.ipc)
+            check_class_sizes(self.real, self.outliers, self.settings.ipc, self.settings.factor)
         images = self._initial(exp, "images", lambda slot, n, g: self.real.train_batch(self.real.choose(slot, n, g)))
         self._set_images(exp, images, None if self.outliers is None else self._initial_outliers(exp, images))
 
@@ -97,9 +104,10 @@ class LearnableSet:
         if s.init_oe == "kcenter":
             outliers = torch.zeros_like(images)
             if distributed.is_main():
-                labelled = SyntheticSet(images.flatten(0, 1), self.labels)
+                labelled = SyntheticSet(images.flatten(0, 1), self.labels, factor=s.factor).decoded()
                 net = start_network(s.model, self.augmentation, labelled, self.real, s.seed)
-                outliers = k_center_by_slot(self.outliers, self.real, s.ipc, (s.seed, exp), net)
+                chosen = k_center_by_slot(self.outliers, self.real, s.decoded_ipc, (s.seed, exp), net)
+                outliers = torch.stack([encode(of_slot, s.factor) for of_slot in chosen])
             distributed.broadcast_(outliers)  # a network that is trained elsewhere may choose others
             return outliers
         return self._initial(exp, "outliers", lambda slot, n, g: draw_repeated(self.outliers, slot, n, g))
@@ -116,7 +124,7 @@ class LearnableSet:
             if self.settings.init == "noise":
                 slots.append(torch.randn(self.shape[1:], generator=g).to(self.device))
                 continue
-            slots.append(draw(slot, self.settings.ipc, g))
+            slots.append(encode(draw(slot, self.settings.decoded_ipc, g), self.settings.factor))
         return torch.stack(slots)
 
     def _set_images(self, exp: int, images: torch.Tensor, outliers: torch.Tensor | None) -> None:
@@ -135,7 +143,7 @@ class LearnableSet:
         if self.pool is None:
             initialize(net, g)
         else:
-            net.load_state_dict(self.pool.next_network(self.exp, it, self.synthetic()))
+            net.load_state_dict(self.pool.next_network(self.exp, it, self.synthetic().decoded()))
 
     def update_images(self) -> None:
         """Move the images along their gradient."""
@@ -153,7 +161,7 @@ class LearnableSet:
     def synthetic(self) -> SyntheticSet:
         """The current synthetic set (views of the images that later iterations update)."""
         oe = None if self.image_oe is None else self.image_oe.detach().flatten(0, 1)
-        return SyntheticSet(self.image_syn.detach().flatten(0, 1), self.labels, oe)
+        return SyntheticSet(self.image_syn.detach().flatten(0, 1), self.labels, oe, factor=self.settings.factor)
 
     def state_dict(self) -> dict:
         """Copies of the images, the outliers, their optimisers and the pool: all state that later iterations need."""
@@ -283,12 +291,13 @@ class IterationDraws:
         if outer == self.outer_loop - 1 or not distributed.is_main():
             return []
         g = self.generator(exp, "inner", it, outer)
-        return [draw_epoch(synthetic, self.settings.batch_train, self.dsa, g) for _ in range(self.inner_loop)]
+        synthetic = synthetic.decoded()
+        return [draw_epoch(synthetic, self.settings.batch, self.dsa, g) for _ in range(self.inner_loop)]
 
 
 def training_between(s: MatchingSettings, augmentation: DSA | None) -> TrainSettings:
     """How the networks that images are matched on are trained on the synthetic set."""
-    return TrainSettings(1, s.lr_net or LR_NET, s.batch_train, s.lambda_oe, augmentation)
+    return TrainSettings(1, s.lr_net or LR_NET, s.batch, s.lambda_oe, augmentation)
 
 
 def network_pool(inputs: MethodInputs) -> NetworkPool | None:

@@ -24,6 +24,7 @@ from utils.compute.transfer import Draw, send_draws
 from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.augment import identity
+from utils.data.parts import decode_slots, on_stored
 from utils.data.synthetic import SyntheticSet
 from utils.methods.experts import ABOUT, ExpertBuffer, check_about, describe, expert_folder
 from utils.methods.learnable import LearnableSet
@@ -154,7 +155,7 @@ class TrajectoryMatching(LearnableSet):
 
     def _batches(self, g: torch.Generator) -> list[StudentBatch]:
         """A batch for each step, from a random order that is drawn again when it is used up."""
-        total, batches, order = len(self.labels), [], torch.empty(0, dtype=torch.int64)
+        total, batches, order = self.real.num_classes * self.settings.decoded_ipc, [], torch.empty(0, dtype=torch.int64)
         size = min(self.settings.batch_syn or total, total)
         for _ in range(self.settings.syn_steps):
             if not len(order):
@@ -177,41 +178,46 @@ class TrajectoryMatching(LearnableSet):
         With `v = ∂L/∂θ_N` and then, from the last step to the first, with `h = <∇_θ CE(θ_i; x_i), v>`:
         `∂L/∂α -= h`, `∂L/∂x_i -= α ∂h/∂x_i`, `v -= α ∂h/∂θ_i`.
         """
-        lr, weight = self.lr_student.detach(), self.settings.lambda_oe
+        lr, weight, factor = self.lr_student.detach(), self.settings.lambda_oe, self.settings.factor
+        decoded = [decode_slots(t.detach(), factor) for t in self._tensors()]
         pairs = [(b, batches_oe[i] if batches_oe else None) for i, b in enumerate(batches)]
         theta = dict(zip(self.names, start, strict=True))
         goal = dict(zip(self.names, target, strict=True))
         scale = sum((theta[n] - goal[n]).square().sum() for n in self.names)
         thetas = []
         for pair in pairs:
-            images, labels, _ = self._inputs(*pair)
+            images, labels, _ = self._inputs(decoded, *pair)
             thetas.append(theta)
             found = self.step.gradient(images.detach(), labels, weight, theta)
             theta = {n: theta[n] - lr * found[n] for n in self.names}
         loss = sum((theta[n] - goal[n]).square().sum() for n in self.names) / scale
         v = {n: 2 * (theta[n] - goal[n]) / scale for n in self.names}
-        gradients = [torch.zeros_like(t).flatten(0, 1) for t in self._tensors()]
+        gradients = [torch.zeros_like(t).flatten(0, 1) for t in decoded]
         on_lr = torch.zeros_like(lr)
         for pair, at in zip(reversed(pairs), reversed(thetas), strict=True):
-            images, labels, leaves = self._inputs(*pair)
+            images, labels, leaves = self._inputs(decoded, *pair)
             h, on_images, on_params = self.step.backward(images.detach(), labels, weight, at, v)
             on_lr -= h
             on_leaves = torch.autograd.grad(images, leaves, on_images)
             for gradient, batch, on_leaf in zip(gradients, pair, on_leaves, strict=False):
                 gradient.index_add_(0, batch.index, -lr * on_leaf)
             v = {n: v[n] - lr * on_params[n] for n in self.names}
-        shaped = [g.view(t.shape) for g, t in zip(gradients, self._tensors(), strict=True)]
-        return loss[None], [*shaped, on_lr]
+        shaped = [g.view(t.shape) for g, t in zip(gradients, decoded, strict=True)]
+        stored = [on_stored(t, factor, g) for t, g in zip(self._tensors(), shaped, strict=True)]
+        return loss[None], [*stored, on_lr]
 
     def _inputs(
-        self, batch: StudentBatch, batch_oe: StudentBatch | None
+        self, decoded: Sequence[torch.Tensor], batch: StudentBatch, batch_oe: StudentBatch | None
     ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-        """Augmented images followed by outliers, the labels, and the leaves that they were made from."""
+        """Augmented images followed by outliers, the labels, and the leaves that they were made from.
+
+        `decoded`: the images and the outliers as networks see them, `[slots, n, C, H, W]`.
+        """
         leaves, parts = [], []
-        for images, drawn in zip(self._tensors(), (batch, batch_oe), strict=False):
-            leaves.append(images.detach().flatten(0, 1)[drawn.index].requires_grad_())
+        for images, drawn in zip(decoded, (batch, batch_oe), strict=False):
+            leaves.append(images.flatten(0, 1)[drawn.index].requires_grad_())
             parts.append((drawn.transform or identity)(leaves[-1]))
-        return torch.cat(parts), self.labels[batch.index], leaves
+        return torch.cat(parts), batch.index.div(self.settings.decoded_ipc, rounding_mode="floor"), leaves
 
     def synthetic(self) -> SyntheticSet:
         """The current synthetic set, with the student's learning rate."""
@@ -276,7 +282,7 @@ def _how_to_make(s: TrajectorySettings) -> str:
 
 def _workload(inputs: MethodInputs) -> Workload:
     """Each step goes forward and backward once, then twice more for the second derivative."""
-    s, total = inputs.settings, inputs.real.num_classes * inputs.settings.ipc
+    s, total = inputs.settings, inputs.real.num_classes * inputs.settings.decoded_ipc
     images = min(s.batch_syn or total, total) * (1 if inputs.outliers is None else 2)
     return Workload(3.0 * s.syn_steps * images, s.syn_steps, "matching")
 

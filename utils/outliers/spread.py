@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.compute import distributed
+from utils.data.parts import decode_slots
 
 SHARPNESS = 2.0  # t of the uniformity loss, as published
 
@@ -22,14 +23,15 @@ def closeness(features: torch.Tensor) -> torch.Tensor:
     return ((kernel.sum() - kernel.diagonal().sum()) / pairs).log()
 
 
-def push_apart(net: nn.Module, outliers: torch.Tensor, weight: float) -> None:
+def push_apart(net: nn.Module, outliers: torch.Tensor, weight: float, factor: int = 1) -> None:
     """Add `weight` times the gradient of `closeness` of all outliers, in the features of `net`, to `outliers.grad`.
 
-    The outliers are `[slots, ipc, C, H, W]`. The network has `embed`; its weights are not changed.
+    The outliers are `[slots, ipc, C, H, W]`; of outliers in parts the parts are kept apart. The network has `embed`;
+    its weights are not changed.
     """
     if not weight:
         return
     some = outliers.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(closeness(net.embed(some.flatten(0, 1)).flatten(1)), some)
+    (gradient,) = torch.autograd.grad(closeness(net.embed(decode_slots(some, factor).flatten(0, 1)).flatten(1)), some)
     distributed.broadcast_(gradient)  # every process computed it, but may have rounded differently
     outliers.grad.add_(gradient, alpha=weight)

@@ -16,7 +16,19 @@ from utils.methods import METHODS
 from utils.methods.method import MethodEntry
 from utils.outliers.corruptions import DEFAULT_CORRUPTIONS
 from utils.runs.resume import Checkpoints
-from utils.settings.common import Batches, Data, Determinism, Images, Network, Reads, Speed, Training, Writes
+from utils.settings.common import (
+    Batches,
+    Data,
+    Determinism,
+    Images,
+    Network,
+    Parts,
+    Reads,
+    Speed,
+    Training,
+    TrainingProtocol,
+    Writes,
+)
 from utils.settings.distillation import Distilling
 from utils.settings.fields import Need, Settings, as_words, flag, flags_of, with_default, with_shown_default
 from utils.settings.ood_test import OODSets, Scores, Test
@@ -104,6 +116,8 @@ class Stage2Settings(
     Data,
     Network,
     Images,
+    Parts,
+    TrainingProtocol,
     Training,
     Batches,
     Speed,
@@ -127,6 +141,12 @@ class Stage2Settings(
         "exp_idx": (  # it is part of random's seed
             Need(lambda s: s.train_on in ("distilled", "random") or not s.exp_idx, READS_A_SET.why),
         ),
+        Parts: (
+            Need(
+                lambda s: s.train_on in ("random", "herding", "kcenter"),
+                "a distilled set says itself how many parts its images hold; leave it out",
+            ),
+        ),
         OutlierTraining: (used_by(*(kind for kind in OUTLIERS if kind != "none")),),
         "oe_data_path": (used_by("initial", "kcenter", "real"),),
         "num_oe_per_class": (
@@ -142,6 +162,7 @@ class Stage2Settings(
     }
 
     num_eval: int = with_default(Training, "num_eval", 5)
+    factor: int = with_default(Parts, "factor", 1, often=False)
     save_path: str = with_default(Writes, "save_path", "result-model-synthetic-oe")
     oe_data_path: str | None = with_default(Pool, "oe_data_path", None, often=False)
     corruptions: tuple[str, ...] = with_default(Corrupted, "corruptions", DEFAULT_CORRUPTIONS, often=False)

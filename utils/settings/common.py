@@ -10,6 +10,7 @@ from utils.data.augment import DSA, DSA_ENTRIES, parse_strategy
 from utils.data.datasets import DATASET_NAMES, RealData, load_dataset
 from utils.settings.fields import Settings, flag
 from utils.settings.parser import count, number, one_of
+from utils.training.trainer import LEARNING_RATES, MIXES, PROTOCOLS, SCHEDULES
 
 DOWNLOADS = ("none", "data", "all")
 COMPILE = ("auto", "on", "off")
@@ -113,6 +114,19 @@ class Speed(Settings):
 
 
 @dataclass(frozen=True)
+class Parts(Settings):
+    """Images in parts."""
+
+    factor: int = flag(
+        1,
+        "each stored image holds factor x factor smaller ones, which are enlarged: networks train on factor² times "
+        "--ipc images per class; too much for images of 8x8",
+        count(1),
+        often=True,
+    )
+
+
+@dataclass(frozen=True)
 class Determinism(Settings):
     """Determinism."""
 
@@ -125,7 +139,12 @@ class Determinism(Settings):
 class Batches(Settings):
     """Training batches."""
 
-    batch_train: int = flag(256, "batch of network training (of InD images, and of outliers)", count(1))
+    batch_train: int | None = flag(
+        None,
+        "batch of network training (of InD images, and of outliers); left out: 256, or in evaluation and stage 2 that "
+        "of --protocol",
+        count(1),
+    )
     dsa_strategy: str | None = flag(
         None,
         f"augmentation: names joined by _ out of {', '.join(DSA_ENTRIES)}; leave out flip for digits and letters; the "
@@ -135,9 +154,44 @@ class Batches(Settings):
     )
 
     @property
+    def batch(self) -> int:
+        """The batch where no protocol says it."""
+        return self.batch_train or 256
+
+    @property
     def augmentation(self) -> DSA | None:
         """The augmentation of the strategy, if there is one."""
         return None if self.dsa_strategy is None else DSA(parse_strategy(self.dsa_strategy))
+
+
+@dataclass(frozen=True)
+class TrainingProtocol(Settings):
+    """Protocol of network training."""
+
+    protocol: str = flag(
+        "dc",
+        "training as in DC to MTT (dc), IDC or NCFM; other flags overrule it",
+        one_of("protocol", PROTOCOLS),
+        names=tuple(PROTOCOLS),
+        often=True,
+    )
+    optimizer: str | None = flag(
+        None, "left out: by --protocol", one_of("optimiser", LEARNING_RATES), names=tuple(LEARNING_RATES)
+    )
+    schedule: str | None = flag(
+        None,
+        "how the learning rate falls: half, to a tenth at half time; late, to a fifth twice; fifths, to a half four "
+        "times; left out: by --protocol",
+        one_of("schedule", SCHEDULES),
+        names=tuple(SCHEDULES),
+    )
+    mix: str | None = flag(
+        None,
+        "mix images of a batch, not outliers, and their labels; cutmix drops cutout from the augmentation; left out: "
+        "by --protocol",
+        one_of("mix", MIXES),
+        names=MIXES,
+    )
 
 
 @dataclass(frozen=True)
@@ -149,13 +203,15 @@ class Training(Settings):
     )
     epoch_eval_train: int | None = flag(
         None,
-        "epochs of one training; left out: 1000 with augmentation, else 300. Lower it for a quick look",
+        "epochs of one training; left out: by --protocol, 1000 with dc, or 300 without augmentation. Lower it for a "
+        "quick look",
         count(1),
         often=True,
     )
     lr_net: float | None = flag(
         None,
-        "learning rate of the networks; left out: that of the distilled set if it has one (MTT), else 0.01",
+        "learning rate of the networks; left out: for sgd that of the distilled set if it has one (MTT), else 0.01; "
+        "for adamw 0.001",
         number(0, exclusive=True),
     )
 

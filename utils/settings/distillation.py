@@ -6,7 +6,18 @@ from typing import ClassVar
 from utils.data.datasets import RealData
 from utils.outliers.sources import OutlierSource, PseudoOutliers, load_outlier_pool
 from utils.runs.resume import Checkpoints
-from utils.settings.common import Batches, Data, Determinism, Images, Network, Speed, Training, Writes
+from utils.settings.common import (
+    Batches,
+    Data,
+    Determinism,
+    Images,
+    Network,
+    Parts,
+    Speed,
+    Training,
+    TrainingProtocol,
+    Writes,
+)
 from utils.settings.experts import ExpertSettings
 from utils.settings.fields import Need, Settings, flag
 from utils.settings.outliers import Corrupted, DistilledOutliers, OutlierBatches, OutlierTraining, Pool
@@ -79,6 +90,8 @@ class Distilling(
     Data,
     Network,
     Images,
+    Parts,
+    TrainingProtocol,
     Training,
     Batches,
     Speed,
@@ -103,6 +116,11 @@ class Distilling(
     }
 
     outliers: str = "none"  # the script decides it: none, oe or poe
+
+    @property
+    def decoded_ipc(self) -> int:
+        """Images per class that networks see."""
+        return self.ipc * self.factor**2
 
 
 def source_of(s: Distilling | ExpertSettings, real: RealData) -> OutlierSource | None:

@@ -65,7 +65,7 @@ class ExpertSettings(
             "momentum": self.mom,
             "weight_decay": self.l2,
             "decay": self.decay,
-            "batch": self.batch_train,
+            "batch": self.batch,
             "batch_oe": self.batch_oe,
             "lambda_oe": self.lambda_oe,
             "seed": self.seed,

@@ -18,7 +18,7 @@ from utils.runs import signals
 from utils.runs.progress import Progress
 from utils.runs.run_folder import RunFolder
 from utils.settings.arguments import Stage1Settings, Stage2Settings
-from utils.training.trainer import Trainer, TrainSettings, accuracy_of
+from utils.training.trainer import PROTOCOLS, WEIGHT_DECAYS, Trainer, TrainSettings, accuracy_of
 
 EVAL_LOG = 500
 EvalMeasures = dict[str, dict[int, dict[str, float]]]  # by model and network index: accuracy, AUROCs
@@ -44,11 +44,23 @@ def evaluation_models(mode: str, model: str) -> tuple[str, ...]:
 def training_of(s: Stage1Settings | Stage2Settings, model: str, dsa: DSA | None) -> TrainSettings:
     """How a network is trained on a synthetic set: with DSA's augmentation, DC's, or none.
 
-    `--epoch_eval_train` left out: 1000 epochs with augmentation, else 300.
+    CutMix takes the place of cutout. `--epoch_eval_train` left out: 300 epochs without augmentation.
     """
-    augmentation = dsa or dc_augmentation(s.dataset, model)
-    epochs = s.epoch_eval_train or (1000 if augmentation else 300)
-    return TrainSettings(epochs, s.lr_net, s.batch_train, s.lambda_oe, augmentation)
+    protocol, augmentation = PROTOCOLS[s.protocol], dsa or dc_augmentation(s.dataset, model)
+    optimizer, mix = s.optimizer or protocol.optimizer, s.mix or protocol.mix
+    if mix == "cutmix" and dsa is not None:
+        augmentation = DSA(tuple(entry for entry in dsa.strategy if entry != "cutout") or dsa.strategy)
+    return TrainSettings(
+        epochs=s.epoch_eval_train or (protocol.epochs if augmentation else 300),
+        lr=s.lr_net,
+        batch=s.batch_train or protocol.batch,
+        lambda_oe=s.lambda_oe,
+        augmentation=augmentation,
+        weight_decay=WEIGHT_DECAYS[optimizer],
+        optimizer=optimizer,
+        schedule=s.schedule or protocol.schedule,
+        mix=mix,
+    )
 
 
 @dataclass(frozen=True)

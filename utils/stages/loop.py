@@ -38,7 +38,10 @@ class ResultFiles:
         sets = [*state.finished, current.detached_cpu()]
         DistilledFile.write(self.path, sets, state.all_accs(), self.real, self._about(state))
         s = self.settings
-        for prefix, images in (("vis", sets[-1].images), ("vis_oe", sets[-1].images_oe)):
+        newest, parts = sets[-1], sets[-1].decoded() if sets[-1].factor > 1 else None
+        pictures = {"vis": newest.images, "vis_oe": newest.images_oe}
+        pictures |= {} if parts is None else {"vis_parts": parts.images, "vis_parts_oe": parts.images_oe}
+        for prefix, images in pictures.items():
             if images is not None:
                 point = f"exp{state.exp}_iter{state.iteration}"
                 name = f"{prefix}_{s.method}_{self.real.name}_{s.model}_{s.ipc}ipc_{point}.png"
@@ -178,7 +181,9 @@ class Distillation:
             if self.checkpointer.late():
                 self.save()
 
-        self.evaluator.evaluate(self.method.synthetic(), state.exp, state.iteration, state.measures, after_network)
+        self.evaluator.evaluate(
+            self.method.synthetic().decoded(), state.exp, state.iteration, state.measures, after_network
+        )
         for model, networks in state.measures.items():
             measures = {name: [m[name] for m in networks.values()] for name in next(iter(networks.values()))}
             what = f"{len(networks)} networks, {self.evaluator.settings.training[model].epochs} epochs"
@@ -229,7 +234,8 @@ class Distillation:
     def _restore(self, content: dict) -> None:
         real, labels = self.evaluator.real, self.method.labels.cpu()
         images = torch.empty(len(labels), real.channel, *real.im_size)
-        example = SyntheticSet(images, labels, None if self.method.outliers is None else images)
+        outliers = None if self.method.outliers is None else images
+        example = SyntheticSet(images, labels, outliers, factor=self.settings.factor)
         s = self.settings
         self.state = DistillState.from_dict(content, s.num_exp, s.Iteration, self.evaluator.models, example)
         if self.state.method is not None:

@@ -1,6 +1,6 @@
 """Progress and results of a distillation, and their form in a checkpoint."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -79,4 +79,5 @@ def _checked(
     for tensor in (images,) if images_oe is None else (images, images_oe):
         if tensor.shape != example.images.shape or tensor.dtype != torch.float32 or not torch.isfinite(tensor).all():
             raise ValueError("a finished set of another shape, or not finite")
-    return SyntheticSet(images, example.labels, images_oe, None if lr_net is None else float(lr_net))
+    lr_net = None if lr_net is None else float(lr_net)
+    return replace(example, images=images, images_oe=images_oe, lr_net=lr_net)

@@ -47,7 +47,7 @@ def run_stage1(settings: Stage1Settings) -> None:
     training = {model: training_of(s, model, augmentation) for model in models}
     outliers = source_of(s, real)
     if s.init == "real" and not s.load_path and not s.resume:
-        check_class_sizes(real, outliers, s.ipc)
+        check_class_sizes(real, outliers, s.ipc, s.factor)
     start = [] if s.resume else _start(s, real)
     evaluation = EvalSettings(s.num_eval, training, s.seed, _ood_images(s, real))
     inputs = MethodInputs(real, outliers, s, augmentation, initial=start)
@@ -77,6 +77,7 @@ def stage2_command(s: Stage1Settings, folder: Path) -> str | None:
     plain = s.outliers == "none"
     script = "train_model_synthetic_no_oe.py" if plain else "train_model_synthetic_oe.py"
     own = ("num_eval", "epoch_eval_train", "lr_net", "batch_train", "dsa_strategy", "precision", "lambda_oe")
+    own += ("protocol", "optimizer", "schedule", "mix")
     where = {"is_load_oe": not plain, "load_path": root, "folder": folder.name}
     return command_of(script, carried(s, Stage2SettingsNoOE if plain else Stage2Settings, *own, **where))
 
@@ -110,14 +111,14 @@ def _choose_compute(inputs: MethodInputs, evaluation: EvalSettings) -> Compute:
 def total_workload(iteration: Workload, evaluation: EvalSettings, inputs: MethodInputs) -> Workload:
     """The work of a whole run in this process, from that of one iteration; a tested image counts half a pass."""
     s, real = inputs.settings, inputs.real
-    per_epoch = (1 if inputs.outliers is None else 2) * real.num_classes * s.ipc
+    per_epoch = (1 if inputs.outliers is None else 2) * real.num_classes * s.decoded_ipc
     times = 1 if s.evaluates_only_the_last else 1 + -(-s.Iteration // s.eval_interval)
     networks = s.num_exp * times * evaluation.num_networks / distributed.world_size()
     trained = networks * sum(t.epochs for t in evaluation.training.values()) * per_epoch
     sizes = [len(real.images_test), *map(len, evaluation.ood.values())]
     tested = networks * len(evaluation.training) * sum(sizes) / 2
     iterations = s.num_exp * s.Iteration
-    updates = sum(t.epochs * batches(real.num_classes * s.ipc, t.batch) for t in evaluation.training.values())
+    updates = sum(t.epochs * batches(real.num_classes * s.decoded_ipc, t.batch) for t in evaluation.training.values())
     test_batches = len(evaluation.training) * sum(batches(size, TEST_BATCH) for size in sizes)
     most = s.num_exp * times * batches(evaluation.num_networks, distributed.world_size())  # so that all decide alike
     return Workload(
@@ -168,7 +169,7 @@ def _start(s: Stage1Settings, real: RealData) -> list[SyntheticSet]:
     if s.load_path is None:
         return []
     with blame("--load_path"):
-        return DistilledFile.open(s.load_path, "").start(real, s.ipc, s.outliers != "none")
+        return DistilledFile.open(s.load_path, "").start(real, s.ipc, s.outliers != "none", s.factor)
 
 
 def _restore(distillation: Distillation, inputs: MethodInputs) -> bool:
@@ -185,7 +186,13 @@ def _restore(distillation: Distillation, inputs: MethodInputs) -> bool:
 def _notices(inputs: MethodInputs, method: Method, models: Sequence[str]) -> list[str]:
     """What the user should know before the run starts; `models`: the networks that evaluate."""
     s, entry = inputs.settings, METHODS[inputs.settings.method]
-    lines = [*inputs.real.lines(), *method.notices, method.outliers.notice if method.outliers else ""]
+    parts = f"{s.ipc} images of {s.factor**2} parts per class: networks train on {s.decoded_ipc}"
+    lines = [
+        *inputs.real.lines(),
+        parts if s.factor > 1 else "",
+        *method.notices,
+        method.outliers.notice if method.outliers else "",
+    ]
     defaults = " ".join(f"--{n} {v}" for n, v in entry.defaults.items() if getattr(s, n, None) == v)
     if defaults:
         lines.append(f"defaults of --method {entry.name}: {defaults}")

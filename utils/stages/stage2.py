@@ -12,6 +12,7 @@ from utils.compute.device import choose_compute, choose_device
 from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.core.torch_files import fingerprint
+from utils.data.augment import dc_augmentation
 from utils.data.datasets import RealData
 from utils.data.distilled_file import DistilledFile, result_name
 from utils.data.identity import identity
@@ -79,7 +80,7 @@ def run_stage2(settings: Stage2Settings) -> None:
     augmentation = augmentation_of(s.method, s.dsa_strategy)
     real = read_data(s).to(device)
     how = training_of(s, s.model, augmentation)
-    of_features = replace(how, lr=LR_NET, lambda_oe=0.0)
+    of_features = TrainSettings(how.epochs, LR_NET, s.batch, 0.0, augmentation or dc_augmentation(s.dataset, s.model))
     networks = FeatureNetworks(s.model, real, of_features, s.seed, s.compile, s.precision)
     chosen = _resumed(s, real)
     if chosen is None:
@@ -90,7 +91,7 @@ def run_stage2(settings: Stage2Settings) -> None:
     training = replace(
         how,
         epochs=s.epoch_eval_train or (WHOLE_EPOCHS if s.train_on == "whole" else how.epochs),
-        lr=s.lr_net or chosen.synthetic.lr_net or LR_NET,
+        lr=how.learning_rate(chosen.synthetic),
         lambda_oe=0.0 if s.outliers == "none" else s.lambda_oe,
     )
     work = stage2_workload(s.num_eval, training, real, chosen.synthetic)

@@ -72,7 +72,11 @@ def run_stage3(settings: Stage3Settings) -> Results:
     run.save_args(as_dict(s), networks=str(folder.resolve()), device=str(device), fitted_on=fit and fit.name)
     run.log(f"run folder: {run.path}")
     about = [note, *real.lines(), *changed, *(line for ood in sets for line in ood.lines())]
-    about += [f"networks: {folder}, {s.num_exp} × {which}{chosen}", f"computing: {compute}"]
+    training = _training_of(folder)
+    about += [
+        f"networks: {folder}, {s.num_exp} × {which}{chosen}, protocol {training['protocol']}",
+        f"computing: {compute}",
+    ]
     for line in filter(None, [*about, *_about_fitting(fit, scores, s.fit_on)]):
         run.log(line)
     with rank_errors(), run.progress(len(sets), "OOD sets") as progress:
@@ -81,7 +85,8 @@ def run_stage3(settings: Stage3Settings) -> Results:
     results.missing = list(missing)
     if run.is_main:
         counts = {ood.name: {"kind": ood.kind, "images": ood.count, "source": ood.source} for ood in sets}
-        _write_report(results, scores, run, {"networks": str(folder), "ood_sets": counts, "flags": as_dict(s)})
+        about = {"networks": str(folder), "training": training, "ood_sets": counts, "flags": as_dict(s)}
+        _write_report(results, scores, run, about | {"checkpoints": which})
         _draw_plots(run, measured, folder)
     run.finish()
     return results
@@ -95,6 +100,14 @@ def _about_fitting(fit: FitSet | None, scores: Sequence[str], given: str | None)
     if "tscaling" in scores and fit.was_trained_on:
         lines.append("tscaling: the networks were trained on these images, so its temperature is too low")
     return lines
+
+
+def _training_of(networks: Path) -> dict:
+    """How the networks of a folder were trained: by which protocol, and for how many epochs, if it is known."""
+    about = args_or_nothing(networks)
+    flags = about.get("flags") if isinstance(about.get("flags"), dict) else {}
+    changed = {name: flags[name] for name in ("optimizer", "schedule", "mix") if flags.get(name)}
+    return {"protocol": flags.get("protocol", "dc"), "epochs": about.get("epochs")} | changed
 
 
 def _load_networks(folder: Path, model: str, real: RealData, num_networks: int, which: str) -> dict[int, nn.Module]:
@@ -145,7 +158,7 @@ def _fit_set(which: str | None, networks: Path, real: RealData, trained_on: Open
         return FitSet("real training set", real.labels_train, real.train_batch, on_whole)
     try:
         file, exp_idx = trained_on()
-        synthetic = file.set(exp_idx, real).to(real.device)
+        synthetic = file.set(exp_idx, real).decoded().to(real.device)
     except UserError as error:
         raise UserError(f"--fit_on distilled: {error}. Use --fit_on real") from None
     name = "distilled set" if images == "distilled" else f"real images chosen by {images}"
@@ -283,7 +296,9 @@ def _finite(in_scores: Sequence[np.ndarray], out_scores: dict[str, list[np.ndarr
 
 def _write_report(results: Results, scores: Sequence[str], run: RunFolder, about: dict) -> None:
     """Write `results.json`, `results.csv` and `report.md`, and log the report."""
-    text = report_text(results, scores) + f"\nVersions: {versions_line(versions())}.\n"
+    how = ", ".join(f"{name} {value}" for name, value in about["training"].items() if value is not None)
+    text = report_text(results, scores) + f"\nNetworks: checkpoints {about['checkpoints']}; training: {how}.\n"
+    text += f"\nVersions: {versions_line(versions())}.\n"
     for line in text.splitlines():
         run.log(line)
     save_text(run.path / "report.md", text)

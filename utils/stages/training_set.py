@@ -10,6 +10,7 @@ from utils.compute import distributed
 from utils.core.errors import UserError
 from utils.data.datasets import RealData
 from utils.data.distilled_file import DistilledFile
+from utils.data.parts import as_parts, check_factor
 from utils.data.synthetic import SyntheticSet
 from utils.exchange.convert import read_distilled
 from utils.outliers.not_distilled import corrupted, with_corrupted_again, with_fresh, with_initial, with_k_center
@@ -32,10 +33,11 @@ class TrainingSet:
     lines: tuple[str, ...] = ()
     path: Path | None = None
     origin: Path | None = None
+    factor: int = 1  # the set is decoded; stored images held factor × factor of its own
 
     def ipc(self, num_classes: int) -> int:
-        """Images per class, rounded down, at least 1."""
-        return max(1, len(self.synthetic.images) // num_classes)
+        """Stored images per class, rounded down, at least 1."""
+        return max(1, len(self.synthetic.images) // (num_classes * self.factor**2))
 
 
 def labelled_images(
@@ -53,23 +55,35 @@ def labelled_images(
     if s.train_on == "distilled":
         path, note = stage1()
         lines = (f"distilled set: {path}, experiment {s.exp_idx}", *([note] if note else []))
-        return TrainingSet(DistilledFile.open(path).set(s.exp_idx, real), lines, path, path.parent)
+        stored = DistilledFile.open(path).set(s.exp_idx, real)
+        return TrainingSet(stored.decoded(), (*lines, *in_words(stored)), path, path.parent, stored.factor)
     if s.train_on == "whole":
         line = f"baseline: the whole training set, {len(real.images_train)} images"
         return TrainingSet(whole_set(real), (line,))
+    check_factor(s.factor, real.im_size, "--factor")
+    ipc = s.ipc * s.factor**2
     if s.train_on == "random":
-        images, how = random_images(real, s.ipc, s.seed, s.exp_idx), "at random"
+        images, how = random_images(real, ipc, s.seed, s.exp_idx), "at random"
     else:
-        check_ipc(real, s.ipc)
-        made = coreset(s.train_on, real, s.ipc, feature_network()) if distributed.is_main() else None
+        check_ipc(real, ipc)
+        made = coreset(s.train_on, real, ipc, feature_network()) if distributed.is_main() else None
         images, how = distributed.from_main(made), f"by {s.train_on}"
-    return TrainingSet(images, (f"baseline: {s.ipc} real images per class, chosen {how}",))
+    shrunk = replace(images, images=as_parts(images.images, s.factor))
+    parts = f", shrunk to the parts of {s.ipc}" if s.factor > 1 else ""
+    return TrainingSet(shrunk, (f"baseline: {ipc} real images per class{parts}, chosen {how}",), factor=s.factor)
+
+
+def in_words(stored: SyntheticSet) -> tuple[str, ...]:
+    """A line on the parts of stored images, if they hold several."""
+    parts = stored.factor**2
+    return (f"images of {parts} parts: networks train on {parts * len(stored.images)}",) if parts > 1 else ()
 
 
 def _foreign(s: Stage2Settings, real: RealData) -> TrainingSet:
     """The set of `--distilled`."""
     found = read_distilled(s.distilled, real, s, s.exp_idx, s.distilled_oe or ())
-    if s.ipc is not None and len(found.synthetic.images) != s.ipc * real.num_classes:
+    sizes = (len(found.synthetic.images), found.stored)
+    if s.ipc is not None and s.ipc * real.num_classes not in sizes:
         raise UserError(
             f"--ipc {s.ipc}: {s.distilled[0]} has {len(found.synthetic.images)} images of "
             f"{real.num_classes} classes once decoded; leave --ipc out"
@@ -98,7 +112,7 @@ def with_stored_outliers(
 ) -> TrainingSet:
     """The chosen set with outliers that stay the same, or without any; see `with_outliers`."""
     kind, synthetic = s.outliers, chosen.synthetic
-    ipc = s.ipc or chosen.ipc(real.num_classes)
+    per_slot = (s.ipc or chosen.ipc(real.num_classes)) * chosen.factor**2
     if kind == "none":
         return replace(chosen, synthetic=synthetic.without_outliers())
     if kind == "distilled":
@@ -111,13 +125,14 @@ def with_stored_outliers(
         return chosen
     source = outlier_source(s, real)
     if kind == "initial":
-        made, how = with_initial(synthetic, source, real, ipc, s.seed, s.exp_idx), "as distillation begins"
+        made, how = with_initial(synthetic, source, real, per_slot, s.seed, s.exp_idx), "as distillation begins"
     else:
         how = "chosen by k-center"
         net = feature_network() if distributed.is_main() else None
         made = distributed.from_main(
-            with_k_center(synthetic, source, real, ipc, s.seed, net) if net is not None else None
+            with_k_center(synthetic, source, real, per_slot, s.seed, net) if net is not None else None
         )
+    made = replace(made, images_oe=as_parts(made.images_oe, chosen.factor))
     line = f"outliers, not distilled: {len(made.images_oe)} {_named(s)}, {how}"
     return replace(chosen, synthetic=made, lines=(*chosen.lines, line), path=None)
 
@@ -155,7 +170,7 @@ def _named(s: Stage2Settings) -> str:
 def stored_set(s: Stage2Settings, path: Path, real: RealData) -> TrainingSet:
     """The set of an earlier run, for its resumption: from the file that holds it, with the outliers of `--outliers`."""
     exp_idx = 0 if path.name == TRAINED_ON else s.exp_idx
-    chosen = TrainingSet(DistilledFile.open(path).set(exp_idx, real), path=path)
+    chosen = TrainingSet(DistilledFile.open(path).set(exp_idx, real).decoded(), path=path)
     if s.outliers in ("corrupt", "real"):
         return with_fresh_outliers(s, chosen, real)
     if s.outliers == "none":

@@ -61,7 +61,10 @@ CORESETS = {"herding": herding, "kcenter": k_center}
 
 
 def random_images(real: RealData, ipc: int, seed: int, exp: int) -> SyntheticSet:
-    """`ipc` random training images of each class: those that experiment `exp` with `--init real` starts from."""
+    """`ipc` random training images of each class: those that experiment `exp` with `--init real` starts from.
+
+    For images in parts, `ipc` counts the parts.
+    """
     slots = range(real.num_classes)
     return _of_indices(
         real, [real.choose(c, ipc, generator(seed, "match", exp, "initial", "images", c)) for c in slots], ipc

@@ -4,12 +4,55 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 
 from utils.compute.transfer import Draw
 from utils.data.augment import DC, DSA, apply_by_part, identity
 from utils.data.synthetic import SyntheticSet
 
 AUGMENTED_CPU, AUGMENTED_CUDA = 2**20, 2**25  # pixel values that are augmented together
+MIXED_SHARE = 0.5  # of the batches, as IDC and its descendants mix
+
+
+@dataclass(frozen=True)
+class Mix(Draw):
+    """How the images of a batch are mixed with others of it, and the labels alike."""
+
+    partner: torch.Tensor  # the other image of each, int64 [n]
+    weight: torch.Tensor  # of the image itself, a scalar
+    box: tuple[int, int, int, int] | None = None  # the rows and columns that CutMix takes of the other; None: mixup
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        if self.box is None:
+            return self.weight * images + (1 - self.weight) * images[self.partner]
+        top, bottom, left, right = self.box
+        out = images.clone()
+        out[:, :, top:bottom, left:right] = images[self.partner, :, top:bottom, left:right]
+        return out
+
+    def of_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """Probabilities `[n, num_classes]`, mixed as the images are."""
+        return self.weight * labels + (1 - self.weight) * labels[self.partner]
+
+
+def draw_mix(kind: str, n: int, size: tuple[int, int], g: torch.Generator) -> Mix | None:
+    """Draw how `n` images of a size are mixed; None for half of the batches, and for `none`.
+
+    The share of the image itself is uniform. With `cutmix` a box of the other image takes the rest of the area, cut off
+    at the border (Yun et al., ICCV 2019, section 3); with `mixup` it is blended in (Zhang et al., ICLR 2018).
+    """
+    if kind == "none" or float(torch.rand((), generator=g)) >= MIXED_SHARE:
+        return None
+    share, partner = torch.rand((), generator=g), torch.randperm(n, generator=g)
+    if kind == "mixup":
+        return Mix(partner, share)
+    edges = []
+    for length in size:
+        half = float(length * (1 - share).sqrt()) / 2
+        centre = float(length * torch.rand((), generator=g))
+        edges += [max(0, round(centre - half)), min(length, round(centre + half))]
+    area = (edges[1] - edges[0]) * (edges[3] - edges[2])
+    return Mix(partner, torch.tensor(1 - area / (size[0] * size[1])), tuple(edges))
 
 
 @dataclass(frozen=True)
@@ -20,6 +63,7 @@ class Batch(Draw):
     transform: Draw | None
     index_oe: torch.Tensor | None
     transform_oe: Draw | None
+    mix: Mix | None = None  # of the augmented images; outliers are not mixed
 
     @property
     def count(self) -> int:
@@ -27,7 +71,9 @@ class Batch(Draw):
         return len(self.index) + (0 if self.index_oe is None else len(self.index_oe))
 
 
-def draw_epoch(synthetic: SyntheticSet, batch: int, augmentation: DSA | DC | None, g: torch.Generator) -> list[Batch]:
+def draw_epoch(
+    synthetic: SyntheticSet, batch: int, augmentation: DSA | DC | None, g: torch.Generator, mix: str = "none"
+) -> list[Batch]:
     """Draw the batches, of `batch` images, of one epoch over a synthetic set; only the sizes of the set matter.
 
     If there are fewer outliers than images, they are repeated, so that every batch has as many of them as images.
@@ -49,7 +95,8 @@ def draw_epoch(synthetic: SyntheticSet, batch: int, augmentation: DSA | DC | Non
     for start in range(0, len(order), batch):
         index = order[start : start + batch]
         index_oe = None if order_oe is None else order_oe[start : start + batch]
-        batches.append(Batch(index, transform(index), index_oe, transform(index_oe)))
+        drawn = (transform(index), index_oe, transform(index_oe))
+        batches.append(Batch(index, *drawn, draw_mix(mix, len(index), tuple(synthetic.images.shape[2:]), g)))
     return batches
 
 
@@ -68,11 +115,16 @@ def with_fresh_outliers(
     return replace(synthetic, images_oe=made, fresh_oe=None), moved
 
 
-def augmented_batches(synthetic: SyntheticSet, batches: Sequence[Batch]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def augmented_batches(
+    synthetic: SyntheticSet, batches: Sequence[Batch], is_mixed: bool = False
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield for each batch its augmented images followed by augmented outliers, `[n, C, H, W]`, and the image labels.
 
-    The set must not change meanwhile: many batches are augmented together.
+    The set must not change meanwhile: many batches are augmented together. With `is_mixed` labels are probabilities.
     """
+    of_images = synthetic.labels
+    if is_mixed and not of_images.is_floating_point():
+        of_images = F.one_hot(of_images).to(synthetic.images.dtype)
     device = synthetic.images.device
     largest = max(b.count for b in batches) * synthetic.images[0].numel()
     per_block = max(1, (AUGMENTED_CUDA if device.type == "cuda" else AUGMENTED_CPU) // largest)
@@ -80,7 +132,9 @@ def augmented_batches(synthetic: SyntheticSet, batches: Sequence[Batch]) -> Iter
         block = batches[first : first + per_block]
         index = [b.index for b in block]
         images = _augmented(synthetic.images, index, [b.transform for b in block])
-        labels = synthetic.labels[torch.cat(index)].split([len(i) for i in index])
+        labels = of_images[torch.cat(index)].split([len(i) for i in index])
+        images = [x if b.mix is None else b.mix(x) for b, x in zip(block, images, strict=True)]
+        labels = [y if b.mix is None else b.mix.of_labels(y) for b, y in zip(block, labels, strict=True)]
         if block[0].index_oe is not None:
             index_oe = [b.index_oe for b in block]
             outliers = _augmented(synthetic.images_oe, index_oe, [b.transform_oe for b in block])

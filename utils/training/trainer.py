@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -23,20 +24,47 @@ FRESH_NUMBERS = 2**26  # the most numbers in the new outliers of the epochs that
 LR_NET = 0.01
 
 
-@dataclass(frozen=True)
-class TrainSettings:
-    """How a network is trained on a synthetic set.
-
-    The learning rate drops to a tenth, with fresh momentum, after half the epochs (section 4.1 of the DC paper).
-    """
+class Protocol(NamedTuple):
+    """How the networks of a publication are trained on a synthetic set."""
 
     epochs: int
-    lr: float | None = LR_NET  # None: the learning rate of the synthetic set if it has one, else 0.01
+    batch: int
+    optimizer: str = "sgd"  # with weight decay 0.0005 and momentum 0.9; adamw: 0.01
+    schedule: str = "half"
+    mix: str = "none"
+
+
+PROTOCOLS = {
+    "dc": Protocol(1000, 256),  # DC, DSA, DM, MTT
+    "idc": Protocol(1000, 64, schedule="late", mix="cutmix"),  # IDC, DREAM
+    "ncfm": Protocol(2000, 128, "adamw", "fifths", "cutmix"),  # NCFM
+}
+LEARNING_RATES = {"sgd": LR_NET, "adamw": 0.001}
+WEIGHT_DECAYS = {"sgd": 5e-4, "adamw": 0.01}
+# the learning rate is multiplied by a factor after these shares of the epochs; with `half` the momentum starts anew
+SCHEDULES = {"half": ((1 / 2,), 0.1), "late": ((2 / 3, 5 / 6), 0.2), "fifths": ((0.2, 0.4, 0.6, 0.8), 0.5)}
+MIXES = ("none", "cutmix", "mixup")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How a network is trained on a synthetic set; the defaults are those of the DC paper, section 4.1."""
+
+    epochs: int
+    lr: float | None = LR_NET  # None: the learning rate of the synthetic set if it has one, else the optimiser's
     batch: int = 256
     lambda_oe: float = 0.5
     augmentation: DSA | DC | None = None
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    optimizer: str = "sgd"  # of LEARNING_RATES
+    schedule: str = "half"  # of SCHEDULES
+    mix: str = "none"  # of MIXES
+
+    def learning_rate(self, synthetic: SyntheticSet | None = None) -> float:
+        """The learning rate on a set: the one given, that of the set for SGD, or the usual one."""
+        of_set = synthetic.lr_net if synthetic is not None and self.optimizer == "sgd" else None
+        return self.lr or of_set or LEARNING_RATES[self.optimizer]
 
 
 class Trainer:
@@ -49,18 +77,21 @@ class Trainer:
         self.has_batchnorm = has_batchnorm(net)
         self.loss = compute.function(lambda images, labels, weight: joint_loss(net(images), labels, weight))
         self.forward = replace(compute, precision="fp32").function(net) if compute.compiled else None
-        self.restart(settings.lr or LR_NET)
+        self.restart(settings.learning_rate())
 
     def restart(self, lr: float) -> None:
-        """Start a fresh SGD optimiser with learning rate `lr` and empty momentum buffers."""
+        """Start a fresh optimiser with learning rate `lr`."""
         s = self.settings
-        self.optimizer = torch.optim.SGD(
-            self.net.parameters(), lr=lr, momentum=s.momentum, weight_decay=s.weight_decay, fused=True
-        )
+        common = {"lr": lr, "weight_decay": s.weight_decay, "fused": True}
+        if s.optimizer == "adamw":
+            self.optimizer = torch.optim.AdamW(self.net.parameters(), **common)
+        else:
+            self.optimizer = torch.optim.SGD(self.net.parameters(), momentum=s.momentum, **common)
 
     def draw_epochs(self, synthetic: SyntheticSet, generators: Sequence[torch.Generator]) -> list[list[Batch]]:
         """Draw the batches of one epoch over a synthetic set from each generator."""
-        return [draw_epoch(synthetic, self.settings.batch, self.settings.augmentation, g) for g in generators]
+        s = self.settings
+        return [draw_epoch(synthetic, s.batch, s.augmentation, g, s.mix) for g in generators]
 
     def epochs(self, synthetic: SyntheticSet, drawn: Sequence[list[Batch]]) -> Iterator[torch.Tensor]:
         """Train one epoch for each entry of `drawn` (from `draw_epochs`, on the device).
@@ -68,7 +99,8 @@ class Trainer:
         Yields the mean batch loss of each epoch, a scalar on the device. An InD batch and a batch of outliers are
         augmented separately and go through the network in one forward pass.
         """
-        inputs = augmented_batches(synthetic, [batch for batches in drawn for batch in batches])
+        mixed = self.settings.mix != "none"
+        inputs = augmented_batches(synthetic, [batch for batches in drawn for batch in batches], mixed)
         for batches in drawn:
             self.net.train()
             yield torch.stack([self.step(*next(inputs)) for _ in batches]).mean()
@@ -125,10 +157,11 @@ class Trainer:
             after_epoch: called with the number of epochs done and the mean loss.
             first_epoch: epochs done already; if there are any, the optimiser keeps its state.
         """
-        epochs, lr = self.settings.epochs, self.settings.lr or synthetic.lr_net or LR_NET
+        epochs, lr = self.settings.epochs, self.settings.learning_rate(synthetic)
         if not first_epoch:
             self.restart(lr)
-        half = epochs // 2
+        shares, factor = SCHEDULES[self.settings.schedule]
+        drops = {int(share * epochs): lr * factor ** (n + 1) for n, share in enumerate(shares)}
         loss = torch.zeros(())
         per_block = epochs_drawn_together(synthetic)
         for first in range(first_epoch, epochs, per_block):
@@ -140,12 +173,19 @@ class Trainer:
                 current, drawn = with_fresh_outliers(synthetic, drawn, made)
             losses = self.epochs(current, send_draws(drawn, synthetic.images.device))
             for epoch in block:
-                if epoch and epoch == half:
-                    self.restart(lr * 0.1)
+                if epoch and epoch in drops:
+                    self._drop(drops[epoch])
                 loss = next(losses)
                 if after_epoch is not None:
                     after_epoch(epoch + 1, loss)
         return loss
+
+    def _drop(self, lr: float) -> None:
+        """Go on with a lower learning rate."""
+        if self.settings.schedule == "half":
+            self.restart(lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
 
     def networks(
         self,
@@ -191,12 +231,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict | None) -> None
     groups = [group | rate for group, rate in zip(groups, rates, strict=True)]
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
     for parameter, of_parameter in optimizer.state.items():
-        momentum = of_parameter.get("momentum_buffer")
-        if momentum is None:
-            continue
-        if momentum.shape != parameter.shape:
-            raise ValueError("momentum of another shape than its parameter")
-        of_parameter["momentum_buffer"] = momentum.clone()  # tensors of a file may share memory
+        for name, value in of_parameter.items():
+            if not isinstance(value, torch.Tensor):
+                continue
+            if value.ndim and value.shape != parameter.shape:
+                raise ValueError("momentum of another shape than its parameter")
+            of_parameter[name] = value.clone()  # tensors of a file may share memory
 
 
 def epochs_drawn_together(synthetic: SyntheticSet) -> int:

@@ -15,12 +15,13 @@ from PIL import Image
 from utils.core.errors import UserError
 from utils.data.datasets import SPECS, RealData
 from utils.data.distilled_file import DistilledFile
+from utils.data.parts import decode
 from utils.data.synthetic import SyntheticSet
 from utils.exchange import formats
 from utils.exchange.assumptions import Assumptions
 from utils.exchange.convert import read_distilled
 from utils.exchange.labels import training_labels
-from utils.exchange.normalisation import check_guess, decode
+from utils.exchange.normalisation import check_guess
 
 K, IPC = 3, 2
 N = K * IPC
