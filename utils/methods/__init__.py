@@ -8,11 +8,13 @@ from utils.data.augment import DSA, parse_strategy
 from utils.methods.distribution_matching import DM_ENTRY
 from utils.methods.gradient_matching import DC_ENTRY, DSA_ENTRY
 from utils.methods.method import Method, MethodEntry, MethodInputs
+from utils.methods.snapshot_matching import TGDD_ENTRY
 from utils.methods.trajectory_matching import MTT_ENTRY
 
 __all__ = ["METHODS", "Method", "MethodEntry", "MethodInputs", "augmentation_of", "register"]
 
-METHODS: dict[str, MethodEntry] = {"DC": DC_ENTRY, "DSA": DSA_ENTRY, "DM": DM_ENTRY, "MTT": MTT_ENTRY}
+ENTRIES = (DC_ENTRY, DSA_ENTRY, DM_ENTRY, MTT_ENTRY, TGDD_ENTRY)
+METHODS: dict[str, MethodEntry] = {entry.name: entry for entry in ENTRIES}
 
 
 def register(entry: MethodEntry) -> None:

@@ -72,14 +72,14 @@ class DistributionMatching(LearnableSet):
         losses, gradient = images.new_zeros(len(images)), torch.zeros_like(decoded)
         slots = list(drawn)
         features = self._real_features(dict(zip(slots, batches, strict=True)), transforms) if slots else {}
-        targets = {slot: of_slot.mean(0) for slot, of_slot in features.items()}
+        targets = {slot: self.target(of_slot) for slot, of_slot in features.items()}
         size = len(slots) if self.has_batchnorm else max(1, CHUNK_IMAGES // ipc)
         for first in range(0, len(slots), max(1, size)):
             chunk = slots[first : first + size]
             some = decoded[chunk].requires_grad_()
             augmented = apply_by_slot(some, [transforms[slot] for slot in chunk]).flatten(0, 1)
             found = self.embed_synthetic(augmented).float().unflatten(0, (len(chunk), ipc))
-            distances = (found.mean(1) - torch.stack([targets[slot] for slot in chunk])).square().sum(1)
+            distances = self.distance(found, torch.stack([targets[slot] for slot in chunk]))
             gradient[chunk] = torch.autograd.grad(distances.sum(), some)[0]
             losses[chunk] = distances.detach()
         if self.has_batchnorm:
@@ -88,6 +88,14 @@ class DistributionMatching(LearnableSet):
             distributed.sum_(losses, gradient)
         images.grad = on_stored(images, factor, gradient)
         return losses
+
+    def target(self, features: torch.Tensor) -> torch.Tensor:
+        """What the features `[n, D]` of a slot's real images are matched by: their mean."""
+        return features.mean(0)
+
+    def distance(self, features: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The distance `[slots]` of synthetic features `[slots, n, D]` to the targets of the slots."""
+        return (features.mean(1) - targets).square().sum(1)
 
     @torch.no_grad()
     def _real_features(

@@ -6,8 +6,10 @@ trajectories, each a list of epochs, each a list of parameter tensors in paramet
 """
 
 import json
+import shlex
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,10 +25,17 @@ from utils.core.rng import generator
 from utils.core.torch_files import fingerprint, read_pt
 from utils.data.augment import identity
 from utils.data.datasets import RealData
+from utils.methods.method import MethodInputs
 from utils.outliers.sources import OutlierSource
 from utils.runs import signals
+from utils.runs.lineage import args_or_nothing
 from utils.runs.run_folder import RunFolder
-from utils.settings.experts import ExpertSettings
+from utils.settings.common import Data, Network
+from utils.settings.distillation import WITH_OUTLIERS, Distilling
+from utils.settings.experts import Buffers, ExpertSettings
+from utils.settings.fields import as_words, flag, flags_of
+from utils.settings.outliers import Corrupted, OutlierTraining, Pool
+from utils.settings.parser import count, number
 from utils.training.trainer import Trainer, TrainSettings, accuracy_of
 
 ABOUT = "experts.json"
@@ -99,7 +108,7 @@ class ExpertBuffer:
         self.paths = sorted(folder.glob("replay_buffer_*.pt"), key=lambda p: (len(p.name), p.name))
         if not self.paths:
             raise UserError(f"--buffer_path: no experts in {folder}; make them: {how_to_make}")
-        self.shapes = [tuple(s) for s in shapes]
+        self.folder, self.shapes = folder, [tuple(s) for s in shapes]
         self.trajectories: list[tuple[Path, list[Params]]] = []
         for path in self.paths:
             self.trajectories += [(path, trajectory) for trajectory in self._read(path)]
@@ -133,14 +142,82 @@ class ExpertBuffer:
         """
         index = int(torch.randint(len(self.trajectories), (1,), generator=g))
         start = int(torch.randint(max_start, (1,), generator=g))
+        return self.snapshot(index, start, device), self.snapshot(index, start + length, device)
+
+    def snapshot(self, index: int, epoch: int, device: torch.device) -> Params:
+        """The parameters of an expert after `epoch` epochs.
+
+        Raises:
+            UserError: when they are not finite.
+        """
         path, trajectory = self.trajectories[index]
-        ends = []
-        for epoch in (start, start + length):
-            params = [p.detach().to(device, torch.float32, copy=True) for p in trajectory[epoch]]
-            if not all(torch.isfinite(p).all() for p in params):
-                raise UserError(f"--buffer_path: {path} holds NaN or infinite numbers at epoch {epoch}; make it again")
-            ends.append(params)
-        return ends[0], ends[1]
+        params = [p.detach().to(device, torch.float32, copy=True) for p in trajectory[epoch]]
+        if not all(torch.isfinite(p).all() for p in params):
+            raise UserError(f"--buffer_path: {path} holds NaN or infinite numbers at epoch {epoch}; make it again")
+        return params
+
+
+@dataclass(frozen=True)
+class OnExperts(Distilling, Buffers):
+    """Matching with experts."""
+
+    expert_lambda_oe: float | None = flag(
+        None,
+        "weight of the outlier loss when the experts were trained; left out: --lambda_oe. With a larger one, training "
+        "on the distilled outliers at --lambda_oe acts like training at this weight",
+        number(0),
+        needs=(WITH_OUTLIERS,),
+    )
+    max_experts: int | None = flag(None, "use only this many experts, the first ones; left out: all", count(1))
+
+    @property
+    def last_epoch(self) -> int:
+        """The last epoch of the experts that is needed."""
+        return 1
+
+    def of_experts(self) -> ExpertSettings:
+        """The settings of `train_experts.py` for experts that fit."""
+        groups = (Data, Network, Buffers, OutlierTraining, Pool, Corrupted)
+        shared = {f.name: getattr(self, f.name) for group in groups for f in flags_of(group)}
+        if self.expert_lambda_oe is not None:
+            shared["lambda_oe"] = self.expert_lambda_oe
+        epochs = max(self.last_epoch, ExpertSettings.train_epochs)
+        own = {"outliers": self.outliers, "train_epochs": epochs, "dsa_strategy": self.dsa_strategy}
+        return ExpertSettings(**shared | own)
+
+
+def experts_of(inputs: MethodInputs) -> tuple[ExpertBuffer, list[str]]:
+    """The experts that the settings of a distillation name, and lines for its log.
+
+    Raises:
+        UserError: when there are none, they are damaged, or of another kind.
+    """
+    s, real = inputs.settings, inputs.real
+    folder = expert_folder(s.buffer_path, real, s.model)
+    how_to_make = shlex.join(["python", "train_experts.py", *as_words(s.of_experts())])
+    most = s.max_experts
+    if s.resume:  # more may have been trained since the run began
+        most = args_or_nothing(Path(s.resume)).get("num_experts", most)
+    shapes = [p.shape for p in real.network(s.model, generator(0)).parameters()]
+    experts = ExpertBuffer(folder, shapes, most, how_to_make)
+    expected = describe(real, s.model, inputs.outliers, s.of_experts().lambda_oe)
+    if check_about(folder, expected, "--buffer_path"):
+        return experts, []
+    if inputs.outliers is not None:
+        raise UserError(
+            f"--buffer_path: {folder} has no {ABOUT}, so its experts have seen no outliers; make them with "
+            f"{how_to_make}"
+        )
+    return experts, [f"{folder} has no {ABOUT}: experts are assumed to have seen images normalised as here"]
+
+
+def without_running_statistics(net: nn.Module) -> nn.Module:
+    """Let BatchNorm use batch statistics only: expert buffers hold parameters, but no running statistics."""
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.track_running_stats = False
+            module.running_mean = module.running_var = module.num_batches_tracked = None
+    return net
 
 
 # --- training --------------------------------------------------------------------------------------------------------

@@ -133,10 +133,12 @@ class LearnableSet:
         self.image_syn, self.image_oe = images, outliers
         if self.pool is not None:
             self.pool.clear()
-        self.optimizers = [
-            torch.optim.SGD([i.requires_grad_()], lr=lr, momentum=self.MOMENTUM)
-            for i, lr in zip(self._tensors(), self.learning_rates, strict=False)
-        ]
+        rates = zip(self._tensors(), self.learning_rates, strict=False)
+        self.optimizers = [self.optimizer([images.requires_grad_()], lr) for images, lr in rates]
+
+    def optimizer(self, images: list[torch.Tensor], lr: float) -> torch.optim.Optimizer:
+        """The optimiser of the images, or of the outliers."""
+        return torch.optim.SGD(images, lr=lr, momentum=self.MOMENTUM)
 
     def reset_network(self, net: nn.Module, g: torch.Generator, it: int) -> None:
         """Give `net` random weights, drawn from `g`, or those of the network of the pool whose turn it is."""

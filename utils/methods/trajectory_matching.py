@@ -8,15 +8,12 @@ The published code keeps the graph of all steps in memory. The exact gradient ne
 forward pass keeps the student's parameters, and the backward pass recomputes each step from them, the last one first.
 """
 
-import shlex
 import warnings
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
-from torch import nn
 
 from utils.compute import distributed
 from utils.compute.compiling import Workload
@@ -26,16 +23,11 @@ from utils.core.rng import generator
 from utils.data.augment import identity
 from utils.data.parts import decode_slots, on_stored
 from utils.data.synthetic import SyntheticSet
-from utils.methods.experts import ABOUT, ExpertBuffer, check_about, describe, expert_folder
+from utils.methods.experts import ExpertBuffer, OnExperts, experts_of, without_running_statistics
 from utils.methods.learnable import LearnableSet
 from utils.methods.matcher import StudentStep
 from utils.methods.method import MethodEntry, MethodInputs
-from utils.runs.lineage import args_or_nothing
-from utils.settings.common import Data, Network
-from utils.settings.distillation import WITH_OUTLIERS, Distilling
-from utils.settings.experts import Buffers, ExpertSettings
-from utils.settings.fields import as_words, flag, flags_of
-from utils.settings.outliers import Corrupted, OutlierTraining, Pool
+from utils.settings.fields import flag
 from utils.settings.parser import count, number
 from utils.training.trainer import load_optimizer
 
@@ -44,7 +36,7 @@ SMALLEST_LR = 1e-6  # lower bound of the student's learning rate
 
 
 @dataclass(frozen=True)
-class TrajectorySettings(Distilling, Buffers):
+class TrajectorySettings(OnExperts):
     """Trajectory matching."""
 
     expert_epochs: int = flag(2, "epochs of the expert that the student's steps are to match", count(1))
@@ -60,29 +52,11 @@ class TrajectorySettings(Distilling, Buffers):
     batch_syn: int | None = flag(
         None, "synthetic images per step; left out: all. Lower it if memory runs out", count(1)
     )
-    expert_lambda_oe: float | None = flag(
-        None,
-        "weight of the outlier loss when the experts were trained; left out: --lambda_oe. With a larger one, training "
-        "on the distilled outliers at --lambda_oe acts like training at this weight",
-        number(0),
-        needs=(WITH_OUTLIERS,),
-    )
-    max_experts: int | None = flag(None, "use only this many experts, the first ones; left out: all", count(1))
 
     @property
     def last_epoch(self) -> int:
         """The last epoch of the experts that is needed."""
         return self.max_start_epoch - 1 + self.expert_epochs
-
-    def of_experts(self) -> ExpertSettings:
-        """The settings of `train_experts.py` for experts that fit."""
-        groups = (Data, Network, Buffers, OutlierTraining, Pool, Corrupted)
-        shared = {f.name: getattr(self, f.name) for group in groups for f in flags_of(group)}
-        if self.expert_lambda_oe is not None:
-            shared["lambda_oe"] = self.expert_lambda_oe
-        epochs = max(self.last_epoch, ExpertSettings.train_epochs)
-        own = {"outliers": self.outliers, "train_epochs": epochs, "dsa_strategy": self.dsa_strategy}
-        return ExpertSettings(**own, **shared)
 
 
 @dataclass(frozen=True)
@@ -103,7 +77,7 @@ class TrajectoryMatching(LearnableSet):
         s = self.settings
         self.experts = experts
         net = self.real.network(s.model, generator(s.seed))
-        self.net = _without_running_statistics(net).to(self.device).requires_grad_(False)
+        self.net = without_running_statistics(net).to(self.device).requires_grad_(False)
         self.names = [name for name, _ in self.net.named_parameters()]
         self.step = StudentStep(self.net, inputs.compute)
         self.about = {"num_experts": len(experts.trajectories)}
@@ -239,45 +213,18 @@ class TrajectoryMatching(LearnableSet):
         load_optimizer(self.optimizer_lr, state["lr"]["optimizer"])
 
 
-def _without_running_statistics(net: nn.Module) -> nn.Module:
-    """Let BatchNorm use batch statistics only: expert buffers hold parameters, but no running statistics."""
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.track_running_stats = False
-            module.running_mean = module.running_var = module.num_batches_tracked = None
-    return net
-
-
 def _build(inputs: MethodInputs) -> TrajectoryMatching:
-    s, real = inputs.settings, inputs.real
-    folder, how_to_make = expert_folder(s.buffer_path, real, s.model), _how_to_make(s)
-    net = real.network(s.model, generator(0))
-    most = s.max_experts
-    if s.resume:  # more may have been trained since the run began
-        most = args_or_nothing(Path(s.resume)).get("num_experts", most)
-    experts = ExpertBuffer(folder, [p.shape for p in net.parameters()], most, how_to_make)
-    expected = describe(real, s.model, inputs.outliers, s.of_experts().lambda_oe)
-    described = check_about(folder, expected, "--buffer_path")
-    if not described and inputs.outliers is not None:
-        raise UserError(
-            f"--buffer_path: {folder} has no {ABOUT}, so its experts have seen no outliers; make them with "
-            f"{how_to_make}"
-        )
+    s = inputs.settings
+    experts, notice = experts_of(inputs)
     if s.last_epoch > experts.epochs:
         raise UserError(
             f"--max_start_epoch {s.max_start_epoch}: with --expert_epochs {s.expert_epochs} it needs experts of "
-            f"{s.last_epoch} epochs; those in {folder} have {experts.epochs}. Lower one of them, or train experts for "
-            "longer"
+            f"{s.last_epoch} epochs; those in {experts.folder} have {experts.epochs}. Lower one of them, or train "
+            "experts for longer"
         )
     method = TrajectoryMatching(inputs, experts)
-    if not described:
-        method.notices.append(f"{folder} has no {ABOUT}: experts are assumed to have seen images normalised as here")
+    method.notices += notice
     return method
-
-
-def _how_to_make(s: TrajectorySettings) -> str:
-    """The command that trains experts that fit."""
-    return shlex.join(["python", "train_experts.py", *as_words(s.of_experts())])
 
 
 def _workload(inputs: MethodInputs) -> Workload:
@@ -289,7 +236,7 @@ def _workload(inputs: MethodInputs) -> Workload:
 
 MTT_ENTRY = MethodEntry(
     "MTT",
-    "matching of training trajectories, needs train_experts.py first",
+    "matching of training trajectories, after train_experts.py",
     _build,
     _workload,
     TrajectorySettings,

@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
@@ -68,8 +68,14 @@ class MethodChoice(Settings):
     )
 
 
+def _most_derived(classes: Iterable[type]) -> list[type]:
+    """The classes, each once, that no other of them is derived from."""
+    found = list(dict.fromkeys(classes))
+    return [cls for cls in found if not any(other is not cls and issubclass(other, cls) for other in found)]
+
+
 @dataclass(frozen=True)
-class Stage1Settings(MethodChoice, *dict.fromkeys(entry.settings for entry in METHODS.values())):
+class Stage1Settings(MethodChoice, *_most_derived(entry.settings for entry in METHODS.values())):
     """Settings of `main.py`: those of all methods."""
 
     def defaults(self) -> dict[str, Any]:

@@ -1,0 +1,192 @@
+"""Distribution matching on trained networks against float64 numpy and plain autograd, its snapshots, and resuming."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DEVICE, made, named
+
+from networks import get_network, initialize
+from utils.core.errors import UserError
+from utils.core.rng import generator
+from utils.data.augment import DSA, DSA_ENTRIES, identity
+from utils.data.parts import decode
+from utils.methods.experts import ExpertBuffer
+from utils.methods.snapshot_matching import CF_SCALE, SnapshotMatching, SnapshotSettings, characteristic
+from utils.outliers.sources import PseudoOutliers
+
+STRATEGY = DSA(tuple(DSA_ENTRIES))
+SETTINGS = SnapshotSettings(
+    model="ConvNetD1", ipc=1, seed=4, factor=2, lr_img=0.02, batch_real=6, batch_oe=5, init="real", lambda_oe=0.7
+)
+
+
+@pytest.fixture
+def experts(tmp_path):
+    """A buffer of two trajectories of 20 epochs each, of random weights."""
+    trajectories = []
+    for number in range(2):
+        net = get_network("ConvNetD1", 3, 3, (16, 16))
+        trajectories.append([])
+        for epoch in range(21):
+            initialize(net, generator(number, epoch))
+            trajectories[-1].append([p.detach().clone() for p in net.parameters()])
+    torch.save(trajectories, tmp_path / "replay_buffer_0.pt")
+    return ExpertBuffer(tmp_path, [p.shape for p in net.parameters()], None, "")
+
+
+def make(real, experts, settings=SETTINGS, outliers=True):
+    source = PseudoOutliers(real) if outliers else None
+    method = made(SnapshotMatching, real.to(DEVICE), source, settings, experts)
+    method.start(0)
+    return method
+
+
+def test_the_characteristic_function_is_that_of_numpy():
+    features = torch.randn(3, 7, 5, generator=generator(1))
+    frequencies = torch.randn(11, 5, generator=generator(2))
+    f, t = features.double().numpy(), frequencies.double().numpy()
+    f = f / np.linalg.norm(f, axis=-1, keepdims=True)
+    expected = np.exp(1j * f @ t.T).mean(1)
+    found = characteristic(features, frequencies).numpy()
+    np.testing.assert_allclose(found, np.stack([expected.real, expected.imag], axis=1), atol=1e-6)
+
+
+def test_the_published_distance_of_characteristic_functions(tiny_real, experts):
+    """In the amplitudes and phases in which NCFM writes it (equation 5, with both halves equal)."""
+    method = make(tiny_real, experts, replace(SETTINGS, feature_distance="cf", cf_frequencies=13))
+    method._load_snapshots(0)
+    real, synthetic = (torch.randn(3, n, 10, generator=generator(n)) for n in (9, 4))
+    targets = torch.stack([method.target(of_slot) for of_slot in real])
+    found = method.distance(synthetic, targets)
+    a, b = (
+        np.exp(1j * F.normalize(x, dim=-1).double().numpy() @ method.frequencies.double().numpy().T).mean(1)
+        for x in (real, synthetic)
+    )
+    amplitude = 0.5 * (np.abs(a) - np.abs(b)) ** 2
+    phase = np.abs(a) * np.abs(b) - a.real * b.real - a.imag * b.imag
+    expected = CF_SCALE * np.sqrt(np.maximum(amplitude + phase, 0)).mean(-1)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("snapshots", ["epochs", "interpolate"])
+def test_which_snapshots_are_taken(tiny_real, experts, snapshots):
+    """A tenth of the epochs lies between the two; or the first is on the line to the second, the last."""
+    method = make(tiny_real, experts, replace(SETTINGS, snapshots=snapshots))
+    trajectories = [t for _, t in experts.trajectories]
+    seen = set()
+    for it in range(60):
+        method._load_snapshots(it)
+        matched, later = ([p.detach() for p in net.parameters()] for net in (method.net, method.classifier))
+        if snapshots == "epochs":
+            ((expert, epoch),) = [
+                (i, e) for i, t in enumerate(trajectories) for e, ps in enumerate(t) if torch.equal(ps[0], matched[0])
+            ]
+            assert torch.equal(later[0], trajectories[expert][min(20, epoch + 2)][0])
+            seen.add(epoch)
+        else:
+            (expert,) = [i for i, t in enumerate(trajectories) if torch.equal(t[-1][0], later[0])]
+            first, last = trajectories[expert][0], trajectories[expert][-1]
+            share = ((matched[0] - last[0]) / (first[0] - last[0])).mean()
+            assert 0 <= share <= 1
+            for a, b, p in zip(first, last, matched, strict=True):
+                torch.testing.assert_close(p, share * a + (1 - share) * b, atol=1e-5, rtol=1e-4)
+            seen.add(expert)
+    assert (min(seen), max(seen)) == ((1, 20) if snapshots == "epochs" else (0, 1))
+
+
+@pytest.mark.parametrize("outliers", [True, False])
+def test_the_gradient_is_that_of_the_sum_of_both_losses(tiny_real, experts, outliers):
+    """By one backward pass through decoding, augmentation, and both networks, in float64."""
+    method = make(tiny_real, experts, replace(SETTINGS, dsa_strategy=named(STRATEGY)), outliers)
+    stored = [t.detach().double().clone().requires_grad_() for t in method._tensors()]
+    (drawn,) = method.draws.steps(0, 3, method.synthetic())
+    losses = method.iterate(3)
+    net, classifier = (get_network("ConvNetD1", 3, 3, (16, 16)).double().train() for _ in range(2))
+    for copy, original in ((net, method.net), (classifier, method.classifier)):
+        copy.load_state_dict({name: t.double() for name, t in original.state_dict().items()})
+    g, total = generator(4, "match", 0, "classify", 3), 0.0
+    sources = (tiny_real.train_batch, method.outliers and method.outliers.batch)
+    for kind, (images, of_kind, read) in enumerate(zip(stored, (drawn.images, drawn.outliers), sources, strict=False)):
+        decoded = [decode(images[slot], 2) for slot in range(3)]
+        for slot, draw in of_kind.items():
+            transform = draw.transform or identity
+            target = net.embed(transform(read(draw.real).double())).mean(0)
+            total = total + (net.embed(transform(decoded[slot])).mean(0) - target).square().sum()
+        seen = torch.cat(decoded)
+        logits = classifier(STRATEGY.draw(12, (16, 16), g)(seen))
+        if kind == 0:
+            total = total + 2.5 * F.cross_entropy(logits, torch.arange(3).repeat_interleave(4))
+        else:
+            total = total - 2.5 * 0.7 * logits.log_softmax(1).mean(1).mean()
+    expected = torch.autograd.grad(total, stored)
+    for images, gradient in zip(method._tensors(), expected, strict=True):
+        assert (images.grad.double() - gradient).norm() < 1e-4 * gradient.norm()
+    value = sum(loss.sum() for name, loss in losses.items() if name != "loss_ce") + 2.5 * losses["loss_ce"].sum()
+    assert value.item() == pytest.approx(total.item(), rel=1e-5)
+
+
+def test_images_stay_in_the_range_of_pixels_and_all_move_together(tiny_real, experts):
+    method = make(tiny_real, experts, replace(SETTINGS, lr_img=5.0))
+    before = [t.detach().clone() for t in method._tensors()]
+    method.iterate(0)
+    for images, old in zip(method._tensors(), before, strict=True):
+        pixels = tiny_real.denormalize(images.detach().flatten(0, 1))
+        assert -1e-5 < pixels.min() < 0.01
+        assert 0.99 < pixels.max() < 1 + 1e-5
+        assert not torch.equal(images.detach(), old)
+
+
+@pytest.mark.parametrize("distance", ["mean", "cf"])
+def test_a_resumed_run_has_the_same_bits(tiny_real, experts, distance):
+    settings = replace(SETTINGS, feature_distance=distance, dsa_strategy=named(STRATEGY), cf_frequencies=8)
+    whole, cut = (make(tiny_real, experts, settings) for _ in range(2))
+    for it in range(4):
+        whole.iterate(it)
+        if it < 2:
+            cut.iterate(it)
+    second = made(SnapshotMatching, tiny_real.to(DEVICE), PseudoOutliers(tiny_real), settings, experts)
+    second.load_state_dict(0, cut.state_dict())
+    for it in (2, 3):
+        second.iterate(it)
+    for a, b in zip(whole._tensors(), second._tensors(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_weights_of_the_classification_loss():
+    assert [replace(SETTINGS, ipc=ipc).alpha for ipc in (1, 10, 50)] == [2.5, 2.5, 0.5]
+    assert replace(SETTINGS, ce_weight=0.0).alpha == 0
+
+
+def test_experts_that_cannot_be(tiny_real, experts, tmp_path):
+    content = torch.load(tmp_path / "replay_buffer_0.pt")
+    for trajectory in content:
+        for epoch in trajectory[1:]:
+            epoch[0][0, 0, 0, 0] = float("nan")
+    torch.save(content, tmp_path / "replay_buffer_0.pt")
+    damaged = ExpertBuffer(tmp_path, experts.shapes, None, "")
+    with pytest.raises(UserError, match="holds NaN or infinite numbers at epoch"):
+        make(tiny_real, damaged).iterate(0)
+
+
+def test_three_stages_and_missing_experts(in_process, refused):
+    """Without experts the line that makes them; with them, all stages."""
+    short = ["--dataset", "Digits", "--model", "ConvNetD1", "--dsa_strategy", "crop_scale"]
+    flags = [*short, "--method", "TGDD", "--ipc", 1, "--Iteration", 3, "--num_exp", 1, "--num_eval", 1]
+    flags += ["--epoch_eval_train", 3]
+    error = refused("main_poe.py", *flags)
+    assert "--buffer_path: no experts in buffers/Digits_NO_ZCA/ConvNetD1; make them: python train_experts.py" in error
+    assert "--outliers poe" in error
+    in_process("train_experts.py", *short, "--num_experts", 1, "--train_epochs", 2, "--outliers", "poe", "--mom", 0.9)
+    out = in_process("main_poe.py", *flags)
+    assert "1 images of 4 parts per class: networks train on 4" in out
+    assert "loss_ce" in out
+    two = ["--method", "TGDD", "--ipc", 1, "--num_eval", 1, "--epoch_eval_train", 3, "--protocol", "ncfm"]
+    assert "images of 4 parts" in in_process("train_model_synthetic_oe.py", *short, *two)
+    three = [*short[:4], "--method", "TGDD", "--ipc", 1, "--num_exp", 1, "--ood_sets", "patches"]
+    assert "training: protocol ncfm, epochs 3" in in_process("test_ood_model_syn.py", *three)
+    for flag, value in (("--network_pool", 2), ("--spread_oe", 1), ("--clamp_oe", None)):
+        words = [flag] if value is None else [flag, value]
+        assert f"{flag}: --method TGDD does not use it" in refused("main_poe.py", *flags, *words)

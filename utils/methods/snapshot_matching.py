@@ -1,0 +1,213 @@
+"""Distribution matching on trained networks: TGDD (AAAI 2026); with other flags DANCE (IJCAI 2024), NCFM (CVPR 2025).
+
+One iteration takes a snapshot of an expert and moves the synthetic images of every class so that their features come
+closer to those of real images of the class, slot by slot also for outliers. A later snapshot classifies the synthetic
+images: its cross-entropy is added, and with outliers its joint loss. Experts are those of `train_experts.py`; with
+outliers they have the joint loss, too. Images are updated together, and stay in the range of pixels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from utils.compute import distributed
+from utils.compute.compiling import Workload
+from utils.core.errors import UserError
+from utils.core.rng import generator
+from utils.data.augment import identity
+from utils.data.parts import decode_slots, on_stored
+from utils.methods.distribution_matching import CHUNK_IMAGES, DistributionMatching
+from utils.methods.experts import ExpertBuffer, OnExperts, experts_of, without_running_statistics
+from utils.methods.method import MatchingSettings, MethodEntry, MethodInputs
+from utils.outliers.start import clamp_to_pixels
+from utils.settings.fields import flag
+from utils.settings.parser import count, number, one_of
+from utils.training.losses import uniform_cross_entropy
+
+SNAPSHOTS = ("epochs", "interpolate")
+DISTANCES = ("mean", "cf")
+CF_SCALE = 300.0  # of the distance of characteristic functions, as published
+
+
+@dataclass(frozen=True)
+class SnapshotSettings(OnExperts, MatchingSettings):
+    """Matching on trained networks."""
+
+    ce_weight: float | None = flag(
+        None, "weight of the classification loss; left out: 2.5, from ipc 50 on 0.5", number(0)
+    )
+    snapshots: str = flag(
+        "epochs",
+        "epochs: the experts after a random epoch, and a tenth of the epochs later to classify; interpolate: between "
+        "their first and last parameters, and the last to classify",
+        one_of("kind of snapshots", SNAPSHOTS),
+        names=SNAPSHOTS,
+    )
+    feature_distance: str = flag(
+        "mean",
+        "mean: squared distance of mean features; cf: distance of their characteristic functions (NCFM)",
+        one_of("distance", DISTANCES),
+        names=DISTANCES,
+    )
+    cf_frequencies: int = flag(1024, "frequencies of --feature_distance cf, drawn anew in each iteration", count(1))
+
+    @property
+    def alpha(self) -> float:
+        """The weight of the classification loss."""
+        return self.ce_weight if self.ce_weight is not None else 0.5 if self.ipc >= 50 else 2.5
+
+
+def characteristic(features: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+    """The characteristic function of unit features `[…, n, D]` at frequencies `[T, D]`: `[…, 2, T]`, real and imaginary
+    part of `mean_n exp(i t·f_n)`."""
+    phases = F.normalize(features, dim=-1) @ frequencies.T
+    return torch.stack([phases.cos().mean(-2), phases.sin().mean(-2)], dim=-2)
+
+
+class SnapshotMatching(DistributionMatching):
+    """The synthetic images of one experiment, and the iterations that match them on snapshots of experts."""
+
+    settings: SnapshotSettings
+
+    def __init__(self, inputs: MethodInputs, experts: ExpertBuffer):
+        super().__init__(inputs)
+        s = self.settings
+        self.experts = experts
+        without_running_statistics(self.net)
+        classifier = without_running_statistics(self.real.network(s.model, generator(s.seed)))
+        self.classifier = classifier.to(self.device).requires_grad_(False)
+        self.logits = inputs.compute.function(lambda images: self.classifier(images))
+        self.frequencies: torch.Tensor | None = None
+        self.about = {"num_experts": len(experts.trajectories)}
+        self.fingerprints = {"buffer_path": experts.fingerprint()}
+
+    def optimizer(self, images: list[torch.Tensor], lr: float) -> torch.optim.Optimizer:
+        """AdamW without decay: gradients of snapshots differ in size by orders of magnitude."""
+        return torch.optim.AdamW(images, lr=lr, weight_decay=0.0)
+
+    def iterate(self, it: int) -> dict[str, torch.Tensor]:
+        """One iteration; returns the losses of matching `[slots]`, and of classification `[1]`."""
+        self._load_snapshots(it)
+        (drawn,) = self.draws.steps(self.exp, it, self.synthetic())
+        batches = (self.real.train_batch(draw.real) for draw in drawn.images.values())
+        losses = {"loss": self._update(self.image_syn, batches, drawn.images)}
+        if self.outliers is not None:
+            batches = (self.outliers.batch(draw.real) for draw in drawn.outliers.values())
+            losses["loss_oe"] = self._update(self.image_oe, batches, drawn.outliers)
+        losses["loss_ce"] = self._classify(it)
+        for optimizer, images in zip(self.optimizers, self._tensors(), strict=True):
+            optimizer.step()
+            clamp_to_pixels(images.detach(), self.real)
+        return losses
+
+    def _load_snapshots(self, it: int) -> None:
+        """Give the two networks the parameters of this iteration, and draw the frequencies."""
+        s, experts = self.settings, self.experts
+        g = self.draws.generator(self.exp, "snapshot", it)
+        index = int(torch.randint(len(experts.trajectories), (1,), generator=g))
+        last = len(experts.trajectories[index][1]) - 1
+        if s.snapshots == "epochs":
+            epoch = 1 + int(torch.randint(last, (1,), generator=g))
+            matched = experts.snapshot(index, epoch, self.device)
+            later = experts.snapshot(index, min(last, epoch + max(1, round(last / 10))), self.device)
+        else:
+            share = float(torch.rand((), generator=g))
+            later = experts.snapshot(index, last, self.device)
+            first = experts.snapshot(index, 0, self.device)
+            matched = [share * a + (1 - share) * b for a, b in zip(first, later, strict=True)]
+        for net, params in ((self.net, matched), (self.classifier, later)):
+            net.train()
+            for parameter, value in zip(net.parameters(), params, strict=True):
+                parameter.copy_(value)
+        self.frequencies = None
+        self.key = g.initial_seed()
+
+    def target(self, features: torch.Tensor) -> torch.Tensor:
+        """The mean of the real features, or their characteristic function."""
+        if self.settings.feature_distance == "mean":
+            return super().target(features)
+        if self.frequencies is None:
+            shape = (self.settings.cf_frequencies, features.shape[1])
+            drawn = torch.randn(shape, generator=torch.Generator().manual_seed(self.key))
+            self.frequencies = drawn.to(features.device)
+        return characteristic(features, self.frequencies)
+
+    def distance(self, features: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """DM's distance, or `300 mean_t sqrt(½ |Φ_r - Φ_s|²)`, which is NCFM's loss (section 3.3) written shorter."""
+        if self.settings.feature_distance == "mean":
+            return super().distance(features, targets)
+        difference = characteristic(features, self.frequencies) - targets
+        return CF_SCALE * (difference.square().sum(-2) / 2 + 1e-12).sqrt().mean(-1)
+
+    def _classify(self, it: int) -> torch.Tensor:
+        """Add the gradient of the weighted classification loss to that of images and outliers; returns the loss `[1]`.
+
+        Rank 0 computes it; the other processes receive the gradients.
+        """
+        s, loss = self.settings, torch.zeros(1, device=self.device)
+        weights = (1.0, s.lambda_oe)
+        labels = torch.arange(self.real.num_classes, device=self.device).repeat_interleave(s.decoded_ipc)
+        gradients = [torch.zeros_like(t) for t in self._tensors()]
+        if distributed.is_main() and s.alpha:
+            g = self.draws.generator(self.exp, "classify", it)
+            for images, gradient, weight in zip(self._tensors(), gradients, weights, strict=False):
+                decoded = decode_slots(images.detach(), s.factor)
+                of_kind = labels if images is self.image_syn else None
+                value, on_decoded = self._classification(decoded.flatten(0, 1), of_kind, g)
+                loss += weight * value
+                gradient.copy_(on_stored(images, s.factor, (s.alpha * weight * on_decoded).view(decoded.shape)))
+        distributed.broadcast_(loss, *gradients)
+        for images, gradient in zip(self._tensors(), gradients, strict=True):
+            images.grad += gradient
+        return loss
+
+    def _classification(
+        self, images: torch.Tensor, labels: torch.Tensor | None, g: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean loss of augmented images, or without labels of outliers, and its gradient on the images."""
+        gradient, total = torch.zeros_like(images), images.new_zeros(())
+        size = len(images) if self.has_batchnorm else CHUNK_IMAGES
+        for first in range(0, len(images), size):
+            leaf = images[first : first + size].detach().requires_grad_()
+            dsa = self.augmentation
+            transform = identity if dsa is None else dsa.draw(len(leaf), self.real.im_size, g)
+            logits = self.logits(transform(leaf)).float()
+            share = len(leaf) / len(images)
+            of_part = None if labels is None else labels[first : first + size]
+            value = uniform_cross_entropy(logits) if of_part is None else F.cross_entropy(logits, of_part)
+            (gradient[first : first + size],) = torch.autograd.grad(share * value, leaf)
+            total += share * value.detach()
+        return total, gradient
+
+
+def _build(inputs: MethodInputs) -> SnapshotMatching:
+    experts, notice = experts_of(inputs)
+    if experts.epochs < 1:
+        raise UserError(f"--buffer_path: the experts in {experts.folder} have a single snapshot; train them again")
+    method = SnapshotMatching(inputs, experts)
+    method.notices += notice
+    return method
+
+
+def _workload(inputs: MethodInputs) -> Workload:
+    """Real images only go forward, which counts as half a pass; synthetic ones through two networks."""
+    s, real, kinds = inputs.settings, inputs.real, 1 if inputs.outliers is None else 2
+    per_class = min(s.batch_real, len(real.images_train) // real.num_classes)
+    embedded = real.num_classes * (per_class + (kinds - 1) * s.batch_oe)
+    synthetic = 2 * kinds * real.num_classes * s.decoded_ipc
+    return Workload((embedded / 2 + synthetic) / distributed.world_size(), 2, "matching")
+
+
+TGDD_ENTRY = MethodEntry(
+    "TGDD",
+    "DM on trained networks, after train_experts.py",
+    _build,
+    _workload,
+    SnapshotSettings,
+    defaults={
+        "Iteration": 2000, "lr_img": 0.02, "init": "real", "eval_interval": 1000, "factor": 2, "batch_real": 128,
+        "batch_oe": 128,
+    },
+    unused=("network_pool", "pool_epochs", "pool_last_epoch", "spread_oe", "clamp_oe"),
+)  # fmt: skip
