@@ -207,7 +207,7 @@ class Table:
         script = SCRIPTS[cell.kind]
         own = [] if cell.kind == "plain" else ["lambda_oe", "outliers", cell.kind]
         flags, before = self._flags(cell, "dsa_strategy", "stage1", *own), []
-        if self["method"] == ["MTT"]:
+        if self["method"][0] in ("MTT", "TGDD"):
             before = [self.experts(cell.kind, _parsed(script, tuple(flags)))]
             flags += ["--buffer_path", str(before[0].folder)]
         return self._stage(script, flags, self.out / cell.folder / "1-distilled", *before)

@@ -44,7 +44,7 @@ def test_help_and_log_tell_the_defaults(capsys, in_process):
     with pytest.raises(SystemExit):
         parsed("--help-all")
     text = " ".join(capsys.readouterr().out.split())
-    assert "(left out: DM: 20000, MTT: 5000; else 1000)" in text
+    assert "(left out: DM: 20000, MTT: 5000, TGDD: 2000; else 1000)" in text
     assert "DC, DSA: distance between gradients" in text
     out = in_process("main.py", *NETWORK, "--epoch_eval_train", 3, "--method", "DM", "--Iteration", 2)
     assert "defaults of --method DM: --lr_img 1.0 --init real --eval_interval 2000" in out
@@ -58,7 +58,7 @@ def test_help_and_log_tell_the_defaults(capsys, in_process):
         (
             "main.py",
             ["--method", "MTT", "--batch_real", 3],
-            "--batch_real: --method MTT does not use it; DC, DSA, DM do",
+            "--batch_real: --method MTT does not use it; DC, DSA, DM, TGDD do",
         ),
         ("main_poe.py", ["--method", "MTT", "--batch_oe", 3], "--batch_oe: --method MTT does not use it"),
         ("main.py", ["--method", "MT"], "unknown method 'MT'; did you mean MTT? Accepted: DC, DSA, DM, MTT"),
