@@ -83,7 +83,7 @@ class LearnableSet:
             check_start(s.init_oe, s.init, s.clamp_oe, real, bool(self.initial))
         check_factor(s.factor, real.im_size, "--factor")
         if s.factor > 1 and real.zca is not None:
-            raise UserError(f"--factor {s.factor}: whitened images (--zca) cannot be enlarged; leave one of them out")
+            raise UserError(f"--factor {s.factor}: whitened images (--zca) cannot be enlarged; give --factor 1")
         self.augmentation = inputs.augmentation
         self.learning_rates = (s.lr_img, s.lr_img if s.lr_img_oe is None else s.lr_img_oe)
         self.device = real.device
