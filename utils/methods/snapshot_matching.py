@@ -201,7 +201,7 @@ def _workload(inputs: MethodInputs) -> Workload:
 
 TGDD_ENTRY = MethodEntry(
     "TGDD",
-    "DM on trained networks, after train_experts.py",
+    "DM on such networks",
     _build,
     _workload,
     SnapshotSettings,

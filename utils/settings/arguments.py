@@ -260,11 +260,12 @@ def _tell_methods(parser: SettingsParser) -> None:
     usual = {f.name: f for f in flags_of(parser.settings)}
     for action in parser._actions:
         name, default = action.dest, usual[action.dest].default if action.dest in usual else None
-        if (users := _users(name)) and name not in common and action.help != "==SUPPRESS==":
+        if (users := _users(name)) and name not in common | parser.hidden:
             action.help = f"{', '.join(users)}: {action.help}"
         others = [f"{entry.name}: {entry.defaults[name]}" for entry in METHODS.values() if name in entry.defaults]
         if others:
             parser.defaults_of_methods.add(name)
+        if others and name not in parser.hidden:
             plain = action.help.removesuffix(with_shown_default("", default))
             action.help = f"{plain} (left out: {', '.join(others)}; else {default})"
 

@@ -37,11 +37,11 @@ class SettingsParser(Parser):
         self.defaults_of_methods: set[str] = set()
         self.settings = settings
         usual = settings()
-        hidden = {
+        self.hidden = {
             n for n, needs in needs_of(settings).items() if any(e.of_script and not e.holds(usual) for e in needs)
         }
         for group, own in groups_of(settings).items():
-            self._add_group(group, own, hidden)
+            self._add_group(group, own)
         self.add_argument(
             "--config",
             default=argparse.SUPPRESS,
@@ -50,10 +50,10 @@ class SettingsParser(Parser):
             "it",
         )
 
-    def _add_group(self, group: type, own: list[Field], hidden: set[str]) -> None:
+    def _add_group(self, group: type, own: list[Field]) -> None:
         target = self.add_argument_group(group.__doc__.split(".")[0].lower())
         for action in add_group(target, own, default=argparse.SUPPRESS):
-            if action.dest in hidden:
+            if action.dest in self.hidden:
                 action.help = argparse.SUPPRESS
             elif self.settings.__dataclass_fields__[action.dest].metadata.get("often"):
                 self.often.add(action.dest)
@@ -142,7 +142,8 @@ def _read_config(parser: SettingsParser, arguments: list[str]) -> None:
     if not isinstance(flags, dict) or not all(isinstance(key, str) for key in flags):
         raise UserError(f"--config: {path} holds no flags; write `name: value` in each line, or give an args.json")
     flags = {key.replace("-", "_"): value for key, value in flags.items()}
-    usual = {f.name: f.default for f in flags_of(parser.settings) if f.name not in parser.defaults_of_methods}
+    varies = parser.defaults_of_methods - parser.hidden
+    usual = {f.name: f.default for f in flags_of(parser.settings) if f.name not in varies}
     usual = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
     changed = {k: v for k, v in flags.items() if k not in given and (k not in usual or v != usual[k])}
     arguments[:0] = flags_as_words(parser, changed, "--config", path)
