@@ -112,6 +112,7 @@ def main(settings: PublishSettings) -> None:
         num_classes=published.num_classes,
         shape=tuple(images.shape[1:]),
         counts=(len(images), synthetic.num_outliers),
+        factor=synthetic.factor,
         labels="soft" if synthetic.labels.is_floating_point() else "hard",
         mean=published.mean,
         std=published.std,

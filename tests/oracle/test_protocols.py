@@ -84,7 +84,9 @@ def test_outliers_are_not_mixed():
     synthetic = a_set()
     batches = [draw_epoch(synthetic, 12, None, generator(6, key), "cutmix")[0] for key in range(12)]
     assert 0 < sum(b.mix is not None for b in batches) < 12
-    for batch, (images, labels) in zip(batches, augmented_batches(synthetic, batches, is_mixed=True), strict=True):
+    for batch, (images, labels) in zip(
+        batches, augmented_batches(synthetic.with_probabilities(), batches), strict=True
+    ):
         assert torch.equal(images[12:], synthetic.images_oe[batch.index_oe])
         hard = F.one_hot(synthetic.labels[batch.index]).float()
         plain = synthetic.images[batch.index]

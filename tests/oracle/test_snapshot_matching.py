@@ -57,8 +57,8 @@ def test_the_characteristic_function_is_that_of_numpy():
 def test_the_published_distance_of_characteristic_functions(tiny_real, experts):
     """In the amplitudes and phases in which NCFM writes it (equation 5, with both halves equal)."""
     method = make(tiny_real, experts, replace(SETTINGS, feature_distance="cf", cf_frequencies=13))
-    method._load_snapshots(0)
-    real, synthetic = (torch.randn(3, n, 10, generator=generator(n)) for n in (9, 4))
+    method.load_network(0)
+    real, synthetic = (torch.randn(3, n, method.num_features, generator=generator(n)) for n in (9, 4))
     targets = torch.stack([method.target(of_slot) for of_slot in real])
     found = method.distance(synthetic, targets)
     a, b = (
@@ -78,7 +78,7 @@ def test_which_snapshots_are_taken(tiny_real, experts, snapshots):
     trajectories = [t for _, t in experts.trajectories]
     seen = set()
     for it in range(60):
-        method._load_snapshots(it)
+        method.load_network(it)
         matched, later = ([p.detach() for p in net.parameters()] for net in (method.net, method.classifier))
         if snapshots == "epochs":
             ((expert, epoch),) = [

@@ -25,6 +25,7 @@ from utils.data.distilled_file import DistilledFile
 from utils.data.synthetic import SyntheticSet
 from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.gradient_matching import GradientMatching, GradientSettings
+from utils.methods.snapshot_matching import SnapshotMatching, SnapshotSettings
 from utils.methods.trajectory_matching import TrajectoryMatching, TrajectorySettings
 from utils.outliers.sources import OutlierPool, PseudoOutliers
 from utils.training.draws import draw_epoch
@@ -194,6 +195,13 @@ def _method(kind: str, real, outliers):
     if kind == "MTT":
         settings = TrajectorySettings(model="ConvNetD1", ipc=2, syn_steps=3, batch_syn=8, dsa_strategy=STRATEGY)
         return made(TrajectoryMatching, real, outliers, settings, _Experts(real.device), compute=Compute(on_cuda=True))
+    if kind in ("TGDD", "cf"):
+        distance = "cf" if kind == "cf" else "mean"
+        settings = SnapshotSettings(
+            model="ConvNetD1", ipc=1, factor=2, batch_real=16, batch_oe=8, init="real", dsa_strategy=STRATEGY,
+            feature_distance=distance,
+        )  # fmt: skip
+        return made(SnapshotMatching, real, outliers, settings, _Experts(real.device), compute=Compute(on_cuda=True))
     loops = {} if kind == "DM" else {"outer_loop": 2, "inner_loop": 1}
     loops |= {"spread_oe": 1.0} if kind == "spread" else {}
     settings = GradientSettings(
@@ -206,7 +214,7 @@ def _method(kind: str, real, outliers):
 class _Experts:
     """In the place of an `ExpertBuffer`."""
 
-    trajectories = ((None, None),)
+    trajectories = ((None, (None, None)),)
 
     def __init__(self, device):
         nets = [get_network("ConvNetD1", 1, 10, (8, 8), generator(seed)) for seed in (1, 2)]
@@ -215,12 +223,15 @@ class _Experts:
     def segment(self, *_):
         return self.ends
 
+    def snapshot(self, index, epoch, device):
+        return self.ends[epoch]
+
     def fingerprint(self) -> str:
         return ""
 
 
 @pytest.mark.parametrize("pool", [False, True])
-@pytest.mark.parametrize("kind", ["DSA", "spread", "DM", "MTT"])
+@pytest.mark.parametrize("kind", ["DSA", "spread", "DM", "MTT", "TGDD", "cf"])
 def test_the_host_does_not_wait_inside_an_iteration(digits, gpu, kind, pool):
     real = digits.to("cuda")
     outliers = PseudoOutliers(real)
@@ -237,10 +248,13 @@ def test_the_host_does_not_wait_inside_an_iteration(digits, gpu, kind, pool):
     assert all(loss.device.type == "cuda" for loss in losses.values())
 
 
-def test_the_host_does_not_wait_inside_an_epoch(digits, gpu):
+@pytest.mark.parametrize("mix", ["none", "cutmix", "mixup"])
+def test_the_host_does_not_wait_inside_an_epoch(digits, gpu, mix):
     real = digits.to("cuda")
     net = get_network("ConvNetD1", 1, 10, (8, 8), generator(0)).to("cuda")
-    trainer = Trainer(net, TrainSettings(3, augmentation=DSA(tuple(STRATEGY.split("_")))), Compute(on_cuda=True))
+    trainer = Trainer(
+        net, TrainSettings(3, augmentation=DSA(tuple(STRATEGY.split("_"))), mix=mix), Compute(on_cuda=True)
+    )
     index = torch.arange(20)
     images = SyntheticSet(real.train_batch(index), real.labels_train[:20], real.train_batch(index + 20))
     drawn = draw_epoch(images, 8, trainer.settings.augmentation, generator(0))
@@ -274,7 +288,7 @@ def test_inputs_of_compiled_functions_suit_cuda_graphs(digits, gpu, monkeypatch)
     numbers = itertools.count()
     monkeypatch.setattr(Compute, "function", recorded)
     real = digits.to("cuda")
-    for kind in ("DSA", "DM", "MTT"):
+    for kind in ("DSA", "DM", "MTT", "TGDD", "cf"):
         method = _method(kind, real, PseudoOutliers(real))
         method.compute = Compute(True, on_cuda=True)
         method.start(0)

@@ -786,12 +786,15 @@ def test_a_set_in_parts_through_publishing_and_back(in_parts, in_process, refuse
     out = in_process("train_model_synthetic_oe.py", *flags, "--load_path", path.parents[5], "--save_path", "a")
     assert "images of 4 parts: networks train on 40" in out
     in_process("scripts.publish", path, "--out", "published")
+    card = (tmp_path / "published" / "README.md").read_text(encoding="utf-8")
+    assert "Every image and outlier holds 2×2 parts" in card
+    assert "enlarged to 8×8" in card
     for name, source in (("b", path), ("c", "published")):
         words = [*flags[:-6], *flags[-4:], "--distilled", source, "--save_path", name]
         assert "decoding factor 2" in in_process("train_model_synthetic_oe.py", *words)
         assert torch.equal(weights_in(tmp_path / name), weights_in(tmp_path / "a"))
     error = refused("train_model_synthetic_oe.py", *flags, "--factor", 2)
-    assert "--factor: a distilled set says itself how many parts its images hold" in error
+    assert "--factor: only --train_on random, herding and kcenter shrink images; a distilled set says itself" in error
     error = refused("main_poe.py", *PARTS, "--load_path", path)
     assert "has images of 2x2 parts; give --factor 2" in error
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from utils.data.datasets import RealData
 from utils.data.identity import class_order, renumbered
@@ -50,6 +51,12 @@ class SyntheticSet:
         labels = self.labels.repeat(self.factor**2, *[1] * (self.labels.ndim - 1))
         oe = None if self.images_oe is None else decode(self.images_oe, self.factor)
         return replace(self, images=decode(self.images, self.factor), labels=labels, images_oe=oe, factor=1)
+
+    def with_probabilities(self) -> "SyntheticSet":
+        """The set with soft labels, of which hard ones become certain; it has images of all classes."""
+        if self.labels.is_floating_point():
+            return self
+        return replace(self, labels=F.one_hot(self.labels).to(self.images.dtype))
 
     def without_outliers(self) -> "SyntheticSet":
         """The labelled images alone."""

@@ -24,16 +24,16 @@ from utils.outliers.spread import push_apart
 CHUNK_IMAGES = 512  # synthetic images embedded together, to bound the memory
 
 
-class DistributionMatching(LearnableSet):
-    """The synthetic images of one experiment, and the iterations that update them by distribution matching."""
+class FeatureMatching(LearnableSet):
+    """Synthetic images whose features on a network are matched to those of real ones, slot by slot.
 
-    settings: MatchingSettings
+    A method says which network an iteration takes (`load_network`), and may add losses and another distance.
+    """
 
     def __init__(self, inputs: MethodInputs):
         super().__init__(inputs)
         s, compute = self.settings, inputs.compute
         self.net = self.real.network(s.model, generator(s.seed)).to(self.device).requires_grad_(False)
-        self.pool = network_pool(inputs)
         self.splitter = BatchSplitter(self.net, compute.precision)
         self.has_batchnorm = has_batchnorm(self.net)
         self.embed_real = compute.function(lambda images: self.net.embed(images))
@@ -41,19 +41,26 @@ class DistributionMatching(LearnableSet):
         # BatchNorm needs the images of all classes in one pass, so each process then works on all slots
         self.draws = IterationDraws(inputs, has_batchnorm=False, all_slots=self.has_batchnorm)
 
+    def load_network(self, it: int) -> None:
+        """Give `net` the parameters of iteration `it`, in training mode."""
+        raise NotImplementedError
+
+    def more_losses(self, it: int) -> dict[str, torch.Tensor]:
+        """Add the gradients of further losses to those of matching; returns the losses by name."""
+        return {}
+
     def iterate(self, it: int) -> dict[str, torch.Tensor]:
-        """One iteration on a fresh random network, or on one of the pool; returns losses `[slots]` by name (their sum
-        is eq. 6)."""
-        self.reset_network(self.net, self.draws.generator(self.exp, "network", it), it)
-        self.net.train()
+        """One iteration; returns losses `[slots]` by name."""
+        self.load_network(it)
         (drawn,) = self.draws.steps(self.exp, it, self.synthetic())
         batches = (self.real.train_batch(draw.real) for draw in drawn.images.values())
         losses = {"loss": self._update(self.image_syn, batches, drawn.images)}
-        self.update_images()
         if self.outliers is not None:
             batches = (self.outliers.batch(draw.real) for draw in drawn.outliers.values())
             losses["loss_oe"] = self._update(self.image_oe, batches, drawn.outliers)
-            push_apart(self.net, self.image_oe, self.settings.spread_oe, self.settings.factor)
+        losses |= self.more_losses(it)
+        self.update_images()
+        if self.outliers is not None:
             self.update_outliers()
         if self.device.type == "cuda":
             self.draws.look_ahead(self.exp, it + 1, self.synthetic())
@@ -111,6 +118,27 @@ class DistributionMatching(LearnableSet):
     def _embedded(self, images: torch.Tensor) -> torch.Tensor:
         """Features float32 `[n, D]`; copied, because a CUDA graph overwrites its output at the next call."""
         return in_parts(lambda part: self.embed_real(part).float().clone(), images, self.splitter.count(images))
+
+
+class DistributionMatching(FeatureMatching):
+    """The synthetic images of one experiment; the sum of the losses of an iteration is eq. 6."""
+
+    settings: MatchingSettings
+
+    def __init__(self, inputs: MethodInputs):
+        super().__init__(inputs)
+        self.pool = network_pool(inputs)
+
+    def load_network(self, it: int) -> None:
+        """A fresh random network, or one of the pool."""
+        self.reset_network(self.net, self.draws.generator(self.exp, "network", it), it)
+        self.net.train()
+
+    def more_losses(self, it: int) -> dict[str, torch.Tensor]:
+        """Keep outliers apart, if the settings say so; its loss is not reported."""
+        if self.outliers is not None:
+            push_apart(self.net, self.image_oe, self.settings.spread_oe, self.settings.factor)
+        return {}
 
 
 def _workload(inputs: MethodInputs) -> Workload:

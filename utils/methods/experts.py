@@ -151,10 +151,9 @@ class ExpertBuffer:
             UserError: when they are not finite.
         """
         path, trajectory = self.trajectories[index]
-        params = [p.detach().to(device, torch.float32, copy=True) for p in trajectory[epoch]]
-        if not all(torch.isfinite(p).all() for p in params):
+        if not all(torch.isfinite(p).all() for p in trajectory[epoch]):  # on the CPU, so that a GPU is not waited for
             raise UserError(f"--buffer_path: {path} holds NaN or infinite numbers at epoch {epoch}; make it again")
-        return params
+        return [p.detach().to(device, torch.float32, copy=True) for p in trajectory[epoch]]
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 
 from utils.compute import distributed
 from utils.compute.compiling import Workload
+from utils.compute.transfer import send, send_draws
 from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.augment import identity
 from utils.data.parts import decode_slots, on_stored
-from utils.methods.distribution_matching import CHUNK_IMAGES, DistributionMatching
+from utils.methods.distribution_matching import CHUNK_IMAGES, FeatureMatching
 from utils.methods.experts import ExpertBuffer, OnExperts, experts_of, without_running_statistics
-from utils.methods.method import MatchingSettings, MethodEntry, MethodInputs
+from utils.methods.method import MethodEntry, MethodInputs
 from utils.outliers.start import clamp_to_pixels
 from utils.settings.fields import flag
 from utils.settings.parser import count, number, one_of
@@ -31,7 +32,7 @@ CF_SCALE = 300.0  # of the distance of characteristic functions, as published
 
 
 @dataclass(frozen=True)
-class SnapshotSettings(OnExperts, MatchingSettings):
+class SnapshotSettings(OnExperts):
     """Matching on trained networks."""
 
     ce_weight: float | None = flag(
@@ -65,7 +66,7 @@ def characteristic(features: torch.Tensor, frequencies: torch.Tensor) -> torch.T
     return torch.stack([phases.cos().mean(-2), phases.sin().mean(-2)], dim=-2)
 
 
-class SnapshotMatching(DistributionMatching):
+class SnapshotMatching(FeatureMatching):
     """The synthetic images of one experiment, and the iterations that match them on snapshots of experts."""
 
     settings: SnapshotSettings
@@ -78,7 +79,8 @@ class SnapshotMatching(DistributionMatching):
         classifier = without_running_statistics(self.real.network(s.model, generator(s.seed)))
         self.classifier = classifier.to(self.device).requires_grad_(False)
         self.logits = inputs.compute.function(lambda images: self.classifier(images))
-        self.frequencies: torch.Tensor | None = None
+        two = torch.zeros(2, self.real.channel, *self.real.im_size, device=self.device)
+        self.num_features = self.net.embed(two).flatten(1).shape[1]
         self.about = {"num_experts": len(experts.trajectories)}
         self.fingerprints = {"buffer_path": experts.fingerprint()}
 
@@ -86,23 +88,18 @@ class SnapshotMatching(DistributionMatching):
         """AdamW without decay: gradients of snapshots differ in size by orders of magnitude."""
         return torch.optim.AdamW(images, lr=lr, weight_decay=0.0)
 
-    def iterate(self, it: int) -> dict[str, torch.Tensor]:
-        """One iteration; returns the losses of matching `[slots]`, and of classification `[1]`."""
-        self._load_snapshots(it)
-        (drawn,) = self.draws.steps(self.exp, it, self.synthetic())
-        batches = (self.real.train_batch(draw.real) for draw in drawn.images.values())
-        losses = {"loss": self._update(self.image_syn, batches, drawn.images)}
-        if self.outliers is not None:
-            batches = (self.outliers.batch(draw.real) for draw in drawn.outliers.values())
-            losses["loss_oe"] = self._update(self.image_oe, batches, drawn.outliers)
-        losses["loss_ce"] = self._classify(it)
-        for optimizer, images in zip(self.optimizers, self._tensors(), strict=True):
-            optimizer.step()
-            clamp_to_pixels(images.detach(), self.real)
-        return losses
+    def update_images(self) -> None:
+        """Move the images, and keep them in the range of pixels."""
+        super().update_images()
+        clamp_to_pixels(self.image_syn.detach(), self.real)
 
-    def _load_snapshots(self, it: int) -> None:
-        """Give the two networks the parameters of this iteration, and draw the frequencies."""
+    def update_outliers(self) -> None:
+        """Move the outliers, and keep them in the range of pixels."""
+        super().update_outliers()
+        clamp_to_pixels(self.image_oe.detach(), self.real)
+
+    def load_network(self, it: int) -> None:
+        """Give the two networks the parameters of this iteration, and draw the frequencies of `cf`."""
         s, experts = self.settings, self.experts
         g = self.draws.generator(self.exp, "snapshot", it)
         index = int(torch.randint(len(experts.trajectories), (1,), generator=g))
@@ -120,17 +117,13 @@ class SnapshotMatching(DistributionMatching):
             net.train()
             for parameter, value in zip(net.parameters(), params, strict=True):
                 parameter.copy_(value)
-        self.frequencies = None
-        self.key = g.initial_seed()
+        if s.feature_distance == "cf":
+            self.frequencies = send(torch.randn(s.cf_frequencies, self.num_features, generator=g), self.device)
 
     def target(self, features: torch.Tensor) -> torch.Tensor:
         """The mean of the real features, or their characteristic function."""
         if self.settings.feature_distance == "mean":
             return super().target(features)
-        if self.frequencies is None:
-            shape = (self.settings.cf_frequencies, features.shape[1])
-            drawn = torch.randn(shape, generator=torch.Generator().manual_seed(self.key))
-            self.frequencies = drawn.to(features.device)
         return characteristic(features, self.frequencies)
 
     def distance(self, features: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -140,7 +133,7 @@ class SnapshotMatching(DistributionMatching):
         difference = characteristic(features, self.frequencies) - targets
         return CF_SCALE * (difference.square().sum(-2) / 2 + 1e-12).sqrt().mean(-1)
 
-    def _classify(self, it: int) -> torch.Tensor:
+    def more_losses(self, it: int) -> dict[str, torch.Tensor]:
         """Add the gradient of the weighted classification loss to that of images and outliers; returns the loss `[1]`.
 
         Rank 0 computes it; the other processes receive the gradients.
@@ -160,7 +153,7 @@ class SnapshotMatching(DistributionMatching):
         distributed.broadcast_(loss, *gradients)
         for images, gradient in zip(self._tensors(), gradients, strict=True):
             images.grad += gradient
-        return loss
+        return {"loss_ce": loss}
 
     def _classification(
         self, images: torch.Tensor, labels: torch.Tensor | None, g: torch.Generator
@@ -170,8 +163,9 @@ class SnapshotMatching(DistributionMatching):
         size = len(images) if self.has_batchnorm else CHUNK_IMAGES
         for first in range(0, len(images), size):
             leaf = images[first : first + size].detach().requires_grad_()
-            dsa = self.augmentation
-            transform = identity if dsa is None else dsa.draw(len(leaf), self.real.im_size, g)
+            transform = identity
+            if self.augmentation is not None:
+                transform = send_draws(self.augmentation.draw(len(leaf), self.real.im_size, g), self.device)
             logits = self.logits(transform(leaf)).float()
             share = len(leaf) / len(images)
             of_part = None if labels is None else labels[first : first + size]
@@ -201,7 +195,7 @@ def _workload(inputs: MethodInputs) -> Workload:
 
 TGDD_ENTRY = MethodEntry(
     "TGDD",
-    "DM on such networks",
+    "DM on snapshots of experts",
     _build,
     _workload,
     SnapshotSettings,
@@ -209,5 +203,5 @@ TGDD_ENTRY = MethodEntry(
         "Iteration": 2000, "lr_img": 0.02, "init": "real", "eval_interval": 1000, "factor": 2, "batch_real": 128,
         "batch_oe": 128,
     },
-    unused=("network_pool", "pool_epochs", "pool_last_epoch", "spread_oe", "clamp_oe"),
+    unused=("clamp_oe",),
 )  # fmt: skip

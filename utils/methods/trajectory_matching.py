@@ -236,7 +236,7 @@ def _workload(inputs: MethodInputs) -> Workload:
 
 MTT_ENTRY = MethodEntry(
     "MTT",
-    "matching of trajectories of train_experts.py",
+    "matching of trajectories of experts (train_experts.py)",
     _build,
     _workload,
     TrajectorySettings,

@@ -25,10 +25,11 @@ class CardFacts:
     method: str  # or empty
     num_classes: int
     shape: tuple[int, int, int]  # (C, H, W)
-    counts: tuple[int, int]  # images and outliers
+    counts: tuple[int, int]  # images and outliers, as they are stored
     labels: str  # hard or soft
     mean: tuple[float, ...]  # per channel
     std: tuple[float, ...]
+    factor: int = 1  # of images in parts
     zca: bool = False  # the images are whitened, instead of normalised by mean and std
     learning_rate: float | None = None  # that was distilled, too
     license: str = "unknown"

@@ -150,7 +150,8 @@ class Stage2Settings(
         Parts: (
             Need(
                 lambda s: s.train_on in ("random", "herding", "kcenter"),
-                "a distilled set says itself how many parts its images hold; leave it out",
+                "only --train_on random, herding and kcenter shrink images; a distilled set says itself how many parts "
+                "its images hold",
             ),
         ),
         OutlierTraining: (used_by(*(kind for kind in OUTLIERS if kind != "none")),),

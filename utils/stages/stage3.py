@@ -105,7 +105,9 @@ def _about_fitting(fit: FitSet | None, scores: Sequence[str], given: str | None)
 def _training_of(networks: Path) -> dict:
     """How the networks of a folder were trained: by which protocol, and for how many epochs, if it is known."""
     about = args_or_nothing(networks)
-    flags = about.get("flags") if isinstance(about.get("flags"), dict) else {}
+    flags = about.get("flags")
+    if not isinstance(flags, dict):  # networks of the published code, or made elsewhere
+        return {"protocol": "unknown"}
     changed = {name: flags[name] for name in ("optimizer", "schedule", "mix") if flags.get(name)}
     return {"protocol": flags.get("protocol", "dc"), "epochs": about.get("epochs")} | changed
 

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 
 from utils.compute.transfer import Draw
 from utils.data.augment import DC, DSA, apply_by_part, identity
@@ -115,16 +114,12 @@ def with_fresh_outliers(
     return replace(synthetic, images_oe=made, fresh_oe=None), moved
 
 
-def augmented_batches(
-    synthetic: SyntheticSet, batches: Sequence[Batch], is_mixed: bool = False
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def augmented_batches(synthetic: SyntheticSet, batches: Sequence[Batch]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield for each batch its augmented images followed by augmented outliers, `[n, C, H, W]`, and the image labels.
 
-    The set must not change meanwhile: many batches are augmented together. With `is_mixed` labels are probabilities.
+    The set must not change meanwhile: many batches are augmented together. Where batches are mixed, its labels must be
+    probabilities.
     """
-    of_images = synthetic.labels
-    if is_mixed and not of_images.is_floating_point():
-        of_images = F.one_hot(of_images).to(synthetic.images.dtype)
     device = synthetic.images.device
     largest = max(b.count for b in batches) * synthetic.images[0].numel()
     per_block = max(1, (AUGMENTED_CUDA if device.type == "cuda" else AUGMENTED_CPU) // largest)
@@ -132,7 +127,7 @@ def augmented_batches(
         block = batches[first : first + per_block]
         index = [b.index for b in block]
         images = _augmented(synthetic.images, index, [b.transform for b in block])
-        labels = of_images[torch.cat(index)].split([len(i) for i in index])
+        labels = synthetic.labels[torch.cat(index)].split([len(i) for i in index])
         images = [x if b.mix is None else b.mix(x) for b, x in zip(block, images, strict=True)]
         labels = [y if b.mix is None else b.mix.of_labels(y) for b, y in zip(block, labels, strict=True)]
         if block[0].index_oe is not None:

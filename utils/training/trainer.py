@@ -99,8 +99,7 @@ class Trainer:
         Yields the mean batch loss of each epoch, a scalar on the device. An InD batch and a batch of outliers are
         augmented separately and go through the network in one forward pass.
         """
-        mixed = self.settings.mix != "none"
-        inputs = augmented_batches(synthetic, [batch for batches in drawn for batch in batches], mixed)
+        inputs = augmented_batches(synthetic, [batch for batches in drawn for batch in batches])
         for batches in drawn:
             self.net.train()
             yield torch.stack([self.step(*next(inputs)) for _ in batches]).mean()
@@ -118,7 +117,7 @@ class Trainer:
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """One update on augmented images followed by outliers `[n, C, H, W]`; returns the loss.
 
-        `labels`: of the images, int64.
+        `labels`: of the images, int64 or probabilities.
         """
         self.optimizer.zero_grad(set_to_none=True)  # before a recorded CUDA graph overwrites the gradients
         parts = joint_parts(images, labels, None if self.has_batchnorm else self.splitter)
@@ -160,6 +159,8 @@ class Trainer:
         epochs, lr = self.settings.epochs, self.settings.learning_rate(synthetic)
         if not first_epoch:
             self.restart(lr)
+        if self.settings.mix != "none":
+            synthetic = synthetic.with_probabilities()
         shares, factor = SCHEDULES[self.settings.schedule]
         drops = {int(share * epochs): lr * factor ** (n + 1) for n, share in enumerate(shares)}
         loss = torch.zeros(())
@@ -218,7 +219,7 @@ class Trainer:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict | None) -> None:
-    """Continue with the momentum and the learning rates of a `state_dict`; all else comes from the flags.
+    """Continue with the state and the learning rates of a `state_dict`; all else comes from the flags.
 
     Raises:
         ValueError, KeyError, TypeError, AttributeError: when it is of other parameters.
