@@ -15,12 +15,12 @@ from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.datasets import RealData
 from utils.methods.distribution_matching import DistributionMatching
-from utils.methods.experts import ExpertTraining
 from utils.methods.method import MatchingSettings, MethodInputs
 from utils.methods.trajectory_matching import TrajectoryMatching, TrajectorySettings
 from utils.outliers.sources import PseudoOutliers
 from utils.runs.run_folder import RunFolder
-from utils.settings.experts import ExpertSettings
+from utils.settings.distillation import ExpertSettings
+from utils.stages.expert_training import ExpertTraining
 
 STEPS = 30  # of the student of MTT
 

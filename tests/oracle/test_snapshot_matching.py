@@ -12,7 +12,7 @@ from networks import get_network, initialize
 from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.augment import DSA, DSA_ENTRIES, identity
-from utils.data.parts import decode
+from utils.data.synthetic import decode
 from utils.methods.experts import ExpertBuffer
 from utils.methods.snapshot_matching import CF_SCALE, SnapshotMatching, SnapshotSettings, characteristic
 from utils.outliers.sources import PseudoOutliers

@@ -26,11 +26,12 @@ from utils.core.rng import generator
 from utils.data.augment import DSA, DSA_ENTRIES
 from utils.data.distilled_file import DistilledFile
 from utils.methods import METHODS, MethodEntry
-from utils.methods.experts import ExpertBuffer, ExpertTraining, describe, open_expert_run
+from utils.methods.experts import ExpertBuffer, describe
 from utils.methods.trajectory_matching import SMALLEST_LR, TrajectoryMatching, TrajectorySettings
 from utils.outliers.sources import PseudoOutliers
 from utils.runs import signals
-from utils.settings.experts import ExpertSettings
+from utils.settings.distillation import ExpertSettings
+from utils.stages.expert_training import ExpertTraining, open_expert_run
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))
 SETTINGS = TrajectorySettings(

@@ -216,8 +216,8 @@ def cuda_stand_in() -> Iterator[Counter]:
     patches = [mock.patch.object(torch.cuda, name, function) for name, function in names.items()]
     patches.append(mock.patch.object(torch, "Generator", _AnyGenerator))
     # Adam asks whether its step is recorded as a graph; here nothing is
-    patches.append(mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False))
-    patches.append(mock.patch.object(torch.accelerator, "current_accelerator", lambda check_available=False: None))
+    patches.append(mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False))
+    patches.append(mock.patch.object(torch.accelerator, "current_accelerator", return_value=None))
     for place, name in (
         (apis, "vmap_impl"),
         (eager_transforms, "grad_impl"),

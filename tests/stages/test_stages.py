@@ -28,7 +28,7 @@ from utils.data.distilled_file import DistilledFile
 from utils.data.download import FROM_PYTORCH_OOD
 from utils.data.synthetic import SyntheticSet
 from utils.methods.distribution_matching import DistributionMatching
-from utils.methods.experts import ExpertBuffer, ExpertSettings, ExpertTraining, describe, open_expert_run
+from utils.methods.experts import ExpertBuffer, ExpertSettings, describe
 from utils.methods.gradient_matching import GradientMatching, GradientSettings
 from utils.methods.trajectory_matching import TrajectoryMatching, TrajectorySettings
 from utils.ood.generated import DRAWN
@@ -42,6 +42,7 @@ from utils.runs.progress import Progress
 from utils.runs.run_folder import RunFolder
 from utils.settings.arguments import Stage2Settings, command_of
 from utils.stages.evaluation import EvalSettings, Evaluator
+from utils.stages.expert_training import ExpertTraining, open_expert_run
 from utils.stages.stage2 import stage3_command
 from utils.training.saved_networks import is_checkpoint_epoch, load_trained
 from utils.training.trainer import Trainer, TrainSettings, accuracy_of, predict

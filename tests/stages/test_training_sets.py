@@ -24,7 +24,7 @@ from scripts import runner
 from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.distilled_file import DistilledFile
-from utils.data.parts import as_parts
+from utils.data.synthetic import as_parts
 from utils.exchange.assumptions import Assumptions
 from utils.exchange.convert import read_distilled
 from utils.exchange.readers import read_safetensors

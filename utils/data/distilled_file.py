@@ -22,8 +22,7 @@ from utils.core.files import save_pt
 from utils.core.torch_files import PLAIN_INTEGERS, PLAIN_TENSORS, read_pt
 from utils.data.datasets import RealData
 from utils.data.identity import class_order
-from utils.data.parts import check_factor
-from utils.data.synthetic import SyntheticSet, in_classes_of, is_probabilities
+from utils.data.synthetic import SyntheticSet, check_factor, in_classes_of, is_probabilities
 from utils.data.whitening import ZCA
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation, per channel

@@ -10,8 +10,7 @@ from utils.core.errors import UserError, blame
 from utils.core.torch_files import read_pt
 from utils.data.datasets import SPECS, RealData
 from utils.data.distilled_file import Statistics
-from utils.data.parts import check_factor, decode
-from utils.data.synthetic import SyntheticSet, in_classes_of
+from utils.data.synthetic import SyntheticSet, check_factor, decode, in_classes_of
 from utils.exchange.assumptions import Assumptions
 from utils.exchange.formats import SetFiles, find_files
 from utils.exchange.labels import training_labels

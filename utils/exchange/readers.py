@@ -16,7 +16,7 @@ from utils.core.pixels import in_full_range, unit_images
 from utils.core.torch_files import PLAIN_TENSORS, read_pt
 from utils.data.datasets import SPECS, RealData
 from utils.data.distilled_file import DistilledFile, Normalisation
-from utils.data.parts import check_factor
+from utils.data.synthetic import check_factor
 from utils.exchange.formats import MAX_NAMES, SetFiles
 
 

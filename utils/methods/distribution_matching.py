@@ -16,7 +16,7 @@ from utils.compute.compiling import Workload, batches
 from utils.compute.cpu_batches import BatchSplitter, in_parts
 from utils.core.rng import generator
 from utils.data.augment import apply_by_part, apply_by_slot, identity
-from utils.data.parts import decode_slots, on_stored
+from utils.data.synthetic import decode_slots, on_stored
 from utils.methods.learnable import IterationDraws, LearnableSet, SlotDraw, network_pool
 from utils.methods.method import MatchingSettings, MethodEntry, MethodInputs
 from utils.outliers.spread import push_apart

@@ -15,8 +15,7 @@ from utils.compute import distributed
 from utils.compute.compiling import Workload, batches
 from utils.core.rng import generator
 from utils.data.augment import identity
-from utils.data.parts import decode_slots, on_stored
-from utils.methods.distances import METRICS
+from utils.data.synthetic import decode_slots, on_stored
 from utils.methods.learnable import (
     IterationDraws,
     LearnableSet,
@@ -25,7 +24,7 @@ from utils.methods.learnable import (
     network_pool,
     training_between,
 )
-from utils.methods.matcher import Matcher
+from utils.methods.matcher import METRICS, Matcher
 from utils.methods.method import MatchingSettings, MethodEntry, MethodInputs
 from utils.outliers.spread import push_apart
 from utils.settings.fields import flag

@@ -19,8 +19,7 @@ from utils.core.errors import UserError, require
 from utils.core.rng import generator
 from utils.data.augment import DSA, Transform
 from utils.data.datasets import RealData
-from utils.data.parts import check_factor, encode
-from utils.data.synthetic import SyntheticSet
+from utils.data.synthetic import SyntheticSet, check_factor, encode
 from utils.methods.method import MatchingSettings, MethodInputs
 from utils.outliers.not_distilled import k_center_by_slot
 from utils.outliers.sources import OutlierBatch, OutlierSource, draw_repeated

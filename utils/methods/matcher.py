@@ -1,12 +1,10 @@
 """Gradients on a network's weights, differentiated once more by the images that they come from.
 
-`Matcher` serves gradient matching: the losses of all class slots, and their gradient on the synthetic images. The real
+`Matcher` gives the losses of all class slots, and their gradient on the synthetic images. The real
 gradients are computed slot by slot: batching them would turn the weight gradients into grouped convolutions, which are
 slower. The synthetic side uses `torch.func` for many slots together where that is faster. With `torch.func` alone it
 can also be compiled; a second backward pass by autograd could not be. The tests compare all ways with the loop of
 `scripts/textbook.py`.
-
-`StudentStep` serves trajectory matching: one training step of the student, and what its backward pass needs.
 """
 
 import warnings
@@ -19,7 +17,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, grad_and_value, vmap
 
-from networks import has_batchnorm
 from utils.compute import distributed
 from utils.compute.compiling import Compiled
 from utils.compute.cpu_batches import BatchSplitter
@@ -27,8 +24,6 @@ from utils.compute.device import Compute
 from utils.compute.transfer import send
 from utils.core.errors import UserError, one_line
 from utils.data.augment import apply_by_slot
-from utils.methods.distances import match_loss
-from utils.training.losses import joint_loss, joint_parts
 
 BATCHED_PIXELS_CPU = 5 * 32 * 32  # most pixels of one slot's synthetic images for which batching slots is faster
 CHUNK_IMAGES = 128  # synthetic images differentiated twice together, to bound the memory
@@ -235,61 +230,36 @@ def batching_is_faster(images: torch.Tensor) -> bool:
     return images.shape[1] * images.shape[3] * images.shape[4] <= BATCHED_PIXELS_CPU
 
 
-class StudentStep:
-    """Gradients of one step of a student, as functions of its parameters and images.
+EPSILON = 1e-6
+METRICS = ("ours", "mse", "cos")
 
-    On a CPU they may be means over equal parts of the batch. A network with BatchNorm takes the batch whole: its
-    statistics are those of the batch.
+
+def match_loss(
+    grads_syn: Sequence[torch.Tensor], grads_real: Sequence[torch.Tensor], metric: str = "ours"
+) -> torch.Tensor:
+    """Distance between two gradients of the same network.
+
+    Args:
+        grads_syn, grads_real: the gradients of all parameters, in parameter order.
+        metric: `ours`: over parameters of two or more dimensions, rows = output units,
+            `Σ_rows (1 - <a,b> / (|a||b| + 1e-6))` (DC, eq. 9 and appendix); `mse`: squared distance, and `cos`: one
+            minus the cosine, of the concatenation of all parameters.
+    Returns:
+        A scalar, differentiable in both.
+    Raises:
+        ValueError: for an unknown metric.
     """
-
-    def __init__(self, net: nn.Module, compute: Compute):
-        self.net = net
-        whole, fp32 = has_batchnorm(net), replace(compute, precision="fp32")
-        self.splitter = None if whole else BatchSplitter(net, compute.precision)
-        self.backward_splitter = None if whole else BatchSplitter(net)
-        self.part_gradient = compute.function(self._gradient)
-        self.part_backward = fp32.function(self._backward)
-
-    def gradient(self, images: torch.Tensor, labels: torch.Tensor, weight: float, params: Params) -> Params:
-        """The gradient of the joint loss with respect to `params`.
-
-        Args:
-            images: augmented images followed by outliers `[n, C, H, W]`.
-            labels: of the images. weight: of the outliers.
-        """
-        parts = joint_parts(images, labels, self.splitter)
-        return _mean([self.part_gradient(*part, weight, params) for part in parts])
-
-    def backward(
-        self, images: torch.Tensor, labels: torch.Tensor, weight: float, params: Params, v: Params
-    ) -> tuple[torch.Tensor, torch.Tensor, Params]:
-        """The value of `h = <gradient, v>`, and its gradients with respect to `images` and `params`."""
-        parts = joint_parts(images, labels, self.backward_splitter)
-        found = [self.part_backward(*part, weight, params, v) for part in parts]
-        products, on_images, on_params = zip(*found, strict=True)
-        if len(parts) == 1:
-            return products[0], on_images[0], on_params[0]
-        n = len(labels) // len(parts)  # a part's gradient: of its images, then of its outliers
-        on_all = torch.cat([g[:n] for g in on_images] + [g[n:] for g in on_images]) / len(parts)
-        return torch.stack(products).mean(), on_all, _mean(on_params)
-
-    def _gradient(self, images: torch.Tensor, labels: torch.Tensor, weight: float, params: Params) -> Params:
-        return grad(lambda p: joint_loss(functional_call(self.net, p, (images,)), labels, weight))(params)
-
-    def _backward(
-        self, images: torch.Tensor, labels: torch.Tensor, weight: float, params: Params, v: Params
-    ) -> tuple[torch.Tensor, torch.Tensor, Params]:
-        def product(x: torch.Tensor, p: Params) -> tuple[torch.Tensor, torch.Tensor]:
-            """`h`, to be differentiated, and its value."""
-            found = self._gradient(x, labels, weight, p)
-            h = sum((found[name] * v[name]).sum() for name in v)
-            return h, h.detach()
-
-        (on_images, on_params), h = grad(product, argnums=(0, 1), has_aux=True)(images, params)
-        return h, on_images, on_params
+    if metric == "ours":
+        terms = [_row_distance(a, b) for a, b in zip(grads_syn, grads_real, strict=True) if a.ndim > 1]
+        return torch.stack(terms).sum()
+    a, b = (torch.cat([g.flatten() for g in grads]) for grads in (grads_syn, grads_real))
+    if metric == "mse":
+        return (a - b).square().sum()
+    if metric == "cos":
+        return 1 - (a * b).sum() / (a.norm() * b.norm() + EPSILON)
+    raise ValueError(f"unknown metric {metric!r}")
 
 
-def _mean(found: Sequence[Params]) -> Params:
-    if len(found) == 1:
-        return found[0]
-    return {name: torch.stack([params[name] for params in found]).mean(0) for name in found[0]}
+def _row_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    a, b = a.flatten(1), b.flatten(1)
+    return (1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + EPSILON)).sum()

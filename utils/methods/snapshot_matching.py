@@ -17,7 +17,7 @@ from utils.compute.transfer import send, send_draws
 from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.augment import identity
-from utils.data.parts import decode_slots, on_stored
+from utils.data.synthetic import decode_slots, on_stored
 from utils.methods.distribution_matching import CHUNK_IMAGES, FeatureMatching
 from utils.methods.experts import ExpertBuffer, OnExperts, experts_of, without_running_statistics
 from utils.methods.method import MethodEntry, MethodInputs

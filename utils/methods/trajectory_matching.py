@@ -14,25 +14,31 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
+from torch.func import functional_call, grad
 
+from networks import has_batchnorm
 from utils.compute import distributed
 from utils.compute.compiling import Workload
+from utils.compute.cpu_batches import BatchSplitter
+from utils.compute.device import Compute
 from utils.compute.transfer import Draw, send_draws
 from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.augment import identity
-from utils.data.parts import decode_slots, on_stored
-from utils.data.synthetic import SyntheticSet
+from utils.data.synthetic import SyntheticSet, decode_slots, on_stored
 from utils.methods.experts import ExpertBuffer, OnExperts, experts_of, without_running_statistics
 from utils.methods.learnable import LearnableSet
-from utils.methods.matcher import StudentStep
 from utils.methods.method import MethodEntry, MethodInputs
 from utils.settings.fields import flag
 from utils.settings.parser import count, number
+from utils.training.losses import joint_loss, joint_parts
 from utils.training.trainer import load_optimizer
 
 LR_TEACHER = 0.01
 SMALLEST_LR = 1e-6  # lower bound of the student's learning rate
+
+Params = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,66 @@ class StudentBatch(Draw):
 
     index: torch.Tensor
     transform: Draw | None
+
+
+class StudentStep:
+    """Gradients of one step of a student, as functions of its parameters and images.
+
+    On a CPU they may be means over equal parts of the batch. A network with BatchNorm takes the batch whole: its
+    statistics are those of the batch.
+    """
+
+    def __init__(self, net: nn.Module, compute: Compute):
+        self.net = net
+        whole, fp32 = has_batchnorm(net), replace(compute, precision="fp32")
+        self.splitter = None if whole else BatchSplitter(net, compute.precision)
+        self.backward_splitter = None if whole else BatchSplitter(net)
+        self.part_gradient = compute.function(self._gradient)
+        self.part_backward = fp32.function(self._backward)
+
+    def gradient(self, images: torch.Tensor, labels: torch.Tensor, weight: float, params: Params) -> Params:
+        """The gradient of the joint loss with respect to `params`.
+
+        Args:
+            images: augmented images followed by outliers `[n, C, H, W]`.
+            labels: of the images. weight: of the outliers.
+        """
+        parts = joint_parts(images, labels, self.splitter)
+        return _mean([self.part_gradient(*part, weight, params) for part in parts])
+
+    def backward(
+        self, images: torch.Tensor, labels: torch.Tensor, weight: float, params: Params, v: Params
+    ) -> tuple[torch.Tensor, torch.Tensor, Params]:
+        """The value of `h = <gradient, v>`, and its gradients with respect to `images` and `params`."""
+        parts = joint_parts(images, labels, self.backward_splitter)
+        found = [self.part_backward(*part, weight, params, v) for part in parts]
+        products, on_images, on_params = zip(*found, strict=True)
+        if len(parts) == 1:
+            return products[0], on_images[0], on_params[0]
+        n = len(labels) // len(parts)  # a part's gradient: of its images, then of its outliers
+        on_all = torch.cat([g[:n] for g in on_images] + [g[n:] for g in on_images]) / len(parts)
+        return torch.stack(products).mean(), on_all, _mean(on_params)
+
+    def _gradient(self, images: torch.Tensor, labels: torch.Tensor, weight: float, params: Params) -> Params:
+        return grad(lambda p: joint_loss(functional_call(self.net, p, (images,)), labels, weight))(params)
+
+    def _backward(
+        self, images: torch.Tensor, labels: torch.Tensor, weight: float, params: Params, v: Params
+    ) -> tuple[torch.Tensor, torch.Tensor, Params]:
+        def product(x: torch.Tensor, p: Params) -> tuple[torch.Tensor, torch.Tensor]:
+            """`h`, to be differentiated, and its value."""
+            found = self._gradient(x, labels, weight, p)
+            h = sum((found[name] * v[name]).sum() for name in v)
+            return h, h.detach()
+
+        (on_images, on_params), h = grad(product, argnums=(0, 1), has_aux=True)(images, params)
+        return h, on_images, on_params
+
+
+def _mean(found: Sequence[Params]) -> Params:
+    if len(found) == 1:
+        return found[0]
+    return {name: torch.stack([params[name] for params in found]).mean(0) for name in found[0]}
 
 
 class TrajectoryMatching(LearnableSet):

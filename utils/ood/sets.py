@@ -254,6 +254,7 @@ class OODSource:
             return OODSet(name, source, len(chosen), lambda: self.prepare(chosen))
 
         def load() -> torch.Tensor:
+            """The chosen images, converted one by one and normalised."""
             arrays = (np.array(images[index][0].convert("RGB")) for index in indices.tolist())
             pictures = (torch.from_numpy(array).permute(2, 0, 1)[None] for array in arrays)
             parts = [conform(picture, self.real.channel, self.real.im_size) for picture in pictures]

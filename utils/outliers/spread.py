@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.compute import distributed
-from utils.data.parts import decode_slots
+from utils.data.synthetic import decode_slots
 
 SHARPNESS = 2.0  # t of the uniformity loss, as published
 

@@ -17,22 +17,22 @@ from utils.methods.method import MethodEntry
 from utils.outliers.corruptions import DEFAULT_CORRUPTIONS
 from utils.runs.resume import Checkpoints
 from utils.settings.common import (
-    Batches,
+    Corrupted,
     Data,
-    Determinism,
     Images,
     Network,
+    OutlierTraining,
     Parts,
+    Pool,
     Reads,
     Speed,
     Training,
-    TrainingProtocol,
+    TrainsNetworks,
     Writes,
 )
 from utils.settings.distillation import Distilling
 from utils.settings.fields import Need, Settings, as_words, flag, flags_of, with_default, with_shown_default
 from utils.settings.ood_test import OODSets, Scores, Test
-from utils.settings.outliers import Corrupted, OutlierTraining, Pool
 from utils.settings.parser import one_of
 from utils.settings.reading import SettingsParser
 from utils.settings.training_set import (
@@ -119,15 +119,7 @@ class Stage1SettingsPOE(Stage1Settings):
 @dataclass(frozen=True)
 class Stage2Settings(
     MethodChoice,
-    Data,
-    Network,
-    Images,
-    Parts,
-    TrainingProtocol,
-    Training,
-    Batches,
-    Speed,
-    Determinism,
+    TrainsNetworks,
     Reads,
     Writes,
     Experiment,
@@ -303,11 +295,12 @@ def _load_method_file(parser: SettingsParser, arguments: list[str]) -> None:
         parser.extend(entry.settings)
 
 
-def carried(source: Settings, target: type[Settings], *names: str, **more: Any) -> Settings:
-    """Settings of the next stage: what names the run, and those of `names` that are not at the defaults of `source`."""
+def carried(source: Settings, target: type[Settings], *groups: type[Settings], **more: Any) -> Settings:
+    """Settings of the next stage: what names the run, and what of the data, the network and `groups` was changed."""
     usual = source.defaults()
-    common = ("data_path", "im_size", "pixel_max", "zca", "seed", "device", "compile", *names)
-    kept = {name: getattr(source, name) for name in common if getattr(source, name) != usual[name]}
+    known = {f.name for f in flags_of(target)} - {"download"}
+    names = {f.name for group in (Data, Network, *groups) for f in flags_of(group)} & known | {"compile"}
+    kept = {name: getattr(source, name) for name in names if getattr(source, name) != usual[name]}
     named = {name: getattr(source, name) for name in ("method", "method_file", "dataset", "model", "ipc")}
     return target(**named | kept | more)
 

@@ -8,19 +8,19 @@ from utils.outliers.sources import OutlierSource, PseudoOutliers, load_outlier_p
 from utils.runs.resume import Checkpoints
 from utils.settings.common import (
     Batches,
+    Corrupted,
     Data,
     Determinism,
-    Images,
+    DistilledOutliers,
     Network,
-    Parts,
+    OutlierBatches,
+    OutlierTraining,
+    Pool,
     Speed,
-    Training,
-    TrainingProtocol,
+    TrainsNetworks,
     Writes,
 )
-from utils.settings.experts import ExpertSettings
 from utils.settings.fields import Need, Settings, flag
-from utils.settings.outliers import Corrupted, DistilledOutliers, OutlierBatches, OutlierTraining, Pool
 from utils.settings.parser import count, number, one_of
 
 OOD_PATH = "data/ood"
@@ -87,15 +87,7 @@ class Distillation(Settings):
 
 @dataclass(frozen=True)
 class Distilling(
-    Data,
-    Network,
-    Images,
-    Parts,
-    TrainingProtocol,
-    Training,
-    Batches,
-    Speed,
-    Determinism,
+    TrainsNetworks,
     Distillation,
     Writes,
     OutlierBatches,
@@ -121,6 +113,71 @@ class Distilling(
     def decoded_ipc(self) -> int:
         """Images per class that networks see."""
         return self.ipc * self.factor**2
+
+
+KINDS = ("none", "oe", "poe")
+NEED = "--outliers {outliers} does not use it; give --outliers "
+
+
+@dataclass(frozen=True)
+class Buffers(Settings):
+    """Experts on disk."""
+
+    buffer_path: str = flag(
+        "buffers", "folder of the trajectories of experts that train_experts.py writes", often=True, may_change=True
+    )
+
+
+@dataclass(frozen=True)
+class Experts(Settings):
+    """Experts."""
+
+    num_experts: int = flag(
+        100, "how many networks to train; the paper used 100, fewer work, too", count(1), often=True
+    )
+    train_epochs: int = flag(
+        50, "epochs of each; at least --max_start_epoch + --expert_epochs - 1", count(1), often=True
+    )
+    lr_teacher: float = flag(0.01, "learning rate", number(0, exclusive=True), often=True)
+    mom: float = flag(0.0, "momentum", number(0), often=True)
+    l2: float = flag(0.0, "weight decay", number(0))
+    decay: bool = flag(False, "multiply the learning rate by 0.1 after epoch train_epochs // 2 + 1")
+    outliers: str = flag(
+        "none",
+        "train on outliers, too: oe for main_oe.py, poe for main_poe.py",
+        one_of("kind of outliers", KINDS),
+        names=KINDS,
+        often=True,
+    )
+
+
+@dataclass(frozen=True)
+class ExpertSettings(
+    Data, Network, Experts, Batches, Buffers, Speed, Determinism, OutlierBatches, OutlierTraining, Pool, Corrupted
+):
+    """How experts are trained."""
+
+    NEEDS: ClassVar = {
+        OutlierBatches: (Need(lambda s: s.outliers != "none", NEED + "oe or poe"),),
+        OutlierTraining: (Need(lambda s: s.outliers != "none", NEED + "oe or poe"),),
+        Pool: (Need(lambda s: s.outliers == "oe", NEED + "oe"),),
+        Corrupted: (Need(lambda s: s.outliers == "poe", NEED + "poe"),),
+    }
+
+    def about(self) -> dict:
+        """Plain values for `experts.json`; they must be the same in all runs that train experts in one folder."""
+        return {
+            "epochs": self.train_epochs,
+            "lr": self.lr_teacher,
+            "momentum": self.mom,
+            "weight_decay": self.l2,
+            "decay": self.decay,
+            "batch": self.batch,
+            "batch_oe": self.batch_oe,
+            "lambda_oe": self.lambda_oe,
+            "seed": self.seed,
+            "augmentation": None if self.dsa_strategy is None else self.dsa_strategy.split("_"),
+        }
 
 
 def source_of(s: Distilling | ExpertSettings, real: RealData) -> OutlierSource | None:

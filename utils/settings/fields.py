@@ -72,6 +72,7 @@ def groups_of(settings: type) -> dict[type, list[Field]]:
     found: dict[type, list[Field]] = {}
 
     def visit(cls: type) -> None:
+        """Add the flags of a class after those of its bases."""
         for base in cls.__bases__:
             visit(base)
         if cls in found or not is_dataclass(cls):

@@ -48,9 +48,9 @@ class Parser(argparse.ArgumentParser):
             formatter.end_section()
         return formatter.format_help()
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
+    def parse_known_args(self, words: Sequence[str] | None = None, namespace=None):
         """Like argparse, with `_` for `-` in flag names."""
-        return super().parse_known_args(self.underscored(sys.argv[1:] if args is None else args), namespace)
+        return super().parse_known_args(self.underscored(sys.argv[1:] if words is None else words), namespace)
 
     def underscored(self, arguments: Sequence[str]) -> list[str]:
         """The words with `_` for `-` in the names of flags."""

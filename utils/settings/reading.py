@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import Field, make_dataclass
+from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,7 @@ class SettingsParser(Parser):
         self.hidden = {
             n for n, needs in needs_of(settings).items() if any(e.of_script and not e.holds(usual) for e in needs)
         }
-        for group, own in groups_of(settings).items():
-            self._add_group(group, own)
+        self._add_flags(settings, known=set())
         self.add_argument(
             "--config",
             default=argparse.SUPPRESS,
@@ -50,25 +49,25 @@ class SettingsParser(Parser):
             "it",
         )
 
-    def _add_group(self, group: type, own: list[Field]) -> None:
-        target = self.add_argument_group(group.__doc__.split(".")[0].lower())
-        for action in add_group(target, own, default=argparse.SUPPRESS):
-            if action.dest in self.hidden:
-                action.help = argparse.SUPPRESS
-            elif self.settings.__dataclass_fields__[action.dest].metadata.get("often"):
-                self.often.add(action.dest)
+    def _add_flags(self, settings: type[Settings], known: set[str]) -> None:
+        """Add the flags of a settings class in groups, without those that are known."""
+        for group, own in groups_of(settings).items():
+            if new := [f for f in own if f.name not in known]:
+                target = self.add_argument_group(group.__doc__.split(".")[0].lower())
+                for f, action in zip(new, add_group(target, new, default=argparse.SUPPRESS), strict=True):
+                    if f.name in self.hidden:
+                        action.help = argparse.SUPPRESS
+                    elif f.metadata.get("often"):
+                        self.often.add(f.name)
 
     def extend(self, group: type[Settings]) -> None:
         """Add the flags that a group has and the settings lack."""
-        known = {f.name for f in flags_of(self.settings)}
-        for cls, own in groups_of(group).items():
-            if new := [f for f in own if f.name not in known]:
-                add_group(self.add_argument_group(cls.__doc__.split(".")[0].lower()), new, default=argparse.SUPPRESS)
+        self._add_flags(group, known={f.name for f in flags_of(self.settings)})
         self.settings = make_dataclass(self.settings.__name__, [], bases=(self.settings, group), frozen=True)
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
+    def parse_known_args(self, words: Sequence[str] | None = None, namespace=None):
         """Like argparse, but the result is an object of the settings class."""
-        arguments = self.underscored(sys.argv[1:] if args is None else args)
+        arguments = self.underscored(sys.argv[1:] if words is None else words)
         if self.prepare is not None:
             self.prepare(self, arguments)
         _read_config(self, arguments)
@@ -80,7 +79,7 @@ class SettingsParser(Parser):
         return self._values(super().parse_known_args(list(arguments))[0])
 
     def _values(self, namespace: argparse.Namespace) -> dict[str, Any]:
-        given = {n: tuple(v) if isinstance(v, list) else v for n, v in vars(namespace).items() if n not in ("config",)}
+        given = {n: tuple(v) if isinstance(v, list) else v for n, v in vars(namespace).items() if n != "config"}
         return {name: value for name, value in given.items() if value is not None}
 
     def _made(self, given: dict[str, Any]) -> Settings:

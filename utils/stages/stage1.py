@@ -26,7 +26,7 @@ from utils.runs.resume import check_inputs
 from utils.runs.run_folder import RunFolder
 from utils.runs.tensorboard import TensorBoardWriter, require_tensorboard
 from utils.settings.arguments import Stage1Settings, Stage2Settings, Stage2SettingsNoOE, carried, command_of
-from utils.settings.common import read_data
+from utils.settings.common import Batches, Determinism, OutlierTraining, Speed, Training, TrainingProtocol, read_data
 from utils.settings.distillation import source_of
 from utils.settings.fields import as_dict
 from utils.stages.evaluation import EvalSettings, Evaluator, evaluation_models, training_of
@@ -76,10 +76,9 @@ def stage2_command(s: Stage1Settings, folder: Path) -> str | None:
         return None
     plain = s.outliers == "none"
     script = "train_model_synthetic_no_oe.py" if plain else "train_model_synthetic_oe.py"
-    own = ("num_eval", "epoch_eval_train", "lr_net", "batch_train", "dsa_strategy", "precision", "lambda_oe")
-    own += ("protocol", "optimizer", "schedule", "mix")
     where = {"is_load_oe": not plain, "load_path": root, "folder": folder.name}
-    return command_of(script, carried(s, Stage2SettingsNoOE if plain else Stage2Settings, *own, **where))
+    groups = (TrainingProtocol, Training, Batches, Speed, Determinism, OutlierTraining)
+    return command_of(script, carried(s, Stage2SettingsNoOE if plain else Stage2Settings, *groups, **where))
 
 
 def _evaluation_models(eval_mode: str, model: str, real: RealData) -> list[str]:

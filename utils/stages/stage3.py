@@ -57,13 +57,12 @@ def run_stage3(settings: Stage3Settings) -> Results:
     sets, missing = _find_sets(source, s.ood_sets, s.skip_missing, s.validate)
     fit = _fit_set(s.fit_on, folder, real, trained_on) if need_fitting(scores) else None
     batch = min(s.batch_test, len(real.images_test))  # no set is larger than the test set, nor need a batch be
+    sizes = [len(real.images_test), *[limit] * len(sets), 0 if fit is None else len(fit.labels)]
     with rank_errors():
         nets = _load_networks(folder, s.model, real, s.num_exp, which)
         example = next(iter(nets.values())) if nets else load_trained(folder, s.model, real, 0, which).cpu()
-        sizes = [len(real.images_test), *[limit] * len(sets), 0 if fit is None else len(fit.labels)]
-        work = stage3_workload(len(nets), sizes, batch)
-        shape = (real.channel, *real.im_size)
-        compute = choose_compute(s.compile, s.precision, real.device, example, shape, work)
+        work, shape = stage3_workload(len(nets), sizes, batch), (real.channel, *real.im_size)
+        compute = choose_compute(s.compile, s.precision, device, example, shape, work)
         embed = compute.embedding(example, batch)
         scorers = {index: Scorer(net, scores, s.T, deviation(real), embed) for index, net in nets.items()}
         for scorer in scorers.values():
@@ -84,12 +83,16 @@ def run_stage3(settings: Stage3Settings) -> Results:
     results, measured = results_of(networks)
     results.missing = list(missing)
     if run.is_main:
-        counts = {ood.name: {"kind": ood.kind, "images": ood.count, "source": ood.source} for ood in sets}
-        about = {"networks": str(folder), "training": training, "ood_sets": counts, "flags": as_dict(s)}
-        _write_report(results, scores, run, about | {"checkpoints": which})
+        about = {"networks": str(folder), "checkpoints": which, "training": training, "ood_sets": _about_sets(sets)}
+        _write_report(results, scores, run, about | {"flags": as_dict(s)})
         _draw_plots(run, measured, folder)
     run.finish()
     return results
+
+
+def _about_sets(sets: Sequence[OODSet]) -> dict[str, dict]:
+    """What `results.json` says of each OOD set, by name."""
+    return {ood.name: {"kind": ood.kind, "images": ood.count, "source": ood.source} for ood in sets}
 
 
 def _about_fitting(fit: FitSet | None, scores: Sequence[str], given: str | None) -> list[str]:

@@ -10,8 +10,7 @@ from utils.compute import distributed
 from utils.core.errors import UserError
 from utils.data.datasets import RealData
 from utils.data.distilled_file import DistilledFile
-from utils.data.parts import as_parts, check_factor
-from utils.data.synthetic import SyntheticSet
+from utils.data.synthetic import SyntheticSet, as_parts, check_factor
 from utils.exchange.convert import read_distilled
 from utils.outliers.not_distilled import corrupted, with_corrupted_again, with_fresh, with_initial, with_k_center
 from utils.outliers.sources import OutlierSource, PseudoOutliers, load_outlier_pool

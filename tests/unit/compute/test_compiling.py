@@ -32,7 +32,7 @@ from utils.data.synthetic import SyntheticSet
 from utils.methods import METHODS, MethodInputs
 from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.gradient_matching import GradientMatching, GradientSettings, image_passes
-from utils.methods.matcher import StudentStep
+from utils.methods.trajectory_matching import StudentStep
 from utils.ood.scorer import Scorer
 from utils.outliers.sources import PseudoOutliers
 from utils.stages import stage2

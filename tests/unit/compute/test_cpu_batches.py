@@ -9,7 +9,8 @@ from utils.compute.cpu_batches import BatchSplitter, convolution_outputs, equal_
 from utils.compute.device import Compute
 from utils.core.rng import generator
 from utils.data.synthetic import SyntheticSet
-from utils.methods.matcher import Matcher, StudentStep
+from utils.methods.matcher import Matcher
+from utils.methods.trajectory_matching import StudentStep
 from utils.training.trainer import Trainer, TrainSettings
 
 

@@ -12,8 +12,7 @@ from networks import get_network, initialize
 from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.distilled_file import DistilledFile
-from utils.data.parts import as_parts, check_factor, decode, decode_slots, encode, on_stored
-from utils.data.synthetic import SyntheticSet
+from utils.data.synthetic import SyntheticSet, as_parts, check_factor, decode, decode_slots, encode, on_stored
 from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.gradient_matching import GradientMatching, GradientSettings
 from utils.methods.trajectory_matching import TrajectoryMatching, TrajectorySettings

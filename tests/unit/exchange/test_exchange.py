@@ -15,8 +15,7 @@ from PIL import Image
 from utils.core.errors import UserError
 from utils.data.datasets import SPECS, RealData
 from utils.data.distilled_file import DistilledFile
-from utils.data.parts import decode
-from utils.data.synthetic import SyntheticSet
+from utils.data.synthetic import SyntheticSet, decode
 from utils.exchange import formats
 from utils.exchange.assumptions import Assumptions
 from utils.exchange.convert import read_distilled

@@ -1,0 +1,217 @@
+"""Before stage 1 with experts: train networks on the real set and keep their parameters after every epoch."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from networks import initialize
+from utils.compute import distributed
+from utils.compute.compiling import Workload, batches
+from utils.compute.device import Compute, choose_compute, choose_device
+from utils.compute.transfer import send_draws
+from utils.core.errors import UserError, one_line, rank_errors
+from utils.core.files import save_pt, save_text
+from utils.core.rng import generator
+from utils.core.torch_files import read_pt
+from utils.data.augment import identity
+from utils.data.datasets import RealData
+from utils.methods.experts import ABOUT, Params, check_about, describe, expert_folder
+from utils.outliers.sources import OutlierSource
+from utils.runs import signals
+from utils.runs.run_folder import RunFolder
+from utils.settings.common import read_data
+from utils.settings.distillation import ExpertSettings, source_of
+from utils.training.trainer import TEST_BATCH, Trainer, TrainSettings, accuracy_of
+
+
+def run_experts(settings: ExpertSettings) -> None:
+    """Everything that `train_experts.py` does after parsing: train the experts that are missing in their folder."""
+    s = settings
+    device = choose_device(s.device, s.deterministic)
+    real = read_data(s).to(device)
+    outliers = source_of(s, real)
+    net = real.network(s.model, generator(s.seed))
+    shape = (real.channel, *real.im_size)
+    compute = choose_compute(s.compile, s.precision, device, net, shape, experts_workload(s, real))
+    about = describe(real, s.model, outliers, s.lambda_oe) | {"training": s.about()}
+    folder = expert_folder(s.buffer_path, real, s.model)
+    done = f"{s.num_experts} experts of {s.train_epochs} epochs: {folder}"
+    if all_trained(folder, about, s.num_experts):
+        if distributed.is_main():
+            print(f"{done}, trained before")
+        return
+    run = open_expert_run(folder, about)
+    for line in (f"experts: {run.path}", *real.lines()):
+        run.log(line)
+    run.log(f"computing: {compute}")
+    ExpertTraining(net.to(device), real, outliers, s, compute, run).train_all()
+    run.log(done)
+
+
+def experts_workload(s: ExpertSettings, real: RealData) -> Workload:
+    """The work of this process, as if no expert had been trained before; each epoch ends in a test."""
+    train, test = len(real.images_train), len(real.images_test)
+    epochs = len(distributed.own_share(s.num_experts)) * s.train_epochs
+    images = train * (1 if s.outliers == "none" else 1 + s.batch_oe / s.batch)
+    steps = epochs * (batches(train, s.batch) + batches(test, TEST_BATCH))
+    return Workload(epochs * (images + test / 2), steps, "training")
+
+
+class ExpertTraining:
+    """Trains experts on the real set and, if there is a source of outliers, on outliers.
+
+    Under `torchrun` each process trains some. Every epoch is kept in its own file until the trajectory is complete, so
+    a killed training can be resumed.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        real: RealData,
+        outliers: OutlierSource | None,
+        settings: ExpertSettings,
+        compute: Compute,
+        run: RunFolder,
+    ):
+        s = settings
+        self.net, self.real, self.outliers, self.settings, self.run = net, real, outliers, s, run
+        training = TrainSettings(s.train_epochs, s.lr_teacher, s.batch, s.lambda_oe, s.augmentation, s.mom, s.l2)
+        self.trainer = Trainer(net, training, compute)
+
+    def train_all(self) -> None:
+        """Train the experts that are missing.
+
+        Raises:
+            Interrupted: after a signal; completed epochs are kept.
+            UserError: when a training diverges.
+        """
+        with rank_errors(), signals.catch():
+            for index in distributed.own_share(self.settings.num_experts):
+                self._train(index, self.run.path / f"replay_buffer_{index}.pt")
+                signals.check()
+            distributed.barrier()
+
+    def _train(self, index: int, path: Path) -> None:
+        s, folder = self.settings, self.run.path / f"unfinished_expert_{index}"
+        if path.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed before it removed this
+            return
+        folder.mkdir(exist_ok=True)
+        done = self._restore(index, folder)
+        with self.run.progress(s.train_epochs, f"expert {index}", start=done, every=1) as progress:
+            for epoch in range(done, s.train_epochs):
+                with signals.interruptible():
+                    loss = self._epoch(index, epoch)
+                    accuracy = accuracy_of(self.trainer.predict(self.real.test_images), self.real.labels_test)
+                if not all(torch.isfinite(t).all() for t in (loss, *self.net.parameters())):
+                    raise UserError(
+                        f"--lr_teacher {s.lr_teacher:g}: expert {index} diverged in epoch {epoch}; lower it, and "
+                        f"delete {self.run.path} or give another --buffer_path"
+                    )
+                save_pt(folder / f"epoch_{epoch + 1}.pt", self.trainer.state_dict())
+                progress.step(loss=loss, accuracy=accuracy)
+                signals.check()
+        states = [read_pt(folder / f"epoch_{e}.pt", "unfinished expert") for e in range(s.train_epochs + 1)]
+        save_pt(path, [[self._parameters(state["net"]) for state in states]])
+        shutil.rmtree(folder)
+        what = (
+            f"test accuracy {100 * accuracy:.2f} %" if done < s.train_epochs else f"its epochs are collected in {path}"
+        )
+        self.run.log_own(f"expert {index}: {what}")
+
+    def _parameters(self, state: dict) -> Params:
+        return [state[name].detach().cpu().float().clone() for name, _ in self.net.named_parameters()]
+
+    def _restore(self, index: int, folder: Path) -> int:
+        """Continue after the newest epoch in `folder`, or start; returns how many epochs are done."""
+        done = 0
+        while (folder / f"epoch_{done + 1}.pt").exists():
+            done += 1
+        if done and (folder / "epoch_0.pt").exists():
+            try:
+                self.trainer.load_state_dict(read_pt(folder / f"epoch_{done}.pt", "unfinished expert"))
+            except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+                raise UserError(f"--buffer_path: cannot continue {folder}: {one_line(error)}. Delete it") from None
+            return done
+        initialize(self.net, generator(self.settings.seed, "expert", index))
+        self.trainer.restart(self.settings.lr_teacher)
+        save_pt(folder / "epoch_0.pt", self.trainer.state_dict())
+        return 0
+
+    def _set_lr(self, epoch: int) -> None:
+        s = self.settings
+        for group in self.trainer.optimizer.param_groups:
+            group["lr"] = s.lr_teacher * (0.1 if s.decay and epoch > s.train_epochs // 2 else 1.0)
+
+    def _epoch(self, index: int, epoch: int) -> torch.Tensor:
+        """Train one epoch on the real set; returns the mean batch loss."""
+        s, real = self.settings, self.real
+        g = generator(s.seed, "expert", index, "epoch", epoch)
+        self._set_lr(epoch)
+        self.net.train()
+        losses = []
+        for part in torch.randperm(len(real.images_train), generator=g).split(s.batch):
+            images = self._augmented(real.train_batch(part), g)
+            if self.outliers is not None:
+                images = torch.cat([images, self._augmented(self._outlier_batch(g), g)])
+            losses.append(self.trainer.step(images, real.labels_train[part.to(real.device)]))
+        return torch.stack(losses).mean()
+
+    def _augmented(self, images: torch.Tensor, g: torch.Generator) -> torch.Tensor:
+        augmentation = self.settings.augmentation
+        transform = identity if augmentation is None else augmentation.draw(len(images), self.real.im_size, g)
+        return (transform if augmentation is None else send_draws(transform, images.device))(images)
+
+    def _outlier_batch(self, g: torch.Generator) -> torch.Tensor:
+        """`batch_oe` outliers, as evenly over the slots as possible."""
+        slots, n = self.real.num_classes, self.settings.batch_oe
+        first = int(torch.randint(slots, (1,), generator=g))  # the first slot to get one of the rest, `n % slots`
+        counts = [n // slots + ((slot - first) % slots < n % slots) for slot in range(slots)]
+        drawn = [self.outliers.choose(slot, count, g) for slot, count in enumerate(counts) if count]
+        return torch.cat([self.outliers.batch(d) for d in send_draws(drawn, self.real.device)])
+
+
+def all_trained(folder: Path, about: dict, num_experts: int) -> bool:
+    """Whether the folder has all experts, of the kind `about`, so that none must be trained and no lock is needed.
+
+    Raises:
+        UserError: when it holds experts of another kind, finished or begun.
+    """
+    if not _is_begun(folder):
+        return False
+    complete = all((folder / f"replay_buffer_{index}.pt").is_file() for index in range(num_experts))
+    return check_about(folder, about, "--buffer_path") and complete and not any(folder.glob("unfinished_expert_*"))
+
+
+def open_expert_run(folder: Path, about: dict) -> RunFolder:
+    """Open the folder of an expert training: a new one, or one with experts of the same kind.
+
+    Raises:
+        UserError: when it cannot be made, or has experts of another or unknown kind.
+    """
+    if distributed.is_main():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--buffer_path: cannot make {folder}: {error}") from None
+    distributed.barrier()
+    _check_kind(folder, about)
+    run = RunFolder(folder)
+    if run.is_main:
+        _check_kind(folder, about)  # what was there before the lock may have grown
+        save_text(folder / ABOUT, json.dumps(about, indent=1) + "\n")
+    return run
+
+
+def _is_begun(folder: Path) -> bool:
+    """Whether a folder has an expert, or an epoch of one."""
+    return any(folder.glob("replay_buffer_*.pt")) or any(folder.glob("unfinished_expert_*/epoch_1.pt"))
+
+
+def _check_kind(folder: Path, about: dict) -> None:
+    """Raise a `UserError` if what has begun in a folder is not known to be of the kind `about`."""
+    if _is_begun(folder) and not check_about(folder, about, "--buffer_path"):
+        raise UserError(f"--buffer_path: {folder} has experts without {ABOUT}, made elsewhere; give another folder")
