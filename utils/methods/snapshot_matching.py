@@ -195,7 +195,7 @@ def _workload(inputs: MethodInputs) -> Workload:
 
 TGDD_ENTRY = MethodEntry(
     "TGDD",
-    "DM on snapshots of experts",
+    "DM on experts (train_experts.py)",
     _build,
     _workload,
     SnapshotSettings,

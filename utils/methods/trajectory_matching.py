@@ -302,7 +302,7 @@ def _workload(inputs: MethodInputs) -> Workload:
 
 MTT_ENTRY = MethodEntry(
     "MTT",
-    "matching of trajectories of experts (train_experts.py)",
+    "trajectory matching on experts",
     _build,
     _workload,
     TrajectorySettings,
