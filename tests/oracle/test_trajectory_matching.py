@@ -31,6 +31,7 @@ from utils.methods.trajectory_matching import SMALLEST_LR, TrajectoryMatching, T
 from utils.outliers.sources import PseudoOutliers
 from utils.runs import signals
 from utils.settings.distillation import ExpertSettings
+from utils.stages import expert_training
 from utils.stages.expert_training import ExpertTraining, open_expert_run
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))
@@ -517,8 +518,8 @@ def test_experts_that_are_there_need_no_lock(in_process, refused, monkeypatch):
     """So several seeds of a table can run at once with the same experts."""
     in_process("train_experts.py", *TEACH)
     opened = []
-    original = train_experts.open_expert_run
-    monkeypatch.setattr(train_experts, "open_expert_run", lambda *args: opened.append(args) or original(*args))
+    original = expert_training.open_expert_run
+    monkeypatch.setattr(expert_training, "open_expert_run", lambda *args: opened.append(args) or original(*args))
     assert "trained before" in in_process("train_experts.py", *TEACH)
     assert not opened
     error = refused("train_experts.py", *TEACH, "--lr_teacher", 0.5)
