@@ -5,7 +5,7 @@ features comes closer to that of real images of the class; outliers likewise, sl
 derivatives and no network training, so it costs little more than a forward pass of the real images.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -28,7 +28,11 @@ class FeatureMatching(LearnableSet):
     """Synthetic images whose features on a network are matched to those of real ones, slot by slot.
 
     A method says which network an iteration takes (`load_network`), and may add losses and another distance.
+
+    `GRADIENT_IN_BF16`: whether `--precision bf16` holds for the gradient of the synthetic images, too.
     """
+
+    GRADIENT_IN_BF16 = False
 
     def __init__(self, inputs: MethodInputs):
         super().__init__(inputs)
@@ -37,7 +41,9 @@ class FeatureMatching(LearnableSet):
         self.splitter = BatchSplitter(self.net, compute.precision)
         self.has_batchnorm = has_batchnorm(self.net)
         self.embed_real = compute.function(lambda images: self.net.embed(images))
-        self.embed_synthetic = replace(compute, precision="fp32").function(lambda images: self.net.embed(images))
+        of_gradient = compute if self.GRADIENT_IN_BF16 else replace(compute, precision="fp32")
+        self.embed_synthetic = of_gradient.function(lambda images: self.net.embed(images))
+        self.gradient_splitter = BatchSplitter(self.net, of_gradient.precision)
         # BatchNorm needs the images of all classes in one pass, so each process then works on all slots
         self.draws = IterationDraws(inputs, has_batchnorm=False, all_slots=self.has_batchnorm)
 
@@ -80,9 +86,7 @@ class FeatureMatching(LearnableSet):
         slots = list(drawn)
         features = self._real_features(dict(zip(slots, batches, strict=True)), transforms) if slots else {}
         targets = {slot: self.target(of_slot) for slot, of_slot in features.items()}
-        size = len(slots) if self.has_batchnorm else max(1, CHUNK_IMAGES // ipc)
-        for first in range(0, len(slots), max(1, size)):
-            chunk = slots[first : first + size]
+        for chunk in self._chunks(slots, decoded):
             some = decoded[chunk].requires_grad_()
             augmented = apply_by_slot(some, [transforms[slot] for slot in chunk]).flatten(0, 1)
             found = self.embed_synthetic(augmented).float().unflatten(0, (len(chunk), ipc))
@@ -95,6 +99,16 @@ class FeatureMatching(LearnableSet):
             distributed.sum_(losses, gradient)
         images.grad = on_stored(images, factor, gradient)
         return losses
+
+    def _chunks(self, slots: list[int], decoded: torch.Tensor) -> Iterator[list[int]]:
+        """The slots whose images `[slots, n, C, H, W]` are embedded together: with BatchNorm all of them; on a CPU
+        those whose activations stay in the cache."""
+        count, n = 1, decoded.shape[1]
+        if slots and not self.has_batchnorm:
+            own = decoded.flatten(0, 1)[: len(slots) * n]
+            count = max(-(-len(own) // max(n, CHUNK_IMAGES)), self.gradient_splitter.count(own, len(slots)))
+        size = max(1, -(-len(slots) // count))
+        return (slots[first : first + size] for first in range(0, len(slots), size))
 
     def target(self, features: torch.Tensor) -> torch.Tensor:
         """What the features `[n, D]` of a slot's real images are matched by: their mean."""

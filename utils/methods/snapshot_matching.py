@@ -69,6 +69,7 @@ def characteristic(features: torch.Tensor, frequencies: torch.Tensor) -> torch.T
 class SnapshotMatching(FeatureMatching):
     """The synthetic images of one experiment, and the iterations that match them on snapshots of experts."""
 
+    GRADIENT_IN_BF16 = True  # AdamW takes little of a gradient but its sign
     settings: SnapshotSettings
 
     def __init__(self, inputs: MethodInputs, experts: ExpertBuffer):
@@ -160,7 +161,9 @@ class SnapshotMatching(FeatureMatching):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The mean loss of augmented images, or without labels of outliers, and its gradient on the images."""
         gradient, total = torch.zeros_like(images), images.new_zeros(())
-        size = len(images) if self.has_batchnorm else CHUNK_IMAGES
+        size = len(images)
+        if not self.has_batchnorm:
+            size = min(CHUNK_IMAGES, size // self.splitter.count(images))
         for first in range(0, len(images), size):
             leaf = images[first : first + size].detach().requires_grad_()
             transform = identity
