@@ -1,6 +1,6 @@
 """Compare the speed of the engine and of a textbook loop: same process and inputs, alternating.
 
-The textbook is `textbook_loop.py`: what people run. That of DM, MTT and experts is in `tests/oracle/plain_methods.py`;
+The textbook is `textbook_loop.py`: what people run. That of methods and experts is in `tests/oracle/plain_methods.py`;
 it augments batches, too. Start-up is that of whole processes; the other works start when the data are read.
 
     python scripts/dev/benchmark.py                                  # ConvNetW32, ipc 2; start-up takes most of it

@@ -1,4 +1,4 @@
-"""What `scripts/dev/benchmark.py` measures for methods: an iteration of DM, one of MTT, and an epoch of an expert."""
+"""What `scripts/dev/benchmark.py` measures for methods: an iteration of DM, MTT and TGDD, an epoch of an expert."""
 
 import multiprocessing
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from utils.core.rng import generator
 from utils.data.datasets import RealData
 from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.method import MatchingSettings, MethodInputs
+from utils.methods.snapshot_matching import TGDD_ENTRY, SnapshotMatching
 from utils.methods.trajectory_matching import TrajectoryMatching, TrajectorySettings
 from utils.outliers.sources import PseudoOutliers
 from utils.runs.run_folder import RunFolder
@@ -26,9 +27,7 @@ STEPS = 30  # of the student of MTT
 
 
 class RandomEnds:
-    """Stands in for the experts of MTT: their content does not change the time."""
-
-    trajectories = ((None, None),)
+    """Stands in for experts with two snapshots: their content does not change the time."""
 
     def __init__(self, net: torch.nn.Module):
         weights = []
@@ -36,10 +35,15 @@ class RandomEnds:
             initialize(net, generator(seed))
             weights.append([p.detach().clone() for p in net.parameters()])
         self.start, self.target = weights[0], [a + 0.1 * b for a, b in zip(*weights, strict=True)]
+        self.trajectories = [(None, [self.start, self.target])]
 
     def segment(self, *_: object) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The same two sets of parameters at every call."""
         return self.start, self.target
+
+    def snapshot(self, index: int, epoch: int, device: torch.device) -> list[torch.Tensor]:
+        """The parameters after an epoch."""
+        return [p.to(device) for p in self.trajectories[index][1][epoch]]
 
     def fingerprint(self) -> str:
         """Empty: there are no expert files."""
@@ -81,27 +85,43 @@ def mtt(bench: Bench) -> dict:
     result = _alternating(
         bench, [trajectory_matching(k, bench.real, bench.args.model, bench.ipc, bench.compute) for k in kinds]
     )
-    peaks = [_peak(kind, bench) for kind in kinds]
+    peaks = [_peak(trajectory_matching, kind, bench) for kind in kinds]
     return result | {"plain_gb": peaks[0], "engine_gb": peaks[1]}
 
 
-def _peak(kind: type, bench: Bench) -> float:
+def snapshot_matching(kind: type, real: RealData, model: str, ipc: int, compute: Compute) -> SnapshotMatching:
+    """Matching on snapshots with POE, of images in four parts; `kind`: the engine's class or the textbook's."""
+    settings = TGDD_ENTRY.settings(**TGDD_ENTRY.defaults | {"model": model, "ipc": ipc})
+    inputs = MethodInputs(real, PseudoOutliers(real), settings, STRATEGY, compute)
+    return kind(inputs, RandomEnds(real.network(model, generator(0)).to(real.device)))
+
+
+def tgdd(bench: Bench) -> dict:
+    """An iteration of TGDD with POE, 128 real images and outliers per slot."""
+    kinds = (plain_methods.PlainSnapshotMatching, SnapshotMatching)
+    arguments = (bench.real, bench.args.model, bench.ipc, bench.compute)
+    result = _alternating(bench, [snapshot_matching(kind, *arguments) for kind in kinds])
+    peaks = [_peak(snapshot_matching, kind, bench) for kind in kinds]
+    return result | {"plain_gb": peaks[0], "engine_gb": peaks[1]}
+
+
+def _peak(make: Callable, kind: type, bench: Bench) -> float:
     """Peak resident memory of an iteration on a CPU, above that before it, in GB."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=_measure_peak, args=(kind, bench.args.model, bench.ipc, queue))
+    process = context.Process(target=_measure_peak, args=(make, kind, bench.args.model, bench.ipc, queue))
     process.start()
     process.join()
     if process.exitcode:
-        raise UserError(f"mtt: the process that measures memory ended with {process.exitcode}")
+        raise UserError(f"{make.__name__}: the process that measures memory ended with {process.exitcode}")
     return queue.get()
 
 
-def _measure_peak(kind: type, model: str, ipc: int, queue: multiprocessing.Queue) -> None:
-    images = torch.zeros(20 * ipc, 3, 32, 32, dtype=torch.uint8)
-    labels = torch.arange(20 * ipc) % 10
+def _measure_peak(make: Callable, kind: type, model: str, ipc: int, queue: multiprocessing.Queue) -> None:
+    images = torch.zeros(max(2000, 20 * ipc), 3, 32, 32, dtype=torch.uint8)
+    labels = torch.arange(len(images)) % 10
     real = RealData("random", 10, (0.5,) * 3, (0.25,) * 3, images, labels, images, labels)
-    method = trajectory_matching(kind, real, model, ipc, Compute())
+    method = make(kind, real, model, ipc, Compute())
     method.start(0)
     set_keep_freed_memory(False)
     before = _resident("VmRSS")
@@ -132,4 +152,4 @@ def experts(bench: Bench) -> dict:
     )
 
 
-METHOD_WORKS: dict[str, Callable[[Bench], dict]] = {"dm": dm, "mtt": mtt, "experts": experts}
+METHOD_WORKS: dict[str, Callable[[Bench], dict]] = {"dm": dm, "mtt": mtt, "tgdd": tgdd, "experts": experts}

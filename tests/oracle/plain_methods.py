@@ -10,10 +10,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from scripts.textbook import match_slots, train_epoch
 from utils.data.augment import DSA, identity
+from utils.data.synthetic import decode
 from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.gradient_matching import GradientMatching
 from utils.methods.learnable import SlotDraw
+from utils.methods.snapshot_matching import SnapshotMatching
 from utils.methods.trajectory_matching import StudentBatch, TrajectoryMatching
+from utils.outliers.start import clamp_to_pixels
 from utils.training.draws import Batch
 
 
@@ -81,6 +84,51 @@ class PlainTrajectoryMatching(TrajectoryMatching):
         *on_images, on_lr = torch.autograd.grad(loss, [*leaves, lr])
         shaped = [g.view(t.shape) for g, t in zip(on_images, self._tensors(), strict=True)]
         return loss.detach()[None], [*shaped, on_lr]
+
+
+class PlainSnapshotMatching(SnapshotMatching):
+    """Matching on snapshots with the same real batches, as published loops do it: one class after another, each with an
+    optimiser step of its own, and gradients on the weights of both networks, which nobody uses."""
+
+    def iterate(self, it: int) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            self.load_network(it)
+        for net in (self.net, self.classifier):
+            net.requires_grad_(True)
+        (drawn,) = self.draws.steps(self.exp, it, self.synthetic())
+        read = {"loss": self.real.train_batch, "loss_oe": self.outliers and self.outliers.batch}
+        losses, g = {}, self.draws.generator(self.exp, "classify", it)
+        kinds = zip(read, self._tensors(), self.optimizers, (drawn.images, drawn.outliers), strict=False)
+        for name, images, optimizer, of_kind in kinds:
+            losses[name] = torch.tensor(
+                [self._step(images, optimizer, slot, read[name](d.real), d, g) for slot, d in of_kind.items()]
+            )
+            clamp_to_pixels(images.detach(), self.real)
+        return losses
+
+    def _step(
+        self,
+        images: torch.Tensor,
+        optimizer: torch.optim.Optimizer,
+        slot: int,
+        batch: torch.Tensor,
+        draw: SlotDraw,
+        g: torch.Generator,
+    ) -> float:
+        transform, s = draw.transform or identity, self.settings
+        parts = decode(images[slot], s.factor)
+        target = self.net.embed(transform(batch)).mean(0).detach()
+        loss = ((target - self.net.embed(transform(parts)).mean(0)) ** 2).sum()
+        augment = identity if self.augmentation is None else self.augmentation.draw(len(parts), self.real.im_size, g)
+        logits = self.classifier(augment(parts))
+        if images is self.image_syn:
+            classified = F.cross_entropy(logits, torch.full((len(parts),), slot))
+        else:
+            classified = s.lambda_oe * (logits.logsumexp(1) - logits.mean(1)).mean()
+        optimizer.zero_grad()
+        (loss + s.alpha / self.real.num_classes * classified).backward()
+        optimizer.step()
+        return loss.item()
 
 
 def train_expert_epoch(

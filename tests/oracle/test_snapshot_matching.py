@@ -1,5 +1,6 @@
 """Distribution matching on trained networks against float64 numpy and plain autograd, its snapshots, and resuming."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -13,9 +14,12 @@ from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.augment import DSA, DSA_ENTRIES, identity
 from utils.data.synthetic import decode
+from utils.methods import METHODS
 from utils.methods.experts import ExpertBuffer
-from utils.methods.snapshot_matching import CF_SCALE, SnapshotMatching, SnapshotSettings, characteristic
+from utils.methods.snapshot_matching import CF_SCALE, TGDD_ENTRY, SnapshotMatching, SnapshotSettings, characteristic
 from utils.outliers.sources import PseudoOutliers
+from utils.outliers.spread import closeness
+from utils.settings.arguments import Stage1Settings
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))
 SETTINGS = SnapshotSettings(
@@ -155,6 +159,48 @@ def test_a_resumed_run_has_the_same_bits(tiny_real, experts, distance):
         assert torch.equal(a, b)
 
 
+def test_outliers_are_kept_apart(tiny_real, experts):
+    """The gradient of outliers grows by that of their closeness; that of images does not change."""
+    method, apart = (make(tiny_real, experts, replace(SETTINGS, spread_oe=w)) for w in (0.0, 3.0))
+    method.iterate(1)
+    apart.iterate(1)
+    stored = make(tiny_real, experts).image_oe.detach().clone().requires_grad_()
+    decoded = torch.cat([decode(of_slot, 2) for of_slot in stored])
+    (expected,) = torch.autograd.grad(3 * closeness(apart.net.embed(decoded)), stored)
+    torch.testing.assert_close(apart.image_oe.grad - method.image_oe.grad, expected, rtol=1e-3, atol=1e-5)
+    assert torch.equal(apart.image_syn.grad, method.image_syn.grad)
+
+
+def test_one_published_step(tiny_real, experts):
+    """SGD on pixels between 0 and 1, at 0.01 times ipc: the first step has no momentum yet."""
+    entry, settings = TGDD_ENTRY, replace(SETTINGS, ipc=2, published=True)
+    settings = replace(settings, **entry.published(settings))
+    assert (settings.Iteration, settings.lr_img) == (10000, 0.02)
+    method = make(replace(tiny_real, std=(0.25, 0.25, 0.25)), experts, settings)
+    before = method.real.denormalize(method.image_syn.detach().flatten(0, 1).clone())
+    method.iterate(0)
+    on_pixels = method.image_syn.grad.flatten(0, 1) / 0.25  # the gradient with respect to pixels
+    expected = (before - 0.02 * on_pixels).clamp(0, 1)
+    found = method.real.denormalize(method.image_syn.detach().flatten(0, 1))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert (found - before).abs().max() > 1e-3
+
+
+def test_missing_experts_are_trained(in_process, tmp_path):
+    """By the experts' settings of the method, whichever methods the script has besides."""
+    short = ["--dataset", "Digits", "--model", "ConvNetD1", "--ipc", 1, "--num_exp", 1, "--num_eval", 1]
+    short += ["--epoch_eval_train", 1, "--Iteration", 1, "--train_experts", "auto"]
+    out = in_process("main.py", *short, "--method", "TGDD", "--published", "--buffer_path", "a")
+    assert "expert 0: 12/12" in out
+    about = json.loads((tmp_path / "a/Digits_NO_ZCA/ConvNetD1/experts.json").read_text())
+    assert (about["training"]["momentum"], about["training"]["lr"], about["outliers"]["kind"]) == (0.9, 0.02, "none")
+    (stored,) = tmp_path.glob("result/TGDD/**/args.json")
+    assert json.loads(stored.read_text())["flags"]["lr_img"] == 0.01
+    assert "expert 0: " not in in_process("main.py", *short, "--method", "TGDD", "--buffer_path", "a")
+    own = METHODS["MTT"].own(Stage1Settings(method="MTT", max_start_epoch=60))
+    assert (own.of_experts().num_experts, own.of_experts().train_epochs) == (100, 61)
+
+
 def test_weights_of_the_classification_loss():
     assert [replace(SETTINGS, ipc=ipc).alpha for ipc in (1, 10, 50)] == [2.5, 2.5, 0.5]
     assert replace(SETTINGS, ce_weight=0.0).alpha == 0
@@ -187,6 +233,6 @@ def test_three_stages_and_missing_experts(in_process, refused):
     assert "images of 4 parts" in in_process("train_model_synthetic_oe.py", *short, *two)
     three = [*short[:4], "--method", "TGDD", "--ipc", 1, "--num_exp", 1, "--ood_sets", "patches"]
     assert "training: protocol ncfm, epochs 3" in in_process("test_ood_model_syn.py", *three)
-    for flag, value in (("--network_pool", 2), ("--spread_oe", 1), ("--clamp_oe", None)):
+    for flag, value in (("--network_pool", 2), ("--clamp_oe", None)):
         words = [flag] if value is None else [flag, value]
         assert f"{flag}: --method TGDD does not use it" in refused("main_poe.py", *flags, *words)

@@ -165,7 +165,7 @@ def _workload(inputs: MethodInputs) -> Workload:
     shared = distributed.world_size()
     passes = (embedded / 2 + synthetic) / shared + trained
     steps = 1 + (s.pool_epochs * batches(real.num_classes * s.decoded_ipc, s.batch) if s.network_pool else 0)
-    return Workload(passes, steps, "matching")
+    return Workload(passes, steps, "features")
 
 
 DM_ENTRY = MethodEntry(

@@ -22,12 +22,13 @@ from utils.data.datasets import RealData
 from utils.methods.method import MethodInputs
 from utils.outliers.sources import OutlierSource
 from utils.runs.lineage import args_or_nothing
-from utils.settings.common import Corrupted, Data, Network, OutlierTraining, Pool
+from utils.settings.common import Corrupted, Data, Network, OutlierTraining, Pool, Speed
 from utils.settings.distillation import WITH_OUTLIERS, Buffers, Distilling, ExpertSettings
 from utils.settings.fields import as_words, flag, flags_of
-from utils.settings.parser import count, number
+from utils.settings.parser import count, number, one_of
 
 ABOUT = "experts.json"
+TRAIN = ("never", "auto")
 Params = list[torch.Tensor]
 
 
@@ -156,6 +157,13 @@ class OnExperts(Distilling, Buffers):
         number(0),
         needs=(WITH_OUTLIERS,),
     )
+    train_experts: str = flag(
+        "never",
+        "auto: first train the experts that are missing, as train_experts.py would with its defaults for this method",
+        one_of("choice", TRAIN),
+        names=TRAIN,
+        may_change=True,
+    )
     max_experts: int | None = flag(None, "use only this many experts, the first ones; left out: all", count(1))
 
     @property
@@ -165,7 +173,7 @@ class OnExperts(Distilling, Buffers):
 
     def of_experts(self) -> ExpertSettings:
         """The settings of `train_experts.py` for experts that fit."""
-        groups = (Data, Network, Buffers, OutlierTraining, Pool, Corrupted)
+        groups = (Data, Network, Buffers, OutlierTraining, Pool, Corrupted, Speed)
         shared = {f.name: getattr(self, f.name) for group in groups for f in flags_of(group)}
         if self.expert_lambda_oe is not None:
             shared["lambda_oe"] = self.expert_lambda_oe

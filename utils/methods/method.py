@@ -5,7 +5,7 @@ has. The stages use nothing else. The registry is in `utils/methods/__init__.py`
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
 import torch
@@ -17,7 +17,7 @@ from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet
 from utils.outliers.sources import OutlierSource
 from utils.settings.distillation import WITH_OUTLIERS, Distilling
-from utils.settings.fields import Need, flag
+from utils.settings.fields import Need, Settings, flag
 from utils.settings.parser import count, number
 
 
@@ -69,15 +69,33 @@ class MethodEntry:
     workload: Callable[[MethodInputs], Workload]  # of one iteration in this process; `--compile auto` decides from it
     settings: type[Distilling] = Distilling  # a subclass adds the method's own flags
     defaults: Mapping[str, Any] = field(default_factory=dict)  # its defaults for common flags, by name
+    published: Callable[[Any], Mapping[str, Any]] = lambda settings: {}  # further ones with its flag `--published`
     unused: Sequence[str] = ()  # the common flags that it does not use
     augmentation: Literal["required", "optional", "unused"] = "optional"  # its use of `--dsa_strategy`
+
+    def own(self, settings: Distilling) -> Distilling:
+        """The method's settings out of those of a script, which has all methods' and may mix up what follows from
+        them."""
+        return self.settings(**{f.name: getattr(settings, f.name) for f in fields(self.settings)})
 
 
 HAS_A_POOL = Need(lambda s: s.network_pool > 0, "--network_pool 0 has no networks to train; give their number")
 
 
 @dataclass(frozen=True)
-class MatchingSettings(Distilling):
+class Spread(Settings):
+    """Outliers apart."""
+
+    spread_oe: float = flag(
+        0.0,
+        "weight of a term that keeps outliers apart in the features of the network; 0: without, as published",
+        number(0),
+        needs=(WITH_OUTLIERS,),
+    )
+
+
+@dataclass(frozen=True)
+class MatchingSettings(Distilling, Spread):
     """Matching, class by class."""
 
     network_pool: int = flag(
@@ -91,10 +109,4 @@ class MatchingSettings(Distilling):
     )
     pool_last_epoch: int = flag(
         200, "epochs after which a network of the pool is replaced", count(1), needs=(HAS_A_POOL,)
-    )
-    spread_oe: float = flag(
-        0.0,
-        "weight of a term that keeps outliers apart in the features of the network; 0: without, as published",
-        number(0),
-        needs=(WITH_OUTLIERS,),
     )

@@ -91,7 +91,8 @@ class Stage1Settings(MethodChoice, *_most_derived(entry.settings for entry in ME
                 f"--outlier_recipe {self.outlier_recipe}: --method {self.method} has no such; --method {method} has"
             )
         known = {f.name for f in fields(self)}
-        usual = METHODS[self.method].defaults | of_recipe
+        entry = METHODS[self.method]
+        usual = {**entry.defaults, **of_recipe, **(entry.published(self) if self.published else {})}
         return replace(self, **{n: value for n, value in usual.items() if n in known and n not in given})
 
     def used(self) -> set[str]:

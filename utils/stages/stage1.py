@@ -30,13 +30,14 @@ from utils.settings.common import Batches, Determinism, OutlierTraining, Speed, 
 from utils.settings.distillation import source_of
 from utils.settings.fields import as_dict
 from utils.stages.evaluation import EvalSettings, Evaluator, evaluation_models, training_of
+from utils.stages.expert_training import run_experts
 from utils.stages.loop import Distillation
 from utils.training.trainer import TEST_BATCH
 
 
 def run_stage1(settings: Stage1Settings) -> None:
     """Everything that a main script does after parsing."""
-    s = settings
+    s, entry = settings, METHODS[settings.method]
     device = choose_device(s.device, s.deterministic)
     augmentation = augmentation_of(s.method, s.dsa_strategy)
     if s.tensorboard:
@@ -52,7 +53,9 @@ def run_stage1(settings: Stage1Settings) -> None:
     evaluation = EvalSettings(s.num_eval, training, s.seed, _ood_images(s, real))
     inputs = MethodInputs(real, outliers, s, augmentation, initial=start)
     inputs = replace(inputs, compute=_choose_compute(inputs, evaluation))
-    method = METHODS[s.method].build(inputs)
+    if s.train_experts == "auto":
+        run_experts(entry.own(s).of_experts())
+    method = entry.build(replace(inputs, settings=entry.own(s)))
     run = _run_folder(inputs, method, _fingerprints(inputs, evaluation.ood) | dict(method.fingerprints))
     evaluator = Evaluator(real, evaluation, run, inputs.compute)
     distillation = Distillation(method, evaluator, s, run, Checkpointer(run, interval=s.checkpoint_interval))
