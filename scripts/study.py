@@ -19,6 +19,7 @@ from utils.core.errors import UserError
 from utils.core.files import save_output
 from utils.core.run_script import run_script
 from utils.report.measures import OF_NETWORKS, OF_OOD
+from utils.report.results import protocol_line
 from utils.report.study import (
     StudyColumn,
     StudyRow,
@@ -91,7 +92,8 @@ def study_text(args: argparse.Namespace) -> str:
         parts = [score_rows(kinds, args.scores or list(measured), args.by_score)]
     else:
         parts = tables(args, studies, kinds, args.scores or default_scores(kinds))
-    return "\n\n".join(parts) + "\n"
+    trained = protocol_line({kind.name: kind.protocols for kind in kinds})
+    return "\n\n".join([trained, *parts]) + "\n"
 
 
 def tables(

@@ -13,7 +13,7 @@ from utils.core.errors import UserError
 from utils.core.files import csv_text
 from utils.report.measures import OF_NETWORKS, OF_OOD, Measure
 from utils.report.plots import distilled_pictures, save_comparison
-from utils.report.results import Results, load_results, shared_sets
+from utils.report.results import Results, load_results, protocol_line, shared_sets
 from utils.report.tables import markdown_table, render, value_cell
 from utils.runs.lineage import args_or_nothing, sources_of
 
@@ -109,12 +109,14 @@ def of_scores(column: ComparisonColumn, scores: Sequence[str]) -> ComparisonColu
 
 def pooled(results: Iterable[Results]) -> Results:
     """Join several results into one; networks are numbered consecutively."""
-    together = Results()
+    together, protocols = Results(), []
     for part in results:
         first = len(together.errors)
         together.errors += part.errors
         together.rows += [row | {"network": first + row["network"]} for row in part.rows]
         together.missing += [name for name in part.missing if name not in together.missing]
+        protocols += part.protocols
+    together.protocols = tuple(dict.fromkeys(protocols))
     return together
 
 
@@ -154,13 +156,19 @@ def _defined(values: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]
 
 
 def markdown(columns: Sequence[ComparisonColumn], rows: Sequence[ComparisonRow]) -> str:
-    """The table in markdown: mean ± std over networks, best in bold."""
+    """How the networks were trained, and the table in markdown: mean ± std over networks, best in bold."""
     several = len({row.score for row in rows if row.score}) > 1
     lines = []
     for row in rows:
         title = f"{row.set} ({row.score})" if several and row.score else row.set
         lines.append([title, row.measure.heading, *(f"**{cell}**" if best else cell for cell, best in row.shown())])
-    return markdown_table(["OOD set", "measure", *(column.name for column in columns)], lines) + "\n"
+    table = markdown_table(["OOD set", "measure", *(column.name for column in columns)], lines)
+    return f"{trained(columns)}\n\n{table}\n"
+
+
+def trained(columns: Sequence[ComparisonColumn]) -> str:
+    """How the networks of the columns were trained, a sentence."""
+    return protocol_line({column.name: column.results.protocols for column in columns})
 
 
 def table_csv(columns: Sequence[ComparisonColumn], rows: Sequence[ComparisonRow]) -> str:
@@ -185,7 +193,9 @@ _LATEX = str.maketrans(
 
 def latex(columns: Sequence[ComparisonColumn], rows: Sequence[ComparisonRow]) -> str:
     """The table in LaTeX, for the package booktabs: mean ± std over networks, best in bold."""
-    return render("compare.tex.j2", columns=columns, rows=rows, safe=lambda text: text.translate(_LATEX))
+    return render(
+        "compare.tex.j2", columns=columns, rows=rows, trained=trained(columns), safe=lambda text: text.translate(_LATEX)
+    )
 
 
 # --- picture and page -------------------------------------------------------------------------------------------------
@@ -229,7 +239,7 @@ def comparison_page(
         columns=columns,
         tables={score: [row for row in rows if row.score == score] for score in scores},
         picture=picture,
-        notes=notes,
+        notes=[trained(columns), *notes],
         plots_of=lambda folder: sorted(folder.glob("*.png"), key=lambda p: (p.stem not in CAPTIONS, p.stem)),
         caption_of=lambda path: CAPTIONS.get(path.stem, path.stem.replace("_", " ", 1)),
         fitted_on=lambda folder: args_or_nothing(folder).get("fitted_on"),

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -31,6 +31,8 @@ class Results:
     # for each network, OOD set and score: `network`, `set`, `score` and `MEASURES`; NaN where a score was not finite
     rows: list[dict] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)  # OOD sets that were skipped
+    # how the networks were trained; older results do not say it, and there was one protocol
+    protocols: tuple[str, ...] = ("dc",)
 
     def sets(self) -> list[str]:
         """Names of the measured sets, in order."""
@@ -74,6 +76,24 @@ def shared_sets(results: Sequence[Results]) -> list[str]:
             if {row["network"] for row in r.rows if row["set"] == name} != networks:
                 del names[name]
     return list(names)
+
+
+def protocol_of(training: Mapping[str, object]) -> str:
+    """How networks were trained, in words; `training`: the protocol, the epochs, and flags that overrule it."""
+    more = [f"{name} {value}" for name, value in training.items() if name not in ("protocol", "epochs")]
+    epochs = [f"{training['epochs']} epochs"] if training.get("epochs") else []
+    return ", ".join([str(training["protocol"]), *epochs, *more])
+
+
+def protocol_line(named: Mapping[str, Sequence[str]]) -> str:
+    """A line for the head of a table, from the protocols by which the networks of its columns or rows were trained."""
+    names: dict[str, list[str]] = {}
+    for name, protocols in named.items():
+        for protocol in protocols:
+            names.setdefault(protocol, []).append(name)
+    if len(names) == 1:
+        return f"Networks trained by protocol {next(iter(names))}."
+    return "Networks trained by protocol " + "; ".join(f"{p}: {', '.join(who)}" for p, who in names.items()) + "."
 
 
 @dataclass
@@ -140,7 +160,8 @@ def load_results(folder: Path) -> Results:
         )
         for row in rows:
             _ = row["set"], row["score"], [float(row[m]) for m in MEASURES], float(errors[row["network"]]["error"])
-        return Results(errors, rows, list(content["missing"]))
+        training = content["about"].get("training", {"protocol": "dc"})
+        return Results(errors, rows, list(content["missing"]), (protocol_of(training),))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise UserError(f"{path} is damaged, or is not what test_ood_model_syn.py writes; run it again") from None
 
@@ -156,13 +177,14 @@ def save_study_csv(path: Path, study: StudyResults) -> None:
     Each network has a row with its own measures, where `set` and `score` are empty, and one for each set and score.
     """
     text = io.StringIO()
-    columns = ("kind", "seed", "network", "set", "score", *MEASURES, *STUDY_COLUMNS.values())
+    columns = ("kind", "seed", "network", "set", "score", *MEASURES, *STUDY_COLUMNS.values(), "protocol")
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     for kind, seeds in sorted(study.items()):
         for seed, results in sorted(seeds.items()):
             networks = ({STUDY_COLUMNS[m]: v for m, v in errors.items()} for errors in results.errors)
-            rows = [*({"network": i} | network for i, network in enumerate(networks)), *results.rows]
+            trained = {"protocol": " | ".join(results.protocols)}
+            rows = [*({"network": i} | network | trained for i, network in enumerate(networks)), *results.rows]
             defined = ({c: v for c, v in row.items() if v == v} for row in rows)  # without NaN
             writer.writerows({"kind": kind, "seed": seed} | row for row in defined)
     save_text(path, text.getvalue())
@@ -195,4 +217,5 @@ def _parsed(path: Path, _changed: int) -> StudyResults:
             results.rows.append(where | {m: float(row[m] or math.nan) for m in MEASURES})
         else:
             results.errors.append({m: float(row[c]) for m, c in STUDY_COLUMNS.items() if row[c]})
+            results.protocols = tuple(row.get("protocol", "dc").split(" | "))
     return study

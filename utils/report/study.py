@@ -52,6 +52,11 @@ class StudyRow:
     name: str
     seeds: dict[int, Results]
 
+    @property
+    def protocols(self) -> list[str]:
+        """How the networks of all seeds were trained."""
+        return list(dict.fromkeys(p for results in self.seeds.values() for p in results.protocols))
+
     def cell(self, column: StudyColumn) -> str:
         """`mean ± std` over the networks of all seeds, or a dash where nothing was measured."""
         return value_cell([v for results in self.seeds.values() for v in column.of(results)], column.shown)

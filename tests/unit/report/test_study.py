@@ -14,6 +14,7 @@ from scipy.stats import ttest_rel
 from utils.core.errors import UserError
 from utils.core.run_script import run_script
 from utils.ood.measures import MEASURES
+from utils.report.compare import comparison_rows, find_runs, markdown
 from utils.report.results import NETWORK_MEASURES, STUDY_COLUMNS, Results, load_study_csv, save_study_csv
 from utils.report.study import StudyColumn, StudyRow, differences, mean_rows, read_kind
 
@@ -114,7 +115,8 @@ def test_the_script(study, tmp_path, run):
     assert status == 0, error
     assert out.read_text() == shown
     lines = shown.splitlines()
-    assert [line.split("|")[1].strip() for line in lines[2:5]] == ["DM, none", "DM, distilled", "DM, on the fly"]
+    assert lines[0] == "Networks trained by protocol dc."
+    assert [line.split("|")[1].strip() for line in lines[4:7]] == ["DM, none", "DM, distilled", "DM, on the fly"]
     assert sum("minus" in line for line in lines) == 2
     assert "AUROC mls uniform ↑" in shown
 
@@ -127,7 +129,7 @@ def test_a_row_for_each_score(study, run):
     path.write_text(json.dumps(content))
     status, shown, error = run(folder, "--kinds", "poe", "poe-corrupt", "--by_score", "fpr_in")
     assert status == 0, error
-    header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines())
+    header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines()[2:])
     assert header == ["score, FPR95 ↓", "distilled images, distilled", "distilled images, on the fly"]
     assert [row[0] for row in rows] == ["msp", "mls", "knn"]
     mls = [100 * v for seed in (1, 2, 10) for v in expected(values["poe", seed], "mls", "fpr_in")]
@@ -285,7 +287,7 @@ def test_a_whole_set_beside_a_group_of_a_file(study, run, tmp_path):
     )
     assert status == 0, error
     assert shown.count("| whole training set, none ") == 1
-    assert run(tmp_path / "a.csv")[1].count("\n") == 3
+    assert run(tmp_path / "a.csv")[1].count("\n") == 5
     error = run(tmp_path / "a.csv", "--kinds", "poe")[2]
     assert "--kinds: no folder poe in" in error
     assert "ipc2 names no kinds of" in run(tmp_path / "a.csv/ipc2")[2]
@@ -410,3 +412,22 @@ def test_the_whole_set_is_compared_in_every_folder(study, run):
     assert sum(line.startswith("| whole training set, none ") for line in out.splitlines()) == 1
     differences = [line for line in out.splitlines() if " minus " in line]
     assert [line.split("|")[1].split(",")[0].strip() for line in differences] == ["one", "ten"]
+
+
+def test_the_head_names_the_protocols(study, tmp_path, run):
+    """Of each kind, where they differ; the CSV file keeps them."""
+    folder, _ = study
+    for path in (folder / "poe").rglob("results.json"):
+        content = json.loads(path.read_text())
+        content["about"]["training"] = {"protocol": "ncfm", "epochs": 300, "mix": "none"}
+        path.write_text(json.dumps(content))
+    status, shown, error = run(folder, "--kinds", "plain", "poe")
+    assert status == 0, error
+    kinds = "dc: distilled images, none; ncfm, 300 epochs, mix none: distilled images, distilled"
+    assert shown.splitlines()[0] == f"Networks trained by protocol {kinds}."
+    save_study_csv(tmp_path / "a.csv", {kind: read_kind(folder / kind, kind).seeds for kind in ("plain", "poe")})
+    assert run(tmp_path / "a.csv", "--kinds", "plain", "poe")[1] == shown
+    columns = find_runs([folder / "plain", folder / "poe"], ["a", "b"], [])
+    assert markdown(columns, comparison_rows(columns, ["auroc"])).startswith(
+        "Networks trained by protocol dc: a; ncfm, 300 epochs, mix none: b.\n\n| OOD set"
+    )
