@@ -126,7 +126,7 @@ class PlainSnapshotMatching(SnapshotMatching):
         else:
             classified = s.lambda_oe * (logits.logsumexp(1) - logits.mean(1)).mean()
         optimizer.zero_grad()
-        (loss + s.alpha / self.real.num_classes * classified).backward()
+        (loss + s.alpha * classified).backward()
         optimizer.step()
         return loss.item()
 

@@ -38,7 +38,7 @@ class SnapshotSettings(OnExperts, Spread):
     """Matching on trained networks."""
 
     ce_weight: float | None = flag(
-        None, "weight of the classification loss; left out: 2.5, from ipc 50 on 0.5", number(0)
+        None, "weight of the classification loss of each class; left out: 2.5, from ipc 50 on 0.5", number(0)
     )
     snapshots: str = flag(
         "epochs",
@@ -151,8 +151,8 @@ class SnapshotMatching(FeatureMatching):
         return CF_SCALE * (difference.square().sum(-2) / 2 + 1e-12).sqrt().mean(-1)
 
     def more_losses(self, it: int) -> dict[str, torch.Tensor]:
-        """Add the gradient of the weighted classification loss to that of images and outliers; returns the loss `[1]`.
-        Keep outliers apart, if the settings say so.
+        """Add the gradient of the weighted classification loss, summed over the slots as the losses of matching are, to
+        that of images and outliers; returns its mean over the slots `[1]`. Keep outliers apart, if the settings say so.
 
         Rank 0 computes it; the other processes receive the gradients.
         """
@@ -167,7 +167,8 @@ class SnapshotMatching(FeatureMatching):
                 of_kind = labels if images is self.image_syn else None
                 value, on_decoded = self._classification(decoded.flatten(0, 1), of_kind, g)
                 loss += weight * value
-                gradient.copy_(on_stored(images, s.factor, (s.alpha * weight * on_decoded).view(decoded.shape)))
+                scaled = s.alpha * weight * len(images) * on_decoded
+                gradient.copy_(on_stored(images, s.factor, scaled.view(decoded.shape)))
         distributed.broadcast_(loss, *gradients)
         for images, gradient in zip(self._tensors(), gradients, strict=True):
             images.grad += gradient
