@@ -52,6 +52,23 @@ def runs(torchrun, tmp_path_factory):
     return folders
 
 
+def test_matching_on_experts_with_several_processes(torchrun, tmp_path):
+    """Images in parts; the first of the processes computes the classification loss, and trains the experts."""
+    flags = f"{NETWORK.replace('DSA', 'TGDD', 1)} --num_exp 1 --num_eval 1 --epoch_eval_train 2 --Iteration 3".split()
+    flags += "--batch_real 32 --batch_oe 32 --factor 2 --train_experts auto --buffer_path buffers".split()
+    run_alone(tmp_path, main_poe, *flags)
+    sets = [DistilledFile.open(found(tmp_path / "result-poe", "res_*.pt")[0]).set()]
+    for processes in (2, 3):
+        process = torchrun(tmp_path, processes, "main_poe.py", *flags, "--save_path", f"of{processes}")
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, f"{out}\n{err}"
+        sets.append(DistilledFile.open(found(tmp_path / f"of{processes}", "res_*.pt")[0]).set())
+    for other in sets[1:]:
+        assert other.factor == 2
+        torch.testing.assert_close(sets[0].images, other.images, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(sets[0].images_oe, other.images_oe, atol=1e-4, rtol=1e-4)
+
+
 def found(folder, pattern):
     return sorted(folder.rglob(pattern))
 

@@ -180,6 +180,7 @@ OF_METHOD = {
         "--buffer_path",
         "../buffers",
     ],
+    "TGDD": "--method TGDD --batch_real 32 --batch_oe 8 --feature_distance cf --buffer_path ../buffers".split(),
 }
 
 
@@ -206,7 +207,7 @@ def test_killed_experts_end_with_the_same_bits(processes, tmp_path):
 
 @pytest.mark.parametrize("method", OF_METHOD)
 def test_killed_distillation_of_other_methods_ends_with_the_same_bits(processes, tmp_path, method):
-    if method == "MTT":
+    if method in ("MTT", "TGDD"):
         processes.run(tmp_path, "train_experts.py", EXPERTS)
     flags = [*OTHERS, *OF_METHOD[method]]
     for name in ("whole", "cut"):
