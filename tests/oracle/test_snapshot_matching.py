@@ -236,3 +236,31 @@ def test_three_stages_and_missing_experts(in_process, refused):
     for flag, value in (("--network_pool", 2), ("--clamp_oe", None)):
         words = [flag] if value is None else [flag, value]
         assert f"{flag}: --method TGDD does not use it" in refused("main_poe.py", *flags, *words)
+
+
+def test_bad_input(in_process, refused, tmp_path):
+    """One line each; and one image per class is enough for `cf`."""
+    network = ["--dataset", "Digits", "--model", "ConvNetD1"]
+    flags = [*network, "--method", "TGDD", "--ipc", 1, "--num_exp", 1, "--num_eval", 1, "--epoch_eval_train", 1]
+    flags += ["--Iteration", 1]
+    in_process("train_experts.py", *network, "--num_experts", 1, "--train_epochs", 1, "--outliers", "poe")
+    folder = tmp_path / "buffers/Digits_NO_ZCA/ConvNetD1"
+    in_process("main_poe.py", *flags, "--feature_distance", "cf", "--factor", 1)
+    made = next(tmp_path.glob("result-poe/**/res_*.pt"))
+    before = {path for path in tmp_path.rglob("*")}
+    for words, message in [
+        (["--factor", 0], "--factor"),
+        (["--factor", 5], "--factor 5: images of 8x8 hold at most 4 parts a side"),
+        (["--load_path", made], "--load_path"),
+        (["--protocol", "new"], "--protocol"),
+        (["--lambda_oe", 2], "lambda_oe"),
+        (["--corruptions", "invert"], "outliers"),
+        (["--model", "MLP"], "no experts in buffers/Digits_NO_ZCA/MLP"),
+        (["--feature_distance", "l1"], "--feature_distance"),
+    ]:
+        assert message in refused("main_poe.py", *flags, *words)
+    assert "of another kind: outliers" in refused("main.py", *flags)
+    (content,) = torch.load(folder / "replay_buffer_0.pt")
+    torch.save([content[:1]], folder / "replay_buffer_0.pt")
+    assert "have a single snapshot; train them again" in refused("main_poe.py", *flags)
+    assert {path for path in tmp_path.rglob("*")} == before
