@@ -180,7 +180,18 @@ OF_METHOD = {
         "--buffer_path",
         "../buffers",
     ],
-    "TGDD": "--method TGDD --batch_real 32 --batch_oe 8 --feature_distance cf --buffer_path ../buffers".split(),
+    "TGDD": [
+        "--method",
+        "TGDD",
+        "--batch_real",
+        "32",
+        "--batch_oe",
+        "8",
+        "--feature_distance",
+        "cf",
+        "--buffer_path",
+        "../buffers",
+    ],
 }
 
 

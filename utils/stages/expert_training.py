@@ -13,7 +13,7 @@ from utils.compute.compiling import Workload, batches
 from utils.compute.device import Compute, choose_compute, choose_device
 from utils.compute.transfer import send_draws
 from utils.core.errors import UserError, one_line, rank_errors
-from utils.core.files import save_pt, save_text
+from utils.core.files import read_json, save_pt, save_text
 from utils.core.rng import generator
 from utils.core.torch_files import read_pt
 from utils.data.augment import identity
@@ -49,6 +49,15 @@ def run_experts(settings: ExpertSettings) -> None:
     run.log(f"computing: {compute}")
     ExpertTraining(net.to(device), real, outliers, s, compute, run).train_all()
     run.log(done)
+
+
+def train_missing(settings: ExpertSettings, real: RealData) -> None:
+    """Train the experts that are missing; if there are others that were trained in another way, they are used."""
+    folder = expert_folder(settings.buffer_path, real, settings.model)
+    stored = read_json(folder / ABOUT, "--buffer_path") if (folder / ABOUT).exists() else {}
+    if _is_begun(folder) and stored.get("training") != settings.about():
+        return
+    run_experts(settings)
 
 
 def experts_workload(s: ExpertSettings, real: RealData) -> Workload:

@@ -30,7 +30,7 @@ from utils.settings.common import Batches, Determinism, OutlierTraining, Speed, 
 from utils.settings.distillation import source_of
 from utils.settings.fields import as_dict
 from utils.stages.evaluation import EvalSettings, Evaluator, evaluation_models, training_of
-from utils.stages.expert_training import run_experts
+from utils.stages.expert_training import train_missing
 from utils.stages.loop import Distillation
 from utils.training.trainer import TEST_BATCH
 
@@ -54,7 +54,7 @@ def run_stage1(settings: Stage1Settings) -> None:
     inputs = MethodInputs(real, outliers, s, augmentation, initial=start)
     inputs = replace(inputs, compute=_choose_compute(inputs, evaluation))
     if s.train_experts == "auto":
-        run_experts(entry.own(s).of_experts())
+        train_missing(entry.own(s).of_experts(), real)
     method = entry.build(replace(inputs, settings=entry.own(s)))
     run = _run_folder(inputs, method, _fingerprints(inputs, evaluation.ood) | dict(method.fingerprints))
     evaluator = Evaluator(real, evaluation, run, inputs.compute)
