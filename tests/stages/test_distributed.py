@@ -55,18 +55,8 @@ def runs(torchrun, tmp_path_factory):
 def test_matching_on_experts_with_several_processes(torchrun, tmp_path):
     """Images in parts; the first of the processes computes the classification loss, and trains the experts."""
     flags = f"{NETWORK.replace('DSA', 'TGDD', 1)} --num_exp 1 --num_eval 1 --epoch_eval_train 2 --Iteration 3".split()
-    flags += [
-        "--batch_real",
-        "32",
-        "--batch_oe",
-        "32",
-        "--factor",
-        "2",
-        "--train_experts",
-        "auto",
-        "--buffer_path",
-        "buffers",
-    ]
+    flags += ["--factor", 2, "--batch_real", 32, "--batch_oe", 32]
+    flags += ["--train_experts", "auto", "--buffer_path", "buffers"]
     run_alone(tmp_path, main_poe, *flags)
     sets = [DistilledFile.open(found(tmp_path / "result-poe", "res_*.pt")[0]).set()]
     for processes in (2, 3):

@@ -166,6 +166,7 @@ SMALL = "--dataset Digits --model MLP --seed 3 --dsa_strategy color_crop_cutout_
 EXPERTS = f"{SMALL} --num_experts 2 --train_epochs 8 --batch_train 32 --batch_oe 8 --outliers poe".split()
 OTHERS = f"{SMALL} --ipc 1 --num_exp 1 --num_eval 1 --epoch_eval_train 30 --Iteration 40 --eval_interval 10".split()
 OTHERS += ["--checkpoint_interval", 3]
+BUFFERS = ["--buffer_path", "../buffers"]
 OF_METHOD = {
     "DM": ["--method", "DM", "--batch_real", 64, "--batch_oe", 64],
     "MTT": [
@@ -177,21 +178,9 @@ OF_METHOD = {
         4,
         "--lr_img",
         10,
-        "--buffer_path",
-        "../buffers",
+        *BUFFERS,
     ],
-    "TGDD": [
-        "--method",
-        "TGDD",
-        "--batch_real",
-        "32",
-        "--batch_oe",
-        "8",
-        "--feature_distance",
-        "cf",
-        "--buffer_path",
-        "../buffers",
-    ],
+    "TGDD": ["--method", "TGDD", "--feature_distance", "cf", "--batch_real", 32, "--batch_oe", 8, *BUFFERS],
 }
 
 
