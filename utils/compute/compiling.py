@@ -1,6 +1,7 @@
 """`torch.compile`: when to use it, and how to recover when a compilation fails."""
 
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -119,6 +120,7 @@ class Compiled:
     def __init__(self, function: Callable, mode: str | None, required: bool):
         self.function, self.required = function, required
         use_lasting_cache()
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it says that a machine has no CUDA
         for name in ("recompile_limit", "cache_size_limit"):  # the name before PyTorch 2.7
             # each batch size is compiled; past the limit some would run uncompiled, different ones after a resume
             if hasattr(torch._dynamo.config, name):
