@@ -1,6 +1,6 @@
 """Where the time of an iteration goes, by PyTorch's profiler: the share of each kind of work.
 
-    python scripts/dev/profile_works.py  # ConvNetW32, ipc 10: DSA, DM and MTT, stages 2 and 3
+    python scripts/dev/profile_works.py  # ConvNetW32, ipc 10: DSA, DM, MTT, TGDD, an expert, stages 2 and 3
     python scripts/dev/profile_works.py --model ConvNet --precision bf16 --out profile.json
 
 The data are random pixels in the shape of CIFAR-10. A work runs twice before it is profiled, so that compiling does not
@@ -15,6 +15,7 @@ import sys
 import time
 import timeit
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count as count_from
 from pathlib import Path
 
@@ -25,7 +26,7 @@ import utils  # noqa: F401  # isort: skip (before torch: it tells OpenMP how to 
 
 import torch
 from benchmark import machine
-from benchmark_methods import trajectory_matching
+from benchmark_methods import snapshot_matching, trajectory_matching
 from benchmark_works import SCORED, STRATEGY, Bench
 from torch.nn.functional import conv2d
 from torch.profiler import ProfilerActivity, profile
@@ -38,13 +39,17 @@ from utils.core.run_script import run_script
 from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.gradient_matching import GradientMatching, GradientSettings
 from utils.methods.method import MethodInputs
+from utils.methods.snapshot_matching import SnapshotMatching
 from utils.methods.trajectory_matching import TrajectoryMatching
 from utils.ood.scorer import Scorer
 from utils.outliers.sources import PseudoOutliers
 from utils.report.tables import markdown_table
+from utils.runs.run_folder import RunFolder
 from utils.settings.common import Speed
+from utils.settings.distillation import ExpertSettings
 from utils.settings.fields import add_group, flags_of
 from utils.settings.parser import Parser, count, one_of
+from utils.stages.expert_training import ExpertTraining
 from utils.training.trainer import Trainer
 
 # kinds of work by parts of the names of operations, in this order; the kernels that the compiler makes are norm,
@@ -69,7 +74,8 @@ KINDS = {
 }
 OTHER = "other operations"
 PYTHON = "Python and waiting"
-WORKS = ("dsa", "dm", "mtt", "stage2", "stage3")
+WORKS = ("dsa", "dm", "mtt", "tgdd", "expert", "stage2", "stage3")
+EXPERT_IMAGES = 5120  # of the part of an epoch of an expert that is profiled
 
 
 def get_args_parser() -> Parser:
@@ -86,7 +92,10 @@ def get_args_parser() -> Parser:
 
 
 def work_of(name: str, bench: Bench) -> Callable[[], object]:
-    """What is profiled under a name; an outer step of DSA has its matching and an epoch of network training."""
+    """What is profiled under a name; an outer step of DSA has its matching and an epoch of network training.
+
+    `expert`: twenty steps on images and POE outliers.
+    """
     real, outliers = bench.real, PseudoOutliers(bench.real)
     if name in ("dsa", "dm"):
         loops = {"outer_loop": 2, "inner_loop": 1} if name == "dsa" else {}
@@ -95,6 +104,15 @@ def work_of(name: str, bench: Bench) -> Callable[[], object]:
         method = kind(MethodInputs(real, outliers, settings, STRATEGY, bench.compute))
     elif name == "mtt":
         method = trajectory_matching(TrajectoryMatching, real, bench.args.model, bench.ipc, bench.compute)
+    elif name == "tgdd":
+        method = snapshot_matching(SnapshotMatching, real, bench.args.model, bench.ipc, bench.compute)
+    elif name == "expert":
+        images, labels = (t[:EXPERT_IMAGES] for t in (real.images_train, real.labels_train))
+        part = replace(real, images_train=images, labels_train=labels)
+        settings = ExpertSettings(outliers="poe", mom=0.9, dsa_strategy="_".join(STRATEGY.strategy))
+        run = RunFolder.create(bench.folder.name, "experts")
+        experts = ExpertTraining(bench.net, part, PseudoOutliers(part), settings, bench.compute, run)
+        return lambda: experts._epoch(0, 0).item()
     elif name == "stage2":
         trainer = Trainer(bench.net, bench.settings, bench.compute)
         return lambda: trainer.train(bench.synthetic, 0, ()).item()
