@@ -27,7 +27,7 @@ run train_model_synthetic_oe.py $train --load_path $out/poe/1-distilled --save_p
 run test_ood_model_syn.py $ood --load_path $out/poe/2-networks --save_path $out/poe/3-ood
 
 echo
-$python scripts/compare.py $out/plain/3-ood $out/poe/3-ood --names plain POE --out $out
+$python scripts/compare.py $out/plain/3-ood $out/poe/3-ood --names plain POE --out $out --html
 echo "distilled images and outliers, before and after:"
 find $out -name 'vis*.png' | sort
 echo "score histograms:"

@@ -20,6 +20,8 @@ from utils.runs.lineage import args_or_nothing, sources_of
 STRIP = 20
 RESULTS = "results.json"
 CAPTIONS = {"reliability": "reliability of the confidence", "distilled": "the distilled set"}  # these come first
+# what `args.json` of stage 3 says of its networks, by the flag
+FACTS = {"dataset": "data set", "model": "network", "method": "method", "ipc": "images per class", "seed": "seeds"}
 SHOWN_OF_NETWORKS = ("accuracy", "aurc", "ece", "nll", "brier")
 
 
@@ -42,14 +44,22 @@ class ComparisonRow:
     values: tuple[tuple[float, ...], ...]  # for each column one value per network, without NaN
 
     def shown(self) -> list[tuple[str, bool]]:
-        """For each column `mean ± std`, and whether that mean, at the digits shown, is the best of two or more."""
-        factor, digits = self.measure.factor, self.measure.digits
-        means = [round(np.mean(v) * factor, digits) if v else math.nan for v in self.values]
-        defined = [mean for mean in means if not math.isnan(mean)]
-        best = (max if self.measure.better == "↑" else min)(defined) if len(defined) > 1 else None
-        return [
-            (value_cell(values, self.measure), mean == best) for values, mean in zip(self.values, means, strict=True)
-        ]
+        """For each column `mean ± std`, and whether it is better than all others by more than two standard errors."""
+        places = range(len(self.values))
+        gains = [[g for b in places if b != a and (g := self.gain(b, a))] for a in places]
+        leads = [bool(of_column) and all(gain > 2 * error for gain, error in of_column) for of_column in gains]
+        return [(value_cell(values, self.measure), lead) for values, lead in zip(self.values, leads, strict=True)]
+
+    def gain(self, base: int, other: int) -> tuple[float, float] | None:
+        """By how much a column is better than another, in the unit, and the standard error over networks, which is
+        infinite for a single network; None if either has no value."""
+        first, second = (np.array(self.values[column]) * self.measure.factor for column in (base, other))
+        if not len(first) or not len(second):
+            return None
+        sign = -1 if self.measure.better == "↓" else 1
+        several = min(len(first), len(second)) > 1
+        error = math.sqrt(sum(v.var(ddof=1) / len(v) for v in (first, second))) if several else math.inf
+        return sign * (second.mean() - first.mean()), error
 
 
 # --- finding runs ----------------------------------------------------------------------------------------------------
@@ -124,7 +134,7 @@ def pooled(results: Iterable[Results]) -> Results:
 
 
 def comparison_rows(columns: Sequence[ComparisonColumn], measures: Sequence[str]) -> list[ComparisonRow]:
-    """The table: accuracy and calibration; then, for each score, each of `measures` on each OOD set and their mean.
+    """The table: accuracy and calibration; then, for each score, each of `measures` in the mean and on each OOD set.
 
     The mean is over the sets on which all networks were measured; its title says so where there are others.
     """
@@ -134,10 +144,11 @@ def comparison_rows(columns: Sequence[ComparisonColumn], measures: Sequence[str]
         for name in SHOWN_OF_NETWORKS
     ]
     shared = shared_sets(results)
-    sets = {name: name for name in _distinct(r.sets() for r in results)}
+    sets: dict[str | None, str] = {}
     if shared:
         others = set(_distinct(r.ood_sets() for r in results)) - {*shared}
         sets[None] = f"mean of {', '.join(shared)}" if others else "mean"
+    sets |= {name: name for name in _distinct(r.sets() for r in results)}
     rows += [
         ComparisonRow(score, title, OF_OOD[m], _defined([r.per_network(name, score, m, shared) for r in results]))
         for score in _distinct(r.scores() for r in results)
@@ -156,14 +167,46 @@ def _defined(values: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]
 
 
 def markdown(columns: Sequence[ComparisonColumn], rows: Sequence[ComparisonRow]) -> str:
-    """How the networks were trained, and the table in markdown: mean ± std over networks, best in bold."""
+    """How the networks were trained, what was found, and the table in markdown: mean ± std over networks, the best in
+    bold where it leads by more than two standard errors."""
     several = len({row.score for row in rows if row.score}) > 1
     lines = []
     for row in rows:
         title = f"{row.set} ({row.score})" if several and row.score else row.set
         lines.append([title, row.measure.heading, *(f"**{cell}**" if best else cell for cell, best in row.shown())])
     table = markdown_table(["OOD set", "measure", *(column.name for column in columns)], lines)
-    return f"{trained(columns)}\n\n{table}\n"
+    found = "".join(f"{line}\n" for line in verdicts(columns, rows))
+    return f"{trained(columns)}\n\n{table}\n\n{found}"
+
+
+def verdicts(columns: Sequence[ComparisonColumn], rows: Sequence[ComparisonRow]) -> list[str]:
+    """A sentence for each column but the first, which it is compared with: accuracy, ECE and mean AUROC."""
+    wanted = [row for row in rows if row.measure.title in ("accuracy", "ECE")]
+    wanted += [row for row in rows if row.measure.title == "AUROC" and row.set.startswith("mean")]
+    lines = []
+    for other, column in enumerate(columns[1:], 1):
+        parts = [f"{_of_score(row)} {change}" for row in wanted if (change := _change(row, other))]
+        if parts:
+            lines.append(f"{column.name} against {columns[0].name}: {', '.join(parts)}.")
+    return lines
+
+
+def _of_score(row: ComparisonRow) -> str:
+    return f"{row.measure.title} ({row.score})" if row.score else row.measure.title
+
+
+def _change(row: ComparisonRow, other: int) -> str:
+    """How a column differs from the first, with its standard error; `equal` within two of them."""
+    found = row.gain(0, other)
+    if found is None:
+        return ""
+    gain, error = found
+    change = -gain if row.measure.better == "↓" else gain
+    if math.isinf(error):
+        return f"{change:+.1f} (one network)"
+    if abs(gain) <= 2 * error:
+        return f"equal ({change:+.1f} ± {error:.1f})"
+    return f"{change:+.1f} ± {error:.1f} ({'better' if gain > 0 else 'worse'})"
 
 
 def trained(columns: Sequence[ComparisonColumn]) -> str:
@@ -225,6 +268,23 @@ def _strips(column: ComparisonColumn) -> list[tuple[str, torch.Tensor]]:
     return [(f"{column.name}: {title}, one per class", images[:STRIP, 0]) for title, images in pictures]
 
 
+def facts(columns: Sequence[ComparisonColumn]) -> dict[str, list[str]]:
+    """For the head of the page, by title: what each column is of, as far as its folders say it."""
+    stored = [[args_or_nothing(folder) for folder in column.folders] for column in columns]
+    lines = {
+        title: [_joined(about.get("flags", {}).get(flag) for about in of_column) for of_column in stored]
+        for flag, title in FACTS.items()
+    }
+    lines["networks"] = [str(len(column.results.errors)) for column in columns]
+    lines["tested"] = [_joined(str(about.get("started", ""))[:10] for about in of_column) for of_column in stored]
+    return {title: values for title, values in lines.items() if any(values)}
+
+
+def _joined(values: Iterable[object]) -> str:
+    """The different values, without those that are unknown."""
+    return ", ".join(dict.fromkeys(str(value) for value in values if value not in (None, "")))
+
+
 def comparison_page(
     columns: Sequence[ComparisonColumn], rows: Sequence[ComparisonRow], picture: Path | None, notes: Sequence[str] = ()
 ) -> str:
@@ -240,6 +300,9 @@ def comparison_page(
         tables={score: [row for row in rows if row.score == score] for score in scores},
         picture=picture,
         notes=[trained(columns), *notes],
+        verdicts=verdicts(columns, rows),
+        facts=facts(columns),
+        means=["", *(row.set for row in rows if row.set.startswith("mean"))],
         plots_of=lambda folder: sorted(folder.glob("*.png"), key=lambda p: (p.stem not in CAPTIONS, p.stem)),
         caption_of=lambda path: CAPTIONS.get(path.stem, path.stem.replace("_", " ", 1)),
         fitted_on=lambda folder: args_or_nothing(folder).get("fitted_on"),

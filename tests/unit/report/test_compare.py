@@ -31,6 +31,7 @@ from utils.report.compare import (
     plot_comparison,
     pooled,
     table_csv,
+    verdicts,
 )
 from utils.report.plots import distilled_pictures, save_score_histograms
 from utils.report.results import NETWORK_MEASURES, Results, load_results, results_csv, results_json, shared_sets
@@ -67,24 +68,47 @@ def test_the_table_shows_means_deviations_and_the_best():
     rows = comparison_rows(runs, ["auroc", "fpr_in"])
     by_title = {(row.set, row.measure.heading): row for row in rows}
     assert cells(by_title["patches", "AUROC ↑"]) == ["60.00 ± 10.00", "60.00 ± 0.00"]
-    assert best(by_title["patches", "AUROC ↑"]) == [True, True]  # equal to the digits that are shown
+    assert best(by_title["patches", "AUROC ↑"]) == [False, False]  # equal
     assert best(by_title["", "accuracy ↑"]) == [True, False]
     assert best(by_title["", "NLL ↓"]) == [False, True]
     assert cells(by_title["", "NLL ↓"]) == ["0.300 ± 0.000", "0.200 ± 0.000"]
     # over networks of their mean over sets: 60 and 80, not over all four values
     assert cells(by_title["mean", "AUROC ↑"])[0] == "70.00 ± 10.00"
     text = markdown(runs, rows)
-    assert "**60.00 ± 10.00** | **60.00 ± 0.00**" in text
+    assert re.search(r"\| 60.00 ± 10.00 +\| 60.00 ± 0.00 ", text)
+    assert "**90.00 ± 0.00** | 80.00 ± 0.00" in text
     assert r"a\|b_%" in text
     tex = latex(runs, rows)
     assert r"a|b\_\%" in tex
-    assert r"\textbf{60.00 $\pm$ 10.00} & \textbf{60.00 $\pm$ 0.00} \\" in tex
+    assert r"60.00 $\pm$ 10.00 & 60.00 $\pm$ 0.00 \\" in tex
+    assert r"\textbf{90.00 $\pm$ 0.00} & 80.00 $\pm$ 0.00 \\" in tex
     assert all(line.count("&") == 4 for line in tex.splitlines() if line.endswith(r"\\"))
     lines = list(csv.DictReader(table_csv(runs, rows).splitlines()))
     (line,) = [x for x in lines if (x["set"], x["measure"]) == ("patches", "AUROC")]
     assert float(line["plain mean"]) == pytest.approx(60)
     assert float(line["plain std"]) == pytest.approx(10)
     assert line["plain networks"] == "2"
+
+
+def test_a_lead_is_more_than_two_standard_errors():
+    """By numpy; the sentence names the change, its standard error and what it means."""
+    base, near, far = [0.60, 0.62, 0.64], [0.63, 0.64, 0.65], [0.70, 0.71, 0.73]
+    columns = [
+        run(name, [[v] for v in values], sets=("blob",)) for name, values in zip("abc", (base, near, far), strict=True)
+    ]
+    rows = comparison_rows(columns, ["auroc", "fpr_in"])
+    marked = {(row.set, row.measure.title): best(row) for row in rows if row.score}
+    assert marked["blob", "AUROC"] == [False, False, True]
+    assert marked["blob", "FPR(IN)95"] == [False, False, False]  # lower is better, and a does not lead b
+    for other, line in zip((near, far), verdicts(columns, rows), strict=True):
+        change = 100 * (np.mean(other) - np.mean(base))
+        error = 100 * np.sqrt(np.var(base, ddof=1) / 3 + np.var(other, ddof=1) / 3)
+        means = (
+            f"{change:+.1f} ± {error:.1f} (better)" if change > 2 * error else f"equal ({change:+.1f} ± {error:.1f})"
+        )
+        assert line.endswith(f" against a: accuracy equal (+0.0 ± 0.0), ECE equal (+0.0 ± 0.0), AUROC (msp) {means}.")
+    alone = [run("a", [[0.5]], sets=("blob",)), run("b", [[0.75]], sets=("blob",))]
+    assert verdicts(alone, comparison_rows(alone, ["auroc"]))[0].endswith("AUROC (msp) +25.0 (one network).")
 
 
 def test_what_a_run_lacks_is_a_dash():
@@ -99,7 +123,7 @@ def test_what_a_run_lacks_is_a_dash():
     assert ("knn", "patches") not in found
     is_best = {(row.score, row.set): best(row) for row in rows}
     assert is_best["msp", "patches"] == [False] * 3
-    assert is_best["msp", "blob"] == [True, False, False]
+    assert is_best["msp", "blob"] == [False] * 3  # the last is of one network, which has no standard error
     assert [cells(row)[2] for row in rows if row.measure.title == "ECE"] == ["-"]
     assert "blob (knn)" in markdown(runs, rows)
 
@@ -198,7 +222,7 @@ def test_from_stage_1_to_the_page(chain, script, in_process, refused, monkeypatc
     flags = [stage1, stage2, stage3, "--names", "first", "second", "<b>&", "--out", "out", "--html"]
     done = script("scripts/compare.py", *flags)
     assert done.returncode == 0, done.stderr
-    table = [line.split("|")[3:6] for line in done.stdout.splitlines() if "AUROC" in line]
+    table = [line.split("|")[3:6] for line in done.stdout.splitlines() if "| AUROC" in line]
     assert len(table) == 3 * 3
     assert all(len({cell.strip(" *") for cell in cells}) == 1 for cells in table)
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
@@ -208,7 +232,7 @@ def test_from_stage_1_to_the_page(chain, script, in_process, refused, monkeypatc
     assert "first was not measured by gen" in refused("compare.py", stage3, "--names", "first", "--scores", "gen")
     some = in_process("compare.py", stage3, "--names", "one", "--scores", "odin", "msp", "--measures", "auroc")
     titles = [cells[1].strip() for line in some.splitlines() if "AUROC" in line and (cells := line.split("|"))]
-    assert titles == [f"{name} ({score})" for score in ("odin", "msp") for name in ("patches", "uniform", "mean")]
+    assert titles == [f"{name} ({score})" for score in ("odin", "msp") for name in ("mean", "patches", "uniform")]
     with pytest.raises(UserError, match=r"none of the 0 under .* was made from it"):
         find_runs([stage2], None, [tmp_path / "out"])
 
@@ -281,7 +305,7 @@ def test_the_mean_is_over_the_sets_of_all_runs():
     """Another set, on which only one run was measured, does not count in the mean, which names its sets."""
     runs = [run("both", [[0.5, 0.9]] * 2), run("one", [[0.9]] * 2, sets=("blob",))]
     rows = {row.set: row for row in comparison_rows(runs, ["auroc"]) if row.score}
-    assert list(rows) == ["patches", "blob", "mean of blob"]
+    assert list(rows) == ["mean of blob", "patches", "blob"]
     assert cells(rows["mean of blob"]) == ["90.00 ± 0.00", "90.00 ± 0.00"]
     assert cells(rows["patches"]) == ["50.00 ± 0.00", "-"]
     seeds = pooled([results([[0.5, 0.9]] * 2), results([[0.7]] * 2, sets=("blob",))])
