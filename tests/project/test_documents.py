@@ -17,6 +17,7 @@ from utils.report.results import load_study_csv, save_study_csv
 ROOT = Path(__file__).resolve().parents[2]
 
 import benchmark
+import make_flags
 import make_tables
 import profile_works
 
@@ -109,6 +110,10 @@ def test_numbers_are_in_their_files(names, shown):
     texts = [content(name) for name in names]
     for value in shown:
         assert any(is_measured(value, text) for text in texts), f"{value} is in none of {names}"
+
+
+def test_the_page_of_flags_is_what_the_scripts_say():
+    assert make_flags.page() == (ROOT / "docs" / "flags.md").read_text()
 
 
 def test_enough_tables_are_marked():

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 SMALLEST_SIDE = 64
 SHOWN_PER_CLASS = 10
 BLUE, ORANGE = "#3b6ea5", "#d1733c"
+MARKERS = "os^Dv*PX<>"  # so that columns differ without colours, too
 
-Bars = dict[str, Sequence[Sequence[float]]]  # by OOD set: for each bar its fractions, none where nothing was measured
+Dots = dict[str, Sequence[Sequence[float]]]  # by OOD set: for each dot its fractions, none where nothing was measured
 Runs = dict[int, dict[int, float]]  # by the number of a run: a value at each iteration
 Panels = dict[str, dict[str, Runs]]  # by the titles of panel and curve
 
@@ -98,17 +99,21 @@ def _edges(values: np.ndarray) -> np.ndarray:
 
 
 def save_score_histograms(path: Path, score: str, in_scores: np.ndarray, out_scores: dict[str, np.ndarray]) -> None:
-    """One panel per OOD set: densities of its scores and of the in-distribution scores."""
+    """One panel per OOD set: densities of its scores and of the in-distribution scores, and the threshold that accepts
+    95 % of the in-distribution images. msp is shown as what it is minus of, the largest probability."""
+    sign, label = (-1, "largest softmax probability") if score == "msp" else (1, f"{score}: higher looks more unknown")
     figure, axes = _panels(len(out_scores), 4, 3.6, 2.6)
     for axis, (name, values) in zip(axes, out_scores.items(), strict=False):
-        bins = _edges(np.concatenate([in_scores, values]))
+        bins = _edges(np.concatenate([in_scores, values]) * sign)
         style = {"density": True, "alpha": 0.6, "histtype": "stepfilled"}  # one shape is drawn faster than 40 bars
-        axis.hist(in_scores, bins, label="in-distribution", color=BLUE, **style)
-        axis.hist(values, bins, label="OOD", color=ORANGE, **style)
+        axis.hist(sign * in_scores, bins, label="in-distribution", color=BLUE, **style)
+        axis.hist(sign * values, bins, label=name, color=ORANGE, **style)
+        axis.axvline(sign * np.quantile(in_scores, 0.95), color="grey", linewidth=1, linestyle="--")
         axis.set_title(name, fontsize=10)
         axis.set_yticks([])
-    axes[0].legend(fontsize=8)
-    figure.supxlabel(f"{score} (higher = more out-of-distribution)", fontsize=10)
+        axis.legend(fontsize=7)
+    axes[0].set_ylabel("density", fontsize=9)
+    figure.supxlabel(f"{label} (dashed: 95 % of in-distribution images are on its known side)", fontsize=9)
     _save(path, figure)
 
 
@@ -218,8 +223,11 @@ def _color(index: int) -> tuple[float, ...]:
     return colormaps["tab10"](index) if index < 10 else colormaps["tab20b"]((index - 10) % 20)
 
 
-def save_reliability(path: Path, bins: Reliability) -> None:
-    """The reliability diagram: accuracy by confidence, above the share of predictions in each bin."""
+def save_reliability(path: Path, bins: Reliability, ece: float) -> None:
+    """The reliability diagram: accuracy by confidence, above the share of predictions in each bin.
+
+    `bins`: of the predictions of all networks; `ece`: the mean over networks, as the tables have it.
+    """
     figure = _new_figure(4.4, 5.0)
     top, bottom = figure.subplots(2, 1, height_ratios=[3, 1], sharex=True)
     left, width = bins.edges[:-1], np.diff(bins.edges)
@@ -230,7 +238,8 @@ def save_reliability(path: Path, bins: Reliability) -> None:
     top.bar(left, gap, width, bottom=accuracy, align="edge", label="gap to the confidence", **gap_style)
     top.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1)
     top.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
-    top.set_title(f"Reliability: ECE {100 * bins.error:.2f} % ({len(left)} bins, all networks)", fontsize=10)
+    confident = "over-confident" if np.nansum(gap * bins.count) > 0 else "under-confident"
+    top.set_title(f"Reliability: ECE {100 * ece:.2f} %, {confident}", fontsize=10)
     top.legend(fontsize=8, loc="upper left")
     bottom.bar(left, bins.count / bins.count.sum(), width, align="edge", color="#7f8c9a", edgecolor="white")
     bottom.set(xlabel="confidence (largest softmax probability)", ylabel="share", ylim=(0, None))
@@ -265,43 +274,44 @@ def save_distilled(path: Path, pictures: Sequence[tuple[str, torch.Tensor]]) -> 
 
 
 def save_comparison(
-    path: Path, names: Sequence[str], panels: dict[str, Bars], strips: Sequence[tuple[str, torch.Tensor]]
+    path: Path, names: Sequence[str], panels: dict[str, Dots], strips: Sequence[tuple[str, torch.Tensor]]
 ) -> None:
-    """Strips of images above bars of AUROC, a panel for each score.
+    """Strips of images above dots of AUROC, a panel for each score.
 
     Args:
-        names: one for each bar of a set; panels: by score; strips: titles and images `[N, C, H, W]` in [0, 1].
+        names: one for each dot of a set; panels: by score; strips: titles and images `[N, C, H, W]` in [0, 1].
     """
     height = 2.6 if len(panels) == 1 else 1.9
     figure = _new_figure(8, 0.75 * len(strips) + height * len(panels))
     ratios = [0.8] * len(strips) + [height] * len(panels)
     axes = figure.subplots(len(ratios), 1, height_ratios=ratios, squeeze=False)[:, 0]
     for axis, (title, images) in zip(axes, strips, strict=False):
-        padded = torch.nn.functional.pad(images, (0, 1, 0, 0), value=0.6)
-        padded = torch.nn.functional.pad(padded, (0, 0, 1, 1), value=0.6)
-        axis.imshow(torch.cat(list(padded), 2).expand(3, -1, -1).permute(1, 2, 0).numpy(), interpolation="nearest")
+        padded = torch.nn.functional.pad(images, (0, 1, 1, 1), value=0.6)
+        strip = torch.nn.functional.pad(torch.cat(list(padded), 2), (1, 0, 0, 0), value=0.6)
+        axis.imshow(strip.expand(3, -1, -1).permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set_title(title, fontsize=9, loc="left")
         axis.set_axis_off()
-    for axis, (score, bars) in zip(axes[len(strips) :], panels.items(), strict=True):
-        _draw_bars(axis, names, score, bars)
+    for axis, (score, dots) in zip(axes[len(strips) :], panels.items(), strict=True):
+        _draw_dots(axis, names, score, dots)
     top = axes[len(strips)]
     top.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(len(names), 5), fontsize=9, frameon=False)
     _save(path, figure, dpi=130)
 
 
-def _draw_bars(axis: "Axes", names: Sequence[str], score: str, bars: Bars) -> None:
+def _draw_dots(axis: "Axes", names: Sequence[str], score: str, dots: Dots) -> None:
     means, spread = (
-        np.array([[100 * of(values) if values else np.nan for values in group] for group in bars.values()])
+        np.array([[100 * of(values) if values else np.nan for values in group] for group in dots.values()])
         for of in (np.mean, np.std)
     )
-    width = 0.8 / len(names)
+    width = 0.7 / len(names)
     for i, name in enumerate(names):
-        at = np.arange(len(bars)) + (i - (len(names) - 1) / 2) * width
-        style = {"yerr": spread[:, i], "capsize": 3 if width > 0.1 else 1, "color": _color(i)}
-        axis.bar(at, means[:, i], width * 0.92, label=name, **style)
-    axis.set_xticks(range(len(bars)), bars)
+        at = np.arange(len(dots)) + (i - (len(names) - 1) / 2) * width
+        style = {"fmt": MARKERS[i % len(MARKERS)], "markersize": 6, "capsize": 2, "color": _color(i)}
+        axis.errorbar(at, means[:, i], spread[:, i], label=name, **style)
+    for between in range(1, len(dots)):
+        axis.axvline(between - 0.5, color="grey", linewidth=0.4, alpha=0.5)
+    axis.set_xticks(range(len(dots)), dots)
+    axis.set_xlim(-0.5, len(dots) - 0.5)
     axis.set_ylabel(f"AUROC (%), {score}")
-    defined = means[np.isfinite(means)]
-    low, high = (min(45, defined.min() - 5), defined.max() + 5) if defined.size else (0, 100)
-    axis.set_ylim(max(0, low), min(100, 10 * np.ceil(high / 10)))
     axis.axhline(50, color="grey", linewidth=0.8, linestyle=":")
+    axis.text(-0.48, 50, "guessing", fontsize=7, color="grey", va="bottom")

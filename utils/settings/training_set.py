@@ -58,7 +58,7 @@ class TrainsOn(Settings):
     distilled: tuple[str, ...] | None = flag(
         None,
         "a distilled set of any repository, instead of --folder and --load_path: a file, or a folder; images and "
-        "labels may be two files (docs/usage.md lists the formats)",
+        "labels may be two files (docs/evaluate.md lists the formats)",
         many=True,
         action="extend",
         metavar="PATH",

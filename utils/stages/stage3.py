@@ -85,9 +85,21 @@ def run_stage3(settings: Stage3Settings) -> Results:
     if run.is_main:
         about = {"networks": str(folder), "checkpoints": which, "training": training, "ood_sets": _about_sets(sets)}
         _write_report(results, scores, run, about | {"flags": as_dict(s)})
-        _draw_plots(run, measured, folder)
+        _draw_plots(run, measured, float(np.mean(results.of_networks("ece"))), folder)
     run.finish()
+    run.log(summary(results))
     return results
+
+
+def summary(results: Results) -> str:
+    """What was found, in a sentence: accuracy, calibration error, and the mean AUROC of the first score."""
+    accuracy, ece = (100 * np.mean(results.of_networks(measure)) for measure in ("accuracy", "ece"))
+    score, sets = results.scores()[0], results.ood_sets()
+    parts = [f"found: accuracy {accuracy:.2f} %, calibration error (ECE) {ece:.2f} %"]
+    if sets:
+        auroc = 100 * np.mean(results.per_network(None, score, "auroc"))
+        parts.append(f"AUROC {auroc:.2f} % ({score}, mean over {', '.join(sets)})")
+    return ", ".join(parts)
 
 
 def _about_sets(sets: Sequence[OODSet]) -> dict[str, dict]:
@@ -273,7 +285,7 @@ def _find_sets(
     return sets, missing
 
 
-def _draw_plots(run: RunFolder, measured: PlotData, networks: Path) -> None:
+def _draw_plots(run: RunFolder, measured: PlotData, ece: float, networks: Path) -> None:
     """Write `scores_<score>.png`, `roc_<score>.png`, `reliability.png`, and, if the set is there, `distilled.png`."""
     try:
         for score, out_scores in measured.out_scores.items():
@@ -282,7 +294,7 @@ def _draw_plots(run: RunFolder, measured: PlotData, networks: Path) -> None:
                 first = {name: values[0] for name, values in finite.items()}
                 save_score_histograms(run.path / f"scores_{score}.png", score, measured.in_scores[score][0], first)
                 save_roc_curves(run.path / f"roc_{score}.png", score, measured.in_scores[score], finite)
-        save_reliability(run.path / "reliability.png", measured.reliability)
+        save_reliability(run.path / "reliability.png", measured.reliability, ece)
         pictures = distilled_pictures(networks)
         if pictures:
             save_distilled(run.path / "distilled.png", pictures)

@@ -428,7 +428,7 @@ class Tuple(torch.nn.Module):
 
 def test_the_lines_in_the_documentation(digits, trained, tmp_path, monkeypatch):
     """They test a network of the user's on two generated sets and on a folder."""
-    text = (ROOT / "docs" / "usage.md").read_text().partition("## Testing a network from anywhere\n")[2]
+    text = (ROOT / "docs" / "evaluate.md").read_text().partition("## A network\n")[2]
     (tmp_path / "my" / "photos").mkdir(parents=True)
     for i in range(5):
         Image.new("L", (12, 12), 50 * i).save(tmp_path / "my" / "photos" / f"{i}.png")

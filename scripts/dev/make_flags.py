@@ -1,0 +1,59 @@
+"""Write docs/flags.md: every flag of the scripts, as `--help-all` shows it, each group once.
+
+python scripts/dev/make_flags.py
+"""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from utils.core.files import save_text
+from utils.core.run_script import run_script
+from utils.settings.fields import groups_of
+
+SCRIPTS = {
+    "main_poe": "stage 1", "main_oe": "stage 1", "train_experts": "experts", "train_model_synthetic_oe": "stage 2",
+    "test_ood_model_syn": "stage 3",
+}  # fmt: skip
+HEAD = """# All flags
+
+Made by `python scripts/dev/make_flags.py` of what the scripts say with `--help-all`. A group that several scripts have stands here once; a default that differs
+is shown by the script's own help. A flag that names methods (`DM, TGDD: …`) belongs to them alone.
+"""
+
+
+def page() -> str:
+    """The text of docs/flags.md."""
+    parts, shown = [HEAD], set()
+    parsers = {script: importlib.import_module(script).get_args_parser() for script in SCRIPTS}
+    for parser in parsers.values():
+        actions = {action.dest: action for action in parser._actions}
+        for group, fields in groups_of(parser.settings).items():
+            new = [actions[f.name] for f in fields if f.name not in shown | parser.hidden]
+            shown |= {action.dest for action in new}
+            if new:
+                users = [stage for script, stage in SCRIPTS.items() if issubclass(parsers[script].settings, group)]
+                title = f"{group.__doc__.split('.')[0]} ({', '.join(dict.fromkeys(users))})"
+                parts.append(f"## {title}\n\n| flag | what it does |\n|---|---|\n" + "\n".join(map(row, new)))
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def row(action: argparse.Action) -> str:
+    """The line of a flag."""
+    values = "" if action.nargs == 0 else f" {action.metavar or action.dest.upper()}"
+    name = action.option_strings[0] if action.option_strings else action.dest
+    return f"| `{name}{values}` | {action.help.replace('%%', '%')} |"
+
+
+def main() -> None:
+    """Write the file."""
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
+    save_text(ROOT / "docs" / "flags.md", page())
+
+
+if __name__ == "__main__":
+    run_script(main, "make_flags.py")
