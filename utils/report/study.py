@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 from utils.core.errors import UserError
 from utils.report.measures import OF_NETWORKS, OF_OOD, Measure
@@ -150,8 +149,8 @@ def score_rows(kinds: Sequence[StudyRow], scores: Sequence[str], measure: str) -
 def differences(base: StudyRow, others: Sequence[StudyRow], columns: Sequence[StudyColumn]) -> str:
     """A markdown table: `base` minus each other kind, paired by seed.
 
-    A cell holds the mean difference, its standard error, and the p of a two-sided paired t test over the seeds that
-    both have. With a single seed there is neither.
+    A cell holds the mean difference and its standard error over the seeds that both have; with a single seed there is
+    none.
     """
     rows = []
     for other in others:
@@ -171,7 +170,4 @@ def _difference(values: np.ndarray, digits: int) -> str:
     if len(values) == 1:
         return mean
     error = values.std(ddof=1) / np.sqrt(len(values))
-    if not error:
-        return f"{mean} ± {error:.{digits}f}"
-    p = stats.ttest_1samp(values, 0).pvalue
-    return f"{mean} ± {error:.{digits}f} ({'p < 0.001' if p < 0.001 else f'p = {p:.3f}'})"
+    return f"{mean} ± {error:.{digits}f}"
