@@ -28,12 +28,26 @@ Runs = dict[int, dict[int, float]]  # by the number of a run: a value at each it
 Panels = dict[str, dict[str, Runs]]  # by the titles of panel and curve
 
 
+def shown(images: torch.Tensor) -> torch.Tensor:
+    """Images `[N, C, H, W]` as pictures in [0, 1].
+
+    They are clipped; but one that would lose more than half of its values is stretched from its smallest to its
+    largest: distilled outliers may leave the range of pixels, and would be a white tile.
+    """
+    flat = images.flatten(1)
+    low, high = flat.amin(1).view(-1, 1, 1, 1), flat.amax(1).view(-1, 1, 1, 1)
+    lost = ((flat < 0) | (flat > 1)).float().mean(1).view(-1, 1, 1, 1) > 0.5
+    return torch.where(lost, (images - low) / (high - low).clamp(min=1e-6), images.clamp(0, 1))
+
+
 def save_grid(path: Path, images: torch.Tensor, per_row: int) -> None:
-    """Write images `[N, C, H, W]` in [0, 1] as a PNG grid with `per_row` columns; tiny images are enlarged."""
+    """Write images `[N, C, H, W]`, shown as `shown` says, as a PNG grid with a row for each class of `per_row` images;
+    with one image per class ten classes in a row. Tiny images are enlarged."""
     from torchvision.utils import make_grid, save_image
 
+    per_row = per_row if per_row > 1 else 10
     factor = max(1, -(-SMALLEST_SIDE // images.shape[-1]))
-    images = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    images = shown(images).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     grid = make_grid(images, nrow=per_row, padding=2, pad_value=1.0)
     atomic_write(path, lambda file: save_image(grid, file, format="png"))
 
@@ -58,7 +72,7 @@ def distilled_pictures(networks: Path) -> list[tuple[str, torch.Tensor]]:
             parts.append((f"{outliers} outliers", synthetic.images_oe))
         classes = int(synthetic.hard_labels.max()) + 1
         return [
-            (title, to_unit(images, statistics, zca).clamp(0, 1).unflatten(0, (classes, -1)))
+            (title, shown(to_unit(images, statistics, zca)).unflatten(0, (classes, -1)))
             for title, images in parts
             if len(images) % classes == 0
         ]

@@ -45,8 +45,8 @@ class ResultFiles:
             if images is not None:
                 point = f"exp{state.exp}_iter{state.iteration}"
                 name = f"{prefix}_{s.method}_{self.real.name}_{s.model}_{s.ipc}ipc_{point}.png"
-                shown = self.real.denormalize(images.to(self.real.device)).cpu()
-                save_grid(self.run.path / name, shown, s.ipc)
+                pixels = self.real.denormalize(images.to(self.real.device)).cpu()
+                save_grid(self.run.path / name, pixels, s.ipc)
 
     def save_last_finite(self, state: DistillState, before: SyntheticSet) -> Path:
         """Write the images from before the update that diverged, without a learning rate, which may have caused it.

@@ -33,7 +33,7 @@ from utils.report.compare import (
     table_csv,
     verdicts,
 )
-from utils.report.plots import distilled_pictures, save_score_histograms
+from utils.report.plots import distilled_pictures, save_score_histograms, shown
 from utils.report.results import NETWORK_MEASURES, Results, load_results, results_csv, results_json, shared_sets
 from utils.report.study import StudyColumn, StudyRow, mean_rows, score_rows
 from utils.report.tables import report_text
@@ -339,13 +339,35 @@ def test_histograms_of_scores_that_collapse(tmp_path, monkeypatch, at, width):
     monkeypatch.setattr("matplotlib.axes.Axes.hist", lambda self, values, bins, **_: drawn.append((values, bins)))
     monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda self, **_: None)
     inside, outside = np.full(9, float(at)), np.linspace(at - width, at, 9)
-    save_score_histograms(tmp_path / "scores.png", "msp", inside, {"a": outside})
+    save_score_histograms(tmp_path / "scores.png", "mls", inside, {"a": outside})
     for values, bins in drawn:
         counts, _ = np.histogram(values, bins, density=True)
         assert np.isfinite(counts).all()
         assert np.histogram(values, bins)[0].sum() == 9
     if width > 1e-12:
         np.testing.assert_allclose(drawn[0][1], np.histogram_bin_edges(np.r_[inside, outside], 40), rtol=1e-12)
+
+
+def test_pictures_of_images_out_of_range():
+    """Clipped where few values are out of range, stretched where most are; one grey value stays in range."""
+    g = np.random.default_rng(0)
+    images = np.stack([g.uniform(-0.1, 1.1, (1, 4, 4)), g.uniform(1.1, 1.9, (1, 4, 4)), np.full((1, 4, 4), 3.0)])
+    found = shown(torch.from_numpy(images)).numpy()
+    np.testing.assert_array_equal(found[0], images[0].clip(0, 1))
+    np.testing.assert_allclose(found[1], (images[1] - images[1].min()) / np.ptp(images[1]))
+    assert (found[2] == 0).all()
+
+
+def test_msp_is_drawn_as_a_probability(tmp_path, monkeypatch):
+    """With the threshold that 95 % of the in-distribution images reach."""
+    drawn, lines = [], []
+    monkeypatch.setattr("matplotlib.axes.Axes.hist", lambda self, values, bins, **_: drawn.append(values))
+    monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda self, **_: None)
+    monkeypatch.setattr("matplotlib.axes.Axes.axvline", lambda self, at, **_: lines.append(at))
+    inside = -np.linspace(0.2, 1, 101)
+    save_score_histograms(tmp_path / "scores.png", "msp", inside, {"a": inside / 2})
+    assert min(drawn[0]) == pytest.approx(0.2)
+    assert (drawn[0] >= lines[0] - 1e-9).mean() == pytest.approx(0.95, abs=0.01)
 
 
 def test_a_picture_of_histograms(tmp_path):
