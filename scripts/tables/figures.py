@@ -1,0 +1,155 @@
+"""Draw the figures of README and docs from the CSV files of assets/results.
+
+    python scripts/tables/figures.py            # all of them, into assets/
+    python scripts/tables/figures.py outliers detectors
+
+Each has a white ground, marks that differ in shape as well as in colour, and axes that need not start at zero: dots,
+not bars. Whiskers are one standard deviation over networks, or where it is said one standard error over seeds.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import utils  # noqa: F401  # isort: skip (before torch: it tells OpenMP how to wait)
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from utils.core.files import atomic_write
+from utils.core.run_script import run_script
+from utils.report.results import StudyResults, load_study_csv
+from utils.report.study import StudyColumn, StudyRow
+from utils.settings.parser import Parser, one_of
+
+RESULTS, OUT = ROOT / "assets" / "results", ROOT / "assets"
+# dark to light, so that they differ in black and white; of Okabe & Ito's palette for all kinds of colour vision
+BLACK, BLUE, RED, SKY, GREY = "#000000", "#0072b2", "#d55e00", "#56b4e9", "#8a8a8a"
+KINDS = {
+    "plain": "none",
+    "poe": "POE, distilled",
+    "poe-initial": "POE, start",
+    "poe-kcenter": "POE, k-center",
+    "oe": "OE, distilled",
+    "poe-corrupt": "POE, on the fly",
+    "whole": "whole set, none",
+    "whole-corrupt": "whole set, on the fly",
+}
+
+
+def get_args_parser() -> Parser:
+    """The flags of this script."""
+    parser = Parser(description="Draw the figures of README and docs from the CSV files of assets/results.")
+    parser.add_argument("figures", nargs="*", type=one_of("figure", FIGURES), help="which; left out: all")
+    return parser
+
+
+def values(study: StudyResults, kind: str, measure: str, score: str = "") -> np.ndarray:
+    """A measure of every network of a kind, in its unit."""
+    column = StudyColumn(measure, score)
+    row = StudyRow(kind, study[kind])
+    return column.shown.factor * np.array([v for results in row.seeds.values() for v in column.of(results)])
+
+
+def dots(
+    axis: Axes, rows: Sequence[np.ndarray], title: str, marker: str = "o", color: str = BLUE, **style: object
+) -> None:
+    """The mean of each row, from the top, with one standard deviation."""
+    at = -np.arange(len(rows))
+    means, spread = ([of(row) for row in rows] for of in (np.mean, np.std))
+    axis.errorbar(means, at, xerr=spread, fmt=marker, color=color, capsize=2, markersize=6, **style)
+    axis.set_title(title, fontsize=10)
+    axis.grid(axis="x", linewidth=0.4, alpha=0.6)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.tick_params(axis="y", length=0)
+
+
+def outliers() -> Figure:
+    """What outliers buy: AUROC, accuracy and ECE of each kind."""
+    study = load_study_csv(RESULTS / "cifar10-dm-ipc10-convnet-bf16.csv")
+    kinds = [kind for kind in KINDS if kind in study]
+    figure = Figure(figsize=(8.6, 3.2), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True, width_ratios=[2, 1.2, 1.2])
+    dots(axes[0], [values(study, kind, "auroc", "msp") for kind in kinds], "AUROC, msp (%) →")
+    dots(axes[1], [values(study, kind, "accuracy") for kind in kinds], "accuracy (%) →", "s", BLACK)
+    dots(axes[2], [values(study, kind, "ece") for kind in kinds], "← ECE (%)", "D", RED)
+    axes[0].set_yticks(-np.arange(len(kinds)), [KINDS[kind] for kind in kinds])
+    for axis in axes:
+        axis.axhline(-5.5, color=GREY, linewidth=0.8, linestyle="--")
+    figure.suptitle("CIFAR-10, ConvNet, ten distilled images per class (DM): which outliers", fontsize=11)
+    return figure
+
+
+def detectors() -> Figure:
+    """Dumbbells: each score without outliers (hollow) and with those of POE (filled), fitted on either set."""
+    study = load_study_csv(RESULTS / "cifar10-dm-ipc10-convnet-detectors.csv")
+    figure = Figure(figsize=(8.6, 5.2), layout="constrained")
+    fits = {"fit-distilled": "fitted on the distilled images", "fit-real": "fitted on the real images"}
+    for axis, (fit, title) in zip(figure.subplots(1, 2), fits.items(), strict=True):
+        none, poe = f"{fit}/plain", f"{fit}/poe"
+        scores = next(iter(study[none].values())).scores()
+        means = {s: [values(study, kind, "auroc", s).mean() for kind in (none, poe)] for s in scores}
+        order = sorted((s for s in scores if np.isfinite(means[s]).all()), key=lambda s: max(means[s]))
+        for place, score in enumerate(order):
+            low, high = means[score]
+            bold = score == "msp"
+            axis.plot([low, high], [place, place], color=GREY, linewidth=1.2, zorder=1)
+            axis.scatter(low, place, s=34, facecolor="white", edgecolor=RED, zorder=2)
+            axis.scatter(high, place, s=34, color=BLUE, marker="s", zorder=3)
+            axis.axvline(high, color=GREY, linewidth=0.8, linestyle=":") if bold else None
+        axis.set_yticks(range(len(order)), order, fontsize=8)
+        axis.get_yticklabels()[order.index("msp")].set_fontweight("bold")
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("mean AUROC (%)", fontsize=9)
+        axis.grid(axis="x", linewidth=0.4, alpha=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("○ without outliers   ■ with distilled POE outliers   dotted: msp with outliers", fontsize=10)
+    return figure
+
+
+def weight() -> Figure:
+    """AUROC, ECE and accuracy by the weight of outliers in stage 2, two networks."""
+    names = {
+        "cifar10-dm-ipc10-convnet-lambda": ("ConvNet", "o", BLUE),
+        "cifar10-dm-ipc10-w32-lambda": ("ConvNetW32", "s", RED),
+    }
+    figure = Figure(figsize=(8.6, 2.8), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for name, (label, marker, color) in names.items():
+        study = load_study_csv(RESULTS / f"{name}.csv")
+        weights = sorted((kind for kind in study if kind.replace(".", "").isdigit()), key=float)
+        at = [float(w) for w in weights]
+        for axis, (measure, score) in zip(axes, (("auroc", "msp"), ("ece", ""), ("accuracy", "")), strict=True):
+            rows = [values(study, w, measure, score) for w in weights]
+            means, spread = (np.array([of(row) for row in rows]) for of in (np.mean, np.std))
+            axis.plot(at, means, marker=marker, color=color, label=label, markersize=5)
+            axis.fill_between(at, means - spread, means + spread, color=color, alpha=0.15, linewidth=0)
+    for axis, title in zip(axes, ("AUROC, msp (%)", "ECE (%)", "accuracy (%)"), strict=True):
+        axis.set_xscale("symlog", linthresh=0.1)
+        axis.set_xticks([0, 0.1, 0.25, 0.5, 1, 2], ["0", ".1", ".25", ".5", "1", "2"])
+        axis.axvline(0.5, color=GREY, linewidth=0.8, linestyle=":")
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("--lambda_oe (dotted: published)", fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(fontsize=8, frameon=False)
+    return figure
+
+
+FIGURES: dict[str, Callable[[], Figure]] = {"outliers": outliers, "detectors": detectors, "weight": weight}
+
+
+def main(args: argparse.Namespace) -> None:
+    """Draw them, and say where they are."""
+    for name in args.figures or FIGURES:
+        figure, path = FIGURES[name](), OUT / f"{name}.png"
+        atomic_write(path, lambda file, figure=figure: figure.savefig(file, format="png", dpi=130))
+        print(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(get_args_parser().parse_args()), "figures.py")
