@@ -1,5 +1,6 @@
 """The numbers in the README and in `docs/` are those of the files that they name."""
 
+import csv
 import json
 import re
 from fnmatch import fnmatch
@@ -17,6 +18,7 @@ from utils.report.results import load_study_csv, save_study_csv
 ROOT = Path(__file__).resolve().parents[2]
 
 import benchmark
+import figures
 import make_flags
 import make_tables
 import profile_works
@@ -199,3 +201,21 @@ def test_a_corruption_is_added_as_the_readme_says(monkeypatch, tiny_real):
         assert len(batch) == 5
         assert distance.amin(1).max() < 1e-6
         assert distance.argmin(1).unique().numel() == 5
+
+
+def test_figures_draw_what_their_files_hold(tmp_path, monkeypatch, capsys):
+    """The dots of AUROC lie at the means over networks and OOD sets, by the csv module; all figures are drawn."""
+    rows = list(csv.DictReader((ROOT / "assets/results/cifar10-dm-ipc10-convnet-bf16.csv").open()))
+    figure = figures.outliers()
+    line = figure.axes[0].lines[0]
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    for kind, title in (("plain", "none"), ("poe-corrupt", "POE, on the fly")):
+        found = [float(r["auroc"]) for r in rows if (r["kind"], r["score"]) == (kind, "msp")]
+        assert line.get_xdata()[names.index(title)] == pytest.approx(100 * sum(found) / len(found))
+    monkeypatch.setattr(figures, "OUT", tmp_path)
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    figures.main(figures.get_args_parser().parse_args([]))
+    drawn = sorted(path.name for path in tmp_path.iterdir())
+    assert drawn == sorted(f"{name}.png" for name in figures.FIGURES)
+    assert capsys.readouterr().out.split() == [f"{name}.png" for name in figures.FIGURES]
+    assert set(drawn) <= {path.name for path in (ROOT / "assets").iterdir()}
