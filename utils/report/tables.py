@@ -13,11 +13,19 @@ from utils.report.results import Results
 
 
 def mean_std(values: Sequence[float], scale: float = 100, digits: int = 2) -> str:
-    """`mean ± std` of `scale` times the values (default: percent), without NaN; a dash if no value is left."""
+    """`mean ± std` of `scale` times the values (default: percent), without NaN; of a single value no deviation, of none a
+    dash."""
     defined = [v for v in values if not math.isnan(v)]
     if not defined:
         return "-"
+    if len(defined) == 1:
+        return f"{scale * defined[0]:.{digits}f}"
     return f"{scale * np.mean(defined):.{digits}f} ± {scale * np.std(defined):.{digits}f}"
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things, e.g. `1 network` or `2 networks`."""
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def value_cell(values: Sequence[float], measure: Measure) -> str:
@@ -51,7 +59,8 @@ def render(template: str, **values: object) -> str:
 def report_text(results: Results, scores: Sequence[str]) -> str:
     """The report: accuracy and calibration, error detection, then a table per score; mean ± std over networks."""
     parts = [
-        f"{len(results.errors)} networks; mean ± std over networks, in percent (NLL in nats, Brier in [0, 2]).",
+        f"{counted(len(results.errors), 'network')}; mean ± std over networks, in percent (NLL in nats, Brier in "
+        "[0, 2]).",
         "## Accuracy and calibration",
         _of_networks(results, ("accuracy", *CALIBRATION_MEASURES)),
     ]

@@ -12,7 +12,7 @@ from utils.data.distilled_file import DistilledFile, result_name
 from utils.data.synthetic import SyntheticSet
 from utils.methods import Method
 from utils.report.plots import save_curves, save_grid
-from utils.report.tables import mean_std
+from utils.report.tables import counted, mean_std
 from utils.runs import signals
 from utils.runs.checkpoints import Checkpointer
 from utils.runs.progress import Progress
@@ -111,7 +111,8 @@ class Distillation:
                 self.save()
             raise
         for model, values in self.state.accs.items():
-            self.run.log(f"{model}: accuracy {mean_std(values)} % ({len(values)} networks, {s.num_exp} experiments)")
+            about = f"{counted(len(values), 'network')}, {counted(s.num_exp, 'experiment')}"
+            self.run.log(f"{model}: accuracy {mean_std(values)} % ({about})")
         self.files.draw_curves()
         self.run.log(f"distilled set: {self.files.path}")
 
@@ -186,10 +187,11 @@ class Distillation:
         )
         for model, networks in state.measures.items():
             measures = {name: [m[name] for m in networks.values()] for name in next(iter(networks.values()))}
-            what = f"{len(networks)} networks, {self.evaluator.settings.training[model].epochs} epochs"
+            what = f"{counted(len(networks), 'network')}, {self.evaluator.settings.training[model].epochs} epochs"
             values = {name.replace("auroc", "AUROC"): v for name, v in measures.items()}
             shown = ", ".join(f"{name} {mean_std(v)} %" for name, v in values.items())
-            self.run.log(f"exp {state.exp} iteration {state.iteration}: {model} {shown} ({what})")
+            when = f"iteration {state.iteration}" if state.iteration else "before distilling"
+            self.run.log(f"experiment {state.exp}, {when}: {model} {shown} ({what})")
             progress.note(f"{model}: " + ", ".join(f"{name} {100 * np.mean(v):.1f}" for name, v in values.items()))
             if distributed.is_main():
                 self.run.metric(experiment=state.exp, iteration=state.iteration, model=model, **measures)

@@ -20,7 +20,7 @@ from utils.data.synthetic import SyntheticSet
 from utils.methods import METHODS, augmentation_of
 from utils.ood.generated import DRAWN
 from utils.ood.sets import OODSource
-from utils.report.tables import mean_std
+from utils.report.tables import counted, mean_std
 from utils.runs.lineage import (
     STAGE1_ROOTS,
     TRAINED_ON,
@@ -109,7 +109,7 @@ def run_stage2(settings: Stage2Settings) -> None:
     trainer = Trainer(net, training, compute)
     of_run = NetworkTraining(s.model, real, chosen.synthetic.to(device), trainer, s.seed, run, bool(s.resume))
     best, last = zip(*of_run.train_all(s.num_eval, s.checkpoint_interval), strict=True)
-    run.log(f"accuracy over {s.num_eval} networks: best {mean_std(best)} %, last epoch {mean_std(last)} %")
+    run.log(f"accuracy over {counted(s.num_eval, 'network')}: best {mean_std(best)} %, last epoch {mean_std(last)} %")
     run.finish()
     if run.is_main and (command := stage3_command(s, run.path, real)):
         run.log(f"to test them: {command}")

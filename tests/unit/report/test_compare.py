@@ -118,7 +118,7 @@ def test_what_a_run_lacks_is_a_dash():
     runs = [run("one", [[nan, 0.8], [0.5, 0.8]]), other, old]
     rows = comparison_rows(runs, ["auroc"])
     found = {(row.score, row.set): cells(row) for row in rows if row.measure.title == "AUROC"}
-    assert found["msp", "patches"] == ["50.00 ± 0.00", "-", "-"]
+    assert found["msp", "patches"] == ["50.00", "-", "-"]
     assert found["knn", "blob"] == ["-", "90.00 ± 0.00", "-"]
     assert ("knn", "patches") not in found
     is_best = {(row.score, row.set): best(row) for row in rows}
