@@ -191,7 +191,7 @@ class Distillation:
             values = {name.replace("auroc", "AUROC"): v for name, v in measures.items()}
             shown = ", ".join(f"{name} {mean_std(v)} %" for name, v in values.items())
             when = f"iteration {state.iteration}" if state.iteration else "before distilling"
-            self.run.log(f"experiment {state.exp}, {when}: {model} {shown} ({what})")
+            self.run.log(f"exp {state.exp} {when}: {model} {shown} ({what})")
             progress.note(f"{model}: " + ", ".join(f"{name} {100 * np.mean(v):.1f}" for name, v in values.items()))
             if distributed.is_main():
                 self.run.metric(experiment=state.exp, iteration=state.iteration, model=model, **measures)
