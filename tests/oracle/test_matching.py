@@ -214,7 +214,7 @@ def test_momentum_of_the_images_is_a_half(tiny_real):
     torch.testing.assert_close(method.image_syn.detach(), before - 0.2 * (method.image_syn.grad + 0.5 * first))
 
 
-def test_the_real_batch_is_transformed_as_the_synthetic_one():
+def test_the_siamese_rule_the_real_batch_is_transformed_as_the_synthetic_one():
     """With synthetic images equal to the real ones the loss is near zero only if both get the same transform."""
     net = get_network("ConvNetW32", 3, 3, (16, 16), generator(0)).double()
     real = torch.randn(3, 4, 3, 16, 16, dtype=torch.float64, generator=generator(1))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import check_inputs
 import cold_starts
 import dataset_outliers
 import numpy as np
+import profile_works
 import pytest
 from conftest import ROOT
 from test_tables import PARSERS, parsed
@@ -127,6 +129,15 @@ def test_every_part_of_the_gpu_check_gives_flags_that_the_scripts_take(gpu_check
         assert args.device == "cuda"
         works |= set(args.works)
     assert {"iteration", "stage2", "stage3", "dm", "experts", "mtt", "memory"} == works
+
+
+def test_the_benchmarks_have_the_flags_that_they_read():
+    """`Bench` serves two scripts, with a parser each."""
+    used = set(re.findall(r"args\.(\w+)", (ROOT / "scripts/dev/benchmark_works.py").read_text()))
+    used |= set(re.findall(r"bench\.args\.(\w+)", (ROOT / "scripts/dev/benchmark_methods.py").read_text()))
+    assert {"model", "ipc", "device", "compile", "precision", "deterministic"} <= used
+    for script in (benchmark, profile_works):
+        assert used <= vars(script.get_args_parser().parse_args([])).keys()
 
 
 def test_a_part_of_the_gpu_check_is_interrupted_and_resumed(gpu_check):

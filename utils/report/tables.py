@@ -13,8 +13,10 @@ from utils.report.results import Results
 
 
 def mean_std(values: Sequence[float], scale: float = 100, digits: int = 2) -> str:
-    """`mean ± std` of `scale` times the values (default: percent), without NaN; of a single value no deviation, of none a
-    dash."""
+    """`mean ± std` of `scale` times the values (default: percent), without NaN.
+
+    A single value has no deviation; where none is left there is a dash.
+    """
     defined = [v for v in values if not math.isnan(v)]
     if not defined:
         return "-"

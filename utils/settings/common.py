@@ -248,10 +248,6 @@ class Writes(Settings):
     save_path: str = flag("result", "run folders are made in this folder", often=True)
 
 
-STARTS = ("random", "kcenter")
-RECIPES = ("published", "strong")
-
-
 @dataclass(frozen=True)
 class OutlierTraining(Settings):
     """Outliers in network training."""
@@ -266,31 +262,6 @@ class OutlierBatches(Settings):
     """Outliers in batches."""
 
     batch_oe: int = flag(256, "outliers per slot and step", count(1))
-
-
-@dataclass(frozen=True)
-class DistilledOutliers(Settings):
-    """Distilled outliers."""
-
-    lr_img_oe: float | None = flag(
-        None,
-        "learning rate of the synthetic outliers; left out: --lr_img. Lower it if they become noise",
-        number(0, exclusive=True),
-    )
-    init_oe: str = flag(
-        "random",
-        "which outliers --init real starts from: random ones, or kcenter: far apart in the features of a network "
-        "trained on the initial images, out of 10000",
-        one_of("start of outliers", STARTS),
-        names=STARTS,
-    )
-    clamp_oe: bool = flag(False, "keep the outliers in the range of pixels, after each update")
-    outlier_recipe: str = flag(
-        "published",
-        "a set of flags; strong, for MTT: --expert_lambda_oe 2 (what it did: docs/results.md)",
-        one_of("outlier recipe", RECIPES),
-        names=RECIPES,
-    )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from utils.settings.common import (
     Corrupted,
     Data,
     Determinism,
-    DistilledOutliers,
     Network,
     OutlierBatches,
     OutlierTraining,
@@ -26,6 +25,8 @@ from utils.settings.parser import count, number, one_of
 OOD_PATH = "data/ood"
 EVAL_MODES = ("S", "SS", "M", "B", "W", "D", "A", "P", "N")
 INITS = ("noise", "real")
+STARTS = ("random", "kcenter")
+RECIPES = ("published", "strong")
 WITH_OUTLIERS = Need(
     lambda s: s.outliers != "none",
     "main.py distils no outliers; leave it out, or use main_oe.py or main_poe.py",
@@ -83,6 +84,31 @@ class Distillation(Settings):
     def evaluates_only_the_last(self) -> bool:
         """Whether only the last update is evaluated, since the modes with several networks take long."""
         return self.eval_mode not in ("S", "SS")
+
+
+@dataclass(frozen=True)
+class DistilledOutliers(Settings):
+    """Distilled outliers."""
+
+    lr_img_oe: float | None = flag(
+        None,
+        "learning rate of the synthetic outliers; left out: --lr_img. Lower it if they become noise",
+        number(0, exclusive=True),
+    )
+    init_oe: str = flag(
+        "random",
+        "which outliers --init real starts from: random ones, or kcenter: far apart in the features of a network "
+        "trained on the initial images, out of 10000",
+        one_of("start of outliers", STARTS),
+        names=STARTS,
+    )
+    clamp_oe: bool = flag(False, "keep the outliers in the range of pixels, after each update")
+    outlier_recipe: str = flag(
+        "published",
+        "a set of flags; strong, for MTT: --expert_lambda_oe 2 (what it did: docs/results.md)",
+        one_of("outlier recipe", RECIPES),
+        names=RECIPES,
+    )
 
 
 @dataclass(frozen=True)
