@@ -27,7 +27,7 @@ from utils.ood.scores import require_library
 from utils.ood.sets import OODSource
 from utils.report.compare import ComparisonColumn, find_runs
 from utils.settings.arguments import Stage2Settings, Stage2SettingsNoOE, Stage3Settings
-from utils.settings.common import Batches, Data, Network, OutlierTraining, Speed, Training, read_data
+from utils.settings.common import Batches, Data, Network, OutlierTraining, Speed, Training, TrainingProtocol, read_data
 from utils.settings.fields import Settings, as_words, flag, flags_of, with_default
 from utils.settings.ood_test import OODSets, Scores
 from utils.settings.parser import count, one_of
@@ -62,7 +62,18 @@ class Report(Settings):
 
 @dataclass(frozen=True)
 class ReportSettings(
-    Report, Data, Network, Training, Batches, Speed, Experiment, Assumptions, OutlierTraining, OODSets, Scores
+    Report,
+    Data,
+    Network,
+    TrainingProtocol,
+    Training,
+    Batches,
+    Speed,
+    Experiment,
+    Assumptions,
+    OutlierTraining,
+    OODSets,
+    Scores,
 ):
     """Settings of this script."""
 
@@ -101,7 +112,7 @@ def main(settings: ReportSettings) -> None:
     ipc = max(1, found.stored // real.num_classes)
     decoded = max(1, len(found.synthetic.images) // real.num_classes)
     out = Path(s.out)
-    columns = _columns(s, ipc, found.synthetic.images_oe is not None)
+    columns = _columns(s, ipc, math.isqrt(decoded // ipc), found.synthetic.images_oe is not None)
     folders = {name: out / name.replace(" = ", " ").replace(" ", "-") for name in columns}
     stages = []
     for place, (name, train) in enumerate(columns.items(), 1):
@@ -135,8 +146,11 @@ def at_chance(columns: Sequence[ComparisonColumn], real: RealData) -> list[str]:
     return lines
 
 
-def _columns(s: ReportSettings, ipc: int, has_outliers: bool) -> dict[str, list[str]]:
-    """The command of stage 2 for each column, without the place where it writes."""
+def _columns(s: ReportSettings, ipc: int, factor: int, has_outliers: bool) -> dict[str, list[str]]:
+    """The command of stage 2 for each column, without the place where it writes.
+
+    `ipc`, `factor`: stored images per class of the set, and parts a side of each; baselines get the same storage.
+    """
     plain, with_oe = "train_model_synthetic_no_oe.py", "train_model_synthetic_oe.py"
     given = {"distilled": s.distilled, "ipc": None}
     columns = {"distilled": [plain, *s.of_stage(Stage2SettingsNoOE, **given)]}
@@ -155,6 +169,8 @@ def _columns(s: ReportSettings, ipc: int, has_outliers: bool) -> dict[str, list[
             own["features"] = str(Path(s.out) / "features")
         if kind == "whole":
             own["epoch_eval_train"] = s.whole_epochs
+        else:
+            own["factor"] = factor
         columns[name] = [plain, *s.of_stage(Stage2SettingsNoOE, **own)]
     return columns
 

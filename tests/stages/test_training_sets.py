@@ -719,6 +719,29 @@ def test_a_trust_report_has_no_column_twice_and_names_those_at_chance(digits, in
         assert note in (tmp_path / "report" / page).read_text(encoding="utf-8")
 
 
+def test_a_trust_report_of_images_in_parts(digits, in_process, monkeypatch, tmp_path):
+    """All columns see as many images, at the storage of the set, and are trained by the protocol."""
+    path, commands = tmp_path / "res_TGDD_Digits_MLP_2ipc.pt", []
+    DistilledFile.write(path, [replace(random_images(digits, 2, 5, 0), factor=2)], {}, digits, {})
+
+    def run(words, *_):
+        """Run a stage to its end, in this process."""
+        commands.append(list(map(str, words)))
+        print(in_process(words[0].removesuffix(".py").replace("/", "."), *words[1:]))
+        return SimpleNamespace(poll=lambda: 0)
+
+    monkeypatch.setattr(runner, "start", run)
+    flags = [path, "--dataset", "Digits", "--model", "MLP", "--num_eval", 1, "--epoch_eval_train", 4]
+    flags += ["--protocol", "ncfm", "--out", "report", "--outliers", "--baselines", "random"]
+    printed = in_process("scripts.trust_report", *flags, "--ood_sets", "patches", "--score", "msp")
+    assert "Networks trained by protocol ncfm, 4 epochs." in printed
+    trained = [words for words in commands if words[0].startswith("train_model")]
+    assert [words[words.index("--factor") + 1] for words in trained if "--train_on" in words] == ["2"]
+    assert len(trained) == 2
+    (chosen,) = (tmp_path / "report" / "random").rglob("trained_on.pt")
+    assert len(DistilledFile.open(chosen).set().images) == 80  # decoded
+
+
 def error_rate(column: Path) -> float:
     """The error rate of the one network of a column."""
     (path,) = column.rglob("results.json")
