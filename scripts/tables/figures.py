@@ -8,6 +8,7 @@ not bars. Whiskers are one standard deviation over networks, or where it is said
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -140,7 +141,48 @@ def weight() -> Figure:
     return figure
 
 
-FIGURES: dict[str, Callable[[], Figure]] = {"outliers": outliers, "detectors": detectors, "weight": weight}
+def speed() -> Figure:
+    """How many times as fast as the textbook loop: each work of the benchmarks, by precision."""
+    names = {
+        "benchmark-cpu-avx512-w32-ipc2": ("ConvNetW32", {"iteration": "DSA", "stage2": "stage 2", "stage3": "scores"}),
+        "benchmark-cpu-avx512-convnet-ipc2": ("ConvNet", {"iteration": "DSA", "stage3": "scores"}),
+        "benchmark-cpu-avx512-methods-w32": ("ConvNetW32", {"dm": "DM", "mtt": "MTT", "experts": "expert"}),
+        "benchmark-cpu-avx512-methods-convnet": ("ConvNet", {"dm": "DM"}),
+        "benchmark-cpu-amx-tgdd": ("ConvNet", {"tgdd": "TGDD"}),
+    }
+    rows: dict[str, list[float]] = {}
+    for name, (network, works) in names.items():
+        found = [json.loads((RESULTS / f"{name}{end}.json").read_text())["results"] for end in ("", "-bf16")]
+        rows |= {f"{title}, {network}": [results[work]["ratio"] for results in found] for work, title in works.items()}
+    order = sorted(rows, key=lambda name: max(rows[name]))
+    figure = Figure(figsize=(8.6, 3.4), layout="constrained")
+    axis = figure.subplots()
+    for place, name in enumerate(order):
+        axis.plot(rows[name], [place, place], color=GREY, linewidth=1.2, zorder=1)
+    styles = {"float32": ("o", "white", RED), "bf16": ("s", BLUE, BLUE)}
+    for index, (label, (marker, face, edge)) in enumerate(styles.items()):
+        ratios = [rows[name][index] for name in order]
+        axis.scatter(
+            ratios, range(len(order)), s=40, marker=marker, facecolor=face, edgecolor=edge, label=label, zorder=2
+        )
+    axis.set_yticks(range(len(order)), order, fontsize=8)
+    axis.set_xscale("log")
+    axis.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+    axis.minorticks_off()
+    axis.axvline(1, color=GREY, linewidth=0.8, linestyle=":")
+    axis.set_xlabel("times as fast as the textbook loop (two cores, compiled)", fontsize=9)
+    axis.grid(axis="x", linewidth=0.4, alpha=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False, loc="lower right")
+    return figure
+
+
+FIGURES: dict[str, Callable[[], Figure]] = {
+    "outliers": outliers,
+    "detectors": detectors,
+    "weight": weight,
+    "speed": speed,
+}
 
 
 def main(args: argparse.Namespace) -> None:
