@@ -52,7 +52,9 @@ FLAGS = {
 
 def get_args_parser() -> Parser:
     """The flags of this script."""
-    parser = Parser(description="Measure whole processes uncompiled, compiled anew, and with compiled code at hand.")
+    parser = Parser(
+        description="Measure whole processes uncompiled, compiled for the first time, and with compiled code at hand."
+    )
     parser.add_argument("--model", default="ConvNetW32", help="the network")
     parser.add_argument("--out", default=None, help="markdown file to write")
     return parser

@@ -573,4 +573,6 @@ def test_checkpoints_of_older_code(whole, refused, tmp_path):
     images = [torch.zeros(10, 1, 1, 8, 8)] * 2
     old = {"exp": 0, "started": True, "finished": [], "method": {"images": images, "momentum": [None] * 2}}
     torch.save(load(folder / "checkpoint.pt") | old, tmp_path / "checkpoint.pt")
-    assert "older code wrote it; resume it with that, or start anew" in refused("main_poe.py", "--resume", tmp_path)
+    assert "older code wrote it; resume it with that, or start a new run" in refused(
+        "main_poe.py", "--resume", tmp_path
+    )

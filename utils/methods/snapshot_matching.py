@@ -53,7 +53,7 @@ class SnapshotSettings(OnExperts, Spread):
         one_of("distance", DISTANCES),
         names=DISTANCES,
     )
-    cf_frequencies: int = flag(1024, "frequencies of --feature_distance cf, drawn anew in each iteration", count(1))
+    cf_frequencies: int = flag(1024, "frequencies of --feature_distance cf, others in each iteration", count(1))
 
     published: bool = flag(
         False,

@@ -1,4 +1,5 @@
-"""Baseline outliers for stage 2: those that a distillation starts from, k-center, and ones made anew every epoch."""
+"""Baseline outliers for stage 2: those that a distillation starts from, k-center, and those that are new in every
+epoch."""
 
 from dataclasses import replace
 

@@ -143,7 +143,7 @@ class OutlierPool(OutlierSource):
 
 @dataclass(frozen=True)
 class FreshOutliers:
-    """Outliers that are made anew whenever they are asked for: `per_slot` of each of the `num_slots` class slots."""
+    """Outliers that are made whenever they are asked for: `per_slot` of each of the `num_slots` class slots."""
 
     source: OutlierSource
     num_slots: int

@@ -74,9 +74,9 @@ class TrainingOutliers(Settings):
 
     outliers: str = flag(
         "distilled",
-        "distilled; initial: those that a distillation starts from, not distilled; kcenter: the same number, chosen "
-        "far apart from 10000 candidates; corrupt: the distilled images, corrupted anew in every epoch; real: real "
-        "outliers anew in every epoch, an upper bound; none",
+        "distilled; initial (start): those that a distillation starts from; kcenter: the same number, chosen far apart "
+        "from 10000 candidates; corrupt (on the fly): the distilled images, corrupted in every epoch; real: real "
+        "outliers, others in every epoch, an upper bound; none",
         one_of("kind of outliers", OUTLIERS),
         names=OUTLIERS,
         often=True,
@@ -94,7 +94,7 @@ class TrainingOutliers(Settings):
     )
     corrupt_again: bool = flag(
         False,
-        "corrupt the outliers of --outliers distilled, initial or kcenter once more, anew in every epoch",
+        "corrupt the outliers of --outliers distilled, initial or kcenter once more in every epoch",
         needs=(
             Need(
                 lambda s: s.outliers in STORED,

@@ -137,21 +137,21 @@ def with_stored_outliers(
 
 
 def with_fresh_outliers(s: Stage2Settings, chosen: TrainingSet, real: RealData) -> TrainingSet:
-    """The chosen set with outliers that are made anew in every epoch."""
+    """The chosen set with outliers that are new in every epoch."""
     if s.outliers == "corrupt":
         source = corrupted(chosen.synthetic.images, real, s.corruptions, s.mix_corruptions)
         what = "the images of the set, corrupted"
     else:
         source, what = outlier_source(s, real), f"{_named(s)}; no distilled set, but an upper bound"
-    line = f"outliers, anew in every epoch: {what}"
+    line = f"outliers, new in every epoch: {what}"
     synthetic = with_fresh(chosen.synthetic, source, real.num_classes)
     return replace(chosen, synthetic=synthetic, lines=(*chosen.lines, line))
 
 
 def with_outliers_corrupted_again(s: Stage2Settings, chosen: TrainingSet, real: RealData) -> TrainingSet:
-    """The chosen set whose outliers are corrupted once more, anew in every epoch."""
+    """The chosen set whose outliers are corrupted once more in every epoch."""
     synthetic = with_corrupted_again(chosen.synthetic, real, s.corruptions, s.mix_corruptions)
-    line = "outliers, anew in every epoch: these, corrupted again"
+    line = "outliers, new in every epoch: these, corrupted again"
     return replace(chosen, synthetic=synthetic, lines=(*chosen.lines, line))
 
 

@@ -226,7 +226,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict | None) -> None
         ValueError: when there is none, as in checkpoints of older code.
     """
     if state is None:
-        raise ValueError("older code wrote it; resume it with that, or start anew")
+        raise ValueError("older code wrote it; resume it with that, or start a new run")
     groups = optimizer.state_dict()["param_groups"]
     rates = [{"lr": float(group["lr"])} for group in state["param_groups"]]
     groups = [group | rate for group, rate in zip(groups, rates, strict=True)]
