@@ -430,7 +430,11 @@ def test_from_experts_to_the_report(in_process, refused, tmp_path):
     needs = refused("main_poe.py", *STAGE1, "--max_start_epoch", 6)
     assert "--max_start_epoch 6: with --expert_epochs 2 it needs experts of 7 epochs" in needs
     out = in_process("main_poe.py", *STAGE1)
-    accuracies = [float(line.split("accuracy ")[1].split()[0]) for line in out.splitlines() if "exp " in line and " accuracy " in line]
+    accuracies = [
+        float(line.split("accuracy ")[1].split()[0])
+        for line in out.splitlines()
+        if "exp " in line and " accuracy " in line
+    ]
     assert accuracies[1] > accuracies[0] + 5  # of the first experiment, after 20 iterations
     (path,) = tmp_path.glob("result-poe/MTT/Digits/ConvNetD1/1/*/res_*.pt")
     rates = [DistilledFile.open(path).set(i).lr_net for i in range(2)]
