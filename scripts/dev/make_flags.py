@@ -1,7 +1,4 @@
-"""Write docs/flags.md: every flag of the scripts, as `--help-all` shows it, each group once.
-
-python scripts/dev/make_flags.py
-"""
+"""Write docs/flags.md: every flag of the scripts, as `--help-all` shows it, each group once."""
 
 import argparse
 import importlib
@@ -14,6 +11,7 @@ sys.path.insert(0, str(ROOT))
 from utils.core.files import save_text
 from utils.core.run_script import run_script
 from utils.settings.fields import groups_of
+from utils.settings.parser import Parser
 
 SCRIPTS = {
     "main_poe": "stage 1", "main_oe": "stage 1", "train_experts": "experts", "train_model_synthetic_oe": "stage 2",
@@ -52,7 +50,7 @@ def row(action: argparse.Action) -> str:
 
 def main() -> None:
     """Write the file."""
-    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
+    Parser(description=__doc__).parse_args()
     save_text(ROOT / "docs" / "flags.md", page())
 
 

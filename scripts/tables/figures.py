@@ -70,6 +70,21 @@ def dots(
     axis.tick_params(axis="y", length=0)
 
 
+def dumbbells(axis: Axes, pairs: dict[str, Sequence[float]], labels: Sequence[str], title: str) -> list[str]:
+    """Two values of each name, a hollow and a filled mark, the largest on top; returns the names from below."""
+    order = sorted(pairs, key=lambda name: max(pairs[name]))
+    places = range(len(order))
+    first, second = ([pairs[name][i] for name in order] for i in range(2))
+    axis.hlines(places, first, second, color=GREY, linewidth=1.2, zorder=1)
+    axis.scatter(first, places, s=36, facecolor="white", edgecolor=RED, label=labels[0], zorder=2)
+    axis.scatter(second, places, s=36, color=BLUE, marker="s", label=labels[1], zorder=3)
+    axis.set_yticks(places, order, fontsize=8)
+    axis.set_xlabel(title, fontsize=9)
+    axis.grid(axis="x", linewidth=0.4, alpha=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    return order
+
+
 def outliers() -> Figure:
     """What outliers buy: AUROC, accuracy and ECE of each kind."""
     study = load_study_csv(RESULTS / "cifar10-dm-ipc10-convnet-bf16.csv")
@@ -95,20 +110,11 @@ def detectors() -> Figure:
         none, poe = f"{fit}/plain", f"{fit}/poe"
         scores = next(iter(study[none].values())).scores()
         means = {s: [values(study, kind, "auroc", s).mean() for kind in (none, poe)] for s in scores}
-        order = sorted((s for s in scores if np.isfinite(means[s]).all()), key=lambda s: max(means[s]))
-        for place, score in enumerate(order):
-            low, high = means[score]
-            bold = score == "msp"
-            axis.plot([low, high], [place, place], color=GREY, linewidth=1.2, zorder=1)
-            axis.scatter(low, place, s=34, facecolor="white", edgecolor=RED, zorder=2)
-            axis.scatter(high, place, s=34, color=BLUE, marker="s", zorder=3)
-            axis.axvline(high, color=GREY, linewidth=0.8, linestyle=":") if bold else None
-        axis.set_yticks(range(len(order)), order, fontsize=8)
+        defined = {score: pair for score, pair in means.items() if np.isfinite(pair).all()}
+        order = dumbbells(axis, defined, ("none", "POE"), "mean AUROC (%)")
+        axis.axvline(means["msp"][1], color=GREY, linewidth=0.8, linestyle=":")
         axis.get_yticklabels()[order.index("msp")].set_fontweight("bold")
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel("mean AUROC (%)", fontsize=9)
-        axis.grid(axis="x", linewidth=0.4, alpha=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle("○ without outliers   ■ with distilled POE outliers   dotted: msp with outliers", fontsize=10)
     return figure
 
@@ -154,25 +160,13 @@ def speed() -> Figure:
     for name, (network, works) in names.items():
         found = [json.loads((RESULTS / f"{name}{end}.json").read_text())["results"] for end in ("", "-bf16")]
         rows |= {f"{title}, {network}": [results[work]["ratio"] for results in found] for work, title in works.items()}
-    order = sorted(rows, key=lambda name: max(rows[name]))
     figure = Figure(figsize=(8.6, 3.4), layout="constrained")
     axis = figure.subplots()
-    for place, name in enumerate(order):
-        axis.plot(rows[name], [place, place], color=GREY, linewidth=1.2, zorder=1)
-    styles = {"float32": ("o", "white", RED), "bf16": ("s", BLUE, BLUE)}
-    for index, (label, (marker, face, edge)) in enumerate(styles.items()):
-        ratios = [rows[name][index] for name in order]
-        axis.scatter(
-            ratios, range(len(order)), s=40, marker=marker, facecolor=face, edgecolor=edge, label=label, zorder=2
-        )
-    axis.set_yticks(range(len(order)), order, fontsize=8)
+    dumbbells(axis, rows, ("float32", "bf16"), "times as fast as the textbook loop (two cores, compiled)")
     axis.set_xscale("log")
     axis.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
     axis.minorticks_off()
     axis.axvline(1, color=GREY, linewidth=0.8, linestyle=":")
-    axis.set_xlabel("times as fast as the textbook loop (two cores, compiled)", fontsize=9)
-    axis.grid(axis="x", linewidth=0.4, alpha=0.6)
-    axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=8, frameon=False, loc="lower right")
     return figure
 

@@ -174,7 +174,7 @@ def test_outliers_are_kept_apart(tiny_real, experts):
 def test_one_published_step(tiny_real, experts):
     """SGD on pixels between 0 and 1, at 0.01 times ipc: the first step has no momentum yet."""
     entry, settings = TGDD_ENTRY, replace(SETTINGS, ipc=2, published=True)
-    settings = replace(settings, **entry.published(settings))
+    settings = replace(settings, **entry.derived(settings))
     assert (settings.Iteration, settings.lr_img) == (10000, 0.02)
     method = make(replace(tiny_real, std=(0.25, 0.25, 0.25)), experts, settings)
     before = method.real.denormalize(method.image_syn.detach().flatten(0, 1).clone())
@@ -250,14 +250,14 @@ def test_bad_input(in_process, refused, tmp_path):
     made = next(tmp_path.glob("result-poe/**/res_*.pt"))
     before = set(tmp_path.rglob("*"))
     for words, message in [
-        (["--factor", 0], "--factor"),
+        (["--factor", 0], "argument --factor: '0' is not a whole number of at least 1"),
         (["--factor", 5], "--factor 5: images of 8x8 hold at most 4 parts a side"),
-        (["--load_path", made], "--load_path"),
-        (["--protocol", "new"], "--protocol"),
-        (["--lambda_oe", 2], "lambda_oe"),
-        (["--corruptions", "invert"], "outliers"),
+        (["--load_path", made], "has images of 1x1 parts; give --factor 1"),
+        (["--protocol", "new"], "argument --protocol: unknown protocol 'new'"),
+        (["--lambda_oe", 2], 'outliers {"lambda_oe": 0.5} instead of {"lambda_oe": 2.0}'),
+        (["--corruptions", "invert"], 'instead of {"corruptions": ["invert"]}'),
         (["--model", "MLP"], "no experts in buffers/Digits_NO_ZCA/MLP"),
-        (["--feature_distance", "l1"], "--feature_distance"),
+        (["--feature_distance", "l1"], "argument --feature_distance: unknown distance 'l1'"),
     ]:
         assert message in refused("main_poe.py", *flags, *words)
     assert "of another kind: outliers" in refused("main.py", *flags)

@@ -122,6 +122,12 @@ def test_enough_tables_are_marked():
     """A document whose tables lost their marks would not be checked at all."""
     assert len(shown_tables()) >= 20
     assert len(shown_numbers()) >= 4
+    for document in DOCUMENTS:
+        text = document.read_text()
+        marks = [*MARK.finditer(text), *NUMBERS_MARK.finditer(text)]
+        marked = {text[m.end() :].lstrip("\n").split("\n\n", 1)[0] for m in marks}
+        for table in re.findall(r"(?:^\|.*\n)+", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE):
+            assert " ± " not in table or table.rstrip("\n") in marked, f"{document.name}: {table[:90]}"
 
 
 def test_every_file_of_results_is_named_in_a_document():

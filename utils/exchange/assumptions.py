@@ -6,7 +6,7 @@ from utils.core.errors import UserError
 from utils.data.distilled_file import Statistics
 from utils.exchange.formats import FORMATS, SPACES
 from utils.settings.fields import Settings, flag
-from utils.settings.parser import count, number, one_of
+from utils.settings.parser import count, number
 
 LARGEST_MEAN = 1e9  # of pixels, in any unit
 LABELS = ("probabilities", "logits")
@@ -17,12 +17,15 @@ class Assumptions(Settings):
     """Sets of other repositories. What is assumed of them."""
 
     distilled_format: str | None = flag(
-        None, f"{', '.join(FORMATS)}; left out: found out by looking", one_of("format", FORMATS), names=tuple(FORMATS)
+        None,
+        f"{', '.join(FORMATS)}; left out: found out by looking",
+        what="format",
+        names=tuple(FORMATS),
     )
     distilled_space: str | None = flag(
         None,
         "what the numbers of the images are: normalised, unit (0 to 1) or zca (whitened); left out: by the format",
-        one_of("space", SPACES),
+        what="space",
         names=SPACES,
     )
     distilled_mean: tuple[float, ...] | None = flag(
@@ -47,7 +50,7 @@ class Assumptions(Settings):
     soft_labels: str | None = flag(
         None,
         "what labels [images, classes] are; left out: found out by looking",
-        one_of("kind of labels", LABELS),
+        what="kind of labels",
         names=LABELS,
     )
     label_temperature: float | None = flag(

@@ -25,7 +25,7 @@ from utils.runs.lineage import args_or_nothing
 from utils.settings.common import Corrupted, Data, Network, OutlierTraining, Pool, Speed
 from utils.settings.distillation import WITH_OUTLIERS, Buffers, Distilling, ExpertSettings
 from utils.settings.fields import as_words, flag, flags_of
-from utils.settings.parser import count, number, one_of
+from utils.settings.parser import count, number
 
 ABOUT = "experts.json"
 TRAIN = ("never", "auto")
@@ -160,7 +160,7 @@ class OnExperts(Distilling, Buffers):
     train_experts: str = flag(
         "never",
         "auto: first train the experts that are missing, as train_experts.py would with its defaults for this method",
-        one_of("choice", TRAIN),
+        what="choice",
         names=TRAIN,
         may_change=True,
     )
@@ -170,6 +170,10 @@ class OnExperts(Distilling, Buffers):
     def last_epoch(self) -> int:
         """The last epoch of the experts that is needed."""
         return 1
+
+    def to_train(self) -> ExpertSettings | None:
+        """The experts that stage 1 is to train first, if the settings say so."""
+        return self.of_experts() if self.train_experts == "auto" else None
 
     def of_experts(self) -> ExpertSettings:
         """The settings of `train_experts.py` for experts that fit."""

@@ -28,7 +28,7 @@ from utils.methods.matcher import METRICS, Matcher
 from utils.methods.method import MatchingSettings, MethodEntry, MethodInputs
 from utils.outliers.spread import push_apart
 from utils.settings.fields import flag
-from utils.settings.parser import count, one_of
+from utils.settings.parser import count
 from utils.training.draws import Batch
 from utils.training.trainer import LR_NET, Trainer
 
@@ -40,7 +40,12 @@ LOOPS = {1: (1, 1), 2: (1, 1), 5: (10, 50), 10: (10, 50), 20: (20, 25), 30: (30,
 class GradientSettings(MatchingSettings):
     """Gradient matching."""
 
-    dis_metric: str = flag("ours", "distance between gradients", one_of("metric", METRICS), names=METRICS)
+    dis_metric: str = flag(
+        "ours",
+        "distance between gradients",
+        what="metric",
+        names=METRICS,
+    )
     outer_loop: int | None = flag(
         None, "matching steps per iteration; left out: the published number for --ipc", count(1)
     )

@@ -16,7 +16,7 @@ from utils.data.augment import DSA
 from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet
 from utils.outliers.sources import OutlierSource
-from utils.settings.distillation import WITH_OUTLIERS, Distilling
+from utils.settings.distillation import WITH_OUTLIERS, Distilling, ExpertSettings
 from utils.settings.fields import Need, Settings, flag
 from utils.settings.parser import count, number
 
@@ -69,7 +69,8 @@ class MethodEntry:
     workload: Callable[[MethodInputs], Workload]  # of one iteration in this process; `--compile auto` decides from it
     settings: type[Distilling] = Distilling  # a subclass adds the method's own flags
     defaults: Mapping[str, Any] = field(default_factory=dict)  # its defaults for common flags, by name
-    published: Callable[[Any], Mapping[str, Any]] = lambda settings: {}  # further ones with its flag `--published`
+    derived: Callable[[Any], Mapping[str, Any]] = lambda settings: {}  # further ones, which follow from its own flags
+    experts: Callable[[Any], ExpertSettings | None] = lambda settings: None  # those that are to be trained first
     unused: Sequence[str] = ()  # the common flags that it does not use
     augmentation: Literal["required", "optional", "unused"] = "optional"  # its use of `--dsa_strategy`
 

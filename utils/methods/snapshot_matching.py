@@ -25,7 +25,7 @@ from utils.outliers.spread import push_apart
 from utils.outliers.start import clamp_to_pixels
 from utils.settings.distillation import ExpertSettings
 from utils.settings.fields import flag
-from utils.settings.parser import count, number, one_of
+from utils.settings.parser import count, number
 from utils.training.losses import uniform_cross_entropy
 
 SNAPSHOTS = ("epochs", "interpolate")
@@ -44,13 +44,13 @@ class SnapshotSettings(OnExperts, Spread):
         "epochs",
         "epochs: the experts after a random epoch, and a tenth of the epochs later to classify; interpolate: between "
         "their first and last parameters, and the last to classify",
-        one_of("kind of snapshots", SNAPSHOTS),
+        what="kind of snapshots",
         names=SNAPSHOTS,
     )
     feature_distance: str = flag(
         "mean",
         "mean: squared distance of mean features; cf: distance of their characteristic functions (NCFM)",
-        one_of("distance", DISTANCES),
+        what="distance",
         names=DISTANCES,
     )
     cf_frequencies: int = flag(1024, "frequencies of --feature_distance cf, others in each iteration", count(1))
@@ -58,7 +58,7 @@ class SnapshotSettings(OnExperts, Spread):
     published: bool = flag(
         False,
         "optimise the images as published: 10000 iterations of SGD with momentum 0.5, at 0.01 times --ipc on pixels "
-        "between 0 and 1; left out: AdamW, which is as good in fewer iterations",
+        "between 0 and 1; left out: AdamW",
     )
 
     def of_experts(self) -> ExpertSettings:
@@ -226,6 +226,7 @@ TGDD_ENTRY = MethodEntry(
         "Iteration": 2000, "lr_img": 0.02, "init": "real", "eval_interval": 1000, "factor": 2, "batch_real": 128,
         "batch_oe": 128,
     },
-    published=lambda s: {"Iteration": 10000, "lr_img": 0.01 * s.ipc},
+    derived=lambda s: {"Iteration": 10000, "lr_img": 0.01 * s.ipc} if s.published else {},
+    experts=OnExperts.to_train,
     unused=("clamp_oe",),
 )  # fmt: skip

@@ -307,5 +307,6 @@ MTT_ENTRY = MethodEntry(
     _workload,
     TrajectorySettings,
     defaults={"Iteration": 5000, "lr_img": 1000.0, "init": "real", "eval_interval": 100},
+    experts=OnExperts.to_train,
     unused=("batch_real", "batch_oe"),
 )

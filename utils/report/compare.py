@@ -42,6 +42,7 @@ class ComparisonRow:
     set: str
     measure: Measure
     values: tuple[tuple[float, ...], ...]  # for each column one value per network, without NaN
+    is_mean: bool = True  # of the networks, or over OOD sets, and not on one of them
 
     def shown(self) -> list[tuple[str, bool]]:
         """For each column `mean ± std`, and whether it is better than all others by more than two standard errors."""
@@ -150,7 +151,9 @@ def comparison_rows(columns: Sequence[ComparisonColumn], measures: Sequence[str]
         sets[None] = f"mean of {', '.join(shared)}" if others else "mean"
     sets |= {name: name for name in _distinct(r.sets() for r in results)}
     rows += [
-        ComparisonRow(score, title, OF_OOD[m], _defined([r.per_network(name, score, m, shared) for r in results]))
+        ComparisonRow(
+            score, title, OF_OOD[m], _defined([r.per_network(name, score, m, shared) for r in results]), name is None
+        )
         for score in _distinct(r.scores() for r in results)
         for name, title in sets.items()
         for m in measures
@@ -181,8 +184,8 @@ def markdown(columns: Sequence[ComparisonColumn], rows: Sequence[ComparisonRow])
 
 def verdicts(columns: Sequence[ComparisonColumn], rows: Sequence[ComparisonRow]) -> list[str]:
     """A sentence for each column but the first, which it is compared with: accuracy, ECE and mean AUROC."""
-    wanted = [row for row in rows if row.measure.title in ("accuracy", "ECE")]
-    wanted += [row for row in rows if row.measure.title == "AUROC" and row.set.startswith("mean")]
+    shown = (OF_NETWORKS["accuracy"], OF_NETWORKS["ece"], OF_OOD["auroc"])
+    wanted = [row for row in rows if row.is_mean and row.measure in shown]
     lines = []
     for other, column in enumerate(columns[1:], 1):
         parts = [f"{_of_score(row)} {change}" for row in wanted if (change := _change(row, other))]
@@ -302,7 +305,6 @@ def comparison_page(
         notes=[trained(columns), *notes],
         verdicts=verdicts(columns, rows),
         facts=facts(columns),
-        means=["", *(row.set for row in rows if row.set.startswith("mean"))],
         plots_of=lambda folder: sorted(folder.glob("*.png"), key=lambda p: (p.stem not in CAPTIONS, p.stem)),
         caption_of=lambda path: CAPTIONS.get(path.stem, path.stem.replace("_", " ", 1)),
         fitted_on=lambda folder: args_or_nothing(folder).get("fitted_on"),

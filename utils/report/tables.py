@@ -58,6 +58,17 @@ def render(template: str, **values: object) -> str:
     return environment.get_template(template).render(values)
 
 
+def summary(results: Results) -> str:
+    """What stage 3 found, in a sentence: accuracy, calibration error, and the mean AUROC of the first score."""
+    accuracy, ece = (value_cell(results.of_networks(name), OF_NETWORKS[name]) for name in ("accuracy", "ece"))
+    found = f"found: accuracy {accuracy} %, calibration error (ECE) {ece} %"
+    if not results.ood_sets():
+        return found
+    score = results.scores()[0]
+    auroc = value_cell(results.per_network(None, score, "auroc"), OF_OOD["auroc"])
+    return f"{found}, AUROC {auroc} % ({score}, mean over {', '.join(results.ood_sets())})"
+
+
 def report_text(results: Results, scores: Sequence[str]) -> str:
     """The report: accuracy and calibration, error detection, then a table per score; mean ± std over networks."""
     parts = [

@@ -92,7 +92,7 @@ class Stage1Settings(MethodChoice, *_most_derived(entry.settings for entry in ME
             )
         known = {f.name for f in fields(self)}
         entry = METHODS[self.method]
-        usual = {**entry.defaults, **of_recipe, **(entry.published(self) if self.published else {})}
+        usual = {**entry.defaults, **of_recipe, **entry.derived(self)}
         return replace(self, **{n: value for n, value in usual.items() if n in known and n not in given})
 
     def used(self) -> set[str]:

@@ -48,7 +48,7 @@ class Data(Settings):
     download: str = flag(
         "data",
         "what may be downloaded when it is missing: nothing, the data set, or also outlier and OOD sets (large)",
-        one_of("choice", DOWNLOADS),
+        what="choice",
         names=DOWNLOADS,
         nargs="?",
         const="all",
@@ -102,14 +102,14 @@ class Speed(Settings):
     compile: str = flag(
         "auto",
         "torch.compile; auto compiles a run that is expected to save more time than compiling takes",
-        one_of("choice", COMPILE),
+        what="choice",
         names=COMPILE,
     )
     precision: str = flag(
         "tf32",
         "tf32 and fp32 differ on CUDA only; bf16 (where the processor has it) runs network training and the real side "
         "of matching under autocast; in stage 3 the layers before the last, but not for scores of images, as odin",
-        one_of("precision", PRECISIONS),
+        what="precision",
         names=PRECISIONS,
     )
 
@@ -172,25 +172,28 @@ class TrainingProtocol(Settings):
     protocol: str = flag(
         "dc",
         "training as in DC to MTT (dc), IDC or NCFM; other flags overrule it",
-        one_of("protocol", PROTOCOLS),
+        what="protocol",
         names=tuple(PROTOCOLS),
         often=True,
     )
     optimizer: str | None = flag(
-        None, "left out: by --protocol", one_of("optimiser", LEARNING_RATES), names=tuple(LEARNING_RATES)
+        None,
+        "left out: by --protocol",
+        what="optimiser",
+        names=tuple(LEARNING_RATES),
     )
     schedule: str | None = flag(
         None,
         "how the learning rate falls: half, to a tenth at half time; late, to a fifth twice; fifths, to a half four "
         "times; left out: by --protocol",
-        one_of("schedule", SCHEDULES),
+        what="schedule",
         names=tuple(SCHEDULES),
     )
     mix: str | None = flag(
         None,
         "mix images of a batch, not outliers, and their labels; cutmix drops cutout from the augmentation; left out: "
         "by --protocol",
-        one_of("mix", MIXES),
+        what="mix",
         names=MIXES,
     )
 

@@ -20,7 +20,7 @@ from utils.settings.common import (
     Writes,
 )
 from utils.settings.fields import Need, Settings, flag
-from utils.settings.parser import count, number, one_of
+from utils.settings.parser import count, number
 
 OOD_PATH = "data/ood"
 EVAL_MODES = ("S", "SS", "M", "B", "W", "D", "A", "P", "N")
@@ -44,7 +44,7 @@ class Distillation(Settings):
         "S",
         "which networks evaluate: S the same without BatchNorm, SS exactly the same, M several architectures, B "
         "BatchNorm ones, W widths, D depths, A activations, P poolings, N norms",
-        one_of("evaluation mode", EVAL_MODES),
+        what="evaluation mode",
         names=EVAL_MODES,
     )
     num_exp: int = flag(5, "independent distillations", count(1), often=True)
@@ -55,7 +55,7 @@ class Distillation(Settings):
     init: str = flag(
         "noise",
         "noise or real images; real converges faster",
-        one_of("initialisation", INITS),
+        what="initialisation",
         names=INITS,
         often=True,
     )
@@ -99,14 +99,14 @@ class DistilledOutliers(Settings):
         "random",
         "which outliers --init real starts from: random ones, or kcenter: far apart in the features of a network "
         "trained on the initial images, out of 10000",
-        one_of("start of outliers", STARTS),
+        what="start of outliers",
         names=STARTS,
     )
     clamp_oe: bool = flag(False, "keep the outliers in the range of pixels, after each update")
     outlier_recipe: str = flag(
         "published",
         "a set of flags; strong, for MTT: --expert_lambda_oe 2 (what it did: docs/results.md)",
-        one_of("outlier recipe", RECIPES),
+        what="outlier recipe",
         names=RECIPES,
     )
 
@@ -171,7 +171,7 @@ class Experts(Settings):
     outliers: str = flag(
         "none",
         "train on outliers, too: oe for main_oe.py, poe for main_poe.py",
-        one_of("kind of outliers", KINDS),
+        what="kind of outliers",
         names=KINDS,
         often=True,
     )

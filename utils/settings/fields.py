@@ -10,6 +10,8 @@ from dataclasses import Field, dataclass, field, fields, is_dataclass
 from decimal import Decimal
 from typing import Any, ClassVar, Self
 
+from utils.settings.parser import one_of
+
 FEW = 8  # names that the help shows in braces; more are in the text
 
 
@@ -29,12 +31,15 @@ def flag(default: Any, help: str, check: Callable[[str], Any] | None = None, **m
         default: False for a flag without a value; a tuple for one with several.
         help: what it does, and when to change it.
         check: turns the word of the command line into the value; raises `argparse.ArgumentTypeError`.
-        more: `names`: the values that are accepted, if they are few; `often`: shown by `--help`, and not only by
+        more: `names`: the values that are accepted, if they are few, and `what` they are, from which the check follows;
+            `often`: shown by `--help`, and not only by
             `--help-all`; `needs`: several `Need`s; `always`: written into every command line, since it names the run;
             `may_change`: whether a resumed run may be given another value; `many`: takes several values;
             `positional`: it has no name on the command line; `required`; `short`: a further name, as `-v`;
             and `nargs`, `const`, `action` and `metavar` of argparse.
     """
+    if "what" in more:
+        check = one_of(more.pop("what"), more["names"])
     return field(default=default, metadata={"help": help, "check": check, **more})
 
 

@@ -65,7 +65,7 @@ class Scores(Settings):
         None,
         "what detectors are fitted on: the distilled set of these networks, or the real training set; left out: the "
         "set that they were trained on. knn, mahalanobis and the like need more images than a small ipc has",
-        one_of("fitting set", FITS),
+        what="fitting set",
         names=FITS,
     )
     T: float = flag(1.0, "temperature of --score energy", number(0, exclusive=True))

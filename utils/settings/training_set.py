@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from utils.settings.fields import Need, Settings, flag
-from utils.settings.parser import count, one_of
+from utils.settings.parser import count
 
 TRAIN_ON = ("distilled", "random", "herding", "kcenter", "whole")
 OUTLIERS = ("distilled", "initial", "kcenter", "corrupt", "real", "none")
@@ -39,7 +39,7 @@ class TrainsOn(Settings):
         "distilled",
         "distilled images, or a baseline: --ipc random, herding or k-center real images per class, or the whole "
         "training set",
-        one_of("training set", TRAIN_ON),
+        what="training set",
         names=TRAIN_ON,
         often=True,
     )
@@ -77,7 +77,7 @@ class TrainingOutliers(Settings):
         "distilled; initial (start): those that a distillation starts from; kcenter: the same number, chosen far apart "
         "from 10000 candidates; corrupt (on the fly): the distilled images, corrupted in every epoch; real: real "
         "outliers, others in every epoch, an upper bound; none",
-        one_of("kind of outliers", OUTLIERS),
+        what="kind of outliers",
         names=OUTLIERS,
         often=True,
     )

@@ -29,10 +29,13 @@ from utils.training.trainer import TEST_BATCH, Trainer, TrainSettings, accuracy_
 
 def run_experts(settings: ExpertSettings) -> None:
     """Everything that `train_experts.py` does after parsing: train the experts that are missing in their folder."""
-    s = settings
-    device = choose_device(s.device, s.deterministic)
-    real = read_data(s).to(device)
-    outliers = source_of(s, real)
+    device = choose_device(settings.device, settings.deterministic)
+    _train_in_folder(settings, read_data(settings).to(device))
+
+
+def _train_in_folder(settings: ExpertSettings, real: RealData) -> None:
+    """Train the experts that are missing in their folder; `real` is on the device."""
+    s, device, outliers = settings, real.device, source_of(settings, real)
     net = real.network(s.model, generator(s.seed))
     shape = (real.channel, *real.im_size)
     compute = choose_compute(s.compile, s.precision, device, net, shape, experts_workload(s, real))
@@ -57,7 +60,7 @@ def train_missing(settings: ExpertSettings, real: RealData) -> None:
     stored = read_json(folder / ABOUT, "--buffer_path") if (folder / ABOUT).exists() else {}
     if _is_begun(folder) and stored.get("training") != settings.about():
         return
-    run_experts(settings)
+    _train_in_folder(settings, real)
 
 
 def experts_workload(s: ExpertSettings, real: RealData) -> Workload:

@@ -53,9 +53,10 @@ def run_stage1(settings: Stage1Settings) -> None:
     evaluation = EvalSettings(s.num_eval, training, s.seed, _ood_images(s, real))
     inputs = MethodInputs(real, outliers, s, augmentation, initial=start)
     inputs = replace(inputs, compute=_choose_compute(inputs, evaluation))
-    if s.train_experts == "auto":
-        train_missing(entry.own(s).of_experts(), real)
-    method = entry.build(replace(inputs, settings=entry.own(s)))
+    own = entry.own(s)
+    if experts := entry.experts(own):
+        train_missing(experts, real)
+    method = entry.build(replace(inputs, settings=own))
     run = _run_folder(inputs, method, _fingerprints(inputs, evaluation.ood) | dict(method.fingerprints))
     evaluator = Evaluator(real, evaluation, run, inputs.compute)
     distillation = Distillation(method, evaluator, s, run, Checkpointer(run, interval=s.checkpoint_interval))

@@ -30,7 +30,7 @@ from utils.report.plots import (
     save_score_histograms,
 )
 from utils.report.results import PlotData, Results, results_csv, results_json, results_of
-from utils.report.tables import report_text
+from utils.report.tables import report_text, summary
 from utils.runs.lineage import STAGE2_ROOTS, Found, args_or_nothing, distilled_set_of, find_run_folder
 from utils.runs.run_folder import RunFolder
 from utils.settings.arguments import Stage3Settings
@@ -70,13 +70,10 @@ def run_stage3(settings: Stage3Settings) -> Results:
     run = RunFolder.create(s.save_path, *parts, name=folder.name)
     run.save_args(as_dict(s), networks=str(folder.resolve()), device=str(device), fitted_on=fit and fit.name)
     run.log(f"run folder: {run.path}")
-    about = [note, *real.lines(), *changed, *(line for ood in sets for line in ood.lines())]
     training = _training_of(folder)
-    about += [
-        f"networks: {folder}, {s.num_exp} × {which}{chosen}, protocol {training['protocol']}",
-        f"computing: {compute}",
-    ]
-    for line in filter(None, [*about, *_about_fitting(fit, scores, s.fit_on)]):
+    tested = f"networks: {folder}, {s.num_exp} × {which}{chosen}, protocol {training['protocol']}"
+    about = [note, *real.lines(), *changed, *(line for ood in sets for line in ood.lines()), tested]
+    for line in filter(None, [*about, f"computing: {compute}", *_about_fitting(fit, scores, s.fit_on)]):
         run.log(line)
     with rank_errors(), run.progress(len(sets), "OOD sets") as progress:
         networks = score_networks(scorers, real, sets, batch, run.log_own, progress.step)
@@ -85,21 +82,10 @@ def run_stage3(settings: Stage3Settings) -> Results:
     if run.is_main:
         about = {"networks": str(folder), "checkpoints": which, "training": training, "ood_sets": _about_sets(sets)}
         _write_report(results, scores, run, about | {"flags": as_dict(s)})
-        _draw_plots(run, measured, float(np.mean(results.of_networks("ece"))), folder)
+        _draw_plots(run, measured, results, folder)
     run.finish()
     run.log(summary(results))
     return results
-
-
-def summary(results: Results) -> str:
-    """What was found, in a sentence: accuracy, calibration error, and the mean AUROC of the first score."""
-    accuracy, ece = (100 * np.mean(results.of_networks(measure)) for measure in ("accuracy", "ece"))
-    score, sets = results.scores()[0], results.ood_sets()
-    parts = [f"found: accuracy {accuracy:.2f} %, calibration error (ECE) {ece:.2f} %"]
-    if sets:
-        auroc = 100 * np.mean(results.per_network(None, score, "auroc"))
-        parts.append(f"AUROC {auroc:.2f} % ({score}, mean over {', '.join(sets)})")
-    return ", ".join(parts)
 
 
 def _about_sets(sets: Sequence[OODSet]) -> dict[str, dict]:
@@ -285,7 +271,7 @@ def _find_sets(
     return sets, missing
 
 
-def _draw_plots(run: RunFolder, measured: PlotData, ece: float, networks: Path) -> None:
+def _draw_plots(run: RunFolder, measured: PlotData, results: Results, networks: Path) -> None:
     """Write `scores_<score>.png`, `roc_<score>.png`, `reliability.png`, and, if the set is there, `distilled.png`."""
     try:
         for score, out_scores in measured.out_scores.items():
@@ -294,6 +280,7 @@ def _draw_plots(run: RunFolder, measured: PlotData, ece: float, networks: Path) 
                 first = {name: values[0] for name, values in finite.items()}
                 save_score_histograms(run.path / f"scores_{score}.png", score, measured.in_scores[score][0], first)
                 save_roc_curves(run.path / f"roc_{score}.png", score, measured.in_scores[score], finite)
+        ece = float(np.mean(results.of_networks("ece")))
         save_reliability(run.path / "reliability.png", measured.reliability, ece)
         pictures = distilled_pictures(networks)
         if pictures:
