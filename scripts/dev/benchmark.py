@@ -55,7 +55,7 @@ def get_args_parser() -> Parser:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--out", default=None, help="JSON file to write")
-    parser.add_argument("--show", default=None, metavar="JSON", help="print the table of a JSON file; measure nothing")
+    parser.add_argument("--show", default=None, metavar="JSON", help="print the tables of a JSON file; measure nothing")
     add_group(parser.add_argument_group("speed"), [*flags_of(Speed), *flags_of(Determinism)])
     parser.set_defaults(compile="on")
     return parser
@@ -94,14 +94,16 @@ def table(results: dict[str, dict]) -> str:
 
 
 def show(path: Path) -> None:
-    """Print the table of a JSON file, and what it was measured on."""
+    """Print the table of a JSON file, or those of a file of several, by name; and what they were measured on."""
     content = read_json(path, "--show")
+    runs = {str(path): content} if "results" in content else content
     try:
-        print(f"{path}: {content['flags']['model']}, ipc {content['flags']['ipc']}")
-        print(table(content["results"]))
+        for name, run in runs.items():
+            print(f"{name}: {run['flags']['model']}, ipc {run['flags']['ipc']}")
+            print(table(run["results"]))
+            print(json.dumps(run["about"]))
     except (KeyError, TypeError) as error:
         raise UserError(f"--show: {path} is not a file that benchmark.py wrote ({error} is missing)") from None
-    print(json.dumps(content["about"]))
 
 
 def main(args: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from utils.core.files import atomic_write
 from utils.core.run_script import run_script
 from utils.report.results import StudyResults, load_study_csv
-from utils.report.study import StudyColumn, StudyRow
+from utils.report.study import StudyColumn, StudyRow, places_of_kinds, read_kind
 from utils.settings.parser import Parser, one_of
 
 RESULTS, OUT = ROOT / "assets" / "results", ROOT / "assets"
@@ -119,6 +119,114 @@ def detectors() -> Figure:
     return figure
 
 
+def worth() -> Figure:
+    """Forest plot: distilled outliers minus others on the same images, paired by seed, two standard errors."""
+    studies = {  # group of kinds in a CSV file: label, kind of the distilled outliers
+        "digits-outlier-flags.csv/DSA/published": ("Digits, DSA, ipc 1", "poe"),
+        "digits-methods.csv/ipc1/DC": ("Digits, DC, ipc 1", "poe"),
+        "digits-methods.csv/ipc10/DC": ("Digits, DC, ipc 10", "poe"),
+        "digits-methods.csv/ipc10/MTT": ("Digits, MTT, ipc 10", "poe"),
+        "cifar10-dm-ipc10-convnet-bf16.csv": ("CIFAR-10, DM, ipc 10", "poe"),
+        "digits-ipc10-dm-mixed-spread.csv": ("Digits, DM, ipc 10, spread", "poe"),
+        "cifar10-w32-ipc10-strong-5networks.csv": ("CIFAR-10, MTT strong, ipc 10, corrupted again", "poe-again"),
+        "fashion-mnist-w32-ipc10-strong.csv": ("FashionMNIST, MTT strong, ipc 10, corrupted again", "poe-again"),
+    }
+    figure = Figure(figsize=(8.6, 3.8), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    others = {"poe-initial": ("minus those at the start", "o"), "poe-corrupt": ("minus those made on the fly", "s")}
+    for axis, (measure, score) in zip(axes, (("auroc", "msp"), ("accuracy", "")), strict=True):
+        column = StudyColumn(measure, score)
+        for shift, (other, (label, marker)) in zip((0.14, -0.14), others.items(), strict=True):
+            rows = [
+                (read_kind(RESULTS / group / kind, kind), read_kind(RESULTS / group / other, other))
+                for group, (_, kind) in studies.items()
+            ]
+            gaps = [paired(*row, column) for row in rows]
+            axis.errorbar(
+                [g.mean() for g in gaps], shift - np.arange(len(gaps)),
+                xerr=[2 * g.std(ddof=1) / np.sqrt(len(g)) for g in gaps],
+                fmt=marker, color=BLUE if shift > 0 else RED, mfc="white" if shift > 0 else RED, capsize=2, label=label,
+            )  # fmt: skip
+        axis.axvline(0, color=BLACK, linewidth=0.8)
+        axis.axhline(0.5 - list(studies).index("digits-ipc10-dm-mixed-spread.csv"), color=GREY, linewidth=0.8, ls="--")
+        axis.set_title(f"{column.shown.title}, points: distilled minus others", fontsize=10)
+        axis.grid(axis="x", linewidth=0.4, alpha=0.6)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.tick_params(axis="y", length=0)
+    axes[0].set_yticks(-np.arange(len(studies)), [label for label, _ in studies.values()], fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    return figure
+
+
+def paired(base: StudyRow, other: StudyRow, column: StudyColumn) -> np.ndarray:
+    """`base` minus `other` of each seed that both have, in the unit of the measure."""
+    first, second = base.by_seed(column), other.by_seed(column)
+    return column.shown.factor * np.array([first[seed] - second[seed] for seed in first if seed in second])
+
+
+def sets() -> Figure:
+    """Heat map: AUROC of each kind of outliers on each OOD set."""
+    study = load_study_csv(RESULTS / "cifar10-dm-ipc10-convnet-bf16.csv")
+    kinds = [kind for kind in KINDS if kind in study]
+    names = next(iter(study["plain"].values())).ood_sets()
+    rows = {kind: StudyRow(kind, study[kind]) for kind in kinds}
+    cells = np.array(
+        [
+            [100 * np.mean([*row.by_seed(StudyColumn("auroc", "msp", name)).values()]) for name in names]
+            for row in rows.values()
+        ]
+    )
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(cells, cmap="Blues", aspect="auto", vmin=50, vmax=90)
+    for y, x in np.ndindex(cells.shape):
+        axis.text(x, y, f"{cells[y, x]:.1f}", ha="center", va="center", color="white" if cells[y, x] > 74 else BLACK)
+    axis.set_xticks(range(len(names)), [name.replace("_resize", "") for name in names], fontsize=9)
+    axis.set_yticks(range(len(kinds)), [KINDS[kind] for kind in kinds], fontsize=9)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    figure.suptitle("AUROC (msp, %) by OOD set: CIFAR-10, ConvNet, DM, ten images per class", fontsize=10)
+    return figure
+
+
+def tradeoff() -> Figure:
+    """Accuracy against AUROC: a point for each method, outliers, network and ipc on CIFAR-10."""
+    groups = {  # group of kinds: method, ipc, whether with the paper's ConvNet
+        **{f"cifar10-w32-methods.csv/ipc1/{m}": (m, 1, False) for m in ("DC", "DSA", "DM", "MTT")},
+        **{f"cifar10-w32-methods.csv/ipc10/{m}": (m, 10, False) for m in ("DC", "DSA", "DM")},
+        "cifar10-w32-ipc10-mtt-plain.csv": ("MTT", 10, False),
+        "cifar10-dm-ipc10-convnet-bf16.csv": ("DM", 10, True),
+        "cifar10-tgdd-ipc10.csv/convnet": ("TGDD", 10, True),
+        "cifar10-tgdd-ipc10.csv/w32": ("TGDD", 10, False),
+    }
+    markers = {"DC": "v", "DSA": "^", "DM": "o", "MTT": "s", "TGDD": "D", "whole set": "*"}
+    colors = {"plain": BLACK, "poe": BLUE, "poe-corrupt": RED, "whole": BLACK, "whole-corrupt": RED}
+    figure = Figure(figsize=(8.6, 4.2), layout="constrained")
+    axis = figure.subplots()
+    for group, (method, ipc, paper) in groups.items():
+        for kind, place in places_of_kinds(RESULTS / group, list(colors)).items():
+            row, shape = read_kind(place, kind), "whole set" if kind.startswith("whole") else method
+            x, y = (100 * np.mean([*row.by_seed(StudyColumn(*m)).values()]) for m in (("accuracy",), ("auroc", "msp")))
+            axis.plot(
+                x, y, markers[shape], color=colors[kind], mfc=colors[kind] if ipc == 10 else "white",
+                markersize=(9 if paper else 5.5) + 3 * (shape == "whole set"),
+            )  # fmt: skip
+    for name, marker in markers.items():
+        axis.plot([], [], marker, color=GREY, label=name, ls="")
+    for name, color in (("without outliers", BLACK), ("distilled outliers", BLUE), ("on the fly", RED)):
+        axis.plot([], [], "_", color=color, markeredgewidth=4, label=name, ls="")
+    axis.plot([], [], "o", color=GREY, mfc="white", label="one image per class", ls="")
+    axis.plot([], [], "o", color=GREY, markersize=9, label="large: the paper's ConvNet", ls="")
+    axis.plot([], [], "o", color=GREY, markersize=5.5, label="small: ConvNetW32", ls="")
+    axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.set_xlabel("accuracy (%) →")
+    axis.set_ylabel("mean AUROC, msp (%) →")
+    axis.grid(linewidth=0.4, alpha=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title("CIFAR-10: better images bring accuracy and detection together", fontsize=10)
+    return figure
+
+
 def weight() -> Figure:
     """AUROC, ECE and accuracy by the weight of outliers in stage 2, two networks."""
     names = {
@@ -150,15 +258,16 @@ def weight() -> Figure:
 def speed() -> Figure:
     """How many times as fast as the textbook loop: each work of the benchmarks, by precision."""
     names = {
-        "benchmark-cpu-avx512-w32-ipc2": ("ConvNetW32", {"iteration": "DSA", "stage2": "stage 2", "stage3": "scores"}),
-        "benchmark-cpu-avx512-convnet-ipc2": ("ConvNet", {"iteration": "DSA", "stage3": "scores"}),
-        "benchmark-cpu-avx512-methods-w32": ("ConvNetW32", {"dm": "DM", "mtt": "MTT", "experts": "expert"}),
-        "benchmark-cpu-avx512-methods-convnet": ("ConvNet", {"dm": "DM"}),
-        "benchmark-cpu-amx-tgdd": ("ConvNet", {"tgdd": "TGDD"}),
+        "cpu-avx512-w32-ipc2": ("ConvNetW32", {"iteration": "DSA", "stage2": "stage 2", "stage3": "scores"}),
+        "cpu-avx512-convnet-ipc2": ("ConvNet", {"iteration": "DSA", "stage3": "scores"}),
+        "cpu-avx512-methods-w32": ("ConvNetW32", {"dm": "DM", "mtt": "MTT", "experts": "expert"}),
+        "cpu-avx512-methods-convnet": ("ConvNet", {"dm": "DM"}),
+        "cpu-amx-tgdd": ("ConvNet", {"tgdd": "TGDD"}),
     }
+    runs = json.loads((RESULTS / "benchmarks.json").read_text())
     rows: dict[str, list[float]] = {}
     for name, (network, works) in names.items():
-        found = [json.loads((RESULTS / f"{name}{end}.json").read_text())["results"] for end in ("", "-bf16")]
+        found = [runs[f"{name}{end}"]["results"] for end in ("", "-bf16")]
         rows |= {f"{title}, {network}": [results[work]["ratio"] for results in found] for work, title in works.items()}
     figure = Figure(figsize=(8.6, 3.4), layout="constrained")
     axis = figure.subplots()
@@ -174,6 +283,9 @@ def speed() -> Figure:
 FIGURES: dict[str, Callable[[], Figure]] = {
     "outliers": outliers,
     "detectors": detectors,
+    "worth": worth,
+    "sets": sets,
+    "tradeoff": tradeoff,
     "weight": weight,
     "speed": speed,
 }

@@ -17,11 +17,9 @@ from utils.report.results import load_study_csv, save_study_csv
 
 ROOT = Path(__file__).resolve().parents[2]
 
-import benchmark
 import figures
 import make_flags
 import make_tables
-import profile_works
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MARK = re.compile(r"^<!-- table: (\S+) -->$", re.MULTILINE)
@@ -42,18 +40,15 @@ def content(name: str) -> str:
     text = (ROOT / path).read_text()
     if not section:
         return text
+    if path.endswith(".json"):
+        return json.dumps(json.loads(text)[section])
     (found,) = re.findall(rf"^## {re.escape(section)}$(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
     return found
 
 
 def tables_of(name: str) -> list[list[tuple[str, ...]]]:
-    """All tables of a file of results, or of a section: markdown, or the JSON of the benchmark or of the profile."""
-    text = content(name)
-    if name.endswith(".json"):
-        results = json.loads(text)["results"]
-        is_benchmark = "ratio" in next(iter(results.values()))
-        text = benchmark.table(results) if is_benchmark else profile_works.table(results)
-    blocks = re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE)
+    """All tables of a file of results, or of a section."""
+    blocks = re.findall(r"(?:^\|.*\n?)+", content(name), re.MULTILINE)
     return [[cells(line) for line in block.splitlines()] for block in blocks]
 
 
