@@ -291,7 +291,7 @@ def _joined(values: Iterable[object]) -> str:
 def comparison_page(
     columns: Sequence[ComparisonColumn], rows: Sequence[ComparisonRow], picture: Path | None, notes: Sequence[str] = ()
 ) -> str:
-    """A self-contained page: tables of the networks and of each score, the picture, and each run's plots; no scripts.
+    """A self-contained page: tables of the networks and of each score, the picture, and each run's plots; columns of sets sort.
 
     Args:
         picture: a PNG of the comparison, if there is one; notes: lines that stand above the tables.
