@@ -60,6 +60,10 @@ def get_args_parser() -> Parser:
         "--by_score", type=one_of("measure", OF_OOD), default=None,
         help="instead, one table of this measure: a row for each score, a column for each kind",
     )  # fmt: skip
+    parser.add_argument(
+        "--by_set", type=one_of("measure", OF_OOD), default=None,
+        help="instead of all measures this one: a column for each score and OOD set",
+    )  # fmt: skip
     parser.add_argument("--sets", action="store_true", help="show each OOD set, too, beside the mean")
     parser.add_argument("--out", default=None, help="markdown file to write")
     return parser
@@ -84,7 +88,7 @@ def study_text(args: argparse.Namespace) -> str:
         raise UserError("--against: it names what --base is compared with; give --base")
     check_sets(kinds)
     if args.by_score:
-        if unused := [name for name in ("base", "against", "sets") if getattr(args, name)]:
+        if unused := [name for name in ("base", "against", "by_set", "sets") if getattr(args, name)]:
             raise UserError(f"--{unused[0]}: --by_score is one table without it; leave one of them out")
         measured = dict.fromkeys(s for kind in kinds for results in kind.seeds.values() for s in results.scores())
         if missing := [score for score in args.scores or [] if score not in measured]:
@@ -106,12 +110,14 @@ def tables(
                 raise UserError(
                     f"--scores: {missing[0]} is not in {kind.name}, which has {', '.join(results.scores())}"
                 )
+    names = next(iter(kinds[0].seeds.values())).ood_sets()
     columns = [*map(StudyColumn, args.of_networks), *columns_of(scores, args.measures, None)]
+    if args.by_set:
+        columns = [StudyColumn(args.by_set, score, name) for score in scores for name in names]
     parts = [mean_rows(kinds, columns)]
     if args.base:
         parts += paired(studies, args.base, args.against, columns)
     if args.sets:
-        names = next(iter(kinds[0].seeds.values())).ood_sets()
         parts += [mean_rows(kinds, columns_of(scores, args.measures, name)) for name in names]
     return parts
 

@@ -4,7 +4,8 @@
     python scripts/tables/keep_results.py result-tables/cifar10-DM/ipc10 cifar10-methods.csv/ipc10/DM
     python scripts/study.py cifar10-ipc10.csv --base poe
 
-Seeds and kinds that were measured on several machines come together so.
+Seeds and kinds that were measured on several machines come together so. scripts/tables/studies.yaml then says which
+tables scripts/tables/make_tables.py makes of the file, on a page of docs/results.
 """
 
 import argparse

@@ -21,12 +21,14 @@ import figures
 import make_flags
 import make_tables
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = sorted((ROOT / "docs" / "results").iterdir())
 MARK = re.compile(r"^<!-- table: (\S+) -->$", re.MULTILINE)
 NUMBERS_MARK = re.compile(r"^<!-- numbers: (.+) -->$", re.MULTILINE)
 NUMBER = r"(?<![\d.])-?\d+(?:\.\d+)?"
 VALUE = rf"{NUMBER} ± {NUMBER}|{NUMBER}"
-TABLES = make_tables.read_tables()
+STUDIES = make_tables.read_studies()
+OLD_WORDS = r"\banew\b|\bthose that\b|\bit pays\b|\bp [<=] ?0|\bp-value|\([^()]*\("
 
 
 def cells(line: str) -> tuple[str, ...]:
@@ -97,8 +99,12 @@ def is_measured(value: str, text: str) -> bool:
     """Whether `x ± y` stands in a file, or a number, at its digits, is that of a file."""
     if "±" in value:
         return value in text
-    digits = len(value.partition(".")[2])
-    return any(f"{float(n):.{digits}f}" == value for n in re.findall(NUMBER + r"(?:[eE][+-]?\d+)?", text))
+    return any(rounds(float(value), n, value) for n in map(float, re.findall(NUMBER + r"(?:[eE][+-]?\d+)?", text)))
+
+
+def rounds(value: float, measured: float, written: str) -> bool:
+    """Whether a value is a measured one, rounded, at its digits as written; a half may be rounded up or down."""
+    return abs(value - measured) <= 0.5 * 10 ** -len(written.partition(".")[2]) + 1e-9
 
 
 @pytest.mark.parametrize(("names", "shown"), shown_numbers())
@@ -115,8 +121,9 @@ def test_the_page_of_flags_is_what_the_scripts_say():
 
 def test_enough_tables_are_marked():
     """A document whose tables lost their marks would not be checked at all."""
-    assert len(shown_tables()) >= 20
+    assert len(shown_tables()) >= 2
     assert len(shown_numbers()) >= 4
+    assert all(name.startswith("docs/results/") for name, _ in (param.values for param in shown_tables()))
     for document in DOCUMENTS:
         text = document.read_text()
         marks = [*MARK.finditer(text), *NUMBERS_MARK.finditer(text)]
@@ -125,39 +132,109 @@ def test_enough_tables_are_marked():
             assert " ± " not in table or table.rstrip("\n") in marked, f"{document.name}: {table[:90]}"
 
 
-def test_every_file_of_results_is_named_in_a_document():
-    """Or, if it is the CSV file of a study, a table is made of it. So is each section of a file of many tables."""
+def test_every_file_of_results_is_shown():
+    """A CSV file, and a section of a file of old tables, by a study; other files are named in a document."""
     text = "".join(document.read_text() for document in DOCUMENTS)
     patterns = re.findall(r"[\w*.-]+\.(?:md|json|log)", text)
-    patterns += [f"{name}.md" for line in re.findall(r"make_tables\.py (.+)", text) for name in line.split()]
-    sources = {word for command in TABLES.values() for word in command}
+    tables = [table for about in STUDIES.values() for table in about["tables"]]
+    places = {place for table in tables for place in make_tables.places_of(table)}
+    sections = {table.get("section") for table in tables}
+    sections |= {place for table in tables for place in re.findall(r"tables-\w+\.md#[\w-]+", table["text"])}
     for path in sorted((ROOT / "assets" / "results").iterdir()):
         if path.suffix == ".csv":
-            assert any(f"{word}/".startswith(f"{path}/") for word in sources), path.name
+            assert any(f"{place}/".startswith(f"{path.name}/") for place in places), path.name
+        elif path.name.startswith("tables-"):
+            for section in re.findall(r"^## (\S+)$", path.read_text(), re.MULTILINE):
+                assert f"{path.name}#{section}" in sections, section
         else:
             assert any(fnmatch(path.name, pattern) for pattern in patterns), path.name
-            sections = re.findall(r"^## (\S+)$", path.read_text(), re.MULTILINE) if "tables-" in path.name else ()
-            assert all(f"{path.name}#{section}" in text for section in sections), path.name
 
 
-@pytest.mark.parametrize("name", TABLES)
-def test_a_table_is_what_its_command_makes(name):
-    assert make_tables.make_table(TABLES[name]) == (ROOT / f"assets/results/{name}.md").read_text()
+def test_there_is_a_page_for_each_study_and_no_other():
+    assert len(STUDIES) >= 25
+    assert [page.name for page in PAGES] == sorted(f"{name}.md" for name in STUDIES)
+    overview = make_tables.OVERVIEW.read_text()
+    assert make_tables.overview(overview) == overview
+    assert len(overview.splitlines()) <= 150
+    assert max(len(line) for line in overview.splitlines() if line.startswith("- [")) <= 200
 
 
-def test_every_table_is_made_by_one_command(monkeypatch, tmp_path, capsys):
-    """Without names all of them; each command that a document shows names some."""
-    assert len(TABLES) >= 25
-    monkeypatch.setattr(make_tables, "make_table", lambda command: f"{command}\n")
-    monkeypatch.setattr(make_tables, "RESULTS", tmp_path)
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_page_is_what_its_study_makes(name):
+    text = (ROOT / f"docs/results/{name}.md").read_text()
+    assert make_tables.page_text(name, STUDIES[name]) == text
+    lines = text.splitlines()
+    assert len(lines) <= 120
+    assert all(len(line) <= 200 for line in lines if not line.startswith("|"))
+
+
+def prose(text: str) -> str:
+    """A text without code, the places of its links, and headings' marks."""
+    return re.sub(r"\]\([^)]*\)", "]", re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL))
+
+
+def unmeasured(said: str, tables: str) -> list[str]:
+    """The values in a sentence, `x ± y` or a number with a decimal point, that round no value of the tables.
+
+    The sign of a difference may be left out, and a rounded number may be rounded again.
+    """
+
+    def found_in(value: str, measured: str) -> bool:
+        same_sign = value[0] not in "+-" or value[0] == measured[0]
+        return same_sign and rounds(abs(float(value)), abs(float(measured)), value)
+
+    found = []
+    number = r"[+-]?\d+(?:\.\d+)?"
+    pairs = re.findall(rf"({number}) ± ({number})", tables)
+    numbers = re.findall(number, tables)
+    for mean, error in re.findall(rf"({number}) ± ({number})", said):
+        if not any(found_in(mean, m) and found_in(error, e) for m, e in pairs):
+            found.append(f"{mean} ± {error}")
+    for value in re.findall(r"\d+\.\d+", re.sub(rf"{number} ± {number}", "", said)):
+        if not any(found_in(value, n) for n in numbers):
+            found.append(value)
+    return found
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_numbers_that_a_study_states_are_in_its_tables(name):
+    about = STUDIES[name]
+    tables = "\n".join(make_tables.BLOCK.findall((ROOT / f"docs/results/{name}.md").read_text()))
+    for said in (about["gist"], about["answer"], *about["notes"]):
+        assert not unmeasured(prose(said), tables), said
+    assert re.search(r"\d", about["answer"])
+
+
+def test_a_number_that_was_not_measured_is_found():
+    tables = "| a | -4.13 ± 0.29 | 48.26 |"
+    assert not unmeasured("it falls by 4.1 ± 0.3 (-4.13 ± 0.29) to 48.3, in 2 runs", tables)
+    assert unmeasured("by 4.2 ± 0.3 and +4.1 ± 0.3 to 48.4", tables) == ["4.2 ± 0.3", "+4.1 ± 0.3", "48.4"]
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", make_tables.OVERVIEW, *PAGES], ids=lambda page: page.name)
+def test_words_that_readers_stumbled_over_do_not_come_back(page):
+    assert not re.findall(OLD_WORDS, prose(page.read_text()))
+
+
+def test_pages_are_made_by_one_command(monkeypatch, tmp_path, capsys):
+    """Without names all of them; each page shows the command that makes it."""
+    monkeypatch.setattr(make_tables, "page_text", lambda name, about: f"{name}\n")
+    monkeypatch.setattr(make_tables, "PAGES", tmp_path / "docs" / "results")
+    monkeypatch.setattr(make_tables, "OVERVIEW", tmp_path / "docs" / "results.md")
     monkeypatch.setattr(make_tables, "ROOT", tmp_path)
+    (tmp_path / "docs" / "results").mkdir(parents=True)
+    (tmp_path / "docs" / "results.md").write_text("before\n{}\n{}\nafter\n".format(*make_tables.LIST))
     make_tables.main(make_tables.get_args_parser().parse_args([]))
-    assert {path.stem for path in tmp_path.iterdir()} == {*TABLES}
-    assert len(capsys.readouterr().out.splitlines()) == len(TABLES)
-    shown = re.findall(r"make_tables\.py (.+)$", "\n".join(d.read_text() for d in DOCUMENTS), re.MULTILINE)
-    assert len(shown) >= 20
-    for line in shown:
-        assert make_tables.get_args_parser().parse_args(line.split()).tables
+    assert {path.stem for path in (tmp_path / "docs" / "results").iterdir()} == {*STUDIES}
+    listed = (tmp_path / "docs" / "results.md").read_text().splitlines()
+    assert (listed[0], listed[-1], len(listed)) == ("before", "after", len(STUDIES) + 4)
+    assert len(capsys.readouterr().out.splitlines()) == len(STUDIES) + 1
+    for name in STUDIES:
+        shown = re.findall(
+            r"^python \S+make_tables\.py (.+)$", (ROOT / f"docs/results/{name}.md").read_text(), re.MULTILINE
+        )
+        assert shown == [name]
+        assert make_tables.get_args_parser().parse_args([name]).studies == [name]
 
 
 def test_results_of_studies_are_whole_and_hold_no_paths(tmp_path):

@@ -23,7 +23,7 @@ from utils.core.errors import UserError
 SCRIPTS = ("main", "main_oe", "main_poe", "train_model_synthetic_no_oe", "train_model_synthetic_oe")
 PARSERS = {f"{name}.py": importlib.import_module(name) for name in (*SCRIPTS, "test_ood_model_syn", "train_experts")}
 TABLES = ROOT / "scripts" / "tables"
-CONFIGS = sorted(path.stem for path in TABLES.glob("*.yaml") if path.stem != "defaults")
+CONFIGS = sorted(path.stem for path in TABLES.glob("*.yaml") if path.stem not in ("defaults", "studies"))
 CIFAR = ("cifar10", "--ipc", "1", "--seeds", "1")
 THREE = ["main.py", "train_model_synthetic_no_oe.py", "test_ood_model_syn.py"]
 

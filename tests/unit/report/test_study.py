@@ -136,6 +136,23 @@ def test_a_row_for_each_score(study, run):
     assert rows[2][1:] == ["-", "25.00 ± 0.00"]
 
 
+def test_a_column_for_each_set(study, run):
+    folder, values = study
+    words = ["--kinds", "poe", "poe-corrupt", "--base", "poe", "--scores", "mls", "--by_set", "auroc"]
+    status, shown, error = run(folder, *words)
+    assert status == 0, error
+    tables = [
+        [[cell.strip() for cell in line.split("|")[1:-1]] for line in t.splitlines()] for t in shown.split("\n\n")
+    ]
+    assert tables[1][0] == ["images, outliers", *(f"AUROC mls {name} ↑" for name in SETS)]
+    assert tables[2][0] == ["difference", *(f"AUROC mls {name}" for name in SETS)]
+    rows = [r for seed in (1, 2, 10) for r in values["poe", seed]["rows"]]
+    for name, cell in zip(SETS, tables[1][2][1:], strict=True):
+        found = [100 * r["auroc"] for r in rows if (r["set"], r["score"]) == (name, "mls")]
+        assert cell == f"{np.mean(found):.2f} ± {np.std(found):.2f}"
+    assert run(folder, "--by_set", "auroc", "--by_score", "auroc")[0] != 0
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
