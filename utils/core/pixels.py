@@ -1,6 +1,7 @@
 """Pixels of images that were read: in [0, 1], of one size and number of channels, over the full range of their type."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,11 +11,32 @@ from utils.core.errors import require
 
 DARK = 8  # images whose brightest value is at most this part of their type's range are not taken as they are
 LOOKED_AT = 1000  # images in which a bright value is looked for first
+LEAST_SIDE = 5  # pixels; a narrower side may be an axis of channels
 
 
 def unit_images(images: torch.Tensor) -> torch.Tensor:
     """Pixels in [0, 1] as float32: uint8 is divided by 255, float is returned unchanged."""
     return images.float().div_(255) if images.dtype == torch.uint8 else images
+
+
+def images_to_nchw(array: np.ndarray, path: Path) -> torch.Tensor:
+    """uint8 `[N, H, W]`, `[N, H, W, 1]` or `[N, H, W, 3]` as a view `[N, C, H, W]`.
+
+    A `UserError` tells of other arrays, and of shapes that can be read in several ways, as `[32, 32, 3]`: one colour
+    picture, or 32 grey ones.
+    """
+    accepted = "it must be uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3]"
+    found = f"{path} holds {array.dtype} {list(array.shape)}"
+    shape_ok = array.ndim == 3 or (array.ndim == 4 and array.shape[3] in (1, 3))
+    require(array.dtype == np.uint8 and shape_ok and 0 not in array.shape, f"{found}; {accepted}")
+    one = "one picture, or several" if array.ndim == 3 else "[N, H, W, C] or [N, C, H, W]"
+    require(
+        min(array.shape[1:3]) >= LEAST_SIDE and not (array.ndim == 3 and array.shape[0] in (3, 4)),
+        f"{found}, which may be {one}; {accepted}, with sides of {LEAST_SIDE} pixels or more; 3 or 4 grey images as "
+        "[N, H, W, 1]",
+    )
+    images = torch.from_numpy(array)
+    return images.unsqueeze(1) if array.ndim == 3 else images.permute(0, 3, 1, 2)
 
 
 def centre_box(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -11,10 +11,10 @@ from torch import nn
 
 from networks import get_network
 from utils.compute.transfer import send
-from utils.core.arrays import images_to_nchw, read_npz
 from utils.core.errors import blame, require, unknown_name
+from utils.core.files import read_npz
 from utils.core.images import ImageReader
-from utils.core.pixels import in_full_range, unit_images
+from utils.core.pixels import images_to_nchw, in_full_range, unit_images
 from utils.core.torch_files import PLAIN_INTEGERS, fingerprint, read_pt
 from utils.data.class_folders import read_class_folders
 from utils.data.download import NPZ_KEYS, read_torchvision, read_torchvision_test

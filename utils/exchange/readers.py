@@ -8,9 +8,8 @@ from pathlib import Path
 
 import torch
 
-from utils.core.arrays import read_npz
 from utils.core.errors import UserError, named, one_line, require
-from utils.core.files import check_file
+from utils.core.files import check_file, read_npz
 from utils.core.images import ImageReader, is_content
 from utils.core.pixels import in_full_range, unit_images
 from utils.core.torch_files import PLAIN_TENSORS, read_pt
