@@ -283,7 +283,7 @@ def test_distilled_set_fits_exactly(tmp_path, tiny_real):
             DistilledFile.open(path).set(0, other)
     content = torch.load(path) | {"normalisation": [1]}
     torch.save(content, path)
-    with pytest.raises(UserError, match="distilled from other data"):
+    with pytest.raises(UserError, match="its normalisation must be mean and std, or zca"):
         DistilledFile.open(path).set(0, tiny_real)
     nested = []
     for _ in range(60):

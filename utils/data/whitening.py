@@ -26,11 +26,10 @@ class ZCA:
         """The inverse of `whiten`."""
         return (_product(images.flatten(1), self.inverse) + self.mean).view_as(images)
 
-    def is_close(self, mean: torch.Tensor, matrix: torch.Tensor) -> bool:
-        """Whether a whitening of this mean and matrix is the same but for rounding."""
-        same = matrix.shape == self.matrix.shape and mean.shape == self.mean.shape
-        same = same and torch.allclose(self.matrix, matrix, rtol=1e-5, atol=1e-3)
-        return same and torch.allclose(self.mean, mean, rtol=1e-5, atol=1e-4)
+    def is_close(self, other: "ZCA") -> bool:
+        """Whether another whitening is the same but for rounding."""
+        same = self.matrix.shape == other.matrix.shape and torch.allclose(self.matrix, other.matrix, 1e-5, 1e-3)
+        return same and torch.allclose(self.mean, other.mean, rtol=1e-5, atol=1e-4)
 
     def to(self, device: torch.device | str) -> "ZCA":
         """The same map on `device`."""

@@ -8,9 +8,6 @@ from utils.exchange.formats import FORMATS, SPACES
 from utils.settings.fields import Settings, flag
 from utils.settings.parser import count, number
 
-LARGEST_MEAN = 1e9  # of pixels, in any unit
-LABELS = ("probabilities", "logits")
-
 
 @dataclass(frozen=True)
 class Assumptions(Settings):
@@ -31,7 +28,7 @@ class Assumptions(Settings):
     distilled_mean: tuple[float, ...] | None = flag(
         None,
         "mean per channel by which the images were normalised; left out: by the format and --dataset",
-        number(-LARGEST_MEAN),
+        number(-1e9),
         many=True,
         metavar="X",
     )
@@ -51,7 +48,7 @@ class Assumptions(Settings):
         None,
         "what labels [images, classes] are; left out: found out by looking",
         what="kind of labels",
-        names=LABELS,
+        names=("probabilities", "logits"),
     )
     label_temperature: float | None = flag(
         None,

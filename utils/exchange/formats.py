@@ -1,16 +1,14 @@
 """The formats in which repositories write distilled sets, and finding out which one a file or folder has."""
 
-import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 
 import torch
 
-from utils.core.errors import UserError, require
+from utils.core.errors import require
 from utils.core.images import image_suffixes, is_content
 from utils.core.torch_files import read_pt
 
@@ -27,7 +25,6 @@ FORMATS = {
 ACCEPTED = "Accepted: " + "; ".join(f"{name}: {what}" for name, what in FORMATS.items())
 BY_SUFFIX = {".safetensors": "published", ".npz": "kip"}
 SAFETENSORS = "distilled.safetensors"
-MAX_NAMES = 100_000  # in a folder; no distilled set has more
 
 
 @dataclass
@@ -52,55 +49,51 @@ def find_files(paths: Sequence[str | Path], wanted: str | None) -> SetFiles:
         paths: a file, a folder, or files of images and labels (and of the learning rate).
         wanted: the format, if the user says so.
     """
-    for path in map(Path, paths):
+    paths = [Path(path) for path in paths]
+    for path in paths:
         require(path.exists(), f"{path} is not there")
     if len(paths) > 1:
-        return _of_several([Path(p) for p in paths], wanted)
-    path = Path(paths[0])
-    candidates = list(_in_folder(path)) if path.is_dir() else [_of_file(path)]
+        return _of_several(paths, wanted)
+    path = paths[0]
+    found = _in_folder(path) if path.is_dir() else [_of_file(path)]
     if wanted is not None:
-        candidates = [c for c in candidates if c.format == wanted or {c.format, wanted} == {"mtt", "datm"}]
-        for candidate in candidates:
-            candidate.format = wanted
+        found = [files for files in found if files.format == wanted or {files.format, wanted} == {"mtt", "datm"}]
     of_format = f" of --distilled_format {wanted}" if wanted else ""
-    require(candidates, f"{path} holds no distilled set{of_format}. {ACCEPTED}")
-    names = ", ".join(f"{c.images.name} ({c.format})" for c in candidates[:6])
-    require(len(candidates) == 1, f"{path} holds several sets: {names}. Give the file, or --distilled_format")
-    return candidates[0]
+    require(found, f"{path} holds no distilled set{of_format}. {ACCEPTED}")
+    names = ", ".join(f"{files.images.name} ({files.format})" for files in found[:6])
+    require(len(found) == 1, f"{path} holds several sets: {names}. Give the file, or --distilled_format")
+    found[0].format = wanted or found[0].format
+    return found[0]
 
 
 def _of_several(paths: list[Path], wanted: str | None) -> SetFiles:
     """Files of images, labels and perhaps a learning rate, told apart by their shapes."""
     kinds = {4: "images", 1: "labels", 2: "labels", 0: "lr"}
+    accepted = "images [N, C, H, W] and labels [N] or [N, classes]"
     roles: dict[str, Path] = {}
     for path in paths:
-        content = read_pt(path)
-        role = kinds.get(content.ndim) if isinstance(content, torch.Tensor) else None
-        require(
-            role and role not in roles,
-            f"{path} is no tensor of images [N, C, H, W] or labels [N] or [N, classes] that the other files lack. Give "
-            "one set at a time",
-        )
+        role = kinds.get(getattr(read_pt(path), "ndim", None))
+        told = f"{path} is no tensor of {accepted} that the other files lack. Give one set at a time"
+        require(role and role not in roles, told)
         roles[role] = path
-    for role in ("images", "labels"):
-        require(role in roles, f"{', '.join(map(str, paths))} lack {role}")
-    form = wanted or ("datm" if "lr" in roles else "mtt")
-    require(form in ("mtt", "datm"), f"files of images and labels are of the formats mtt and datm, not of {form}")
-    return SetFiles(form, roles["images"], roles["labels"], roles.get("lr"))
+    require({"images", "labels"} <= {*roles}, f"{', '.join(map(str, paths))} must be {accepted}")
+    told = f"files of images and labels are of the formats mtt and datm, not of {wanted}"
+    require(wanted in (None, "mtt", "datm"), told)
+    return SetFiles(wanted or ("datm" if "lr" in roles else "mtt"), **roles)
 
 
 def _of_file(path: Path) -> SetFiles:
     """The set in, or beginning with, a file."""
-    files = SetFiles(BY_SUFFIX.get(path.suffix, "res"), path)
-    if files.format != "res":
-        return files
+    if path.suffix in BY_SUFFIX:
+        return SetFiles(BY_SUFFIX[path.suffix], path)
+    files = SetFiles("res", path)
     content = files.content
     if isinstance(content, torch.Tensor) and content.ndim == 4:
         return _with_labels(path)
     if isinstance(content, (list, tuple)) and len(content) == 2 and all(isinstance(t, torch.Tensor) for t in content):
         files.format = "idc"
-    elif not (isinstance(content, dict) and "data" in content):
-        raise UserError(f"{path} is of no known format. {ACCEPTED}")
+    else:
+        require(isinstance(content, dict) and "data" in content, f"{path} is of no known format. {ACCEPTED}")
     return files
 
 
@@ -114,32 +107,20 @@ def _with_labels(images: Path) -> SetFiles:
     return SetFiles("datm", images, labels, lr) if lr.is_file() else SetFiles("mtt", images, labels)
 
 
-def _in_folder(folder: Path) -> Iterator[SetFiles]:
+def _in_folder(folder: Path) -> list[SetFiles]:
     """All sets in a folder; of the iterations of one set the last."""
-    names = sorted(_names(folder, MAX_NAMES + 1))
-    require(len(names) <= MAX_NAMES, f"{folder} has more than {MAX_NAMES} names; no distilled set is like that")
+    places = sorted(path for path in folder.iterdir() if is_content(path.name))
+    names = [path.name for path in places]
     if SAFETENSORS in names:  # pictures of the same images lie beside it
-        yield SetFiles("published", folder / SAFETENSORS)
-        return
-    for name in _newest(names, "images"):
-        yield _with_labels(folder / name)
-    for name in _newest(names, "data"):
-        yield SetFiles("idc", folder / name)
-    for name in names:
-        if re.fullmatch(r"res_.*(?<!_last_finite)\.pt", name):
-            yield SetFiles("res", folder / name)
-        elif name.endswith(".npz"):
-            yield SetFiles("kip", folder / name)
-    inner = [folder / name for name in names if is_content(name) and os.path.isdir(folder / name)]
-    files = [Path(name) for place in inner[:3] for name in _names(place, 100)]
+        return [SetFiles("published", folder / SAFETENSORS)]
+    found = [_with_labels(folder / name) for name in _newest(names, "images")]
+    found += [SetFiles("idc", folder / name) for name in _newest(names, "data")]
+    found += [SetFiles("res", p) for p in places if re.fullmatch(r"res_.*(?<!_last_finite)\.pt", p.name)]
+    found += [SetFiles("kip", p) for p in places if p.suffix == ".npz"]
+    files = [path for inner in [p for p in places if p.is_dir()][:3] for path in inner.iterdir()]
     if any(is_content(file.name) and file.suffix.lower() in image_suffixes() for file in files):
-        yield SetFiles("folders", folder)
-
-
-def _names(folder: Path, most: int) -> list[str]:
-    """At most so many names of what is in a folder."""
-    with os.scandir(folder) as entries:
-        return [entry.name for entry in islice(entries, most)]
+        found.append(SetFiles("folders", folder))
+    return found
 
 
 def _newest(names: Sequence[str], stem: str) -> list[str]:
@@ -148,4 +129,4 @@ def _newest(names: Sequence[str], stem: str) -> list[str]:
         if name in names:
             return [name]
     numbered = [name for name in names if re.fullmatch(rf"{stem}_?\d+\.pt", name)]
-    return [max(numbered, key=lambda name: int(re.sub(r"\D", "", name)))] if numbered else []
+    return sorted(numbered, key=lambda name: int(re.sub(r"\D", "", name)))[-1:]

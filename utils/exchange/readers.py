@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,9 +14,8 @@ from utils.core.images import ImageReader, is_content
 from utils.core.pixels import in_full_range, unit_images
 from utils.core.torch_files import PLAIN_TENSORS, read_pt
 from utils.data.datasets import SPECS, RealData
-from utils.data.distilled_file import DistilledFile, Normalisation
-from utils.data.synthetic import check_factor
-from utils.exchange.formats import MAX_NAMES, SetFiles
+from utils.data.distilled_file import NOT_STATED, DistilledFile, Normalisation
+from utils.exchange.formats import SetFiles
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class RawSet:
     labels: torch.Tensor  # of any kind
     images_oe: torch.Tensor | None = None  # outliers, float32 [M, C, H, W]
     lr_net: float | None = None  # the learning rate
-    stated: Normalisation = field(default_factory=Normalisation)  # what the files or their names say of the images
+    stated: Normalisation = NOT_STATED  # what the files or their names say of the images
     note: str = ""  # a further line for the log
     class_names: object = None  # in the order of the labels, as the file says, unchecked
     factor: int | None = None  # of images in parts, if the file says it
@@ -41,23 +40,23 @@ def read_raw(files: SetFiles, real: RealData, exp_idx: int) -> RawSet:
         exp_idx: which experiment of a `res_….pt`; others have one.
     """
     path = files.images
-    if files.format == "res":
-        file = DistilledFile(path, files.content)
-        s = file.set(exp_idx)
-        _check_dataset(file.dataset, real, path)
-        stated, names = file.normalisation(), file.class_names
-        raw = RawSet(s.images, s.labels, s.images_oe, s.lr_net, stated, class_names=names, factor=s.factor)
+    if files.format in ("res", "published"):
+        file = DistilledFile(path, files.content if files.format == "res" else _published_content(path))
+        one, dataset = file.set(exp_idx), file.dataset
+        told = f"--dataset {real.name}: {path} was distilled from {one_line(dataset, 40)}; give that data set"
+        require(dataset in (None, real.name), told)
+        rest = (one.images_oe, one.lr_net, file.normalisation(), "", file.class_names, one.factor)
+        raw = RawSet(one.images, one.labels, *rest)
     else:
         told = f"--exp_idx {exp_idx}: {path} (format {files.format}) holds one set; leave the flag out"
-        require(not exp_idx, told)
+        require(exp_idx == 0, told)
         raw = _READERS[files.format](files, real)
-    check_images(raw.images, real, path)
-    if raw.images_oe is not None:
-        check_images(raw.images_oe, real, path)
+    for images in (raw.images, raw.images_oe):
+        if images is not None:
+            check_images(images, real, path)
     zca = raw.stated.zca
     fits = zca is None or len(zca.mean) == raw.images[0].numel()
     require(fits, f"{path} is damaged: its whitening is of images of another size")
-    require(len(raw.labels), f"{path} has no labels; write it again")
     return raw
 
 
@@ -78,29 +77,14 @@ def floats(images: object, real: RealData, path: Path) -> torch.Tensor:
     return unit_images(images).float()
 
 
-def _check_dataset(name: object, real: RealData, path: Path) -> None:
-    """Refuse a set that says it was distilled from other data."""
-    if name is not None and name != real.name:
-        raise UserError(f"--dataset {real.name}: {path} was distilled from {one_line(name, 40)}; give that data set")
-
-
-def _rate(value: object, path: Path) -> float:
-    """A learning rate that a file holds."""
-    plain = isinstance(value, float) or (
-        isinstance(value, torch.Tensor) and value.numel() == 1 and value.isreal().all()
-    )
-    require(plain and 0 < float(value) < math.inf, f"{path} holds no positive learning rate; write it again")
-    return float(value)
-
-
-# --- one reader for each format --------------------------------------------------------------------------------------
-
-
 def _read_tensors(files: SetFiles, real: RealData) -> RawSet:
     """MTT and its descendants. CIFAR-100 was normalised with the statistics of CIFAR-10 there."""
     images, labels = floats(files.content, real, files.images), read_pt(files.labels)
     require(isinstance(labels, torch.Tensor), f"{files.labels} is no tensor of labels; write it again")
-    lr = None if files.lr is None else _rate(read_pt(files.lr), files.lr)
+    lr = None if files.lr is None else read_pt(files.lr)
+    lr = lr.item() if isinstance(lr, torch.Tensor) and lr.numel() == 1 else lr
+    is_rate = lr is None or (isinstance(lr, float) and 0 < lr < math.inf)
+    require(is_rate, f"{files.lr} holds no positive learning rate; write it again")
     space = None
     if files.images.name.startswith("images_zca_"):
         space = "unit"
@@ -118,22 +102,18 @@ def _read_pair(files: SetFiles, real: RealData) -> RawSet:
 def _read_folders(files: SetFiles, real: RealData) -> RawSet:
     """A folder of images for each class: in the order of `real`'s, if it has the same names, or of numbers or names."""
     reader = ImageReader("", real.pixel_max, exact=True)
-    folders = [p for p in files.images.iterdir() if p.is_dir() and is_content(p.name)]
-    folders = _in_order(folders, real.class_names)
+    folders = _in_order([p for p in files.images.iterdir() if p.is_dir() and is_content(p.name)], real.class_names)
     told = f"{files.images} has {len(folders)} folders; --dataset has {real.num_classes} classes"
     require(len(folders) == real.num_classes, told)
-    paths, labels = [], []
-    for label, folder in enumerate(folders):
-        images = reader.find(folder, files.images)
-        paths += images
-        labels += [label] * len(images)
-        told = f"{folder} has {len(images)} images; a class has some, and all at most {MAX_NAMES}"
-        require(images and len(paths) <= MAX_NAMES, told)
-    images = reader.files(paths, real.channel, real.im_size)
+    of_class = [reader.find(folder, files.images) for folder in folders]
+    for folder, paths in zip(folders, of_class, strict=True):
+        require(paths, f"{folder} has 0 images; put some there, or remove that class")
+    images = reader.files([path for paths in of_class for path in paths], real.channel, real.im_size)
+    labels = torch.arange(len(folders)).repeat_interleave(torch.tensor([len(paths) for paths in of_class]))
     note = f"classes in the order of the folders: {named([folder.name for folder in folders], 3)}"
     if real.class_names:
         note += f"; those of --data_path: {named(real.class_names, 3)}"
-    return RawSet(unit_images(images), torch.tensor(labels), note="; ".join([note, *reader.notes()]))
+    return RawSet(unit_images(images), labels, note="; ".join([note, *reader.notes()]))
 
 
 def _in_order(folders: list[Path], class_names: tuple[str, ...]) -> list[Path]:
@@ -156,20 +136,30 @@ def _read_kip(files: SetFiles, real: RealData) -> RawSet:
     return RawSet(floats(images, real, files.images), labels)
 
 
-def _read_published(files: SetFiles, real: RealData) -> RawSet:
-    path = files.images
+_READERS = {
+    "mtt": _read_tensors,
+    "datm": _read_tensors,
+    "idc": _read_pair,
+    "folders": _read_folders,
+    "kip": _read_kip,
+}
+
+
+def _published_content(path: Path) -> dict:
+    """What scripts/publish.py wrote, in the layout of `res_….pt`."""
     tensors, about = read_safetensors(path)
-    labels = tensors.get("soft_labels", tensors.get("labels"))
-    require(labels is not None and "images" in tensors, f"{path} lacks images or labels; publish the set again")
-    _check_dataset(about.get("dataset"), real, path)
-    images_oe = floats(tensors["outliers"], real, path) if "outliers" in tensors else None
-    lr = _rate(tensors["lr_net"], path) if "lr_net" in tensors else None
-    stored = about.get("normalisation", {})
+    require({"images", "labels"} <= {*tensors}, f"{path} lacks images or labels; publish the set again")
+    content = about | {"data": [[tensors["images"], tensors["labels"]]]}
+    if "outliers" in tensors:
+        outliers = tensors["outliers"]
+        content["data_oe"] = [[outliers, torch.zeros(outliers.shape[:1], dtype=torch.int64)]]
+    if "soft_labels" in tensors:
+        content |= {"soft_labels": [tensors["soft_labels"]], "num_classes": tensors["soft_labels"].shape[-1]}
+    if "lr_net" in tensors:
+        content["lr_net"] = [tensors["lr_net"].tolist()]
     if "zca_matrix" in tensors:
-        stored = {"zca": {name: tensors.get(f"zca_{name}") for name in ("mean", "matrix", "inverse")}}
-    images, stated = floats(tensors["images"], real, path), Normalisation.read(stored, path)
-    factor = check_factor(about.get("factor", 1), tuple(images.shape[2:]), f"{path} is damaged: factor")
-    return RawSet(images, labels, images_oe, lr, stated, class_names=about.get("class_names"), factor=factor)
+        content["normalisation"] = {"zca": {n: tensors.get(f"zca_{n}") for n in ("mean", "matrix", "inverse")}}
+    return content
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
@@ -189,13 +179,3 @@ def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     except Exception as error:
         raise UserError(f"cannot read {path}: {one_line(error)}. Copy or publish it again") from None
     return tensors, about if isinstance(about, dict) else {}
-
-
-_READERS = {
-    "mtt": _read_tensors,
-    "datm": _read_tensors,
-    "idc": _read_pair,
-    "folders": _read_folders,
-    "kip": _read_kip,
-    "published": _read_published,
-}
