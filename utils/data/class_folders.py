@@ -6,12 +6,11 @@ from pathlib import Path
 
 import torch
 
-from utils.core.errors import UserError, named, require
-from utils.core.files import check_file, read_lines
+from utils.core.errors import named, require
+from utils.core.files import read_lines
 from utils.core.images import ImageReader, check_link, is_content
 
 ANNOTATIONS = "val_annotations.txt"  # of TinyImageNet: a line `file<TAB>class<TAB>…` for each image in val/images/
-Labelled = list[tuple[Path, int]]
 
 
 def read_class_folders(
@@ -35,14 +34,11 @@ def read_class_folders(
         f"{named(extra, 5) or 'none'}. Both need the same names, and two classes or more",
     )
     of_train = _images_by_class(train, classes, tree, reader)
-    labelled = {label for _, label in of_train}
-    bare = [name for label, name in enumerate(classes) if label not in labelled]
-    if of_train and bare:
-        raise UserError(f"no images below {train / bare[0]}; put some there, or remove that class")
-    check_link(test, tree)
+    bare = sorted({*range(len(classes))} - {label for _, label in of_train})
     of_test = _annotated_images(test, classes, tree) if in_file else _images_by_class(test, classes, tree, reader)
-    for folder, found in ((train, of_train), (test, of_test)):
-        require(found, ". ".join([f"no images below {folder}", *reader.notes()]))
+    empty = [train / classes[label] for label in bare] or [test] * (not of_test)
+    told = ". ".join([f"no images below {named([*map(str, empty)], 1)}; put some there, or remove it", *reader.notes()])
+    require(not empty, told)
     paths, labels = zip(*of_train, *of_test, strict=True)
     counts = [len(of_train), len(of_test)]
     images, images_test = reader.files(paths, 3, (side, side)).split(counts)
@@ -50,9 +46,8 @@ def read_class_folders(
     return (images, labels, images_test, labels_test), tuple(classes), (*notes, *reader.notes())
 
 
-def _images_by_class(folder: Path, classes: Sequence[str], tree: Path, reader: ImageReader) -> Labelled:
+def _images_by_class(folder: Path, classes: Sequence[str], tree: Path, reader: ImageReader) -> list[tuple[Path, int]]:
     """The images below the folders of the classes, of which some may be missing, with their labels."""
-    check_link(folder, tree)
     there = [(label, folder / name) for label, name in enumerate(classes) if os.path.lexists(folder / name)]
     return [(path, label) for label, place in there for path in reader.find(place, tree)]
 
@@ -66,7 +61,6 @@ def _test_folder(data_path: Path, classes: Sequence[str]) -> tuple[Path, tuple[s
     """The folder of the test images, and lines for the log: `test/`, or `val/` where that alone has the classes.
 
     A folder has the classes if it holds folders of those of `train/`, or a file of annotations.
-    A `UserError` tells that neither has them.
     """
     test = data_path / "test"
     there = [folder for folder in (test, data_path / "val") if folder.is_dir()]
@@ -93,26 +87,19 @@ def _has_classes(folder: Path, classes: Sequence[str]) -> bool:
     return any((folder / name).is_dir() for name in classes)
 
 
-def _annotated_images(folder: Path, classes: Sequence[str], tree: Path) -> Labelled:
-    """The images of `folder/images/` with their labels, in the order of the lines of `folder/val_annotations.txt`.
-
-    A `UserError` tells of a line without a plain file name and one of `classes`, of missing files, and of links out of
-    the folder `tree`.
-    """
-    path, found = check_file(folder / ANNOTATIONS), []
-    for number, line in enumerate(read_lines(path), 1):
+def _annotated_images(folder: Path, classes: Sequence[str], tree: Path) -> list[tuple[Path, int]]:
+    """The images of `folder/images/` with their labels, in the order of the lines of `folder/val_annotations.txt`."""
+    found = []
+    for number, line in enumerate(read_lines(folder / ANNOTATIONS), 1):
         name, class_name = (*line.split("\t"), "")[:2]
-        if not line.strip():
-            continue
         require(
             Path(name).name == name and name not in ("", "..") and class_name in classes,
-            f"line {number} of {path} is {line[:80]!r}; it must be `file<TAB>class<TAB>…`, with a file in "
-            f"{folder / 'images'} and a class that is a folder of train/",
+            f"line {number} of {folder / ANNOTATIONS} is {line[:80]!r}; it must be `file<TAB>class<TAB>…`, with a file "
+            f"in {folder / 'images'} and a class that is a folder of train/",
         )
         found.append((folder / "images" / name, classes.index(class_name)))
     missing = [str(image) for image, _ in found if not image.exists()]
-    require(not missing, f"{path} names images that are not there: {named(missing)}")
+    require(not missing, f"{folder / ANNOTATIONS} names images that are not there: {named(missing)}")
     for image, _ in found:
-        if image.is_symlink():
-            check_link(image, tree)
+        check_link(image, tree)
     return found

@@ -42,12 +42,11 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a.to(dtype) @ b.to(dtype)).to(a.dtype)
 
 
-def fit_zca(batches: Iterable[torch.Tensor], epsilon: float = EPSILON) -> ZCA:
-    """Fit the whitening to a set of images, in float64.
+def fit_zca(batches: Iterable[torch.Tensor]) -> ZCA:
+    """Fit the whitening to all images of a set, in batches `[n, C, H, W]` in [0, 1]; in float64.
 
     With the eigenvalues `s` and eigenvectors `U` of the covariance (divided by N - 1), `matrix` is
-    `U diag(1 / sqrt(s + epsilon)) U'` and `inverse` is `U diag(sqrt(s + epsilon)) U'`.
-    The batches are images `[n, C, H, W]` in [0, 1], all of the set.
+    `U diag(1 / sqrt(s + EPSILON)) U'` and `inverse` is `U diag(sqrt(s + EPSILON)) U'`.
     """
     count, total, products = 0, 0.0, 0.0
     for images in batches:
@@ -58,6 +57,6 @@ def fit_zca(batches: Iterable[torch.Tensor], epsilon: float = EPSILON) -> ZCA:
     mean = total / count
     covariance = (products - count * torch.outer(mean, mean)) / max(1, count - 1)
     values, vectors = torch.linalg.eigh(covariance)
-    roots = (values.clamp_min(0) + epsilon).sqrt()
+    roots = (values.clamp_min(0) + EPSILON).sqrt()
     matrix, inverse = ((vectors * r) @ vectors.T for r in (1 / roots, roots))
     return ZCA(mean.float(), matrix.float(), inverse.float())
