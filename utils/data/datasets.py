@@ -147,10 +147,7 @@ def load_dataset(
     zca: bool = False,
     pixel_max: int | None = None,
 ) -> RealData:
-    """Load a data set as whole CPU tensors.
-
-    A `UserError` tells of an unknown name, `im_size` with another set, missing files, wrong dtypes, shapes or labels,
-    and dark images.
+    """Load a data set as whole CPU tensors; a `UserError` tells what is missing or wrong.
 
     Args:
         name: one of `DATASET_NAMES`.
@@ -165,27 +162,31 @@ def load_dataset(
     wrong = f"--im_size: only ImageFolder takes it; {name} has its own size"
     require(im_size is None or name == "ImageFolder", wrong)
     data_path = Path(data_path)
-    source = data_path if name == "npz" else data_path / f"{name.lower()}.npz"
+    own_file = data_path if name == "npz" else data_path / f"{name.lower()}.npz"
+    is_npz = name == "npz" or (name != "ImageFolder" and own_file.is_file())
+    source, reader = own_file if is_npz else data_path, ImageReader("--data_path", pixel_max)
     with blame("--data_path"):
-        if name == "npz" or (name != "ImageFolder" and source.is_file()):
-            parts = _read_npz_set(source)
+        if is_npz:
+            arrays, class_names, notes = _read_npz_set(source), (), ()
+        elif name == "ImageFolder":
+            arrays, class_names, notes = read_class_folders(source, im_size or 64, reader)
+        elif name == "TinyImageNet":
+            arrays, class_names, notes = _read_tinyimagenet(source, reader)
         else:
-            source = data_path
-            parts = _read_named(name, data_path, im_size or 64, download, ImageReader("--data_path", pixel_max))
-        arrays, class_names, notes = parts
-        spec = SPECS.get(name)
-        num_classes = spec.num_classes if spec else int(arrays[1].max()) + 1 if len(arrays[1]) else 0
+            *arrays, class_names = _read_digits() if name == "Digits" else read_torchvision(name, source, download)
+            notes = ()
+        spec, labels = SPECS.get(name), arrays[1]
+        num_classes = spec.num_classes if spec else int(labels.max()) + 1 if len(labels) else 0
         for holds, told in _rules(name, spec, num_classes, arrays):
             require(holds, f"{source}: {told}")
         images, images_test = in_full_range(arrays[::2], pixel_max, str(source))
     mean, std = (spec.mean, spec.std) if spec and spec.mean else _moments(images)
-    tensors = (images, arrays[1], images_test, arrays[3])
-    real = RealData(name, num_classes, mean, std, *tensors, None, class_names, notes, pixel_max)
+    tensors = (images, labels, images_test, arrays[3])
+    real = RealData(name, num_classes, mean, std, *tensors, None, tuple(class_names), notes, pixel_max)
     return real.whitened() if zca else real
 
 
 Arrays = Sequence[torch.Tensor]  # training images and labels, test images and labels
-Parts = tuple[Arrays, tuple[str, ...], tuple[str, ...]]  # the names of the classes, too, and lines for the log
 
 
 def _rules(name: str, spec: Spec | None, num_classes: int, arrays: Arrays) -> Iterator[tuple[bool, str]]:
@@ -226,31 +227,19 @@ def _moments(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]
     return tuple(mean.flatten().tolist()), tuple(std.tolist())
 
 
-def _read_named(name: str, data_path: Path, side: int, download: bool, reader: ImageReader) -> Parts:
-    """A data set that is not an `.npz` file; `side`: of the images of `ImageFolder`."""
-    if name == "ImageFolder":
-        return read_class_folders(data_path, side, reader)
-    if name == "TinyImageNet":
-        return _read_tinyimagenet(data_path, reader)
-    *arrays, class_names = _read_digits() if name == "Digits" else read_torchvision(name, data_path, download)
-    return arrays, class_names, ()
-
-
-def _read_npz_set(path: Path) -> Parts:
-    train_images, train_labels, test_images, test_labels = read_npz(path, NPZ_KEYS)
-    images, images_test = (images_to_nchw(part, path).contiguous() for part in (train_images, test_images))
-    return (images, _labels(train_labels, path), images_test, _labels(test_labels, path)), (), ()
-
-
-def _labels(array: np.ndarray, path: Path) -> torch.Tensor:
-    """int64 `[N]` from integers `[N]` or, as in MedMNIST, `[N, 1]`."""
-    fits = array.dtype.kind in "iu" and array.ndim in (1, 2) and array.shape[1:] in ((), (1,))
-    require(fits, f"{path} has labels {array.dtype} {list(array.shape)}; they must be integers [N] or [N, 1]")
-    return torch.from_numpy(array.reshape(-1).astype(np.int64))
+def _read_npz_set(path: Path) -> Arrays:
+    """Images `[N, C, H, W]`, and int64 labels `[N]` of integers `[N]` or, as in MedMNIST, `[N, 1]`."""
+    train, labels, test, labels_test = read_npz(path, NPZ_KEYS)
+    for array in (labels, labels_test):
+        fits = array.dtype.kind in "iu" and array.ndim in (1, 2) and array.shape[1:] in ((), (1,))
+        require(fits, f"{path} has labels {array.dtype} {list(array.shape)}; they must be integers [N] or [N, 1]")
+    images, images_test = (images_to_nchw(array, path).contiguous() for array in (train, test))
+    labels, labels_test = (torch.from_numpy(a.reshape(-1).astype(np.int64)) for a in (labels, labels_test))
+    return images, labels, images_test, labels_test
 
 
 def _read_digits() -> tuple:
-    """scikit-learn's 8×8 digits; a fifth of them, stratified, is the test set."""
+    """scikit-learn's 8×8 digits and the names of their classes; a fifth of them, stratified, is the test set."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -258,13 +247,12 @@ def _read_digits() -> tuple:
     images = torch.from_numpy(digits.images / 16).float().unsqueeze(1)
     labels = torch.from_numpy(digits.target.astype(np.int64))
     train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=digits.target, random_state=0)
-    return images[train], labels[train], images[test], labels[test], tuple(map(str, digits.target_names))
+    return images[train], labels[train], images[test], labels[test], map(str, digits.target_names)
 
 
-def _read_tinyimagenet(data_path: Path, reader: ImageReader) -> Parts:
+def _read_tinyimagenet(data_path: Path, reader: ImageReader) -> tuple[Arrays, Sequence[str], tuple[str, ...]]:
     """TinyImageNet of `tinyimagenet.pt` or, without that file, as it is unpacked."""
-    path, spec = data_path / "tinyimagenet.pt", SPECS["TinyImageNet"]
-    inner = data_path / "tiny-imagenet-200"
+    path, spec, inner = data_path / "tinyimagenet.pt", SPECS["TinyImageNet"], data_path / "tiny-imagenet-200"
     folder = next((folder for folder in (inner, data_path) if (folder / "train").is_dir()), None)
     if folder and not path.is_file():
         parts = read_class_folders(folder, spec.side, reader)
@@ -291,8 +279,10 @@ def _read_tinyimagenet(data_path: Path, reader: ImageReader) -> Parts:
         require(of_images if key.startswith("images") else of_labels, f"{path} has {key} {found}; {accepted}")
         arrays.append(array.detach() if of_images else array.detach().long())
     names = data.get("classes")
-    is_list = isinstance(names, (list, tuple)) and len(names) == spec.num_classes
-    return arrays, tuple(names) if is_list and all(isinstance(n, str) for n in names) else (), ()
+    are_names = (
+        isinstance(names, (list, tuple)) and len(names) == spec.num_classes and all(isinstance(n, str) for n in names)
+    )
+    return arrays, names if are_names else (), ()
 
 
 def load_test_images(

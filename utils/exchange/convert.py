@@ -13,7 +13,7 @@ from utils.data.distilled_file import Normalisation
 from utils.data.synthetic import SyntheticSet, check_factor, decode, in_classes_of, is_probabilities
 from utils.exchange.assumptions import Assumptions
 from utils.exchange.formats import find_files
-from utils.exchange.readers import RawSet, check_images, floats, read_raw
+from utils.exchange.readers import STATED, RawSet, checked_images, read_raw
 
 DEFAULT_SPACE = {"datm": "zca", "idc": "unit", "folders": "unit"}  # others: normalised
 DEFAULT_FACTOR = {"idc": 2}
@@ -90,7 +90,7 @@ def _normalisation(raw: RawSet, form: str, real: RealData, assumed: Assumptions,
     mean, std = map(len, statistics)
     told = f"--distilled_mean, --distilled_std: give one number each, or one for each of {real.channel} channels"
     require(mean == std and mean in (1, real.channel), told)
-    is_stated = raw.stated.space and (form in ("res", "published") or raw.stated.space == "unit")
+    is_stated = raw.stated.space and (form in STATED or raw.stated.space == "unit")
     if not (said or is_stated):
         check_guess(raw.images, space, real, where)
     return Normalisation(space, statistics, (raw.stated.zca or real.zca.to("cpu")) if space == "zca" else None)
@@ -184,8 +184,7 @@ def _outliers(
             found = read_distilled(paths, real, plain, exp_idx, flag="--distilled_oe")
             images = found.synthetic.images if found.synthetic.images_oe is None else found.synthetic.images_oe
             return images, f"outliers: {len(images)}, of the {found.lines[0]}"
-        images = floats(content, real, Path(paths[0]))
-        check_images(images, real, Path(paths[0]))
+        images = checked_images(content, real, Path(paths[0]))
         if not (assumed.distilled_space or assumed.statistics):
             check_guess(images, of_images.space, real, paths[0])
     line = f"outliers: {paths[0]}, {len(images)} images, {_in_words(of_images, real)}"

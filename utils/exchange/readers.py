@@ -17,6 +17,8 @@ from utils.data.datasets import SPECS, RealData
 from utils.data.distilled_file import NOT_STATED, DistilledFile, Normalisation
 from utils.exchange.formats import SetFiles
 
+STATED = ("res", "published")  # formats whose files say themselves what the images are
+
 
 @dataclass(frozen=True)
 class RawSet:
@@ -40,46 +42,42 @@ def read_raw(files: SetFiles, real: RealData, exp_idx: int) -> RawSet:
         exp_idx: which experiment of a `res_….pt`; others have one.
     """
     path = files.images
-    if files.format in ("res", "published"):
+    if files.format in STATED:
         file = DistilledFile(path, files.content if files.format == "res" else _published_content(path))
-        one, dataset = file.set(exp_idx), file.dataset
+        one, dataset, stated = file.set(exp_idx), file.dataset, file.normalisation()
         told = f"--dataset {real.name}: {path} was distilled from {one_line(dataset, 40)}; give that data set"
         require(dataset in (None, real.name), told)
-        rest = (one.images_oe, one.lr_net, file.normalisation(), "", file.class_names, one.factor)
-        raw = RawSet(one.images, one.labels, *rest)
-    else:
-        told = f"--exp_idx {exp_idx}: {path} (format {files.format}) holds one set; leave the flag out"
-        require(exp_idx == 0, told)
-        raw = _READERS[files.format](files, real)
-    for images in (raw.images, raw.images_oe):
-        if images is not None:
-            check_images(images, real, path)
-    zca = raw.stated.zca
-    fits = zca is None or len(zca.mean) == raw.images[0].numel()
-    require(fits, f"{path} is damaged: its whitening is of images of another size")
-    return raw
+        images = checked_images(one.images, real, path)
+        images_oe = None if one.images_oe is None else checked_images(one.images_oe, real, path)
+        fits = stated.zca is None or len(stated.zca.mean) == images[0].numel()
+        require(fits, f"{path} is damaged: its whitening is of images of another size")
+        return RawSet(images, one.labels, images_oe, one.lr_net, stated, "", file.class_names, one.factor)
+    told = f"--exp_idx {exp_idx}: {path} (format {files.format}) holds one set; leave the flag out"
+    require(exp_idx == 0, told)
+    read = {"idc": _read_pair, "folders": _read_folders, "kip": _read_kip}.get(files.format, _read_tensors)
+    return read(files, real)
 
 
-def check_images(images: torch.Tensor, real: RealData, path: Path) -> None:
-    """Check the shape of images, and that they are finite."""
-    shape, wanted = ("x".join(map(str, s)) for s in (images.shape[1:], (real.channel, *real.im_size)))
-    told = f"{path} has {len(images)} images of {shape}; --dataset {real.name} has {wanted}"
-    require(shape == wanted and len(images), told)
-    require(torch.isfinite(images).all(), f"{path} has images that are NaN or infinite; write it again")
+def checked_images(images: object, real: RealData, path: Path) -> torch.Tensor:
+    """Images of a file as float32 `[N, C, H, W]`, uint8 ones as pixels in [0, 1].
 
-
-def floats(images: object, real: RealData, path: Path) -> torch.Tensor:
-    """Images of a file as float32 `[N, C, H, W]`, uint8 ones as pixels in [0, 1]; a `UserError` for anything else."""
+    A `UserError` tells that they are none, are not finite, or do not have the shape of those of `real`.
+    """
     found = f"{images.dtype} {list(images.shape[:8])}" if isinstance(images, torch.Tensor) else "no tensor"
     fits = isinstance(images, torch.Tensor) and images.ndim == 4 and images.dtype in (*PLAIN_TENSORS, torch.uint8)
     require(fits, f"{path} has images {found}; they must be floating or uint8 [N, C, H, W]")
+    shape, wanted = ("x".join(map(str, s)) for s in (images.shape[1:], (real.channel, *real.im_size)))
+    told = f"{path} has {len(images)} images of {shape}; --dataset {real.name} has {wanted}"
+    require(shape == wanted and len(images), told)
     (images,) = in_full_range([images.detach()], real.pixel_max, str(path))
-    return unit_images(images).float()
+    images = unit_images(images).float()
+    require(torch.isfinite(images).all(), f"{path} has images that are NaN or infinite; write it again")
+    return images
 
 
 def _read_tensors(files: SetFiles, real: RealData) -> RawSet:
     """MTT and its descendants. CIFAR-100 was normalised with the statistics of CIFAR-10 there."""
-    images, labels = floats(files.content, real, files.images), read_pt(files.labels)
+    images, labels = checked_images(files.content, real, files.images), read_pt(files.labels)
     require(isinstance(labels, torch.Tensor), f"{files.labels} is no tensor of labels; write it again")
     lr = None if files.lr is None else read_pt(files.lr)
     lr = lr.item() if isinstance(lr, torch.Tensor) and lr.numel() == 1 else lr
@@ -96,7 +94,7 @@ def _read_tensors(files: SetFiles, real: RealData) -> RawSet:
 
 def _read_pair(files: SetFiles, real: RealData) -> RawSet:
     images, labels = files.content
-    return RawSet(floats(images, real, files.images), labels.detach())
+    return RawSet(checked_images(images, real, files.images), labels.detach())
 
 
 def _read_folders(files: SetFiles, real: RealData) -> RawSet:
@@ -133,16 +131,7 @@ def _read_kip(files: SetFiles, real: RealData) -> RawSet:
         kinds = " and ".join(str(a.dtype) for a in arrays)
         raise UserError(f"{files.images} has images and labels {kinds}; they must be ordinary numbers") from None
     images = images.permute(0, 3, 1, 2).contiguous() if images.ndim == 4 else images
-    return RawSet(floats(images, real, files.images), labels)
-
-
-_READERS = {
-    "mtt": _read_tensors,
-    "datm": _read_tensors,
-    "idc": _read_pair,
-    "folders": _read_folders,
-    "kip": _read_kip,
-}
+    return RawSet(checked_images(images, real, files.images), labels)
 
 
 def _published_content(path: Path) -> dict:
