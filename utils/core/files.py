@@ -16,7 +16,6 @@ import torch
 
 from utils.core.errors import UserError, blame, one_line, require
 
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 _UNFINISHED = ".unfinished"
 
 
@@ -173,15 +172,14 @@ def _reading(path: Path, what: str) -> Iterator[None]:
 
 def csv_text(rows: Iterable[Sequence[object]]) -> str:
     """Rows as CSV. A text that a spreadsheet would compute gets an apostrophe before it; numbers stay as they are."""
+
+    def inert(cell: object) -> object:
+        try:
+            float(cell)
+        except (TypeError, ValueError):
+            return f"'{cell}" if str(cell).startswith(("=", "+", "-", "@", "\t", "\r")) else cell
+        return cell
+
     text = io.StringIO()
-    csv.writer(text).writerows([_inert(cell) for cell in row] for row in rows)
+    csv.writer(text).writerows([inert(cell) for cell in row] for row in rows)
     return text.getvalue()
-
-
-def _inert(cell: object) -> object:
-    if not isinstance(cell, str) or not cell.startswith(FORMULA_STARTS):
-        return cell
-    with suppress(ValueError):
-        float(cell)
-        return cell
-    return f"'{cell}"

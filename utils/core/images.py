@@ -1,8 +1,7 @@
 """Reading image files and arrays of images by one set of rules, so that networks see what the user sees.
 
-A file is turned as its EXIF orientation says, and what is transparent in it lies on white. Of files and arrays alike,
-the shorter side is scaled and the centre is cut out. A source whose values use a small part of their range is an error.
-What the user should know of a source, such as files that are not read, is noted for the log.
+A file is turned as its EXIF orientation says, what is transparent in it lies on white, and its centre is cut out. What
+the user should know of a source, such as files that are not read, is noted for the log.
 """
 
 import logging
@@ -92,19 +91,19 @@ class ImageReader:
         return tuple(f"{self.flag}: {line}" if self.flag else line for line in lines)
 
     def find(self, folder: Path, tree: Path | None = None) -> list[Path]:
-        """All image files below `folder`, at any depth, sorted by name.
+        """All image files below `folder`, at any depth, sorted by name; links to folders are not followed.
 
-        Names that begin with a dot, and those of `NOT_CONTENT`, are passed over. Links to folders are not followed.
-        A `UserError` tells of a link that is broken or leads out of `tree` (default: `folder`), and of a folder that
-        cannot be read.
+        A `UserError` tells of a link that is broken or leads out of `tree` (default: `folder`).
         """
-        tree, paths = (tree or folder).resolve(), []
+        tree, paths, errors = (tree or folder).resolve(), [], []
         with blame(self.flag):
             try:
                 check_link(folder, tree)
-                for place, folders, files in os.walk(folder, onerror=_fail):
+                for place, folders, files in os.walk(folder, onerror=errors.append):
                     folders[:] = filter(is_content, folders)
                     paths += [Path(place, name) for name in files if is_content(name)]
+                if errors:
+                    raise errors[0]
                 for path in sorted(paths):
                     if path.is_symlink() and path.suffix.lower() in image_suffixes():
                         check_link(path, tree)
@@ -122,10 +121,9 @@ class ImageReader:
         return files
 
     def files(self, paths: Sequence[Path], channel: int, im_size: tuple[int, int]) -> torch.Tensor:
-        """Decode image files in threads to uint8 `[N, channel, H, W]`: `centre_box`, bilinear resize.
+        """Image files as uint8 `[N, channel, H, W]`: of those of another size the centre, scaled.
 
-        A `UserError` names the files that are damaged, of another format, or larger than `MAX_PIXELS`.
-        It also tells of dark images, see `white_value`.
+        A `UserError` names files that cannot be read, or tells of dark images, see `white_value`.
         """
         with blame(self.flag):
             self._peaks.clear()
@@ -140,10 +138,7 @@ class ImageReader:
         return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
     def array(self, path: Path) -> torch.Tensor:
-        """The images of a `.npz` (key `images`) or `.npy` file, uint8 `[N, C, H, W]` of their own size.
-
-        A `.npy` file is memory-mapped.
-        """
+        """The images of a `.npz` (key `images`) or `.npy` file (memory-mapped), uint8 `[N, C, H, W]` of any size."""
         with blame(self.flag):
             array = read_npz(path, ["images"])[0] if path.suffix == ".npz" else read_npy(path)
             return in_full_range([images_to_nchw(array, path)], self.pixel_max, str(path))[0]
@@ -222,7 +217,3 @@ class ImageReader:
 
     def _note(self, what: str, path: Path) -> None:
         self.seen.setdefault(what, set()).add(path)
-
-
-def _fail(error: OSError) -> None:
-    raise error

@@ -20,10 +20,9 @@ def unit_images(images: torch.Tensor) -> torch.Tensor:
 
 
 def images_to_nchw(array: np.ndarray, path: Path) -> torch.Tensor:
-    """uint8 `[N, H, W]`, `[N, H, W, 1]` or `[N, H, W, 3]` as a view `[N, C, H, W]`.
+    """uint8 `[N, H, W]`, `[N, H, W, 1]` or `[N, H, W, 3]` as a view `[N, C, H, W]`; a `UserError` for other arrays.
 
-    A `UserError` tells of other arrays, and of shapes that can be read in several ways, as `[32, 32, 3]`: one colour
-    picture, or 32 grey ones.
+    Refused are also shapes with several readings, as `[32, 32, 3]`: one colour picture, or 32 grey ones.
     """
     accepted = "it must be uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3]"
     found = f"{path} holds {array.dtype} {list(array.shape)}"
@@ -40,10 +39,7 @@ def images_to_nchw(array: np.ndarray, path: Path) -> torch.Tensor:
 
 
 def centre_box(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Top, left, height and width of the largest centred part, in whole pixels, that has the shape of `wanted`.
-
-    `size` is the height and width of the image, `wanted` those of another size.
-    """
+    """Top, left, height and width of the largest centred part of an image of `size` that has the shape of `wanted`."""
     (height, width), (h, w) = size, wanted
     inner_h, inner_w = min(height, max(1, round(width * h / w))), min(width, max(1, round(height * w / h)))
     return (height - inner_h) // 2, (width - inner_w) // 2, inner_h, inner_w
@@ -52,9 +48,8 @@ def centre_box(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int
 def conform(images: torch.Tensor, channel: int, im_size: tuple[int, int]) -> torch.Tensor:
     """Bring images `[N, C, H, W]` to float32 [0, 1] with `channel` channels and size `im_size`.
 
-    Three channels become one with the ITU-R 601 luma weights; one becomes three by repetition. Of another size, the
-    shorter side is scaled and the centre is cut out, as of image files: antialiased bilinear interpolation of
-    `centre_box`.
+    Three channels become one with the ITU-R 601 luma weights; one becomes three by repetition. Of images of another
+    size, the centre is scaled, as of image files: antialiased bilinear interpolation of `centre_box`.
     """
     images = unit_images(images)
     if images.shape[1] == 3 and channel == 1:
@@ -71,9 +66,8 @@ def conform(images: torch.Tensor, channel: int, im_size: tuple[int, int]) -> tor
 def white_value(brightest: int, full: int, pixel_max: int | None, where: str) -> int:
     """The value of white in images that hold values up to `brightest`, of a type that holds up to `full`.
 
-    It is `full` for all but dark images: those use at most 1/8 of the range, as values of 12 bits in files of 16, or
-    0 and 1 in bytes. `pixel_max`: what the user says that white is in dark images (`--pixel_max`).
-    A `UserError`, which `where` begins, tells of dark images of which the user says nothing or what cannot be.
+    It is `full` for all but dark images, which use at most 1/8 of the range, as values of 12 bits in files of 16. What
+    white is in them the user says (`--pixel_max`); a `UserError`, which `where` begins, asks for it.
     """
     if brightest * DARK > full or (pixel_max is not None and pixel_max >= full):
         return full

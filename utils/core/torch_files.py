@@ -28,8 +28,7 @@ def read_pt(path: Path, what: str = "", check_crc: bool = False, mmap: bool = Fa
     """Load a `torch.save` file on the CPU, executing no code: dense tensors, plain values and numpy scalars only.
 
     A `UserError`, which `what` begins, tells of a file that is missing, damaged, or holds anything else.
-    `check_crc` compares the checksums, too, which torch does not.
-    `mmap` leaves tensor values on the disk until they are used.
+    `check_crc` compares the checksums, which torch does not; `mmap` leaves values on the disk until they are used.
     """
     with blame(what):
         path = check_file(path)

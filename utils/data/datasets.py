@@ -1,6 +1,6 @@
 """Real data as whole tensors: read once, kept as uint8, normalised where they are used."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -175,46 +175,44 @@ def load_dataset(
         else:
             *arrays, class_names = _read_digits() if name == "Digits" else read_torchvision(name, source, download)
             notes = ()
-        spec, labels = SPECS.get(name), arrays[1]
-        num_classes = spec.num_classes if spec else int(labels.max()) + 1 if len(labels) else 0
-        for holds, told in _rules(name, spec, num_classes, arrays):
-            require(holds, f"{source}: {told}")
-        images, images_test = in_full_range(arrays[::2], pixel_max, str(source))
+        spec = SPECS.get(name)
+        images, labels, images_test, labels_test = _checked(arrays, name, spec, source)
+        images, images_test = in_full_range((images, images_test), pixel_max, str(source))
     mean, std = (spec.mean, spec.std) if spec and spec.mean else _moments(images)
-    tensors = (images, labels, images_test, arrays[3])
-    real = RealData(name, num_classes, mean, std, *tensors, None, tuple(class_names), notes, pixel_max)
+    tensors = (images, labels, images_test, labels_test)
+    real = RealData(name, len(labels.unique()), mean, std, *tensors, None, tuple(class_names), notes, pixel_max)
     return real.whitened() if zca else real
 
 
 Arrays = Sequence[torch.Tensor]  # training images and labels, test images and labels
 
 
-def _rules(name: str, spec: Spec | None, num_classes: int, arrays: Arrays) -> Iterator[tuple[bool, str]]:
-    """What must hold of a data set, and what to say if it does not. Each rule needs that those before it hold."""
+def _checked(arrays: Arrays, name: str, spec: Spec | None, source: Path) -> Arrays:
+    """The arrays of a data set, labels as int64 `[N]`; a `UserError` tells that they do not fit together or `spec`."""
     images, labels, images_test, labels_test = arrays
     shape, shape_test = ("x".join(map(str, part.shape[1:])) for part in (images, images_test))
-    yield shape == shape_test, f"training images are {shape} and test images {shape_test}; they must agree"
+    told = f"{source}: training images are {shape} and test images {shape_test}; they must agree"
+    require(shape == shape_test, told)
     wanted = f"{spec.channel}x{spec.side}x{spec.side}" if spec else shape
-    yield shape == wanted, f"images are {shape}; {name} has {wanted}. Use --dataset npz for other data"
+    told = f"{source}: images are {shape}; {name} has {wanted}. Use --dataset npz for other data"
+    require(shape == wanted, told)
     for part, values, of in (("train", labels, images), ("test", labels_test, images_test)):
-        counts = f"{len(of)} {part} images and {len(values)} labels"
-        yield 0 < len(values) == len(of), f"{counts}; their numbers must be equal, and not 0"
+        found = f"{values.dtype} {list(values.shape[:8])}".removeprefix("torch.")
+        is_whole = values.dtype in PLAIN_INTEGERS and values.shape[1:] in ((), (1,))  # MedMNIST has [N, 1]
+        require(is_whole, f"{source}: {part} labels are {found}; they must be integers [N] or [N, 1]")
+        counts = f"{source}: {len(of)} {part} images and {len(values)} labels"
+        require(0 < len(values) == len(of), f"{counts}; their numbers must be equal, and not 0")
+    labels, labels_test = (values.flatten().long() for values in (labels, labels_test))
+    known = labels.unique().tolist()
+    num_classes = spec.num_classes if spec else max(2, len(known))
+    fits = known == list(range(num_classes)) and labels_test.min() >= 0 and labels_test.max() < num_classes
     found, found_test = (f"{int(values.min())}..{int(values.max())}" for values in (labels, labels_test))
-    yield (  # before `bincount`: a label may claim billions of classes
-        num_classes <= len(labels),
-        f"{len(labels)} train labels cannot be of {num_classes} classes; each class needs one at least. They are "
-        f"{found}; labels start at 0",
+    require(
+        fits,
+        f"{source}: train labels are {found}, {len(known)} different ones, and test labels {found_test}; they must be "
+        f"0..{num_classes - 1}, and each class needs a training image. Renumber them, in both parts",
     )
-    for part, values, span in (("train", labels, found), ("test", labels_test, found_test)):
-        within = bool(values.min() >= 0) and bool(values.max() < num_classes)
-        yield within, f"{part} labels are {span}; they must be 0..{num_classes - 1}"
-    yield num_classes >= 2, "all images are of one class; two classes or more are needed"
-    empty = (labels.bincount(minlength=num_classes) == 0).nonzero().flatten().tolist()
-    yield (
-        not empty,
-        f"train labels are {found}, and no training image is of class {', '.join(map(str, empty[:10]))}. Labels start "
-        "at 0 and leave out no class; renumber them, in the test set, too",
-    )
+    return images, labels, images_test, labels_test
 
 
 def _moments(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -228,13 +226,12 @@ def _moments(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]
 
 
 def _read_npz_set(path: Path) -> Arrays:
-    """Images `[N, C, H, W]`, and int64 labels `[N]` of integers `[N]` or, as in MedMNIST, `[N, 1]`."""
-    train, labels, test, labels_test = read_npz(path, NPZ_KEYS)
+    images, labels, images_test, labels_test = read_npz(path, NPZ_KEYS)
     for array in (labels, labels_test):
-        fits = array.dtype.kind in "iu" and array.ndim in (1, 2) and array.shape[1:] in ((), (1,))
-        require(fits, f"{path} has labels {array.dtype} {list(array.shape)}; they must be integers [N] or [N, 1]")
-    images, images_test = (images_to_nchw(array, path).contiguous() for array in (train, test))
-    labels, labels_test = (torch.from_numpy(a.reshape(-1).astype(np.int64)) for a in (labels, labels_test))
+        told = f"{path} has labels {array.dtype} {list(array.shape)}; they must be integers [N] or [N, 1]"
+        require(array.dtype.kind in "iu", told)
+    images, images_test = (images_to_nchw(array, path).contiguous() for array in (images, images_test))
+    labels, labels_test = (torch.from_numpy(array.astype(np.int64)) for array in (labels, labels_test))
     return images, labels, images_test, labels_test
 
 
@@ -264,25 +261,14 @@ def _read_tinyimagenet(data_path: Path, reader: ImageReader) -> tuple[Arrays, Se
         return parts
     missing = f"{path} is not there, nor {inner / 'train'}; TinyImageNet is read from that file or that folder"
     require(path.is_file(), f"{missing} (see README, Data)")
-    data = read_pt(path)
-    accepted = (
-        "it must hold the keys classes, images_train, labels_train, images_val and labels_val: images uint8 "
-        "[N, 3, 64, 64], labels integers [N]"
-    )
-    arrays = []
-    for key in ("images_train", "labels_train", "images_val", "labels_val"):
-        array = data.get(key) if isinstance(data, dict) else None
-        require(isinstance(array, torch.Tensor), f"{path} lacks tensors; {accepted}")
-        of_images = array.dtype == torch.uint8 and array.ndim == 4 and tuple(array.shape[1:]) == (3, 64, 64)
-        of_labels = array.dtype in PLAIN_INTEGERS and array.ndim == 1
-        found = f"{array.dtype} {list(array.shape[:8])}".removeprefix("torch.")
-        require(of_images if key.startswith("images") else of_labels, f"{path} has {key} {found}; {accepted}")
-        arrays.append(array.detach() if of_images else array.detach().long())
+    data, keys = read_pt(path), ("images_train", "labels_train", "images_val", "labels_val")
+    arrays = [data.get(key) if isinstance(data, dict) else None for key in keys]
+    accepted = f"it must hold the keys classes, {', '.join(keys)}: images uint8 [N, 3, 64, 64], labels integers [N]"
+    require(all(isinstance(array, torch.Tensor) for array in arrays), f"{path} lacks tensors; {accepted}")
+    require(arrays[0].dtype == arrays[2].dtype == torch.uint8, f"{path} has images of another type; {accepted}")
     names = data.get("classes")
-    are_names = (
-        isinstance(names, (list, tuple)) and len(names) == spec.num_classes and all(isinstance(n, str) for n in names)
-    )
-    return arrays, names if are_names else (), ()
+    are_names = isinstance(names, (list, tuple)) and len(names) == spec.num_classes and {*map(type, names)} == {str}
+    return [array.detach() for array in arrays], names if are_names else (), ()
 
 
 def load_test_images(

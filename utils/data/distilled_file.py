@@ -96,17 +96,14 @@ class DistilledFile:
 
     @classmethod
     def open(cls, path: str | Path, flag: str = "distilled set") -> "DistilledFile":
-        """Read the file, also one of the published code; a `UserError`, which `flag` begins, tells of damage."""
+        """Read the file; a `UserError`, which `flag` begins, tells of damage."""
         return cls(Path(path), read_pt(path, flag))
 
     @staticmethod
     def write(
         path: Path, sets: Sequence[SyntheticSet], accs: dict[str, list[float]], real: RealData, about: dict
     ) -> None:
-        """Write the sets of all experiments so far, their accuracies in [0, 1] by evaluation model, and the run.
-
-        `about` has plain values that describe the run.
-        """
+        """Write the sets of all experiments so far, their accuracies in [0, 1] by evaluation model, and on the run."""
         normalisation: dict = {"mean": list(real.mean), "std": list(real.std)}
         if real.zca is not None:
             normalisation["zca"] = {n: getattr(real.zca, n).cpu() for n in ("mean", "matrix", "inverse")}
@@ -129,21 +126,18 @@ class DistilledFile:
         return Normalisation.read(self._content.get("normalisation"), self.path)
 
     def iterations_left(self, exp_idx: int = 0) -> tuple[int, int] | None:
-        """Where an experiment stands whose run was stopped: its iteration, and `--Iteration`.
-
-        None if it is finished, or the file does not say, as those of the published code.
-        """
-        about = self._content.get("about")
-        flags = about.get("flags") if isinstance(about, dict) else None
-        done, total = (about.get("iteration"), flags.get("Iteration")) if isinstance(flags, dict) else (None, None)
-        known = isinstance(done, int) and isinstance(total, int) and about.get("experiment") == exp_idx
-        return (done, total) if known and done < total else None
+        """Where an experiment stands whose run was stopped: its iteration, and `--Iteration`; None: it is finished."""
+        try:
+            about = self._content["about"]
+            done, total = about["iteration"], about["flags"]["Iteration"]
+            return (done, total) if about["experiment"] == exp_idx and done < total else None
+        except (KeyError, TypeError):  # the file does not say, as those of the published code
+            return None
 
     def set(self, exp_idx: int = 0, real: RealData | None = None) -> SyntheticSet:
         """The set of one experiment; a `UserError` tells that there is none, or it is damaged or of other data.
 
-        It must match `real`, if that is given: name, image shape, classes and normalisation.
-        If the names of classes are the same in another order, the set is brought into that order.
+        If `real` is given, the set must match it, and its classes are brought into the order of those of `real`.
         """
         content, count, damaged = self._content, len(self._content["data"]), f"{self.path} is damaged:"
         require(0 <= exp_idx < count, f"--exp_idx {exp_idx}: {self.path} holds {count} experiments, counted from 0")
@@ -168,10 +162,7 @@ class DistilledFile:
         return synthetic if real is None else self._checked(synthetic, real)
 
     def start(self, real: RealData, ipc: int, with_outliers: bool, factor: int = 1) -> list[SyntheticSet]:
-        """The sets of all experiments, for a distillation to start from.
-
-        A `UserError` tells of a set that does not match `real`, `ipc` and `factor`, or lacks outliers that are needed.
-        """
+        """The sets of all experiments, for a distillation to start from; a `UserError` tells that one does not fit."""
         sets = [self.set(exp_idx, real) for exp_idx in range(max(1, len(self._content["data"])))]
         order = torch.arange(real.num_classes).repeat_interleave(ipc)
         for one in sets:

@@ -55,11 +55,10 @@ class NotThere(UserError):
 
 
 def read_torchvision(name: str, root: Path, download: bool) -> tuple:
-    """Training and test images (uint8 `[N, C, H, W]`), labels (int64 `[N]`) and class names of a torchvision data set.
+    """Training images (uint8 `[N, C, H, W]`) and labels (int64 `[N]`), those of the test set, and class names.
 
     torchvision checks the MD5 sums of its downloads, and those of CIFAR's files each time before it unpickles them.
-    `NotThere` tells that the set cannot be opened from the folder `root`, which is `--data_path`, and `download` is
-    false or fails. The names are empty where torchvision has none.
+    `NotThere` tells that the set is not in `root`, and `download` is false or fails.
     """
     parts = [{"split": "train"} if name == "SVHN" else {"train": True}, _TEST_PART.get(name, {"train": False})]
     train, test = _opened(name, root, parts, download, "--data_path", f"keys {', '.join(NPZ_KEYS)}")
@@ -67,7 +66,7 @@ def read_torchvision(name: str, root: Path, download: bool) -> tuple:
 
 
 def read_torchvision_test(name: str, root: Path, download: bool, flag: str) -> torch.Tensor | Sequence:
-    """The test images of a set of `TORCHVISION_FILES`, uint8 `[N, C, H, W]`, to be an OOD set; see `read_torchvision`.
+    """The test images of a set of `TORCHVISION_FILES`, uint8 `[N, C, H, W]`; see `read_torchvision`.
 
     Where they are files of many sizes, it is the data set, whose items begin with a PIL image.
     """
@@ -123,7 +122,7 @@ def _try(make: Callable[[], Any]) -> tuple[Any, str]:
 
 
 def _fetch_into(root: Path, fetch: Callable[[Path], Any]) -> None:
-    """Call `fetch` with a temporary folder, and move what it wrote there to `root`, which is made if need be."""
+    """Call `fetch` with a temporary folder, and move what it wrote there to `root`."""
     beside = next(place for place in (root, *root.absolute().parents) if place.exists())
     with tempfile.TemporaryDirectory(prefix=".download-", dir=beside) as folder:
         fetch(Path(folder))
@@ -145,10 +144,7 @@ def _whole_tensors(part: object) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def fetch_tinyimages(path: Path) -> None:
-    """Download 300K Random Images (Hendrycks et al.) to `path` through pytorch-ood, which checks the MD5 sum.
-
-    A `UserError` tells of a failed download, or that pytorch-ood 0.4 or newer is missing.
-    """
+    """Download 300K Random Images (Hendrycks et al.) to `path` through pytorch-ood, which checks the MD5 sum."""
     with distributed.main_first():
         if not path.exists():  # rank 0 may have downloaded it
             require_pytorch_ood(f"--oe_data_path: fetching {path}")
@@ -158,10 +154,7 @@ def fetch_tinyimages(path: Path) -> None:
 
 
 def fetch_pytorch_ood(name: str, root: Path) -> Sequence:
-    """The OOD set `name` of `FROM_PYTORCH_OOD` as a pytorch-ood data set, downloaded to `root` if it is missing there.
-
-    A `UserError` tells of a failed download or a wrong checksum, or that pytorch-ood 0.4 or newer is missing.
-    """
+    """The OOD set `name` of `FROM_PYTORCH_OOD` as a pytorch-ood data set, downloaded to `root` if it is missing."""
     require_pytorch_ood(f"fetching {name}")
     from pytorch_ood.dataset import img
 

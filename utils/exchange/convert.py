@@ -36,7 +36,9 @@ def read_distilled(
     outliers: Sequence[str] = (),
     flag: str = "--distilled",
 ) -> Found:
-    """Read a distilled set of any repository.
+    """Read a distilled set of any repository: on the CPU, images as networks see those of `real`, labels of training.
+
+    A `UserError` tells that there is no such set, it is damaged or of other data, or contradicts what is assumed.
 
     Args:
         paths: a file, a folder, or files of images and labels.
@@ -44,10 +46,6 @@ def read_distilled(
         exp_idx: which experiment of a `res_….pt`.
         outliers: paths of its outliers, if they are in files of their own: a tensor `[M, C, H, W]` in the space of the
             images, or a set of any format, whose outliers are taken, or else its images.
-    Returns:
-        The set on the CPU: images as networks see those of `real`, labels of training.
-    Raises:
-        UserError: when there is no such set, it is damaged or of other data, or contradicts what is assumed.
     """
     with blame(flag):
         files = find_files(paths, assumed.distilled_format)
@@ -104,9 +102,8 @@ def _in_training_space(images: torch.Tensor, normalisation: Normalisation, real:
 def check_guess(images: torch.Tensor, space: str, real: RealData, where: str) -> None:
     """Raise a `UserError` where the numbers of images contradict a space that no file states.
 
-    Pixels lie in [0, 1]. Normalised images have negative numbers and, when they are distilled, a deviation from 0.4 to
-    40. Whitened images have the deviation of pixels once the whitening is undone; normalised ones would get 18 times
-    that (CIFAR-10).
+    Normalised images have negative numbers and, when they are distilled, a deviation from 0.4 to 40. Whitened ones have
+    the deviation of pixels once the whitening is undone; normalised ones would get 18 times that (CIFAR-10).
     """
     low, high, mean, std = (f(images).item() for f in (torch.min, torch.max, torch.mean, torch.std))
     what = {"unit": "pixels from 0 to 1", "normalised": "normalised images", "zca": "whitened images (ZCA)"}[space]

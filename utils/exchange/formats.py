@@ -45,9 +45,7 @@ class SetFiles:
 def find_files(paths: Sequence[str | Path], wanted: str | None) -> SetFiles:
     """What the paths of a flag lead to; a `UserError` tells that it is nothing, or several sets.
 
-    Args:
-        paths: a file, a folder, or files of images and labels (and of the learning rate).
-        wanted: the format, if the user says so.
+    They are a file, a folder, or files of images and labels (and of the learning rate); `wanted`: the format, if given.
     """
     paths = [Path(path) for path in paths]
     for path in paths:

@@ -35,12 +35,7 @@ class RawSet:
 
 
 def read_raw(files: SetFiles, real: RealData, exp_idx: int) -> RawSet:
-    """Read a set of any format; a `UserError` tells that a file is damaged, or of something else than its format.
-
-    Args:
-        real: the data set that networks are tested on; images must be of its shape.
-        exp_idx: which experiment of a `res_….pt`; others have one.
-    """
+    """Read a set of any format; a `UserError` tells that a file is damaged, or does not fit `real` or its format."""
     path = files.images
     if files.format in STATED:
         file = DistilledFile(path, files.content if files.format == "res" else _published_content(path))
@@ -152,10 +147,7 @@ def _published_content(path: Path) -> dict:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """The tensors of a safetensors file, and its metadata under `trustdd`, a JSON object.
-
-    A `UserError` tells that the package is missing or the file is damaged.
-    """
+    """The tensors of a safetensors file, and its metadata under `trustdd`, a JSON object."""
     check_file(path)
     try:
         from safetensors import safe_open
