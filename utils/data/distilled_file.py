@@ -201,19 +201,16 @@ class DistilledFile:
         """The set in the classes of `real`, if name, shape, classes and normalisation are those of `real`."""
         images, labels, path = synthetic.images, synthetic.labels, self.path
         dataset = self._content.get("dataset", real.name)
-        is_soft = labels.is_floating_point()
-        classes = labels.shape[1] if is_soft else len(labels.unique())
+        known = torch.arange(labels.shape[1]) if labels.is_floating_point() else labels.unique()
         shape, wanted = ("x".join(map(str, s)) for s in (images.shape[1:], (real.channel, *real.im_size)))
         is_other_size = dataset == "ImageFolder" and images.shape[-1] != real.im_size[-1]
         require(
-            dataset == real.name and shape == wanted and classes == real.num_classes,
+            dataset == real.name and shape == wanted and torch.equal(known, torch.arange(real.num_classes)),
             f"--dataset {real.name}: {path} was distilled from {dataset[:40] if isinstance(dataset, str) else '?'} "
-            f"({classes} classes, images {shape}), not from {real.num_classes} classes of {wanted}"
+            f"({len(known)} classes, {known[0]}..{known[-1]}, images {shape}), not from {real.num_classes} classes of "
+            f"{wanted}"
             f"{f'. Give --im_size {images.shape[-1]}' if is_other_size else ''}",
         )
-        found = f"{int(labels.min())}..{int(labels.max())}"
-        told = f"--dataset {real.name}: {path} has the labels {found}; they must be all of 0..{classes - 1}"
-        require(is_soft or int(labels.max()) == classes - 1, told)
         synthetic = in_classes_of(real, synthetic, self.class_names, str(path))
         stored, other = self.normalisation(), "Give the data that it was distilled from (--data_path)"
         how = "with it; give" if stored.zca else "without it; leave out"

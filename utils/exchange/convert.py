@@ -138,19 +138,23 @@ def training_labels(
         guess: what soft labels are taken for that are no probabilities; None: an error.
     """
     kind, temperature = assumed.soft_labels, assumed.label_temperature
-    if labels.ndim == 1 or labels.shape[1:] == (1,):
-        told = f"{where} has one class for each image, no soft labels; leave out --soft_labels and its kin"
-        require(kind is None and temperature is None, told)
-        return _classes(labels.flatten(), num_classes, where), "hard"
-    told = f"{where} has labels {list(labels.shape[:8])}; --dataset has {num_classes} classes"
-    require(labels.shape[1:] == (num_classes,), told)
+    fits = labels.ndim == 1 or labels.shape[1:] in ((1,), (num_classes,))
+    require(fits, f"{where} has labels {list(labels.shape[:8])}; --dataset has {num_classes} classes")
     soft = labels.float()
     require(torch.isfinite(soft).all(), f"{where} has labels that are NaN or infinite; write it again")
-    sums, probable = soft.sum(1), is_probabilities(soft)
-    if kind is None and probable and ((soft == 0) | (soft == 1)).all():
-        told = f"--label_temperature: {where} has one class for each image, no logits; leave it out"
-        require(temperature is None, told)
-        return _classes(soft.argmax(1), num_classes, where), "hard"
+    is_soft = labels.shape[1:] == (num_classes,)
+    probable = is_soft and is_probabilities(soft)
+    if not is_soft or (kind is None and probable and ((soft == 0) | (soft == 1)).all()):
+        told = f"{where} has one class for each image, no soft labels; leave out --soft_labels and --label_temperature"
+        require(kind is None and temperature is None, told)
+        classes = soft.argmax(1) if is_soft else labels.flatten()
+        told = f"{where} has labels {classes.dtype} [N]; they must be integers, or [N, {num_classes}]"
+        require(classes.dtype in PLAIN_INTEGERS, told)
+        found, wanted = classes.unique().tolist(), f"--dataset has {num_classes}, 0..{num_classes - 1}"
+        told = f"{where} has {len(found)} classes, {found[0]}..{found[-1]}; {wanted}"
+        require(found == list(range(num_classes)), told)
+        return classes.long(), "hard"
+    sums = soft.sum(1)
     looks = f"from {soft.min():.3g} to {soft.max():.3g}, rows that add up to {sums.min():.3g}..{sums.max():.3g}"
     kind = kind or ("probabilities" if probable else guess if (soft < 0).any() or (soft > 1).any() else None)
     told = f"{where} has labels that may be probabilities or logits: {looks}. Say with --soft_labels which"
@@ -160,14 +164,6 @@ def training_labels(
     require(temperature is None, f"--label_temperature: {where} has probabilities; only logits have a temperature")
     require(probable, f"{where} has labels that are no probabilities: {looks}. Give --soft_labels logits")
     return soft, kind
-
-
-def _classes(labels: torch.Tensor, num_classes: int, where: str) -> torch.Tensor:
-    told = f"{where} has labels {labels.dtype} [N]; they must be integers, or [N, {num_classes}]"
-    require(labels.dtype in PLAIN_INTEGERS, told)
-    found, wanted = labels.long().unique().tolist(), f"--dataset has {num_classes}, 0..{num_classes - 1}"
-    require(found == list(range(num_classes)), f"{where} has {len(found)} classes, {found[0]}..{found[-1]}; {wanted}")
-    return labels.long()
 
 
 def _outliers(

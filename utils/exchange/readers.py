@@ -120,11 +120,10 @@ def _in_order(folders: list[Path], class_names: tuple[str, ...]) -> list[Path]:
 
 def _read_kip(files: SetFiles, real: RealData) -> RawSet:
     arrays = read_npz(files.images, ("images", "labels"))
-    try:
-        images, labels = map(torch.from_numpy, arrays)
-    except (TypeError, ValueError):
-        kinds = " and ".join(str(a.dtype) for a in arrays)
-        raise UserError(f"{files.images} has images and labels {kinds}; they must be ordinary numbers") from None
+    kinds = " and ".join(str(array.dtype) for array in arrays)
+    told = f"{files.images} has images and labels {kinds}; they must be ordinary numbers"
+    require(all(array.dtype.kind in "iuf" and array.dtype.isnative and array.itemsize <= 8 for array in arrays), told)
+    images, labels = map(torch.from_numpy, arrays)
     images = images.permute(0, 3, 1, 2).contiguous() if images.ndim == 4 else images
     return RawSet(checked_images(images, real, files.images), labels)
 
