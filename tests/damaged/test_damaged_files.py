@@ -279,7 +279,7 @@ def test_distilled_set_fits_exactly(tmp_path, tiny_real):
     DistilledFile.write(path, [SyntheticSet(images, torch.arange(3))], {}, tiny_real, {})
     assert torch.equal(DistilledFile.open(path).set(0, tiny_real).images, images)
     for other in (replace(tiny_real, mean=(0.4, 0.5, 0.61)), replace(tiny_real, std=(0.2, 0.3, 0.26))):
-        with pytest.raises(UserError, match="the mean and deviation stored in it are not those of the data set"):
+        with pytest.raises(UserError, match="distilled from other data: the mean and deviation stored in it differ"):
             DistilledFile.open(path).set(0, other)
     content = torch.load(path) | {"normalisation": [1]}
     torch.save(content, path)

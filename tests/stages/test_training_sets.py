@@ -27,7 +27,7 @@ from utils.data.distilled_file import DistilledFile
 from utils.data.synthetic import as_parts
 from utils.exchange.assumptions import Assumptions
 from utils.exchange.convert import read_distilled
-from utils.exchange.readers import read_safetensors
+from utils.exchange.formats import read_safetensors
 from utils.outliers.corruptions import corrupt
 from utils.outliers.not_distilled import corrupted, with_corrupted_again, with_fresh, with_k_center
 from utils.outliers.sources import FreshOutliers, PseudoOutliers, initial_outliers

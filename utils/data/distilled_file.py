@@ -44,23 +44,19 @@ class Normalisation(NamedTuple):
         """Check what the file `path` stores, mean and std, or zca; a `UserError` tells that it is damaged."""
         if stored is None:
             return NOT_STATED
-        damaged = f"{path} is damaged: its normalisation must be mean and std, or zca; write it again"
-        require(isinstance(stored, dict), damaged)
-        if "zca" in stored:
-            zca = stored["zca"] if isinstance(stored["zca"], dict) else {}
-            parts = [zca.get(name) for name in ("mean", "matrix", "inverse")]
-            require(all(isinstance(t, torch.Tensor) and t.dtype in PLAIN_TENSORS for t in parts), damaged)
-            mean, matrix, inverse = (t.float() for t in parts)
-            shape = (mean.numel(), mean.numel())
-            require(mean.ndim == 1 and matrix.shape == inverse.shape == shape, damaged)
-            require(matrix.isfinite().all() and inverse.isfinite().all(), damaged)
-            return cls("zca", None, ZCA(mean, matrix, inverse))
-        statistics = [stored.get("mean"), stored.get("std")]
-        are_lists = all(isinstance(values, (list, tuple)) and values for values in statistics)
-        require(are_lists and all(isinstance(x, float) and math.isfinite(x) for v in statistics for x in v), damaged)
-        mean, std = map(tuple, statistics)
-        require(len(mean) == len(std) and min(std) > 0, damaged)
-        return cls("normalised", (mean, std))
+        try:
+            if "zca" in stored:
+                zca = ZCA(*(stored["zca"][name].float() for name in ("mean", "matrix", "inverse")))
+                found, size = cls("zca", None, zca), len(zca.mean)
+                fits = all(m.shape == (size, size) and m.isfinite().all() for m in (zca.matrix, zca.inverse))
+            else:
+                mean, std = (tuple(map(float, stored[name])) for name in ("mean", "std"))
+                found = cls("normalised", (mean, std))
+                fits = len(mean) == len(std) and min(std) > 0 and all(map(math.isfinite, mean + std))
+        except (AttributeError, KeyError, TypeError, ValueError):
+            fits = False
+        require(fits, f"{path} is damaged: its normalisation must be mean and std, or zca; write it again")
+        return found
 
     def is_of(self, real: RealData) -> bool:
         """Whether images of this kind are normalised or whitened as those of `real`, up to rounding."""
@@ -204,22 +200,21 @@ class DistilledFile:
         known = torch.arange(labels.shape[1]) if labels.is_floating_point() else labels.unique()
         shape, wanted = ("x".join(map(str, s)) for s in (images.shape[1:], (real.channel, *real.im_size)))
         is_other_size = dataset == "ImageFolder" and images.shape[-1] != real.im_size[-1]
+        cure = f". Give --im_size {images.shape[-1]}" if is_other_size else ""
         require(
             dataset == real.name and shape == wanted and torch.equal(known, torch.arange(real.num_classes)),
             f"--dataset {real.name}: {path} was distilled from {dataset[:40] if isinstance(dataset, str) else '?'} "
             f"({len(known)} classes, {known[0]}..{known[-1]}, images {shape}), not from {real.num_classes} classes of "
-            f"{wanted}"
-            f"{f'. Give --im_size {images.shape[-1]}' if is_other_size else ''}",
+            f"{wanted}{cure}",
         )
-        synthetic = in_classes_of(real, synthetic, self.class_names, str(path))
-        stored, other = self.normalisation(), "Give the data that it was distilled from (--data_path)"
+        synthetic, stored = in_classes_of(real, synthetic, self.class_names, str(path)), self.normalisation()
         how = "with it; give" if stored.zca else "without it; leave out"
         require((stored.zca is None) == (real.zca is None), f"--zca: {path} was made {how} --zca")
         told = (
-            f"--dataset {real.name}: {path} was distilled from other data: the mean and deviation stored in it are not"
+            f"--dataset {real.name}: {path} was distilled from other data: the mean and deviation stored in it differ"
         )
-        told = (
-            f"{told} those of the data set" if stored.zca is None else f"--zca: {path} was whitened by another data set"
-        )
-        require(stored.space is None or stored.is_of(real), f"{told}. {other}")
+        if stored.zca:
+            told = f"--zca: {path} was whitened by another data set"
+        fits = stored.space is None or stored.is_of(real)
+        require(fits, f"{told}. Give the data that it was distilled from (--data_path)")
         return synthetic

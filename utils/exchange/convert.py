@@ -12,8 +12,7 @@ from utils.data.datasets import SPECS, RealData
 from utils.data.distilled_file import Normalisation
 from utils.data.synthetic import SyntheticSet, check_factor, decode, in_classes_of, is_probabilities
 from utils.exchange.assumptions import Assumptions
-from utils.exchange.formats import find_files
-from utils.exchange.readers import STATED, RawSet, checked_images, read_raw
+from utils.exchange.formats import STATED, RawSet, checked_images, find_files, read_raw
 
 DEFAULT_SPACE = {"datm": "zca", "idc": "unit", "folders": "unit"}  # others: normalised
 DEFAULT_FACTOR = {"idc": 2}

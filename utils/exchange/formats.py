@@ -1,5 +1,7 @@
-"""The formats in which repositories write distilled sets, and finding out which one a file or folder has."""
+"""The formats in which repositories write distilled sets: finding out which a file or folder has, and reading it."""
 
+import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,9 +10,13 @@ from pathlib import Path
 
 import torch
 
-from utils.core.errors import require
-from utils.core.images import image_suffixes, is_content
-from utils.core.torch_files import read_pt
+from utils.core.errors import UserError, named, one_line, require
+from utils.core.files import check_file, read_npz
+from utils.core.images import ImageReader, image_suffixes, is_content
+from utils.core.pixels import in_full_range, unit_images
+from utils.core.torch_files import PLAIN_TENSORS, read_pt
+from utils.data.datasets import SPECS, RealData
+from utils.data.distilled_file import NOT_STATED, DistilledFile, Normalisation
 
 SPACES = ("normalised", "unit", "zca")
 FORMATS = {
@@ -25,6 +31,7 @@ FORMATS = {
 ACCEPTED = "Accepted: " + "; ".join(f"{name}: {what}" for name, what in FORMATS.items())
 BY_SUFFIX = {".safetensors": "published", ".npz": "kip"}
 SAFETENSORS = "distilled.safetensors"
+STATED = ("res", "published")  # formats whose files say themselves what the images are
 
 
 @dataclass
@@ -128,3 +135,147 @@ def _newest(names: Sequence[str], stem: str) -> list[str]:
             return [name]
     numbered = [name for name in names if re.fullmatch(rf"{stem}_?\d+\.pt", name)]
     return sorted(numbered, key=lambda name: int(re.sub(r"\D", "", name)))[-1:]
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RawSet:
+    """What the files of a set hold."""
+
+    images: torch.Tensor  # float32 [N, C, H, W]
+    labels: torch.Tensor  # of any kind
+    images_oe: torch.Tensor | None = None  # outliers, float32 [M, C, H, W]
+    lr_net: float | None = None  # the learning rate
+    stated: Normalisation = NOT_STATED  # what the files or their names say of the images
+    note: str = ""  # a further line for the log
+    class_names: object = None  # in the order of the labels, as the file says, unchecked
+    factor: int | None = None  # of images in parts, if the file says it
+
+
+def read_raw(files: SetFiles, real: RealData, exp_idx: int) -> RawSet:
+    """Read a set of any format; a `UserError` tells that a file is damaged, or does not fit `real` or its format."""
+    path = files.images
+    if files.format in STATED:
+        file = DistilledFile(path, files.content if files.format == "res" else _published_content(path))
+        one, dataset, stated = file.set(exp_idx), file.dataset, file.normalisation()
+        told = f"--dataset {real.name}: {path} was distilled from {one_line(dataset, 40)}; give that data set"
+        require(dataset in (None, real.name), told)
+        images = checked_images(one.images, real, path)
+        images_oe = None if one.images_oe is None else checked_images(one.images_oe, real, path)
+        fits = stated.zca is None or len(stated.zca.mean) == images[0].numel()
+        require(fits, f"{path} is damaged: its whitening is of images of another size")
+        return RawSet(images, one.labels, images_oe, one.lr_net, stated, "", file.class_names, one.factor)
+    told = f"--exp_idx {exp_idx}: {path} (format {files.format}) holds one set; leave the flag out"
+    require(exp_idx == 0, told)
+    read = {"idc": _read_pair, "folders": _read_folders, "kip": _read_kip}.get(files.format, _read_tensors)
+    return read(files, real)
+
+
+def checked_images(images: object, real: RealData, path: Path) -> torch.Tensor:
+    """Images of a file as float32 `[N, C, H, W]`, uint8 ones as pixels in [0, 1].
+
+    A `UserError` tells that they are none, are not finite, or do not have the shape of those of `real`.
+    """
+    found = f"{images.dtype} {list(images.shape[:8])}" if isinstance(images, torch.Tensor) else "no tensor"
+    fits = isinstance(images, torch.Tensor) and images.ndim == 4 and images.dtype in (*PLAIN_TENSORS, torch.uint8)
+    require(fits, f"{path} has images {found}; they must be floating or uint8 [N, C, H, W]")
+    shape, wanted = ("x".join(map(str, s)) for s in (images.shape[1:], (real.channel, *real.im_size)))
+    told = f"{path} has {len(images)} images of {shape}; --dataset {real.name} has {wanted}"
+    require(shape == wanted and len(images), told)
+    (images,) = in_full_range([images.detach()], real.pixel_max, str(path))
+    images = unit_images(images).float()
+    require(torch.isfinite(images).all(), f"{path} has images that are NaN or infinite; write it again")
+    return images
+
+
+def _read_tensors(files: SetFiles, real: RealData) -> RawSet:
+    """MTT and its descendants. CIFAR-100 was normalised with the statistics of CIFAR-10 there."""
+    images, labels = checked_images(files.content, real, files.images), read_pt(files.labels)
+    require(isinstance(labels, torch.Tensor), f"{files.labels} is no tensor of labels; write it again")
+    lr = None if files.lr is None else read_pt(files.lr)
+    lr = lr.item() if isinstance(lr, torch.Tensor) and lr.numel() == 1 else lr
+    is_rate = lr is None or (isinstance(lr, float) and 0 < lr < math.inf)
+    require(is_rate, f"{files.lr} holds no positive learning rate; write it again")
+    space = None
+    if files.images.name.startswith("images_zca_"):
+        space = "unit"
+    elif any(files.images.parent.glob("images_zca_*.pt")):  # MTT writes it for some iterations only
+        space = "zca"
+    statistics = (SPECS["CIFAR10"].mean, SPECS["CIFAR10"].std) if real.name == "CIFAR100" else None
+    return RawSet(images, labels.detach(), None, lr, Normalisation(space, statistics))
+
+
+def _read_pair(files: SetFiles, real: RealData) -> RawSet:
+    images, labels = files.content
+    return RawSet(checked_images(images, real, files.images), labels.detach())
+
+
+def _read_folders(files: SetFiles, real: RealData) -> RawSet:
+    """A folder of images for each class: in the order of `real`'s, if it has the same names, or of numbers or names."""
+    reader = ImageReader("", real.pixel_max, exact=True)
+    folders = _in_order([p for p in files.images.iterdir() if p.is_dir() and is_content(p.name)], real.class_names)
+    told = f"{files.images} has {len(folders)} folders; --dataset has {real.num_classes} classes"
+    require(len(folders) == real.num_classes, told)
+    of_class = [reader.find(folder, files.images) for folder in folders]
+    for folder, paths in zip(folders, of_class, strict=True):
+        require(paths, f"{folder} has 0 images; put some there, or remove that class")
+    images = reader.files([path for paths in of_class for path in paths], real.channel, real.im_size)
+    labels = torch.arange(len(folders)).repeat_interleave(torch.tensor([len(paths) for paths in of_class]))
+    note = f"classes in the order of the folders: {named([folder.name for folder in folders], 3)}"
+    if real.class_names:
+        note += f"; those of --data_path: {named(real.class_names, 3)}"
+    return RawSet(unit_images(images), labels, note="; ".join([note, *reader.notes()]))
+
+
+def _in_order(folders: list[Path], class_names: tuple[str, ...]) -> list[Path]:
+    """As `class_names`, if these are their names; by number if all are one word and a number; else by name."""
+    if {folder.name for folder in folders} == set(class_names):
+        return sorted(folders, key=lambda folder: class_names.index(folder.name))
+    parts = [re.fullmatch(r"(\D*)(\d+)", folder.name) for folder in folders]
+    numbered = all(parts) and len({part[1] for part in parts}) == 1
+    return sorted(folders, key=lambda p: int(re.sub(r"\D", "", p.name))) if numbered else sorted(folders)
+
+
+def _read_kip(files: SetFiles, real: RealData) -> RawSet:
+    arrays = read_npz(files.images, ("images", "labels"))
+    kinds = " and ".join(str(array.dtype) for array in arrays)
+    told = f"{files.images} has images and labels {kinds}; they must be ordinary numbers"
+    require(all(array.dtype.kind in "iuf" and array.dtype.isnative and array.itemsize <= 8 for array in arrays), told)
+    images, labels = map(torch.from_numpy, arrays)
+    images = images.permute(0, 3, 1, 2).contiguous() if images.ndim == 4 else images
+    return RawSet(checked_images(images, real, files.images), labels)
+
+
+def _published_content(path: Path) -> dict:
+    """What scripts/publish.py wrote, in the layout of `res_….pt`."""
+    tensors, about = read_safetensors(path)
+    require({"images", "labels"} <= {*tensors}, f"{path} lacks images or labels; publish the set again")
+    content = about | {"data": [[tensors["images"], tensors["labels"]]]}
+    if "outliers" in tensors:
+        outliers = tensors["outliers"]
+        content["data_oe"] = [[outliers, torch.zeros(outliers.shape[:1], dtype=torch.int64)]]
+    if "soft_labels" in tensors:
+        content |= {"soft_labels": [tensors["soft_labels"]], "num_classes": tensors["soft_labels"].shape[-1]}
+    if "lr_net" in tensors:
+        content["lr_net"] = [tensors["lr_net"].tolist()]
+    if "zca_matrix" in tensors:
+        content["normalisation"] = {"zca": {n: tensors.get(f"zca_{n}") for n in ("mean", "matrix", "inverse")}}
+    return content
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """The tensors of a safetensors file, and its metadata under `trustdd`, a JSON object."""
+    check_file(path)
+    try:
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            about = json.loads((file.metadata() or {}).get("trustdd", "{}"))
+    except ImportError:
+        raise UserError(f"{path} is read by the package safetensors: pip install safetensors") from None
+    except Exception as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}. Copy or publish it again") from None
+    return tensors, about if isinstance(about, dict) else {}
