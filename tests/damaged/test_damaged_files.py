@@ -226,10 +226,6 @@ class Call:
 
 
 OTHER_VALUES = {
-    "sparse": lambda: torch.eye(3).to_sparse(),
-    "sparse rows": lambda: torch.eye(3).to_sparse_csr(),
-    "meta": lambda: torch.ones(3, device="meta"),
-    "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
     "array": lambda: np.ones(3),
     "bytearray": lambda: Call(bytearray, (10,)),
     "call": lambda: Call(open, ("owned", "w")),
@@ -238,12 +234,12 @@ OTHER_VALUES = {
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("kind", OTHER_VALUES)
-def test_only_dense_tensors_and_plain_values(kind, tmp_path, monkeypatch, capfd):
+def test_only_tensors_and_plain_values(kind, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     value = OTHER_VALUES[kind]()
     torch.save({"data": [[value, value]]}, tmp_path / "a.pt")
     capfd.readouterr()
-    with pytest.raises(UserError, match=r"not executed|only dense ones are read|is no distilled set"):
+    with pytest.raises(UserError, match=r"not executed|is no distilled set"):
         DistilledFile.open(tmp_path / "a.pt").set()
     assert capfd.readouterr() == ("", "")
     assert not Path("owned").exists()
@@ -299,12 +295,11 @@ def test_networks_of_wrong_kinds(tmp_path, tiny_real, capfd):
     for damaged in (
         {1: torch.ones(3)},
         dict(state) | {first: state[first].to(torch.complex64)},
-        dict(state) | {first: state[first].to_sparse()},
         dict(state) | {first: 3},
     ):
         torch.save(damaged, tmp_path / fuzz_readers.NETWORK)
         capfd.readouterr()
-        with pytest.raises(UserError, match=r"is no state dict|only dense ones are read"):
+        with pytest.raises(UserError, match="is no state dict"):
             load_trained(tmp_path, "ConvNetD1", tiny_real, 0, "best")
         assert capfd.readouterr() == ("", "")
 

@@ -21,7 +21,7 @@ from utils.core.errors import require
 from utils.core.files import save_pt
 from utils.core.torch_files import PLAIN_INTEGERS, PLAIN_TENSORS, read_pt
 from utils.data.datasets import RealData
-from utils.data.synthetic import SyntheticSet, check_factor, in_classes_of, is_probabilities
+from utils.data.synthetic import SyntheticSet, check_factor, in_classes_of
 from utils.data.whitening import ZCA
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation, per channel
@@ -141,14 +141,12 @@ class DistilledFile:
         images_oe, lr_net = None, None
         if "data_oe" in content:
             images_oe, _ = self._pair("data_oe", exp_idx)
-            require(images_oe.shape[1:] == images.shape[1:], f"{damaged} images and outliers differ in shape")
         if "soft_labels" in content:
             soft = self._entry("soft_labels", exp_idx)
             is_plain = isinstance(soft, torch.Tensor) and soft.dtype in PLAIN_TENSORS
             fits = is_plain and tuple(soft.shape) == (len(images), self.num_classes)
             require(fits, f"{damaged} its soft labels must be floating [images, classes] for each experiment")
             labels = soft.float()
-            require(is_probabilities(labels), f"{damaged} its soft labels are not probabilities")
         if content.get("lr_net") is not None:
             lr_net = self._entry("lr_net", exp_idx)
             is_rate = isinstance(lr_net, float) and 0 < lr_net < math.inf

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from utils.core.errors import UserError
+from utils.core.errors import require
 from utils.data.distilled_file import Statistics
 from utils.exchange.formats import FORMATS, SPACES
 from utils.settings.fields import Settings, flag
@@ -14,10 +14,7 @@ class Assumptions(Settings):
     """Sets of other repositories. What is assumed of them."""
 
     distilled_format: str | None = flag(
-        None,
-        f"{', '.join(FORMATS)}; left out: found out by looking",
-        what="format",
-        names=tuple(FORMATS),
+        None, f"{', '.join(FORMATS)}; left out: found out by looking", what="format", names=tuple(FORMATS)
     )
     distilled_space: str | None = flag(
         None,
@@ -51,19 +48,16 @@ class Assumptions(Settings):
         names=("probabilities", "logits"),
     )
     label_temperature: float | None = flag(
-        None,
-        "temperature of the softmax that turns logits into soft labels; left out: 1",
-        number(0, exclusive=True),
+        None, "temperature of the softmax that turns logits into soft labels; left out: 1", number(0, exclusive=True)
     )
 
     def check_assumptions(self) -> None:
         """Raise `UserError` where they contradict each other."""
-        if (self.distilled_mean is None) != (self.distilled_std is None):
-            raise UserError("--distilled_mean, --distilled_std: give both or none")
-        if self.distilled_mean and self.distilled_space not in (None, "normalised"):
-            raise UserError(
-                f"--distilled_mean: --distilled_space {self.distilled_space} has none; leave one of them out"
-            )
+        both = (self.distilled_mean is None) == (self.distilled_std is None)
+        require(both, "--distilled_mean, --distilled_std: give both or none")
+        fits = not self.distilled_mean or self.distilled_space in (None, "normalised")
+        told = f"--distilled_mean: --distilled_space {self.distilled_space} has none; leave one of them out"
+        require(fits, told)
 
     @property
     def statistics(self) -> Statistics | None:
