@@ -17,7 +17,7 @@ from utils.core.images import ImageReader
 from utils.core.pixels import images_to_nchw, in_full_range, unit_images
 from utils.core.torch_files import PLAIN_INTEGERS, fingerprint, read_pt
 from utils.data.class_folders import read_class_folders
-from utils.data.download import NPZ_KEYS, read_torchvision, read_torchvision_test
+from utils.data.download import NPZ_KEYS, read_torchvision
 from utils.data.whitening import ZCA, fit_zca
 
 
@@ -269,18 +269,3 @@ def _read_tinyimagenet(data_path: Path, reader: ImageReader) -> tuple[Arrays, Se
     names = data.get("classes")
     are_names = isinstance(names, (list, tuple)) and len(names) == spec.num_classes and {*map(type, names)} == {str}
     return [array.detach() for array in arrays], names if are_names else (), ()
-
-
-def load_test_images(
-    name: str, root: Path, download: bool, flag: str = "--data_path", pixel_max: int | None = None
-) -> torch.Tensor | Sequence[tuple]:
-    """Only the test images of a torchvision set, which is used as an OOD set: as `read_torchvision_test` returns them.
-
-    A `UserError`, which names `flag`, tells that they are not in `root`, and `download` is false or fails.
-    """
-    local = root / f"{name.lower()}.npz"
-    if not local.is_file():
-        return read_torchvision_test(name, root, download, flag)
-    with blame(flag):
-        (images,) = read_npz(local, ["test_images"])
-        return in_full_range([images_to_nchw(images, local).contiguous()], pixel_max, str(local))[0]

@@ -15,7 +15,9 @@ import torch
 
 from utils.compute import distributed
 from utils.compute.version import require_pytorch_ood
-from utils.core.errors import UserError, one_line, print_line
+from utils.core.errors import UserError, blame, one_line, print_line
+from utils.core.files import read_npz
+from utils.core.pixels import images_to_nchw, in_full_range
 
 NPZ_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 TINYIMAGES = "300K_random_images.npy"
@@ -65,13 +67,19 @@ def read_torchvision(name: str, root: Path, download: bool) -> tuple:
     return *_whole_tensors(train), *_whole_tensors(test), tuple(getattr(train, "classes", ()))
 
 
-def read_torchvision_test(name: str, root: Path, download: bool, flag: str) -> torch.Tensor | Sequence:
-    """The test images of a set of `TORCHVISION_FILES`, uint8 `[N, C, H, W]`; see `read_torchvision`.
+def load_test_images(
+    name: str, root: Path, download: bool, flag: str = "--data_path", pixel_max: int | None = None
+) -> torch.Tensor | Sequence[tuple]:
+    """The test images of a set of `TORCHVISION_FILES`, uint8 `[N, C, H, W]`, to be an OOD set; see `read_torchvision`.
 
     Where they are files of many sizes, it is the data set, whose items begin with a PIL image.
     """
-    parts = [_TEST_PART.get(name, {"train": False})]
-    (part,) = _opened(name, root, parts, download, flag, "key test_images")
+    local = root / f"{name.lower()}.npz"
+    if local.is_file():
+        with blame(flag):
+            (images,) = read_npz(local, ["test_images"])
+            return in_full_range([images_to_nchw(images, local).contiguous()], pixel_max, str(local))[0]
+    (part,) = _opened(name, root, [_TEST_PART.get(name, {"train": False})], download, flag, "key test_images")
     if not hasattr(part, "data"):
         return part
     images = _whole_tensors(part)[0]

@@ -14,8 +14,8 @@ from sklearn.datasets import load_digits
 from torchvision import datasets as tv
 
 from utils.core.errors import UserError
-from utils.data.datasets import SPECS, load_dataset, load_test_images
-from utils.data.download import fetch_pytorch_ood
+from utils.data.datasets import SPECS, load_dataset
+from utils.data.download import fetch_pytorch_ood, load_test_images
 
 G = np.random.default_rng(0)
 
