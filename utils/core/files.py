@@ -140,13 +140,15 @@ def read_json(path: Path, what: str) -> dict:
 
 def read_npy(path: Path) -> np.ndarray:
     """Memory-map a `.npy` array (copy-on-write). A `UserError` tells of anything but a plain array."""
+    path = check_file(path)
     with _reading(path, "a .npy array"):
-        return np.lib.format.open_memmap(check_file(path), mode="c")
+        return np.lib.format.open_memmap(path, mode="c")
 
 
 def read_npz(path: Path, keys: Sequence[str]) -> list[np.ndarray]:
     """The arrays `keys` of an `.npz` file. A `UserError` names the missing key or the damage."""
-    with _reading(path, "an .npz file"), zipfile.ZipFile(check_file(path)) as archive:
+    path = check_file(path)
+    with _reading(path, "an .npz file"), zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         has = ", ".join(sorted(name.removesuffix(".npy") for name in names)[:10]) or "nothing"
         arrays = []
