@@ -119,8 +119,12 @@ def check_file(path: Path) -> Path:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file; none if it does not exist. A `UserError` tells that it is no file."""
-    return check_file(path).read_text(errors="replace").splitlines() if os.path.lexists(path) else []
+    """The lines of a text file; none if it does not exist. A `UserError` tells why it cannot be read."""
+    if not os.path.lexists(path):
+        return []
+    path = check_file(path)
+    with _reading(path, "text"):
+        return path.read_text(errors="replace").splitlines()
 
 
 def read_json(path: Path, what: str) -> dict:

@@ -170,7 +170,10 @@ def read_raw(files: SetFiles, real: RealData, exp_idx: int) -> RawSet:
     told = f"--exp_idx {exp_idx}: {path} (format {files.format}) holds one set; leave the flag out"
     require(exp_idx == 0, told)
     read = {"idc": _read_pair, "folders": _read_folders, "kip": _read_kip}.get(files.format, _read_tensors)
-    return read(files, real)
+    raw = read(files, real)
+    told = f"{path} has {len(raw.images)} images and labels {list(raw.labels.shape[:8])}; there must be as many"
+    require(raw.labels.shape[:1] == raw.images.shape[:1], told)
+    return raw
 
 
 def checked_images(images: object, real: RealData, path: Path) -> torch.Tensor:
@@ -194,7 +197,7 @@ def _read_tensors(files: SetFiles, real: RealData) -> RawSet:
     """MTT and its descendants. CIFAR-100 was normalised with the statistics of CIFAR-10 there."""
     images, labels = checked_images(files.content, real, files.images), read_pt(files.labels)
     require(isinstance(labels, torch.Tensor), f"{files.labels} is no tensor of labels; write it again")
-    lr = None if files.lr is None else read_pt(files.lr)
+    lr = read_pt(files.lr) if files.lr else None
     lr = lr.item() if isinstance(lr, torch.Tensor) and lr.numel() == 1 else lr
     is_rate = lr is None or (isinstance(lr, float) and 0 < lr < math.inf)
     require(is_rate, f"{files.lr} holds no positive learning rate; write it again")
