@@ -9,9 +9,10 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from utils.core.errors import UserError, named, one_line, require
-from utils.core.files import check_file, read_npz
+from utils.core.files import read_npz
 from utils.core.images import ImageReader, image_suffixes, is_content
 from utils.core.pixels import in_full_range, unit_images
 from utils.core.torch_files import PLAIN_TENSORS, read_pt
@@ -253,9 +254,14 @@ def _read_kip(files: SetFiles, real: RealData) -> RawSet:
 
 def _published_content(path: Path) -> dict:
     """What scripts/publish.py wrote, in the layout of `res_….pt`."""
-    tensors, about = read_safetensors(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            content = dict(json.loads((file.metadata() or {}).get("trustdd", "{}")))
+    except Exception as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}. Copy or publish it again") from None
     require({"images", "labels"} <= {*tensors}, f"{path} lacks images or labels; publish the set again")
-    content = about | {"data": [[tensors["images"], tensors["labels"]]]}
+    content["data"] = [[tensors["images"], tensors["labels"]]]
     if "outliers" in tensors:
         outliers = tensors["outliers"]
         content["data_oe"] = [[outliers, torch.zeros(outliers.shape[:1], dtype=torch.int64)]]
@@ -266,19 +272,3 @@ def _published_content(path: Path) -> dict:
     if "zca_matrix" in tensors:
         content["normalisation"] = {"zca": {n: tensors.get(f"zca_{n}") for n in ("mean", "matrix", "inverse")}}
     return content
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """The tensors of a safetensors file, and its metadata under `trustdd`, a JSON object."""
-    check_file(path)
-    try:
-        from safetensors import safe_open
-
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            about = json.loads((file.metadata() or {}).get("trustdd", "{}"))
-    except ImportError:
-        raise UserError(f"{path} is read by the package safetensors: pip install safetensors") from None
-    except Exception as error:
-        raise UserError(f"cannot read {path}: {one_line(error)}. Copy or publish it again") from None
-    return tensors, about if isinstance(about, dict) else {}
