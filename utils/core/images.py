@@ -113,11 +113,11 @@ class ImageReader:
         self.unread.update(path.suffix.lower() for path in {*paths} - {*images})
         return images
 
-    def some(self, folder: Path) -> list[Path]:
-        """All image files below `folder`; a `UserError` if there are none."""
-        files = self.find(folder)
+    def some(self, folder: Path, tree: Path | None = None) -> list[Path]:
+        """All image files below `folder`, see `find`; a `UserError` if there are none."""
+        files = self.find(folder, tree)
         with blame(self.flag):
-            require(files, ". ".join([f"{folder} holds no images", *self.notes()]))
+            require(files, ". ".join([f"{folder} holds no images; put some there, or remove it", *self.notes()]))
         return files
 
     def files(self, paths: Sequence[Path], channel: int, im_size: tuple[int, int]) -> torch.Tensor:

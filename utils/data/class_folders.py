@@ -1,6 +1,5 @@
 """Classification data in folders of images: `train/<class>/*`, and the test set in the layouts that are in use."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,18 +34,16 @@ def read_class_folders(
         how = f", with the classes of {ANNOTATIONS}" if in_file else ""
         why = "has no folder of a class of train/" if places[0].is_dir() else "is not there"
         notes.append(f"--data_path: the test set is {test}{how}; {places[0]} {why}")
-    of_train = _images_by_class(train, classes, tree, reader)
+    of_train = [(path, label) for label, name in enumerate(classes) for path in reader.some(train / name, tree)]
     if in_file:
         of_test = _annotated_images(test, classes, tree)
     else:
-        extra = [name for name in _class_folders(test) if name not in classes]
+        names = _class_folders(test)
+        extra = [name for name in names if name not in classes]
         told = f"{test} has classes that {train} lacks: {named(extra, 5)}. Both need the same names"
         require(not extra, told)
-        of_test = _images_by_class(test, classes, tree, reader)
-    bare = sorted({*range(len(classes))} - {label for _, label in of_train})
-    empty = [str(train / classes[label]) for label in bare] or [str(test)] * (not of_test)
-    told = ". ".join([f"no images below {named(empty, 1)}; put some there, or remove it", *reader.notes()])
-    require(not empty, told)
+        of_test = [(path, classes.index(name)) for name in names for path in reader.find(test / name, tree)]
+    require(of_test, ". ".join([f"{test} holds no images; put some there", *reader.notes()]))
     paths, labels = zip(*of_train, *of_test, strict=True)
     counts = [len(of_train), len(of_test)]
     images, images_test = reader.files(paths, 3, (side, side)).split(counts)
@@ -59,12 +56,6 @@ def _layout(folder: Path, classes: Sequence[str]) -> str:
     if any((folder / name).is_dir() for name in classes):
         return "folders"
     return "file" if (folder / ANNOTATIONS).is_file() else ""
-
-
-def _images_by_class(folder: Path, classes: Sequence[str], tree: Path, reader: ImageReader) -> list[tuple[Path, int]]:
-    """The images below the folders of the classes, of which some may be missing, with their labels."""
-    there = [(label, folder / name) for label, name in enumerate(classes) if os.path.lexists(folder / name)]
-    return [(path, label) for label, place in there for path in reader.find(place, tree)]
 
 
 def _class_folders(folder: Path) -> list[str]:

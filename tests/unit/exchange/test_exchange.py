@@ -424,7 +424,7 @@ def test_folders_that_are_refused(real, tmp_path):
         Image.new("RGB", (16, 16)).save(tmp_path / str(c) / "a.png")
     assert "2 folders" in refusal(real, tmp_path)
     (tmp_path / "2").mkdir()
-    assert "0 images" in refusal(real, tmp_path)
+    assert "holds no images" in refusal(real, tmp_path)
     Image.new("RGB", (16, 8)).save(tmp_path / "2" / "a.png")
     assert "3x8x16" in refusal(real, tmp_path)
     Image.new("L", (16, 16)).save(tmp_path / "2" / "a.png")
