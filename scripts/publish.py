@@ -26,13 +26,12 @@ import torch
 from utils.compute.version import VERSION
 from utils.core.errors import UserError, blame, one_line
 from utils.core.run_script import run_script
-from utils.data.distilled_file import DistilledFile
+from utils.data.distilled_file import DistilledFile, Normalisation
 from utils.data.synthetic import SyntheticSet
 from utils.data.whitening import ZCA
 from utils.exchange.assumptions import Assumptions
 from utils.exchange.convert import read_distilled
 from utils.exchange.formats import SAFETENSORS, find_files
-from utils.exchange.normalisation import to_unit
 from utils.methods import METHODS
 from utils.report.card import CardFacts, card
 from utils.report.plots import save_grid
@@ -63,7 +62,7 @@ class Published:
 
     def to_pixels(self, images: torch.Tensor) -> torch.Tensor:
         """Images in [0, 1], clipped."""
-        return to_unit(images, (self.mean, self.std), self.zca).clamp(0, 1)
+        return Normalisation(None, (self.mean, self.std), self.zca).to_unit(images).clamp(0, 1)
 
 
 @dataclass(frozen=True)

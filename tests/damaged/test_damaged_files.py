@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from networks import get_network
-from utils.core.arrays import free_memory, read_npy, read_npz
 from utils.core.errors import UserError
+from utils.core.files import read_npy, read_npz
 from utils.core.images import ImageReader
 from utils.core.pixels import conform
 from utils.core.rng import generator
@@ -76,14 +76,6 @@ def npy_header(shape, dtype="|u1"):
     return out.getvalue()
 
 
-def zeros_npz(path, claimed, method=zipfile.ZIP_DEFLATED):
-    """An honest archive of `claimed` zeros, written without holding them."""
-    with zipfile.ZipFile(path, "w", method) as archive, archive.open("images.npy", "w", force_zip64=True) as member:
-        member.write(npy_header((claimed // 1024, 32, 32)))
-        for _ in range(claimed >> 20):
-            member.write(bytes(1 << 20))
-
-
 def npz_of_terabytes(path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("images.npy", npy_header((10**12, 32, 32, 3)) + bytes(100))
@@ -117,16 +109,6 @@ def png_bomb(path):
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", rows) + chunk(b"IEND", b""))
 
 
-class Call:
-    """Pickled as the call of a function."""
-
-    def __init__(self, *call):
-        self.call = call
-
-    def __reduce__(self):
-        return self.call
-
-
 def rewritten(path, change):
     """Replace the pickle of a `.pt` file."""
     with zipfile.ZipFile(path) as old:
@@ -134,14 +116,6 @@ def rewritten(path, change):
     with zipfile.ZipFile(path, "w") as new:
         for name, data in members.items():
             new.writestr(name, change(data) if name.endswith("data.pkl") else data)
-
-
-def pt_with_bytearray(path):
-    torch.save({"data": Call(bytearray, (3 << 30,))}, path)
-
-
-def pt_expanded(path):
-    torch.save({"data": [[torch.zeros(1).expand(50000, 3, 64, 64), torch.arange(3)]]}, path)
 
 
 def pt_claiming(path, new=True):
@@ -159,21 +133,6 @@ def pt_old_claiming(path):
     pt_claiming(path, new=False)
 
 
-def pt_compressed(path):
-    torch.save({"data": torch.zeros(1000)}, path)
-    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive, archive.open("big/data/9", "w") as member:
-        for _ in range(100):
-            member.write(bytes(1 << 20))
-
-
-def pt_of_copies(path):
-    """A long list, and a million dictionaries made of it, each a few bytes in the file."""
-    body = b"\x80\x02](" + b"".join(b"K%cK\0\x86" % (i % 256) for i in range(50000)) + b"eq\0"
-    calls = b"ccollections\nOrderedDict\nq\1" + b"h\1h\0\x85R" * 200_000
-    torch.save({"data": 1}, path)
-    rewritten(path, lambda _: body + calls + b".")
-
-
 def read_distilled(path):
     DistilledFile.open(path).set()
 
@@ -185,15 +144,10 @@ def read_npz_pool(path):
 HUGE = [
     (npz_of_terabytes, read_npz_pool),
     (npz_with_false_sizes, read_npz_pool),
-    (lambda path: zeros_npz(path, 300 << 20), read_npz_pool),
     (npy_of_terabytes, lambda path: read_npy(path)),
     (png_bomb, lambda path: ImageReader("--ood_path").files([path], 3, (8, 8))),
-    (pt_with_bytearray, read_distilled),
-    (pt_expanded, read_distilled),
     (pt_claiming, read_distilled),
     (pt_old_claiming, read_distilled),
-    (pt_compressed, read_distilled),
-    (pt_of_copies, read_distilled),
 ]
 
 
@@ -223,15 +177,6 @@ def peak_memory():
     """Bytes; getrusage would count what the process was before it was this program."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
-
-
-def test_compressed_arrays_are_read(tmp_path):
-    """Up to 256 MB whatever their ratio: constant images are small, not hostile."""
-    zeros_npz(tmp_path / "a.npz", 20 << 20)
-    (images,) = read_npz(tmp_path / "a.npz", ["images"])
-    assert images.shape == (20480, 32, 32)
-    assert not images.any()
-    assert free_memory() > 20 << 20
 
 
 def test_one_bit_of_an_array_is_noticed(tmp_path):
@@ -264,19 +209,23 @@ def test_both_formats_of_torch_are_read(new, tmp_path):
     assert all(torch.equal(found["c"][k], value["c"][k]) for k in value["c"])
 
 
-def test_numpy_scalars_become_numbers(tmp_path):
+def test_numpy_scalars_are_read(tmp_path):
     values = [np.float64(0.1), np.float32(0.1), np.float16(0.5), np.int64(-3), np.int32(2**31 - 1), np.bool_(True)]
     torch.save(values, tmp_path / "a.pt")
-    found = read_pt(tmp_path / "a.pt", "file")
-    assert found == [v.item() for v in values]
-    assert all(type(v) in (float, int, bool) for v in found)
+    assert read_pt(tmp_path / "a.pt", "file") == values
+
+
+class Call:
+    """Pickled as the call of a function."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
 
 
 OTHER_VALUES = {
-    "sparse": lambda: torch.eye(3).to_sparse(),
-    "sparse rows": lambda: torch.eye(3).to_sparse_csr(),
-    "meta": lambda: torch.ones(3, device="meta"),
-    "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
     "array": lambda: np.ones(3),
     "bytearray": lambda: Call(bytearray, (10,)),
     "call": lambda: Call(open, ("owned", "w")),
@@ -285,12 +234,12 @@ OTHER_VALUES = {
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("kind", OTHER_VALUES)
-def test_only_dense_tensors_and_plain_values(kind, tmp_path, monkeypatch, capfd):
+def test_only_tensors_and_plain_values(kind, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     value = OTHER_VALUES[kind]()
     torch.save({"data": [[value, value]]}, tmp_path / "a.pt")
     capfd.readouterr()
-    with pytest.raises(UserError, match="not executed"):
+    with pytest.raises(UserError, match=r"not executed|is no distilled set"):
         DistilledFile.open(tmp_path / "a.pt").set()
     assert capfd.readouterr() == ("", "")
     assert not Path("owned").exists()
@@ -317,8 +266,8 @@ def test_distilled_set_fits_exactly(tmp_path, tiny_real):
     images, path = torch.randn(3, 3, 16, 16), tmp_path / "a.pt"
     for labels, message in (
         ([0, 2, 2], r"\(2 classes"),
-        ([0, 1, 10**13], r"the labels 0\.\.10000000000000; they must be all of 0\.\.2"),
-        ([1, 2, 3], r"the labels 1\.\.3"),
+        ([0, 1, 10**13], r"\(3 classes, 0\.\.10000000000000, images 3x16x16\), not from 3 classes of 3x16x16"),
+        ([1, 2, 3], r"\(3 classes, 1\.\.3"),
     ):
         torch.save({"data": [[images, torch.tensor(labels)]]}, path)
         with pytest.raises(UserError, match=message):
@@ -326,11 +275,11 @@ def test_distilled_set_fits_exactly(tmp_path, tiny_real):
     DistilledFile.write(path, [SyntheticSet(images, torch.arange(3))], {}, tiny_real, {})
     assert torch.equal(DistilledFile.open(path).set(0, tiny_real).images, images)
     for other in (replace(tiny_real, mean=(0.4, 0.5, 0.61)), replace(tiny_real, std=(0.2, 0.3, 0.26))):
-        with pytest.raises(UserError, match="the mean and deviation stored in it are not those of the data set"):
+        with pytest.raises(UserError, match="distilled from other data: the mean and deviation stored in it differ"):
             DistilledFile.open(path).set(0, other)
     content = torch.load(path) | {"normalisation": [1]}
     torch.save(content, path)
-    with pytest.raises(UserError, match="distilled from other data"):
+    with pytest.raises(UserError, match="its normalisation must be mean and std, or zca"):
         DistilledFile.open(path).set(0, tiny_real)
     nested = []
     for _ in range(60):
@@ -346,12 +295,11 @@ def test_networks_of_wrong_kinds(tmp_path, tiny_real, capfd):
     for damaged in (
         {1: torch.ones(3)},
         dict(state) | {first: state[first].to(torch.complex64)},
-        dict(state) | {first: state[first].to_sparse()},
         dict(state) | {first: 3},
     ):
         torch.save(damaged, tmp_path / fuzz_readers.NETWORK)
         capfd.readouterr()
-        with pytest.raises(UserError, match=r"is no state dict|not executed"):
+        with pytest.raises(UserError, match="is no state dict"):
             load_trained(tmp_path, "ConvNetD1", tiny_real, 0, "best")
         assert capfd.readouterr() == ("", "")
 
@@ -360,16 +308,16 @@ def test_tinyimagenet_of_wrong_kinds(tmp_path):
     images = torch.zeros(200, 3, 64, 64, dtype=torch.uint8)
     good = {"images_train": images, "labels_train": torch.arange(200), "images_val": images[:2].clone()}
     good |= {"labels_val": torch.arange(2)}
+    keys = "must hold the keys classes, images_train, labels_train, images_val, labels_val: "
     for change, found in (
-        ({"labels_train": torch.arange(200)[:, None]}, r"labels_train int64 \[200, 1\]"),
-        ({"labels_val": torch.arange(2.0)}, r"labels_val float32 \[2\]"),
-        ({"images_val": torch.zeros(2, 3, 32, 32, dtype=torch.uint8)}, r"images_val uint8 \[2, 3, 32, 32\]"),
-        ({"images_val": torch.zeros(2, 3, 64, 64)}, "images_val float32"),
-        ({"images_val": 3}, "lacks tensors"),
+        ({"labels_train": torch.arange(200)[:, None, None]}, r"train labels are int64 \[200, 1, 1\]"),
+        ({"labels_val": torch.arange(2.0)}, r"test labels are float32 \[2\]"),
+        ({"images_val": torch.zeros(2, 3, 32, 32, dtype=torch.uint8)}, "test images 3x32x32"),
+        ({"images_val": torch.zeros(2, 3, 64, 64)}, f"images of another type; it {keys}"),
+        ({"images_val": 3}, f"lacks tensors; it {keys}"),
     ):
         torch.save(good | change, tmp_path / "tinyimagenet.pt")
-        keys = "classes, images_train, labels_train, images_val and labels_val"
-        with pytest.raises(UserError, match=f"{found}.*must hold the keys {keys}"):
+        with pytest.raises(UserError, match=f"--data_path: .*{found}"):
             load_dataset("TinyImageNet", tmp_path)
 
 
@@ -380,8 +328,11 @@ def test_tinyimagenet_of_wrong_kinds(tmp_path):
     ("labels", "message"),
     [
         (np.arange(0), "12 train images and 0 labels"),
-        (np.array([*range(11), 10**13]), "12 train labels cannot be of 10000000000001 classes"),
-        (np.array([*range(11), 2 * 10**9]), "cannot be of 2000000001 classes"),
+        (
+            np.array([*range(11), 10**13]),
+            r"train labels are 0\.\.10000000000000, 12 different ones, .* must be 0\.\.11",
+        ),
+        (np.array([*range(11), 2 * 10**9]), r"train labels are 0\.\.2000000000, 12 different ones"),
         (np.array([*range(11), 2**64 - 1], np.uint64), r"labels are -1\.\.10"),
     ],
 )

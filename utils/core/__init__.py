@@ -1,1 +1,1 @@
-"""Foundations: one-line errors, the argument parser, keyed random generators, versions."""
+"""Foundations: errors in one line, keyed random generators, how a script runs, files and images read safely."""

@@ -81,7 +81,7 @@ def under_torchrun() -> bool:
 
 
 def print_line(line: str, stream: TextIO | None = None) -> None:
-    """Print a line to `stream` (default: stdout) in one write, so that processes do not mix their lines.
+    """Print a line (default: on stdout) in one write, so that processes do not mix their lines.
 
     If the reader of the stream has gone (`| head`), this line and the next ones are dropped.
     """

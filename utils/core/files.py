@@ -1,24 +1,31 @@
-"""Files: atomic, durable writes that never follow links; text, JSON and CSV of bounded size."""
+"""Files: atomic, durable writes; reading text, JSON and NumPy arrays without trusting them; CSV."""
 
 import csv
 import io
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
 
 from utils.core.errors import UserError, blame, one_line, require
 
-MAX_TEXT = 256 << 20  # bytes of a text file
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 _UNFINISHED = ".unfinished"
-_UMASK = os.umask(0o077)  # it can be read only by setting it
-os.umask(_UMASK)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn an error of the file system into a `UserError` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}. Free space or choose another folder") from None
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], None], keep: Path | None = None) -> None:
@@ -27,24 +34,22 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None], keep: Path | Non
     With `keep`, an existing file at `path` is first renamed to `keep`.
     A `UserError` tells of a full disk or a read-only folder; `path` is then unchanged.
     """
-    path, unfinished = Path(path), None
-    try:
-        handle, unfinished = tempfile.mkstemp(_UNFINISHED, f".{path.name}.", path.parent)
-        with open(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(unfinished, 0o666 & ~_UMASK)
-        if keep is not None and path.exists():
-            os.replace(path, keep)
-        os.replace(unfinished, path)
-    except BaseException as error:
-        if unfinished is not None:
-            os.unlink(unfinished)
-        if not isinstance(error, (OSError, RuntimeError)):
-            raise
-        reason = error if isinstance(error, OSError) else "not all of it could be written"  # RuntimeError of torch.save
-        raise UserError(f"cannot write {path}: {reason}. Free space or choose another folder") from None
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}{_UNFINISHED}")
+    with _writing(path):
+        try:
+            with open(unfinished, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            if keep is not None and path.exists():
+                os.replace(path, keep)
+            os.replace(unfinished, path)
+        except RuntimeError:  # as torch.save says it
+            raise OSError("not all of it could be written") from None
+        finally:
+            with suppress(OSError):
+                unfinished.unlink()  # after an error
 
 
 def save_pt(path: Path, value: object, keep: Path | None = None) -> None:
@@ -59,33 +64,25 @@ def save_text(path: Path, text: str) -> None:
 
 def save_output(path: str, text: str) -> None:
     """Write the text file of a flag `--out`; its folder is made. A `UserError` tells why it cannot be written."""
-    try:
+    with blame("--out"), _writing(Path(path)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: cannot make {Path(path).parent}: {error}") from None
-    save_text(Path(path), text)
+        save_text(Path(path), text)
 
 
-def append_line(path: Path, line: str, sync: bool = True) -> None:
+def append_line(path: Path, line: str) -> None:
     """Append a line, whole or not at all; a `UserError` tells of a full disk or a read-only folder.
 
-    With `sync` it is on the disk when this returns.
-    Without, it survives a crash of this process, but not a power cut in the next seconds.
+    It survives a crash of this process, but not a power cut in the next seconds, see `sync_file`.
     """
     data, written = (line + "\n").encode(errors="replace"), 0
-    try:
-        with open(path, "ab", buffering=0, opener=open_no_link) as file:
-            try:
-                while written < len(data):  # a nearly full disk may accept only a part
-                    written += file.write(data[written:])
-                if sync:
-                    os.fsync(file.fileno())
-            except OSError:
-                with suppress(OSError):
-                    file.truncate(file.seek(0, os.SEEK_END) - written)
-                raise
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}. Free space or choose another folder") from None
+    with _writing(path), open(path, "ab", buffering=0, opener=open_no_link) as file:
+        try:
+            while written < len(data):  # a nearly full disk may accept only a part
+                written += file.write(data[written:])
+        except OSError:
+            with suppress(OSError):
+                file.truncate(file.seek(0, os.SEEK_END) - written)
+            raise
 
 
 def sync_file(path: Path) -> None:
@@ -95,13 +92,11 @@ def sync_file(path: Path) -> None:
 
 
 def remove_files(folder: Path, pattern: str) -> None:
-    """Remove the regular files of `folder` that match a glob pattern; a `UserError` tells why one stays."""
+    """Remove the files of `folder` that match a glob pattern; a `UserError` tells why one stays."""
     for path in folder.glob(pattern):
-        if path.is_file() and not path.is_symlink():
-            try:
+        if path.is_file():
+            with _writing(path):
                 path.unlink(missing_ok=True)
-            except OSError as error:
-                raise UserError(f"cannot remove {path}: {error}") from None
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -123,53 +118,74 @@ def check_file(path: Path) -> Path:
     return path
 
 
-def read_bytes(path: Path, most: int) -> bytes:
-    """The content of a regular file; an `OSError` if it is none, cannot be read, or has more than `most` bytes."""
-    if not os.path.isfile(path):
-        raise OSError("it is no regular file")
-    with open(path, "rb") as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise OSError("it is too large")
-    return data
-
-
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file; none if it does not exist. A `UserError` tells why it cannot be read."""
     if not os.path.lexists(path):
         return []
-    try:
-        return read_bytes(path, MAX_TEXT).decode(errors="replace").splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error}. Move it away") from None
+    path = check_file(path)
+    with _reading(path, "text"):
+        return path.read_text(errors="replace").splitlines()
 
 
-def read_json(path: Path, what: str, most: int = 1 << 20) -> dict:
-    """The JSON object in a file of at most `most` bytes.
+def read_json(path: Path, what: str) -> dict:
+    """The JSON object in a file.
 
-    A `UserError`, which `what` begins, tells of a file that is missing, damaged or too large, or holds no object.
+    A `UserError`, which `what` begins, tells of a file that is missing or damaged, or holds no object.
     """
     with blame(what):
         path = check_file(path)
         try:
-            value = json.loads(read_bytes(path, most))
+            value = json.loads(path.read_bytes())
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} is damaged: {one_line(error)}") from None
         require(isinstance(value, dict), f"{path} is damaged: it holds no JSON object")
         return value
 
 
+def read_npy(path: Path) -> np.ndarray:
+    """Memory-map a `.npy` array (copy-on-write). A `UserError` tells of anything but a plain array."""
+    path = check_file(path)
+    with _reading(path, "a .npy array"):
+        return np.lib.format.open_memmap(path, mode="c")
+
+
+def read_npz(path: Path, keys: Sequence[str]) -> list[np.ndarray]:
+    """The arrays `keys` of an `.npz` file. A `UserError` names the missing key or the damage."""
+    path = check_file(path)
+    with _reading(path, "an .npz file"), zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        has = ", ".join(sorted(name.removesuffix(".npy") for name in names)[:10]) or "nothing"
+        arrays = []
+        for key in keys:
+            told = f"it has no key {key!r}; it needs {', '.join(keys)} and has {has}"
+            require(f"{key}.npy" in names, told)
+            with archive.open(f"{key}.npy") as member:
+                arrays.append(np.lib.format.read_array(member, allow_pickle=False))
+                member.read(1)  # at the end zipfile compares the checksum
+        return arrays
+
+
+@contextmanager
+def _reading(path: Path, what: str) -> Iterator[None]:
+    """Turn whatever a damaged file raises into a `UserError`, and say nothing else."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:
+        raise UserError(f"cannot read {path} as {what}: {one_line(error, 300)}") from None
+
+
 def csv_text(rows: Iterable[Sequence[object]]) -> str:
     """Rows as CSV. A text that a spreadsheet would compute gets an apostrophe before it; numbers stay as they are."""
+
+    def inert(cell: object) -> object:
+        try:
+            float(cell)
+        except (TypeError, ValueError):
+            return f"'{cell}" if str(cell).startswith(("=", "+", "-", "@", "\t", "\r")) else cell
+        return cell
+
     text = io.StringIO()
-    csv.writer(text).writerows([_inert(cell) for cell in row] for row in rows)
+    csv.writer(text).writerows([inert(cell) for cell in row] for row in rows)
     return text.getvalue()
-
-
-def _inert(cell: object) -> object:
-    if not isinstance(cell, str) or not cell.startswith(FORMULA_STARTS):
-        return cell
-    with suppress(ValueError):
-        float(cell)
-        return cell
-    return f"'{cell}"

@@ -1,8 +1,7 @@
 """Reading image files and arrays of images by one set of rules, so that networks see what the user sees.
 
-A file is turned as its EXIF orientation says, and what is transparent in it lies on white. Of files and arrays alike,
-the shorter side is scaled and the centre is cut out. A source whose values use a small part of their range is an error.
-What the user should know of a source, such as files that are not read, is noted for the log.
+A file is turned as its EXIF orientation says, what is transparent in it lies on white, and its centre is cut out. What
+the user should know of a source, such as files that are not read, is noted for the log.
 """
 
 import logging
@@ -11,26 +10,20 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
-from threading import Lock
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from utils.core.arrays import images_to_nchw, read_npy, read_npz
 from utils.core.errors import UserError, blame, named, one_line, require
-from utils.core.pixels import DARK, centre_box, in_full_range, scale_table, white_value
-
-if TYPE_CHECKING:
-    from PIL.Image import Image as PILImage
+from utils.core.files import read_npy, read_npz
+from utils.core.pixels import DARK, centre_box, images_to_nchw, in_full_range, scale_table, white_value
 
 # for some others PIL would call external programs, and some have no mark by which a file can be known
 FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP", "GIF", "TIFF", "AVIF", "JPEG2000", "QOI")
 MAX_PIXELS = 40_000_000  # larger images are refused: decoding takes up to 20 bytes per pixel
-LARGE_PIXELS = 2_000_000  # larger images are decoded one at a time, to bound the memory
 DECODERS = 8  # threads
 ORIENTATION = 0x0112  # the EXIF tag
 NOT_CONTENT = {"Thumbs.db", "desktop.ini", "__MACOSX"}  # what systems leave in folders, beside names with a dot
@@ -46,8 +39,6 @@ def is_content(name: str) -> bool:
 @lru_cache
 def image_formats() -> tuple[str, ...]:
     """Those of `FORMATS` that this Pillow can open."""
-    from PIL import Image
-
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
@@ -55,15 +46,11 @@ def image_formats() -> tuple[str, ...]:
 @lru_cache
 def image_suffixes() -> frozenset[str]:
     """The suffixes of `image_formats`, in lower case, with their dots."""
-    from PIL import Image
-
     return frozenset(s for s, name in Image.registered_extensions().items() if name in (*image_formats(), "MPO"))
 
 
 def is_image(path: Path) -> bool:
     """Whether a file is an image by its suffix, or, if the suffix says nothing, by its first bytes."""
-    from PIL import Image
-
     if path.suffix.lower() in image_suffixes():
         return True
     try:
@@ -94,7 +81,6 @@ class ImageReader:
         self.unread: Counter[str] = Counter()  # files that are no images, by suffix
         self.seen: dict[str, set[Path]] = {}  # files of which something is noted, by what
         self._peaks: set[tuple[int, int]] = set()  # of each file the brightest value, and the largest of its type
-        self._one_large = Lock()
 
     def notes(self) -> tuple[str, ...]:
         """Lines for the log."""
@@ -105,23 +91,19 @@ class ImageReader:
         return tuple(f"{self.flag}: {line}" if self.flag else line for line in lines)
 
     def find(self, folder: Path, tree: Path | None = None) -> list[Path]:
-        """All image files below `folder`, at any depth, sorted by name.
+        """All image files below `folder`, at any depth, sorted by name; links to folders are not followed.
 
-        Names that begin with a dot, and those of `NOT_CONTENT`, are passed over. Links to folders are not followed.
-        A `UserError` tells of a link that is broken or leads out of `tree` (default: `folder`), and of a folder that
-        cannot be read.
+        A `UserError` tells of a link that is broken or leads out of `tree` (default: `folder`).
         """
-
-        def fail(error: OSError) -> None:
-            raise error
-
-        tree, paths = (tree or folder).resolve(), []
+        tree, paths, errors = (tree or folder).resolve(), [], []
         with blame(self.flag):
             try:
                 check_link(folder, tree)
-                for place, folders, files in os.walk(folder, onerror=fail):
+                for place, folders, files in os.walk(folder, onerror=errors.append):
                     folders[:] = filter(is_content, folders)
                     paths += [Path(place, name) for name in files if is_content(name)]
+                if errors:
+                    raise errors[0]
                 for path in sorted(paths):
                     if path.is_symlink() and path.suffix.lower() in image_suffixes():
                         check_link(path, tree)
@@ -131,18 +113,17 @@ class ImageReader:
         self.unread.update(path.suffix.lower() for path in {*paths} - {*images})
         return images
 
-    def some(self, folder: Path) -> list[Path]:
-        """All image files below `folder`; a `UserError` if there are none."""
-        files = self.find(folder)
+    def some(self, folder: Path, tree: Path | None = None) -> list[Path]:
+        """All image files below `folder`, see `find`; a `UserError` if there are none."""
+        files = self.find(folder, tree)
         with blame(self.flag):
-            require(files, ". ".join([f"{folder} holds no images", *self.notes()]))
+            require(files, ". ".join([f"{folder} holds no images; put some there, or remove it", *self.notes()]))
         return files
 
     def files(self, paths: Sequence[Path], channel: int, im_size: tuple[int, int]) -> torch.Tensor:
-        """Decode image files in threads to uint8 `[N, channel, H, W]`: `centre_box`, bilinear resize.
+        """Image files as uint8 `[N, channel, H, W]`: of those of another size the centre, scaled.
 
-        A `UserError` names the files that are damaged, of another format, or larger than `MAX_PIXELS`.
-        It also tells of dark images, see `white_value`.
+        A `UserError` names files that cannot be read, or tells of dark images, see `white_value`.
         """
         with blame(self.flag):
             self._peaks.clear()
@@ -157,10 +138,7 @@ class ImageReader:
         return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
     def array(self, path: Path) -> torch.Tensor:
-        """The images of a `.npz` (key `images`) or `.npy` file, uint8 `[N, C, H, W]` of their own size.
-
-        A `.npy` file is memory-mapped.
-        """
+        """The images of a `.npz` (key `images`) or `.npy` file (memory-mapped), uint8 `[N, C, H, W]` of any size."""
         with blame(self.flag):
             array = read_npz(path, ["images"])[0] if path.suffix == ".npz" else read_npy(path)
             return in_full_range([images_to_nchw(array, path)], self.pixel_max, str(path))[0]
@@ -177,9 +155,10 @@ class ImageReader:
             """Read one file into its place in `images`; returns what is wrong with it."""
             try:
                 images[index] = self._decode(paths[index], shape, white)
+            except UnidentifiedImageError:  # its message shows the object of the file
+                return f"{paths[index]}: no image that can be read"
             except Exception as error:
-                damaged = type(error).__name__ == "UnidentifiedImageError"  # its message shows the object of the file
-                return f"{paths[index]}: {'no image that can be read' if damaged else one_line(error)}"
+                return f"{paths[index]}: {one_line(error)}"
             return ""
 
         with warnings.catch_warnings(), ThreadPoolExecutor(DECODERS) as pool:
@@ -190,71 +169,51 @@ class ImageReader:
         return images
 
     def _decode(self, path: Path, shape: tuple[int, int, int], white: int | None) -> np.ndarray:
-        """One file as uint8 `shape`; several threads do so, but large images one after another."""
-        from PIL import Image
-
+        """One file as uint8 `shape`: upright, on white, with white at 255, and of another size its centre, scaled."""
+        height, width, channel = shape
         with path.open("rb") as file, Image.open(file, formats=image_formats()) as image:
-            pixels = image.width * image.height
-            if pixels > MAX_PIXELS:
+            if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels are too many")
             found = (image.height, image.width, 1 if image.mode in ("1", "L", "I;16", "I") else 3)
             if self.exact and found != shape:
                 raise ValueError("it is {2}x{0}x{1}, not {5}x{3}x{4}".format(*found, *shape))
-            with self._one_large if pixels > LARGE_PIXELS else nullcontext():
-                return self._fitted(self._plain(image, path, shape[2], white), path, shape)
+            plain = self._plain(image, path, "L" if channel == 1 else "RGB", white)
+        size = (plain.height, plain.width)
+        if size != (height, width):
+            top, left, h, w = centre_box(size, (height, width))
+            if (h, w) != size:
+                self._note(f"are cut to their centre, as they are not {width}:{height} in shape", path)
+            part = plain.crop((left, top, left + w, top + h))  # `resize(box=…)` would mix in pixels from outside
+            plain = part.resize((width, height), Image.Resampling.BILINEAR)
+        return np.asarray(plain, dtype=np.uint8).reshape(shape)
 
-    def _plain(self, image: "PILImage", path: Path, channel: int, white: int | None) -> "PILImage":
-        """The image upright, on white, of 8 bits, in `channel` channels, with white at 255."""
-        from PIL import ImageOps
-
+    def _plain(self, image: Image.Image, path: Path, mode: str, white: int | None) -> Image.Image:
+        """The image upright, on white, of 8 bits, in a mode (grey or RGB), with white at 255."""
         if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: a photograph and its preview
             self._note("have several frames, of which the first is read", path)
         if image.getexif().get(ORIENTATION, 1) != 1:
             self._note("are turned as their EXIF orientation says", path)
             ImageOps.exif_transpose(image, in_place=True)
-        has_8_bits = image.mode[0] not in "IF"
-        mode = "L" if channel == 1 else "RGB"
-        image = self._on_white(image if has_8_bits else self._eight_bits(image, white), path)
-        image = image if image.mode == mode else image.convert(mode)
-        if has_8_bits:
-            self._peaks.add((int(np.asarray(image).max()), 255))
-        return image.point([*scale_table(white)] * channel) if has_8_bits and white else image
+        if image.mode[0] in "IF":
+            return self._eight_bits(image, white).convert(mode)
+        if image.has_transparency_data:
+            layer = image.convert("RGBA")
+            if layer.getchannel("A").getextrema()[0] < 255:
+                self._note("have transparent parts, which lie on white", path)
+                layer = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+            image = layer
+        image = image.convert(mode)
+        self._peaks.add((int(np.asarray(image).max()), 255))
+        return image.point([*scale_table(white)] * len(mode)) if white else image
 
-    def _fitted(self, image: "PILImage", path: Path, shape: tuple[int, int, int]) -> np.ndarray:
-        """The centre of the image, scaled to uint8 `shape`."""
-        from PIL import Image
-
-        (height, width), size = shape[:2], (image.height, image.width)
-        if size != (height, width):
-            top, left, h, w = centre_box(size, (height, width))
-            if (h, w) != size:
-                self._note(f"are cut to their centre, as they are not {width}:{height} in shape", path)
-            part = image.crop((left, top, left + w, top + h))  # `resize(box=…)` would mix in pixels from outside
-            image = part.resize((width, height), Image.Resampling.BILINEAR)
-        return np.asarray(image, dtype=np.uint8).reshape(shape)
-
-    def _eight_bits(self, image: "PILImage", white: int | None) -> "PILImage":
+    def _eight_bits(self, image: Image.Image, white: int | None) -> Image.Image:
         """An image of 16 bits a pixel scaled to 8: PIL's `convert` would make all above 255 white."""
-        from PIL import Image
-
         if not image.mode.startswith("I;16") and (image.mode == "F" or image.format not in ("PNG", "PPM")):  # older: I
             raise ValueError(f"pixels of 32 bits (mode {image.mode}) have no range; store 8 or 16 bits")
         values = np.asarray(image).astype(np.uint32)
         self._peaks.add((int(values.max()), 65535))
         white = white or 65535
         return Image.fromarray(((values * 255 + white // 2) // white).clip(0, 255).astype(np.uint8))
-
-    def _on_white(self, image: "PILImage", path: Path) -> "PILImage":
-        """The image without transparency: what is transparent shows white, as in a viewer."""
-        from PIL import Image
-
-        if not image.has_transparency_data:
-            return image
-        layer = image.convert("RGBA")
-        if layer.getchannel("A").getextrema()[0] == 255:
-            return layer.convert("RGB")
-        self._note("have transparent parts, which lie on white", path)
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
 
     def _note(self, what: str, path: Path) -> None:
         self.seen.setdefault(what, set()).add(path)

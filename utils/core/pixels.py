@@ -1,6 +1,7 @@
 """Pixels of images that were read: in [0, 1], of one size and number of channels, over the full range of their type."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from utils.core.errors import require
 
 DARK = 8  # images whose brightest value is at most this part of their type's range are not taken as they are
 LOOKED_AT = 1000  # images in which a bright value is looked for first
+LEAST_SIDE = 5  # pixels; a narrower side may be an axis of channels
 
 
 def unit_images(images: torch.Tensor) -> torch.Tensor:
@@ -17,11 +19,27 @@ def unit_images(images: torch.Tensor) -> torch.Tensor:
     return images.float().div_(255) if images.dtype == torch.uint8 else images
 
 
-def centre_box(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Top, left, height and width of the largest centred part, in whole pixels, that has the shape of `wanted`.
+def images_to_nchw(array: np.ndarray, path: Path) -> torch.Tensor:
+    """uint8 `[N, H, W]`, `[N, H, W, 1]` or `[N, H, W, 3]` as a view `[N, C, H, W]`; a `UserError` for other arrays.
 
-    `size` is the height and width of the image, `wanted` those of another size.
+    Refused are also shapes with several readings, as `[32, 32, 3]`: one colour picture, or 32 grey ones.
     """
+    accepted = "it must be uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3]"
+    found = f"{path} holds {array.dtype} {list(array.shape)}"
+    shape_ok = array.ndim == 3 or (array.ndim == 4 and array.shape[3] in (1, 3))
+    require(array.dtype == np.uint8 and shape_ok and 0 not in array.shape, f"{found}; {accepted}")
+    one = "one picture, or several" if array.ndim == 3 else "[N, H, W, C] or [N, C, H, W]"
+    require(
+        min(array.shape[1:3]) >= LEAST_SIDE and not (array.ndim == 3 and array.shape[0] in (3, 4)),
+        f"{found}, which may be {one}; {accepted}, with sides of {LEAST_SIDE} pixels or more; 3 or 4 grey images as "
+        "[N, H, W, 1]",
+    )
+    images = torch.from_numpy(array)
+    return images.unsqueeze(1) if array.ndim == 3 else images.permute(0, 3, 1, 2)
+
+
+def centre_box(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Top, left, height and width of the largest centred part of an image of `size` that has the shape of `wanted`."""
     (height, width), (h, w) = size, wanted
     inner_h, inner_w = min(height, max(1, round(width * h / w))), min(width, max(1, round(height * w / h)))
     return (height - inner_h) // 2, (width - inner_w) // 2, inner_h, inner_w
@@ -30,9 +48,8 @@ def centre_box(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int
 def conform(images: torch.Tensor, channel: int, im_size: tuple[int, int]) -> torch.Tensor:
     """Bring images `[N, C, H, W]` to float32 [0, 1] with `channel` channels and size `im_size`.
 
-    Three channels become one with the ITU-R 601 luma weights; one becomes three by repetition. Of another size, the
-    shorter side is scaled and the centre is cut out, as of image files: antialiased bilinear interpolation of
-    `centre_box`.
+    Three channels become one with the ITU-R 601 luma weights; one becomes three by repetition. Of images of another
+    size, the centre is scaled, as of image files: antialiased bilinear interpolation of `centre_box`.
     """
     images = unit_images(images)
     if images.shape[1] == 3 and channel == 1:
@@ -49,9 +66,8 @@ def conform(images: torch.Tensor, channel: int, im_size: tuple[int, int]) -> tor
 def white_value(brightest: int, full: int, pixel_max: int | None, where: str) -> int:
     """The value of white in images that hold values up to `brightest`, of a type that holds up to `full`.
 
-    It is `full` for all but dark images: those use at most 1/8 of the range, as values of 12 bits in files of 16, or
-    0 and 1 in bytes. `pixel_max`: what the user says that white is in dark images (`--pixel_max`).
-    A `UserError`, which `where` begins, tells of dark images of which the user says nothing or what cannot be.
+    It is `full` for all but dark images, which use at most 1/8 of the range, as values of 12 bits in files of 16. What
+    white is in them the user says (`--pixel_max`); a `UserError`, which `where` begins, asks for it.
     """
     if brightest * DARK > full or (pixel_max is not None and pixel_max >= full):
         return full

@@ -7,12 +7,11 @@ import torch
 
 
 def generator(seed: int, *key: int | str) -> torch.Generator:
-    """Return a fresh CPU generator that depends only on `seed` and `key`.
+    """A fresh CPU generator that depends only on `seed` and `key`, e.g. `("real", experiment, iteration, slot)`.
 
-    The key names the purpose of the draw, e.g. `("real", experiment, iteration, outer_step, slot)`. No draw depends on
-    what was drawn before, so a resumed or distributed run draws the same as an uninterrupted single process.
+    No draw depends on what was drawn before, so a resumed or distributed run draws the same as an uninterrupted single
+    process. Draws are made on the CPU, so they are the same on every device (except `noise`).
     Of 100,000 keys about one pair draws the same: PyTorch's CPU generator uses 32 bits of the seed.
-    Draws are made on the CPU, so they are the same on every device (except `noise`).
     """
     digest = hashlib.blake2b(repr((int(seed), *key)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
@@ -24,8 +23,5 @@ def draw_seed(g: torch.Generator) -> int:
 
 
 def noise(kind: Callable[..., torch.Tensor], shape: Sequence[int], seed: int, device: torch.device) -> torch.Tensor:
-    """`kind` (`torch.randn` or `torch.rand`) of `shape`, drawn on `device` from `seed` alone.
-
-    For draws too large to make on the CPU and transfer; the values differ between CPU and CUDA.
-    """
+    """`torch.randn` or `torch.rand` on `device`, for draws too large to transfer; CPU and CUDA draw other values."""
     return kind(tuple(shape), generator=torch.Generator(device).manual_seed(seed), device=device)

@@ -1,1 +1,1 @@
-"""Data: real images, augmentation, corruptions, sources of outliers, and the synthetic set."""
+"""Data: real images, their download, augmentation and whitening, the synthetic set and its file."""

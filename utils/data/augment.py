@@ -1,8 +1,7 @@
 """Differentiable Siamese augmentation (DSA) and the augmentation of plain gradient matching (DC).
 
-Every augmentation first draws parameters, then applies them. One set of parameters for both the real and the synthetic
-batch is the Siamese rule of Zhao & Bilen (ICML 2021, eq. 4); network training uses one set per image. Draws are made on
-the CPU, so they are the same on every device (except DC's noise).
+Every augmentation first draws parameters, on the CPU, then applies them. One set of parameters for the real and the
+synthetic batch is the Siamese rule of Zhao & Bilen (ICML 2021, eq. 4); network training uses one set per image.
 """
 
 import math
@@ -86,10 +85,9 @@ def affine(images: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
 
 
 def bilinear(images: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-    """`grid_sample` of images `[N, C, H, W]` (bilinear, zeros outside, align_corners true) by gathering neighbours.
+    """`grid_sample` as `affine` calls it, by gathering neighbours; the grid is `[N, H', W', 2]`, x then y in [-1, 1].
 
-    The grid is `[N, H', W', 2]`, x then y in [-1, 1].
-    Used for determinism: on CUDA, the gradient of torch's `grid_sample` is summed in no fixed order.
+    It is for determinism: on CUDA, the gradient of torch's `grid_sample` is summed in no fixed order.
     """
     height, width = images.shape[2:]
     x, y = (grid[..., 0] + 1) / 2 * (width - 1), (grid[..., 1] + 1) / 2 * (height - 1)
@@ -116,33 +114,22 @@ def _rotate_theta(angle: torch.Tensor) -> torch.Tensor:
     return F.pad(rows, (0, 1))
 
 
-def _draw_crop(n: int, size: Size, g: torch.Generator) -> torch.Tensor:
-    limits = [int(side * CROP_RATIO + 0.5) for side in size]
-    return torch.stack([torch.randint(-s, s + 1, (n,), generator=g) for s in limits], 1)
+def _draw_parameters(entry: str, n: int, size: Size, g: torch.Generator) -> torch.Tensor:
+    """`n` sets of the parameters of an entry of DSA."""
+    if entry == "crop":
+        limits = [int(side * CROP_RATIO + 0.5) for side in size]
+        return torch.stack([torch.randint(-s, s + 1, (n,), generator=g) for s in limits], 1)
+    if entry == "cutout":  # the centre of a square of even side lies between pixels: it has one more possible position
+        ends = [side + 1 - _cutout_side(side) % 2 for side in size]
+        return torch.stack([torch.randint(0, end, (n,), generator=g) for end in ends], 1)
+    if entry == "scale":
+        return _scale_theta(torch.rand(n, 2, generator=g) * (SCALE_RATIO - 1 / SCALE_RATIO) + 1 / SCALE_RATIO)
+    if entry == "rotate":
+        return _rotate_theta((torch.rand(n, generator=g) - 0.5) * 2 * math.radians(ROTATE_DEGREES))
+    return torch.rand((n, 3) if entry == "color" else (n,), generator=g)
 
 
-def _draw_cutout(n: int, size: Size, g: torch.Generator) -> torch.Tensor:
-    # the centre of a square of even side lies between pixels, so it has one more possible position
-    return torch.stack([torch.randint(0, side + 1 - _cutout_side(side) % 2, (n,), generator=g) for side in size], 1)
-
-
-def _draw_scale(n: int, size: Size, g: torch.Generator) -> torch.Tensor:
-    return _scale_theta(torch.rand(n, 2, generator=g) * (SCALE_RATIO - 1 / SCALE_RATIO) + 1 / SCALE_RATIO)
-
-
-def _draw_rotate(n: int, size: Size, g: torch.Generator) -> torch.Tensor:
-    return _rotate_theta((torch.rand(n, generator=g) - 0.5) * 2 * math.radians(ROTATE_DEGREES))
-
-
-_Draw = Callable[[int, Size, torch.Generator], torch.Tensor]
-DSA_ENTRIES: dict[str, tuple[_Draw, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]] = {
-    "color": (lambda n, size, g: torch.rand(n, 3, generator=g), color),
-    "crop": (_draw_crop, shift),
-    "cutout": (_draw_cutout, cutout),
-    "flip": (lambda n, size, g: torch.rand(n, generator=g), flip),
-    "scale": (_draw_scale, affine),
-    "rotate": (_draw_rotate, affine),
-}
+DSA_ENTRIES = {"color": color, "crop": shift, "cutout": cutout, "flip": flip, "scale": affine, "rotate": affine}
 
 
 def parse_strategy(text: str) -> tuple[str, ...]:
@@ -155,34 +142,30 @@ def parse_strategy(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Transform(Draw):
-    """One draw of DSA: an entry and its parameters, `[1, …]` (Siamese) or `[N, …]` (one set per image).
-
-    Calling it on images `[N, C, H, W]` applies it; it is differentiable in the images.
-    """
+    """One draw of DSA: an entry and its parameters, `[1, …]` (Siamese) or `[N, …]` (one set per image)."""
 
     entry: str
     params: torch.Tensor
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        return DSA_ENTRIES[self.entry][1](images, self.params)
+        return DSA_ENTRIES[self.entry](images, self.params)
 
 
 @dataclass(frozen=True)
 class DSA:
-    """The DSA of a strategy. `draw` picks one entry uniformly and draws `n` sets of its parameters."""
+    """The DSA of a strategy."""
 
     strategy: tuple[str, ...]
 
     def draw(self, n: int, im_size: Size, generator: torch.Generator) -> Transform:
-        """Return a `Transform`: n = 1 for the Siamese use, n = batch size for network training."""
+        """Pick one entry uniformly; n = 1 for the Siamese use, n = batch size for network training."""
         entry = self.strategy[int(torch.randint(len(self.strategy), (1,), generator=generator))]
-        return Transform(entry, DSA_ENTRIES[entry][0](n, im_size, generator))
+        return Transform(entry, _draw_parameters(entry, n, im_size, generator))
 
 
 def apply_by_part(images: torch.Tensor, transforms: Sequence[Callable], lengths: Sequence[int]) -> torch.Tensor:
-    """Apply each transform to its part of the images `[N, C, H, W]`; `lengths` has the size of each of the parts.
+    """Apply each transform to its part of the images `[N, C, H, W]`; consecutive parts have these `lengths`.
 
-    The parts are consecutive, and the result has their order.
     Those with the same entry share one call: on a GPU, and for few images, the number of calls determines the time.
     """
     parts = images.split(list(lengths))
@@ -226,17 +209,17 @@ class DCTransform(Draw):
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         mean = images.mean((2, 3), keepdim=True)
-        shape, seed = images.shape, self.noise_seed
-        results = {
-            "crop": lambda: shift(images, self.offset, mean),
-            "scale": lambda: affine(images - mean, self.theta_scale) + mean,
-            "rotate": lambda: affine(images - mean, self.theta_rotate) + mean,
-            "noise": lambda: images + DC_NOISE * noise(torch.randn, shape, seed, images.device).to(images.dtype),
-        }
-        out = images
-        choice = _per_image(self.choice, images)
+        out, choice = images, _per_image(self.choice, images)
         for index, entry in enumerate(self.strategy):
-            out = torch.where(choice == index, results[entry](), out)
+            if entry == "crop":
+                changed = shift(images, self.offset, mean)
+            elif entry == "noise":
+                drawn = noise(torch.randn, images.shape, self.noise_seed, images.device)
+                changed = images + DC_NOISE * drawn.to(images.dtype)
+            else:
+                theta = self.theta_scale if entry == "scale" else self.theta_rotate
+                changed = affine(images - mean, theta) + mean
+            out = torch.where(choice == index, changed, out)
         return out
 
 

@@ -1,48 +1,49 @@
 """Classification data in folders of images: `train/<class>/*`, and the test set in the layouts that are in use."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from utils.core.errors import UserError, named, require
-from utils.core.files import check_file, read_lines
+from utils.core.errors import named, require
+from utils.core.files import read_lines
 from utils.core.images import ImageReader, check_link, is_content
 
 ANNOTATIONS = "val_annotations.txt"  # of TinyImageNet: a line `file<TAB>class<TAB>…` for each image in val/images/
-Labelled = list[tuple[Path, int]]
+ACCEPTED = "ImageFolder reads train/<class>/* and test/<class>/*, or val/<class>/*"
 
 
 def read_class_folders(
     data_path: Path, side: int, reader: ImageReader
 ) -> tuple[Sequence[torch.Tensor], tuple[str, ...], tuple[str, ...]]:
-    """`train/<class>/*` and the test set (`_test_folder`), the classes, and lines for the log.
+    """Images and labels of `train/<class>/*` and of the test set; the classes, and lines for the log.
 
-    The classes are the sorted names of the folders in `train/`.
+    The classes are the sorted names of the folders in `train/`. The test set is `test/`, or `val/` where that alone has
+    folders of these names or a file of annotations.
     """
-    train, tree = data_path / "train", data_path.resolve()
+    train, tree, places = data_path / "train", data_path.resolve(), (data_path / "test", data_path / "val")
+    require(train.is_dir(), f"{train} is not there; {ACCEPTED}")
     classes = _class_folders(train)
-    test, notes = _test_folder(data_path, classes)
-    for folder in (train, test):
-        told = f"{folder} is not there; ImageFolder reads train/<class>/* and test/<class>/*"
-        require(folder.is_dir(), told)
-    in_file = _annotates(test, classes)
-    extra = [] if in_file else [name for name in _class_folders(test) if name not in classes]
-    require(
-        len(classes) >= 2 and not extra,
-        f"{train} has {len(classes)} classes ({named(classes, 5) or 'none'}); {test} has others: "
-        f"{named(extra, 5) or 'none'}. Both need the same names, and two classes or more",
-    )
-    of_train = _images_by_class(train, classes, tree, reader)
-    labelled = {label for _, label in of_train}
-    bare = [name for label, name in enumerate(classes) if label not in labelled]
-    if of_train and bare:
-        raise UserError(f"no images below {train / bare[0]}; put some there, or remove that class")
-    check_link(test, tree)
-    of_test = _annotated_images(test, classes, tree) if in_file else _images_by_class(test, classes, tree, reader)
-    for folder, found in ((train, of_train), (test, of_test)):
-        require(found, ". ".join([f"no images below {folder}", *reader.notes()]))
+    require(len(classes) >= 2, f"{train} has {len(classes)} folders of classes, and needs two or more; {ACCEPTED}")
+    test = next((place for place in places if _layout(place, classes)), None)
+    there = " and ".join(str(place) for place in places if place.is_dir() or place == places[0])
+    told = f"{there} hold no folder of a class of train/ ({named(classes, 5)}); {ACCEPTED}"
+    require(test is not None, told)
+    notes, in_file = [], _layout(test, classes) == "file"
+    if test != places[0]:
+        how = f", with the classes of {ANNOTATIONS}" if in_file else ""
+        why = "has no folder of a class of train/" if places[0].is_dir() else "is not there"
+        notes.append(f"--data_path: the test set is {test}{how}; {places[0]} {why}")
+    of_train = [(path, label) for label, name in enumerate(classes) for path in reader.some(train / name, tree)]
+    if in_file:
+        of_test = _annotated_images(test, classes, tree)
+    else:
+        names = _class_folders(test)
+        extra = [name for name in names if name not in classes]
+        told = f"{test} has classes that {train} lacks: {named(extra, 5)}. Both need the same names"
+        require(not extra, told)
+        of_test = [(path, classes.index(name)) for name in names for path in reader.find(test / name, tree)]
+    require(of_test, ". ".join([f"{test} holds no images; put some there", *reader.notes()]))
     paths, labels = zip(*of_train, *of_test, strict=True)
     counts = [len(of_train), len(of_test)]
     images, images_test = reader.files(paths, 3, (side, side)).split(counts)
@@ -50,11 +51,11 @@ def read_class_folders(
     return (images, labels, images_test, labels_test), tuple(classes), (*notes, *reader.notes())
 
 
-def _images_by_class(folder: Path, classes: Sequence[str], tree: Path, reader: ImageReader) -> Labelled:
-    """The images below the folders of the classes, of which some may be missing, with their labels."""
-    check_link(folder, tree)
-    there = [(label, folder / name) for label, name in enumerate(classes) if os.path.lexists(folder / name)]
-    return [(path, label) for label, place in there for path in reader.find(place, tree)]
+def _layout(folder: Path, classes: Sequence[str]) -> str:
+    """Where the classes of a folder's images stand: in the names of `folders`, in a `file`, or, if empty, nowhere."""
+    if any((folder / name).is_dir() for name in classes):
+        return "folders"
+    return "file" if (folder / ANNOTATIONS).is_file() else ""
 
 
 def _class_folders(folder: Path) -> list[str]:
@@ -62,57 +63,19 @@ def _class_folders(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.glob("*") if p.is_dir() and is_content(p.name))
 
 
-def _test_folder(data_path: Path, classes: Sequence[str]) -> tuple[Path, tuple[str, ...]]:
-    """The folder of the test images, and lines for the log: `test/`, or `val/` where that alone has the classes.
-
-    A folder has the classes if it holds folders of those of `train/`, or a file of annotations.
-    A `UserError` tells that neither has them.
-    """
-    test = data_path / "test"
-    there = [folder for folder in (test, data_path / "val") if folder.is_dir()]
-    fits = [folder for folder in there if _has_classes(folder, classes) or _annotates(folder, classes)]
-    require(
-        fits or not there or not classes,
-        f"{' and '.join(map(str, there))} hold no folder of a class of train/ ({named(classes, 5)}); "
-        "ImageFolder reads train/<class>/* and test/<class>/*, or val/<class>/*",
-    )
-    folder = (*fits, test)[0]
-    if folder == test:
-        return folder, ()
-    why = "has no folder of a class of train/" if len(there) == 2 else "is not there"
-    how = f", with the classes of {ANNOTATIONS}" if _annotates(folder, classes) else ""
-    return folder, (f"--data_path: the test set is {folder}{how}; {test} {why}",)
-
-
-def _annotates(folder: Path, classes: Sequence[str]) -> bool:
-    """Whether the classes of a folder's images stand in a file, as in TinyImageNet as it is unpacked."""
-    return (folder / ANNOTATIONS).is_file() and not _has_classes(folder, classes)
-
-
-def _has_classes(folder: Path, classes: Sequence[str]) -> bool:
-    return any((folder / name).is_dir() for name in classes)
-
-
-def _annotated_images(folder: Path, classes: Sequence[str], tree: Path) -> Labelled:
-    """The images of `folder/images/` with their labels, in the order of the lines of `folder/val_annotations.txt`.
-
-    A `UserError` tells of a line without a plain file name and one of `classes`, of missing files, and of links out of
-    the folder `tree`.
-    """
-    path, found = check_file(folder / ANNOTATIONS), []
-    for number, line in enumerate(read_lines(path), 1):
+def _annotated_images(folder: Path, classes: Sequence[str], tree: Path) -> list[tuple[Path, int]]:
+    """The images of `folder/images/` with their labels, in the order of the lines of `folder/val_annotations.txt`."""
+    found = []
+    for number, line in enumerate(read_lines(folder / ANNOTATIONS), 1):
         name, class_name = (*line.split("\t"), "")[:2]
-        if not line.strip():
-            continue
         require(
             Path(name).name == name and name not in ("", "..") and class_name in classes,
-            f"line {number} of {path} is {line[:80]!r}; it must be `file<TAB>class<TAB>…`, with a file in "
-            f"{folder / 'images'} and a class that is a folder of train/",
+            f"line {number} of {folder / ANNOTATIONS} is {line[:80]!r}; it must be `file<TAB>class<TAB>…`, with a file "
+            f"in {folder / 'images'} and a class that is a folder of train/",
         )
         found.append((folder / "images" / name, classes.index(class_name)))
     missing = [str(image) for image, _ in found if not image.exists()]
-    require(not missing, f"{path} names images that are not there: {named(missing)}")
+    require(not missing, f"{folder / ANNOTATIONS} names images that are not there: {named(missing)}")
     for image, _ in found:
-        if image.is_symlink():
-            check_link(image, tree)
+        check_link(image, tree)
     return found

@@ -1,6 +1,6 @@
 """Real data as whole tensors: read once, kept as uint8, normalised where they are used."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,13 +11,13 @@ from torch import nn
 
 from networks import get_network
 from utils.compute.transfer import send
-from utils.core.arrays import images_to_nchw, read_npz
 from utils.core.errors import blame, require, unknown_name
+from utils.core.files import read_npz
 from utils.core.images import ImageReader
-from utils.core.pixels import in_full_range, unit_images
+from utils.core.pixels import images_to_nchw, in_full_range, unit_images
 from utils.core.torch_files import PLAIN_INTEGERS, fingerprint, read_pt
 from utils.data.class_folders import read_class_folders
-from utils.data.download import NPZ_KEYS, read_torchvision, read_torchvision_test
+from utils.data.download import NPZ_KEYS, read_torchvision
 from utils.data.whitening import ZCA, fit_zca
 
 
@@ -147,10 +147,7 @@ def load_dataset(
     zca: bool = False,
     pixel_max: int | None = None,
 ) -> RealData:
-    """Load a data set as whole CPU tensors.
-
-    A `UserError` tells of an unknown name, `im_size` with another set, missing files, wrong dtypes, shapes or labels,
-    and dark images.
+    """Load a data set as whole CPU tensors; a `UserError` tells what is missing or wrong.
 
     Args:
         name: one of `DATASET_NAMES`.
@@ -165,55 +162,57 @@ def load_dataset(
     wrong = f"--im_size: only ImageFolder takes it; {name} has its own size"
     require(im_size is None or name == "ImageFolder", wrong)
     data_path = Path(data_path)
-    source = data_path if name == "npz" else data_path / f"{name.lower()}.npz"
+    own_file = data_path if name == "npz" else data_path / f"{name.lower()}.npz"
+    is_npz = name == "npz" or (name != "ImageFolder" and own_file.is_file())
+    source, reader = own_file if is_npz else data_path, ImageReader("--data_path", pixel_max)
     with blame("--data_path"):
-        if name == "npz" or (name != "ImageFolder" and source.is_file()):
-            parts = _read_npz_set(source)
+        if is_npz:
+            arrays, class_names, notes = _read_npz_set(source), (), ()
+        elif name == "ImageFolder":
+            arrays, class_names, notes = read_class_folders(source, im_size or 64, reader)
+        elif name == "TinyImageNet":
+            arrays, class_names, notes = _read_tinyimagenet(source, reader)
         else:
-            source = data_path
-            parts = _read_named(name, data_path, im_size or 64, download, ImageReader("--data_path", pixel_max))
-        arrays, class_names, notes = parts
+            *arrays, class_names = _read_digits() if name == "Digits" else read_torchvision(name, source, download)
+            notes = ()
         spec = SPECS.get(name)
-        num_classes = spec.num_classes if spec else int(arrays[1].max()) + 1 if len(arrays[1]) else 0
-        for holds, told in _rules(name, spec, num_classes, arrays):
-            require(holds, f"{source}: {told}")
-        images, images_test = in_full_range(arrays[::2], pixel_max, str(source))
+        images, labels, images_test, labels_test = _checked(arrays, name, spec, source)
+        images, images_test = in_full_range((images, images_test), pixel_max, str(source))
     mean, std = (spec.mean, spec.std) if spec and spec.mean else _moments(images)
-    tensors = (images, arrays[1], images_test, arrays[3])
-    real = RealData(name, num_classes, mean, std, *tensors, None, class_names, notes, pixel_max)
+    tensors = (images, labels, images_test, labels_test)
+    real = RealData(name, len(labels.unique()), mean, std, *tensors, None, tuple(class_names), notes, pixel_max)
     return real.whitened() if zca else real
 
 
 Arrays = Sequence[torch.Tensor]  # training images and labels, test images and labels
-Parts = tuple[Arrays, tuple[str, ...], tuple[str, ...]]  # the names of the classes, too, and lines for the log
 
 
-def _rules(name: str, spec: Spec | None, num_classes: int, arrays: Arrays) -> Iterator[tuple[bool, str]]:
-    """What must hold of a data set, and what to say if it does not. Each rule needs that those before it hold."""
+def _checked(arrays: Arrays, name: str, spec: Spec | None, source: Path) -> Arrays:
+    """The arrays of a data set, labels as int64 `[N]`; a `UserError` tells that they do not fit together or `spec`."""
     images, labels, images_test, labels_test = arrays
     shape, shape_test = ("x".join(map(str, part.shape[1:])) for part in (images, images_test))
-    yield shape == shape_test, f"training images are {shape} and test images {shape_test}; they must agree"
+    told = f"{source}: training images are {shape} and test images {shape_test}; they must agree"
+    require(shape == shape_test, told)
     wanted = f"{spec.channel}x{spec.side}x{spec.side}" if spec else shape
-    yield shape == wanted, f"images are {shape}; {name} has {wanted}. Use --dataset npz for other data"
+    told = f"{source}: images are {shape}; {name} has {wanted}. Use --dataset npz for other data"
+    require(shape == wanted, told)
     for part, values, of in (("train", labels, images), ("test", labels_test, images_test)):
-        counts = f"{len(of)} {part} images and {len(values)} labels"
-        yield 0 < len(values) == len(of), f"{counts}; their numbers must be equal, and not 0"
+        found = f"{values.dtype} {list(values.shape[:8])}".removeprefix("torch.")
+        is_whole = values.dtype in PLAIN_INTEGERS and values.shape[1:] in ((), (1,))  # MedMNIST has [N, 1]
+        require(is_whole, f"{source}: {part} labels are {found}; they must be integers [N] or [N, 1]")
+        counts = f"{source}: {len(of)} {part} images and {len(values)} labels"
+        require(0 < len(values) == len(of), f"{counts}; their numbers must be equal, and not 0")
+    labels, labels_test = (values.flatten().long() for values in (labels, labels_test))
+    known = labels.unique().tolist()
+    num_classes = spec.num_classes if spec else max(2, len(known))
+    fits = known == list(range(num_classes)) and labels_test.min() >= 0 and labels_test.max() < num_classes
     found, found_test = (f"{int(values.min())}..{int(values.max())}" for values in (labels, labels_test))
-    yield (  # before `bincount`: a label may claim billions of classes
-        num_classes <= len(labels),
-        f"{len(labels)} train labels cannot be of {num_classes} classes; each class needs one at least. They are "
-        f"{found}; labels start at 0",
+    require(
+        fits,
+        f"{source}: train labels are {found}, {len(known)} different ones, and test labels {found_test}; they must be "
+        f"0..{num_classes - 1}, and each class needs a training image. Renumber them, in both parts",
     )
-    for part, values, span in (("train", labels, found), ("test", labels_test, found_test)):
-        within = bool(values.min() >= 0) and bool(values.max() < num_classes)
-        yield within, f"{part} labels are {span}; they must be 0..{num_classes - 1}"
-    yield num_classes >= 2, "all images are of one class; two classes or more are needed"
-    empty = (labels.bincount(minlength=num_classes) == 0).nonzero().flatten().tolist()
-    yield (
-        not empty,
-        f"train labels are {found}, and no training image is of class {', '.join(map(str, empty[:10]))}. Labels start "
-        "at 0 and leave out no class; renumber them, in the test set, too",
-    )
+    return images, labels, images_test, labels_test
 
 
 def _moments(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -226,31 +225,18 @@ def _moments(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]
     return tuple(mean.flatten().tolist()), tuple(std.tolist())
 
 
-def _read_named(name: str, data_path: Path, side: int, download: bool, reader: ImageReader) -> Parts:
-    """A data set that is not an `.npz` file; `side`: of the images of `ImageFolder`."""
-    if name == "ImageFolder":
-        return read_class_folders(data_path, side, reader)
-    if name == "TinyImageNet":
-        return _read_tinyimagenet(data_path, reader)
-    *arrays, class_names = _read_digits() if name == "Digits" else read_torchvision(name, data_path, download)
-    return arrays, class_names, ()
-
-
-def _read_npz_set(path: Path) -> Parts:
-    train_images, train_labels, test_images, test_labels = read_npz(path, NPZ_KEYS)
-    images, images_test = (images_to_nchw(part, path).contiguous() for part in (train_images, test_images))
-    return (images, _labels(train_labels, path), images_test, _labels(test_labels, path)), (), ()
-
-
-def _labels(array: np.ndarray, path: Path) -> torch.Tensor:
-    """int64 `[N]` from integers `[N]` or, as in MedMNIST, `[N, 1]`."""
-    fits = array.dtype.kind in "iu" and array.ndim in (1, 2) and array.shape[1:] in ((), (1,))
-    require(fits, f"{path} has labels {array.dtype} {list(array.shape)}; they must be integers [N] or [N, 1]")
-    return torch.from_numpy(array.reshape(-1).astype(np.int64))
+def _read_npz_set(path: Path) -> Arrays:
+    images, labels, images_test, labels_test = read_npz(path, NPZ_KEYS)
+    for array in (labels, labels_test):
+        told = f"{path} has labels {array.dtype} {list(array.shape)}; they must be integers [N] or [N, 1]"
+        require(array.dtype.kind in "iu", told)
+    images, images_test = (images_to_nchw(array, path).contiguous() for array in (images, images_test))
+    labels, labels_test = (torch.from_numpy(array.astype(np.int64)) for array in (labels, labels_test))
+    return images, labels, images_test, labels_test
 
 
 def _read_digits() -> tuple:
-    """scikit-learn's 8×8 digits; a fifth of them, stratified, is the test set."""
+    """scikit-learn's 8×8 digits and the names of their classes; a fifth of them, stratified, is the test set."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -258,13 +244,12 @@ def _read_digits() -> tuple:
     images = torch.from_numpy(digits.images / 16).float().unsqueeze(1)
     labels = torch.from_numpy(digits.target.astype(np.int64))
     train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=digits.target, random_state=0)
-    return images[train], labels[train], images[test], labels[test], tuple(map(str, digits.target_names))
+    return images[train], labels[train], images[test], labels[test], map(str, digits.target_names)
 
 
-def _read_tinyimagenet(data_path: Path, reader: ImageReader) -> Parts:
+def _read_tinyimagenet(data_path: Path, reader: ImageReader) -> tuple[Arrays, Sequence[str], tuple[str, ...]]:
     """TinyImageNet of `tinyimagenet.pt` or, without that file, as it is unpacked."""
-    path, spec = data_path / "tinyimagenet.pt", SPECS["TinyImageNet"]
-    inner = data_path / "tiny-imagenet-200"
+    path, spec, inner = data_path / "tinyimagenet.pt", SPECS["TinyImageNet"], data_path / "tiny-imagenet-200"
     folder = next((folder for folder in (inner, data_path) if (folder / "train").is_dir()), None)
     if folder and not path.is_file():
         parts = read_class_folders(folder, spec.side, reader)
@@ -276,35 +261,11 @@ def _read_tinyimagenet(data_path: Path, reader: ImageReader) -> Parts:
         return parts
     missing = f"{path} is not there, nor {inner / 'train'}; TinyImageNet is read from that file or that folder"
     require(path.is_file(), f"{missing} (see README, Data)")
-    data = read_pt(path)
-    accepted = (
-        "it must hold the keys classes, images_train, labels_train, images_val and labels_val: images uint8 "
-        "[N, 3, 64, 64], labels integers [N]"
-    )
-    arrays = []
-    for key in ("images_train", "labels_train", "images_val", "labels_val"):
-        array = data.get(key) if isinstance(data, dict) else None
-        require(isinstance(array, torch.Tensor), f"{path} lacks tensors; {accepted}")
-        of_images = array.dtype == torch.uint8 and array.ndim == 4 and tuple(array.shape[1:]) == (3, 64, 64)
-        of_labels = array.dtype in PLAIN_INTEGERS and array.ndim == 1
-        found = f"{array.dtype} {list(array.shape[:8])}".removeprefix("torch.")
-        require(of_images if key.startswith("images") else of_labels, f"{path} has {key} {found}; {accepted}")
-        arrays.append(array.detach() if of_images else array.detach().long())
+    data, keys = read_pt(path), ("images_train", "labels_train", "images_val", "labels_val")
+    arrays = [data.get(key) if isinstance(data, dict) else None for key in keys]
+    accepted = f"it must hold the keys classes, {', '.join(keys)}: images uint8 [N, 3, 64, 64], labels integers [N]"
+    require(all(isinstance(array, torch.Tensor) for array in arrays), f"{path} lacks tensors; {accepted}")
+    require(arrays[0].dtype == arrays[2].dtype == torch.uint8, f"{path} has images of another type; {accepted}")
     names = data.get("classes")
-    is_list = isinstance(names, (list, tuple)) and len(names) == spec.num_classes
-    return arrays, tuple(names) if is_list and all(isinstance(n, str) for n in names) else (), ()
-
-
-def load_test_images(
-    name: str, root: Path, download: bool, flag: str = "--data_path", pixel_max: int | None = None
-) -> torch.Tensor | Sequence[tuple]:
-    """Only the test images of a torchvision set, which is used as an OOD set: as `read_torchvision_test` returns them.
-
-    A `UserError`, which names `flag`, tells that they are not in `root`, and `download` is false or fails.
-    """
-    local = root / f"{name.lower()}.npz"
-    if not local.is_file():
-        return read_torchvision_test(name, root, download, flag)
-    with blame(flag):
-        (images,) = read_npz(local, ["test_images"])
-        return in_full_range([images_to_nchw(images, local).contiguous()], pixel_max, str(local))[0]
+    are_names = isinstance(names, (list, tuple)) and len(names) == spec.num_classes and {*map(type, names)} == {str}
+    return [array.detach() for array in arrays], names if are_names else (), ()

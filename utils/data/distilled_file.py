@@ -21,8 +21,7 @@ from utils.core.errors import require
 from utils.core.files import save_pt
 from utils.core.torch_files import PLAIN_INTEGERS, PLAIN_TENSORS, read_pt
 from utils.data.datasets import RealData
-from utils.data.identity import class_order
-from utils.data.synthetic import SyntheticSet, check_factor, in_classes_of, is_probabilities
+from utils.data.synthetic import SyntheticSet, check_factor, in_classes_of
 from utils.data.whitening import ZCA
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation, per channel
@@ -34,9 +33,9 @@ def result_name(method: str, dataset: str, model: str, ipc: int) -> str:
 
 
 class Normalisation(NamedTuple):
-    """What a file states of the space of its images."""
+    """What the numbers of stored images are."""
 
-    space: str | None = None  # normalised or zca; None where the file states nothing
+    space: str | None = None  # normalised, zca, or unit (pixels); None where nothing is stated
     statistics: Statistics | None = None  # of normalised images
     zca: ZCA | None = None  # of whitened images
 
@@ -44,33 +43,40 @@ class Normalisation(NamedTuple):
     def read(cls, stored: object, path: Path) -> "Normalisation":
         """Check what the file `path` stores, mean and std, or zca; a `UserError` tells that it is damaged."""
         if stored is None:
-            return cls()
-        damaged = f"{path} is damaged: its normalisation must be mean and std, or zca; write it again"
-        require(isinstance(stored, dict), damaged)
-        if "zca" in stored:
-            zca = _whitening(stored["zca"])
-            require(zca is not None, damaged)
-            return cls("zca", None, zca)
-        mean, std = stored.get("mean"), stored.get("std")
-        require(_are_floats(mean) and _are_floats(std) and len(mean) == len(std) and min(std) > 0, damaged)
-        return cls("normalised", (tuple(mean), tuple(std)))
+            return NOT_STATED
+        try:
+            if "zca" in stored:
+                zca = ZCA(*(stored["zca"][name].float() for name in ("mean", "matrix", "inverse")))
+                found, size = cls("zca", None, zca), len(zca.mean)
+                fits = all(m.shape == (size, size) and m.isfinite().all() for m in (zca.matrix, zca.inverse))
+            else:
+                mean, std = (tuple(map(float, stored[name])) for name in ("mean", "std"))
+                found = cls("normalised", (mean, std))
+                fits = len(mean) == len(std) and min(std) > 0 and all(map(math.isfinite, mean + std))
+        except (AttributeError, KeyError, TypeError, ValueError):
+            fits = False
+        require(fits, f"{path} is damaged: its normalisation must be mean and std, or zca; write it again")
+        return found
+
+    def is_of(self, real: RealData) -> bool:
+        """Whether images of this kind are normalised or whitened as those of `real`, up to rounding."""
+        if self.zca is not None:
+            return real.zca is not None and real.zca.to("cpu").is_close(self.zca)
+        pairs = zip(self.statistics or (), (real.mean, real.std), strict=False)
+        fits = all(len(a) == len(b) and np.allclose(a, b, rtol=1e-5, atol=0) for a, b in pairs)
+        return self.space == "normalised" and real.zca is None and fits
+
+    def to_unit(self, images: torch.Tensor) -> torch.Tensor:
+        """Undo the normalisation or the whitening of images; the numbers are not clipped to [0, 1]."""
+        if self.zca is not None:
+            return self.zca.undo(images)
+        if self.space == "unit":
+            return images
+        mean, std = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in self.statistics)
+        return images * std + mean
 
 
-def _whitening(stored: object) -> ZCA | None:
-    """The whitening that a file stores; None if it is damaged."""
-    parts = [stored.get(name) for name in ("mean", "matrix", "inverse")] if isinstance(stored, dict) else [None]
-    if not all(isinstance(t, torch.Tensor) and t.dtype in PLAIN_TENSORS for t in parts):
-        return None
-    mean, matrix, inverse = (t.float() for t in parts)
-    shape = (len(mean), len(mean)) if mean.ndim == 1 else None
-    fits = all(m.shape == shape and torch.isfinite(m).all() for m in (matrix, inverse))
-    return ZCA(mean, matrix, inverse) if fits else None
-
-
-def _are_floats(values: object) -> bool:
-    """Whether a value of a file is a list of finite numbers."""
-    is_list = isinstance(values, (list, tuple)) and len(values) > 0
-    return is_list and all(isinstance(x, float) and math.isfinite(x) for x in values)
+NOT_STATED = Normalisation()
 
 
 class DistilledFile:
@@ -80,38 +86,35 @@ class DistilledFile:
         has_data = isinstance(content, dict) and isinstance(content.get("data"), list)
         require(has_data, f"{path} is no distilled set: it has no list 'data'. Give the res_….pt file of stage 1")
         self.path = path
-        self.num_experiments = len(content["data"])
         # what the file says of its data, unchecked; None where it says nothing
         self.dataset, self.num_classes, self.class_names = map(content.get, ("dataset", "num_classes", "class_names"))
         self._content = content
 
     @classmethod
     def open(cls, path: str | Path, flag: str = "distilled set") -> "DistilledFile":
-        """Read the file, also one of the published code; a `UserError`, which `flag` begins, tells of damage."""
+        """Read the file; a `UserError`, which `flag` begins, tells of damage."""
         return cls(Path(path), read_pt(path, flag))
 
     @staticmethod
     def write(
         path: Path, sets: Sequence[SyntheticSet], accs: dict[str, list[float]], real: RealData, about: dict
     ) -> None:
-        """Write the sets of all experiments so far, their accuracies in [0, 1] by evaluation model, and the run.
-
-        `about` has plain values that describe the run.
-        """
-        content: dict = {"data": [[s.images, s.hard_labels] for s in sets], "accs_all_exps": accs}
-        if sets and sets[0].images_oe is not None:
-            content["data_oe"] = [[s.images_oe, torch.zeros(len(s.images_oe), dtype=torch.int64)] for s in sets]
-        if sets and sets[0].labels.is_floating_point():
-            content["soft_labels"] = [s.labels for s in sets]
-        if any(s.lr_net is not None for s in sets):
-            content["lr_net"] = [s.lr_net for s in sets]
+        """Write the sets of all experiments so far, their accuracies in [0, 1] by evaluation model, and on the run."""
         normalisation: dict = {"mean": list(real.mean), "std": list(real.std)}
         if real.zca is not None:
             normalisation["zca"] = {n: getattr(real.zca, n).cpu() for n in ("mean", "matrix", "inverse")}
+        content: dict = {"data": [[s.images, s.hard_labels] for s in sets], "accs_all_exps": accs}
+        first = sets[0]
+        if first.images_oe is not None:
+            content["data_oe"] = [[s.images_oe, torch.zeros(len(s.images_oe), dtype=torch.int64)] for s in sets]
+        if first.labels.is_floating_point():
+            content["soft_labels"] = [s.labels for s in sets]
+        if any(s.lr_net is not None for s in sets):
+            content["lr_net"] = [s.lr_net for s in sets]
         content |= {"normalisation": normalisation, "dataset": real.name, "num_classes": real.num_classes}
         content["class_names"] = list(real.class_names)
-        if sets and sets[0].factor > 1:
-            content["factor"] = sets[0].factor
+        if first.factor > 1:
+            content["factor"] = first.factor
         save_pt(path, content | {"about": about, "version": VERSION})
 
     def normalisation(self) -> Normalisation:
@@ -119,49 +122,42 @@ class DistilledFile:
         return Normalisation.read(self._content.get("normalisation"), self.path)
 
     def iterations_left(self, exp_idx: int = 0) -> tuple[int, int] | None:
-        """Where an experiment stands whose run was stopped: its iteration, and `--Iteration`.
-
-        None if it is finished, or the file does not say, as those of the published code.
-        """
-        about = self._content.get("about")
-        flags = about.get("flags") if isinstance(about, dict) else None
-        done, total = (about.get("iteration"), flags.get("Iteration")) if isinstance(flags, dict) else (None, None)
-        known = isinstance(done, int) and isinstance(total, int) and about.get("experiment") == exp_idx
-        return (done, total) if known and done < total else None
+        """Where an experiment stands whose run was stopped: its iteration, and `--Iteration`; None: it is finished."""
+        try:
+            about = self._content["about"]
+            done, total = about["iteration"], about["flags"]["Iteration"]
+            return (done, total) if about["experiment"] == exp_idx and done < total else None
+        except (KeyError, TypeError):  # the file does not say, as those of the published code
+            return None
 
     def set(self, exp_idx: int = 0, real: RealData | None = None) -> SyntheticSet:
         """The set of one experiment; a `UserError` tells that there is none, or it is damaged or of other data.
 
-        It must match `real`, if that is given: name, image shape, classes and normalisation.
-        If the names of classes are the same in another order, the set is brought into that order.
+        If `real` is given, the set must match it, and its classes are brought into the order of those of `real`.
         """
-        path, count = self.path, self.num_experiments
-        require(0 <= exp_idx < count, f"--exp_idx {exp_idx}: {path} holds {count} experiments, counted from 0")
+        content, count, damaged = self._content, len(self._content["data"]), f"{self.path} is damaged:"
+        require(0 <= exp_idx < count, f"--exp_idx {exp_idx}: {self.path} holds {count} experiments, counted from 0")
         images, labels = self._pair("data", exp_idx)
         images_oe, lr_net = None, None
-        if "data_oe" in self._content:
+        if "data_oe" in content:
             images_oe, _ = self._pair("data_oe", exp_idx)
-            require(images_oe.shape[1:] == images.shape[1:], f"{path} is damaged: images and outliers differ in shape")
-        if "soft_labels" in self._content:
-            labels = self._soft_labels(exp_idx, len(images))
-        if self._content.get("lr_net") is not None:
+        if "soft_labels" in content:
+            soft = self._entry("soft_labels", exp_idx)
+            is_plain = isinstance(soft, torch.Tensor) and soft.dtype in PLAIN_TENSORS
+            fits = is_plain and tuple(soft.shape) == (len(images), self.num_classes)
+            require(fits, f"{damaged} its soft labels must be floating [images, classes] for each experiment")
+            labels = soft.float()
+        if content.get("lr_net") is not None:
             lr_net = self._entry("lr_net", exp_idx)
             is_rate = isinstance(lr_net, float) and 0 < lr_net < math.inf
-            require(is_rate, f"{path} is damaged: its learning rate must be a positive number for each experiment")
-        factor = check_factor(self._content.get("factor", 1), tuple(images.shape[2:]), f"{path} is damaged: factor")
+            require(is_rate, f"{damaged} its learning rate must be a positive number for each experiment")
+        factor = check_factor(content.get("factor", 1), tuple(images.shape[2:]), f"{damaged} factor")
         synthetic = SyntheticSet(images, labels, images_oe, lr_net, factor=factor)
-        if real is None:
-            return synthetic
-        self._check_classes(synthetic, real)
-        self._check_normalisation(real)
-        return in_classes_of(real, synthetic, self.class_names, str(path))
+        return synthetic if real is None else self._checked(synthetic, real)
 
     def start(self, real: RealData, ipc: int, with_outliers: bool, factor: int = 1) -> list[SyntheticSet]:
-        """The sets of all experiments, for a distillation to start from.
-
-        A `UserError` tells of a set that does not match `real`, `ipc` and `factor`, or lacks outliers that are needed.
-        """
-        sets = [self.set(exp_idx, real) for exp_idx in range(max(1, self.num_experiments))]
+        """The sets of all experiments, for a distillation to start from; a `UserError` tells that one does not fit."""
+        sets = [self.set(exp_idx, real) for exp_idx in range(max(1, len(self._content["data"])))]
         order = torch.arange(real.num_classes).repeat_interleave(ipc)
         for one in sets:
             told = f"{self.path} does not have {ipc} images of each class, in order; give its --ipc"
@@ -181,8 +177,7 @@ class DistilledFile:
     def _pair(self, key: str, exp_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Images and labels of one experiment, checked."""
         entry, begin = self._entry(key, exp_idx), f"{self.path} is no distilled set:"
-        is_pair = isinstance(entry, (list, tuple)) and len(entry) == 2
-        is_pair = is_pair and all(isinstance(t, torch.Tensor) for t in entry)
+        is_pair = isinstance(entry, (list, tuple)) and [isinstance(t, torch.Tensor) for t in entry] == [True, True]
         require(is_pair, f"{begin} experiment {exp_idx} of '{key}' is not a pair of images and labels")
         images, labels = (t.detach() for t in entry)
         kinds = images.dtype in PLAIN_TENSORS and labels.dtype in PLAIN_INTEGERS
@@ -196,51 +191,28 @@ class DistilledFile:
         require(torch.isfinite(images).all() and labels.min() >= 0, told)
         return images, labels
 
-    def _soft_labels(self, exp_idx: int, count: int) -> torch.Tensor:
-        """The soft labels of an experiment of `count` images, checked."""
-        soft, begin = self._entry("soft_labels", exp_idx), f"{self.path} is damaged: its soft labels"
-        is_plain = isinstance(soft, torch.Tensor) and soft.dtype in PLAIN_TENSORS
-        fits = is_plain and tuple(soft.shape) == (count, self.num_classes)
-        require(fits, f"{begin} must be floating [images, classes] for each experiment")
-        require(is_probabilities(soft.float()), f"{begin} are not probabilities")
-        return soft.float()
-
-    def _check_classes(self, synthetic: SyntheticSet, real: RealData) -> None:
-        """Check the name of the data set, the shape of images and the classes."""
+    def _checked(self, synthetic: SyntheticSet, real: RealData) -> SyntheticSet:
+        """The set in the classes of `real`, if name, shape, classes and normalisation are those of `real`."""
         images, labels, path = synthetic.images, synthetic.labels, self.path
         dataset = self._content.get("dataset", real.name)
-        is_soft = labels.is_floating_point()
-        classes = labels.shape[1] if is_soft else len(labels.unique())
+        known = torch.arange(labels.shape[1]) if labels.is_floating_point() else labels.unique()
         shape, wanted = ("x".join(map(str, s)) for s in (images.shape[1:], (real.channel, *real.im_size)))
         is_other_size = dataset == "ImageFolder" and images.shape[-1] != real.im_size[-1]
+        cure = f". Give --im_size {images.shape[-1]}" if is_other_size else ""
         require(
-            dataset == real.name and shape == wanted and classes == real.num_classes,
+            dataset == real.name and shape == wanted and torch.equal(known, torch.arange(real.num_classes)),
             f"--dataset {real.name}: {path} was distilled from {dataset[:40] if isinstance(dataset, str) else '?'} "
-            f"({classes} classes, images {shape}), not from {real.num_classes} classes of {wanted}"
-            f"{f'. Give --im_size {images.shape[-1]}' if is_other_size else ''}",
+            f"({len(known)} classes, {known[0]}..{known[-1]}, images {shape}), not from {real.num_classes} classes of "
+            f"{wanted}{cure}",
         )
-        found = f"{int(labels.min())}..{int(labels.max())}"
-        told = f"--dataset {real.name}: {path} has the labels {found}; they must be all of 0..{classes - 1}"
-        require(is_soft or int(labels.max()) == classes - 1, told)
-        class_order(self.class_names, real.class_names, str(path))
-
-    def _check_normalisation(self, real: RealData) -> None:
-        """Check that the images were normalised or whitened as those of `real`, if the file says how they were."""
-        stored, cure = self._content.get("normalisation"), "the data that it was distilled from (--data_path)"
-        is_whitened = isinstance(stored, dict) and "zca" in stored
-        how = "with it; give" if is_whitened else "without it; leave out"
-        require(is_whitened == (real.zca is not None), f"--zca: {self.path} was made {how} --zca")
-        found = _whitening(stored["zca"]) if is_whitened else None
-        is_same = not is_whitened or (found and real.zca.to("cpu").is_close(found.mean, found.matrix))
-        require(is_same, f"--zca: {self.path} was whitened by another data set: give {cure}")
-        is_same = isinstance(stored, dict) and all(is_close(stored.get(n), getattr(real, n)) for n in ("mean", "std"))
-        require(
-            is_same or "normalisation" not in self._content,
-            f"--dataset {real.name}: {self.path} was distilled from other data: the mean and deviation stored in it "
-            f"are not those of the data set. Give {cure}",
+        synthetic, stored = in_classes_of(real, synthetic, self.class_names, str(path)), self.normalisation()
+        how = "with it; give" if stored.zca else "without it; leave out"
+        require((stored.zca is None) == (real.zca is None), f"--zca: {path} was made {how} --zca")
+        told = (
+            f"--dataset {real.name}: {path} was distilled from other data: the mean and deviation stored in it differ"
         )
-
-
-def is_close(stored: object, known: Sequence[float]) -> bool:
-    """Whether stored numbers are the known ones, up to float32 rounding."""
-    return _are_floats(stored) and len(stored) == len(known) and np.allclose(stored, known, rtol=1e-5, atol=0)
+        if stored.zca:
+            told = f"--zca: {path} was whitened by another data set"
+        fits = stored.space is None or stored.is_of(real)
+        require(fits, f"{told}. Give the data that it was distilled from (--data_path)")
+        return synthetic

@@ -8,7 +8,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,9 @@ import torch
 
 from utils.compute import distributed
 from utils.compute.version import require_pytorch_ood
-from utils.core.errors import UserError, one_line, print_line
+from utils.core.errors import UserError, blame, one_line, print_line
+from utils.core.files import read_npz
+from utils.core.pixels import images_to_nchw, in_full_range
 
 NPZ_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 TINYIMAGES = "300K_random_images.npy"
@@ -55,102 +56,88 @@ class NotThere(UserError):
     """A data set that can be downloaded cannot be opened from the disk, and downloading is off or failed."""
 
 
-def read_torchvision(name: str, root: Path, download: bool, flag: str = "--data_path") -> tuple:
-    """Training and test images (uint8 `[N, C, H, W]`), labels (int64 `[N]`) and class names of a torchvision data set.
+def read_torchvision(name: str, root: Path, download: bool) -> tuple:
+    """Training images (uint8 `[N, C, H, W]`) and labels (int64 `[N]`), those of the test set, and class names.
 
     torchvision checks the MD5 sums of its downloads, and those of CIFAR's files each time before it unpickles them.
-    `NotThere` tells that the set cannot be opened from the folder `root`, which is that of `flag`, and `download` is
-    false or fails. The names are empty where torchvision has none.
+    `NotThere` tells that the set is not in `root`, and `download` is false or fails.
     """
-    training = {"split": "train"} if name == "SVHN" else {"train": True}
-    parts = _opened(name, root, [training, _test_part(name)], download, flag, f"keys {', '.join(NPZ_KEYS)}")
-    names = tuple(getattr(parts[0], "classes", ()))
-    return *(t for part in parts for t in _whole_tensors(part)), names
+    parts = [{"split": "train"} if name == "SVHN" else {"train": True}, _TEST_PART.get(name, {"train": False})]
+    train, test = _opened(name, root, parts, download, "--data_path", f"keys {', '.join(NPZ_KEYS)}")
+    return *_whole_tensors(train), *_whole_tensors(test), tuple(getattr(train, "classes", ()))
 
 
-def read_torchvision_test(name: str, root: Path, download: bool, flag: str) -> torch.Tensor | Sequence:
+def load_test_images(
+    name: str, root: Path, download: bool, flag: str = "--data_path", pixel_max: int | None = None
+) -> torch.Tensor | Sequence[tuple]:
     """The test images of a set of `TORCHVISION_FILES`, uint8 `[N, C, H, W]`, to be an OOD set; see `read_torchvision`.
 
     Where they are files of many sizes, it is the data set, whose items begin with a PIL image.
     """
-    (part,) = _opened(name, root, [_test_part(name)], download, flag, "key test_images")
+    local = root / f"{name.lower()}.npz"
+    if local.is_file():
+        with blame(flag):
+            (images,) = read_npz(local, ["test_images"])
+            return in_full_range([images_to_nchw(images, local).contiguous()], pixel_max, str(local))[0]
+    (part,) = _opened(name, root, [_TEST_PART.get(name, {"train": False})], download, flag, "key test_images")
     if not hasattr(part, "data"):
         return part
     images = _whole_tensors(part)[0]
     return images.transpose(2, 3).contiguous() if name == "EMNIST" else images  # it is stored with rows as columns
 
 
-def _test_part(name: str) -> dict:
-    return _TEST_PART.get(name, {"train": False})
-
-
-def _opened(name: str, root: Path, which: Sequence[dict], download: bool, flag: str, keys: str) -> list:
-    """The parts `which` (torchvision's arguments); `keys`: those of the file that may replace them, for the message."""
+def _opened(name: str, root: Path, parts: Sequence[dict], download: bool, flag: str, keys: str) -> list:
+    """The parts (torchvision's arguments); `keys`: those of the file that may replace them, for the message."""
     from torchvision import datasets
 
-    def open_in(folder: Path, download: bool) -> list:
-        return [getattr(datasets, name)(folder, **part, download=download) for part in which]
+    def open_in(folder: Path, download: bool = False) -> list:
+        return [getattr(datasets, name)(folder, **part, download=download) for part in parts]
 
-    def fetch(folder: Path) -> list:
+    def fetch(folder: Path) -> None:
         """Download the parts into `folder`; archives that `root` already has are not downloaded again."""
-        for path in _archives(name, root):
-            copy = folder / path.relative_to(root)  # no link: torchvision writes over an archive that is not whole
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
-        return open_in(folder, True)
+        files = TORCHVISION_FILES[name]
+        top = files.split("/")[0]
+        for path in (*root.glob("*"), *root.glob(f"{top}/*"), *root.glob(f"{top}/raw/*")):
+            if path.suffix in ARCHIVES and (path.parent != root or path.name in files):
+                copy = folder / path.relative_to(root)  # no link: torchvision writes over an archive that is not whole
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
+        open_in(folder, download=True)
 
     cure = f"Put {TORCHVISION_FILES[name]} into {root}, or {name.lower()}.npz with the {keys}"
-    parts, why = _try(lambda: open_in(root, False))
+    found, why = _try(lambda: open_in(root))
     if why and not download:
         raise NotThere(f"{flag} {root}: {name} is not there ({why}). {cure}")
-    if download and distributed.anywhere(bool(why)):
-        with distributed.main_first():
-            parts, why = _try(lambda: open_in(root, False))  # rank 0 may have downloaded it
-            if not why:
-                return parts
-            print_line(f"{name} is not in {root}; downloading it through torchvision")
-            parts, why = _try(lambda: _fetch_into(root, fetch))
-            if why:
-                raise NotThere(f"{flag} {root}: {name} is not there, and its download failed ({why}). {cure}")
-            if not all(hasattr(part, "data") for part in parts):
-                return open_in(root, False)  # the files have moved
-    return parts
+    if not download or not distributed.anywhere(bool(why)):
+        return found
+    with distributed.main_first():
+        found, why = _try(lambda: open_in(root))  # rank 0 may have downloaded it
+        if not why:
+            return found
+        print_line(f"{name} is not in {root}; downloading it through torchvision")
+        _, why = _try(lambda: _fetch_into(root, fetch))
+        if why:
+            raise NotThere(f"{flag} {root}: {name} is not there, and its download failed ({why}). {cure}")
+        return open_in(root)
 
 
-def _try(make: Callable[[], Any], most: int = 80) -> tuple[Any, str]:
-    """What `make` returns, or None and in at most `most` characters what is wrong."""
+def _try(make: Callable[[], Any]) -> tuple[Any, str]:
+    """What `make` returns, or None and what is wrong."""
     try:
         return make(), ""
     except Exception as error:
-        return None, one_line(error, most)
+        return None, one_line(error, 120)
 
 
-def _archives(name: str, root: Path) -> list[Path]:
-    """What `root` already has of a data set's downloads: archives named in `TORCHVISION_FILES`, or in its folder."""
-    files = TORCHVISION_FILES[name]
-    top = files.split("/")[0]
-    found = (*root.glob("*"), *root.glob(f"{top}/*"), *root.glob(f"{top}/raw/*"))
-    return [p for p in found if p.suffix in ARCHIVES and (p.parent != root or p.name in files)]
-
-
-def _fetch_into(root: Path, fetch: Callable[[Path], Any]) -> Any:
-    """Call `fetch` with a temporary folder, move what it wrote there to `root`, and return its result."""
-    made = [p for p in (root, *root.parents) if not p.exists()]
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as name:
-            folder = Path(name)
-            result = fetch(folder)
-            for path in [p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()]:
-                goal = root / path.relative_to(folder)
-                goal.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, goal)
-            return result
-    except BaseException:
-        for path in made:
-            with suppress(OSError):  # another process may have put something there
-                path.rmdir()
-        raise
+def _fetch_into(root: Path, fetch: Callable[[Path], Any]) -> None:
+    """Call `fetch` with a temporary folder, and move what it wrote there to `root`."""
+    beside = next(place for place in (root, *root.absolute().parents) if place.exists())
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=beside) as folder:
+        fetch(Path(folder))
+        for path in [p for p in Path(folder).rglob("*") if p.is_file()]:
+            goal = root / path.relative_to(folder)
+            goal.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, goal)
 
 
 def _whole_tensors(part: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,28 +152,17 @@ def _whole_tensors(part: object) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def fetch_tinyimages(path: Path) -> None:
-    """Download 300K Random Images (Hendrycks et al.) to `path` through pytorch-ood, which checks the MD5 sum.
-
-    A `UserError` tells of a failed download, or that pytorch-ood 0.4 or newer is missing.
-    """
+    """Download 300K Random Images (Hendrycks et al.) to `path` through pytorch-ood, which checks the MD5 sum."""
     with distributed.main_first():
-        if path.exists():  # rank 0 has downloaded it
-            return
-        require_pytorch_ood(f"--oe_data_path: fetching {path}")
-        from pytorch_ood.dataset.img import TinyImages300k
+        if not path.exists():  # rank 0 may have downloaded it
+            require_pytorch_ood(f"--oe_data_path: fetching {path}")
+            from pytorch_ood.dataset.img import TinyImages300k
 
-        _, why = _try(
-            lambda: _fetch_into(path.parent, lambda folder: TinyImages300k(root=str(folder), download=True)), 120
-        )
-        if why:
-            raise UserError(f"--oe_data_path: {path} could not be fetched by pytorch-ood: {why}")
+            _fetch_by_pytorch_ood(TinyImages300k, path.parent, f"--oe_data_path: {path}")
 
 
 def fetch_pytorch_ood(name: str, root: Path) -> Sequence:
-    """The OOD set `name` of `FROM_PYTORCH_OOD` as a pytorch-ood data set, downloaded to `root` if it is missing there.
-
-    A `UserError` tells of a failed download or a wrong checksum, or that pytorch-ood 0.4 or newer is missing.
-    """
+    """The OOD set `name` of `FROM_PYTORCH_OOD` as a pytorch-ood data set, downloaded to `root` if it is missing."""
     require_pytorch_ood(f"fetching {name}")
     from pytorch_ood.dataset import img
 
@@ -194,8 +170,13 @@ def fetch_pytorch_ood(name: str, root: Path) -> Sequence:
     with distributed.main_first():
         found, why = _try(lambda: make(root=str(root), download=False))
         if why:
-            _, why = _try(lambda: _fetch_into(root, lambda folder: make(root=str(folder), download=True)), 120)
-            if why:
-                raise UserError(f"{name} could not be fetched by pytorch-ood: {why}")
+            _fetch_by_pytorch_ood(make, root, name)
             found = make(root=str(root), download=False)
         return found
+
+
+def _fetch_by_pytorch_ood(make: Callable, root: Path, what: str) -> None:
+    """Download the data set that `make` opens; a `UserError`, which `what` begins, tells why it failed."""
+    _, why = _try(lambda: _fetch_into(root, lambda folder: make(root=str(folder), download=True)))
+    if why:
+        raise UserError(f"{what} could not be fetched by pytorch-ood: {why}")

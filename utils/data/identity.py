@@ -14,10 +14,7 @@ NAMED = 10  # classes in a message
 
 
 def identity(real: RealData) -> dict:
-    """Plain values by which later stages know the data: classes in order, shape, and normalisation.
-
-    `whitening`: the trace of the matrix of ZCA, or None.
-    """
+    """Plain values by which later stages know the data; `whitening`: the trace of the matrix of ZCA, or None."""
     return {
         "class_names": list(real.class_names),
         "num_classes": real.num_classes,
@@ -29,19 +26,17 @@ def identity(real: RealData) -> dict:
 
 
 def class_order(stored: object, known: Sequence[str], what: str) -> list[int] | None:
-    """For each class of `stored`, names in the order of labels, its number in `known`.
+    """For each class of `stored`, names in the order of labels, its number in `known`; None if nothing has to change.
 
-    None where the names of one side are not known, or both have the same order.
-    A `UserError` tells that the names differ; `what` the stored ones are of is in its message.
+    A `UserError` tells that the names differ from those of `what`.
     """
     if not isinstance(stored, (list, tuple)) or not stored or not known or list(stored) == list(known):
         return None
-    lacks, has = ([str(n) for n in a if n not in b] for a, b in ((stored, known), (known, stored)))
-    require(
-        sorted(map(str, stored)) == sorted(known),
-        f"--data_path: its classes are not those of {what}: it lacks {named(lacks, NAMED) or 'none'}, and has "
-        f"{named(has, NAMED) or 'none'}. Give data of the same classes, or rename the folders",
+    lacks, has = (named([str(n) for n in a if n not in b], NAMED) for a, b in ((stored, known), (known, stored)))
+    told = (
+        f"--data_path: its classes are not those of {what}: it lacks {lacks or 'none'}, and has {has or 'none'}. Give"
     )
+    require(sorted(map(str, stored)) == sorted(known), f"{told} data of the same classes, or rename the folders")
     return [known.index(name) for name in stored]
 
 
@@ -56,10 +51,8 @@ def as_trained_on(
 ) -> tuple[RealData, tuple[str, ...]]:
     """Data as networks know them: their order of classes, and the normalisation of the data that they were trained on.
 
-    `stored` is the `identity` of that data, and `what` the networks, for messages.
-    `whitening` finds that of the training, if it is stored somewhere.
-    A `UserError` tells that the classes or the size of the images differ, or the whitening, which is not at hand.
-    Lines for the log say what was changed.
+    `stored` is the `identity` of that data, and `what` the networks, for messages; `whitening` finds that of the
+    training, if it is stored somewhere. Lines for the log say what was changed.
     """
     lines = []
     order = class_order(stored.get("class_names"), real.class_names, what)

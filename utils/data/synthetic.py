@@ -1,5 +1,6 @@
 """The synthetic set: labelled images and outliers that networks are trained on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,27 +37,29 @@ class SyntheticSet:
 
     def to(self, device: torch.device | str) -> "SyntheticSet":
         """The same set on `device`."""
-        oe = None if self.images_oe is None else self.images_oe.to(device)
-        return replace(self, images=self.images.to(device), labels=self.labels.to(device), images_oe=oe)
+        return replace(self._with_images(lambda images: images.to(device)), labels=self.labels.to(device))
 
     def detached_cpu(self) -> "SyntheticSet":
         """A copy on the CPU that later updates do not change."""
-        oe = None if self.images_oe is None else self.images_oe.detach().clone()
-        return replace(self, images=self.images.detach().clone(), images_oe=oe).to("cpu")
+        return self._with_images(lambda images: images.detach().clone()).to("cpu")
 
     def decoded(self) -> "SyntheticSet":
         """The set that networks are trained on: every part of every image, enlarged."""
         if self.factor == 1:
             return self
         labels = self.labels.repeat(self.factor**2, *[1] * (self.labels.ndim - 1))
-        oe = None if self.images_oe is None else decode(self.images_oe, self.factor)
-        return replace(self, images=decode(self.images, self.factor), labels=labels, images_oe=oe, factor=1)
+        return replace(self._with_images(lambda images: decode(images, self.factor)), labels=labels, factor=1)
 
     def with_probabilities(self) -> "SyntheticSet":
         """The set with soft labels, of which hard ones become certain; it has images of all classes."""
         if self.labels.is_floating_point():
             return self
         return replace(self, labels=F.one_hot(self.labels).to(self.images.dtype))
+
+    def _with_images(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "SyntheticSet":
+        """The set with changed images and outliers."""
+        oe = None if self.images_oe is None else change(self.images_oe)
+        return replace(self, images=change(self.images), images_oe=oe)
 
     def without_outliers(self) -> "SyntheticSet":
         """The labelled images alone."""
@@ -83,20 +86,16 @@ def is_probabilities(labels: torch.Tensor) -> bool:
 
 
 def decode(images: torch.Tensor, factor: int, fill: float = 0.0) -> torch.Tensor:
-    """Cut images into `factor × factor` parts and enlarge each to the size of the whole; differentiable.
+    """Cut images `[N, C, H, W]` into `factor × factor` parts, enlarged to the size of the whole; differentiable.
 
-    A side that `factor` does not divide is first padded with `fill`, below and on the right.
-
-    Args:
-        images: `[N, C, H, W]`.
-        fill: 0 is the mean of the data set once images are normalised; published sets of IDC pad pixels with 0.5.
-    Returns:
-        `[factor²·N, C, H, W]`: the upper left parts of all images, then those to their right, and so on.
+    A side that `factor` does not divide is first padded with `fill`, below and on the right: 0 is the mean of the data
+    set once images are normalised; published sets of IDC pad pixels with 0.5.
+    Returns `[factor²·N, C, H, W]`: the upper left parts of all images, then those to their right, and so on.
     """
     if factor == 1:
         return images
     height, width = images.shape[2:]
-    rows, columns = part_size((height, width), factor)
+    rows, columns = -(-height // factor), -(-width // factor)
     padded = F.pad(images, (0, columns * factor - width, 0, rows * factor - height), value=fill)
     parts = padded.unfold(2, rows, rows).unfold(3, columns, columns)  # [N, C, factor, factor, rows, columns]
     parts = parts.permute(2, 3, 0, 1, 4, 5).reshape(-1, images.shape[1], rows, columns)
@@ -104,17 +103,14 @@ def decode(images: torch.Tensor, factor: int, fill: float = 0.0) -> torch.Tensor
 
 
 def encode(images: torch.Tensor, factor: int) -> torch.Tensor:
-    """Put images into parts: each is shrunk to the size of a part, by the mean over areas.
+    """Put images `[factor²·N, C, H, W]`, in the order of `decode`, into parts of images `[N, C, H, W]`.
 
-    Args:
-        images: `[factor²·N, C, H, W]`, in the order of `decode`.
-    Returns:
-        `[N, C, H, W]`.
+    Each is shrunk to the size of a part, by the mean over areas.
     """
     if factor == 1:
         return images
-    (height, width), channel = images.shape[2:], images.shape[1]
-    rows, columns = part_size((height, width), factor)
+    channel, height, width = images.shape[1:]
+    rows, columns = -(-height // factor), -(-width // factor)
     small = F.adaptive_avg_pool2d(images, (rows, columns)).view(factor, factor, -1, channel, rows, columns)
     whole = small.permute(2, 3, 0, 4, 1, 5).reshape(-1, channel, factor * rows, factor * columns)
     return whole[:, :, :height, :width].contiguous()
@@ -126,20 +122,11 @@ def as_parts(images: torch.Tensor, factor: int) -> torch.Tensor:
 
 
 def check_factor(factor: object, size: tuple[int, int], flag: str) -> int:
-    """`factor`, if parts of images of this size have two pixels a side or more.
-
-    Raises:
-        UserError: that begins with `flag` if they have not.
-    """
+    """`factor`, if parts of images of this size have two pixels a side or more; else a `UserError` about `flag`."""
     most = max(1, min(size) // 2)
     fits = type(factor) is int and 1 <= factor <= most
     require(fits, f"{flag} {factor}: images of {size[0]}x{size[1]} hold at most {most} parts a side")
     return factor
-
-
-def part_size(size: tuple[int, int], factor: int) -> tuple[int, int]:
-    """Height and width of a part."""
-    return -(-size[0] // factor), -(-size[1] // factor)
 
 
 def decode_slots(images: torch.Tensor, factor: int) -> torch.Tensor:

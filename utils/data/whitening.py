@@ -26,11 +26,10 @@ class ZCA:
         """The inverse of `whiten`."""
         return (_product(images.flatten(1), self.inverse) + self.mean).view_as(images)
 
-    def is_close(self, mean: torch.Tensor, matrix: torch.Tensor) -> bool:
-        """Whether a whitening of this mean and matrix is the same but for rounding."""
-        same = matrix.shape == self.matrix.shape and mean.shape == self.mean.shape
-        same = same and torch.allclose(self.matrix, matrix, rtol=1e-5, atol=1e-3)
-        return same and torch.allclose(self.mean, mean, rtol=1e-5, atol=1e-4)
+    def is_close(self, other: "ZCA") -> bool:
+        """Whether another whitening is the same but for rounding."""
+        same = self.matrix.shape == other.matrix.shape and torch.allclose(self.matrix, other.matrix, 1e-5, 1e-3)
+        return same and torch.allclose(self.mean, other.mean, rtol=1e-5, atol=1e-4)
 
     def to(self, device: torch.device | str) -> "ZCA":
         """The same map on `device`."""
@@ -43,12 +42,11 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a.to(dtype) @ b.to(dtype)).to(a.dtype)
 
 
-def fit_zca(batches: Iterable[torch.Tensor], epsilon: float = EPSILON) -> ZCA:
-    """Fit the whitening to a set of images, in float64.
+def fit_zca(batches: Iterable[torch.Tensor]) -> ZCA:
+    """Fit the whitening to all images of a set, in batches `[n, C, H, W]` in [0, 1]; in float64.
 
     With the eigenvalues `s` and eigenvectors `U` of the covariance (divided by N - 1), `matrix` is
-    `U diag(1 / sqrt(s + epsilon)) U'` and `inverse` is `U diag(sqrt(s + epsilon)) U'`.
-    The batches are images `[n, C, H, W]` in [0, 1], all of the set.
+    `U diag(1 / sqrt(s + EPSILON)) U'` and `inverse` is `U diag(sqrt(s + EPSILON)) U'`.
     """
     count, total, products = 0, 0.0, 0.0
     for images in batches:
@@ -59,6 +57,6 @@ def fit_zca(batches: Iterable[torch.Tensor], epsilon: float = EPSILON) -> ZCA:
     mean = total / count
     covariance = (products - count * torch.outer(mean, mean)) / max(1, count - 1)
     values, vectors = torch.linalg.eigh(covariance)
-    roots = (values.clamp_min(0) + epsilon).sqrt()
+    roots = (values.clamp_min(0) + EPSILON).sqrt()
     matrix, inverse = ((vectors * r) @ vectors.T for r in (1 / roots, roots))
     return ZCA(mean.float(), matrix.float(), inverse.float())

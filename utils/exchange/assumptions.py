@@ -2,14 +2,11 @@
 
 from dataclasses import dataclass
 
-from utils.core.errors import UserError
+from utils.core.errors import require
 from utils.data.distilled_file import Statistics
 from utils.exchange.formats import FORMATS, SPACES
 from utils.settings.fields import Settings, flag
 from utils.settings.parser import count, number
-
-LARGEST_MEAN = 1e9  # of pixels, in any unit
-LABELS = ("probabilities", "logits")
 
 
 @dataclass(frozen=True)
@@ -17,10 +14,7 @@ class Assumptions(Settings):
     """Sets of other repositories. What is assumed of them."""
 
     distilled_format: str | None = flag(
-        None,
-        f"{', '.join(FORMATS)}; left out: found out by looking",
-        what="format",
-        names=tuple(FORMATS),
+        None, f"{', '.join(FORMATS)}; left out: found out by looking", what="format", names=tuple(FORMATS)
     )
     distilled_space: str | None = flag(
         None,
@@ -31,7 +25,7 @@ class Assumptions(Settings):
     distilled_mean: tuple[float, ...] | None = flag(
         None,
         "mean per channel by which the images were normalised; left out: by the format and --dataset",
-        number(-LARGEST_MEAN),
+        number(-1e9),
         many=True,
         metavar="X",
     )
@@ -51,22 +45,19 @@ class Assumptions(Settings):
         None,
         "what labels [images, classes] are; left out: found out by looking",
         what="kind of labels",
-        names=LABELS,
+        names=("probabilities", "logits"),
     )
     label_temperature: float | None = flag(
-        None,
-        "temperature of the softmax that turns logits into soft labels; left out: 1",
-        number(0, exclusive=True),
+        None, "temperature of the softmax that turns logits into soft labels; left out: 1", number(0, exclusive=True)
     )
 
     def check_assumptions(self) -> None:
         """Raise `UserError` where they contradict each other."""
-        if (self.distilled_mean is None) != (self.distilled_std is None):
-            raise UserError("--distilled_mean, --distilled_std: give both or none")
-        if self.distilled_mean and self.distilled_space not in (None, "normalised"):
-            raise UserError(
-                f"--distilled_mean: --distilled_space {self.distilled_space} has none; leave one of them out"
-            )
+        both = (self.distilled_mean is None) == (self.distilled_std is None)
+        require(both, "--distilled_mean, --distilled_std: give both or none")
+        fits = not self.distilled_mean or self.distilled_space in (None, "normalised")
+        told = f"--distilled_mean: --distilled_space {self.distilled_space} has none; leave one of them out"
+        require(fits, told)
 
     @property
     def statistics(self) -> Statistics | None:

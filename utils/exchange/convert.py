@@ -6,20 +6,16 @@ from pathlib import Path
 
 import torch
 
-from utils.core.errors import UserError, blame
-from utils.core.torch_files import read_pt
+from utils.core.errors import blame, require
+from utils.core.torch_files import PLAIN_INTEGERS, read_pt
 from utils.data.datasets import SPECS, RealData
-from utils.data.distilled_file import Statistics
-from utils.data.synthetic import SyntheticSet, check_factor, decode, in_classes_of
+from utils.data.distilled_file import Normalisation
+from utils.data.synthetic import SyntheticSet, check_factor, decode, in_classes_of, is_probabilities
 from utils.exchange.assumptions import Assumptions
-from utils.exchange.formats import SetFiles, find_files
-from utils.exchange.labels import training_labels
-from utils.exchange.normalisation import check_guess, check_possible, to_training_space
-from utils.exchange.readers import RawSet, check_images, floats, read_raw
+from utils.exchange.formats import STATED, RawSet, checked_images, find_files, read_raw
 
-DEFAULT_SPACE = {"mtt": "normalised", "datm": "zca", "idc": "unit", "folders": "unit", "kip": "normalised"}
+DEFAULT_SPACE = {"datm": "zca", "idc": "unit", "folders": "unit"}  # others: normalised
 DEFAULT_FACTOR = {"idc": 2}
-STATED = ("res", "published")  # formats whose files say themselves what the images are
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,9 @@ def read_distilled(
     outliers: Sequence[str] = (),
     flag: str = "--distilled",
 ) -> Found:
-    """Read a distilled set of any repository.
+    """Read a distilled set of any repository: on the CPU, images as networks see those of `real`, labels of training.
+
+    A `UserError` tells that there is no such set, it is damaged or of other data, or contradicts what is assumed.
 
     Args:
         paths: a file, a folder, or files of images and labels.
@@ -47,93 +45,147 @@ def read_distilled(
         exp_idx: which experiment of a `res_….pt`.
         outliers: paths of its outliers, if they are in files of their own: a tensor `[M, C, H, W]` in the space of the
             images, or a set of any format, whose outliers are taken, or else its images.
-    Returns:
-        The set on the CPU: images as networks see those of `real`, labels of training.
-    Raises:
-        UserError: when there is no such set, it is damaged or of other data, or contradicts what is assumed.
     """
     with blame(flag):
         files = find_files(paths, assumed.distilled_format)
-        return _converted(files, read_raw(files, real, exp_idx), real, assumed, exp_idx, outliers)
-
-
-def _converted(
-    files: SetFiles, raw: RawSet, real: RealData, assumed: Assumptions, exp_idx: int, outliers: Sequence[str]
-) -> Found:
-    """What was read, in the form of training."""
-    where = str(files.images)
-    space, statistics = _space(raw, files, real, assumed, where)
-    factor = assumed.distilled_factor or raw.factor or DEFAULT_FACTOR.get(files.format, 1)
-    check_factor(factor, real.im_size, "--distilled_factor")
-    fill = 0.5 if space == "unit" else 0.0
-    images = to_training_space(decode(raw.images, factor, fill), space, statistics, real, raw.stated.zca)
-    labels, kind = _labels(raw, files.format, real.num_classes, assumed, where)
-    labels = labels.repeat(factor**2, *[1] * (labels.ndim - 1))
-    line = (
-        f"distilled set: {where}, format {files.format}: {len(images)} images, {real.num_classes} classes, "
-        f"labels {kind}, {_in_words(space, statistics, real)}, decoding factor {factor}, learning rate "
-        f"{'not stored' if raw.lr_net is None else f'{raw.lr_net:g}'}"
-    )
-    images_oe, line_oe = None, ""
-    if outliers:
-        images_oe, line_oe = _outliers(outliers, real, assumed, exp_idx, space, statistics)
-    elif raw.images_oe is not None:
-        decoded = decode(raw.images_oe, raw.factor or 1, fill)
-        images_oe = to_training_space(decoded, space, statistics, real, raw.stated.zca)
-    synthetic = SyntheticSet(images, labels, images_oe, raw.lr_net)
-    synthetic = in_classes_of(real, synthetic, raw.class_names, where)
+        raw, where = read_raw(files, real, exp_idx), str(files.images)
+        normalisation = _normalisation(raw, files.format, real, assumed, where)
+        factor = assumed.distilled_factor or raw.factor or DEFAULT_FACTOR.get(files.format, 1)
+        check_factor(factor, real.im_size, "--distilled_factor")
+        fill = 0.5 if normalisation.space == "unit" else 0.0
+        images = _in_training_space(decode(raw.images, factor, fill), normalisation, real)
+        guess = "logits" if files.format in ("mtt", "datm") else None
+        labels, kind = training_labels(raw.labels, assumed, guess, real.num_classes, where)
+        labels = labels.repeat(factor**2, *[1] * (labels.ndim - 1))
+        line = (
+            f"distilled set: {where}, format {files.format}: {len(images)} images, {real.num_classes} classes, "
+            f"labels {kind}, {_in_words(normalisation, real)}, decoding factor {factor}, learning rate "
+            f"{'not stored' if raw.lr_net is None else f'{raw.lr_net:g}'}"
+        )
+        images_oe, line_oe = None, ""
+        if outliers:
+            images_oe, line_oe = _outliers(outliers, real, assumed, exp_idx, normalisation)
+        elif raw.images_oe is not None:
+            images_oe = _in_training_space(decode(raw.images_oe, raw.factor or 1, fill), normalisation, real)
+        synthetic = SyntheticSet(images, labels, images_oe, raw.lr_net)
+        synthetic = in_classes_of(real, synthetic, raw.class_names, where)
     return Found(synthetic, tuple(text for text in (line, raw.note, line_oe) if text), len(raw.images))
 
 
-def _labels(raw: RawSet, form: str, num_classes: int, assumed: Assumptions, where: str) -> tuple[torch.Tensor, str]:
-    """Labels for training, as many as stored images, and what they are."""
-    guess = "logits" if form in ("mtt", "datm") else None
-    labels, kind = training_labels(
-        raw.labels, assumed.soft_labels, guess, assumed.label_temperature, num_classes, where
-    )
-    if len(labels) != len(raw.images):
-        raise UserError(f"{where} has {len(raw.images)} images and {len(labels)} labels; there must be as many")
-    return labels, kind
-
-
-def _space(raw: RawSet, files: SetFiles, real: RealData, assumed: Assumptions, where: str) -> tuple[str, Statistics]:
+def _normalisation(raw: RawSet, form: str, real: RealData, assumed: Assumptions, where: str) -> Normalisation:
     """What the images are: as the user says, or the file, or the format; a guess is compared with the numbers."""
-    space = assumed.distilled_space or ("normalised" if assumed.statistics else None) or raw.stated.space
-    if space is None:
-        space = DEFAULT_SPACE.get(files.format, "normalised")
+    said = assumed.distilled_space or ("normalised" if assumed.statistics else None)
+    space = said or raw.stated.space or DEFAULT_SPACE.get(form, "normalised")
     statistics = assumed.statistics or raw.stated.statistics or (real.mean, real.std)
-    check_possible(space, statistics, real, where)
-    stated = raw.stated.space and (files.format in STATED or raw.stated.space == "unit")
-    if not (assumed.distilled_space or assumed.statistics or stated):
+    require(
+        space != "zca" or real.zca is not None,
+        f"{where} is whitened (ZCA), so networks must see whitened test images: add --zca. "
+        "If it is not, give --distilled_space normalised",
+    )
+    mean, std = map(len, statistics)
+    told = f"--distilled_mean, --distilled_std: give one number each, or one for each of {real.channel} channels"
+    require(mean == std and mean in (1, real.channel), told)
+    is_stated = raw.stated.space and (form in STATED or raw.stated.space == "unit")
+    if not (said or is_stated):
         check_guess(raw.images, space, real, where)
-    return space, statistics
+    return Normalisation(space, statistics, (raw.stated.zca or real.zca.to("cpu")) if space == "zca" else None)
+
+
+def _in_training_space(images: torch.Tensor, normalisation: Normalisation, real: RealData) -> torch.Tensor:
+    """Images as networks see those of `real`: unchanged, if they were made like that, or normalised anew."""
+    return images if normalisation.is_of(real) else real.normalize(normalisation.to_unit(images).to(real.device)).cpu()
+
+
+def check_guess(images: torch.Tensor, space: str, real: RealData, where: str) -> None:
+    """Raise a `UserError` where the numbers of images contradict a space that no file states.
+
+    Normalised images have negative numbers and, when they are distilled, a deviation from 0.4 to 40. Whitened ones have
+    the deviation of pixels once the whitening is undone; normalised ones would get 18 times that (CIFAR-10).
+    """
+    low, high, mean, std = (f(images).item() for f in (torch.min, torch.max, torch.mean, torch.std))
+    what = {"unit": "pixels from 0 to 1", "normalised": "normalised images", "zca": "whitened images (ZCA)"}[space]
+    like = ""
+    if space == "unit":
+        wrong = low < -0.1 or high > 1.1
+        like = "normalised or whitened images" if low < -0.1 else "pixels from 0 to 255" if high > 2 else ""
+    elif low >= -0.05:
+        wrong, like = True, "pixels from 0 to 1" if high <= 1.1 else "pixels from 0 to 255"
+    elif space == "normalised":
+        wrong, like = not 0.4 < std < 40 or abs(mean) > 3, "whitened images" if std < 0.4 else ""
+    else:
+        pixels = real.zca.undo(images.to(real.device))
+        wrong, like = bool(pixels.std() > 4 * sum(real.std) / len(real.std)), "normalised images"
+    require(
+        not wrong,
+        f"{where} is taken to hold {what}, but its numbers are from {low:.3g} to {high:.3g}, mean {mean:.3g}, "
+        f"deviation {std:.3g}{like and f', as of {like}'}. Say what they are with --distilled_space "
+        "(and --distilled_mean, --distilled_std)",
+    )
+
+
+def training_labels(
+    labels: torch.Tensor, assumed: Assumptions, guess: str | None, num_classes: int, where: str
+) -> tuple[torch.Tensor, str]:
+    """Labels for network training, int64 `[N]` or probabilities `[N, num_classes]`; and `hard`, or their kind.
+
+    A `UserError`, which the file `where` begins, tells that they are none of these, or not of `num_classes` classes.
+
+    Args:
+        labels: classes `[N]` or `[N, 1]`, or one-hot or soft ones `[N, num_classes]`.
+        guess: what soft labels are taken for that are no probabilities; None: an error.
+    """
+    kind, temperature = assumed.soft_labels, assumed.label_temperature
+    fits = labels.ndim == 1 or labels.shape[1:] in ((1,), (num_classes,))
+    require(fits, f"{where} has labels {list(labels.shape[:8])}; --dataset has {num_classes} classes")
+    soft = labels.float()
+    require(torch.isfinite(soft).all(), f"{where} has labels that are NaN or infinite; write it again")
+    is_soft = labels.shape[1:] == (num_classes,)
+    probable = is_soft and is_probabilities(soft)
+    if not is_soft or (kind is None and probable and ((soft == 0) | (soft == 1)).all()):
+        told = f"{where} has one class for each image, no soft labels; leave out --soft_labels and --label_temperature"
+        require(kind is None and temperature is None, told)
+        classes = soft.argmax(1) if is_soft else labels.flatten()
+        told = f"{where} has labels {classes.dtype} [N]; they must be integers, or [N, {num_classes}]"
+        require(classes.dtype in PLAIN_INTEGERS, told)
+        found, wanted = classes.unique().tolist(), f"--dataset has {num_classes}, 0..{num_classes - 1}"
+        told = f"{where} has {len(found)} classes, {found[0]}..{found[-1]}; {wanted}"
+        require(found == list(range(num_classes)), told)
+        return classes.long(), "hard"
+    sums = soft.sum(1)
+    looks = f"from {soft.min():.3g} to {soft.max():.3g}, rows that add up to {sums.min():.3g}..{sums.max():.3g}"
+    kind = kind or ("probabilities" if probable else guess if (soft < 0).any() or (soft > 1).any() else None)
+    told = f"{where} has labels that may be probabilities or logits: {looks}. Say with --soft_labels which"
+    require(kind is not None, told)
+    if kind == "logits":
+        return (soft / (temperature or 1.0)).softmax(1), kind
+    require(temperature is None, f"--label_temperature: {where} has probabilities; only logits have a temperature")
+    require(probable, f"{where} has labels that are no probabilities: {looks}. Give --soft_labels logits")
+    return soft, kind
 
 
 def _outliers(
-    paths: Sequence[str], real: RealData, assumed: Assumptions, exp_idx: int, space: str, statistics: Statistics
+    paths: Sequence[str], real: RealData, assumed: Assumptions, exp_idx: int, of_images: Normalisation
 ) -> tuple[torch.Tensor, str]:
-    """The outliers of `--distilled_oe`, and a line that says what they are; `space` and `statistics`: of the images."""
+    """The outliers of `--distilled_oe`, and a line that says what they are."""
     with blame("--distilled_oe"):
         content = read_pt(Path(paths[0])) if len(paths) == 1 and paths[0].endswith(".pt") else None
         if not isinstance(content, torch.Tensor):
-            of_images = replace(assumed, distilled_format=None, soft_labels=None, label_temperature=None)
-            found = read_distilled(paths, real, of_images, exp_idx, flag="--distilled_oe")
-            synthetic = found.synthetic
-            images = synthetic.images if synthetic.images_oe is None else synthetic.images_oe
+            plain = replace(assumed, distilled_format=None, soft_labels=None, label_temperature=None)
+            found = read_distilled(paths, real, plain, exp_idx, flag="--distilled_oe")
+            images = found.synthetic.images if found.synthetic.images_oe is None else found.synthetic.images_oe
             return images, f"outliers: {len(images)}, of the {found.lines[0]}"
-        images = floats(content, real, Path(paths[0]))
-        check_images(images, real, Path(paths[0]))
+        images = checked_images(content, real, Path(paths[0]))
         if not (assumed.distilled_space or assumed.statistics):
-            check_guess(images, space, real, paths[0])
-    images = to_training_space(images, space, statistics, real)
-    return images, f"outliers: {paths[0]}, {len(images)} images, {_in_words(space, statistics, real)}"
+            check_guess(images, of_images.space, real, paths[0])
+    line = f"outliers: {paths[0]}, {len(images)} images, {_in_words(of_images, real)}"
+    return _in_training_space(images, of_images, real), line
 
 
-def _in_words(space: str, statistics: Statistics, real: RealData) -> str:
-    if space == "zca":
+def _in_words(normalisation: Normalisation, real: RealData) -> str:
+    if normalisation.space == "zca":
         return "whitened (ZCA)"
-    if space == "unit":
+    if normalisation.space == "unit":
         return "pixels from 0 to 1"
-    mean, std = (" ".join(f"{v:.4g}" for v in values) for values in statistics)
-    of = next((n for n, s in SPECS.items() if s.mean and s.mean == statistics[0]), None)
+    mean, std = (" ".join(f"{v:.4g}" for v in values) for values in normalisation.statistics)
+    of = next((n for n, s in SPECS.items() if s.mean and s.mean == normalisation.statistics[0]), None)
     return f"normalised with mean {mean} and deviation {std}{f' ({of})' if of and of != real.name else ''}"

@@ -14,8 +14,8 @@ from utils.core.errors import UserError, blame, unknown_name
 from utils.core.images import ImageReader
 from utils.core.pixels import conform, unit_images
 from utils.core.rng import generator
-from utils.data.datasets import SPECS, RealData, load_test_images
-from utils.data.download import FROM_PYTORCH_OOD, TORCHVISION_FILES, NotThere, fetch_pytorch_ood
+from utils.data.datasets import SPECS, RealData
+from utils.data.download import FROM_PYTORCH_OOD, TORCHVISION_FILES, NotThere, fetch_pytorch_ood, load_test_images
 from utils.ood.files import ARRAY_SUFFIXES, LIST_SUFFIX, is_path, listed_images, shown_names, stem
 from utils.ood.generated import DRAWN
 from utils.outliers.corruptions import corrupt

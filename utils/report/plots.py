@@ -10,7 +10,7 @@ import torch
 from utils.core.errors import UserError
 from utils.core.files import atomic_write
 from utils.data.datasets import SPECS
-from utils.exchange.normalisation import to_unit
+from utils.data.distilled_file import Normalisation
 from utils.ood.calibration import Reliability
 from utils.runs.lineage import args_or_nothing, distilled_set_of
 
@@ -61,10 +61,10 @@ def distilled_pictures(networks: Path) -> list[tuple[str, torch.Tensor]]:
     flags = args_or_nothing(networks).get("flags") or {}
     try:
         file, exp_idx = distilled_set_of(networks)
-        synthetic, (_, statistics, zca) = file.set(exp_idx), file.normalisation()
-        if statistics is None and zca is None:  # a published file: by its data set
+        synthetic, normalisation = file.set(exp_idx), file.normalisation()
+        if normalisation.space is None:  # a published file: by its data set
             spec = SPECS[flags["dataset"]]
-            statistics = (spec.mean, spec.std)
+            normalisation = Normalisation("normalised", (spec.mean, spec.std))
         order = synthetic.hard_labels.argsort(stable=True)
         parts = [(f"{flags.get('train_on', 'distilled')} images", synthetic.images[order])]
         outliers = flags.get("outliers", "none")  # train_model_synthetic_no_oe.py has no such flag
@@ -72,7 +72,7 @@ def distilled_pictures(networks: Path) -> list[tuple[str, torch.Tensor]]:
             parts.append((f"{outliers} outliers", synthetic.images_oe))
         classes = int(synthetic.hard_labels.max()) + 1
         return [
-            (title, shown(to_unit(images, statistics, zca)).unflatten(0, (classes, -1)))
+            (title, shown(normalisation.to_unit(images)).unflatten(0, (classes, -1)))
             for title, images in parts
             if len(images) % classes == 0
         ]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.core.errors import UserError
-from utils.core.files import MAX_TEXT, csv_text, read_bytes, read_json, save_text
+from utils.core.files import csv_text, read_json, save_text
 from utils.ood.calibration import CALIBRATION_MEASURES, SCALED_MEASURES, Reliability, reliability
 from utils.ood.evaluate import NetworkScores
 from utils.ood.measures import ERROR_MEASURES, MEASURES
@@ -152,7 +152,7 @@ def load_results(folder: Path) -> Results:
         UserError: when it is missing, damaged, or not what stage 3 writes.
     """
     path = folder / "results.json"
-    content = read_json(path, "results", most=64 << 20)
+    content = read_json(path, "results")
     try:
         errors, rows = (
             [{k: math.nan if v is None else v for k, v in row.items()} for row in content[key]]
@@ -207,7 +207,7 @@ def load_study_csv(path: Path) -> StudyResults:
 def _parsed(path: Path, _changed: int) -> StudyResults:
     """The content of the file as it was at the time `_changed`: a table asks for it once for each kind."""
     study: StudyResults = {}
-    for row in csv.DictReader(io.StringIO(read_bytes(path, MAX_TEXT).decode()), strict=True):
+    for row in csv.DictReader(io.StringIO(path.read_bytes().decode()), strict=True):
         if None in row or None in row.values():
             raise ValueError("a line is longer or shorter than the header")
         results = study.setdefault(row["kind"], {}).setdefault(int(row["seed"]), Results())

@@ -78,7 +78,7 @@ class RunFolder:
     def _log(self, message: str, show: bool = True) -> None:
         if show:
             print_line(message)
-        append_line(self.path / LOG, f"[{datetime.now():%Y-%m-%d %H:%M:%S}] {message}", sync=False)
+        append_line(self.path / LOG, f"[{datetime.now():%Y-%m-%d %H:%M:%S}] {message}")
 
     def sync(self) -> None:
         """Flush all appended lines to the disk, before something relies on them, e.g. a checkpoint."""
@@ -89,7 +89,7 @@ class RunFolder:
         """Append `values` and the time to `metrics.jsonl`, whatever the rank; non-finite numbers become null."""
         plain = {k: [_finite(x) for x in v] if isinstance(v, list) else _finite(v) for k, v in values.items()}
         line = {"time": datetime.now().isoformat(timespec="milliseconds"), **plain}
-        append_line(self.path / METRICS, json.dumps(line), sync=False)
+        append_line(self.path / METRICS, json.dumps(line))
         if self.tensorboard is not None:
             self.tensorboard.add(plain)
 

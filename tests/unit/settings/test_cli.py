@@ -297,7 +297,7 @@ def test_distilled_set_of_another_data_set(tmp_path, refused):
     images, labels = torch.zeros(5, 1, 8, 8), torch.arange(5)
     torch.save({"data": [[images, labels]]}, folder / "res_DSA_Digits_ConvNetD1_1ipc.pt")
     for flags, message in (
-        ([], "(5 classes, images 1x8x8), not from 10 classes of 1x8x8"),
+        ([], "(5 classes, 0..4, images 1x8x8), not from 10 classes of 1x8x8"),
         (["--exp_idx", "3"], "--exp_idx 3"),
         (["--is_load_oe"], "no run folder with outliers under result-oe"),
     ):
