@@ -71,11 +71,11 @@ class Publication(Settings):
     """Publication."""
 
     distilled: tuple[str, ...] = flag(
-        (), "run folder of stage 1, or any set of --distilled", many=True, positional=True, metavar="PATH"
+        (), "run folder of stage 1, or any set of --distilled", positional=True, metavar="PATH"
     )
-    distilled_oe: tuple[str, ...] | None = flag(None, "its outliers, if they are apart", many=True, metavar="PATH")
+    distilled_oe: tuple[str, ...] | None = flag(None, "its outliers, if they are apart", metavar="PATH")
     out: str = flag("", "folder to make; it must not exist", required=True)
-    results: tuple[str, ...] = flag((), "stage-3 folders, whose measures the card states", many=True)
+    results: tuple[str, ...] = flag((), "stage-3 folders, whose measures the card states")
     license: str = flag("unknown", "licence of the set, as the hub names it, e.g. mit")
     method: str | None = flag(None, "method that made the set; left out: that of the run")
     dsa_strategy: str | None = flag(None, "augmentation of training; left out: that of the run")

@@ -7,8 +7,8 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing, suppress
 from datetime import datetime
 from itertools import chain, count
 from pathlib import Path
@@ -30,7 +30,6 @@ ARGS = "args.json"
 LOCK = ".lock"
 LOG = "logs.txt"
 METRICS = "metrics.jsonl"
-COUNTS = ("experiment", "iteration", "network", "epoch")  # in lines of `METRICS`
 
 
 class RunFolder:
@@ -50,21 +49,9 @@ class RunFolder:
 
         A name that is taken gets a suffix: `-2`, `-3`, ….
         """
-        parent = Path(root).joinpath(*map(str, parts))
-        path = cls._make(parent, name, ending) if distributed.is_main() else None
-        return cls(distributed.from_main(path))
-
-    @staticmethod
-    def _make(parent: Path, name: str | None, ending: str) -> Path:
         name = (name or datetime.now().strftime("%Y%m%d-%H%M%S")) + ending
-        try:
-            parent.mkdir(parents=True, exist_ok=True)
-            for suffix in chain([""], (f"-{attempt}" for attempt in count(2))):
-                with suppress(FileExistsError):
-                    (parent / f"{name}{suffix}").mkdir()
-                    return parent / f"{name}{suffix}"
-        except OSError as error:
-            raise UserError(f"--save_path: cannot make a folder in {parent}: {error}") from None
+        path = _new_folder(Path(root).joinpath(*map(str, parts)), name) if distributed.is_main() else None
+        return cls(distributed.from_main(path))
 
     def log(self, message: str, show: bool = True) -> None:
         """Append a line with the time to `logs.txt`, and print it if `show`. Only rank 0 does so."""
@@ -87,21 +74,21 @@ class RunFolder:
 
     def metric(self, **values: object) -> None:
         """Append `values` and the time to `metrics.jsonl`, whatever the rank; non-finite numbers become null."""
-        plain = {k: [_finite(x) for x in v] if isinstance(v, list) else _finite(v) for k, v in values.items()}
+        plain = {name: _finite(value) for name, value in values.items()}
         line = {"time": datetime.now().isoformat(timespec="milliseconds"), **plain}
         append_line(self.path / METRICS, json.dumps(line), sync=False)
         if self.tensorboard is not None:
             self.tensorboard.add(plain)
 
     def metrics(self) -> list[dict]:
-        """The lines of `metrics.jsonl`, parsed; damaged ones are skipped."""
+        """The lines of `metrics.jsonl`, parsed."""
         return read_metrics(self.path)
 
     def keep_metrics(self, keep: Callable[[dict], bool]) -> None:
-        """Drop damaged lines of `metrics.jsonl`, and those that a resumed run writes again (`keep` is false)."""
+        """Drop the lines of `metrics.jsonl` that a resumed run writes again (`keep` is false), and damaged ones."""
         if self.is_main:
-            kept = read_metrics(self.path, keep)
-            save_text(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+            kept = [json.dumps(line) + "\n" for line in self.metrics() if keep(line)]
+            save_text(self.path / METRICS, "".join(kept))
 
     def save_args(self, flags: dict, **more: object) -> None:
         """Write the flags to `args` (JSON, as in published runs); `args.json` adds the command, versions and `more`."""
@@ -117,24 +104,32 @@ class RunFolder:
         if not self.is_main:
             return
         about = read_args(self.path)
-        before = about.get("resumed") if isinstance(about.get("resumed"), list) else []
-        resumed = {"command": shlex.join(sys.orig_argv), "at": _now(), "git_commit": git_commit()}
-        about |= {"flags": flags | {"resume": None}, "resumed": [*before, resumed | {"versions": versions()}], **more}
-        _save_json(self.path / ARGS, about | {"finished": None})
+        now = {"command": shlex.join(sys.orig_argv), "at": _now(), "git_commit": git_commit(), "versions": versions()}
+        about |= {"flags": flags | {"resume": None}, "resumed": [*about.get("resumed", []), now], "finished": None}
+        _save_json(self.path / ARGS, about | more)
 
     def finish(self) -> None:
         """Record in `args.json` that the run has come to its end, and when."""
         if self.is_main:
             _save_json(self.path / ARGS, read_args(self.path) | {"finished": _now()})
 
-    @contextmanager
-    def progress(self, total: int, what: str, start: int = 0, every: int = LOG_EVERY) -> Iterator[Progress]:
-        """Show the progress of a loop: a bar on a terminal, else a log line every `every` steps."""
-        progress = Progress(self.log, total, what, start, every, with_bar=self.is_main)
-        try:
-            yield progress
-        finally:
-            progress.close()
+    def progress(
+        self, total: int, what: str, start: int = 0, every: int = LOG_EVERY
+    ) -> AbstractContextManager[Progress]:
+        """The progress of a loop: a bar on a terminal, else a log line every `every` steps."""
+        return closing(Progress(self.log, total, what, start, every, with_bar=self.is_main))
+
+
+def _new_folder(parent: Path, name: str) -> Path:
+    """Make the folder, with a suffix where there is one of that name."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for suffix in chain([""], (f"-{attempt}" for attempt in count(2))):
+            with suppress(FileExistsError):
+                (parent / f"{name}{suffix}").mkdir()
+                return parent / f"{name}{suffix}"
+    except OSError as error:
+        raise UserError(f"--save_path: cannot make a folder in {parent}: {error}") from None
 
 
 def _now() -> str:
@@ -145,32 +140,18 @@ def _save_json(path: Path, value: dict) -> None:
     save_text(path, json.dumps(value, indent=1, default=str) + "\n")
 
 
-def read_metrics(folder: Path, keep: Callable[[dict], bool] = lambda line: True) -> list[dict]:
-    """The lines of a run folder's `metrics.jsonl` that are whole and for which `keep` is true. Takes no lock."""
+def read_metrics(folder: Path) -> list[dict]:
+    """The lines of a run folder's `metrics.jsonl`, without what a crash left of one. Takes no lock."""
     lines = []
     for text in read_lines(folder / METRICS):
-        with suppress(ValueError, TypeError, KeyError, RecursionError):
-            line = json.loads(text)
-            if _is_metric(line) and keep(line):
-                lines.append(line)
+        with suppress(ValueError):
+            lines.append(json.loads(text))
     return lines
 
 
-def _is_metric(line: object) -> bool:
-    """Whether a parsed line of `metrics.jsonl` has the form that `RunFolder.metric` writes."""
-    if not isinstance(line, dict):
-        return False
-    rest = [v for name, v in line.items() if name not in ("time", "model")]
-    numbers = [x for v in rest for x in (v if isinstance(v, list) else [v])]
-    return (
-        all(isinstance(line.get(name, ""), str) for name in ("time", "model"))
-        and all(type(line[name]) is int and 0 <= line[name] < 1 << 31 for name in COUNTS if name in line)
-        and [] not in rest
-        and all(x is None or (type(x) in (int, float) and abs(x) < math.inf) for x in numbers)
-    )
-
-
 def _finite(value: object) -> object:
+    if isinstance(value, list):
+        return [_finite(x) for x in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from utils.compute import distributed
@@ -22,7 +22,7 @@ from utils.core.errors import Interrupted, UserError
 GRACE = 1.5  # seconds
 AGAIN = 0.5  # seconds between attempts: Python discards exceptions raised in a destructor
 REPEAT = 5.0  # seconds
-HAS_TIMER = hasattr(signal, "setitimer")  # not on Windows
+HAS_TIMER = hasattr(signal, "setitimer")  # Windows has none: a run there stops at the end of an iteration or epoch
 NOT_HANDLED = "not in the main thread: Ctrl-C and SIGTERM do not save; --resume continues from the last checkpoint"
 
 
@@ -54,6 +54,8 @@ def check() -> None:
 def interruptible(may_stop: bool = True) -> Iterator[None]:
     """Mark a long computation that may be interrupted, as the state from before it can still be saved.
 
+    Without `may_stop`: mark a part of one that must run to its end, such as writing files.
+
     Raises:
         Interrupted: inside the block, when the grace period after a signal is over.
     """
@@ -66,28 +68,22 @@ def interruptible(may_stop: bool = True) -> Iterator[None]:
     _raise_if_overdue()
 
 
-def uninterrupted() -> AbstractContextManager[None]:
-    """Inside `interruptible`: mark a part that must run to its end, such as writing files."""
-    return interruptible(False)
-
-
 @contextmanager
 def catch() -> Iterator[None]:
     """Handle SIGINT and SIGTERM as this module describes while the block runs.
 
-    Python handles signals in the main thread alone. In any other, as in notebooks and web apps, a line says that they
-    are not handled, and the block runs without.
+    Python handles signals in the main thread alone. In any other, as in notebooks and web apps, a line says so.
 
     Raises:
         Interrupted: also in place of an error (except `UserError`) after a signal, e.g. of a compiler that Ctrl-C also
             stopped, or of a process that waited for a stopped one.
     """
+    global _now
     if threading.current_thread() is not threading.main_thread():
         if distributed.is_main():
             print(NOT_HANDLED, file=sys.stderr, flush=True)
         yield
         return
-    _begin()
     handlers = {signal.SIGINT: _note, signal.SIGTERM: _note}
     if HAS_TIMER:
         handlers[signal.SIGALRM] = _grace_is_over
@@ -97,20 +93,14 @@ def catch() -> Iterator[None]:
     except UserError:
         raise
     except Exception:
-        if not _now.received:
-            raise
-        raise Interrupted(_now.received) from None
+        check()
+        raise
     finally:
         if HAS_TIMER:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
-        _begin()
-
-
-def _begin() -> None:
-    global _now
-    _now = _State()
+        _now = _State()
 
 
 def _note(number: int, frame: object) -> None:
@@ -126,8 +116,6 @@ def _note(number: int, frame: object) -> None:
         os.write(2, text.encode())
     if HAS_TIMER:
         signal.setitimer(signal.ITIMER_REAL, GRACE, AGAIN)
-    else:
-        _grace_is_over(number, frame)
 
 
 def _grace_is_over(number: int, frame: object) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 from utils.core.errors import UserError
 from utils.core.files import remove_files
@@ -21,7 +22,7 @@ class TensorBoardWriter:
     `before`: the existing lines; they are written again and replace earlier events.
     """
 
-    def __init__(self, folder: Path, before: Sequence[dict] = ()):
+    def __init__(self, folder: Path, before: Sequence[dict]):
         from torch.utils.tensorboard import SummaryWriter
 
         remove_files(folder, "events.out.tfevents.*")
@@ -31,10 +32,10 @@ class TensorBoardWriter:
 
     def add(self, line: dict) -> None:
         """Write one line: each number, and the mean of each list, at its iteration and under its experiment."""
-        prefix = "/".join([f"experiment{line['experiment']}", *([line["model"]] if "model" in line else []), ""])
+        prefix = f"experiment{line['experiment']}/" + (f"{line['model']}/" if "model" in line else "")
         for name, value in line.items():
             if isinstance(value, list) and None not in value:
-                value = sum(value) / len(value)
+                value = fmean(value)
             if isinstance(value, (int, float)) and name not in ("iteration", "experiment"):
                 self.writer.add_scalar(prefix + name, value, line["iteration"])
         self.writer.flush()

@@ -2,12 +2,10 @@
 
 from dataclasses import dataclass
 
-from utils.settings.fields import Need, Settings, flag
+from utils.settings.fields import Need, Settings, flag, main_flag
 from utils.settings.parser import count
 
-TRAIN_ON = ("distilled", "random", "herding", "kcenter", "whole")
 OUTLIERS = ("distilled", "initial", "kcenter", "corrupt", "real", "none")
-STORED = ("distilled", "initial", "kcenter")
 MADE = ("initial", "kcenter", "corrupt", "real")
 
 READS_A_SET = Need(lambda s: s.train_on == "distilled", "--train_on {train_on} reads no distilled set; leave it out")
@@ -35,35 +33,29 @@ class Experiment(Settings):
 class TrainsOn(Settings):
     """Training set."""
 
-    train_on: str = flag(
+    train_on: str = main_flag(
         "distilled",
         "distilled images, or a baseline: --ipc random, herding or k-center real images per class, or the whole "
         "training set",
-        what="training set",
-        names=TRAIN_ON,
-        often=True,
+        names=("distilled", "random", "herding", "kcenter", "whole"),
     )
     features: str | None = flag(
         None,
         "network MODEL.pt in whose features herding and kcenter choose, or a folder: one is trained on the whole set "
         "and kept there; left out: features below --save_path",
         metavar="PATH",
-        needs=(
-            Need(
-                lambda s: s.train_on in ("herding", "kcenter"),
-                "only --train_on herding and kcenter choose in features; leave it out",
-            ),
+        needs=Need(
+            lambda s: s.train_on in ("herding", "kcenter"),
+            "only --train_on herding and kcenter choose in features; leave it out",
         ),
     )
     distilled: tuple[str, ...] | None = flag(
         None,
         "a distilled set of any repository, instead of --folder and --load_path: a file, or a folder; images and "
         "labels may be two files (docs/evaluate.md lists the formats)",
-        many=True,
-        action="extend",
         metavar="PATH",
-        needs=(
-            Need(lambda s: s.train_on == "distilled", "--train_on {train_on} does not read it; leave one of them out"),
+        needs=Need(
+            lambda s: s.train_on == "distilled", "--train_on {train_on} does not read it; leave one of them out"
         ),
     )
 
@@ -72,20 +64,16 @@ class TrainsOn(Settings):
 class TrainingOutliers(Settings):
     """Outliers. Distilled ones, or one of their references."""
 
-    outliers: str = flag(
+    outliers: str = main_flag(
         "distilled",
         "distilled; initial (start): those that a distillation starts from; kcenter: the same number, chosen far apart "
         "from 10000 candidates; corrupt (on the fly): the distilled images, corrupted in every epoch; real: real "
         "outliers, others in every epoch, an upper bound; none",
-        what="kind of outliers",
         names=OUTLIERS,
-        often=True,
     )
     distilled_oe: tuple[str, ...] | None = flag(
         None,
         "outliers of --distilled where they are in files of their own",
-        many=True,
-        action="extend",
         metavar="PATH",
         needs=(
             OF_DISTILLED,
@@ -95,10 +83,8 @@ class TrainingOutliers(Settings):
     corrupt_again: bool = flag(
         False,
         "corrupt the outliers of --outliers distilled, initial or kcenter once more in every epoch",
-        needs=(
-            Need(
-                lambda s: s.outliers in STORED,
-                f"--outliers {{outliers}} stores none; --outliers {', '.join(STORED)} do",
-            ),
+        needs=Need(
+            lambda s: s.outliers in ("distilled", "initial", "kcenter"),
+            "--outliers {outliers} stores none; --outliers distilled, initial, kcenter do",
         ),
     )

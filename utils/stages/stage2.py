@@ -69,7 +69,7 @@ def find_distilled(s: Stage2Settings) -> Found:
         position = DistilledFile.open(run / name).iterations_left(s.exp_idx)
         return f"after iteration {position[0]} of {position[1]}" if position else ""
 
-    found = find_run_folder(roots, parts, s.folder, name, "--load_path", only_oe, left)
+    found = find_run_folder(roots, parts, s.folder, name, only_oe, left)
     return Found(found.path / name, found.note)
 
 
