@@ -38,11 +38,10 @@ from utils.report.card import CardFacts, card
 from utils.report.plots import save_grid
 from utils.report.results import Results, load_results
 from utils.runs.lineage import args_or_nothing, distilled_set_of
-from utils.settings.arguments import Stage2Settings, Stage2SettingsNoOE
+from utils.settings.arguments import Experiment, Stage2Settings, Stage2SettingsNoOE
 from utils.settings.common import Data, read_data
 from utils.settings.fields import Settings, as_words, flag, flags_of
 from utils.settings.reading import SettingsParser
-from utils.settings.training_set import Experiment
 
 SHOWN = 10  # of each class, in the preview
 

@@ -76,8 +76,7 @@ def _note(why: Mapping[Path, str], left_out: bool) -> str:
     if not left_out or not others:
         ways = "wait for its end, resume it, or choose another by --folder NAME"
         return f"{first} is not finished ({why[first]}): {ways}" if why[first] else ""
-    is_newest = started(first) >= max(map(started, others))
-    which = f"not finished: {why[first]}" if why[first] else "the newest" if is_newest else "the newest finished one"
+    which = f"not finished: {why[first]}" if why[first] else "the newest finished one"
     several = len({path.parent for path in why}) > 1
     shown = [f"{path if several else path.name}{' (not finished)' if why[path] else ''}" for path in others[:4]]
     more = f" and {len(others) - 4} more" if len(others) > 4 else ""

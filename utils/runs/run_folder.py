@@ -10,16 +10,17 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, suppress
 from datetime import datetime
+from importlib.util import find_spec
 from itertools import chain, count
 from pathlib import Path
+from statistics import fmean
 from typing import IO
 
 from utils.compute import distributed
 from utils.compute.version import git_commit, versions
+from utils.core import files
 from utils.core.errors import UserError, print_line
-from utils.core.files import append_line, open_no_link, read_json, read_lines, remove_unfinished, save_text, sync_file
 from utils.runs.progress import LOG_EVERY, Progress
-from utils.runs.tensorboard import TensorBoardWriter
 
 try:
     import fcntl
@@ -38,10 +39,10 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path = Path(path)
         self.is_main = distributed.is_main()
-        self.lock = lock(self.path) if self.is_main else None
+        self.tensorboard = None  # the writer of --tensorboard
         if self.is_main:
-            remove_unfinished(self.path)
-        self.tensorboard: TensorBoardWriter | None = None  # set if --tensorboard is given
+            self.lock = lock(self.path)
+            files.remove_unfinished(self.path)
 
     @classmethod
     def create(cls, root: str | Path, *parts: str | int, name: str | None = None, ending: str = "") -> "RunFolder":
@@ -65,20 +66,20 @@ class RunFolder:
     def _log(self, message: str, show: bool = True) -> None:
         if show:
             print_line(message)
-        append_line(self.path / LOG, f"[{datetime.now():%Y-%m-%d %H:%M:%S}] {message}", sync=False)
+        files.append_line(self.path / LOG, f"[{datetime.now():%Y-%m-%d %H:%M:%S}] {message}", sync=False)
 
     def sync(self) -> None:
         """Flush all appended lines to the disk, before something relies on them, e.g. a checkpoint."""
         for name in (LOG, METRICS):
-            sync_file(self.path / name)
+            files.sync_file(self.path / name)
 
     def metric(self, **values: object) -> None:
         """Append `values` and the time to `metrics.jsonl`, whatever the rank; non-finite numbers become null."""
         plain = {name: _finite(value) for name, value in values.items()}
         line = {"time": datetime.now().isoformat(timespec="milliseconds"), **plain}
-        append_line(self.path / METRICS, json.dumps(line), sync=False)
+        files.append_line(self.path / METRICS, json.dumps(line), sync=False)
         if self.tensorboard is not None:
-            self.tensorboard.add(plain)
+            self._add_events(plain)
 
     def metrics(self) -> list[dict]:
         """The lines of `metrics.jsonl`, parsed."""
@@ -88,7 +89,26 @@ class RunFolder:
         """Drop the lines of `metrics.jsonl` that a resumed run writes again (`keep` is false), and damaged ones."""
         if self.is_main:
             kept = [json.dumps(line) + "\n" for line in self.metrics() if keep(line)]
-            save_text(self.path / METRICS, "".join(kept))
+            files.save_text(self.path / METRICS, "".join(kept))
+
+    def start_tensorboard(self) -> None:
+        """Write metrics as TensorBoard events, too; those that are there replace earlier events."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        files.remove_files(self.path, "events.out.tfevents.*")
+        self.tensorboard = SummaryWriter(str(self.path))
+        for line in self.metrics():
+            self._add_events(line)
+
+    def _add_events(self, line: dict) -> None:
+        """Each number, and the mean of each list, at its iteration and under its experiment."""
+        prefix = f"experiment{line['experiment']}/" + (f"{line['model']}/" if "model" in line else "")
+        for name, value in line.items():
+            if isinstance(value, list) and None not in value:
+                value = fmean(value)
+            if isinstance(value, (int, float)) and name not in ("iteration", "experiment"):
+                self.tensorboard.add_scalar(prefix + name, value, line["iteration"])
+        self.tensorboard.flush()
 
     def save_args(self, flags: dict, **more: object) -> None:
         """Write the flags to `args` (JSON, as in published runs); `args.json` adds the command, versions and `more`."""
@@ -120,6 +140,12 @@ class RunFolder:
         return closing(Progress(self.log, total, what, start, every, with_bar=self.is_main))
 
 
+def require_tensorboard() -> None:
+    """Raise a `UserError` if TensorBoard, an optional package, is not installed."""
+    if find_spec("tensorboard") is None:
+        raise UserError("--tensorboard: needs the package tensorboard: pip install tensorboard")
+
+
 def _new_folder(parent: Path, name: str) -> Path:
     """Make the folder, with a suffix where there is one of that name."""
     try:
@@ -137,13 +163,13 @@ def _now() -> str:
 
 
 def _save_json(path: Path, value: dict) -> None:
-    save_text(path, json.dumps(value, indent=1, default=str) + "\n")
+    files.save_text(path, json.dumps(value, indent=1, default=str) + "\n")
 
 
 def read_metrics(folder: Path) -> list[dict]:
     """The lines of a run folder's `metrics.jsonl`, without what a crash left of one. Takes no lock."""
     lines = []
-    for text in read_lines(folder / METRICS):
+    for text in files.read_lines(folder / METRICS):
         with suppress(ValueError):
             lines.append(json.loads(text))
     return lines
@@ -164,7 +190,7 @@ def read_args(folder: Path) -> dict:
     path = Path(folder) / ARGS
     if not os.path.isfile(path):
         raise UserError(f"--resume: {folder} is no run folder: it has no file {ARGS}. Give the folder of a run")
-    about = read_json(path, "--resume")
+    about = files.read_json(path, "--resume")
     if not isinstance(about.get("flags"), dict) or not isinstance(about.get("script"), str):
         raise UserError(f"--resume: {path} is damaged: it has no flags. Give the folder of another run")
     return about
@@ -172,11 +198,9 @@ def read_args(folder: Path) -> dict:
 
 def is_live(folder: Path) -> bool:
     """Whether another process holds the lock of a run folder. Asking needs no right to write, and takes no lock."""
-    try:
-        with open(Path(folder) / LOCK, "rb", opener=open_no_link) as file:
-            return _is_held(file, shared=True)  # several processes may ask at once
-    except OSError:  # there is no lock, or it is a folder of somebody else
-        return False
+    with suppress(OSError), open(Path(folder) / LOCK, "rb", opener=files.open_no_link) as file:
+        return _is_held(file, shared=True)  # several processes may ask at once
+    return False  # there is no lock, or it is a folder of somebody else
 
 
 def _is_held(file: IO, shared: bool) -> bool:
@@ -203,7 +227,7 @@ def lock(folder: Path) -> IO:
         UserError: when another process holds the lock, or the folder is read-only.
     """
     try:
-        file = open(folder / LOCK, "a+", encoding="utf-8", opener=open_no_link)  # noqa: SIM115 - see above
+        file = open(folder / LOCK, "a+", encoding="utf-8", opener=files.open_no_link)  # noqa: SIM115 - see above
     except OSError as error:
         raise UserError(f"cannot write into {folder}: {error}. Choose another folder") from None
     if _is_held(file, shared=False):

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 from utils.compute import distributed
 from utils.core.errors import Interrupted, UserError
@@ -25,18 +25,8 @@ REPEAT = 5.0  # seconds
 HAS_TIMER = hasattr(signal, "setitimer")  # Windows has none: a run there stops at the end of an iteration or epoch
 NOT_HANDLED = "not in the main thread: Ctrl-C and SIGTERM do not save; --resume continues from the last checkpoint"
 
-
-@dataclass
-class _State:
-    """What has happened to this process since `catch` began."""
-
-    received: int = 0  # number of the first signal
-    at: float = 0.0  # when it came
-    interruptible: bool = False
-    overdue: bool = False  # whether the grace period is over
-
-
-_now = _State()
+# the number of the first signal since `catch` began, 0 for none; when it came; whether the computation may be stopped
+_now = SimpleNamespace(received=0, at=0.0, interruptible=False)
 
 
 def received() -> int:
@@ -61,11 +51,17 @@ def interruptible(may_stop: bool = True) -> Iterator[None]:
     """
     before, _now.interruptible = _now.interruptible, may_stop
     try:
-        _raise_if_overdue()
+        _stop_if_overdue()
         yield
     finally:
         _now.interruptible = before
-    _raise_if_overdue()
+    _stop_if_overdue()
+
+
+def _stop_if_overdue(*_: object) -> None:
+    """Raise `Interrupted` where the grace period is over; also the handler of the timer."""
+    if _now.interruptible and _now.received and time.monotonic() - _now.at >= GRACE:
+        raise Interrupted(_now.received)
 
 
 @contextmanager
@@ -78,7 +74,6 @@ def catch() -> Iterator[None]:
         Interrupted: also in place of an error (except `UserError`) after a signal, e.g. of a compiler that Ctrl-C also
             stopped, or of a process that waited for a stopped one.
     """
-    global _now
     if threading.current_thread() is not threading.main_thread():
         if distributed.is_main():
             print(NOT_HANDLED, file=sys.stderr, flush=True)
@@ -86,7 +81,7 @@ def catch() -> Iterator[None]:
         return
     handlers = {signal.SIGINT: _note, signal.SIGTERM: _note}
     if HAS_TIMER:
-        handlers[signal.SIGALRM] = _grace_is_over
+        handlers[signal.SIGALRM] = _stop_if_overdue
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
@@ -100,10 +95,10 @@ def catch() -> Iterator[None]:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
-        _now = _State()
+        _now.received = 0
 
 
-def _note(number: int, frame: object) -> None:
+def _note(number: int, _: object) -> None:
     """The handler of SIGINT and SIGTERM."""
     if _now.received:
         if time.monotonic() - _now.at > REPEAT:
@@ -116,14 +111,3 @@ def _note(number: int, frame: object) -> None:
         os.write(2, text.encode())
     if HAS_TIMER:
         signal.setitimer(signal.ITIMER_REAL, GRACE, AGAIN)
-
-
-def _grace_is_over(number: int, frame: object) -> None:
-    """The handler of the timer."""
-    _now.overdue = True
-    _raise_if_overdue()
-
-
-def _raise_if_overdue() -> None:
-    if _now.overdue and _now.interruptible:
-        raise Interrupted(_now.received)

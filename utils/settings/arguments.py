@@ -1,40 +1,24 @@
 """The settings of each script: the groups of flags that it has, and what differs from their defaults."""
 
-import runpy
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import Field, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from utils.core.errors import UserError, blame, one_line
-from utils.core.files import check_file
+from utils.core.errors import UserError
 from utils.exchange.assumptions import Assumptions
 from utils.methods import METHODS
 from utils.outliers.corruptions import DEFAULT_CORRUPTIONS
 from utils.runs.resume import Checkpoints
-from utils.settings import common, training_set
+from utils.settings import common
 from utils.settings.distillation import Distilling
-from utils.settings.fields import OF_RUN, Need, Settings, as_words, flag, flags_of, main_flag, with_default
+from utils.settings.fields import OF_RUN, Need, Settings, as_words, flag, flags_of, main_flag, only, with_default
+from utils.settings.method_choice import MethodChoice, load_method_file, users_of_flags
 from utils.settings.ood_test import OODSets, Scores, Test
-from utils.settings.parser import one_of, value_in, with_shown_default
+from utils.settings.parser import count, with_shown_default
 from utils.settings.reading import SettingsParser
-
-
-@dataclass(frozen=True)
-class MethodChoice(Settings):
-    """Method."""
-
-    method: str = main_flag(
-        "DC", "; ".join(f"{entry.name}: {entry.help}" for entry in METHODS.values()), one_of("method", METHODS)
-    )
-    method_file: str | None = flag(
-        None,
-        "a Python file that registers a further method (docs/methods.md); its code is run, so use only your own",
-        may_change=True,
-    )
-
 
 KINDS = dict.fromkeys(entry.settings for entry in METHODS.values())
 
@@ -46,13 +30,13 @@ class Stage1Settings(MethodChoice, *(kind for kind in KINDS if not kind.__subcla
     @classmethod
     def needs(cls) -> dict[str, list[Need]]:
         """What a flag needs; first of all, that the method uses it."""
-        users = _users()
-        return {n: [*([_need_of(users[n])] if n in users else []), *needs] for n, needs in super().needs().items()}
+        of_methods = {name: [only("method", *users)] for name, users in users_of_flags().items()}
+        return {name: of_methods.get(name, []) + needs for name, needs in super().needs().items()}
 
     @classmethod
     def help_of(cls, f: Field) -> str:
         """The methods that use the flag come first, the defaults that differ by method last."""
-        users = [] if f.name in Distilling.__dataclass_fields__ else _users().get(f.name, [])
+        users = [] if f.name in Distilling.__dataclass_fields__ else users_of_flags().get(f.name, [])
         text = f"{', '.join(users)}: {f.metadata['help']}" if users else f.metadata["help"]
         others = [f"{entry.name}: {entry.defaults[f.name]}" for entry in METHODS.values() if f.name in entry.defaults]
         if not others:
@@ -69,14 +53,15 @@ class Stage1Settings(MethodChoice, *(kind for kind in KINDS if not kind.__subcla
         return super().defaults() | METHODS[self.method].defaults
 
     def completed(self, given: Mapping[str, Any]) -> Self:
-        """The defaults of the method, where no flag was given."""
-        entry = METHODS[self.method]
+        """The defaults of the method, where no flag was given, and it would have an effect."""
+        entry, needs = METHODS[self.method], self.needs()
         usual = {**entry.defaults, **entry.derived(self)}
-        return replace(self, **{name: value for name, value in usual.items() if name not in given})
+        follow = [name for name in usual if name not in given and all(need.holds(self) for need in needs[name])]
+        return replace(self, **{name: usual[name] for name in follow})
 
     def used(self) -> set[str]:
         """The names of the flags that the method uses."""
-        users = _users()
+        users = users_of_flags()
         return {f.name for f in flags_of(type(self)) if self.method in users.get(f.name, METHODS)}
 
 
@@ -96,17 +81,77 @@ class Stage1SettingsPOE(Stage1Settings):
     save_path: str = with_default(common.Writes, "save_path", "result-poe")
 
 
+OUTLIERS = ("distilled", "initial", "kcenter", "corrupt", "real", "none")
+
+
+@dataclass(frozen=True)
+class Experiment(Settings):
+    """Experiment."""
+
+    exp_idx: int = flag(0, "which experiment of a res_….pt: it may hold several distilled sets", count(0))
+
+
+@dataclass(frozen=True)
+class TrainsOn(Settings):
+    """Training set."""
+
+    train_on: str = main_flag(
+        "distilled",
+        "distilled images, or a baseline: --ipc random, herding or k-center real images per class, or the whole "
+        "training set",
+        names=("distilled", "random", "herding", "kcenter", "whole"),
+    )
+    features: str | None = flag(
+        None,
+        "network MODEL.pt in whose features herding and kcenter choose, or a folder: one is trained on the whole set "
+        "and kept there; left out: features below --save_path",
+        metavar="PATH",
+        needs=only("train_on", "herding", "kcenter"),
+    )
+    distilled: tuple[str, ...] | None = flag(
+        None,
+        "a distilled set of any repository, instead of --folder and --load_path: a file, or a folder; images and "
+        "labels may be two files (docs/evaluate.md lists the formats)",
+        metavar="PATH",
+        needs=only("train_on", "distilled"),
+    )
+
+
+@dataclass(frozen=True)
+class TrainingOutliers(Settings):
+    """Outliers. Distilled ones, or one of their references."""
+
+    outliers: str = main_flag(
+        "distilled",
+        "distilled; initial (start): those that a distillation starts from; kcenter: the same number, chosen far apart "
+        "from 10000 candidates; corrupt (on the fly): the distilled images, corrupted in every epoch; real: real "
+        "outliers, others in every epoch, an upper bound; none",
+        names=OUTLIERS,
+    )
+    distilled_oe: tuple[str, ...] | None = flag(
+        None,
+        "outliers of --distilled where they are in files of their own",
+        metavar="PATH",
+        needs=(only("distilled"), only("outliers", "distilled")),
+    )
+    corrupt_again: bool = flag(
+        False,
+        "corrupt the outliers of --outliers distilled, initial or kcenter once more in every epoch",
+        needs=only("outliers", "distilled", "initial", "kcenter"),
+    )
+
+
 @dataclass(frozen=True)
 class Stage2Settings(
     MethodChoice,
     common.TrainsNetworks,
     common.Reads,
     common.Writes,
-    training_set.Experiment,
-    training_set.TrainsOn,
+    Experiment,
+    TrainsOn,
     Assumptions,
     common.OutlierTraining,
-    training_set.TrainingOutliers,
+    TrainingOutliers,
     common.Pool,
     common.Corrupted,
     Checkpoints,
@@ -114,25 +159,25 @@ class Stage2Settings(
     """Settings of `train_model_synthetic_oe.py`."""
 
     NEEDS: ClassVar = {
-        common.Reads: (training_set.READS_A_SET, training_set.READS_A_RUN),
-        Assumptions: training_set.OF_DISTILLED,
+        common.Reads: (
+            only("train_on", "distilled"),
+            Need(lambda s: not s.distilled, "--distilled takes its place; give one of them"),
+        ),
+        Assumptions: only("distilled"),
         "exp_idx": Need(  # it is part of random's seed
-            lambda s: s.train_on in ("distilled", "random") or not s.exp_idx, training_set.READS_A_SET.why
+            lambda s: s.train_on in ("distilled", "random") or not s.exp_idx, "--train_on {train_on} does not use it"
         ),
         common.Parts: Need(
             lambda s: s.train_on in ("random", "herding", "kcenter"),
             "only --train_on random, herding and kcenter shrink images; a distilled set says itself how many parts its "
             "images hold",
         ),
-        common.OutlierTraining: training_set.used_by(*(kind for kind in training_set.OUTLIERS if kind != "none")),
-        "oe_data_path": training_set.used_by("initial", "kcenter", "real"),
-        "num_oe_per_class": Need(lambda s: s.oe_data_path, "it cuts the pool of --oe_data_path, which is not given"),
-        common.Corrupted: (
-            training_set.used_by(*training_set.MADE, again=True),
-            Need(
-                lambda s: not s.oe_data_path or s.corrupt_again,
-                "it is for outliers made of training images, not of --oe_data_path; give one of them",
-            ),
+        common.OutlierTraining: only("outliers", *(kind for kind in OUTLIERS if kind != "none")),
+        "oe_data_path": only("outliers", "initial", "kcenter", "real"),
+        "num_oe_per_class": only("oe_data_path"),
+        common.Corrupted: Need(
+            lambda s: s.corrupt_again or (s.outliers not in ("distilled", "none") and not s.oe_data_path),
+            "it is for --corrupt_again, and for outliers that stage 2 makes of training images, not of --oe_data_path",
         ),
     }
 
@@ -160,7 +205,7 @@ class Stage2Settings(
         """Refuse outliers that the training set does not have."""
         kind = self.outliers
         if self.train_on != "distilled" and kind == "distilled":
-            others = " ".join(name for name in training_set.OUTLIERS if name != kind)
+            others = " ".join(name for name in OUTLIERS if name != kind)
             raise UserError(f"--outliers distilled: --train_on {self.train_on} has none; choose one of {others}")
         if self.train_on == "whole" and kind in ("initial", "kcenter") and "ipc" not in given:
             raise UserError(f"--outliers {kind}: give --ipc, the number of outliers for each class slot")
@@ -171,7 +216,7 @@ class Stage2SettingsNoOE(Stage2Settings):
     """Settings of `train_model_synthetic_no_oe.py`."""
 
     NEEDS: ClassVar = Stage2Settings.NEEDS | dict.fromkeys(
-        (common.OutlierTraining, training_set.TrainingOutliers, common.Pool, common.Corrupted),
+        (common.OutlierTraining, TrainingOutliers, common.Pool, common.Corrupted),
         Need(
             lambda s: False,
             "train_model_synthetic_no_oe.py trains without outliers; leave it out, or use train_model_synthetic_oe.py",
@@ -205,53 +250,7 @@ class Stage3Settings(
 def script_parser(settings: type[Settings], doc: str, description: str) -> SettingsParser:
     """The parser of a script, with the flags of methods; `doc`: of the script, whose second paragraph is an example."""
     example = doc.split("\n\n")[1]
-    return SettingsParser(settings, _load_method_file, description=f"{description}\n\n{example}")
-
-
-def _users() -> dict[str, list[str]]:
-    """By the name of a flag, the methods that use it; those of no method are left out."""
-    users: dict[str, list[str]] = {}
-    for entry in METHODS.values():
-        for f in flags_of(entry.settings):
-            if f.name not in entry.unused:
-                users.setdefault(f.name, []).append(entry.name)
-    return users
-
-
-def _need_of(methods: Sequence[str]) -> Need:
-    """The need of a flag that these methods use."""
-    users = f"{', '.join(methods)} {'does' if len(methods) == 1 else 'do'}"
-    return Need(lambda s: s.method in methods, f"--method {{method}} does not use it; {users}. Leave it out")
-
-
-def _load_method_file(parser: SettingsParser, words: list[str]) -> None:
-    """Run the file of `--method_file`, which registers a method, and add that method's flags to the parser.
-
-    Raises:
-        UserError: when the file is missing, fails, or registers nothing.
-    """
-    name = value_in(words, "method_file")
-    if name is None:
-        return
-    with blame("--method_file"):
-        path = check_file(Path(name))
-    before = dict(METHODS)
-    try:
-        runpy.run_path(str(path), run_name="method_file")
-    except Exception as error:
-        reason = one_line(f"{type(error).__name__}: {error}")
-        raise UserError(f"--method_file: {path} fails: {reason}. Repair it") from None
-    new = [entry for name, entry in METHODS.items() if before.get(name) is not entry]
-    if not new:
-        raise UserError(f"--method_file: {path} registers no method; it must call utils.methods.register")
-    for entry in new if issubclass(parser.settings, Distilling) else ():  # only stage 1 has flags of methods
-        own = [cls for cls in entry.settings.__mro__ if cls not in parser.settings.__mro__]
-        declared = {name for cls in own for name in vars(cls).get("__annotations__", ())}
-        if taken := declared & {f.name for f in flags_of(parser.settings)}:
-            raise UserError(
-                f"--method_file: {path} defines --{min(taken)}, which is another flag already; give it another name"
-            )
-        parser.extend(entry.settings)
+    return SettingsParser(settings, load_method_file, description=f"{description}\n\n{example}")
 
 
 def carried(source: Settings, target: type[Settings], *groups: type[Settings], **more: Any) -> Settings:

@@ -6,20 +6,8 @@ from typing import ClassVar
 from utils.data.datasets import RealData
 from utils.outliers.sources import OutlierSource, PseudoOutliers, load_outlier_pool
 from utils.runs.resume import Checkpoints
-from utils.settings.common import (
-    Batches,
-    Corrupted,
-    Data,
-    Determinism,
-    Network,
-    OutlierBatches,
-    OutlierTraining,
-    Pool,
-    Speed,
-    TrainsNetworks,
-    Writes,
-)
-from utils.settings.fields import Need, Settings, flag, main_flag
+from utils.settings import common
+from utils.settings.fields import Need, Settings, flag, main_flag, only
 from utils.settings.parser import count, number
 
 OOD_PATH = "data/ood"
@@ -56,7 +44,7 @@ class Distillation(Settings):
         OOD_PATH,
         "folder of the sets of --eval_ood",
         may_change=True,
-        needs=Need(lambda s: s.eval_ood, "it is the folder of the sets of --eval_ood, which is not given"),
+        needs=only("eval_ood"),
     )
     tensorboard: bool = flag(
         False, "also write TensorBoard events into the run folder (needs tensorboard)", may_change=True
@@ -102,24 +90,28 @@ class DistilledOutliers(Settings):
 
 @dataclass(frozen=True)
 class Distilling(
-    TrainsNetworks,
+    common.TrainsNetworks,
     Distillation,
-    Writes,
-    OutlierBatches,
+    common.Writes,
+    common.OutlierBatches,
     DistilledOutliers,
-    OutlierTraining,
-    Pool,
-    Corrupted,
+    common.OutlierTraining,
+    common.Pool,
+    common.Corrupted,
     Checkpoints,
 ):
     """What every method finds in its settings. A method's own settings are a subclass that adds its flags."""
 
     NEEDS: ClassVar = {
-        OutlierBatches: WITH_OUTLIERS,
+        common.OutlierBatches: WITH_OUTLIERS,
         DistilledOutliers: WITH_OUTLIERS,
-        OutlierTraining: WITH_OUTLIERS,
-        Pool: Need(lambda s: s.outliers == "oe", "only main_oe.py takes outliers from a pool; leave it out", True),
-        Corrupted: Need(lambda s: s.outliers == "poe", "only main_poe.py corrupts training images; leave it out", True),
+        common.OutlierTraining: WITH_OUTLIERS,
+        common.Pool: Need(
+            lambda s: s.outliers == "oe", "only main_oe.py takes outliers from a pool; leave it out", True
+        ),
+        common.Corrupted: Need(
+            lambda s: s.outliers == "poe", "only main_poe.py corrupts training images; leave it out", True
+        ),
     }
 
     outliers: str = "none"  # the script decides it: none, oe or poe
@@ -128,9 +120,6 @@ class Distilling(
     def decoded_ipc(self) -> int:
         """Images per class that networks see."""
         return self.ipc * self.factor**2
-
-
-NEED = "--outliers {outliers} does not use it; give --outliers "
 
 
 @dataclass(frozen=True)
@@ -159,15 +148,25 @@ class Experts(Settings):
 
 @dataclass(frozen=True)
 class ExpertSettings(
-    Data, Network, Experts, Batches, Buffers, Speed, Determinism, OutlierBatches, OutlierTraining, Pool, Corrupted
+    common.Data,
+    common.Network,
+    Experts,
+    common.Batches,
+    Buffers,
+    common.Speed,
+    common.Determinism,
+    common.OutlierBatches,
+    common.OutlierTraining,
+    common.Pool,
+    common.Corrupted,
 ):
     """How experts are trained."""
 
     NEEDS: ClassVar = {
-        OutlierBatches: Need(lambda s: s.outliers != "none", NEED + "oe or poe"),
-        OutlierTraining: Need(lambda s: s.outliers != "none", NEED + "oe or poe"),
-        Pool: Need(lambda s: s.outliers == "oe", NEED + "oe"),
-        Corrupted: Need(lambda s: s.outliers == "poe", NEED + "poe"),
+        common.OutlierBatches: only("outliers", "oe", "poe"),
+        common.OutlierTraining: only("outliers", "oe", "poe"),
+        common.Pool: only("outliers", "oe"),
+        common.Corrupted: only("outliers", "poe"),
     }
 
     def about(self) -> dict:

@@ -23,8 +23,7 @@ from utils.ood.sets import OODSource
 from utils.runs.checkpoints import Checkpointer
 from utils.runs.lineage import root_of
 from utils.runs.resume import check_inputs
-from utils.runs.run_folder import RunFolder
-from utils.runs.tensorboard import TensorBoardWriter, require_tensorboard
+from utils.runs.run_folder import RunFolder, require_tensorboard
 from utils.settings.arguments import Stage1Settings, Stage2Settings, Stage2SettingsNoOE, carried, command_of
 from utils.settings.common import Batches, Determinism, OutlierTraining, Speed, Training, read_data
 from utils.settings.distillation import source_of
@@ -62,7 +61,7 @@ def run_stage1(settings: Stage1Settings) -> None:
     distillation = Distillation(method, evaluator, s, run, Checkpointer(run, interval=s.checkpoint_interval))
     restored = bool(s.resume) and _restore(distillation, inputs)
     if s.tensorboard and run.is_main:
-        run.tensorboard = TensorBoardWriter(run.path, run.metrics())
+        run.start_tensorboard()
     for line in [*([] if restored else _notices(inputs, method, evaluator.models)), _computing(inputs.compute)]:
         run.log(line)
     distillation.run_all()
