@@ -14,8 +14,7 @@ from typing import Any, ClassVar, Self
 from utils.settings.parser import count, number, one_of, with_shown_default
 
 OF_RUN = ("method", "dataset", "model", "ipc")  # they name the run, so they stand in every command line
-FEW = 8  # names that the help shows in braces; more are in the text
-NUMBERS = {int: ("N", count(1)), float: ("X", number(0))}  # how the help shows the value, and the usual check
+NUMBERS = {int: ("N", count(1)), float: ("X", number(0))}  # what the help shows for the value, and the usual check
 NUMBERS |= {kind | None: usual for kind, usual in NUMBERS.items()}
 
 
@@ -49,7 +48,7 @@ def flag(default: Any, help: str, check: Callable[[str], Any] | None = None, **m
         help: what it does, and when to change it.
         check: turns the word of the command line into the value, or raises `argparse.ArgumentTypeError`; left out: a
             whole number is at least 1, another number at least 0, and a text is taken as it is.
-        more: `names`: the values that are accepted, if they are few; `often`: shown by `--help`, and not only by
+        more: `names`: the values that are accepted; `often`: shown by `--help`, and not only by
             `--help-all`; `needs`: one or several `Need`s; `may_change`: whether a resumed run may be given another
             value; `positional`: it has no name on the command line; `short`: a further name, as `-v`; and `nargs`,
             `const`, `required` and `metavar` of argparse.
@@ -77,8 +76,9 @@ class Settings:
         needs: dict[str, list[Need]] = {}
         for group, own in groups_of(cls).items():
             for f in own:
-                stated = (cls.NEEDS.get(group, ()), cls.NEEDS.get(f.name, ()), f.metadata.get("needs", ()))
-                needs[f.name] = [n for some in stated for n in ((some,) if isinstance(some, Need) else some)]
+                needs[f.name] = []
+                for stated in (cls.NEEDS.get(group, ()), cls.NEEDS.get(f.name, ()), f.metadata.get("needs", ())):
+                    needs[f.name] += [stated] if isinstance(stated, Need) else stated
         return needs
 
     @classmethod
@@ -147,8 +147,8 @@ def add_flag(target: argparse._ActionsContainer, f: Field, **more: Any) -> argpa
         how["action"] = "store_true"
     else:
         unit, usual_check = NUMBERS.get(f.type, (None, None))
-        shown = f"{{{','.join(names)}}}" if 0 < len(names) <= FEW else unit
-        how |= {"type": one_of(f.name, names) if names else meta["check"] or usual_check, "metavar": shown}
+        how |= {"type": meta["check"] or usual_check, "metavar": unit}
+        how |= {"type": one_of(f.name, names), "metavar": f"{{{','.join(names)}}}"} if names else {}
         how |= {"nargs": "+", "action": "extend"} if takes_several(f) else {}
         how |= {key: meta[key] for key in ("nargs", "const", "required", "metavar") if key in meta}
     return target.add_argument(*words, **how | more)
