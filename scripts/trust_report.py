@@ -27,9 +27,18 @@ from utils.ood.scores import require_library
 from utils.ood.sets import OODSource
 from utils.report.compare import ComparisonColumn, find_runs
 from utils.settings.arguments import Experiment, Stage2Settings, Stage2SettingsNoOE, Stage3Settings
-from utils.settings.common import Batches, Data, Network, OutlierTraining, Speed, Training, read_data
+from utils.settings.common import (
+    Batches,
+    Data,
+    Network,
+    OODSets,
+    OutlierTraining,
+    Scores,
+    Speed,
+    Training,
+    read_data,
+)
 from utils.settings.fields import Settings, as_words, flag, flags_of, with_default
-from utils.settings.ood_test import OODSets, Scores
 from utils.settings.parser import count, one_of
 from utils.settings.reading import SettingsParser
 

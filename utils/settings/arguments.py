@@ -16,7 +16,6 @@ from utils.settings import common
 from utils.settings.distillation import Distilling
 from utils.settings.fields import OF_RUN, Need, Settings, as_words, flag, flags_of, main_flag, only, with_default
 from utils.settings.method_choice import MethodChoice, load_method_file, users_of_flags
-from utils.settings.ood_test import OODSets, Scores, Test
 from utils.settings.parser import count, with_shown_default
 from utils.settings.reading import SettingsParser
 
@@ -92,32 +91,6 @@ class Experiment(Settings):
 
 
 @dataclass(frozen=True)
-class TrainsOn(Settings):
-    """Training set."""
-
-    train_on: str = main_flag(
-        "distilled",
-        "distilled images, or a baseline: --ipc random, herding or k-center real images per class, or the whole "
-        "training set",
-        names=("distilled", "random", "herding", "kcenter", "whole"),
-    )
-    features: str | None = flag(
-        None,
-        "network MODEL.pt in whose features herding and kcenter choose, or a folder: one is trained on the whole set "
-        "and kept there; left out: features below --save_path",
-        metavar="PATH",
-        needs=only("train_on", "herding", "kcenter"),
-    )
-    distilled: tuple[str, ...] | None = flag(
-        None,
-        "a distilled set of any repository, instead of --folder and --load_path: a file, or a folder; images and "
-        "labels may be two files (docs/evaluate.md lists the formats)",
-        metavar="PATH",
-        needs=only("train_on", "distilled"),
-    )
-
-
-@dataclass(frozen=True)
 class TrainingOutliers(Settings):
     """Outliers. Distilled ones, or one of their references."""
 
@@ -148,7 +121,6 @@ class Stage2Settings(
     common.Reads,
     common.Writes,
     Experiment,
-    TrainsOn,
     Assumptions,
     common.OutlierTraining,
     TrainingOutliers,
@@ -156,7 +128,7 @@ class Stage2Settings(
     common.Corrupted,
     Checkpoints,
 ):
-    """Settings of `train_model_synthetic_oe.py`."""
+    """Training set. The settings of `train_model_synthetic_oe.py`."""
 
     NEEDS: ClassVar = {
         common.Reads: (
@@ -181,6 +153,26 @@ class Stage2Settings(
         ),
     }
 
+    train_on: str = main_flag(
+        "distilled",
+        "distilled images, or a baseline: --ipc random, herding or k-center real images per class, or the whole "
+        "training set",
+        names=("distilled", "random", "herding", "kcenter", "whole"),
+    )
+    features: str | None = flag(
+        None,
+        "network MODEL.pt in whose features herding and kcenter choose, or a folder: one is trained on the whole set "
+        "and kept there; left out: features below --save_path",
+        metavar="PATH",
+        needs=only("train_on", "herding", "kcenter"),
+    )
+    distilled: tuple[str, ...] | None = flag(
+        None,
+        "a distilled set of any repository, instead of --folder and --load_path: a file, or a folder; images and "
+        "labels may be two files (docs/evaluate.md lists the formats)",
+        metavar="PATH",
+        needs=only("train_on", "distilled"),
+    )
     num_eval: int = with_default(common.Training, "num_eval", 5)
     factor: int = with_default(common.Parts, "factor", 1, often=False)
     save_path: str = with_default(common.Writes, "save_path", "result-model-synthetic-oe")
@@ -237,12 +229,19 @@ class Stage3Settings(
     common.Speed,
     common.Reads,
     common.Writes,
-    Test,
-    OODSets,
-    Scores,
+    common.OODSets,
+    common.Scores,
 ):
-    """Settings of `test_ood_model_syn.py`."""
+    """Test. The settings of `test_ood_model_syn.py`."""
 
+    batch_test: int = flag(256, "images per forward pass; lower it when memory is short")
+    num_exp: int = main_flag(5, "how many of the trained networks to test")
+    is_load_best: bool = main_flag(False, "test the best checkpoints instead of those of --epoch_train")
+    epoch_train: int | None = flag(
+        None,
+        "which epoch's checkpoints to test; left out: the last that the networks have; --is_load_best tests the best "
+        "instead",
+    )
     precision: str = with_default(common.Speed, "precision", "fp32")
     save_path: str = with_default(common.Writes, "save_path", "result-test-ood-synthetic")
 

@@ -10,55 +10,12 @@ from utils.settings import common
 from utils.settings.fields import Need, Settings, flag, main_flag, only
 from utils.settings.parser import count, number
 
-OOD_PATH = "data/ood"
 EVAL_MODES = ("S", "SS", "M", "B", "W", "D", "A", "P", "N")
 WITH_OUTLIERS = Need(
     lambda s: s.outliers != "none",
     "main.py distils no outliers; leave it out, or use main_oe.py or main_poe.py",
     of_script=True,
 )
-
-
-@dataclass(frozen=True)
-class Distillation(Settings):
-    """Distillation."""
-
-    eval_mode: str = flag(
-        "S",
-        "which networks evaluate: S the same without BatchNorm, SS exactly the same, M several architectures, B "
-        "BatchNorm ones, W widths, D depths, A activations, P poolings, N norms",
-        names=EVAL_MODES,
-    )
-    num_exp: int = main_flag(5, "independent distillations")
-    Iteration: int = main_flag(1000, "updates of the synthetic images", count(0))
-    eval_interval: int = flag(500, "updates between two evaluations; the last update is always evaluated")
-    lr_img: float = flag(0.1, "learning rate of the synthetic images", number(0, exclusive=True))
-    batch_real: int = flag(256, "real images per class and step; lower it when memory is short")
-    init: str = main_flag("noise", "noise or real images; real converges faster", names=("noise", "real"))
-    eval_ood: tuple[str, ...] | None = flag(
-        None,
-        "evaluations also report the AUROC (score msp) on these OOD sets: any of stage 3, e.g. patches gaussian",
-        metavar="SET",
-    )
-    ood_path: str = flag(
-        OOD_PATH,
-        "folder of the sets of --eval_ood",
-        may_change=True,
-        needs=only("eval_ood"),
-    )
-    tensorboard: bool = flag(
-        False, "also write TensorBoard events into the run folder (needs tensorboard)", may_change=True
-    )
-    load_path: str | None = flag(
-        None,
-        "a res_….pt whose images (and outliers) are the start, instead of --init; continues with other flags",
-        may_change=True,
-    )
-
-    @property
-    def evaluates_only_the_last(self) -> bool:
-        """Whether only the last update is evaluated, since the modes with several networks take long."""
-        return self.eval_mode not in ("S", "SS")
 
 
 @dataclass(frozen=True)
@@ -91,7 +48,6 @@ class DistilledOutliers(Settings):
 @dataclass(frozen=True)
 class Distilling(
     common.TrainsNetworks,
-    Distillation,
     common.Writes,
     common.OutlierBatches,
     DistilledOutliers,
@@ -100,7 +56,7 @@ class Distilling(
     common.Corrupted,
     Checkpoints,
 ):
-    """What every method finds in its settings. A method's own settings are a subclass that adds its flags."""
+    """Distillation. What every method finds in its settings; its own settings are a subclass that adds its flags."""
 
     NEEDS: ClassVar = {
         common.OutlierBatches: WITH_OUTLIERS,
@@ -114,7 +70,43 @@ class Distilling(
         ),
     }
 
+    eval_mode: str = flag(
+        "S",
+        "which networks evaluate: S the same without BatchNorm, SS exactly the same, M several architectures, B "
+        "BatchNorm ones, W widths, D depths, A activations, P poolings, N norms",
+        names=EVAL_MODES,
+    )
+    num_exp: int = main_flag(5, "independent distillations")
+    Iteration: int = main_flag(1000, "updates of the synthetic images", count(0))
+    eval_interval: int = flag(500, "updates between two evaluations; the last update is always evaluated")
+    lr_img: float = flag(0.1, "learning rate of the synthetic images", number(0, exclusive=True))
+    batch_real: int = flag(256, "real images per class and step; lower it when memory is short")
+    init: str = main_flag("noise", "noise or real images; real converges faster", names=("noise", "real"))
+    eval_ood: tuple[str, ...] | None = flag(
+        None,
+        "evaluations also report the AUROC (score msp) on these OOD sets: any of stage 3, e.g. patches gaussian",
+        metavar="SET",
+    )
+    ood_path: str = flag(
+        common.OOD_PATH,
+        "folder of the sets of --eval_ood",
+        may_change=True,
+        needs=only("eval_ood"),
+    )
+    tensorboard: bool = flag(
+        False, "also write TensorBoard events into the run folder (needs tensorboard)", may_change=True
+    )
+    load_path: str | None = flag(
+        None,
+        "a res_….pt whose images (and outliers) are the start, instead of --init; continues with other flags",
+        may_change=True,
+    )
     outliers: str = "none"  # the script decides it: none, oe or poe
+
+    @property
+    def evaluates_only_the_last(self) -> bool:
+        """Whether only the last update is evaluated, since the modes with several networks take long."""
+        return self.eval_mode not in ("S", "SS")
 
     @property
     def decoded_ipc(self) -> int:
@@ -132,8 +124,26 @@ class Buffers(Settings):
 
 
 @dataclass(frozen=True)
-class Experts(Settings):
-    """Experts."""
+class ExpertSettings(
+    common.Data,
+    common.Network,
+    common.Batches,
+    Buffers,
+    common.Speed,
+    common.Determinism,
+    common.OutlierBatches,
+    common.OutlierTraining,
+    common.Pool,
+    common.Corrupted,
+):
+    """Experts. How they are trained."""
+
+    NEEDS: ClassVar = {
+        common.OutlierBatches: only("outliers", "oe", "poe"),
+        common.OutlierTraining: only("outliers", "oe", "poe"),
+        common.Pool: only("outliers", "oe"),
+        common.Corrupted: only("outliers", "poe"),
+    }
 
     num_experts: int = main_flag(100, "how many networks to train; the paper used 100, fewer work, too")
     train_epochs: int = main_flag(50, "epochs of each; at least --max_start_epoch + --expert_epochs - 1")
@@ -144,30 +154,6 @@ class Experts(Settings):
     outliers: str = main_flag(
         "none", "train on outliers, too: oe for main_oe.py, poe for main_poe.py", names=("none", "oe", "poe")
     )
-
-
-@dataclass(frozen=True)
-class ExpertSettings(
-    common.Data,
-    common.Network,
-    Experts,
-    common.Batches,
-    Buffers,
-    common.Speed,
-    common.Determinism,
-    common.OutlierBatches,
-    common.OutlierTraining,
-    common.Pool,
-    common.Corrupted,
-):
-    """How experts are trained."""
-
-    NEEDS: ClassVar = {
-        common.OutlierBatches: only("outliers", "oe", "poe"),
-        common.OutlierTraining: only("outliers", "oe", "poe"),
-        common.Pool: only("outliers", "oe"),
-        common.Corrupted: only("outliers", "poe"),
-    }
 
     def about(self) -> dict:
         """Plain values for `experts.json`; they must be the same in all runs that train experts in one folder."""

@@ -32,8 +32,7 @@ from utils.runs.lineage import (
 from utils.runs.resume import check_inputs
 from utils.runs.run_folder import RunFolder, read_args
 from utils.settings.arguments import Stage2Settings, Stage3Settings, carried, command_of
-from utils.settings.common import read_data
-from utils.settings.distillation import OOD_PATH
+from utils.settings.common import OOD_PATH, read_data
 from utils.settings.fields import as_dict
 from utils.stages.evaluation import training_of
 from utils.stages.training_set import (
