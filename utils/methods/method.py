@@ -17,7 +17,7 @@ from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet
 from utils.outliers.sources import OutlierSource
 from utils.settings.distillation import WITH_OUTLIERS, Distilling, ExpertSettings
-from utils.settings.fields import Settings, flag, only
+from utils.settings.fields import Need, Settings, flag
 from utils.settings.parser import count, number
 
 
@@ -80,7 +80,7 @@ class MethodEntry:
         return self.settings(**{f.name: getattr(settings, f.name) for f in fields(self.settings)})
 
 
-HAS_A_POOL = only("network_pool")
+HAS_A_POOL = Need(lambda s: s.network_pool > 0, "--network_pool 0 has no networks to train; give their number")
 
 
 @dataclass(frozen=True)

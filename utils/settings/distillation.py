@@ -87,12 +87,7 @@ class Distilling(
         "evaluations also report the AUROC (score msp) on these OOD sets: any of stage 3, e.g. patches gaussian",
         metavar="SET",
     )
-    ood_path: str = flag(
-        common.OOD_PATH,
-        "folder of the sets of --eval_ood",
-        may_change=True,
-        needs=only("eval_ood"),
-    )
+    ood_path: str = flag(common.OOD_PATH, "folder of the sets of --eval_ood", may_change=True, needs=only("eval_ood"))
     tensorboard: bool = flag(
         False, "also write TensorBoard events into the run folder (needs tensorboard)", may_change=True
     )
