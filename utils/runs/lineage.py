@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from utils.compute import distributed
-from utils.core.errors import UserError
+from utils.core.errors import UserError, named
 from utils.core.files import read_json
 from utils.data.distilled_file import DistilledFile
 from utils.runs.run_folder import ARGS, is_live
@@ -52,9 +52,9 @@ def find_run_folder(
     if folder is not None and (Path(folder).name != folder or folder in ("", "..")):
         raise UserError(f"--folder: {folder!r} is not the name of a folder; give the name alone, e.g. 20230206-232257")
     places = [Path(root).joinpath(*map(str, parts)) for root in roots]
-    named = [place / folder for place in places] if folder else [path for place in places for path in place.glob("*")]
+    runs = [place / folder for place in places] if folder else [path for place in places for path in place.glob("*")]
     plain = PLAIN_SCRIPTS if only_oe else ()
-    there = [path for path in named if path.is_dir() and args_or_nothing(path).get("script") not in plain]
+    there = [path for path in runs if path.is_dir() and args_or_nothing(path).get("script") not in plain]
     found = [path for path in there if any(path.glob(holds))]
     if not found:
         where = ", ".join(map(str, places))
@@ -78,12 +78,11 @@ def _note(why: Mapping[Path, str], left_out: bool) -> str:
         return f"{first} is not finished ({why[first]}): {ways}" if why[first] else ""
     which = f"not finished: {why[first]}" if why[first] else "the newest finished one"
     several = len({path.parent for path in why}) > 1
-    shown = [f"{path if several else path.name}{' (not finished)' if why[path] else ''}" for path in others[:4]]
-    more = f" and {len(others) - 4} more" if len(others) > 4 else ""
+    shown = [f"{path if several else path.name}{' (not finished)' if why[path] else ''}" for path in others]
     how = "--load_path ROOT --folder NAME" if several else "--folder NAME"
     return (
         f"--folder is left out and {len(why)} runs fit: {first} is taken ({which}). To choose another: {how}, "
-        f"of {', '.join(shown)}{more}"
+        f"of {named(shown, 4)}"
     )
 
 

@@ -137,7 +137,8 @@ class Stage2Settings(
         ),
         Assumptions: only("distilled"),
         "exp_idx": Need(  # it is part of random's seed
-            lambda s: s.train_on in ("distilled", "random") or not s.exp_idx, "--train_on {train_on} does not use it"
+            lambda s: s.train_on in ("distilled", "random") or not s.exp_idx,
+            only("train_on", "distilled", "random").why,
         ),
         common.Parts: Need(
             lambda s: s.train_on in ("random", "herding", "kcenter"),

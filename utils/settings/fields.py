@@ -33,7 +33,7 @@ Needs = Need | Sequence[Need]
 def only(name: str, *values: str) -> Need:
     """The need of a flag that has an effect only with these values of the flag `name`; without values: only with it."""
     if not values:
-        return Need(lambda s: getattr(s, name), f"it has no effect without --{name}")
+        return Need(lambda s: getattr(s, name), f"it has no effect without --{name}; give both or none")
     users = f"{', '.join(values)} {'does' if len(values) == 1 else 'do'}"
     return Need(lambda s: getattr(s, name) in values, f"--{name} {{{name}}} does not use it; {users}. Leave it out")
 
