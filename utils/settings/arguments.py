@@ -140,7 +140,7 @@ class Stage2Settings(
             lambda s: s.train_on in ("distilled", "random") or not s.exp_idx,
             only("train_on", "distilled", "random").why,
         ),
-        common.Parts: Need(
+        "factor": Need(
             lambda s: s.train_on in ("random", "herding", "kcenter"),
             "only --train_on random, herding and kcenter shrink images; a distilled set says itself how many parts its "
             "images hold",
@@ -175,7 +175,7 @@ class Stage2Settings(
         needs=only("train_on", "distilled"),
     )
     num_eval: int = with_default(common.Training, "num_eval", 5)
-    factor: int = with_default(common.Parts, "factor", 1, often=False)
+    factor: int = with_default(common.Images, "factor", 1, often=False)
     save_path: str = with_default(common.Writes, "save_path", "result-model-synthetic-oe")
     oe_data_path: str | None = with_default(common.Pool, "oe_data_path", None, often=False)
     corruptions: tuple[str, ...] = with_default(common.Corrupted, "corruptions", DEFAULT_CORRUPTIONS, often=False)
@@ -245,6 +245,8 @@ class Stage3Settings(
     )
     precision: str = with_default(common.Speed, "precision", "fp32")
     save_path: str = with_default(common.Writes, "save_path", "result-test-ood-synthetic")
+    factor: int = 1  # no flags of stage 3
+    deterministic: bool = False
 
 
 def script_parser(settings: type[Settings], doc: str, description: str) -> SettingsParser:

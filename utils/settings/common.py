@@ -85,6 +85,11 @@ class Images(Settings):
     """Synthetic images."""
 
     ipc: int | None = main_flag(1, "synthetic images per class")
+    factor: int = main_flag(
+        1,
+        "each stored image holds factor x factor smaller ones, which are enlarged: networks train on factor² times "
+        "--ipc images per class; too much for images of 8x8",
+    )
 
 
 @dataclass(frozen=True)
@@ -102,23 +107,6 @@ class Speed(Settings):
         "of matching under autocast; in stage 3 the layers before the last, but not for scores of images, as odin",
         names=PRECISIONS,
     )
-
-
-@dataclass(frozen=True)
-class Parts(Settings):
-    """Images in parts."""
-
-    factor: int = main_flag(
-        1,
-        "each stored image holds factor x factor smaller ones, which are enlarged: networks train on factor² times "
-        "--ipc images per class; too much for images of 8x8",
-    )
-
-
-@dataclass(frozen=True)
-class Determinism(Settings):
-    """Determinism."""
-
     deterministic: bool = flag(
         False, "the same bits at every run on CUDA, but slower; on the CPU every run has the same bits anyway"
     )
@@ -188,7 +176,7 @@ class Training(Settings):
 
 
 @dataclass(frozen=True)
-class TrainsNetworks(Data, Network, Images, Parts, Training, Batches, Speed, Determinism):
+class TrainsNetworks(Data, Network, Images, Training, Batches, Speed):
     """What stages 1 and 2 have in common."""
 
 

@@ -125,7 +125,6 @@ class ExpertSettings(
     common.Batches,
     Buffers,
     common.Speed,
-    common.Determinism,
     common.OutlierBatches,
     common.OutlierTraining,
     common.Pool,

@@ -5,7 +5,7 @@ A group is such a dataclass. The settings of a script are a dataclass that has g
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from decimal import Decimal
 from functools import cache, partial
@@ -132,7 +132,7 @@ def takes_several(f: Field) -> bool:
     return "tuple" in str(f.type)
 
 
-def add_group(target: argparse._ActionsContainer, own: Sequence[Field]) -> None:
+def add_group(target: argparse._ActionsContainer, own: Iterable[Field]) -> None:
     """Add fields as flags to a parser or a group of one."""
     for f in own:
         add_flag(target, f)
