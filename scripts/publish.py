@@ -37,11 +37,10 @@ from utils.report.card import CardFacts, card
 from utils.report.plots import save_grid
 from utils.report.results import Results, load_results
 from utils.runs.lineage import args_or_nothing, distilled_set_of
-from utils.settings.arguments import Stage2Settings, Stage2SettingsNoOE
+from utils.settings.arguments import Experiment, Stage2Settings, Stage2SettingsNoOE
 from utils.settings.common import Data, read_data
 from utils.settings.fields import Settings, as_words, flag, flags_of
 from utils.settings.reading import SettingsParser
-from utils.settings.training_set import Experiment
 
 SHOWN = 10  # of each class, in the preview
 
@@ -70,11 +69,11 @@ class Publication(Settings):
     """Publication."""
 
     distilled: tuple[str, ...] = flag(
-        (), "run folder of stage 1, or any set of --distilled", many=True, positional=True, metavar="PATH"
+        (), "run folder of stage 1, or any set of --distilled", positional=True, metavar="PATH"
     )
-    distilled_oe: tuple[str, ...] | None = flag(None, "its outliers, if they are apart", many=True, metavar="PATH")
+    distilled_oe: tuple[str, ...] | None = flag(None, "its outliers, if they are apart", metavar="PATH")
     out: str = flag("", "folder to make; it must not exist", required=True)
-    results: tuple[str, ...] = flag((), "stage-3 folders, whose measures the card states", many=True)
+    results: tuple[str, ...] = flag((), "stage-3 folders, whose measures the card states")
     license: str = flag("unknown", "licence of the set, as the hub names it, e.g. mit")
     method: str | None = flag(None, "method that made the set; left out: that of the run")
     dsa_strategy: str | None = flag(None, "augmentation of training; left out: that of the run")

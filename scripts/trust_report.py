@@ -26,13 +26,21 @@ from utils.methods import METHODS
 from utils.ood.scores import require_library
 from utils.ood.sets import OODSource
 from utils.report.compare import ComparisonColumn, find_runs
-from utils.settings.arguments import Stage2Settings, Stage2SettingsNoOE, Stage3Settings
-from utils.settings.common import Batches, Data, Network, OutlierTraining, Speed, Training, TrainingProtocol, read_data
+from utils.settings.arguments import Experiment, Stage2Settings, Stage2SettingsNoOE, Stage3Settings
+from utils.settings.common import (
+    Batches,
+    Data,
+    Network,
+    OODSets,
+    OutlierTraining,
+    Scores,
+    Speed,
+    Training,
+    read_data,
+)
 from utils.settings.fields import Settings, as_words, flag, flags_of, with_default
-from utils.settings.ood_test import OODSets, Scores
 from utils.settings.parser import count, one_of
 from utils.settings.reading import SettingsParser
-from utils.settings.training_set import Experiment
 
 BASELINES = ("random", "herding", "kcenter", "whole")
 OUTLIERS = ("distilled", "again", "corrupt", "initial", "kcenter", "real")
@@ -43,11 +51,11 @@ class Report(Settings):
     """Report."""
 
     distilled: tuple[str, ...] = flag(
-        (), "a distilled set of any repository, as --distilled", many=True, positional=True, metavar="PATH"
+        (), "a distilled set of any repository, as --distilled", positional=True, metavar="PATH"
     )
     out: str = flag("", "folder of the report; the same one again resumes it", required=True)
     method: str | None = flag(None, "left out: DSA with --dsa_strategy, else DC", one_of("method", METHODS))
-    distilled_oe: tuple[str, ...] | None = flag(None, "its outliers, if they are apart", many=True, metavar="PATH")
+    distilled_oe: tuple[str, ...] | None = flag(None, "its outliers, if they are apart", metavar="PATH")
     outliers: tuple[str, ...] = flag(
         ("distilled", "corrupt"),
         "columns of the set with outliers, as in stage 2; again: its own, corrupted again in every epoch; distilled "
@@ -65,7 +73,6 @@ class ReportSettings(
     Report,
     Data,
     Network,
-    TrainingProtocol,
     Training,
     Batches,
     Speed,

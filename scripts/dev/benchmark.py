@@ -34,7 +34,7 @@ from utils.core.errors import UserError
 from utils.core.files import read_json, save_output
 from utils.core.run_script import run_script
 from utils.report.tables import markdown_table
-from utils.settings.common import Determinism, Speed
+from utils.settings.common import Speed
 from utils.settings.fields import add_group, flags_of
 from utils.settings.parser import Parser, count, one_of
 
@@ -56,7 +56,7 @@ def get_args_parser() -> Parser:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--out", default=None, help="JSON file to write")
     parser.add_argument("--show", default=None, metavar="JSON", help="print the tables of a JSON file; measure nothing")
-    add_group(parser.add_argument_group("speed"), [*flags_of(Speed), *flags_of(Determinism)])
+    add_group(parser.add_argument_group("speed"), flags_of(Speed))
     parser.set_defaults(compile="on")
     return parser
 

@@ -45,7 +45,7 @@ from utils.ood.scorer import Scorer
 from utils.outliers.sources import PseudoOutliers
 from utils.report.tables import markdown_table
 from utils.runs.run_folder import RunFolder
-from utils.settings.common import Determinism, Speed
+from utils.settings.common import Speed
 from utils.settings.distillation import ExpertSettings
 from utils.settings.fields import add_group, flags_of
 from utils.settings.parser import Parser, count, one_of
@@ -86,7 +86,7 @@ def get_args_parser() -> Parser:
     parser.add_argument("--works", nargs="+", type=one_of("work", WORKS), default=list(WORKS), help="what to profile")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--out", default=None, help="JSON file to write")
-    add_group(parser.add_argument_group("speed"), [*flags_of(Speed), *flags_of(Determinism)])
+    add_group(parser.add_argument_group("speed"), flags_of(Speed))
     parser.set_defaults(compile="on", batch_real=256, outer_loop=1, inner_loop=1, repeats=1)
     return parser
 

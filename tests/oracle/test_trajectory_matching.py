@@ -583,9 +583,9 @@ def test_experts_without_a_description(in_process, refused, tmp_path):
 
 def test_flags_of_outliers_that_are_not_trained_on(refused):
     error = refused("train_experts.py", *TEACH, "--corruptions", "invert")
-    assert "--corruptions: --outliers none does not use it; give --outliers poe" in error
+    assert "--corruptions: --outliers none does not use it; poe does" in error
     error = refused("train_experts.py", *TEACH, "--outliers", "poe", "--num_oe_per_class", 3)
-    assert "--num_oe_per_class: --outliers poe does not use it; give --outliers oe" in error
+    assert "--num_oe_per_class: --outliers poe does not use it; oe does" in error
 
 
 def test_a_learning_rate_that_explodes_is_named(in_process, refused):

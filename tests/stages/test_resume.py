@@ -22,7 +22,7 @@ from utils.core.errors import UserError
 from utils.data.datasets import load_dataset
 from utils.outliers.sources import load_outlier_pool
 from utils.runs.checkpoints import Checkpointer
-from utils.runs.resume import _latest, _without_dropped, resume_command
+from utils.runs.resume import _latest, resume_command
 from utils.runs.run_folder import RunFolder
 from utils.settings.fields import flag_words
 from utils.settings.parser import Parser
@@ -310,7 +310,7 @@ def test_damaged_arguments(whole, refused, tmp_path):
         (json.dumps(about | {"flags": about["flags"] | {"ipc": ["1", "junk"]}}).encode(), "does not know: --ipc="),
         (json.dumps(about | {"flags": about["flags"] | {"tensorboard": ["x"]}}).encode(), "does not know"),
         (json.dumps(about | {"flags": about["flags"] | {"is_parallel": 1}}).encode(), "does not know: --is_parallel=1"),
-        (json.dumps(about | {"flags": about["flags"] | {"corruptions": ["--help"]}}).encode(), "does not know"),
+        (json.dumps(about | {"flags": about["flags"] | {"corruptions": ["--help"]}}).encode(), "--corruptions"),
     ]:
         (tmp_path / "args.json").write_bytes(damage)
         assert message in refused("main_poe.py", "--resume", tmp_path)
@@ -421,10 +421,7 @@ def test_what_a_killed_process_left_is_removed(program, tmp_path):
 def test_metrics_with_damaged_lines(tmp_path):
     run = RunFolder(tmp_path)
     good = [{"experiment": 0, "iteration": i} for i in range(3)]
-    bad = ['{"experiment": 0, "iter', "3", "[" * 5000, '{"experiment": 0, "iteration": 1, "x": []}']
-    bad += ['{"experiment": 0, "iteration": 1, "loss": "x"}', '{"experiment": 0, "iteration": -Infinity, "loss": 1}']
-    bad += ['{"experiment": true, "iteration": 1}', '{"experiment": 0, "iteration": 1, "model": 3, "accuracy": [1]}']
-    lines = [json.dumps(good[0]), *bad, json.dumps(good[1]), json.dumps(good[2])]
+    lines = [json.dumps(good[0]), '{"experiment": 0, "iter', json.dumps(good[1]), json.dumps(good[2])]
     (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff{")
     assert run.metrics() == good
     run.keep_metrics(lambda line: line["iteration"] < 2)
@@ -553,8 +550,11 @@ def test_a_checkpoint_of_another_run(whole, refused, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [{"matching": None, "moments_oe": 1}, {"matching": "separate", "moments_oe": None}])
-def test_a_flag_that_is_gone_and_did_nothing(flags, tmp_path):
-    assert _without_dropped({"ipc": 1} | flags, tmp_path) == {"ipc": 1}
+def test_a_flag_that_is_gone_and_did_nothing(copied, in_process, flags):
+    folder = copied("one")
+    about = json.loads((folder / "args.json").read_text())
+    (folder / "args.json").write_text(json.dumps(about | {"flags": about["flags"] | flags}))
+    assert "is finished" in in_process("main_poe.py", "--resume", folder)
 
 
 @pytest.mark.parametrize(("name", "value"), [("matching", "joint"), ("moments_oe", 2)])
@@ -562,7 +562,7 @@ def test_a_flag_that_is_gone(whole, refused, tmp_path, name, value):
     stored = json.loads((run_folder(whole / "one") / "args.json").read_text())
     (tmp_path / "args.json").write_text(json.dumps(stored | {"flags": stored["flags"] | {name: value}}))
     error = refused("main_poe.py", "--resume", tmp_path)
-    assert f"was started with --{name} {value}, a flag that is gone; resume it with commit e2cb5ce" in error
+    assert f"does not know: --{name}={value}. Leave it out, or use the commit that knew it" in error
 
 
 def test_checkpoints_of_older_code(whole, refused, tmp_path):

@@ -14,26 +14,23 @@ class Assumptions(Settings):
     """Sets of other repositories. What is assumed of them."""
 
     distilled_format: str | None = flag(
-        None, f"{', '.join(FORMATS)}; left out: found out by looking", what="format", names=tuple(FORMATS)
+        None, f"{', '.join(FORMATS)}; left out: found out by looking", names=tuple(FORMATS)
     )
     distilled_space: str | None = flag(
         None,
         "what the numbers of the images are: normalised, unit (0 to 1) or zca (whitened); left out: by the format",
-        what="space",
         names=SPACES,
     )
     distilled_mean: tuple[float, ...] | None = flag(
         None,
         "mean per channel by which the images were normalised; left out: by the format and --dataset",
         number(-1e9),
-        many=True,
         metavar="X",
     )
     distilled_std: tuple[float, ...] | None = flag(
         None,
         "std per channel by which the images were normalised; left out: by the format and --dataset",
         number(0, exclusive=True),
-        many=True,
         metavar="X",
     )
     distilled_factor: int | None = flag(
@@ -44,7 +41,6 @@ class Assumptions(Settings):
     soft_labels: str | None = flag(
         None,
         "what labels [images, classes] are; left out: found out by looking",
-        what="kind of labels",
         names=("probabilities", "logits"),
     )
     label_temperature: float | None = flag(

@@ -155,12 +155,11 @@ class OnExperts(Distilling, Buffers):
         "weight of the outlier loss when the experts were trained; left out: --lambda_oe. With a larger one, training "
         "on the distilled outliers at --lambda_oe acts like training at this weight",
         number(0),
-        needs=(WITH_OUTLIERS,),
+        needs=WITH_OUTLIERS,
     )
     train_experts: str = flag(
         "never",
         "auto: first train the experts that are missing, as train_experts.py would with its defaults for this method",
-        what="choice",
         names=TRAIN,
         may_change=True,
     )

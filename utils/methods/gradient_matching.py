@@ -43,7 +43,6 @@ class GradientSettings(MatchingSettings):
     dis_metric: str = flag(
         "ours",
         "distance between gradients",
-        what="metric",
         names=METRICS,
     )
     outer_loop: int | None = flag(

@@ -91,7 +91,7 @@ class Spread(Settings):
         0.0,
         "weight of a term that keeps outliers apart in the features of the network; 0: without, as published",
         number(0),
-        needs=(WITH_OUTLIERS,),
+        needs=WITH_OUTLIERS,
     )
 
 
@@ -105,9 +105,5 @@ class MatchingSettings(Distilling, Spread):
         "iteration, as published",
         count(0),
     )
-    pool_epochs: int = flag(
-        20, "epochs that a network of the pool trains before its turn", count(1), needs=(HAS_A_POOL,)
-    )
-    pool_last_epoch: int = flag(
-        200, "epochs after which a network of the pool is replaced", count(1), needs=(HAS_A_POOL,)
-    )
+    pool_epochs: int = flag(20, "epochs that a network of the pool trains before its turn", count(1), needs=HAS_A_POOL)
+    pool_last_epoch: int = flag(200, "epochs after which a network of the pool is replaced", count(1), needs=HAS_A_POOL)

@@ -44,13 +44,11 @@ class SnapshotSettings(OnExperts, Spread):
         "epochs",
         "epochs: the experts after a random epoch, and a tenth of the epochs later to classify; interpolate: between "
         "their first and last parameters, and the last to classify",
-        what="kind of snapshots",
         names=SNAPSHOTS,
     )
     feature_distance: str = flag(
         "mean",
         "mean: squared distance of mean features; cf: distance of their characteristic functions (NCFM)",
-        what="distance",
         names=DISTANCES,
     )
     cf_frequencies: int = flag(1024, "frequencies of --feature_distance cf, others in each iteration", count(1))

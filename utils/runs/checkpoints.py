@@ -2,23 +2,12 @@
 
 import time
 
-import torch
-
 from utils.core.errors import UserError
 from utils.core.files import save_pt
 from utils.core.torch_files import read_pt
 from utils.runs.run_folder import RunFolder
 
 MOST_SECONDS = 600  # between two checkpoints
-
-
-def on_cpu(state: object) -> object:
-    """Nested dicts and lists of plain values and tensors, with the tensors on the CPU; tuples become lists."""
-    if isinstance(state, torch.Tensor):
-        return state.cpu()
-    if isinstance(state, dict):
-        return {key: on_cpu(value) for key, value in state.items()}
-    return [on_cpu(value) for value in state] if isinstance(state, (list, tuple)) else state
 
 
 class Checkpointer:
@@ -42,13 +31,13 @@ class Checkpointer:
         return time.monotonic() - self.saved > MOST_SECONDS
 
     def save(self, state: dict) -> None:
-        """Write plain values and tensors (moved to the CPU); flush the logs first."""
+        """Write plain values and tensors; flush the logs first."""
         self.run.sync()
-        save_pt(self.path, on_cpu(state), keep=self.previous)
+        save_pt(self.path, state, keep=self.previous)
         self.saved = time.monotonic()
 
     def load(self) -> dict | None:
-        """The newest state that can be read; None if none was saved.
+        """The newest state that can be read, with its tensors on the CPU; None if none was saved.
 
         Raises:
             UserError: when there are checkpoints, but none can be read.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from utils.compute import distributed
-from utils.core.errors import UserError
+from utils.core.errors import UserError, named
 from utils.core.files import read_json
 from utils.data.distilled_file import DistilledFile
 from utils.runs.run_folder import ARGS, is_live
@@ -29,19 +29,13 @@ class Found(NamedTuple):
     note: str
 
 
-def nothing_left(folder: Path) -> str:
-    """For runs that tell nothing but their `args.json`; see `unfinished`."""
-    return ""
-
-
 def find_run_folder(
     roots: Sequence[str | Path],
     parts: Sequence[str | int],
     folder: str | None,
     holds: str,
-    flag_roots: str,
     only_oe: bool = False,
-    left: Callable[[Path], str] = nothing_left,
+    left: Callable[[Path], str] = lambda run: "",
 ) -> Found:
     """Find a run folder that an earlier stage wrote: of several, the finished one that was started last.
 
@@ -50,27 +44,27 @@ def find_run_folder(
         parts: method, dataset, model and ipc, the sub-folders of a root.
         folder: its name; None for the newest, finished runs before others.
         holds: a glob pattern of a file that the folder must hold.
-        flag_roots: the flag that sets `roots`, for the message, e.g. `--load_path`.
         only_oe: find only runs with outliers, those of main_oe.py, main_poe.py and stage 2 with outliers.
         left: what the files of a run say of how far it came; empty if it came to its end.
     Raises:
         UserError: when there is none, `folder` is not a plain name, or several roots have one of that name.
     """
-    if folder is not None and (Path(folder).name != folder or folder in ("", ".", "..")):
+    if folder is not None and (Path(folder).name != folder or folder in ("", "..")):
         raise UserError(f"--folder: {folder!r} is not the name of a folder; give the name alone, e.g. 20230206-232257")
     places = [Path(root).joinpath(*map(str, parts)) for root in roots]
-    named = [place / folder for place in places] if folder else [p for place in places for p in _folders(place)]
-    there = [path for path in named if path.is_dir() and not (only_oe and _is_plain(path))]
+    runs = [place / folder for place in places] if folder else [path for place in places for path in place.glob("*")]
+    plain = PLAIN_SCRIPTS if only_oe else ()
+    there = [path for path in runs if path.is_dir() and args_or_nothing(path).get("script") not in plain]
     found = [path for path in there if any(path.glob(holds))]
     if not found:
         where = ", ".join(map(str, places))
         what = (f"--folder: no {folder}" if folder else "no run folder") + (" with outliers" if only_oe else "")
         bare = f" ({', '.join(map(str, there[:3]))} has no {holds})" if there else ""
-        raise UserError(f"{what} under {where}{bare}. Run the earlier stage first, or give {flag_roots} and --folder")
+        raise UserError(f"{what} under {where}{bare}. Run the earlier stage first, or give --load_path and --folder")
     if folder and len(found) > 1:
         several = ", ".join(map(str, found))
-        raise UserError(f"--folder: {folder} exists {len(found)} times: {several}. Give {flag_roots}")
-    why = {path: unfinished(path, left) for path in found}
+        raise UserError(f"--folder: {folder} exists {len(found)} times: {several}. Give --load_path")
+    why = {path: _unfinished(path, left) for path in found}
     found.sort(key=lambda path: (not why[path], started(path), path.stat().st_mtime, path.name), reverse=True)
     note = _note({path: why[path] for path in found}, folder is None)
     return distributed.from_main(Found(found[0], note))  # a run may have ended while the processes looked
@@ -82,50 +76,38 @@ def _note(why: Mapping[Path, str], left_out: bool) -> str:
     if not left_out or not others:
         ways = "wait for its end, resume it, or choose another by --folder NAME"
         return f"{first} is not finished ({why[first]}): {ways}" if why[first] else ""
-    is_newest = started(first) >= max(map(started, others))
-    which = f"not finished: {why[first]}" if why[first] else "the newest" if is_newest else "the newest finished one"
+    which = f"not finished: {why[first]}" if why[first] else "the newest finished one"
     several = len({path.parent for path in why}) > 1
-    shown = [f"{path if several else path.name}{' (not finished)' if why[path] else ''}" for path in others[:4]]
-    more = f" and {len(others) - 4} more" if len(others) > 4 else ""
+    shown = [f"{path if several else path.name}{' (not finished)' if why[path] else ''}" for path in others]
     how = "--load_path ROOT --folder NAME" if several else "--folder NAME"
     return (
         f"--folder is left out and {len(why)} runs fit: {first} is taken ({which}). To choose another: {how}, "
-        f"of {', '.join(shown)}{more}"
+        f"of {named(shown, 4)}"
     )
 
 
-def unfinished(folder: Path, left: Callable[[Path], str] = nothing_left) -> str:
+def _unfinished(folder: Path, left: Callable[[Path], str]) -> str:
     """Why a run is not finished, in a few words; empty if it is.
 
     A run that ends writes the time into its `args.json`. Of runs of older code, which do not, `left` decides.
     """
-    about = args_or_nothing(folder)
+    about, where = args_or_nothing(folder), ""
     if about.get("finished"):
         return ""
     with suppress(UserError):  # a damaged file: whoever reads it says so
-        if where := left(folder):
-            return f"{where}, still running" if is_live(folder) else where
+        where = left(folder)
     if is_live(folder):
-        return "still running"
-    return "stopped, or running on another machine" if "finished" in about else ""
+        return f"{where}, still running" if where else "still running"
+    return where or ("stopped, or running on another machine" if "finished" in about else "")
 
 
 def started(folder: Path) -> float:
     """When a run was started, in seconds: by its `args.json`, else by its name, else when its folder last changed."""
-    with suppress(ValueError, TypeError, OverflowError, OSError):
-        return datetime.fromisoformat(args_or_nothing(folder).get("started")).timestamp()
-    with suppress(ValueError, OverflowError, OSError):
-        return datetime.strptime(folder.name[:15], "%Y%m%d-%H%M%S").timestamp()
+    said = str(args_or_nothing(folder).get("started"))
+    for text, form in ((said, "%Y-%m-%dT%H:%M:%S"), (folder.name[:15], "%Y%m%d-%H%M%S")):
+        with suppress(ValueError):
+            return datetime.strptime(text, form).timestamp()
     return folder.stat().st_mtime
-
-
-def _is_plain(folder: Path) -> bool:
-    """Whether a script that knows no outliers made the run."""
-    return args_or_nothing(folder).get("script") in PLAIN_SCRIPTS
-
-
-def _folders(place: Path) -> list[Path]:
-    return [p for p in place.iterdir() if p.is_dir()] if place.is_dir() else []
 
 
 def args_or_nothing(folder: Path) -> dict:
@@ -152,13 +134,13 @@ def distilled_set_of(networks: Path) -> tuple[DistilledFile, int]:
         UserError: when `args.json` does not name the file, or it is gone or damaged.
     """
     about = args_or_nothing(networks)
-    path, flags = stored_set_path(networks, about), about.get("flags")
-    if not isinstance(path, str):
+    path = stored_set_path(networks, about)
+    if path is None:
         raise UserError(f"{networks} does not say which distilled set its networks were trained on")
-    exp_idx = about.get("experiment", flags.get("exp_idx", 0) if isinstance(flags, dict) else 0)
     if not os.path.isfile(path):
         raise UserError(f"{networks} was trained on {path}, which is gone")
-    return DistilledFile.open(path), exp_idx if isinstance(exp_idx, int) else 0
+    flags = about.get("flags") or {}
+    return DistilledFile.open(path), about.get("experiment", flags.get("exp_idx", 0))
 
 
 def stored_set_path(networks: Path, about: dict) -> str | None:
@@ -166,18 +148,14 @@ def stored_set_path(networks: Path, about: dict) -> str | None:
 
     A set that lies in the folder itself has moved with it.
     """
-    path = about.get("distilled_set")
-    if not isinstance(path, str):
-        return None
-    own = networks / TRAINED_ON
-    return str(own) if os.path.basename(path) == TRAINED_ON and own.is_file() else path
+    path, own = about.get("distilled_set"), networks / TRAINED_ON
+    return str(own) if path and os.path.basename(path) == TRAINED_ON and own.is_file() else path
 
 
 def sources_of(results: Path) -> list[Path]:
     """The sources of a stage-3 folder, as far as they are known: the folder of its networks, and the distilled set."""
     networks = args_or_nothing(results).get("networks")
-    if not isinstance(networks, str):
+    if networks is None:
         return []
     about = args_or_nothing(Path(networks))
-    sources = (networks, about.get("distilled_set"), about.get("images_from"))
-    return [Path(p).resolve() for p in sources if isinstance(p, str)]
+    return [Path(path).resolve() for path in (networks, about.get("distilled_set"), about.get("images_from")) if path]

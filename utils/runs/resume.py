@@ -1,7 +1,6 @@
 """Resuming a run: restore its flags from its folder, compare its inputs, and build the command that resumes it.
 
-The state itself is restored by `utils/stages/loop.py` (stage 1) and `utils/training/network_training.py` (stage
-2).
+The state itself is restored by `utils/stages/loop.py` (stage 1) and `utils/training/network_training.py` (stage 2).
 """
 
 import os
@@ -15,15 +14,10 @@ from utils.compute import distributed
 from utils.core.errors import UserError, one_line
 from utils.runs.lineage import args_or_nothing, started
 from utils.runs.run_folder import ARGS, read_args
-from utils.settings.fields import Settings, flag, flags_of
-from utils.settings.parser import count
+from utils.settings.fields import Settings, flag, flag_words, flags_of
 from utils.settings.reading import SettingsParser, flags_as_words
 
-# flags that are gone: the value that did nothing, and the last commit that has the flag
-DROPPED = {
-    "matching": ("separate", "e2cb5ce705a47533bcdf883fb934c70e156a4aef"),
-    "moments_oe": (1, "e2cb5ce705a47533bcdf883fb934c70e156a4aef"),
-}
+DROPPED = {"matching": "separate", "moments_oe": 1}  # flags that are gone, with the value that did nothing
 
 
 @dataclass(frozen=True)
@@ -34,7 +28,6 @@ class Checkpoints(Settings):
         50,
         "iterations (stage 1) or epochs (stage 2) between two checkpoints; use a lower value if jobs are killed often. "
         "One is also written when the last is ten minutes old",
-        count(1),
         may_change=True,
     )
     resume: str | None = flag(
@@ -57,14 +50,14 @@ class Checkpoints(Settings):
         if "resume" not in given:
             return None
         latest = given["resume"] == "latest"
-        root = given.get("save_path", cls().save_path)
-        folder = _latest(Path(root), parser.prog) if latest else Path(given["resume"])
+        root = Path(given.get("save_path", cls().save_path))
+        folder = _latest(root, parser.prog) if latest else Path(given["resume"])
         about = read_args(folder)
         if about["script"] != parser.prog:
             raise UserError(
                 f"--resume: {folder} is a run of {about['script']}, not of {parser.prog}; resume it with that"
             )
-        stored = _without_dropped(about["flags"], folder)
+        stored = {name: value for name, value in about["flags"].items() if value != DROPPED.get(name)}
         code = stored.get("method_file")
         if code is not None and "method_file" not in given:
             raise UserError(f"--resume: {folder} was started with --method_file {one_line(code)}; give that file again")
@@ -77,38 +70,17 @@ class Checkpoints(Settings):
                     f"--{name}: given is {value}, but {folder} was started with {stored.get(name)}; leave the flag "
                     "out, or start a new run"
                 )
-        restored = parser.values_of(flags_as_words(parser, stored, "--resume", folder / ARGS))
+        restored, _ = parser.values_of(flags_as_words(parser, stored, "--resume", folder / ARGS))
         return restored | changed | {"resume": str(folder)}
-
-
-def _without_dropped(flags: dict, folder: Path) -> dict:
-    """Stored flags without those that are gone; raises a `UserError` for one that was used."""
-    for name, (neutral, commit) in DROPPED.items():
-        if flags.get(name) not in (None, neutral):
-            value = one_line(flags[name])
-            raise UserError(
-                f"--resume: {folder} was started with --{name} {value}, a flag that is gone; resume it with commit "
-                f"{commit}, the last that has it"
-            )
-    return {name: value for name, value in flags.items() if name not in DROPPED}
 
 
 def _latest(root: Path, script: str) -> Path:
     """The run folder of this script under `root` that was started last."""
-    found = []
-    try:
-        folders = [path.parent for path in root.rglob(ARGS)]
-    except OSError:  # a name that is too long
-        folders = []
-    for folder in folders:
-        try:
-            if read_args(folder)["script"] == script:
-                found.append((started(folder), max(p.stat().st_mtime for p in folder.iterdir()), folder))
-        except (UserError, OSError):
-            continue
+    folders = [path.parent for path in root.rglob(ARGS)] if os.path.isdir(root) else []
+    found = [folder for folder in folders if args_or_nothing(folder).get("script") == script]
     if not found:
         raise UserError(f"--resume latest: no run of {script} under {root}; give the folder, or --save_path")
-    return max(found)[-1]
+    return max(found, key=lambda folder: (started(folder), folder.name))
 
 
 def check_inputs(folder: Path, inputs: dict[str, str]) -> None:
@@ -133,15 +105,9 @@ def resume_command(folder: Path) -> str:
     For a run on several machines, it is the command for this machine, with its `--node_rank`.
     """
     start = ["torchrun", *_launcher_flags()] if distributed.world_size() > 1 else [sys.orig_argv[0]]
-    where = [f"--resume={folder}"] if str(folder).startswith("-") else ["--resume", str(folder)]
-    return shlex.join([*start, sys.argv[0], *where, *_method_file(folder)])
-
-
-def _method_file(folder: Path) -> list[str]:
-    """The `--method_file` of a run, which is run as code and so must be given again."""
-    flags = args_or_nothing(folder).get("flags")
-    path = flags.get("method_file") if isinstance(flags, dict) else None
-    return ["--method_file", path] if isinstance(path, str) else []
+    code = args_or_nothing(folder).get("flags", {}).get("method_file")  # it is run as code, so it must be given again
+    again = [*flag_words("resume", str(folder)), *flag_words("method_file", code)]
+    return shlex.join([*start, sys.argv[0], *again])
 
 
 def _launcher_flags() -> list[str]:

@@ -7,19 +7,20 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing, suppress
 from datetime import datetime
+from importlib.util import find_spec
 from itertools import chain, count
 from pathlib import Path
+from statistics import fmean
 from typing import IO
 
 from utils.compute import distributed
 from utils.compute.version import git_commit, versions
+from utils.core import files
 from utils.core.errors import UserError, print_line
-from utils.core.files import append_line, open_no_link, read_json, read_lines, remove_unfinished, save_text, sync_file
 from utils.runs.progress import LOG_EVERY, Progress
-from utils.runs.tensorboard import TensorBoardWriter
 
 try:
     import fcntl
@@ -30,7 +31,6 @@ ARGS = "args.json"
 LOCK = ".lock"
 LOG = "logs.txt"
 METRICS = "metrics.jsonl"
-COUNTS = ("experiment", "iteration", "network", "epoch")  # in lines of `METRICS`
 
 
 class RunFolder:
@@ -39,10 +39,10 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path = Path(path)
         self.is_main = distributed.is_main()
-        self.lock = lock(self.path) if self.is_main else None
+        self.tensorboard = None  # the writer of --tensorboard
         if self.is_main:
-            remove_unfinished(self.path)
-        self.tensorboard: TensorBoardWriter | None = None  # set if --tensorboard is given
+            self.lock = lock(self.path)
+            files.remove_unfinished(self.path)
 
     @classmethod
     def create(cls, root: str | Path, *parts: str | int, name: str | None = None, ending: str = "") -> "RunFolder":
@@ -50,21 +50,9 @@ class RunFolder:
 
         A name that is taken gets a suffix: `-2`, `-3`, ….
         """
-        parent = Path(root).joinpath(*map(str, parts))
-        path = cls._make(parent, name, ending) if distributed.is_main() else None
-        return cls(distributed.from_main(path))
-
-    @staticmethod
-    def _make(parent: Path, name: str | None, ending: str) -> Path:
         name = (name or datetime.now().strftime("%Y%m%d-%H%M%S")) + ending
-        try:
-            parent.mkdir(parents=True, exist_ok=True)
-            for suffix in chain([""], (f"-{attempt}" for attempt in count(2))):
-                with suppress(FileExistsError):
-                    (parent / f"{name}{suffix}").mkdir()
-                    return parent / f"{name}{suffix}"
-        except OSError as error:
-            raise UserError(f"--save_path: cannot make a folder in {parent}: {error}") from None
+        path = _new_folder(Path(root).joinpath(*map(str, parts)), name) if distributed.is_main() else None
+        return cls(distributed.from_main(path))
 
     def log(self, message: str, show: bool = True) -> None:
         """Append a line with the time to `logs.txt`, and print it if `show`. Only rank 0 does so."""
@@ -78,30 +66,49 @@ class RunFolder:
     def _log(self, message: str, show: bool = True) -> None:
         if show:
             print_line(message)
-        append_line(self.path / LOG, f"[{datetime.now():%Y-%m-%d %H:%M:%S}] {message}")
+        files.append_line(self.path / LOG, f"[{datetime.now():%Y-%m-%d %H:%M:%S}] {message}")
 
     def sync(self) -> None:
         """Flush all appended lines to the disk, before something relies on them, e.g. a checkpoint."""
         for name in (LOG, METRICS):
-            sync_file(self.path / name)
+            files.sync_file(self.path / name)
 
     def metric(self, **values: object) -> None:
         """Append `values` and the time to `metrics.jsonl`, whatever the rank; non-finite numbers become null."""
-        plain = {k: [_finite(x) for x in v] if isinstance(v, list) else _finite(v) for k, v in values.items()}
+        plain = {name: _finite(value) for name, value in values.items()}
         line = {"time": datetime.now().isoformat(timespec="milliseconds"), **plain}
-        append_line(self.path / METRICS, json.dumps(line))
+        files.append_line(self.path / METRICS, json.dumps(line))
         if self.tensorboard is not None:
-            self.tensorboard.add(plain)
+            self._add_events(plain)
 
     def metrics(self) -> list[dict]:
-        """The lines of `metrics.jsonl`, parsed; damaged ones are skipped."""
+        """The lines of `metrics.jsonl`, parsed."""
         return read_metrics(self.path)
 
     def keep_metrics(self, keep: Callable[[dict], bool]) -> None:
-        """Drop damaged lines of `metrics.jsonl`, and those that a resumed run writes again (`keep` is false)."""
+        """Drop the lines of `metrics.jsonl` that a resumed run writes again (`keep` is false), and damaged ones."""
         if self.is_main:
-            kept = read_metrics(self.path, keep)
-            save_text(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+            kept = [json.dumps(line) + "\n" for line in self.metrics() if keep(line)]
+            files.save_text(self.path / METRICS, "".join(kept))
+
+    def start_tensorboard(self) -> None:
+        """Write metrics as TensorBoard events, too; those that are there replace earlier events."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        files.remove_files(self.path, "events.out.tfevents.*")
+        self.tensorboard = SummaryWriter(str(self.path))
+        for line in self.metrics():
+            self._add_events(line)
+
+    def _add_events(self, line: dict) -> None:
+        """Each number, and the mean of each list, at its iteration and under its experiment."""
+        prefix = f"experiment{line['experiment']}/" + (f"{line['model']}/" if "model" in line else "")
+        for name, value in line.items():
+            if isinstance(value, list) and None not in value:
+                value = fmean(value)
+            if isinstance(value, (int, float)) and name not in ("iteration", "experiment"):
+                self.tensorboard.add_scalar(prefix + name, value, line["iteration"])
+        self.tensorboard.flush()
 
     def save_args(self, flags: dict, **more: object) -> None:
         """Write the flags to `args` (JSON, as in published runs); `args.json` adds the command, versions and `more`."""
@@ -117,24 +124,38 @@ class RunFolder:
         if not self.is_main:
             return
         about = read_args(self.path)
-        before = about.get("resumed") if isinstance(about.get("resumed"), list) else []
-        resumed = {"command": shlex.join(sys.orig_argv), "at": _now(), "git_commit": git_commit()}
-        about |= {"flags": flags | {"resume": None}, "resumed": [*before, resumed | {"versions": versions()}], **more}
-        _save_json(self.path / ARGS, about | {"finished": None})
+        now = {"command": shlex.join(sys.orig_argv), "at": _now(), "git_commit": git_commit(), "versions": versions()}
+        about |= {"flags": flags | {"resume": None}, "resumed": [*about.get("resumed", []), now], "finished": None}
+        _save_json(self.path / ARGS, about | more)
 
     def finish(self) -> None:
         """Record in `args.json` that the run has come to its end, and when."""
         if self.is_main:
             _save_json(self.path / ARGS, read_args(self.path) | {"finished": _now()})
 
-    @contextmanager
-    def progress(self, total: int, what: str, start: int = 0, every: int = LOG_EVERY) -> Iterator[Progress]:
-        """Show the progress of a loop: a bar on a terminal, else a log line every `every` steps."""
-        progress = Progress(self.log, total, what, start, every, with_bar=self.is_main)
-        try:
-            yield progress
-        finally:
-            progress.close()
+    def progress(
+        self, total: int, what: str, start: int = 0, every: int = LOG_EVERY
+    ) -> AbstractContextManager[Progress]:
+        """The progress of a loop: a bar on a terminal, else a log line every `every` steps."""
+        return closing(Progress(self.log, total, what, start, every, with_bar=self.is_main))
+
+
+def require_tensorboard() -> None:
+    """Raise a `UserError` if TensorBoard, an optional package, is not installed."""
+    if find_spec("tensorboard") is None:
+        raise UserError("--tensorboard: needs the package tensorboard: pip install tensorboard")
+
+
+def _new_folder(parent: Path, name: str) -> Path:
+    """Make the folder, with a suffix where there is one of that name."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for suffix in chain([""], (f"-{attempt}" for attempt in count(2))):
+            with suppress(FileExistsError):
+                (parent / f"{name}{suffix}").mkdir()
+                return parent / f"{name}{suffix}"
+    except OSError as error:
+        raise UserError(f"--save_path: cannot make a folder in {parent}: {error}") from None
 
 
 def _now() -> str:
@@ -142,35 +163,21 @@ def _now() -> str:
 
 
 def _save_json(path: Path, value: dict) -> None:
-    save_text(path, json.dumps(value, indent=1, default=str) + "\n")
+    files.save_text(path, json.dumps(value, indent=1, default=str) + "\n")
 
 
-def read_metrics(folder: Path, keep: Callable[[dict], bool] = lambda line: True) -> list[dict]:
-    """The lines of a run folder's `metrics.jsonl` that are whole and for which `keep` is true. Takes no lock."""
+def read_metrics(folder: Path) -> list[dict]:
+    """The lines of a run folder's `metrics.jsonl`, without what a crash left of one. Takes no lock."""
     lines = []
-    for text in read_lines(folder / METRICS):
-        with suppress(ValueError, TypeError, KeyError, RecursionError):
-            line = json.loads(text)
-            if _is_metric(line) and keep(line):
-                lines.append(line)
+    for text in files.read_lines(folder / METRICS):
+        with suppress(ValueError):
+            lines.append(json.loads(text))
     return lines
 
 
-def _is_metric(line: object) -> bool:
-    """Whether a parsed line of `metrics.jsonl` has the form that `RunFolder.metric` writes."""
-    if not isinstance(line, dict):
-        return False
-    rest = [v for name, v in line.items() if name not in ("time", "model")]
-    numbers = [x for v in rest for x in (v if isinstance(v, list) else [v])]
-    return (
-        all(isinstance(line.get(name, ""), str) for name in ("time", "model"))
-        and all(type(line[name]) is int and 0 <= line[name] < 1 << 31 for name in COUNTS if name in line)
-        and [] not in rest
-        and all(x is None or (type(x) in (int, float) and abs(x) < math.inf) for x in numbers)
-    )
-
-
 def _finite(value: object) -> object:
+    if isinstance(value, list):
+        return [_finite(x) for x in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -183,7 +190,7 @@ def read_args(folder: Path) -> dict:
     path = Path(folder) / ARGS
     if not os.path.isfile(path):
         raise UserError(f"--resume: {folder} is no run folder: it has no file {ARGS}. Give the folder of a run")
-    about = read_json(path, "--resume")
+    about = files.read_json(path, "--resume")
     if not isinstance(about.get("flags"), dict) or not isinstance(about.get("script"), str):
         raise UserError(f"--resume: {path} is damaged: it has no flags. Give the folder of another run")
     return about
@@ -191,11 +198,9 @@ def read_args(folder: Path) -> dict:
 
 def is_live(folder: Path) -> bool:
     """Whether another process holds the lock of a run folder. Asking needs no right to write, and takes no lock."""
-    try:
-        with open(Path(folder) / LOCK, "rb", opener=open_no_link) as file:
-            return _is_held(file, shared=True)  # several processes may ask at once
-    except OSError:  # there is no lock, or it is a folder of somebody else
-        return False
+    with suppress(OSError), open(Path(folder) / LOCK, "rb", opener=files.open_no_link) as file:
+        return _is_held(file, shared=True)  # several processes may ask at once
+    return False  # there is no lock, or it is a folder of somebody else
 
 
 def _is_held(file: IO, shared: bool) -> bool:
@@ -222,7 +227,7 @@ def lock(folder: Path) -> IO:
         UserError: when another process holds the lock, or the folder is read-only.
     """
     try:
-        file = open(folder / LOCK, "a+", encoding="utf-8", opener=open_no_link)  # noqa: SIM115 - see above
+        file = open(folder / LOCK, "a+", encoding="utf-8", opener=files.open_no_link)  # noqa: SIM115 - see above
     except OSError as error:
         raise UserError(f"cannot write into {folder}: {error}. Choose another folder") from None
     if _is_held(file, shared=False):

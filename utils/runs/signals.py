@@ -13,8 +13,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 from utils.compute import distributed
 from utils.core.errors import Interrupted, UserError
@@ -22,21 +22,11 @@ from utils.core.errors import Interrupted, UserError
 GRACE = 1.5  # seconds
 AGAIN = 0.5  # seconds between attempts: Python discards exceptions raised in a destructor
 REPEAT = 5.0  # seconds
-HAS_TIMER = hasattr(signal, "setitimer")  # not on Windows
+HAS_TIMER = hasattr(signal, "setitimer")  # Windows has none: a run there stops at the end of an iteration or epoch
 NOT_HANDLED = "not in the main thread: Ctrl-C and SIGTERM do not save; --resume continues from the last checkpoint"
 
-
-@dataclass
-class _State:
-    """What has happened to this process since `catch` began."""
-
-    received: int = 0  # number of the first signal
-    at: float = 0.0  # when it came
-    interruptible: bool = False
-    overdue: bool = False  # whether the grace period is over
-
-
-_now = _State()
+# the number of the first signal since `catch` began, 0 for none; when it came; whether the computation may be stopped
+_now = SimpleNamespace(received=0, at=0.0, interruptible=False)
 
 
 def received() -> int:
@@ -54,29 +44,31 @@ def check() -> None:
 def interruptible(may_stop: bool = True) -> Iterator[None]:
     """Mark a long computation that may be interrupted, as the state from before it can still be saved.
 
+    Without `may_stop`: mark a part of one that must run to its end, such as writing files.
+
     Raises:
         Interrupted: inside the block, when the grace period after a signal is over.
     """
     before, _now.interruptible = _now.interruptible, may_stop
     try:
-        _raise_if_overdue()
+        _stop_if_overdue()
         yield
     finally:
         _now.interruptible = before
-    _raise_if_overdue()
+    _stop_if_overdue()
 
 
-def uninterrupted() -> AbstractContextManager[None]:
-    """Inside `interruptible`: mark a part that must run to its end, such as writing files."""
-    return interruptible(False)
+def _stop_if_overdue(*_: object) -> None:
+    """Raise `Interrupted` where the grace period is over; also the handler of the timer."""
+    if _now.interruptible and _now.received and time.monotonic() - _now.at >= GRACE:
+        raise Interrupted(_now.received)
 
 
 @contextmanager
 def catch() -> Iterator[None]:
     """Handle SIGINT and SIGTERM as this module describes while the block runs.
 
-    Python handles signals in the main thread alone. In any other, as in notebooks and web apps, a line says that they
-    are not handled, and the block runs without.
+    Python handles signals in the main thread alone. In any other, as in notebooks and web apps, a line says so.
 
     Raises:
         Interrupted: also in place of an error (except `UserError`) after a signal, e.g. of a compiler that Ctrl-C also
@@ -87,33 +79,26 @@ def catch() -> Iterator[None]:
             print(NOT_HANDLED, file=sys.stderr, flush=True)
         yield
         return
-    _begin()
     handlers = {signal.SIGINT: _note, signal.SIGTERM: _note}
     if HAS_TIMER:
-        handlers[signal.SIGALRM] = _grace_is_over
+        handlers[signal.SIGALRM] = _stop_if_overdue
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     except UserError:
         raise
     except Exception:
-        if not _now.received:
-            raise
-        raise Interrupted(_now.received) from None
+        check()
+        raise
     finally:
         if HAS_TIMER:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
-        _begin()
+        _now.received = 0
 
 
-def _begin() -> None:
-    global _now
-    _now = _State()
-
-
-def _note(number: int, frame: object) -> None:
+def _note(number: int, _: object) -> None:
     """The handler of SIGINT and SIGTERM."""
     if _now.received:
         if time.monotonic() - _now.at > REPEAT:
@@ -126,16 +111,3 @@ def _note(number: int, frame: object) -> None:
         os.write(2, text.encode())
     if HAS_TIMER:
         signal.setitimer(signal.ITIMER_REAL, GRACE, AGAIN)
-    else:
-        _grace_is_over(number, frame)
-
-
-def _grace_is_over(number: int, frame: object) -> None:
-    """The handler of the timer."""
-    _now.overdue = True
-    _raise_if_overdue()
-
-
-def _raise_if_overdue() -> None:
-    if _now.overdue and _now.interruptible:
-        raise Interrupted(_now.received)

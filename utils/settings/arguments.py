@@ -2,103 +2,66 @@
 
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_file_location
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from utils.core.errors import UserError, blame, one_line
-from utils.core.files import check_file
+from utils.core.errors import UserError
 from utils.exchange.assumptions import Assumptions
 from utils.methods import METHODS
-from utils.methods.method import MethodEntry
 from utils.outliers.corruptions import DEFAULT_CORRUPTIONS
 from utils.runs.resume import Checkpoints
-from utils.settings.common import (
-    Corrupted,
-    Data,
-    Images,
-    Network,
-    OutlierTraining,
-    Parts,
-    Pool,
-    Reads,
-    Speed,
-    Training,
-    TrainsNetworks,
-    Writes,
-)
+from utils.settings import common
 from utils.settings.distillation import Distilling
-from utils.settings.fields import Need, Settings, as_words, flag, flags_of, with_default, with_shown_default
-from utils.settings.ood_test import OODSets, Scores, Test
-from utils.settings.parser import one_of
+from utils.settings.fields import OF_RUN, Need, Settings, as_words, flag, flags_of, main_flag, only, with_default
+from utils.settings.method_choice import MethodChoice, load_method_file, users_of_flags
+from utils.settings.parser import count, with_shown_default
 from utils.settings.reading import SettingsParser
-from utils.settings.training_set import (
-    MADE,
-    OF_DISTILLED,
-    OUTLIERS,
-    READS_A_RUN,
-    READS_A_SET,
-    Experiment,
-    TrainingOutliers,
-    TrainsOn,
-    used_by,
-)
 
-RECIPES: dict[str, tuple[str, dict[str, Any]]] = {"strong": ("MTT", {"expert_lambda_oe": 2.0})}  # method and flags
+KINDS = dict.fromkeys(entry.settings for entry in METHODS.values())
 
 
 @dataclass(frozen=True)
-class MethodChoice(Settings):
-    """Method."""
-
-    method: str = flag(
-        "DC",
-        "; ".join(f"{entry.name}: {entry.help}" for entry in METHODS.values()),
-        one_of("method", METHODS),
-        often=True,
-        always=True,
-    )
-    method_file: str | None = flag(
-        None,
-        "a Python file that registers a further method (docs/methods.md); its code is run, so use only your own",
-        may_change=True,
-    )
-
-
-def _most_derived(classes: Iterable[type]) -> list[type]:
-    """The classes, each once, that no other of them is derived from."""
-    found = list(dict.fromkeys(classes))
-    return [cls for cls in found if not any(other is not cls and issubclass(other, cls) for other in found)]
-
-
-@dataclass(frozen=True)
-class Stage1Settings(MethodChoice, *_most_derived(entry.settings for entry in METHODS.values())):
+class Stage1Settings(MethodChoice, *(kind for kind in KINDS if not kind.__subclasses__())):
     """Settings of `main.py`: those of all methods."""
+
+    @classmethod
+    def needs(cls) -> dict[str, list[Need]]:
+        """What a flag needs; first of all, that the method uses it."""
+        of_methods = {name: [only("method", *users)] for name, users in users_of_flags().items()}
+        return {name: of_methods.get(name, []) + needs for name, needs in super().needs().items()}
+
+    @classmethod
+    def help_of(cls, f: Field) -> str:
+        """The methods that use the flag come first, the defaults that differ by method last."""
+        users = [] if f.name in Distilling.__dataclass_fields__ else users_of_flags().get(f.name, [])
+        text = f"{', '.join(users)}: {f.metadata['help']}" if users else f.metadata["help"]
+        others = [f"{entry.name}: {entry.defaults[f.name]}" for entry in METHODS.values() if f.name in entry.defaults]
+        if not others:
+            return with_shown_default(text, f.default)
+        return f"{text} (left out: {', '.join(others)}; else {f.default})"
+
+    @classmethod
+    def with_several_defaults(cls) -> set[str]:
+        """The flags whose default depends on the method."""
+        return {name for entry in METHODS.values() for name in entry.defaults}
 
     def defaults(self) -> dict[str, Any]:
         """The defaults of the method."""
         return super().defaults() | METHODS[self.method].defaults
 
     def completed(self, given: Mapping[str, Any]) -> Self:
-        """The defaults of the method and of the recipe, where no flag was given."""
-        _check_used(METHODS[self.method], given)
-        method, of_recipe = RECIPES.get(self.outlier_recipe, (self.method, {}))
-        if self.method != method:
-            raise UserError(
-                f"--outlier_recipe {self.outlier_recipe}: --method {self.method} has no such; --method {method} has"
-            )
-        known = {f.name for f in fields(self)}
-        entry = METHODS[self.method]
-        usual = {**entry.defaults, **of_recipe, **entry.derived(self)}
-        return replace(self, **{n: value for n, value in usual.items() if n in known and n not in given})
+        """The defaults of the method, where no flag was given, and it would have an effect."""
+        entry, needs = METHODS[self.method], self.needs()
+        usual = {**entry.defaults, **entry.derived(self)}
+        follow = [name for name in usual if name not in given and all(need.holds(self) for need in needs[name])]
+        return replace(self, **{name: usual[name] for name in follow})
 
     def used(self) -> set[str]:
         """The names of the flags that the method uses."""
-        users = {f.name: _users(f.name) for f in flags_of(type(self))}
-        return {name for name, of_flag in users.items() if not of_flag or self.method in of_flag}
+        users = users_of_flags()
+        return {f.name for f in flags_of(type(self)) if self.method in users.get(f.name, METHODS)}
 
 
 @dataclass(frozen=True)
@@ -106,7 +69,7 @@ class Stage1SettingsOE(Stage1Settings):
     """Settings of `main_oe.py`."""
 
     outliers: str = "oe"
-    save_path: str = with_default(Writes, "save_path", "result-oe")
+    save_path: str = with_default(common.Writes, "save_path", "result-oe")
 
 
 @dataclass(frozen=True)
@@ -114,58 +77,108 @@ class Stage1SettingsPOE(Stage1Settings):
     """Settings of `main_poe.py`."""
 
     outliers: str = "poe"
-    save_path: str = with_default(Writes, "save_path", "result-poe")
+    save_path: str = with_default(common.Writes, "save_path", "result-poe")
+
+
+OUTLIERS = ("distilled", "initial", "kcenter", "corrupt", "real", "none")
+
+
+@dataclass(frozen=True)
+class Experiment(Settings):
+    """Experiment."""
+
+    exp_idx: int = flag(0, "which experiment of a res_….pt: it may hold several distilled sets", count(0))
+
+
+@dataclass(frozen=True)
+class TrainingOutliers(Settings):
+    """Outliers. Distilled ones, or one of their references."""
+
+    outliers: str = main_flag(
+        "distilled",
+        "distilled; initial (start): those that a distillation starts from; kcenter: the same number, chosen far apart "
+        "from 10000 candidates; corrupt (on the fly): the distilled images, corrupted in every epoch; real: real "
+        "outliers, others in every epoch, an upper bound; none",
+        names=OUTLIERS,
+    )
+    distilled_oe: tuple[str, ...] | None = flag(
+        None,
+        "outliers of --distilled where they are in files of their own",
+        metavar="PATH",
+        needs=(only("distilled"), only("outliers", "distilled")),
+    )
+    corrupt_again: bool = flag(
+        False,
+        "corrupt the outliers of --outliers distilled, initial or kcenter once more in every epoch",
+        needs=only("outliers", "distilled", "initial", "kcenter"),
+    )
 
 
 @dataclass(frozen=True)
 class Stage2Settings(
     MethodChoice,
-    TrainsNetworks,
-    Reads,
-    Writes,
+    common.TrainsNetworks,
+    common.Reads,
+    common.Writes,
     Experiment,
-    TrainsOn,
     Assumptions,
-    OutlierTraining,
+    common.OutlierTraining,
     TrainingOutliers,
-    Pool,
-    Corrupted,
+    common.Pool,
+    common.Corrupted,
     Checkpoints,
 ):
-    """Settings of `train_model_synthetic_oe.py`."""
+    """Training set. The settings of `train_model_synthetic_oe.py`."""
 
     NEEDS: ClassVar = {
-        Reads: (READS_A_SET, READS_A_RUN),
-        Assumptions: (OF_DISTILLED,),
-        "exp_idx": (  # it is part of random's seed
-            Need(lambda s: s.train_on in ("distilled", "random") or not s.exp_idx, READS_A_SET.why),
+        common.Reads: (
+            only("train_on", "distilled"),
+            Need(lambda s: not s.distilled, "--distilled takes its place; give one of them"),
         ),
-        Parts: (
-            Need(
-                lambda s: s.train_on in ("random", "herding", "kcenter"),
-                "only --train_on random, herding and kcenter shrink images; a distilled set says itself how many parts "
-                "its images hold",
-            ),
+        Assumptions: only("distilled"),
+        "exp_idx": Need(  # it is part of random's seed
+            lambda s: s.train_on in ("distilled", "random") or not s.exp_idx,
+            only("train_on", "distilled", "random").why,
         ),
-        OutlierTraining: (used_by(*(kind for kind in OUTLIERS if kind != "none")),),
-        "oe_data_path": (used_by("initial", "kcenter", "real"),),
-        "num_oe_per_class": (
-            Need(lambda s: bool(s.oe_data_path), "it cuts the pool of --oe_data_path, which is not given"),
+        "factor": Need(
+            lambda s: s.train_on in ("random", "herding", "kcenter"),
+            "only --train_on random, herding and kcenter shrink images; a distilled set says itself how many parts its "
+            "images hold",
         ),
-        Corrupted: (
-            used_by(*MADE, again=True),
-            Need(
-                lambda s: not s.oe_data_path or s.corrupt_again,
-                "it is for outliers made of training images, not of --oe_data_path; give one of them",
-            ),
+        common.OutlierTraining: only("outliers", *(kind for kind in OUTLIERS if kind != "none")),
+        "oe_data_path": only("outliers", "initial", "kcenter", "real"),
+        "num_oe_per_class": only("oe_data_path"),
+        common.Corrupted: Need(
+            lambda s: s.corrupt_again or (s.outliers not in ("distilled", "none") and not s.oe_data_path),
+            "it is for --corrupt_again, and for outliers that stage 2 makes of training images, not of --oe_data_path",
         ),
     }
 
-    num_eval: int = with_default(Training, "num_eval", 5)
-    factor: int = with_default(Parts, "factor", 1, often=False)
-    save_path: str = with_default(Writes, "save_path", "result-model-synthetic-oe")
-    oe_data_path: str | None = with_default(Pool, "oe_data_path", None, often=False)
-    corruptions: tuple[str, ...] = with_default(Corrupted, "corruptions", DEFAULT_CORRUPTIONS, often=False)
+    train_on: str = main_flag(
+        "distilled",
+        "distilled images, or a baseline: --ipc random, herding or k-center real images per class, or the whole "
+        "training set",
+        names=("distilled", "random", "herding", "kcenter", "whole"),
+    )
+    features: str | None = flag(
+        None,
+        "network MODEL.pt in whose features herding and kcenter choose, or a folder: one is trained on the whole set "
+        "and kept there; left out: features below --save_path",
+        metavar="PATH",
+        needs=only("train_on", "herding", "kcenter"),
+    )
+    distilled: tuple[str, ...] | None = flag(
+        None,
+        "a distilled set of any repository, instead of --folder and --load_path: a file, or a folder; images and "
+        "labels may be two files (docs/evaluate.md lists the formats)",
+        metavar="PATH",
+        needs=only("train_on", "distilled"),
+    )
+    num_eval: int = with_default(common.Training, "num_eval", 5)
+    factor: int = with_default(common.Images, "factor", 1, often=False)
+    save_path: str = with_default(common.Writes, "save_path", "result-model-synthetic-oe")
+    oe_data_path: str | None = with_default(common.Pool, "oe_data_path", None, often=False)
+    corruptions: tuple[str, ...] = with_default(common.Corrupted, "corruptions", DEFAULT_CORRUPTIONS, often=False)
 
     def completed(self, given: Mapping[str, Any]) -> Self:
         """The settings that follow from the kind of the training set.
@@ -191,118 +204,64 @@ class Stage2Settings(
             raise UserError(f"--outliers {kind}: give --ipc, the number of outliers for each class slot")
 
 
-WITHOUT_OUTLIERS = (
-    Need(
-        lambda s: s.outliers != "none",
-        "train_model_synthetic_no_oe.py trains without outliers; leave it out, or use train_model_synthetic_oe.py",
-        of_script=True,
-    ),
-)
-
-
 @dataclass(frozen=True)
 class Stage2SettingsNoOE(Stage2Settings):
     """Settings of `train_model_synthetic_no_oe.py`."""
 
-    NEEDS: ClassVar = dict.fromkeys((OutlierTraining, TrainingOutliers, Pool, Corrupted), WITHOUT_OUTLIERS)
+    NEEDS: ClassVar = Stage2Settings.NEEDS | dict.fromkeys(
+        (common.OutlierTraining, TrainingOutliers, common.Pool, common.Corrupted),
+        Need(
+            lambda s: False,
+            "train_model_synthetic_no_oe.py trains without outliers; leave it out, or use train_model_synthetic_oe.py",
+            of_script=True,
+        ),
+    )
 
     outliers: str = "none"
-    save_path: str = with_default(Writes, "save_path", "result-model-synthetic-no-oe")
+    save_path: str = with_default(common.Writes, "save_path", "result-model-synthetic-no-oe")
 
 
 @dataclass(frozen=True)
-class Stage3Settings(MethodChoice, Data, Network, Images, Speed, Reads, Writes, Test, OODSets, Scores):
-    """Settings of `test_ood_model_syn.py`."""
+class Stage3Settings(
+    MethodChoice,
+    common.Data,
+    common.Network,
+    common.Images,
+    common.Speed,
+    common.Reads,
+    common.Writes,
+    common.OODSets,
+    common.Scores,
+):
+    """Test. The settings of `test_ood_model_syn.py`."""
 
-    precision: str = with_default(Speed, "precision", "fp32")
-    save_path: str = with_default(Writes, "save_path", "result-test-ood-synthetic")
+    batch_test: int = flag(256, "images per forward pass; lower it when memory is short")
+    num_exp: int = main_flag(5, "how many of the trained networks to test")
+    is_load_best: bool = main_flag(False, "test the best checkpoints instead of those of --epoch_train")
+    epoch_train: int | None = flag(
+        None,
+        "which epoch's checkpoints to test; left out: the last that the networks have; --is_load_best tests the best "
+        "instead",
+    )
+    precision: str = with_default(common.Speed, "precision", "fp32")
+    save_path: str = with_default(common.Writes, "save_path", "result-test-ood-synthetic")
+    factor: int = 1  # no flags of stage 3
+    deterministic: bool = False
 
 
 def script_parser(settings: type[Settings], doc: str, description: str) -> SettingsParser:
     """The parser of a script, with the flags of methods; `doc`: of the script, whose second paragraph is an example."""
-    prepare = _load_method_file if issubclass(settings, MethodChoice) else None
-    parser = SettingsParser(settings, doc.split("\n\n")[1], prepare, description=description)
-    _tell_methods(parser)
-    return parser
-
-
-def _used(entry: MethodEntry) -> set[str]:
-    """The names of the flags of methods that a method uses."""
-    return {f.name for f in flags_of(entry.settings)} - set(entry.unused)
-
-
-def _users(name: str) -> list[str]:
-    """The methods that use a flag; empty for a flag that all use, or none."""
-    users = [entry.name for entry in METHODS.values() if name in _used(entry)]
-    return [] if len(users) == len(METHODS) else users
-
-
-def _check_used(entry: MethodEntry, given: Mapping[str, Any]) -> None:
-    """Refuse given flags of other methods."""
-    own = _used(entry)
-    for name in given:
-        if name not in own and (users := _users(name)):
-            do = "does" if len(users) == 1 else "do"
-            raise UserError(f"--{name}: --method {entry.name} does not use it; {', '.join(users)} {do}. Leave it out")
-
-
-def _tell_methods(parser: SettingsParser) -> None:
-    """Name in the help of each flag the methods that use it, and the defaults that differ by method."""
-    if not issubclass(parser.settings, Distilling):
-        return
-    common = {f.name for f in flags_of(Distilling)}
-    usual = {f.name: f for f in flags_of(parser.settings)}
-    for action in parser._actions:
-        name, default = action.dest, usual[action.dest].default if action.dest in usual else None
-        if (users := _users(name)) and name not in common | parser.hidden:
-            action.help = f"{', '.join(users)}: {action.help}"
-        others = [f"{entry.name}: {entry.defaults[name]}" for entry in METHODS.values() if name in entry.defaults]
-        if others:
-            parser.defaults_of_methods.add(name)
-        if others and name not in parser.hidden:
-            plain = action.help.removesuffix(with_shown_default("", default))
-            action.help = f"{plain} (left out: {', '.join(others)}; else {default})"
-
-
-def _load_method_file(parser: SettingsParser, arguments: list[str]) -> None:
-    """Run the file of `--method_file`, which registers a method, and add that method's flags to the parser.
-
-    Raises:
-        UserError: when the file is missing, fails, or registers nothing.
-    """
-    named = [word.removeprefix("--method_file=") for word in arguments if word.startswith("--method_file=")]
-    named += [arguments[i + 1] for i, word in enumerate(arguments[:-1]) if word == "--method_file"]
-    if not named:
-        return
-    with blame("--method_file"):
-        path = check_file(Path(named[-1]))
-    before = dict(METHODS)
-    spec = spec_from_file_location("method_file", path, loader=SourceFileLoader("method_file", str(path)))
-    try:
-        spec.loader.exec_module(module_from_spec(spec))
-    except Exception as error:
-        reason = one_line(f"{type(error).__name__}: {error}")
-        raise UserError(f"--method_file: {path} fails: {reason}. Repair it") from None
-    new = [entry for name, entry in METHODS.items() if before.get(name) is not entry]
-    if not new:
-        raise UserError(f"--method_file: {path} registers no method; it must call utils.methods.register")
-    for entry in new if issubclass(parser.settings, Distilling) else ():  # only stage 1 has flags of methods
-        own = [cls for cls in entry.settings.__mro__ if cls not in parser.settings.__mro__]
-        declared = {name for cls in own for name in vars(cls).get("__annotations__", ())}
-        if taken := declared & {f.name for f in flags_of(parser.settings)}:
-            raise UserError(
-                f"--method_file: {path} defines --{min(taken)}, which is another flag already; give it another name"
-            )
-        parser.extend(entry.settings)
+    example = doc.split("\n\n")[1]
+    return SettingsParser(settings, load_method_file, description=f"{description}\n\n{example}")
 
 
 def carried(source: Settings, target: type[Settings], *groups: type[Settings], **more: Any) -> Settings:
     """Settings of the next stage: what names the run, and what of the data, the network and `groups` was changed."""
     usual = source.defaults()
     known = {f.name for f in flags_of(target)} - {"download"}
-    names = {f.name for group in (Data, Network, *groups) for f in flags_of(group)} & known | {"compile"}
+    names = {f.name for group in (common.Data, common.Network, *groups) for f in flags_of(group)} & known | {"compile"}
     kept = {name: getattr(source, name) for name in names if getattr(source, name) != usual[name]}
-    named = {name: getattr(source, name) for name in ("method", "method_file", "dataset", "model", "ipc")}
+    named = {name: getattr(source, name) for name in (*OF_RUN, "method_file")}
     return target(**named | kept | more)
 
 

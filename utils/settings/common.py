@@ -1,4 +1,4 @@
-"""Settings that several scripts have: the data, the network, how it computes, and network training."""
+"""Settings that several scripts have: the data, the network, how it computes, network training, OOD sets."""
 
 import argparse
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from utils.compute.device import PRECISIONS
 from utils.core.errors import UserError
 from utils.data.augment import DSA, DSA_ENTRIES, parse_strategy
 from utils.data.datasets import DATASET_NAMES, RealData, load_dataset
+from utils.ood.scores import ALL_SCORES, DETECTORS, SCORES
 from utils.outliers.corruptions import CORRUPTIONS, DEFAULT_CORRUPTIONS
-from utils.settings.fields import Settings, flag
-from utils.settings.parser import count, number, one_of
+from utils.settings.fields import Settings, flag, main_flag
+from utils.settings.parser import number, one_of
 from utils.training.trainer import LEARNING_RATES, MIXES, PROTOCOLS, SCHEDULES
 
-DOWNLOADS = ("none", "data", "all")
-COMPILE = ("auto", "on", "off")
+OOD_PATH = "data/ood"
 
 
 def strategy(text: str) -> str | None:
@@ -32,38 +32,32 @@ def strategy(text: str) -> str | None:
 class Data(Settings):
     """Data."""
 
-    dataset: str = flag(
+    dataset: str = main_flag(
         "CIFAR10",
         f"one of {', '.join(DATASET_NAMES)}; npz and ImageFolder read your own data",
         one_of("dataset", DATASET_NAMES),
-        often=True,
-        always=True,
     )
-    data_path: str = flag(
+    data_path: str = main_flag(
         "data",
         "folder of the real data (with --dataset npz: the file); change it to share one copy between clones",
-        often=True,
         may_change=True,
     )
     download: str = flag(
         "data",
         "what may be downloaded when it is missing: nothing, the data set, or also outlier and OOD sets (large)",
-        what="choice",
-        names=DOWNLOADS,
+        names=("none", "data", "all"),
         nargs="?",
         const="all",
         may_change=True,
     )
     zca: bool = flag(
-        False,
-        "whiten the images (ZCA, fitted on the training images) instead of normalising them; in all stages alike",
+        False, "whiten the images (ZCA, fitted on the training images) instead of normalising them; in all stages alike"
     )
-    im_size: int | None = flag(None, "side of the images with --dataset ImageFolder (64 when left out)", count(1))
+    im_size: int | None = flag(None, "side of the images with --dataset ImageFolder (64 when left out)")
     pixel_max: int | None = flag(
         None,
         "the value of white in images that use a small part of their type's range, e.g. 4095 for 12 bits in files of "
         "16; also of outliers and OOD sets; needed only where a message asks for it",
-        count(1),
     )
 
 
@@ -76,13 +70,11 @@ def read_data(s: Data) -> RealData:
 class Network(Settings):
     """Network."""
 
-    model: str = flag(
+    model: str = main_flag(
         "ConvNet",
         "the network: ConvNet or a variant (D1 to D4, W32 to W256, AS AR AL ASwish, NN BN LN IN GN, NP MP AP), MLP, "
         "LeNet, AlexNet, VGG11 to VGG19, ResNet18 to ResNet152; ConvNetW32 suits a laptop",
         one_of("model", MODEL_NAMES),
-        often=True,
-        always=True,
     )
     seed: int = flag(1, "fixes everything random; change it for an independent run", int)
     device: str = flag("auto", "auto (CUDA where there is one), cpu, cuda or cuda:N", may_change=True)
@@ -92,7 +84,12 @@ class Network(Settings):
 class Images(Settings):
     """Synthetic images."""
 
-    ipc: int | None = flag(1, "synthetic images per class", count(1), often=True, always=True)
+    ipc: int | None = main_flag(1, "synthetic images per class")
+    factor: int = main_flag(
+        1,
+        "each stored image holds factor x factor smaller ones, which are enlarged: networks train on factor² times "
+        "--ipc images per class; too much for images of 8x8",
+    )
 
 
 @dataclass(frozen=True)
@@ -102,35 +99,14 @@ class Speed(Settings):
     compile: str = flag(
         "auto",
         "torch.compile; auto compiles a run that is expected to save more time than compiling takes",
-        what="choice",
-        names=COMPILE,
+        names=("auto", "on", "off"),
     )
     precision: str = flag(
         "tf32",
         "tf32 and fp32 differ on CUDA only; bf16 (where the processor has it) runs network training and the real side "
         "of matching under autocast; in stage 3 the layers before the last, but not for scores of images, as odin",
-        what="precision",
         names=PRECISIONS,
     )
-
-
-@dataclass(frozen=True)
-class Parts(Settings):
-    """Images in parts."""
-
-    factor: int = flag(
-        1,
-        "each stored image holds factor x factor smaller ones, which are enlarged: networks train on factor² times "
-        "--ipc images per class; too much for images of 8x8",
-        count(1),
-        often=True,
-    )
-
-
-@dataclass(frozen=True)
-class Determinism(Settings):
-    """Determinism."""
-
     deterministic: bool = flag(
         False, "the same bits at every run on CUDA, but slower; on the CPU every run has the same bits anyway"
     )
@@ -144,14 +120,12 @@ class Batches(Settings):
         None,
         "batch of network training (of InD images, and of outliers); left out: 256, or in evaluation and stage 2 that "
         "of --protocol",
-        count(1),
     )
-    dsa_strategy: str | None = flag(
+    dsa_strategy: str | None = main_flag(
         None,
         f"augmentation: names joined by _ out of {', '.join(DSA_ENTRIES)}; leave out flip for digits and letters; the "
         "same in all stages",
         strategy,
-        often=True,
     )
 
     @property
@@ -166,51 +140,32 @@ class Batches(Settings):
 
 
 @dataclass(frozen=True)
-class TrainingProtocol(Settings):
-    """Protocol of network training."""
+class Training(Settings):
+    """Network training on a synthetic set."""
 
-    protocol: str = flag(
-        "dc",
-        "training as in DC to MTT (dc), IDC or NCFM; other flags overrule it",
-        what="protocol",
-        names=tuple(PROTOCOLS),
-        often=True,
+    protocol: str = main_flag(
+        "dc", "training as in DC to MTT (dc), IDC or NCFM; other flags overrule it", names=tuple(PROTOCOLS)
     )
-    optimizer: str | None = flag(
-        None,
-        "left out: by --protocol",
-        what="optimiser",
-        names=tuple(LEARNING_RATES),
-    )
+    optimizer: str | None = flag(None, "left out: by --protocol", names=tuple(LEARNING_RATES))
     schedule: str | None = flag(
         None,
         "how the learning rate falls: half, to a tenth at half time; late, to a fifth twice; fifths, to a half four "
         "times; left out: by --protocol",
-        what="schedule",
         names=tuple(SCHEDULES),
     )
     mix: str | None = flag(
         None,
         "mix images of a batch, not outliers, and their labels; cutmix drops cutout from the augmentation; left out: "
         "by --protocol",
-        what="mix",
         names=MIXES,
     )
-
-
-@dataclass(frozen=True)
-class Training(Settings):
-    """Network training on a synthetic set."""
-
-    num_eval: int = flag(
-        20, "fresh networks per evaluation; fewer are faster, with more the mean is more reliable", count(1), often=True
+    num_eval: int = main_flag(
+        20, "fresh networks per evaluation; fewer are faster, with more the mean is more reliable"
     )
-    epoch_eval_train: int | None = flag(
+    epoch_eval_train: int | None = main_flag(
         None,
         "epochs of one training; left out: by --protocol, 1000 with dc, or 300 without augmentation. Lower it for a "
         "quick look",
-        count(1),
-        often=True,
     )
     lr_net: float | None = flag(
         None,
@@ -221,7 +176,7 @@ class Training(Settings):
 
 
 @dataclass(frozen=True)
-class TrainsNetworks(Data, Network, Images, Parts, TrainingProtocol, Training, Batches, Speed, Determinism):
+class TrainsNetworks(Data, Network, Images, Training, Batches, Speed):
     """What stages 1 and 2 have in common."""
 
 
@@ -229,72 +184,104 @@ class TrainsNetworks(Data, Network, Images, Parts, TrainingProtocol, Training, B
 class Reads(Settings):
     """What the stage before wrote."""
 
-    folder: str | None = flag(
+    folder: str | None = main_flag(
         None,
         "name of the run folder to read; left out: the newest finished one that matches the other flags",
-        often=True,
         may_change=True,
     )
-    load_path: str | None = flag(
+    load_path: str | None = main_flag(
         None,
         "root folder in which --folder is searched; left out: those that the stage before writes to",
-        often=True,
         may_change=True,
     )
-    is_load_oe: bool = flag(False, "search only runs with outliers (OE, POE)", often=True)
+    is_load_oe: bool = main_flag(False, "search only runs with outliers (OE, POE)")
 
 
 @dataclass(frozen=True)
 class Writes(Settings):
     """Where this stage writes."""
 
-    save_path: str = flag("result", "run folders are made in this folder", often=True)
+    save_path: str = main_flag("result", "run folders are made in this folder")
 
 
 @dataclass(frozen=True)
 class OutlierTraining(Settings):
     """Outliers in network training."""
 
-    lambda_oe: float = flag(
-        0.5, "weight of the outlier loss in network training; at 0 it counts nothing", number(0), often=True
-    )
+    lambda_oe: float = main_flag(0.5, "weight of the outlier loss in network training; at 0 it counts nothing")
 
 
 @dataclass(frozen=True)
 class OutlierBatches(Settings):
     """Outliers in batches."""
 
-    batch_oe: int = flag(256, "outliers per slot and step", count(1))
+    batch_oe: int = flag(256, "outliers per slot and step")
 
 
 @dataclass(frozen=True)
 class Pool(Settings):
     """Outlier exposure."""
 
-    oe_data_path: str | None = flag(
+    oe_data_path: str | None = main_flag(
         "data/300K_random_images.npy",
         "the pool of real outliers: .npy (uint8 NHWC), .npz (key images), or a folder of images; without one, stage 2 "
         "corrupts training images",
-        often=True,
         may_change=True,
     )
-    num_oe_per_class: int = flag(
-        10000, "outliers of the pool for each class slot; fewer if the pool is too small", count(1)
-    )
+    num_oe_per_class: int = flag(10000, "outliers of the pool for each class slot; fewer if the pool is too small")
 
 
 @dataclass(frozen=True)
 class Corrupted(Settings):
     """Pseudo-outlier exposure."""
 
-    corruptions: tuple[str, ...] = flag(
+    corruptions: tuple[str, ...] = main_flag(
         DEFAULT_CORRUPTIONS,
         f"how POE outliers are made, out of {', '.join(CORRUPTIONS)}: class 0 uses the first, class 1 the second, "
         "and so on, from the first again after the last",
         one_of("corruption", CORRUPTIONS),
-        many=True,
-        often=True,
     )
     mix_corruptions: bool = flag(
         False, "draw the corruption of each POE outlier out of --corruptions, instead of one for each class"
     )
+
+
+@dataclass(frozen=True)
+class OODSets(Settings):
+    """OOD sets."""
+
+    ood_path: str = main_flag(
+        OOD_PATH,
+        "folder of OOD sets: <name>/ (images), <name>.npz (key images) or <name>.npy; and of the images in a list",
+    )
+    ood_sets: tuple[str, ...] | None = main_flag(
+        None,
+        "which sets, in order; left out: those of the paper. Names (gaussian uniform rademacher blob patches need no "
+        "files), or paths: a folder, .npz, .npy, or a list (.txt, `path label` a line, as OpenOOD's)",
+    )
+    skip_missing: bool = flag(False, "test without the sets that are missing; the table names them")
+    num_ood_ratio: int = flag(
+        1, "N: use a fraction 1/N of as many OOD images as there are test images; 10 for a quick look"
+    )
+    validate: bool = flag(False, "also test on validation outliers, for choosing hyperparameters", short="-v")
+
+
+@dataclass(frozen=True)
+class Scores(Settings):
+    """Scores."""
+
+    score: tuple[str, ...] | None = main_flag(
+        None,
+        f"msp when left out; one or more of {', '.join(SCORES)}; or, with the package pytorch-ood, of "
+        f"{', '.join(DETECTORS)}. Scores of logits or features share one forward pass; odin, mahalanobis_odin and the "
+        "grad ones need their own",
+        one_of("score", ALL_SCORES),
+    )
+    fit_on: str | None = flag(
+        None,
+        "what detectors are fitted on: the distilled set of these networks, or the real training set; left out: the "
+        "set that they were trained on. knn, mahalanobis and the like need more images than a small ipc has",
+        names=("distilled", "real"),
+    )
+    T: float = flag(1.0, "temperature of --score energy", number(0, exclusive=True))
+    use_xent: bool = flag(False, "adds xent to --score", short="-x")

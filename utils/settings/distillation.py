@@ -6,84 +6,16 @@ from typing import ClassVar
 from utils.data.datasets import RealData
 from utils.outliers.sources import OutlierSource, PseudoOutliers, load_outlier_pool
 from utils.runs.resume import Checkpoints
-from utils.settings.common import (
-    Batches,
-    Corrupted,
-    Data,
-    Determinism,
-    Network,
-    OutlierBatches,
-    OutlierTraining,
-    Pool,
-    Speed,
-    TrainsNetworks,
-    Writes,
-)
-from utils.settings.fields import Need, Settings, flag
+from utils.settings import common
+from utils.settings.fields import Need, Settings, flag, main_flag, only
 from utils.settings.parser import count, number
 
-OOD_PATH = "data/ood"
 EVAL_MODES = ("S", "SS", "M", "B", "W", "D", "A", "P", "N")
-INITS = ("noise", "real")
-STARTS = ("random", "kcenter")
-RECIPES = ("published", "strong")
 WITH_OUTLIERS = Need(
     lambda s: s.outliers != "none",
     "main.py distils no outliers; leave it out, or use main_oe.py or main_poe.py",
     of_script=True,
 )
-FROM_A_POOL = Need(lambda s: s.outliers == "oe", "only main_oe.py takes outliers from a pool; leave it out", True)
-OF_IMAGES = Need(lambda s: s.outliers == "poe", "only main_poe.py corrupts training images; leave it out", True)
-
-
-@dataclass(frozen=True)
-class Distillation(Settings):
-    """Distillation."""
-
-    eval_mode: str = flag(
-        "S",
-        "which networks evaluate: S the same without BatchNorm, SS exactly the same, M several architectures, B "
-        "BatchNorm ones, W widths, D depths, A activations, P poolings, N norms",
-        what="evaluation mode",
-        names=EVAL_MODES,
-    )
-    num_exp: int = flag(5, "independent distillations", count(1), often=True)
-    Iteration: int = flag(1000, "updates of the synthetic images", count(0), often=True)
-    eval_interval: int = flag(500, "updates between two evaluations; the last update is always evaluated", count(1))
-    lr_img: float = flag(0.1, "learning rate of the synthetic images", number(0, exclusive=True))
-    batch_real: int = flag(256, "real images per class and step; lower it when memory is short", count(1))
-    init: str = flag(
-        "noise",
-        "noise or real images; real converges faster",
-        what="initialisation",
-        names=INITS,
-        often=True,
-    )
-    eval_ood: tuple[str, ...] | None = flag(
-        None,
-        "evaluations also report the AUROC (score msp) on these OOD sets: any of stage 3, e.g. patches gaussian",
-        many=True,
-        metavar="SET",
-    )
-    ood_path: str = flag(
-        OOD_PATH,
-        "folder of the sets of --eval_ood",
-        may_change=True,
-        needs=(Need(lambda s: s.eval_ood, "it is the folder of the sets of --eval_ood, which is not given"),),
-    )
-    tensorboard: bool = flag(
-        False, "also write TensorBoard events into the run folder (needs tensorboard)", may_change=True
-    )
-    load_path: str | None = flag(
-        None,
-        "a res_….pt whose images (and outliers) are the start, instead of --init; continues with other flags",
-        may_change=True,
-    )
-
-    @property
-    def evaluates_only_the_last(self) -> bool:
-        """Whether only the last update is evaluated, since the modes with several networks take long."""
-        return self.eval_mode not in ("S", "SS")
 
 
 @dataclass(frozen=True)
@@ -99,41 +31,77 @@ class DistilledOutliers(Settings):
         "random",
         "which outliers --init real starts from: random ones, or kcenter: far apart in the features of a network "
         "trained on the initial images, out of 10000",
-        what="start of outliers",
-        names=STARTS,
+        names=("random", "kcenter"),
     )
     clamp_oe: bool = flag(False, "keep the outliers in the range of pixels, after each update")
     outlier_recipe: str = flag(
         "published",
         "a set of flags; strong, for MTT: --expert_lambda_oe 2 (what it did: docs/results.md)",
-        what="outlier recipe",
-        names=RECIPES,
+        names=("published", "strong"),
+        needs=Need(
+            lambda s: s.outlier_recipe == "published" or s.method == "MTT",
+            "--method {method} has no such; --method MTT has",
+        ),
     )
 
 
 @dataclass(frozen=True)
 class Distilling(
-    TrainsNetworks,
-    Distillation,
-    Writes,
-    OutlierBatches,
+    common.TrainsNetworks,
+    common.Writes,
+    common.OutlierBatches,
     DistilledOutliers,
-    OutlierTraining,
-    Pool,
-    Corrupted,
+    common.OutlierTraining,
+    common.Pool,
+    common.Corrupted,
     Checkpoints,
 ):
-    """What every method finds in its settings. A method's own settings are a subclass that adds its flags."""
+    """Distillation. What every method finds in its settings; its own settings are a subclass that adds its flags."""
 
     NEEDS: ClassVar = {
-        OutlierBatches: (WITH_OUTLIERS,),
-        DistilledOutliers: (WITH_OUTLIERS,),
-        OutlierTraining: (WITH_OUTLIERS,),
-        Pool: (FROM_A_POOL,),
-        Corrupted: (OF_IMAGES,),
+        common.OutlierBatches: WITH_OUTLIERS,
+        DistilledOutliers: WITH_OUTLIERS,
+        common.OutlierTraining: WITH_OUTLIERS,
+        common.Pool: Need(
+            lambda s: s.outliers == "oe", "only main_oe.py takes outliers from a pool; leave it out", True
+        ),
+        common.Corrupted: Need(
+            lambda s: s.outliers == "poe", "only main_poe.py corrupts training images; leave it out", True
+        ),
     }
 
+    eval_mode: str = flag(
+        "S",
+        "which networks evaluate: S the same without BatchNorm, SS exactly the same, M several architectures, B "
+        "BatchNorm ones, W widths, D depths, A activations, P poolings, N norms",
+        names=EVAL_MODES,
+    )
+    num_exp: int = main_flag(5, "independent distillations")
+    Iteration: int = main_flag(1000, "updates of the synthetic images", count(0))
+    eval_interval: int = flag(500, "updates between two evaluations; the last update is always evaluated")
+    lr_img: float = flag(0.1, "learning rate of the synthetic images", number(0, exclusive=True))
+    batch_real: int = flag(256, "real images per class and step; lower it when memory is short")
+    init: str = main_flag("noise", "noise or real images; real converges faster", names=("noise", "real"))
+    eval_ood: tuple[str, ...] | None = flag(
+        None,
+        "evaluations also report the AUROC (score msp) on these OOD sets: any of stage 3, e.g. patches gaussian",
+        metavar="SET",
+    )
+    ood_path: str = flag(common.OOD_PATH, "folder of the sets of --eval_ood", may_change=True, needs=only("eval_ood"))
+    tensorboard: bool = flag(
+        False, "also write TensorBoard events into the run folder (needs tensorboard)", may_change=True
+    )
+    load_path: str | None = flag(
+        None,
+        "a res_….pt whose images (and outliers) are the start, instead of --init; continues with other flags",
+        may_change=True,
+    )
     outliers: str = "none"  # the script decides it: none, oe or poe
+
+    @property
+    def evaluates_only_the_last(self) -> bool:
+        """Whether only the last update is evaluated, since the modes with several networks take long."""
+        return self.eval_mode not in ("S", "SS")
 
     @property
     def decoded_ipc(self) -> int:
@@ -141,54 +109,45 @@ class Distilling(
         return self.ipc * self.factor**2
 
 
-KINDS = ("none", "oe", "poe")
-NEED = "--outliers {outliers} does not use it; give --outliers "
-
-
 @dataclass(frozen=True)
 class Buffers(Settings):
     """Experts on disk."""
 
-    buffer_path: str = flag(
-        "buffers", "folder of the trajectories of experts that train_experts.py writes", often=True, may_change=True
-    )
-
-
-@dataclass(frozen=True)
-class Experts(Settings):
-    """Experts."""
-
-    num_experts: int = flag(
-        100, "how many networks to train; the paper used 100, fewer work, too", count(1), often=True
-    )
-    train_epochs: int = flag(
-        50, "epochs of each; at least --max_start_epoch + --expert_epochs - 1", count(1), often=True
-    )
-    lr_teacher: float = flag(0.01, "learning rate", number(0, exclusive=True), often=True)
-    mom: float = flag(0.0, "momentum", number(0), often=True)
-    l2: float = flag(0.0, "weight decay", number(0))
-    decay: bool = flag(False, "multiply the learning rate by 0.1 after epoch train_epochs // 2 + 1")
-    outliers: str = flag(
-        "none",
-        "train on outliers, too: oe for main_oe.py, poe for main_poe.py",
-        what="kind of outliers",
-        names=KINDS,
-        often=True,
+    buffer_path: str = main_flag(
+        "buffers", "folder of the trajectories of experts that train_experts.py writes", may_change=True
     )
 
 
 @dataclass(frozen=True)
 class ExpertSettings(
-    Data, Network, Experts, Batches, Buffers, Speed, Determinism, OutlierBatches, OutlierTraining, Pool, Corrupted
+    common.Data,
+    common.Network,
+    common.Batches,
+    Buffers,
+    common.Speed,
+    common.OutlierBatches,
+    common.OutlierTraining,
+    common.Pool,
+    common.Corrupted,
 ):
-    """How experts are trained."""
+    """Experts. How they are trained."""
 
     NEEDS: ClassVar = {
-        OutlierBatches: (Need(lambda s: s.outliers != "none", NEED + "oe or poe"),),
-        OutlierTraining: (Need(lambda s: s.outliers != "none", NEED + "oe or poe"),),
-        Pool: (Need(lambda s: s.outliers == "oe", NEED + "oe"),),
-        Corrupted: (Need(lambda s: s.outliers == "poe", NEED + "poe"),),
+        common.OutlierBatches: only("outliers", "oe", "poe"),
+        common.OutlierTraining: only("outliers", "oe", "poe"),
+        common.Pool: only("outliers", "oe"),
+        common.Corrupted: only("outliers", "poe"),
     }
+
+    num_experts: int = main_flag(100, "how many networks to train; the paper used 100, fewer work, too")
+    train_epochs: int = main_flag(50, "epochs of each; at least --max_start_epoch + --expert_epochs - 1")
+    lr_teacher: float = main_flag(0.01, "learning rate", number(0, exclusive=True))
+    mom: float = main_flag(0.0, "momentum")
+    l2: float = flag(0.0, "weight decay")
+    decay: bool = flag(False, "multiply the learning rate by 0.1 after epoch train_epochs // 2 + 1")
+    outliers: str = main_flag(
+        "none", "train on outliers, too: oe for main_oe.py, poe for main_poe.py", names=("none", "oe", "poe")
+    )
 
     def about(self) -> dict:
         """Plain values for `experts.json`; they must be the same in all runs that train experts in one folder."""

@@ -5,14 +5,17 @@ A group is such a dataclass. The settings of a script are a dataclass that has g
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
 from decimal import Decimal
+from functools import cache, partial
 from typing import Any, ClassVar, Self
 
-from utils.settings.parser import one_of
+from utils.settings.parser import count, number, one_of, with_shown_default
 
-FEW = 8  # names that the help shows in braces; more are in the text
+OF_RUN = ("method", "dataset", "model", "ipc")  # they name the run, so they stand in every command line
+NUMBERS = {int: ("N", count(1)), float: ("X", number(0))}  # what the help shows for the value, and the usual check
+NUMBERS |= {kind | None: usual for kind, usual in NUMBERS.items()}
 
 
 @dataclass(frozen=True)
@@ -24,23 +27,36 @@ class Need:
     of_script: bool = False  # the script decides it, so where it does not hold, the help leaves the flag out
 
 
+Needs = Need | Sequence[Need]
+
+
+def only(name: str, *values: str) -> Need:
+    """The need of a flag that has an effect only with these values of the flag `name`; without values: only with it."""
+    if not values:
+        return Need(lambda s: getattr(s, name), f"it has no effect without --{name}; give both or none")
+    users = f"{', '.join(values)} {'does' if len(values) == 1 else 'do'}"
+    return Need(lambda s: getattr(s, name) in values, f"--{name} {{{name}}} does not use it; {users}. Leave it out")
+
+
 def flag(default: Any, help: str, check: Callable[[str], Any] | None = None, **more: Any) -> Any:
     """A field that is also the flag `--<its name>`.
 
+    A field of the type `tuple` takes several values.
+
     Args:
-        default: False for a flag without a value; a tuple for one with several.
+        default: False for a flag without a value.
         help: what it does, and when to change it.
-        check: turns the word of the command line into the value; raises `argparse.ArgumentTypeError`.
-        more: `names`: the values that are accepted, if they are few, and `what` they are, from which the check follows;
-            `often`: shown by `--help`, and not only by
-            `--help-all`; `needs`: several `Need`s; `always`: written into every command line, since it names the run;
-            `may_change`: whether a resumed run may be given another value; `many`: takes several values;
-            `positional`: it has no name on the command line; `required`; `short`: a further name, as `-v`;
-            and `nargs`, `const`, `action` and `metavar` of argparse.
+        check: turns the word of the command line into the value, or raises `argparse.ArgumentTypeError`; left out: a
+            whole number is at least 1, another number at least 0, and a text is taken as it is.
+        more: `names`: the values that are accepted; `often`: shown by `--help`, and not only by
+            `--help-all`; `needs`: one or several `Need`s; `may_change`: whether a resumed run may be given another
+            value; `positional`: it has no name on the command line; `short`: a further name, as `-v`; and `nargs`,
+            `const`, `required` and `metavar` of argparse.
     """
-    if "what" in more:
-        check = one_of(more.pop("what"), more["names"])
     return field(default=default, metadata={"help": help, "check": check, **more})
+
+
+main_flag = partial(flag, often=True)
 
 
 def with_default(group: type, name: str, default: Any, **more: Any) -> Any:
@@ -52,7 +68,28 @@ def with_default(group: type, name: str, default: Any, **more: Any) -> Any:
 class Settings:
     """The base class of groups and of the settings of scripts."""
 
-    NEEDS: ClassVar[Mapping[type | str, Sequence[Need]]] = {}  # in this script, by group or name of a flag
+    NEEDS: ClassVar[Mapping[type | str, Needs]] = {}  # in this script, by group or name of a flag
+
+    @classmethod
+    def needs(cls) -> dict[str, list[Need]]:
+        """What each flag needs, by name: first what the script says of it, then its own."""
+        needs: dict[str, list[Need]] = {}
+        for group, own in groups_of(cls).items():
+            for f in own:
+                needs[f.name] = []
+                for stated in (cls.NEEDS.get(group, ()), cls.NEEDS.get(f.name, ()), f.metadata.get("needs", ())):
+                    needs[f.name] += [stated] if isinstance(stated, Need) else stated
+        return needs
+
+    @classmethod
+    def help_of(cls, f: Field) -> str:
+        """What the help says of a flag."""
+        return with_shown_default(f.metadata["help"], f.default)
+
+    @classmethod
+    def with_several_defaults(cls) -> set[str]:
+        """The names of the flags whose default depends on another flag."""
+        return set()
 
     def defaults(self) -> dict[str, Any]:
         """By name, the values that these settings have where no flag but `--method` and the like is given."""
@@ -72,74 +109,49 @@ class Settings:
         return None
 
 
-def groups_of(settings: type) -> dict[type, list[Field]]:
+@cache
+def groups_of(settings: type[Settings]) -> dict[type[Settings], list[Field]]:
     """The flags of a settings class, by the group that declares them, in the order of the bases."""
-    found: dict[type, list[Field]] = {}
-
-    def visit(cls: type) -> None:
-        """Add the flags of a class after those of its bases."""
-        for base in cls.__bases__:
-            visit(base)
-        if cls in found or not is_dataclass(cls):
-            return
-        known = {f.name for of_group in found.values() for f in of_group}
-        own = [
-            settings.__dataclass_fields__[name] for name in vars(cls).get("__annotations__", ()) if name not in known
-        ]
-        found[cls] = [f for f in own if isinstance(f, Field) and "help" in f.metadata]
-
-    visit(settings)
-    return {group: own for group, own in found.items() if own}
+    groups: dict[type[Settings], list[Field]] = {}
+    for base in settings.__bases__:
+        groups |= groups_of(base) if issubclass(base, Settings) else {}
+    known = {f.name for own in groups.values() for f in own}
+    groups[settings] = [f for f in fields(settings) if f.name not in known]
+    here = settings.__dataclass_fields__  # a class may change the default of a flag, or make it a plain field
+    flags = {group: [here[f.name] for f in own if "help" in here[f.name].metadata] for group, own in groups.items()}
+    return {group: own for group, own in flags.items() if own}
 
 
-def flags_of(settings: type) -> Iterator[Field]:
+def flags_of(settings: type[Settings]) -> Iterator[Field]:
     """The fields of a settings class that are flags."""
     return (f for of_group in groups_of(settings).values() for f in of_group)
 
 
-def needs_of(settings: type) -> dict[str, list[Need]]:
-    """What each flag of a settings class needs, by name: first what the script says of it, then its own."""
-    needs: dict[str, list[Need]] = {}
-    said = [cls.NEEDS for cls in settings.__mro__ if "NEEDS" in vars(cls)]
-    for group, own in groups_of(settings).items():
-        for f in own:
-            stated = [need for of_class in said for key in (f.name, group) for need in of_class.get(key, ())]
-            needs[f.name] = [*stated, *f.metadata.get("needs", ())]
-    return needs
+def takes_several(f: Field) -> bool:
+    """Whether a flag takes several values."""
+    return "tuple" in str(f.type)
 
 
-def add_group(target: argparse._ActionsContainer, own: list[Field], **more: Any) -> list[argparse.Action]:
-    """Add fields as flags to a parser or a group of one; `more`: arguments of argparse for all of them."""
-    return [_add(target, f, more) for f in own]
+def add_group(target: argparse._ActionsContainer, own: Iterable[Field]) -> None:
+    """Add fields as flags to a parser or a group of one."""
+    for f in own:
+        add_flag(target, f)
 
 
-def _add(target: argparse._ActionsContainer, f: Field, more: dict[str, Any]) -> argparse.Action:
-    meta = dict(f.metadata)
+def add_flag(target: argparse._ActionsContainer, f: Field, **more: Any) -> argparse.Action:
+    """Add a field as a flag to a parser or a group of one; `more` takes the place of its arguments of argparse."""
+    meta, names = f.metadata, f.metadata.get("names", ())
     words = [*([meta["short"]] if "short" in meta else []), f.name if "positional" in meta else f"--{f.name}"]
-    if f.default is False and "action" not in meta:
-        return target.add_argument(*words, **{"action": "store_true", "help": meta["help"]} | more)
-    kind = {key: meta[key] for key in ("nargs", "const", "action", "required") if key in meta}
-    if meta.get("many"):
-        kind["nargs"] = "+"
-    names = meta.get("names", ())
-    shown = f"{{{','.join(names)}}}" if 0 < len(names) <= FEW else None
-    kind["metavar"] = meta.get("metavar") or shown or _unit(f.type) or None
-    help = meta["help"] if meta.get("required") else with_shown_default(meta["help"], f.default)
-    return target.add_argument(*words, **{"type": meta["check"], "default": f.default, "help": help} | kind | more)
-
-
-def with_shown_default(text: str, default: object) -> str:
-    """A help text with the default; None, False and an empty text say nothing."""
-    if default in (None, False, "", ()):
-        return text
-    shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
-    return f"{text} (default: {shown})".replace("%", "%%")
-
-
-def _unit(kind: object) -> str:
-    """How the help shows the value of a field of this type: N for whole numbers, X for others; empty for words."""
-    kinds = (kind, *getattr(kind, "__args__", ()))
-    return "N" if int in kinds else "X" if float in kinds else ""
+    how = {"default": f.default, "help": meta["help"]}
+    if f.default is False:
+        how["action"] = "store_true"
+    else:
+        unit, usual_check = NUMBERS.get(f.type, (None, None))
+        how |= {"type": meta["check"] or usual_check, "metavar": unit}
+        how |= {"type": one_of(f.name, names), "metavar": f"{{{','.join(names)}}}"} if names else {}
+        how |= {"nargs": "+", "action": "extend"} if takes_several(f) else {}
+        how |= {key: meta[key] for key in ("nargs", "const", "required", "metavar") if key in meta}
+    return target.add_argument(*words, **how | more)
 
 
 def as_dict(settings: Settings) -> dict[str, Any]:
@@ -152,13 +164,13 @@ def as_words(settings: Settings) -> list[str]:
 
     They begin with what names the run. A flag that is at its default or has no effect here is left out.
     """
-    usual, needs = settings.defaults(), needs_of(type(settings))
+    usual, needs = settings.defaults(), settings.needs()
     found = []
-    for f in sorted(flags_of(type(settings)), key=lambda f: not f.metadata.get("always")):
-        value, name = getattr(settings, f.name), f.name
-        differs = value != usual[name] and all(need.holds(settings) for need in needs[name])
-        if "positional" not in f.metadata and (f.metadata.get("always") or differs):
-            found += flag_words(name, value)
+    for f in sorted(flags_of(type(settings)), key=lambda f: f.name not in OF_RUN):
+        value = getattr(settings, f.name)
+        differs = value != usual[f.name] and all(need.holds(settings) for need in needs[f.name])
+        if differs or f.name in OF_RUN:
+            found += flag_words(f.name, value)
     return found
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
@@ -12,36 +13,23 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that accepts `-` and `_` alike in flag names and reports errors in one line.
 
     `often`: the flags that `--help` shows; if it is empty, all. `--help-all` shows all.
-
-    Args:
-        example: lines that `--help` begins with.
     """
 
-    def __init__(self, example: str = "", **kwargs):
+    def __init__(self, **kwargs):
         self.often: set[str] = set()
-        self.example = example
         super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
         hidden = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
-        self.add_argument("--help_all", action=_HelpAll, **hidden)
-        self.add_argument("--is_parallel", nargs="?", action=_Refused, **hidden)
+        self.add_argument("--help_all", action=_HelpAll, nargs=0, **hidden)
+        self.add_argument("--is_parallel", action=_Refused, nargs="?", **hidden)
 
-    def format_help(self) -> str:
-        """The flags that most people set, or all where none is marked so."""
-        return self._help(self.often)
-
-    def format_help_all(self) -> str:
-        """All flags, in groups."""
-        return self._help(set())
-
-    def _help(self, often: set[str]) -> str:
+    def format_help(self, every: bool = False) -> str:
+        """The flags that most people set; all, in groups, with `every` or where none is marked so."""
+        groups = [(group.title, group._group_actions) for group in self._action_groups]
+        if self.often and not every:
+            shown = [action for _, actions in groups for action in actions if action.dest in self.often]
+            groups = [("what most people set (--help-all shows all flags)", shown)]
         formatter = self._get_formatter()
         formatter.add_text(self.description)
-        if self.example:
-            formatter.add_text(self.example)
-        groups = [(group.title, group._group_actions) for group in self._action_groups]
-        if often:
-            shown = [action for _, actions in groups for action in actions if action.dest in often]
-            groups = [("what most people set (--help-all shows all flags)", shown)]
         for title, actions in groups:
             formatter.start_section(title)
             formatter.add_arguments(actions)
@@ -50,11 +38,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, words: Sequence[str] | None = None, namespace=None):
         """Like argparse, with `_` for `-` in flag names."""
-        return super().parse_known_args(self.underscored(sys.argv[1:] if words is None else words), namespace)
-
-    def underscored(self, arguments: Sequence[str]) -> list[str]:
-        """The words with `_` for `-` in the names of flags."""
-        return [_underscored(argument) for argument in arguments]
+        return super().parse_known_args(underscored(sys.argv[1:] if words is None else words), namespace)
 
     def error(self, message: str) -> None:
         """Print one line on stderr and exit with status 2."""
@@ -62,51 +46,53 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Help(argparse.HelpFormatter):
-    """Shows defaults, but for None and False, which say nothing; keeps the lines of an example."""
+    """Shows defaults; keeps the lines of a description that has several."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=30, width=118)
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        default = action.default
-        if default in (None, False, argparse.SUPPRESS) or not action.option_strings or "%(default)" in action.help:
-            return action.help
-        shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else "%(default)s"
-        return f"{action.help} (default: {shown})" if shown != "" else action.help
+        return with_shown_default(action.help, action.default) if action.option_strings else action.help
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        if "\n" in text:
-            return "\n".join(indent + line for line in text.splitlines())
-        return super()._fill_text(text, width, indent)
+        return text if "\n" in text else super()._fill_text(text, width, indent)
 
 
 class _HelpAll(argparse.Action):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, nargs=0, **kwargs)
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        print(parser.format_help_all(), end="")
+    def __call__(self, parser, *_):
+        print(parser.format_help(every=True), end="")
         parser.exit()
 
 
 class _Refused(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(self, parser, *_):
         parser.error("--is_parallel was removed; start several processes or GPUs with torchrun")
 
 
-def _underscored(argument: str) -> str:
-    """Turn `--dsa-strategy=x-y` into `--dsa_strategy=x-y`; return anything but a long flag unchanged."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument[2:].partition("=")
-    return "--" + name.replace("-", "_") + equals + value
+def underscored(words: Sequence[str]) -> list[str]:
+    """The words of a command line with `_` for `-` in the names of flags: `--dsa_strategy=x-y`."""
+    return [re.sub("(?<=^--)[^=]+", lambda name: name[0].replace("-", "_"), word) for word in words]
+
+
+def value_in(words: Sequence[str], name: str) -> str | None:
+    """The value of a flag in the words of a command line, before they are parsed; None where it is not given."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(f"--{name}", nargs="?")
+    return getattr(parser.parse_known_args(words)[0], name)
+
+
+def with_shown_default(text: str, default: object) -> str:
+    """A help text with the default; None, False and what is empty say nothing."""
+    if default in (None, False, "", (), [], argparse.SUPPRESS):
+        return text
+    shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
+    return f"{text} (default: {shown.replace('%', '%%')})"
 
 
 def one_of(what: str, accepted: Iterable[str]) -> Callable[[str], str]:
     """An argparse type for names in `accepted` (read at each call); its error lists them and suggests the nearest."""
 
     def check(text: str) -> str:
-        """`text`, if it is accepted."""
         if text not in accepted:
             raise argparse.ArgumentTypeError(unknown_name(what, text, accepted))
         return text
@@ -118,7 +104,6 @@ def count(least: int) -> Callable[[str], int]:
     """An argparse type for whole numbers of at least `least`."""
 
     def check(text: str) -> int:
-        """`text` as a number, if it is accepted."""
         try:
             value = int(text)
         except ValueError:
@@ -136,7 +121,6 @@ def number(least: float, exclusive: bool = False) -> Callable[[str], float]:
     """An argparse type for finite numbers of at least `least` (above it if `exclusive`)."""
 
     def check(text: str) -> float:
-        """`text` as a number, if it is accepted."""
         try:
             value = float(text)
         except ValueError:

@@ -7,10 +7,12 @@ from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from utils.core.errors import UserError, blame, one_line
 from utils.core.files import check_file, read_json
-from utils.settings.fields import Settings, add_group, flag_words, flags_of, groups_of, needs_of
-from utils.settings.parser import Parser
+from utils.settings.fields import Settings, add_flag, flags_of, groups_of, takes_several
+from utils.settings.parser import Parser, underscored, value_in
 
 NOT_READ = ("resume", "config")  # flags that no file of flags may hold
 
@@ -18,79 +20,66 @@ NOT_READ = ("resume", "config")  # flags that no file of flags may hold
 class SettingsParser(Parser):
     """A parser of the flags of a settings class. `parse_args` returns settings, checked and completed.
 
-    `defaults_of_methods`: the flags whose default depends on `--method`; a file of flags always gives them.
+    `hidden`: the flags that have no effect in this script, which no help shows.
 
     Args:
         settings: the class.
-        prepare: called before parsing with the parser and the words of the command line; it may change both.
+        prepare: called before parsing with the parser and the words of the command line; it may `extend` the parser.
     """
 
     def __init__(
         self,
         settings: type[Settings],
-        example: str = "",
         prepare: Callable[["SettingsParser", list[str]], None] | None = None,
         **kwargs: Any,
     ):
-        super().__init__(example, **kwargs)
-        self.prepare = prepare
-        self.defaults_of_methods: set[str] = set()
-        self.settings = settings
-        usual = settings()
-        self.hidden = {
-            n for n, needs in needs_of(settings).items() if any(e.of_script and not e.holds(usual) for e in needs)
-        }
-        self._add_flags(settings, known=set())
-        self.add_argument(
-            "--config",
-            default=argparse.SUPPRESS,
-            metavar="FILE",
-            help="a file of flags: JSON or YAML, `name: value`, or the args.json of a run; the command line overrules "
-            "it",
-        )
+        super().__init__(**kwargs)
+        self.settings, self.prepare = settings, prepare
+        usual, needs = settings(), settings.needs()
+        self.hidden = {name for name in needs if any(n.of_script and not n.holds(usual) for n in needs[name])}
+        self._add_flags()
+        about = "a file of flags: JSON or YAML, `name: value`, or the args.json of a run; the command line overrules it"
+        self.add_argument("--config", default=argparse.SUPPRESS, metavar="FILE", help=about)
 
-    def _add_flags(self, settings: type[Settings], known: set[str]) -> None:
-        """Add the flags of a settings class in groups, without those that are known."""
-        for group, own in groups_of(settings).items():
-            if new := [f for f in own if f.name not in known]:
-                target = self.add_argument_group(group.__doc__.split(".")[0].lower())
-                for f, action in zip(new, add_group(target, new, default=argparse.SUPPRESS), strict=True):
-                    if f.name in self.hidden:
-                        action.help = argparse.SUPPRESS
-                    elif f.metadata.get("often"):
+    def _add_flags(self) -> None:
+        """Add the flags of the settings class that the parser lacks, in groups."""
+        known = {action.dest for action in self._actions}
+        for group, own in groups_of(self.settings).items():
+            target = self.add_argument_group(group.__doc__.split(".")[0].lower())
+            for f in own:
+                if f.name not in known:
+                    help = argparse.SUPPRESS if f.name in self.hidden else self.settings.help_of(f)
+                    add_flag(target, f, default=argparse.SUPPRESS, help=help)
+                    if f.metadata.get("often") and f.name not in self.hidden:
                         self.often.add(f.name)
 
     def extend(self, group: type[Settings]) -> None:
         """Add the flags that a group has and the settings lack."""
-        self._add_flags(group, known={f.name for f in flags_of(self.settings)})
         self.settings = make_dataclass(self.settings.__name__, [], bases=(self.settings, group), frozen=True)
+        self._add_flags()
 
     def parse_known_args(self, words: Sequence[str] | None = None, namespace=None):
         """Like argparse, but the result is an object of the settings class."""
-        arguments = self.underscored(sys.argv[1:] if words is None else words)
-        if self.prepare is not None:
-            self.prepare(self, arguments)
-        _read_config(self, arguments)
-        given, rest = super().parse_known_args(arguments)
-        return (given, rest) if rest else (self._made(self._values(given)), rest)
+        words = underscored(sys.argv[1:] if words is None else words)
+        if self.prepare:
+            self.prepare(self, words)
+        given, rest = self.values_of([*_words_of_config(self, words), *words])
+        return (given if rest else self._made(given)), rest
 
-    def values_of(self, arguments: Sequence[str]) -> dict[str, Any]:
-        """The values that some words of a command line give, by name, without further checks."""
-        return self._values(super().parse_known_args(list(arguments))[0])
-
-    def _values(self, namespace: argparse.Namespace) -> dict[str, Any]:
-        given = {n: tuple(v) if isinstance(v, list) else v for n, v in vars(namespace).items() if n != "config"}
-        return {name: value for name, value in given.items() if value is not None}
+    def values_of(self, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+        """The values that the words of a command line give, by name, and the words that are no flags of this parser."""
+        given, rest = super().parse_known_args(words)
+        values = {n: tuple(v) if isinstance(v, list) else v for n, v in vars(given).items() if n != "config"}
+        return {name: value for name, value in values.items() if value is not None}, rest
 
     def _made(self, given: dict[str, Any]) -> Settings:
         """The settings that the given flags make."""
         restored = self.settings.restored(self, given)
         if restored is not None:
             return self.settings(**restored)
-        settings = self.settings(**given)
-        needs = needs_of(self.settings)
+        settings, needs = self.settings(**given), self.settings.needs()
         for name in given:
-            for need in needs.get(name, ()):
+            for need in needs[name]:
                 if not need.holds(settings):
                     self.error(f"--{name}: {need.why.format_map(vars(settings))}")
         try:
@@ -105,57 +94,53 @@ def flags_as_words(parser: SettingsParser, flags: Mapping[str, object], flag: st
     Args:
         flag, path: the flag that named the file, and the file, for messages.
     Raises:
-        UserError: for a flag that the parser does not know, or a value that would be parsed as a flag.
+        UserError: for a flag that the parser does not know.
     """
-    takes_several = {
-        f.name: bool(f.metadata.get("many") or f.metadata.get("nargs") == "*") for f in flags_of(parser.settings)
-    }
+    known = {f.name: takes_several(f) for f in flags_of(parser.settings)}
     found = []
     for name, value in flags.items():
         if name in NOT_READ or value is None or value is False:
             continue
-        several = flag_words(name, value)[1:] if isinstance(value, list) else []
-        fits = takes_several.get(name) == isinstance(value, list)
-        if not fits or any(v.startswith("-") and not v[1:2].isdigit() for v in several):
+        several = isinstance(value, list)
+        if known.get(name) != several:
             wrong = one_line(f"--{name}={value}")
-            raise UserError(f"{flag}: {path} has a flag that {parser.prog} does not know: {wrong}")
-        found += flag_words(name, value) if isinstance(value, (bool, list)) else [f"--{name}={value}"]
+            raise UserError(
+                f"{flag}: {path} has a flag that {parser.prog} does not know: {wrong}. Leave it out, or use the commit "
+                "that knew it"
+            )
+        values = value if several else [value]
+        found += [f"--{name}={single}" for single in values] if value is not True and values else [f"--{name}"]
     return found
 
 
-def _read_config(parser: SettingsParser, arguments: list[str]) -> None:
-    """Put the flags of `--config` before the words of the command line.
+def _words_of_config(parser: SettingsParser, words: Sequence[str]) -> list[str]:
+    """The flags in the file of `--config`, as words that may stand before those of the command line.
 
-    Those that the command line has itself are left out, and those at a default that is the same for all methods: they
-    may need other flags.
+    Left out are those that the command line has itself, and those at a default that is the same for all methods, since
+    they may need other flags.
     """
-    given = {word.partition("=")[0].removeprefix("--") for word in arguments if word.startswith("--")}
-    if "config" not in given or "resume" in given:
-        return
-    place = next(i for i, word in enumerate(arguments) if word.partition("=")[0] == "--config")
-    name = arguments[place].partition("=")[2] or "".join(arguments[place + 1 : place + 2])
+    given = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
+    name = value_in(words, "config")
+    if name is None or "resume" in given:
+        return []
     with blame("--config"):
         path = check_file(Path(name))
     flags = _content(path)
     flags = flags.get("flags", flags) if isinstance(flags, dict) else None
     if not isinstance(flags, dict) or not all(isinstance(key, str) for key in flags):
         raise UserError(f"--config: {path} holds no flags; write `name: value` in each line, or give an args.json")
-    flags = {key.replace("-", "_"): value for key, value in flags.items()}
-    varies = parser.defaults_of_methods - parser.hidden
+    varies = parser.settings.with_several_defaults() - parser.hidden
     usual = {f.name: f.default for f in flags_of(parser.settings) if f.name not in varies}
     usual = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
+    flags = {key.replace("-", "_"): value for key, value in flags.items()}
     changed = {k: v for k, v in flags.items() if k not in given and (k not in usual or v != usual[k])}
-    arguments[:0] = flags_as_words(parser, changed, "--config", path)
+    return flags_as_words(parser, changed, "--config", path)
 
 
 def _content(path: Path) -> object:
     """What a JSON or YAML file holds."""
     if path.suffix not in (".yaml", ".yml"):
         return read_json(path, "--config")
-    try:
-        import yaml
-    except ImportError:
-        raise UserError(f"--config: {path} is read by the package PyYAML: pip install pyyaml") from None
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -23,10 +23,9 @@ from utils.ood.sets import OODSource
 from utils.runs.checkpoints import Checkpointer
 from utils.runs.lineage import root_of
 from utils.runs.resume import check_inputs
-from utils.runs.run_folder import RunFolder
-from utils.runs.tensorboard import TensorBoardWriter, require_tensorboard
+from utils.runs.run_folder import RunFolder, require_tensorboard
 from utils.settings.arguments import Stage1Settings, Stage2Settings, Stage2SettingsNoOE, carried, command_of
-from utils.settings.common import Batches, Determinism, OutlierTraining, Speed, Training, TrainingProtocol, read_data
+from utils.settings.common import Batches, OutlierTraining, Speed, Training, read_data
 from utils.settings.distillation import source_of
 from utils.settings.fields import as_dict
 from utils.stages.evaluation import EvalSettings, Evaluator, evaluation_models, training_of
@@ -62,7 +61,7 @@ def run_stage1(settings: Stage1Settings) -> None:
     distillation = Distillation(method, evaluator, s, run, Checkpointer(run, interval=s.checkpoint_interval))
     restored = bool(s.resume) and _restore(distillation, inputs)
     if s.tensorboard and run.is_main:
-        run.tensorboard = TensorBoardWriter(run.path, run.metrics())
+        run.start_tensorboard()
     for line in [*([] if restored else _notices(inputs, method, evaluator.models)), _computing(inputs.compute)]:
         run.log(line)
     distillation.run_all()
@@ -81,7 +80,7 @@ def stage2_command(s: Stage1Settings, folder: Path) -> str | None:
     plain = s.outliers == "none"
     script = "train_model_synthetic_no_oe.py" if plain else "train_model_synthetic_oe.py"
     where = {"is_load_oe": not plain, "load_path": root, "folder": folder.name}
-    groups = (TrainingProtocol, Training, Batches, Speed, Determinism, OutlierTraining)
+    groups = (Training, Batches, Speed, OutlierTraining)
     return command_of(script, carried(s, Stage2SettingsNoOE if plain else Stage2Settings, *groups, **where))
 
 

@@ -32,8 +32,7 @@ from utils.runs.lineage import (
 from utils.runs.resume import check_inputs
 from utils.runs.run_folder import RunFolder, read_args
 from utils.settings.arguments import Stage2Settings, Stage3Settings, carried, command_of
-from utils.settings.common import read_data
-from utils.settings.distillation import OOD_PATH
+from utils.settings.common import OOD_PATH, read_data
 from utils.settings.fields import as_dict
 from utils.stages.evaluation import training_of
 from utils.stages.training_set import (
@@ -69,7 +68,7 @@ def find_distilled(s: Stage2Settings) -> Found:
         position = DistilledFile.open(run / name).iterations_left(s.exp_idx)
         return f"after iteration {position[0]} of {position[1]}" if position else ""
 
-    found = find_run_folder(roots, parts, s.folder, name, "--load_path", only_oe, left)
+    found = find_run_folder(roots, parts, s.folder, name, only_oe, left)
     return Found(found.path / name, found.note)
 
 

@@ -177,7 +177,7 @@ def _find_networks(
         roots: Sequence[str] = [load_path]
     else:
         roots = STAGE2_ROOTS[1:] if is_load_oe else STAGE2_ROOTS
-    return find_run_folder(roots, parts, folder, checkpoint_name(dataset, model, 0, "*"), "--load_path", is_load_oe)
+    return find_run_folder(roots, parts, folder, checkpoint_name(dataset, model, 0, "*"), is_load_oe)
 
 
 def _which_checkpoints(folder: Path, s: Stage3Settings) -> tuple[Stage3Settings, str, str]:

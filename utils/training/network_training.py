@@ -127,7 +127,7 @@ class NetworkInTraining:
         if saves or epoch % LOG_EVERY == 0:
             self._check_finite(loss, "its loss is")
         logits = self.trainer.predict(self.real.test_images) if tests else None
-        with signals.uninterrupted():
+        with signals.interruptible(False):
             if logits is not None:
                 self._note_test(logits, loss.item())
             if is_checkpoint_epoch(epoch, self.epochs):

@@ -20,7 +20,7 @@ from utils.core.torch_files import fingerprint, read_pt
 from utils.data.distilled_file import DistilledFile, result_name
 from utils.data.synthetic import SyntheticSet
 from utils.runs.checkpoints import Checkpointer
-from utils.runs.lineage import find_run_folder, nothing_left
+from utils.runs.lineage import find_run_folder
 from utils.runs.run_folder import RunFolder
 from utils.settings.fields import flag_words
 from utils.settings.parser import Parser
@@ -154,7 +154,7 @@ def test_finding_run_folders(tmp_path):
         (root / "DSA" / folder / name).write_text("")
 
     def find(folder, roots=roots):
-        return find_run_folder(roots, ["DSA"], folder, name, "--load_path")
+        return find_run_folder(roots, ["DSA"], folder, name)
 
     with pytest.raises(UserError, match="no run folder under"):
         find(None)
@@ -188,15 +188,17 @@ def test_the_newest_run_is_the_finished_one_that_was_started_last(tmp_path):
     """Neither the time of a folder's last change nor an unfinished run decides."""
     place, done = tmp_path / "root" / "DSA", "2023-02-01T00:00:00"
 
-    def find(folder=None, left=nothing_left):
-        return find_run_folder([tmp_path / "root"], ["DSA"], folder, "res", "--load_path", left=left)
+    def find(folder=None, left=lambda folder: ""):
+        return find_run_folder([tmp_path / "root"], ["DSA"], folder, "res", left=left)
 
     published = run_of(place, "20230101-000000", mtime=1.8e9)  # written to last of all
     assert find() == (published, "")
     named = run_of(place, "20230102-000000", mtime=1.6e9)  # by its name: a day later
     path, note = find()
     assert path == named
-    assert note.startswith(f"--folder is left out and 2 runs fit: {named} is taken (the newest). To choose another")
+    assert note.startswith(
+        f"--folder is left out and 2 runs fit: {named} is taken (the newest finished one). To choose another"
+    )
     assert note.endswith("--folder NAME, of 20230101-000000")
     assert find("20230101-000000") == (published, "")
     later = run_of(place, "again", {"started": "2023-01-03T00:00:00", "finished": done}, mtime=1.5e9)
@@ -227,7 +229,7 @@ def test_a_run_that_another_process_writes_is_not_finished(program, tmp_path):
     older, live = (run_of(tmp_path / "root" / "DSA", name) for name in ("20230101-000000", "20230102-000000"))
 
     def find(folder=None):
-        return find_run_folder([tmp_path / "root"], ["DSA"], folder, "res", "--load_path")
+        return find_run_folder([tmp_path / "root"], ["DSA"], folder, "res")
 
     code = "import sys; from pathlib import Path; from utils.runs.run_folder import RunFolder; "
     code += "run = RunFolder(Path(sys.argv[1])); print('locked', flush=True); input()"

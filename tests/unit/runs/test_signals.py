@@ -181,7 +181,7 @@ def test_files_are_written_to_their_end(monkeypatch):
 
     def work():
         with signals.catch(), signals.interruptible():
-            with signals.uninterrupted():
+            with signals.interruptible(False):
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(0.1)
                 done.append("written")

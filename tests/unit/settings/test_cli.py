@@ -253,7 +253,7 @@ WRONG = [
         [*QUICK, "--eval_ood", "a/b"],
         ["--eval_ood: a/b is missing. Give a/b as seen from here or from data/ood; or choose"],
     ),
-    ("main.py", [*QUICK, "--ood_path", "ood"], ["--ood_path: it is the folder of the sets of --eval_ood"]),
+    ("main.py", [*QUICK, "--ood_path", "ood"], ["--ood_path: it has no effect without --eval_ood"]),
     ("main.py", [*QUICK, "--eval_ood", "blob", "iSUN"], ["--eval_ood: iSUN is missing. Put NAME/"]),
     ("main.py", [*QUICK, "--checkpoint_interval", "0"], ["--checkpoint_interval", "at least 1"]),
     ("main_oe.py", QUICK, ["--oe_data_path: data/300K_random_images.npy is not there", "--download all"]),
