@@ -18,7 +18,6 @@ from scripts.kinds import KINDS
 from utils.core.errors import UserError
 from utils.core.files import save_output
 from utils.core.run_script import run_script
-from utils.report.measures import OF_NETWORKS, OF_OOD
 from utils.report.results import protocol_line
 from utils.report.study import (
     StudyColumn,
@@ -29,6 +28,7 @@ from utils.report.study import (
     read_kind,
     score_rows,
 )
+from utils.report.tables import OF_NETWORKS, OF_OOD
 from utils.settings.parser import Parser, one_of
 
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 
 from utils.compute.version import versions, versions_line
 from utils.data.augment import dc_augmentation
-from utils.report.measures import OF_NETWORKS, OF_OOD
 from utils.report.results import Results, shared_sets
-from utils.report.tables import markdown_table, render, value_cell
+from utils.report.tables import OF_NETWORKS, OF_OOD, markdown_table, render
 
 PATH_FLAGS = ("data_path", "oe_data_path", "ood_path", "buffer_path", "save_path", "load_path", "resume", "method_file")
 SIZES = ((1000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"))
@@ -117,7 +116,7 @@ def measured_table(results: dict[str, Results]) -> str:
     header += [f"mean {measure.short_title} ({score}) {measure.better}" for score, _, measure in detection]
     rows = []
     for title, r in results.items():
-        cells = [value_cell(r.of_networks(key), measure) for key, measure in networks.items()]
-        cells += [value_cell(r.per_network(None, score, key, sets), measure) for score, key, measure in detection]
+        cells = [measure.cell(r.of_networks(key)) for key, measure in networks.items()]
+        cells += [measure.cell(r.per_network(score, key, sets)) for score, key, measure in detection]
         rows.append([f"{len(r.errors)} × {title}", *cells])
     return markdown_table(header, rows)

@@ -7,14 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from utils.core.errors import UserError
+from utils.core.errors import require
 from utils.core.files import csv_text
-from utils.report.measures import OF_NETWORKS, OF_OOD, Measure
 from utils.report.plots import distilled_pictures, save_comparison
 from utils.report.results import Results, load_results, protocol_line, shared_sets
-from utils.report.tables import markdown_table, render, value_cell
+from utils.report.tables import OF_NETWORKS, OF_OOD, Measure, markdown_table, render
 from utils.runs.lineage import args_or_nothing, sources_of
 
 STRIP = 20
@@ -22,7 +20,6 @@ RESULTS = "results.json"
 CAPTIONS = {"reliability": "reliability of the confidence", "distilled": "the distilled set"}  # these come first
 # what `args.json` of stage 3 says of its networks, by the flag
 FACTS = {"dataset": "data set", "model": "network", "method": "method", "ipc": "images per class", "seed": "seeds"}
-SHOWN_OF_NETWORKS = ("accuracy", "aurc", "ece", "nll", "brier")
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class ComparisonRow:
     score: str  # empty: a measure of the networks
     set: str
     measure: Measure
-    values: tuple[tuple[float, ...], ...]  # for each column one value per network, without NaN
+    values: tuple[list[float], ...]  # for each column one value per network, without NaN
     is_mean: bool = True  # of the networks, or over OOD sets, and not on one of them
 
     def shown(self) -> list[tuple[str, bool]]:
@@ -49,7 +46,7 @@ class ComparisonRow:
         places = range(len(self.values))
         gains = [[g for b in places if b != a and (g := self.gain(b, a))] for a in places]
         leads = [bool(of_column) and all(gain > 2 * error for gain, error in of_column) for of_column in gains]
-        return [(value_cell(values, self.measure), lead) for values, lead in zip(self.values, leads, strict=True)]
+        return [(self.measure.cell(values), lead) for values, lead in zip(self.values, leads, strict=True)]
 
     def gain(self, base: int, other: int) -> tuple[float, float] | None:
         """By how much a column is better than another, in the unit, and the standard error over networks, which is
@@ -77,58 +74,51 @@ def find_runs(folders: Sequence[Path], names: Sequence[str] | None, search: Sequ
     Raises:
         UserError: when a folder leads to no stage-3 run, or its results are damaged.
     """
-    found: dict[str, list[Path]] = {}
+    found: dict[str, dict[Path, None]] = {}
     for folder, name in zip(folders, names or [None] * len(folders), strict=True):
-        for path in stage3_folders(folder, search):
-            found.setdefault(name or str(path), []).append(path)
-    columns = {name: tuple(dict.fromkeys(paths)) for name, paths in found.items()}
-    return [ComparisonColumn(name, paths, pooled(map(load_results, paths))) for name, paths in columns.items()]
+        for path in _stage3_folders(folder, search):
+            found.setdefault(name or str(path), {})[path] = None
+    return [ComparisonColumn(name, tuple(paths), pooled(map(load_results, paths))) for name, paths in found.items()]
 
 
-def stage3_folders(folder: Path, search: Sequence[Path]) -> list[Path]:
-    """The stage-3 folders in or below `folder`; if there are none, those made from what is in or below it.
-
-    Raises:
-        UserError: when there are neither, or `folder` is not a folder.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; give run folders of test_ood_model_syn.py, or of stage 1 or 2")
+def _stage3_folders(folder: Path, search: Sequence[Path]) -> list[Path]:
+    """The stage-3 folders in or below `folder`; if there are none, those made from what is in or below it."""
+    require(folder.is_dir(), f"{folder} is no folder; give run folders of test_ood_model_syn.py, or of stage 1 or 2")
     if below := sorted(path.parent for path in folder.rglob(RESULTS)):
         return below
     known = sorted({path.parent for root in search for path in root.rglob(RESULTS)})
-    origin = folder.resolve()
-    if made := [path for path in known if any(source.is_relative_to(origin) for source in sources_of(path))]:
-        return made
-    raise UserError(
+    made = [path for path in known if any(source.is_relative_to(folder.resolve()) for source in sources_of(path))]
+    require(
+        made,
         f"{folder}: no {RESULTS}, and none of the {len(known)} under {', '.join(map(str, search)) or 'nothing'} was "
-        "made from it; run test_ood_model_syn.py, or name the root of its results with --results"
+        "made from it; run test_ood_model_syn.py, or name the root of its results with --results",
     )
+    return made
 
 
 def of_scores(column: ComparisonColumn, scores: Sequence[str]) -> ComparisonColumn:
-    """The column with these scores alone, in this order.
-
-    Raises:
-        UserError: naming a score that it does not have.
-    """
+    """The column with these scores alone, in this order; a `UserError` names a score that it does not have."""
     results, known = column.results, column.results.scores()
-    if missing := [score for score in scores if score not in known]:
-        raise UserError(f"--scores: {column.name} was not measured by {missing[0]}, only by {', '.join(known)}")
-    rows = sorted((row for row in results.rows if row["score"] in scores), key=lambda row: scores.index(row["score"]))
+    for score in scores:
+        require(score in known, f"--scores: {column.name} was not measured by {score}, only by {', '.join(known)}")
+    rows = [row for score in scores for row in results.rows if row["score"] == score]
     return replace(column, results=replace(results, rows=rows))
 
 
 def pooled(results: Iterable[Results]) -> Results:
     """Join several results into one; networks are numbered consecutively."""
-    together, protocols = Results(), []
-    for part in results:
+    parts, together = list(results), Results()
+    for part in parts:
         first = len(together.errors)
         together.errors += part.errors
         together.rows += [row | {"network": first + row["network"]} for row in part.rows]
-        together.missing += [name for name in part.missing if name not in together.missing]
-        protocols += part.protocols
-    together.protocols = tuple(dict.fromkeys(protocols))
+    together.missing = _distinct(part.missing for part in parts)
+    together.protocols = tuple(_distinct(part.protocols for part in parts))
     return together
+
+
+def _distinct(names: Iterable[Sequence[str]]) -> list[str]:
+    return list(dict.fromkeys(name for part in names for name in part))
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -140,33 +130,28 @@ def comparison_rows(columns: Sequence[ComparisonColumn], measures: Sequence[str]
     The mean is over the sets on which all networks were measured; its title says so where there are others.
     """
     results = [column.results for column in columns]
-    rows = [
-        ComparisonRow("", "", OF_NETWORKS[name], _defined([r.of_networks(name) for r in results]))
-        for name in SHOWN_OF_NETWORKS
-    ]
     shared = shared_sets(results)
-    sets: dict[str | None, str] = {}
-    if shared:
-        others = set(_distinct(r.ood_sets() for r in results)) - {*shared}
-        sets[None] = f"mean of {', '.join(shared)}" if others else "mean"
-    sets |= {name: name for name in _distinct(r.sets() for r in results)}
+    others = {*_distinct(r.ood_sets() for r in results)} - {*shared}
+    mean = f"mean of {', '.join(shared)}" if others else "mean"
+    sets = [
+        *([(mean, shared, True)] if shared else []),
+        *((n, [n], False) for n in _distinct(r.sets() for r in results)),
+    ]
+    rows = [
+        ComparisonRow("", "", OF_NETWORKS[name], _defined(r.of_networks(name) for r in results))
+        for name in ("accuracy", "aurc", "ece", "nll", "brier")
+    ]
     rows += [
-        ComparisonRow(
-            score, title, OF_OOD[m], _defined([r.per_network(name, score, m, shared) for r in results]), name is None
-        )
+        ComparisonRow(score, title, OF_OOD[m], _defined(r.per_network(score, m, names) for r in results), is_mean)
         for score in _distinct(r.scores() for r in results)
-        for name, title in sets.items()
+        for title, names, is_mean in sets
         for m in measures
     ]
     return [row for row in rows if any(row.values)]
 
 
-def _distinct(names: Iterable[Sequence[str]]) -> list[str]:
-    return list(dict.fromkeys(name for part in names for name in part))
-
-
-def _defined(values: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(v for v in of_column if not math.isnan(v)) for of_column in values)
+def _defined(values: Iterable[Sequence[float]]) -> tuple[list[float], ...]:
+    return tuple([v for v in of_column if not math.isnan(v)] for of_column in values)
 
 
 def markdown(columns: Sequence[ComparisonColumn], rows: Sequence[ComparisonRow]) -> str:
@@ -184,18 +169,14 @@ def markdown(columns: Sequence[ComparisonColumn], rows: Sequence[ComparisonRow])
 
 def verdicts(columns: Sequence[ComparisonColumn], rows: Sequence[ComparisonRow]) -> list[str]:
     """A sentence for each column but the first, which it is compared with: accuracy, ECE and mean AUROC."""
-    shown = (OF_NETWORKS["accuracy"], OF_NETWORKS["ece"], OF_OOD["auroc"])
-    wanted = [row for row in rows if row.is_mean and row.measure in shown]
+    measures = (OF_NETWORKS["accuracy"], OF_NETWORKS["ece"], OF_OOD["auroc"])
+    wanted = [row for row in rows if row.is_mean and row.measure in measures]
     lines = []
     for other, column in enumerate(columns[1:], 1):
-        parts = [f"{_of_score(row)} {change}" for row in wanted if (change := _change(row, other))]
-        if parts:
-            lines.append(f"{column.name} against {columns[0].name}: {', '.join(parts)}.")
+        changes = [change for row in wanted if (change := _change(row, other))]
+        if changes:
+            lines.append(f"{column.name} against {columns[0].name}: {', '.join(changes)}.")
     return lines
-
-
-def _of_score(row: ComparisonRow) -> str:
-    return f"{row.measure.title} ({row.score})" if row.score else row.measure.title
 
 
 def _change(row: ComparisonRow, other: int) -> str:
@@ -204,12 +185,13 @@ def _change(row: ComparisonRow, other: int) -> str:
     if found is None:
         return ""
     gain, error = found
-    change = -gain if row.measure.better == "↓" else gain
+    title = f"{row.measure.title} ({row.score})" if row.score else row.measure.title
+    change = f"{-gain if row.measure.better == '↓' else gain:+.1f}"
     if math.isinf(error):
-        return f"{change:+.1f} (one network)"
+        return f"{title} {change} (one network)"
     if abs(gain) <= 2 * error:
-        return f"equal ({change:+.1f} ± {error:.1f})"
-    return f"{change:+.1f} ± {error:.1f} ({'better' if gain > 0 else 'worse'})"
+        return f"{title} equal ({change} ± {error:.1f})"
+    return f"{title} {change} ± {error:.1f} ({'better' if gain > 0 else 'worse'})"
 
 
 def trained(columns: Sequence[ComparisonColumn]) -> str:
@@ -250,25 +232,20 @@ def latex(columns: Sequence[ComparisonColumn], rows: Sequence[ComparisonRow]) ->
 def plot_comparison(path: Path, columns: Sequence[ComparisonColumn]) -> None:
     """Draw the distilled images and outliers of each column above the AUROC of each score on each OOD set."""
     results = [column.results for column in columns]
-    sets = _distinct(r.ood_sets() for r in results)
-    shared = shared_sets(results)
-    wanted = [*sets, None] if len(sets) > 1 and shared else sets
-    mean = "mean" if shared == sets else f"mean of {len(shared)}"
+    shared, names = shared_sets(results), _distinct(r.ood_sets() for r in results)
+    sets = [(name, [name]) for name in names]
+    if len(names) > 1 and shared:
+        sets.append(("mean" if shared == names else f"mean of {len(shared)}", shared))
     panels = {
-        score: {
-            name or mean: _defined([r.per_network(name, score, "auroc", shared) for r in results]) for name in wanted
-        }
+        score: {title: _defined(r.per_network(score, "auroc", among) for r in results) for title, among in sets}
         for score in _distinct(r.scores() for r in results)
     }
-    strips = [strip for column in columns for strip in _strips(column)]
+    strips = []  # one image per class, and one outlier per slot, where the set is still there
+    for column in columns:
+        networks = args_or_nothing(column.folders[0]).get("networks")
+        pictures = distilled_pictures(Path(networks)) if isinstance(networks, str) else []
+        strips += [(f"{column.name}: {title}, one per class", images[:STRIP, 0]) for title, images in pictures]
     save_comparison(path, [column.name for column in columns], panels, strips)
-
-
-def _strips(column: ComparisonColumn) -> list[tuple[str, torch.Tensor]]:
-    """One image per class, and one outlier per slot, of the distilled set of a column; empty if the set is gone."""
-    networks = args_or_nothing(column.folders[0]).get("networks")
-    pictures = distilled_pictures(Path(networks)) if isinstance(networks, str) else []
-    return [(f"{column.name}: {title}, one per class", images[:STRIP, 0]) for title, images in pictures]
 
 
 def facts(columns: Sequence[ComparisonColumn]) -> dict[str, list[str]]:
@@ -293,8 +270,7 @@ def comparison_page(
 ) -> str:
     """A self-contained page: tables of the networks and of each score, the picture, and each run's plots; no scripts.
 
-    Args:
-        picture: a PNG of the comparison, if there is one; notes: lines that stand above the tables.
+    `picture`: a PNG of the comparison, if there is one; `notes`: lines that stand above the tables.
     """
     scores = dict.fromkeys(row.score for row in rows)
     return render(

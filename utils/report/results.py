@@ -13,9 +13,8 @@ import numpy as np
 
 from utils.core.errors import UserError
 from utils.core.files import MAX_TEXT, csv_text, read_bytes, read_json, save_text
-from utils.ood.calibration import CALIBRATION_MEASURES, SCALED_MEASURES, Reliability, reliability
 from utils.ood.evaluate import NetworkScores
-from utils.ood.measures import ERROR_MEASURES, MEASURES
+from utils.ood.measures import CALIBRATION_MEASURES, ERROR_MEASURES, MEASURES, SCALED_MEASURES
 
 NETWORK_MEASURES = (*ERROR_MEASURES, *CALIBRATION_MEASURES, *SCALED_MEASURES)
 # columns of the CSV of a study; measures of error detection that share their name with one of OOD detection get another
@@ -46,14 +45,14 @@ class Results:
         """Names of the scores, in order."""
         return list(dict.fromkeys(row["score"] for row in self.rows))
 
-    def per_network(
-        self, name: str | None, score: str, measure: str, among: Sequence[str] | None = None
-    ) -> list[float]:
-        """One value per network: on the set `name`, or (None) the mean over the sets `among`.
+    @property
+    def are_scaled(self) -> bool:
+        """Whether there are `SCALED_MEASURES`."""
+        return any("temperature" in errors for errors in self.errors)
 
-        `among` left out: all OOD sets.
-        """
-        sets = [name] if name else self.ood_sets() if among is None else among
+    def per_network(self, score: str, measure: str, sets: Sequence[str] | None = None) -> list[float]:
+        """One value per network, the mean over `sets`; left out: all OOD sets."""
+        sets = self.ood_sets() if sets is None else sets
         values: dict[int, list[float]] = {}
         for row in self.rows:
             if row["set"] in sets and row["score"] == score:
@@ -78,46 +77,25 @@ def shared_sets(results: Sequence[Results]) -> list[str]:
     return list(names)
 
 
-def protocol_of(training: Mapping[str, object]) -> str:
-    """How networks were trained, in words; `training`: the protocol, the epochs, and flags that overrule it."""
-    more = [f"{name} {value}" for name, value in training.items() if name not in ("protocol", "epochs")]
-    epochs = [f"{training['epochs']} epochs"] if training.get("epochs") else []
-    return ", ".join([str(training["protocol"]), *epochs, *more])
-
-
 def protocol_line(named: Mapping[str, Sequence[str]]) -> str:
     """A line for the head of a table, from the protocols by which the networks of its columns or rows were trained."""
     names: dict[str, list[str]] = {}
     for name, protocols in named.items():
         for protocol in protocols:
             names.setdefault(protocol, []).append(name)
-    if len(names) == 1:
-        return f"Networks trained by protocol {next(iter(names))}."
-    return "Networks trained by protocol " + "; ".join(f"{p}: {', '.join(who)}" for p, who in names.items()) + "."
+    whose = [protocol if len(names) == 1 else f"{protocol}: {', '.join(who)}" for protocol, who in names.items()]
+    return f"Networks trained by protocol {'; '.join(whose)}."
 
 
-@dataclass
-class PlotData:
-    """What the plots need beside the results."""
-
-    in_scores: dict[str, list[np.ndarray]]  # by score: `[N]` for each network
-    out_scores: dict[str, dict[str, list[np.ndarray]]]  # by score and OOD set: `[M]` for each network
-    reliability: Reliability  # over the predictions of all networks
-
-
-def results_of(networks: Sequence[NetworkScores]) -> tuple[Results, PlotData]:
-    """The results and plot data of stage 3, from the scores of one network or more."""
-    sets, scores = list(networks[0].out_scores), list(networks[0].in_scores)
+def results_of(networks: Sequence[NetworkScores]) -> Results:
+    """The results of stage 3, from the scores of one network or more."""
     rows = [
-        {"network": index, "set": name, "score": score, **network.measures[name][score]}
-        for name in sets
+        {"network": index, "set": name, "score": score, **measures}
+        for name in networks[0].measures
         for index, network in enumerate(networks)
-        for score in scores
+        for score, measures in network.measures[name].items()
     ]
-    bins = reliability(*(np.concatenate([getattr(n, what) for n in networks]) for what in ("confidence", "correct")))
-    in_scores = {score: [n.in_scores[score] for n in networks] for score in scores}
-    out_scores = {score: {name: [n.out_scores[name][score] for n in networks] for name in sets} for score in scores}
-    return Results([n.errors for n in networks], rows), PlotData(in_scores, out_scores, bins)
+    return Results([n.errors for n in networks], rows)
 
 
 # --- files of one run ------------------------------------------------------------------------------------------------
@@ -136,21 +114,15 @@ def results_csv(results: Results) -> str:
 
     After temperature scaling the temperature and the calibration with it, too.
     """
-    scaled = SCALED_MEASURES if any("temperature" in errors for errors in results.errors) else ()
-    repeated = {m: results.of_networks(m) for m in ("accuracy", "aurc", *CALIBRATION_MEASURES, *scaled)}
-    lines = [["network", "set", "score", *MEASURES, *repeated]]
-    for row in results.rows:
-        of_network = {m: values[row["network"]] for m, values in repeated.items()}
-        lines.append([(row | of_network)[column] for column in lines[0]])
-    return csv_text(lines)
+    repeated = ("accuracy", "aurc", *CALIBRATION_MEASURES, *(SCALED_MEASURES if results.are_scaled else ()))
+    of_networks = [results.of_networks(measure) for measure in repeated]
+    columns = ("network", "set", "score", *MEASURES)
+    lines = [[*(row[c] for c in columns), *(values[row["network"]] for values in of_networks)] for row in results.rows]
+    return csv_text([[*columns, *repeated], *lines])
 
 
 def load_results(folder: Path) -> Results:
-    """Read `results.json` of a stage-3 folder.
-
-    Raises:
-        UserError: when it is missing, damaged, or not what stage 3 writes.
-    """
+    """Read `results.json` of a stage-3 folder; a `UserError` tells that it is missing, damaged, or something else."""
     path = folder / "results.json"
     content = read_json(path, "results", most=64 << 20)
     try:
@@ -160,10 +132,17 @@ def load_results(folder: Path) -> Results:
         )
         for row in rows:
             _ = row["set"], row["score"], [float(row[m]) for m in MEASURES], float(errors[row["network"]]["error"])
-        training = content["about"].get("training", {"protocol": "dc"})
-        return Results(errors, rows, list(content["missing"]), (protocol_of(training),))
+        protocol = _protocol(content["about"].get("training", {"protocol": "dc"}))
+        return Results(errors, rows, list(content["missing"]), (protocol,))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise UserError(f"{path} is damaged, or is not what test_ood_model_syn.py writes; run it again") from None
+
+
+def _protocol(training: Mapping[str, object]) -> str:
+    """How networks were trained, in words; `training`: the protocol, the epochs, and flags that overrule it."""
+    more = [f"{name} {value}" for name, value in training.items() if name not in ("protocol", "epochs")]
+    epochs = [f"{training['epochs']} epochs"] if training.get("epochs") else []
+    return ", ".join([str(training["protocol"]), *epochs, *more])
 
 
 # --- the file of a study ---------------------------------------------------------------------------------------------
@@ -191,11 +170,7 @@ def save_study_csv(path: Path, study: StudyResults) -> None:
 
 
 def load_study_csv(path: Path) -> StudyResults:
-    """Read what `save_study_csv` wrote.
-
-    Raises:
-        UserError: when the file is missing, damaged, or something else.
-    """
+    """Read what `save_study_csv` wrote; a `UserError` tells that it is missing, damaged, or something else."""
     try:
         return _parsed(path.resolve(), path.stat().st_mtime_ns)
     except (OSError, ValueError, KeyError, TypeError, IndexError, csv.Error):

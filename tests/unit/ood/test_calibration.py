@@ -10,8 +10,7 @@ from scipy.special import softmax
 from sklearn.metrics import brier_score_loss, log_loss
 from torchmetrics.classification import MulticlassCalibrationError
 
-from utils.ood.calibration import calibration, confidence_and_correct, reliability
-from utils.ood.measures import aurc, error_detection
+from utils.ood.measures import aurc, calibration, confidence_and_correct, error_detection, reliability
 
 CASES = [
     ("random", lambda g: g.normal(scale=2, size=(300, 7))),

@@ -18,8 +18,7 @@ from utils.core.files import csv_text
 from utils.core.rng import generator
 from utils.data.distilled_file import DistilledFile
 from utils.data.synthetic import SyntheticSet
-from utils.ood.calibration import SCALED_MEASURES
-from utils.ood.measures import MEASURES
+from utils.ood.measures import MEASURES, SCALED_MEASURES
 from utils.report.card import measured_table
 from utils.report.compare import (
     ComparisonColumn,
@@ -130,7 +129,7 @@ def test_what_a_run_lacks_is_a_dash():
 
 def test_folders_of_one_name_are_pooled():
     together = pooled([results([[0.5, 0.7], [0.6, 0.8]]), results([[0.9, 0.9], [0.7, 0.7]])])
-    assert together.per_network("patches", "msp", "auroc") == [0.5, 0.6, 0.9, 0.7]
+    assert together.per_network("msp", "auroc", ["patches"]) == [0.5, 0.6, 0.9, 0.7]
     assert len(together.errors) == 4
 
 

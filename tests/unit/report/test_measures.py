@@ -5,13 +5,11 @@ import html
 import numpy as np
 import pytest
 
-from utils.ood.calibration import calibration, scaled_calibration
-from utils.ood.measures import MEASURES, error_detection, ood_measures
+from utils.ood.measures import MEASURES, calibration, error_detection, ood_measures, scaled_calibration
 from utils.report.card import CardFacts, card
 from utils.report.compare import ComparisonColumn, comparison_page, comparison_rows
-from utils.report.measures import OF_NETWORKS, OF_OOD
 from utils.report.results import NETWORK_MEASURES, Results
-from utils.report.tables import value_cell
+from utils.report.tables import OF_NETWORKS, OF_OOD
 
 
 def of_network(noise: float) -> dict[str, float]:
@@ -46,9 +44,9 @@ def test_which_way_is_better_for_detection(name):
 
 
 def test_values_are_shown_in_their_unit():
-    assert value_cell([0.25, 0.75], OF_OOD["auroc"]) == "50.00 ± 25.00"
-    assert value_cell([0.25, 0.75, np.nan], OF_NETWORKS["nll"]) == "0.500 ± 0.250"
-    assert value_cell([1.5], OF_NETWORKS["temperature"]) == "1.50"
+    assert OF_OOD["auroc"].cell([0.25, 0.75]) == "50.00 ± 25.00"
+    assert OF_NETWORKS["nll"].cell([0.25, 0.75, np.nan]) == "0.500 ± 0.250"
+    assert OF_NETWORKS["temperature"].cell([1.5]) == "1.50"
     assert [OF_NETWORKS[n].heading for n in ("ece", "temperature", "auroc")] == [
         "ECE ↓",
         "temperature",
