@@ -71,21 +71,16 @@ def evaluate_ood(
     if fit is None and need_fitting(scores):
         fit = FitSet("real training set", real.labels_train, real.train_batch, was_trained_on=True)
     scorer = Scorer(net, scores, temperature, deviation(real), last_layer=last_layer)
-    _check_logits(scorer, real, last_layer)
-    scorer.prepare(real.test_images[:2], fit, batch)
-    return score_networks({0: scorer}, real, sets, batch)[0]
-
-
-@torch.no_grad()
-def _check_logits(scorer: Scorer, real: RealData, last_layer: str | None) -> None:
-    """Check that the network gives the logits of all classes, and that the last layer does."""
     images = real.test_images[:2]
-    outputs = scorer.net(images)
+    with torch.no_grad():
+        outputs = scorer.net(images)
     found = list(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
-    expected = [len(images), real.num_classes]
-    require(found == expected, f"net: gives {found} for {len(images)} images; it must give logits {expected}")
+    wanted = [len(images), real.num_classes]
+    require(found == wanted, f"net: gives {found} for {len(images)} images; it must give logits {wanted}")
     same = last_layer is None or torch.allclose(scorer.inputs(images)["logits"], outputs, rtol=1e-3, atol=1e-3)
     require(same, f"last_layer {last_layer}: its outputs are not those of the network; name the layer that gives them")
+    scorer.prepare(images, fit, batch)
+    return score_networks({0: scorer}, real, sets, batch)[0]
 
 
 def deviation(real: RealData) -> tuple[float, ...]:
@@ -103,19 +98,22 @@ def score_networks(
 ) -> list[NetworkScores]:
     """Score the networks of this process, by index; returns those of all processes, in order.
 
-    `log` takes lines about this process; `after_set` is called when a set is done. A `UserError` tells of a network
-    whose outputs are not finite.
+    A score that is not finite has measures of NaN and a line in the log: it must not end a long run. A `UserError`
+    tells of a network whose outputs are not finite.
     """
     own = {index: _on_test_images(index, scorer, real, batch) for index, scorer in scorers.items()}
     for ood in sets:
         images = ood.load()
         for index, scorer in scorers.items():
             network, found = own[index], scorer(images, batch)[1]
-            network.out_scores[ood.name] = found
-            network.measures[ood.name] = {
-                name: _measures(network.in_scores[name], values, f"{name}, {ood.name}, {index}", log)
-                for name, values in found.items()
-            }
+            network.out_scores[ood.name], network.measures[ood.name] = found, {}
+            for name, outside in found.items():
+                inside, measures = network.in_scores[name], dict.fromkeys(MEASURES, math.nan)
+                if np.isfinite(inside).all() and np.isfinite(outside).all():
+                    measures = ood_measures(inside, outside)
+                else:
+                    log(f"scores not finite, no measures (score, set, network): {name}, {ood.name}, {index}")
+                network.measures[ood.name][name] = measures
         after_set()
     return list(distributed.gather(own).values())
 
@@ -128,11 +126,3 @@ def _on_test_images(index: int, scorer: Scorer, real: RealData, batch: int) -> N
     if scorer.fitted_temperature is not None:
         errors |= scaled_calibration(logits, labels, scorer.fitted_temperature)
     return NetworkScores(errors, *confidence_and_correct(logits, labels), scores)
-
-
-def _measures(in_scores: np.ndarray, out_scores: np.ndarray, what: str, log: Callable[[str], None]) -> dict[str, float]:
-    """The measures, or NaN if a score is not finite: that must not end a long run."""
-    if np.isfinite(in_scores).all() and np.isfinite(out_scores).all():
-        return ood_measures(in_scores, out_scores)
-    log(f"scores not finite, no measures (score, set, network): {what}")
-    return dict.fromkeys(MEASURES, math.nan)

@@ -18,11 +18,8 @@ SCALED_MEASURES = ("temperature", *(f"scaled_{measure}" for measure in CALIBRATI
 def fpr95(positive: np.ndarray, scores: np.ndarray) -> float:
     """The false-positive rate in [0, 1] at the achieved recall that is nearest to 95 %.
 
-    Args:
-        positive: bool `[N]`, with both values present.
-        scores: `[N]`, higher = more positive. Thresholds are the scores; those at or above one are called positive.
-            Of thresholds with the same recall the largest rate counts, but at recall 1 the smallest (the convention of
-            the Outlier Exposure code).
+    `positive`: bool `[N]`, with both values present; `scores`: `[N]`, higher = more positive. Of thresholds with the
+    same recall the largest rate counts, but at recall 1 the smallest (the convention of the Outlier Exposure code).
     """
     from sklearn.metrics import roc_curve
 
@@ -34,16 +31,11 @@ def fpr95(positive: np.ndarray, scores: np.ndarray) -> float:
 
 
 def ood_measures(in_scores: np.ndarray, out_scores: np.ndarray) -> dict[str, float]:
-    """OOD detection of one in-distribution and one OOD set, fractions in [0, 1] by `MEASURES`.
+    """`MEASURES` of scores `[N]` and `[M]`, higher = more OOD: fractions in [0, 1].
 
-    Args:
-        in_scores, out_scores: `[N]` and `[M]`, higher = more OOD.
-    Returns:
-        `auroc`: the chance that an OOD image scores above an in-distribution one, ties counting half. `aupr_in`,
-        `aupr_out`: average precision, the step-wise sum (not the trapezoidal area). `fpr_in`, `fpr_out`: see `fpr95`;
-        `fpr_in` is the usual "FPR95", the share of OOD images taken for in-distribution.
-    Raises:
-        ValueError: for empty or non-finite scores.
+    `auroc` is the chance that an OOD image scores above an in-distribution one, ties counting half; `aupr_in` and
+    `aupr_out` are average precision, the step-wise sum (not the trapezoidal area); `fpr_in` is the usual "FPR95", the
+    share of OOD images taken for in-distribution. A `ValueError` tells of empty or non-finite scores.
     """
     from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -70,13 +62,10 @@ def confidence_and_correct(logits: np.ndarray, labels: np.ndarray) -> tuple[np.n
 
 
 def error_detection(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """`ERROR_MEASURES`: how well confidence tells wrong predictions from right ones (Hendrycks & Gimpel, ICLR 2017).
+    """`ERROR_MEASURES` of logits `[N, K]`: how well confidence tells wrong predictions from right ones.
 
-    Args:
-        logits: `[N, K]`; labels: int `[N]`.
-    Returns:
-        `error` (the error rate); `auroc`, `aupr`, `fpr` (at 95 % recall) with wrong predictions as positives and minus
-        the maximum softmax as score, NaN where all predictions are right or all wrong; `aurc`, always defined.
+    As in Hendrycks & Gimpel (ICLR 2017), wrong predictions are positives and minus the maximum softmax is the score.
+    `auroc`, `aupr` and `fpr` are NaN where all predictions are right or all wrong.
     """
     from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -91,8 +80,8 @@ def error_detection(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 def aurc(wrong: np.ndarray, scores: np.ndarray) -> float:
     """Area under the risk-coverage curve (Geifman & El-Yaniv, NeurIPS 2017), in [0, 1]; lower is better.
 
-    It is the mean over k = 1 … N of the error rate among the k most confident predictions. `wrong`: bool `[N]`;
-    `scores`: `[N]`, higher = less confident. Ties count as if in random order (the expected area).
+    It is the mean over k = 1 … N of the error rate among the k most confident predictions (`scores`: higher = less
+    confident). Ties count as if in random order (the expected area).
     """
     _, group, size = np.unique(scores, return_inverse=True, return_counts=True)
     errors = np.bincount(group, wrong, len(size))
@@ -102,12 +91,12 @@ def aurc(wrong: np.ndarray, scores: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Reliability:
-    """What a reliability diagram shows: bins of confidence, (edges[i], edges[i + 1]], and what lies in each."""
+    """What a reliability diagram shows: bins of confidence, (edges[i], edges[i + 1]], and the predictions in each."""
 
     edges: np.ndarray  # `[bins + 1]`
-    count: np.ndarray  # of predictions, `[bins]`
-    confidence: np.ndarray  # their mean, `[bins]`; NaN in empty bins
-    accuracy: np.ndarray  # their mean, `[bins]`; NaN in empty bins
+    count: np.ndarray  # `[bins]`
+    confidence: np.ndarray  # the mean, `[bins]`; NaN in empty bins
+    accuracy: np.ndarray  # the mean, `[bins]`; NaN in empty bins
 
     @property
     def error(self) -> float:
@@ -119,8 +108,7 @@ class Reliability:
 def reliability(confidence: np.ndarray, correct: np.ndarray) -> Reliability:
     """Sort predictions into 15 bins of equal width in confidence (Guo et al., ICML 2017, section 2).
 
-    `confidence`: `[N]` in (0, 1], the largest probability; `correct`: bool `[N]`. A confidence on an edge belongs to
-    the lower bin, as in Guo et al.; torchmetrics takes the upper one.
+    A confidence on an edge belongs to the lower bin, as in Guo et al.; torchmetrics takes the upper one.
     """
     edges = np.linspace(0, 1, 16)
     index = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, 14)
@@ -131,14 +119,11 @@ def reliability(confidence: np.ndarray, correct: np.ndarray) -> Reliability:
 
 
 def calibration(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """`CALIBRATION_MEASURES` of the softmax probabilities on labelled images; lower is better in all three.
+    """`CALIBRATION_MEASURES` of the softmax of logits `[N, K]`; lower is better in all three.
 
-    Args:
-        logits: `[N, K]`; labels: int `[N]`.
-    Returns:
-        `ece`: expected calibration error of the predicted class, in [0, 1] (Guo et al., ICML 2017); `nll`: mean
-        negative log-likelihood of the label in nats; `brier`: squared distance of the probabilities from the one-hot
-        label, summed over classes and averaged over images, in [0, 2] (Brier 1950; not halved).
+    `ece`: expected calibration error of the predicted class, in [0, 1] (Guo et al., ICML 2017); `nll`: mean negative
+    log-likelihood of the label in nats; `brier`: squared distance of the probabilities from the one-hot label, summed
+    over classes and averaged over images, in [0, 2] (Brier 1950; not halved).
     """
     from scipy.special import log_softmax
 
@@ -160,8 +145,7 @@ def scaled_calibration(logits: np.ndarray, labels: np.ndarray, temperature: floa
 def best_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """The temperature T in [0.001, 1000] that minimises the negative log-likelihood of softmax(logits / T).
 
-    It is that of Guo et al. (ICML 2017). `logits`: `[N, K]`, of images that the network was not trained on; `labels`:
-    int `[N]`. A `ValueError` tells that every prediction is right, since the smaller T, the better then.
+    As in Guo et al. (ICML 2017). A `ValueError` tells that every prediction is right: the smaller T, the better then.
     """
     from scipy.optimize import minimize_scalar
 
@@ -169,8 +153,7 @@ def best_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     if (logits.argmax(1) == labels).all():
         raise ValueError("the network is right on all of them, so that no temperature is the best one")
 
-    def likelihood(log_t: float) -> float:
+    def nll(log_t: float) -> float:
         return calibration(logits / np.exp(log_t), labels)["nll"]
 
-    bounds = tuple(np.log((1e-3, 1e3)))
-    return float(np.exp(minimize_scalar(likelihood, bounds=bounds, method="bounded").x))
+    return float(np.exp(minimize_scalar(nll, bounds=tuple(np.log((1e-3, 1e3))), method="bounded").x))

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from utils.compute.device import Compute
-from utils.core.errors import UserError, named, one_line
+from utils.core.errors import UserError, named, one_line, require
 from utils.ood.scores import ALL_DETECTORS, SCORES, Detector, Model, Score, need_fitting
 
 Embed = Callable[[nn.Module, torch.Tensor], torch.Tensor]  # network and images to what enters its last layer
@@ -30,9 +30,8 @@ class Scorer:
     """Computes every score of one network. Scores of logits, features and maps share one forward pass; scores of images
     run their own passes and gradients.
 
-    Args:
-        embed: how features are computed (`Compute.embedding`); None: in float32, uncompiled.
-        last_layer: see `evaluate_ood`.
+    `embed`: how features are computed (`Compute.embedding`); None: in float32, uncompiled. `last_layer`: see
+    `evaluate_ood`.
     """
 
     def __init__(
@@ -57,16 +56,24 @@ class Scorer:
         self.scores: dict[str, Score] = {n: d.make(d, self.model) for n, d in self.detectors.items() if n in SCORES}
 
     def prepare(self, example: torch.Tensor, fit: FitSet | None, batch: int) -> "Scorer":
-        """Build the detectors, fit them, and try each one on two images. Returns itself.
+        """Build the detectors, fit them, and try each one on two of the images `example`. Returns itself.
 
-        `example`: some normalised images `[n, C, H, W]`; `fit`: the set to fit on, if any score needs one. A
-        `UserError` tells that a detector does not work with the network, or cannot be fitted on the set.
+        A `UserError` tells that a detector does not work with the network, or cannot be fitted on the set.
         """
         if len(self.scores) == len(self.detectors):
             return self
         model = self.model
         model.num_classes = self.inputs(example[:1])["logits"].shape[1]
-        self._check(fit)
+        fewest = 0 if fit is None else int(fit.labels.bincount(minlength=model.num_classes).min())
+        for name, detector in self.detectors.items():
+            headless = model.head_name is None and (detector.needs_head or detector.takes in ("features", "maps"))
+            layer = "needs the last layer of the network: give last_layer, or leave it out"
+            require(not headless, f"--score {name}: {layer}")
+            require(
+                not detector.fits or fewest >= detector.least,
+                f"--score {name}: needs {detector.least} or more images of each class to fit; the {fit and fit.name} "
+                f"has {fewest} of one. Use --fit_on real, a larger --ipc, or leave it out",
+            )
         model.num_fit = 0 if fit is None else len(fit.labels)
         if any(detector.takes == "maps" for detector in self.detectors.values()):
             model.map_shape = feature_map_shape(example[:1], model.embed)
@@ -82,21 +89,6 @@ class Scorer:
     def fitted_temperature(self) -> float | None:
         """The temperature of temperature scaling, if that is among the scores."""
         return next((score.temperature for score in self.scores.values() if score.temperature is not None), None)
-
-    def _check(self, fit: FitSet | None) -> None:
-        """Check that the last layer is known where a detector needs it, and that there are enough images to fit."""
-        for name, detector in self.detectors.items():
-            if self.model.head_name is None and (detector.needs_head or detector.takes in ("features", "maps")):
-                raise UserError(
-                    f"--score {name}: needs the last layer of the network: give last_layer, or leave it out"
-                )
-            if detector.fits:
-                fewest = int(fit.labels.bincount(minlength=self.model.num_classes).min())
-                if fewest < detector.least:
-                    raise UserError(
-                        f"--score {name}: needs {detector.least} or more images of each class to fit; the {fit.name} "
-                        f"has {fewest} of one. Use --fit_on real, a larger --ipc, or leave it out"
-                    )
 
     @torch.no_grad()
     def _fit(self, fit: FitSet, batch: int) -> None:
@@ -138,13 +130,11 @@ class Scorer:
     def __call__(self, images: torch.Tensor, batch: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Logits float64 `[N, num_classes]` and every score float64 `[N]` of images `[N, C, H, W]`."""
         parts = []
-        for images_of_part in images.split(batch):
-            inputs = self.inputs(images_of_part)
+        for inputs in map(self.inputs, images.split(batch)):
             scores = {name: score(inputs[self.detectors[name].takes]) for name, score in self.scores.items()}
-            parts.append((inputs["logits"], scores))
-        logits = torch.cat([of_part for of_part, _ in parts]).double().cpu().numpy()
-        joined = {name: torch.cat([of_part[name] for _, of_part in parts]) for name in self.scores}
-        return logits, {name: values.double().cpu().numpy() for name, values in joined.items()}
+            parts.append((inputs["logits"], *scores.values()))
+        logits, *scores = (torch.cat(values).double().cpu().numpy() for values in zip(*parts, strict=True))
+        return logits, dict(zip(self.scores, scores, strict=True))
 
 
 def last_layer_name(net: nn.Module) -> str:
@@ -154,8 +144,8 @@ def last_layer_name(net: nn.Module) -> str:
 
 def _linear(net: nn.Module, name: str) -> nn.Linear:
     layers = {n: layer for n, layer in net.named_modules() if isinstance(layer, nn.Linear)}
-    if name not in layers:
-        raise UserError(f"last_layer {name}: is no linear layer of the network; it has {named([*layers]) or 'none'}")
+    has = named([*layers]) or "none"
+    require(name in layers, f"last_layer {name}: is no linear layer of the network; it has {has}")
     return layers[name]
 
 
@@ -171,7 +161,7 @@ def _entering(net: nn.Module, head: nn.Linear, images: torch.Tensor) -> torch.Te
 def feature_map_shape(image: torch.Tensor, embed: Callable[[torch.Tensor], torch.Tensor]) -> tuple[int, int, int]:
     """The shape `(C, H, W)` of the map that `embed` flattens into features; `(D, 1, 1)` if there is none.
 
-    `image`: `[1, C, H, W]`; `embed` calls modules, of which the last that gives a map of as many values counts.
+    It is that of the last module that gives a map of as many values.
     """
     outputs = []
     with register_module_forward_hook(lambda module, inputs, output: outputs.append(output)):

@@ -1,9 +1,8 @@
 """All scores behind one interface: those of logits, written here, and the detectors of the optional pytorch-ood.
 
-Higher means more out-of-distribution. Of pytorch-ood are included the detectors that need only a classifier and, if
-they are fitted, a labelled set. Excluded are those that need more: a choice of layers (Gram, MultiMahalanobis, NACUE),
-dropout (MCD), text (MCM) or trained weights (WeightedEBO); and those that are written here (MaxSoftmax, MaxLogit,
-EnergyBased).
+Higher means more out-of-distribution. Of pytorch-ood are left out the detectors that need more than a classifier and a
+labelled set: a choice of layers (Gram, MultiMahalanobis, NACUE), dropout (MCD), text (MCM), trained weights
+(WeightedEBO).
 """
 
 from collections.abc import Callable, Sequence
@@ -36,10 +35,7 @@ def energy(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
 
 
 def xent(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """`mean_k z - logsumexp z`, the negative cross-entropy to uniform (Hendrycks et al., ICLR 2019).
-
-    Its largest value, `-log K` for K classes, is that of the uniform distribution.
-    """
+    """`mean_k z - logsumexp z`, the negative cross-entropy to uniform (Hendrycks et al., ICLR 2019); at most -log K."""
     return logits.mean(1) - logits.logsumexp(1)
 
 
@@ -63,26 +59,21 @@ class Model:
     def head(self) -> nn.Linear:
         return self.net.get_submodule(self.head_name)
 
-    @property
-    def neighbours(self) -> int:
-        """The mean number of images per class: more neighbours would have to come from other classes."""
-        return max(1, self.num_fit // self.num_classes)
-
-    @property
-    def rank(self) -> int:
-        """The most dimensions that the features of the fitting set can span."""
-        return min(self.head.in_features, max(1, self.num_fit))
+    def neighbours(self, most: int) -> int:
+        """At most the mean number of images per class: more neighbours would have to come from other classes."""
+        return min(most, max(1, self.num_fit // self.num_classes))
 
     def head_of_maps(self, maps: torch.Tensor) -> torch.Tensor:
-        """VRA passes its maps on the CPU, whatever the network's device."""
-        return self.head(maps.flatten(1).to(self.head.weight.device))
+        return self.head(maps.flatten(1).to(self.head.weight.device))  # VRA passes its maps on the CPU
+
+    def is_of_head(self, parameter: str) -> bool:
+        return parameter.rpartition(".")[0] == self.head_name
 
 
 class Score:
-    """One score of one network, higher = more out-of-distribution: here a function of `SCORES`.
+    """One score of one network, from what `Detector.takes` says of a batch to `[n]`: here a function of `SCORES`.
 
-    `fit` takes the logits, features or maps of a labelled set (detectors of images: its features); a call takes what
-    `Detector.takes` says of a batch and returns `[n]`.
+    Others are fitted to the logits, features or maps of a labelled set; detectors of images to its features.
     """
 
     temperature: float | None = None  # by which logits are divided for calibration; only one score finds it
@@ -177,6 +168,11 @@ def _weights(model: Model) -> dict[str, Any]:
     return {"w": model.head.weight, "b": model.head.bias}
 
 
+def _principal(model: Model) -> int:
+    """Half of the dimensions that the fitting set spans, so that the residual does not vanish on it."""
+    return max(1, min(model.head.in_features, max(1, model.num_fit)) // 2)
+
+
 DETECTORS = {
     "entropy": Detector("Entropy", "logits"),
     "gen": Detector("GEN", "logits"),
@@ -184,13 +180,12 @@ DETECTORS = {
     "openmax": Detector("OpenMax", "logits", True, least=3, make=OpenMax),  # it fits a distribution of distances
     "tscaling": Detector("TemperatureScaling", "logits", True, make=TemperatureScaling),
     # the paper's 50 neighbours on CIFAR-10; fewer where the set is small
-    "knn": Detector("KNN", "features", True, lambda m: {"k": min(50, m.neighbours)}, make=FittedOnCPU),
-    "nnguide": Detector("NNGuide", "features", True, lambda m: {"head": m.head, "k": min(10, m.neighbours)}),
+    "knn": Detector("KNN", "features", True, lambda m: {"k": m.neighbours(50)}, make=FittedOnCPU),
+    "nnguide": Detector("NNGuide", "features", True, lambda m: {"head": m.head, "k": m.neighbours(10)}),
     "mahalanobis": Detector("Mahalanobis", "features", True),
     "rmd": Detector("RMD", "features", True),
     "gmm": Detector("GMM", "features", True),
-    # half of the spanned dimensions are principal, so that the residual does not vanish on the fitting set
-    "vim": Detector("ViM", "features", True, lambda m: _weights(m) | {"d": max(1, m.rank // 2)}),
+    "vim": Detector("ViM", "features", True, lambda m: _weights(m) | {"d": _principal(m)}),
     "dice": Detector("DICE", "features", True, lambda m: _weights(m) | {"p": 0.9}),  # OpenOOD's
     "she": Detector("SHE", "features", True, lambda m: {"head": m.head}),
     "nci": Detector("NCI", "features", True, lambda m: {"head": m.head}),
@@ -209,11 +204,7 @@ DETECTORS = {
     ),
     # of its gradients only those of the last layer, as in the paper
     "gradnorm": Detector(
-        "GradNorm",
-        "images",
-        arguments=lambda m: {"param_filter": lambda name: name.rpartition(".")[0] == m.head_name},
-        make=OfGradients,
-        needs_head=True,
+        "GradNorm", "images", False, lambda m: {"param_filter": m.is_of_head}, make=OfGradients, needs_head=True
     ),
     "graduncertainty": Detector("GradUncertainty", "images", make=OfGradients),
 }

@@ -70,18 +70,16 @@ class OODSource:
         return [name for name in names if not self._is_own_name(name)]
 
     def find(self, names: Sequence[str], skip_missing: bool = True) -> tuple[list[OODSet], dict[str, str]]:
-        """Look up `names`; returns the sets found, and for each missing one what to do.
+        """The sets of these names that are there, and for each missing one what to do.
 
         Local files are read here, so that damage shows before any computation. With `skip_missing` false, nothing is
-        downloaded if one of the sets can be neither found nor downloaded. A `UserError` tells of a name that is neither
-        known nor present as a local file or folder, and of damaged files.
+        downloaded if one of the sets can be neither found nor downloaded. A `UserError` tells of unknown names and of
+        damaged files.
         """
-        there: dict[str, OODSet] = {}
-        missing: dict[str, str] = {}
-        shown = shown_names(names)
+        there, missing, shown = {}, {}, shown_names(names)
         for name in names:
             try:
-                there[name] = replace(self._at_hand(name), name=shown[name])
+                there[name] = replace(self._opened(name, False), name=shown[name])
             except NotThere as error:
                 missing[name] = str(error)
         missing = _on_any_process(missing)
@@ -89,10 +87,10 @@ class OODSource:
         if skip_missing or len(to_fetch) == len(missing):
             for name in to_fetch:
                 try:
-                    there[name] = self._fetched(name)
+                    there[name] = self._opened(name, True)
                     del missing[name]
                 except UserError as error:
-                    missing[name] = f"{error}; or {self._put(name)}"
+                    missing[name] = str(error)
             missing = _on_any_process(missing)
         else:
             missing = {name: why for name, why in missing.items() if name not in to_fetch}
@@ -123,14 +121,13 @@ class OODSource:
         found = []
         for name in names:
             with suppress(UserError):
-                found.append(self._at_hand(name).name)
+                found.append(self._opened(name, False).name)
         return found
 
     def local_path(self, name: str) -> Path | None:
         """The folder, array or list of a set: a path as it is given or below `ood_path`, a name in `ood_path`; or None.
 
-        A name that is not known may also be that of a file or folder here. `NotThere` tells of a path that leads to
-        nothing, a `UserError` of a `name` that can be neither a name nor a path.
+        A name that is not known may also be that of a file or folder here. `NotThere` tells of a path to nothing.
         """
         require(name not in ("", ".", ".."), f"{self.flag}: {name!r} is neither the name nor the path of a set")
         if is_path(name):
@@ -143,37 +140,36 @@ class OODSource:
             raise NotThere(f"looked for {' and '.join(map(str, places))}; give the path of the set")
         return path
 
-    def _at_hand(self, name: str) -> OODSet:
-        """The set `name` without a download; if it needs one, raises `NotThere`, which says what to do."""
+    def _opened(self, name: str, download: bool) -> OODSet:
+        """The set `name`; `NotThere`, which says what to do, if it would have to be downloaded."""
         self._refuse(name, self._is_own_name(name))
-        local = self.local_path(name)
+        real, local = self.real, self.local_path(name)
         if local and not (name in FROM_TORCHVISION and (local / "raw").is_dir()):  # torchvision's layout
             return self._from_files(name, local)
         if name in DRAWN:
-            return OODSet(name, "drawn", self.most, lambda: self._drawn(name))
+            g = partial(generator, self.seed, "ood", name)
+            return OODSet(name, "drawn", self.most, lambda: DRAWN[name](real, self.most, g()).to(real.device))
         if name not in KNOWN_SETS:
             raise UserError(
                 f"{self.flag}: {unknown_name('OOD set', name, KNOWN_SETS)}, what --ood_path {self.ood_path} holds, and "
                 "paths of folders, arrays and lists; scripts/dataset_outliers.py makes a set of a data set"
             )
-        if name in FROM_TORCHVISION:
-            try:
-                return self._of_torchvision(name, False)
-            except NotThere as error:
-                raise NotThere(f"{error}; or {self._put(name)}") from None
+        place, expected = self.ood_path / name, UserError if download else NotThere
+        put = f"put images into {place}/ or an array into {place}.npz (key images)"
+        try:
+            if name in FROM_TORCHVISION:
+                return self._of_torchvision(name, download)
+            if download:
+                return self._of_library(name, "pytorch-ood", fetch_pytorch_ood(name, self.ood_path))
+        except expected as error:
+            raise NotThere(f"{error}; or {put}") from None
         fetch = ", or let --download all fetch it (pip install pytorch-ood)" if name in FROM_PYTORCH_OOD else ""
-        raise NotThere(f"looked for {self.ood_path / name}[/, .npz, .npy]; {self._put(name)}{fetch}")
-
-    def _put(self, name: str) -> str:
-        return f"put images into {self.ood_path / name}/ or an array into {self.ood_path / name}.npz (key images)"
+        raise NotThere(f"looked for {place}[/, .npz, .npy]; {put}{fetch}")
 
     def _refuse(self, name: str, is_own: bool) -> None:
         """Refuse a set that has images of the in-distribution data."""
-        require(
-            not is_own,
-            f"{self.flag} {name}: its images are of --dataset {self.real.name}, so they are not out of distribution. "
-            "Leave it out",
-        )
+        why = f"its images are of --dataset {self.real.name}, so they are not out of distribution. Leave it out"
+        require(not is_own, f"{self.flag} {name}: {why}")
 
     def _is_own_name(self, name: str) -> bool:
         return (name == self.real.name and name in SPECS) or name in SAME_IMAGES.get(self.real.name, ())
@@ -200,18 +196,13 @@ class OODSource:
             chosen = images[self._subset(key, len(images))]
         return OODSet(name, str(path), len(chosen), lambda: self._prepared(chosen), reader.notes())
 
-    def _fetched(self, name: str) -> OODSet:
-        if name in FROM_TORCHVISION:
-            return self._of_torchvision(name, True)
-        return self._of_library(name, "pytorch-ood", fetch_pytorch_ood(name, self.ood_path))
-
     def _of_torchvision(self, name: str, download: bool) -> OODSet:
         """A set as torchvision stores it, in `data_path` or `ood_path`; `download`: into the first of them."""
-        places = {"--data_path": self.data_path, "--ood_path": self.ood_path}
+        places = [("--data_path", self.data_path), ("--ood_path", self.ood_path)]
         if self.real.name in ("npz", "ImageFolder"):  # --data_path then holds only that data set
-            del places["--data_path"]
+            places = places[1:]
         errors = []
-        for flag, root in list(places.items())[: 1 if download else None]:
+        for flag, root in places[: 1 if download else 2]:
             try:
                 images = load_test_images(name, root, download, flag, self.real.pixel_max)
                 return self._of_library(name, str(root), images)
@@ -233,15 +224,12 @@ class OODSource:
 
         return OODSet(name, source, len(indices), load)
 
-    def _drawn(self, name: str) -> torch.Tensor:
-        return DRAWN[name](self.real, self.most, generator(self.seed, "ood", name)).to(self.real.device)
-
     def _subset(self, name: str, count: int) -> torch.Tensor:
-        """Indices below `count` of at most `most` images, a random subset fixed by the seed and the name."""
+        """Indices of at most `most` out of `count` images, fixed by the seed and the name."""
         return torch.randperm(count, generator=generator(self.seed, "ood", name))[: self.most]
 
     def _prepared(self, chosen: torch.Tensor) -> torch.Tensor:
-        """Images `[N, C, H, W]` of any size, converted to the data set's shape, normalised, on its device."""
+        """Images of any size in the data set's shape, normalised, on its device."""
         real = self.real
         parts = [conform(part.to(real.device), real.channel, real.im_size) for part in chosen.split(1000)]
         return real.normalize(torch.cat(parts))
@@ -249,8 +237,9 @@ class OODSource:
 
 def _on_any_process(missing: dict[str, str]) -> dict[str, str]:
     """What any process of `torchrun` lacks, so that all of them fetch together and test on the same sets."""
-    parts = distributed.gather({distributed.rank(): missing}).values()
-    return {name: why for part in parts for name, why in part.items()}
+    return {
+        name: why for part in distributed.gather({distributed.rank(): missing}).values() for name, why in part.items()
+    }
 
 
 def validation_sets(source: OODSource) -> list[OODSet]:
@@ -258,18 +247,16 @@ def validation_sets(source: OODSource) -> list[OODSet]:
 
     A `UserError` tells that the other CIFAR is needed and missing.
     """
-    real, images, made_of = source.real, unit_images(source.real.images_test), "test images"
-    if name := {"CIFAR10": "CIFAR100", "CIFAR100": "CIFAR10"}.get(real.name):
-        images, made_of = _other_cifar(source, name), "the other CIFAR"
+    real, other = source.real, {"CIFAR10": "CIFAR100", "CIFAR100": "CIFAR10"}.get(source.real.name)
+    images = _other_cifar(source, other) if other else unit_images(real.images_test)
 
     def load(name: str) -> torch.Tensor:
-        """A random subset under the corruption `name`, normalised."""
         g = generator(source.seed, "validation", name)
         taken = torch.randperm(len(images), generator=g)[: max(2, source.most)]  # a corruption may mix two images
         chosen = images[taken].to(real.device)
         return real.normalize(corrupt(conform(chosen, real.channel, real.im_size), name, g)[: source.most])
 
-    count = min(source.most, len(images))
+    count, made_of = min(source.most, len(images)), "the other CIFAR" if other else "test images"
     return [OODSet(f"val:{name}", made_of, count, partial(load, name), kind="validation") for name in VALIDATION]
 
 

@@ -1,5 +1,6 @@
 """The README.md of a published distilled set: a dataset card of the Hugging Face hub that says how to use the set."""
 
+import itertools
 import json
 import re
 import shlex
@@ -49,7 +50,8 @@ def card(f: CardFacts) -> str:
     images, outliers = f.counts
     by = f" by {f.method}" if f.method else ""
     title = f"{f.dataset} distilled{by}: {images} images" + (f", {outliers} outliers" if outliers else "")
-    tags = [*TAGS, f.dataset.lower(), *([f.method.lower()] if f.method else []), *(OUTLIER_TAGS if outliers else ())]
+    tags = [*TAGS, f.dataset.lower(), *filter(None, [f.method.lower()]), *(OUTLIER_TAGS if outliers else ())]
+    augmented = f.strategy or dc_augmentation(f.dataset, f.flags.get("model", "ConvNet"))
     return render(
         "card.md.j2",
         f=f,
@@ -60,7 +62,7 @@ def card(f: CardFacts) -> str:
         yaml_title=_yaml(title),
         tags=map(_yaml, tags),
         size=next((name for most, name in SIZES if sum(f.counts) < most), "100K<n<1M"),
-        epochs=_epochs(f),
+        epochs=1000 if augmented else 300,
         origin=_origin(f),
         measured=measured_table(f.results),
         measured_sets=", ".join(shared_sets(list(f.results.values()))),
@@ -72,25 +74,19 @@ def _yaml(text: str) -> str:
     return text if re.fullmatch(r"[A-Za-z][\w.-]*", text) else json.dumps(text)
 
 
-def _epochs(f: CardFacts) -> int:
-    """The epochs of the command that trains networks, by default."""
-    augmented = f.strategy or dc_augmentation(f.dataset, f.flags.get("model", "ConvNet"))
-    return 1000 if augmented else 300
-
-
 def _origin(f: CardFacts) -> str:
     """A table of what made the set."""
     about = f.origin
     stopped = about.get("stopped")  # publish.py adds it
-    rows = [
-        ("command", f"`{_command(about)}`"),
-        *([("stopped", f"after iteration {stopped[0]} of {stopped[1]}")] if stopped else []),
-        ("commit of TrustDD", f"`{about.get('git_commit') or 'unknown'}`"),
-        ("seed", str(f.flags.get("seed", "unknown"))),
-        ("versions", versions_line(about.get("versions") or versions())),
-        ("date", str(about.get("started", "unknown"))),
-    ]
-    return markdown_table(["", ""], rows)
+    rows = {
+        "command": f"`{_command(about)}`",
+        "stopped": f"after iteration {stopped[0]} of {stopped[1]}" if stopped else "",
+        "commit of TrustDD": f"`{about.get('git_commit') or 'unknown'}`",
+        "seed": str(f.flags.get("seed", "unknown")),
+        "versions": versions_line(about.get("versions") or versions()),
+        "date": str(about.get("started", "unknown")),
+    }
+    return markdown_table(["", ""], [row for row in rows.items() if row[1]])
 
 
 def _command(about: dict) -> str:
@@ -110,13 +106,11 @@ def measured_table(results: dict[str, Results]) -> str:
     """Accuracy and detection of networks trained on the set, as stage 3 measured them."""
     sets = shared_sets(list(results.values()))
     scores = dict.fromkeys(score for r in results.values() for score in r.scores()) if sets else ()
-    detection = [(score, key, OF_OOD[key]) for score in scores for key in ("auroc", "fpr_in")]
-    networks = {key: OF_NETWORKS[key] for key in ("accuracy", "ece")}
-    header = ["networks", *(measure.heading for measure in networks.values())]
-    header += [f"mean {measure.short_title} ({score}) {measure.better}" for score, _, measure in detection]
-    rows = []
-    for title, r in results.items():
-        cells = [measure.cell(r.of_networks(key)) for key, measure in networks.items()]
-        cells += [measure.cell(r.per_network(score, key, sets)) for score, key, measure in detection]
-        rows.append([f"{len(r.errors)} × {title}", *cells])
-    return markdown_table(header, rows)
+    columns = {"networks": [f"{len(r.errors)} × {title}" for title, r in results.items()]}
+    for key in ("accuracy", "ece"):
+        columns[OF_NETWORKS[key].heading] = [OF_NETWORKS[key].cell(r.of_networks(key)) for r in results.values()]
+    for score, key in itertools.product(scores, ("auroc", "fpr_in")):
+        m = OF_OOD[key]
+        cells = [m.cell(r.per_network(score, key, sets)) for r in results.values()]
+        columns[f"mean {m.short_title} ({score}) {m.better}"] = cells
+    return markdown_table(list(columns), list(zip(*columns.values(), strict=True)))

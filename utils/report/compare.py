@@ -49,8 +49,7 @@ class ComparisonRow:
         return [(self.measure.cell(values), lead) for values, lead in zip(self.values, leads, strict=True)]
 
     def gain(self, base: int, other: int) -> tuple[float, float] | None:
-        """By how much a column is better than another, in the unit, and the standard error over networks, which is
-        infinite for a single network; None if either has no value."""
+        """By how much a column is better than another, and the standard error: infinite for a single network."""
         first, second = (np.array(self.values[column]) * self.measure.factor for column in (base, other))
         if not len(first) or not len(second):
             return None
@@ -60,19 +59,11 @@ class ComparisonRow:
         return sign * (second.mean() - first.mean()), error
 
 
-# --- finding runs ----------------------------------------------------------------------------------------------------
-
-
 def find_runs(folders: Sequence[Path], names: Sequence[str] | None, search: Sequence[Path]) -> list[ComparisonColumn]:
     """The stage-3 runs that `folders` lead to, one column each; folders of the same name are pooled into one column.
 
-    Args:
-        folders: stage-3 folders, or folders above them, or folders of stages 1 and 2, which are followed to the
-            stage-3 runs that were made from them.
-        names: one per folder; None takes the paths of the stage-3 folders.
-        search: roots under which the stage-3 runs made from stages 1 and 2 are searched.
-    Raises:
-        UserError: when a folder leads to no stage-3 run, or its results are damaged.
+    Folders of stages 1 and 2 are followed to the stage-3 runs under `search` that were made from them. `names`: one
+    per folder; None takes the paths of the stage-3 folders. A `UserError` tells of a folder that leads to no run.
     """
     found: dict[str, dict[Path, None]] = {}
     for folder, name in zip(folders, names or [None] * len(folders), strict=True):
@@ -101,7 +92,7 @@ def of_scores(column: ComparisonColumn, scores: Sequence[str]) -> ComparisonColu
     results, known = column.results, column.results.scores()
     for score in scores:
         require(score in known, f"--scores: {column.name} was not measured by {score}, only by {', '.join(known)}")
-    rows = [row for score in scores for row in results.rows if row["score"] == score]
+    rows = [row for score in dict.fromkeys(scores) for row in results.rows if row["score"] == score]
     return replace(column, results=replace(results, rows=rows))
 
 
@@ -119,9 +110,6 @@ def pooled(results: Iterable[Results]) -> Results:
 
 def _distinct(names: Iterable[Sequence[str]]) -> list[str]:
     return list(dict.fromkeys(name for part in names for name in part))
-
-
-# --- tables ----------------------------------------------------------------------------------------------------------
 
 
 def comparison_rows(columns: Sequence[ComparisonColumn], measures: Sequence[str]) -> list[ComparisonRow]:
@@ -155,28 +143,23 @@ def _defined(values: Iterable[Sequence[float]]) -> tuple[list[float], ...]:
 
 
 def markdown(columns: Sequence[ComparisonColumn], rows: Sequence[ComparisonRow]) -> str:
-    """How the networks were trained, what was found, and the table in markdown: mean ± std over networks, the best in
-    bold where it leads by more than two standard errors."""
+    """How the networks were trained, the table in markdown, and the verdicts; the best is in bold where it leads."""
     several = len({row.score for row in rows if row.score}) > 1
     lines = []
     for row in rows:
         title = f"{row.set} ({row.score})" if several and row.score else row.set
         lines.append([title, row.measure.heading, *(f"**{cell}**" if best else cell for cell, best in row.shown())])
     table = markdown_table(["OOD set", "measure", *(column.name for column in columns)], lines)
-    found = "".join(f"{line}\n" for line in verdicts(columns, rows))
-    return f"{trained(columns)}\n\n{table}\n\n{found}"
+    return "\n".join([trained(columns), "", table, "", *verdicts(columns, rows), ""])
 
 
 def verdicts(columns: Sequence[ComparisonColumn], rows: Sequence[ComparisonRow]) -> list[str]:
     """A sentence for each column but the first, which it is compared with: accuracy, ECE and mean AUROC."""
     measures = (OF_NETWORKS["accuracy"], OF_NETWORKS["ece"], OF_OOD["auroc"])
     wanted = [row for row in rows if row.is_mean and row.measure in measures]
-    lines = []
-    for other, column in enumerate(columns[1:], 1):
-        changes = [change for row in wanted if (change := _change(row, other))]
-        if changes:
-            lines.append(f"{column.name} against {columns[0].name}: {', '.join(changes)}.")
-    return lines
+    changes = {column.name: [_change(row, other) for row in wanted] for other, column in enumerate(columns) if other}
+    texts = {name: ", ".join(filter(None, of_column)) for name, of_column in changes.items()}
+    return [f"{name} against {columns[0].name}: {text}." for name, text in texts.items() if text]
 
 
 def _change(row: ComparisonRow, other: int) -> str:
@@ -220,13 +203,9 @@ _LATEX = str.maketrans(
 
 
 def latex(columns: Sequence[ComparisonColumn], rows: Sequence[ComparisonRow]) -> str:
-    """The table in LaTeX, for the package booktabs: mean ± std over networks, best in bold."""
-    return render(
-        "compare.tex.j2", columns=columns, rows=rows, trained=trained(columns), safe=lambda text: text.translate(_LATEX)
-    )
-
-
-# --- picture and page -------------------------------------------------------------------------------------------------
+    """The table in LaTeX, for the package booktabs."""
+    safe = {"trained": trained(columns), "safe": lambda text: text.translate(_LATEX)}
+    return render("compare.tex.j2", columns=columns, rows=rows, **safe)
 
 
 def plot_comparison(path: Path, columns: Sequence[ComparisonColumn]) -> None:
@@ -250,28 +229,22 @@ def plot_comparison(path: Path, columns: Sequence[ComparisonColumn]) -> None:
 
 def facts(columns: Sequence[ComparisonColumn]) -> dict[str, list[str]]:
     """For the head of the page, by title: what each column is of, as far as its folders say it."""
-    stored = [[args_or_nothing(folder) for folder in column.folders] for column in columns]
-    lines = {
-        title: [_joined(about.get("flags", {}).get(flag) for about in of_column) for of_column in stored]
-        for flag, title in FACTS.items()
-    }
-    lines["networks"] = [str(len(column.results.errors)) for column in columns]
-    lines["tested"] = [_joined(str(about.get("started", ""))[:10] for about in of_column) for of_column in stored]
-    return {title: values for title, values in lines.items() if any(values)}
-
-
-def _joined(values: Iterable[object]) -> str:
-    """The different values, without those that are unknown."""
-    return ", ".join(dict.fromkeys(str(value) for value in values if value not in (None, "")))
+    lines: dict[str, list[str]] = {}
+    for column in columns:
+        stored = [args_or_nothing(folder) for folder in column.folders]
+        values = {title: [about.get("flags", {}).get(flag) for about in stored] for flag, title in FACTS.items()}
+        values["networks"] = [len(column.results.errors)]
+        values["tested"] = [str(about.get("started", ""))[:10] for about in stored]
+        for title, of_column in values.items():
+            known = dict.fromkeys(str(value) for value in of_column if value not in (None, ""))
+            lines.setdefault(title, []).append(", ".join(known))
+    return {title: texts for title, texts in lines.items() if any(texts)}
 
 
 def comparison_page(
     columns: Sequence[ComparisonColumn], rows: Sequence[ComparisonRow], picture: Path | None, notes: Sequence[str] = ()
 ) -> str:
-    """A self-contained page: tables of the networks and of each score, the picture, and each run's plots; no scripts.
-
-    `picture`: a PNG of the comparison, if there is one; `notes`: lines that stand above the tables.
-    """
+    """A self-contained page: `notes`, tables of the networks and of each score, the `picture`, and each run's plots."""
     scores = dict.fromkeys(row.score for row in rows)
     return render(
         "page.html.j2",

@@ -17,17 +17,16 @@ from utils.runs.lineage import args_or_nothing, distilled_set_of
 
 SHOWN_PER_CLASS = 10
 BLUE, ORANGE = "#3b6ea5", "#d1733c"
-MARKERS = "os^Dv*PX<>"  # so that columns differ without colours, too
+MARKERS = "os^Dv*PX<>pdh"  # so that columns differ without colours, too; of these there are ten
 
 Dots = dict[str, Sequence[Sequence[float]]]  # by OOD set: for each dot its fractions, none where nothing was measured
 Panels = dict[str, dict[str, dict[int, dict[int, float]]]]  # by the titles of panel and curve, run and iteration
 
 
 def shown(images: torch.Tensor) -> torch.Tensor:
-    """Images `[N, C, H, W]` as pictures in [0, 1].
+    """Images `[N, C, H, W]` as pictures: clipped to [0, 1].
 
-    They are clipped; but one that would lose more than half of its values is stretched from its smallest to its
-    largest: distilled outliers may leave the range of pixels, and would be a white tile.
+    But one that would lose more than half of its values, as distilled outliers may, is stretched to that range.
     """
     flat = images.flatten(1)
     low, high = flat.amin(1).view(-1, 1, 1, 1), flat.amax(1).view(-1, 1, 1, 1)
@@ -36,7 +35,7 @@ def shown(images: torch.Tensor) -> torch.Tensor:
 
 
 def save_grid(path: Path, images: torch.Tensor, per_row: int) -> None:
-    """Write images `[N, C, H, W]`, shown as `shown` says, as a PNG grid with a row for each class of `per_row` images;
+    """Write images `[N, C, H, W]`, as `shown` makes them, as a PNG grid with a row for each class of `per_row` images;
     with one image per class ten classes in a row. Tiny images are enlarged."""
     from torchvision.utils import make_grid, save_image
 
@@ -47,10 +46,9 @@ def save_grid(path: Path, images: torch.Tensor, per_row: int) -> None:
 
 
 def distilled_pictures(networks: Path) -> list[tuple[str, torch.Tensor]]:
-    """The images and outliers that the networks of a stage-2 folder were trained on, as pictures.
+    """The images and outliers that the networks of a stage-2 folder were trained on; none if the set cannot be read.
 
-    Returns:
-        Titles and images `[num_classes, ipc, C, H, W]` in [0, 1]; empty if the set is missing or cannot be read.
+    They are titles and pictures `[num_classes, ipc, C, H, W]` in [0, 1].
     """
     flags = args_or_nothing(networks).get("flags") or {}
     try:
@@ -96,13 +94,6 @@ def _save(path: Path, figure: Any, dpi: int = 110) -> None:
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
 
 
-def _color(index: int) -> tuple[float, ...]:
-    """Ten colours that are easy to tell apart, then twenty more."""
-    from matplotlib import colormaps
-
-    return colormaps["tab10"](index) if index < 10 else colormaps["tab20b"]((index - 10) % 20)
-
-
 def _edges(values: np.ndarray) -> np.ndarray:
     """The edges of 40 equal bins over `values`; the bins are widened if all values are (almost) equal."""
     low, high = values.min(), values.max()
@@ -134,8 +125,7 @@ def save_score_histograms(path: Path, score: str, in_scores: np.ndarray, out_sco
 def save_roc_curves(
     path: Path, score: str, in_scores: Sequence[np.ndarray], out_scores: dict[str, Sequence[np.ndarray]]
 ) -> None:
-    """ROC curves with OOD as positive, one for each OOD set: the mean over networks at each false-positive rate, and
-    a band of one standard deviation.
+    """ROC curves with OOD as positive, one for each OOD set: the mean over networks, and one standard deviation.
 
     `in_scores`: one array `[N]` per network; `out_scores`: for each set, one array `[M]` per network; all finite.
     """
@@ -149,9 +139,10 @@ def save_roc_curves(
         rates = [roc_curve(np.arange(len(i) + len(o)) >= len(i), np.concatenate([i, o]))[:2] for i, o in pairs]
         curves, area = [np.interp(grid, *of_network) for of_network in rates], np.mean([auc(*r) for r in rates])
         mean, spread = np.mean(curves, 0), np.std(curves, 0)
-        axis.plot(grid, mean, color=_color(index), linewidth=1.6, label=f"{name}  {100 * area:.1f}")
+        style = {"color": f"C{index}", "linestyle": "-" if index < 10 else "--"}
+        axis.plot(grid, mean, linewidth=1.6, label=f"{name}  {100 * area:.1f}", **style)
         band = (mean - spread).clip(0, 1), (mean + spread).clip(0, 1)
-        axis.fill_between(grid, *band, color=_color(index), alpha=0.15, lw=0)
+        axis.fill_between(grid, *band, color=f"C{index}", alpha=0.15, lw=0)
     axis.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=0.8)
     axis.set(xlim=(0, 1), ylim=(0, 1.005), aspect="equal")
     axis.set(xlabel="in-distribution images taken for OOD", ylabel="OOD images found")
@@ -161,10 +152,9 @@ def save_roc_curves(
 
 
 def save_curves(path: Path, lines: Sequence[dict]) -> None:
-    """Losses, accuracies and AUROCs over the iterations of a distillation.
+    """Losses, accuracies and AUROCs over the iterations of a distillation, from the lines of `metrics.jsonl`.
 
-    `lines`: of `metrics.jsonl`. Thin lines are experiments, the thick one is their mean at each iteration; networks of
-    one evaluation are averaged.
+    Thin lines are experiments, the thick one is their mean; networks of one evaluation are averaged.
     """
     loss, accuracy, auroc = "matching loss", "accuracy, %", "AUROC, %"
     panels: Panels = {loss: {}, accuracy: {}, auroc: {}}
@@ -184,37 +174,31 @@ def save_curves(path: Path, lines: Sequence[dict]) -> None:
 def save_panels(
     path: Path, panels: Panels, points: Sequence[str] = (), log: Sequence[str] = (), log_iterations: bool = False
 ) -> None:
-    """Curves over iterations, a panel for each quantity, three in a row.
+    """Curves over iterations: thin lines are runs, the thick one is their mean at each iteration.
 
-    Args:
-        panels: thin lines are runs, the thick one is their mean at each iteration.
-        points: titles of panels whose means are marked by points; log: of those with a logarithmic axis of values.
-        log_iterations: the axis of iterations is logarithmic from 1 on; 0 stands to the left of it.
+    `points`: titles of panels whose means are marked by points; `log`: of those with a logarithmic axis of values;
+    `log_iterations`: the axis of iterations is logarithmic from 1 on, and 0 stands to the left of it.
     """
     figure, axes = _panels(len(panels), 3, 4.6, 3.4)
-    explained: list[str] = []
     for axis, (panel, curves) in zip(axes, panels.items(), strict=False):
         for index, (name, runs) in enumerate(curves.items()):
             for values in runs.values():
-                axis.plot(list(values), list(values.values()), color=_color(index), linewidth=0.6, alpha=0.5)
+                axis.plot(list(values), list(values.values()), color=f"C{index}", linewidth=0.6, alpha=0.5)
             steps = sorted({step for values in runs.values() for step in values})
             means = [np.mean([values[step] for values in runs.values() if step in values]) for step in steps]
-            style = {"color": _color(index), "linewidth": 1.6, "marker": "o" if panel in points else ""}
-            axis.plot(steps, means, markersize=3, label=name, **style)
+            marker = "o" if panel in points else ""
+            axis.plot(steps, means, color=f"C{index}", linewidth=1.6, marker=marker, markersize=3, label=name)
         axis.set(xlabel="iteration", title=panel)
+        axis.legend(fontsize=8)
         if log_iterations:
             axis.set_xscale("symlog", linthresh=1)
         if panel in log:
             axis.set_yscale("log")
-        if list(curves) != explained:  # one legend serves panels of the same curves
-            axis.legend(fontsize=8)
-            explained = list(curves)
     _save(path, figure)
 
 
 def save_reliability(path: Path, networks: Sequence[NetworkScores]) -> None:
-    """The reliability diagram over the predictions of all networks: accuracy by confidence, above the share of
-    predictions in each bin. The calibration error is the mean over networks, as the tables have it."""
+    """The reliability diagram over the predictions of all networks; its ECE is the mean over networks, as in tables."""
     bins = reliability(*(np.concatenate([getattr(n, what) for n in networks]) for what in ("confidence", "correct")))
     ece = float(np.mean([n.errors["ece"] for n in networks]))
     figure = _figure(4.4, 5.0)
@@ -236,6 +220,7 @@ def save_reliability(path: Path, networks: Sequence[NetworkScores]) -> None:
 
 
 def _tiled(images: torch.Tensor) -> np.ndarray:
+    """Images `[num_classes, n, C, H, W]` on grey, a row per class; with one image per class, ten classes in a row."""
     from torchvision.utils import make_grid
 
     per_row = images.shape[1] if images.shape[1] > 1 else min(10, len(images))
@@ -244,17 +229,15 @@ def _tiled(images: torch.Tensor) -> np.ndarray:
 
 
 def _show(axis: Any, images: torch.Tensor, title: str, **style: object) -> None:
-    """Images `[num_classes, n, C, H, W]` on grey, a row per class; with one image per class, ten classes in a row."""
     axis.imshow(_tiled(images), interpolation="nearest")
     axis.set_title(title, **style)
     axis.set_axis_off()
 
 
 def save_distilled(path: Path, pictures: Sequence[tuple[str, torch.Tensor]]) -> None:
-    """Grids of distilled images and outliers under their titles, at most ten per class.
+    """Grids of distilled images and outliers under their titles, at most ten per class, as `_tiled` lays them out.
 
-    `pictures`: titles and images `[num_classes, ipc, C, H, W]` in [0, 1]. A row per class; with one image per class,
-    ten classes in a row.
+    `pictures`: titles and images `[num_classes, ipc, C, H, W]` in [0, 1].
     """
     height, width, _ = _tiled(pictures[0][1][:, :SHOWN_PER_CLASS]).shape
     count, stacked = len(pictures), width > height  # wide strips go below each other, tall grids beside each other
@@ -269,9 +252,9 @@ def save_distilled(path: Path, pictures: Sequence[tuple[str, torch.Tensor]]) -> 
 def save_comparison(
     path: Path, names: Sequence[str], panels: dict[str, Dots], strips: Sequence[tuple[str, torch.Tensor]]
 ) -> None:
-    """Strips of images above dots of AUROC, a panel for each score.
+    """Strips of images `[N, C, H, W]` in [0, 1] under their titles, above dots of AUROC, a panel for each score.
 
-    `names`: one for each dot of a set; `panels`: by score; `strips`: titles and images `[N, C, H, W]` in [0, 1].
+    `names`: one for each dot of a set.
     """
     height = 2.6 if len(panels) == 1 else 1.9
     figure = _figure(8, 0.75 * len(strips) + height * len(panels))
@@ -294,7 +277,7 @@ def _draw_dots(axis: Any, names: Sequence[str], score: str, dots: Dots) -> None:
     width = 0.7 / len(names)
     for i, name in enumerate(names):
         at = np.arange(len(dots)) + (i - (len(names) - 1) / 2) * width
-        style = {"fmt": MARKERS[i % len(MARKERS)], "markersize": 6, "capsize": 2, "color": _color(i)}
+        style = {"fmt": MARKERS[i % len(MARKERS)], "markersize": 6, "capsize": 2, "color": f"C{i}"}
         axis.errorbar(at, means[:, i], spread[:, i], label=name, **style)
     for between in range(1, len(dots)):
         axis.axvline(between - 0.5, color="grey", linewidth=0.4, alpha=0.5)

@@ -78,7 +78,7 @@ def shared_sets(results: Sequence[Results]) -> list[str]:
 
 
 def protocol_line(named: Mapping[str, Sequence[str]]) -> str:
-    """A line for the head of a table, from the protocols by which the networks of its columns or rows were trained."""
+    """A line for the head of a table; `named`: the protocols by which the networks of each row were trained."""
     names: dict[str, list[str]] = {}
     for name, protocols in named.items():
         for protocol in protocols:
@@ -98,9 +98,6 @@ def results_of(networks: Sequence[NetworkScores]) -> Results:
     return Results([n.errors for n in networks], rows)
 
 
-# --- files of one run ------------------------------------------------------------------------------------------------
-
-
 def results_json(results: Results, about: dict) -> str:
     """The results, and plain values about them, as JSON; NaN becomes null."""
     content: dict = {"about": about}
@@ -110,10 +107,7 @@ def results_json(results: Results, about: dict) -> str:
 
 
 def results_csv(results: Results) -> str:
-    """CSV with a row per network, OOD set and score; each repeats the network's accuracy, AURC and calibration.
-
-    After temperature scaling the temperature and the calibration with it, too.
-    """
+    """CSV with a row per network, OOD set and score; each repeats the network's accuracy, AURC and calibration."""
     repeated = ("accuracy", "aurc", *CALIBRATION_MEASURES, *(SCALED_MEASURES if results.are_scaled else ()))
     of_networks = [results.of_networks(measure) for measure in repeated]
     columns = ("network", "set", "score", *MEASURES)
@@ -144,8 +138,6 @@ def _protocol(training: Mapping[str, object]) -> str:
     epochs = [f"{training['epochs']} epochs"] if training.get("epochs") else []
     return ", ".join([str(training["protocol"]), *epochs, *more])
 
-
-# --- the file of a study ---------------------------------------------------------------------------------------------
 
 StudyResults = dict[str, dict[int, Results]]  # by the name of the kind and the seed
 
