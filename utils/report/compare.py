@@ -21,6 +21,12 @@ CAPTIONS = {"reliability": "reliability of the confidence", "distilled": "the di
 # what `args.json` of stage 3 says of its networks, by the flag
 FACTS = {"dataset": "data set", "model": "network", "method": "method", "ipc": "images per class", "seed": "seeds"}
 
+_LATEX = str.maketrans(
+    {c: f"\\{c}" for c in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"±": r"$\pm$", "↑": r"$\uparrow$", "↓": r"$\downarrow$"}
+)
+
 
 @dataclass(frozen=True)
 class ComparisonColumn:
@@ -47,6 +53,17 @@ class ComparisonRow:
         gains = [[g for b in places if b != a and (g := self.gain(b, a))] for a in places]
         leads = [bool(of_column) and all(gain > 2 * error for gain, error in of_column) for of_column in gains]
         return [(self.measure.cell(values), lead) for values, lead in zip(self.values, leads, strict=True)]
+
+    def change(self, other: int) -> str:
+        """How a column differs from the first, with its standard error; `equal` within two of them."""
+        gain, error = self.gain(0, other)
+        title = f"{self.measure.title} ({self.score})" if self.score else self.measure.title
+        change = f"{-gain if self.measure.better == '↓' else gain:+.1f}"
+        if math.isinf(error):
+            return f"{title} {change} (one network)"
+        if abs(gain) <= 2 * error:
+            return f"{title} equal ({change} ± {error:.1f})"
+        return f"{title} {change} ± {error:.1f} ({'better' if gain > 0 else 'worse'})"
 
     def gain(self, base: int, other: int) -> tuple[float, float] | None:
         """By how much a column is better than another, and the standard error: infinite for a single network."""
@@ -103,7 +120,6 @@ def pooled(results: Iterable[Results]) -> Results:
         first = len(together.errors)
         together.errors += part.errors
         together.rows += [row | {"network": first + row["network"]} for row in part.rows]
-    together.missing = _distinct(part.missing for part in parts)
     together.protocols = tuple(_distinct(part.protocols for part in parts))
     return together
 
@@ -112,150 +128,116 @@ def _distinct(names: Iterable[Sequence[str]]) -> list[str]:
     return list(dict.fromkeys(name for part in names for name in part))
 
 
-def comparison_rows(columns: Sequence[ComparisonColumn], measures: Sequence[str]) -> list[ComparisonRow]:
+class Comparison:
     """The table: accuracy and calibration; then, for each score, each of `measures` in the mean and on each OOD set.
 
     The mean is over the sets on which all networks were measured; its title says so where there are others.
     """
-    results = [column.results for column in columns]
-    shared = shared_sets(results)
-    others = {*_distinct(r.ood_sets() for r in results)} - {*shared}
-    mean = f"mean of {', '.join(shared)}" if others else "mean"
-    sets = [
-        *([(mean, shared, True)] if shared else []),
-        *((n, [n], False) for n in _distinct(r.sets() for r in results)),
-    ]
-    rows = [
-        ComparisonRow("", "", OF_NETWORKS[name], _defined(r.of_networks(name) for r in results))
-        for name in ("accuracy", "aurc", "ece", "nll", "brier")
-    ]
-    rows += [
-        ComparisonRow(score, title, OF_OOD[m], _defined(r.per_network(score, m, names) for r in results), is_mean)
-        for score in _distinct(r.scores() for r in results)
-        for title, names, is_mean in sets
-        for m in measures
-    ]
-    return [row for row in rows if any(row.values)]
+
+    def __init__(self, columns: Sequence[ComparisonColumn], measures: Sequence[str]):
+        self.columns, self.results = columns, [column.results for column in columns]
+        self.shared, self.ood_sets = shared_sets(self.results), _distinct(r.ood_sets() for r in self.results)
+        self.scores = _distinct(r.scores() for r in self.results)
+        mean = "mean" if {*self.ood_sets} == {*self.shared} else f"mean of {', '.join(self.shared)}"
+        sets = [(name, [name], False) for name in _distinct(r.sets() for r in self.results)]
+        sets = [(mean, self.shared, True), *sets] if self.shared else sets
+        rows = [
+            ComparisonRow("", "", OF_NETWORKS[name], _defined(r.of_networks(name) for r in self.results))
+            for name in ("accuracy", "aurc", "ece", "nll", "brier")
+        ]
+        rows += [
+            ComparisonRow(score, title, OF_OOD[m], self.values(score, m, names), is_mean)
+            for score in self.scores
+            for title, names, is_mean in sets
+            for m in measures
+        ]
+        self.rows = [row for row in rows if any(row.values)]
+
+    def values(self, score: str, measure: str, sets: Sequence[str]) -> tuple[list[float], ...]:
+        """For each column one value per network, the mean over `sets`, without NaN."""
+        return _defined(r.per_network(score, measure, sets) for r in self.results)
+
+    @property
+    def trained(self) -> str:
+        """How the networks of the columns were trained, a sentence."""
+        return protocol_line({column.name: column.results.protocols for column in self.columns})
+
+    def verdicts(self) -> list[str]:
+        """A sentence for each column but the first, which it is compared with: accuracy, ECE and mean AUROC."""
+        measures = (OF_NETWORKS["accuracy"], OF_NETWORKS["ece"], OF_OOD["auroc"])
+        wanted = [row for row in self.rows if row.is_mean and row.measure in measures]
+        lines = []
+        for other, column in enumerate(self.columns[1:], 1):
+            if changes := [row.change(other) for row in wanted if row.gain(0, other)]:
+                lines.append(f"{column.name} against {self.columns[0].name}: {', '.join(changes)}.")
+        return lines
+
+    def markdown(self) -> str:
+        """How the networks were trained, the table, and the verdicts; the best is in bold where it leads."""
+        several = len({row.score for row in self.rows if row.score}) > 1
+        lines = []
+        for row in self.rows:
+            title = f"{row.set} ({row.score})" if several and row.score else row.set
+            lines.append([title, row.measure.heading, *(f"**{cell}**" if best else cell for cell, best in row.shown())])
+        table = markdown_table(["OOD set", "measure", *(column.name for column in self.columns)], lines)
+        return "\n".join([self.trained, "", table, "", *self.verdicts(), ""])
+
+    def csv(self) -> str:
+        """Mean, std and number of networks of each column, in the unit of the row."""
+        titles = [f"{column.name} {what}" for column in self.columns for what in ("mean", "std", "networks")]
+        lines = [["score", "set", "measure", "unit", *titles]]
+        for row in self.rows:
+            cells: list[float | str | int] = []
+            for values in row.values:
+                scaled = np.array(values) * row.measure.factor
+                cells += [float(scaled.mean()), float(scaled.std()), len(values)] if values else ["", "", 0]
+            lines.append([row.score, row.set, row.measure.title, row.measure.unit, *cells])
+        return csv_text(lines)
+
+    def latex(self) -> str:
+        """The table for the package booktabs."""
+        return render("compare.tex.j2", table=self, safe=lambda text: text.translate(_LATEX))
+
+    def picture(self, path: Path) -> None:
+        """Draw the distilled images and outliers of each column above the AUROC of each score on each OOD set."""
+        sets = {name: [name] for name in self.ood_sets}
+        if len(sets) > 1 and self.shared:
+            sets["mean" if self.shared == self.ood_sets else f"mean of {len(self.shared)}"] = self.shared
+        panels = {s: {title: self.values(s, "auroc", names) for title, names in sets.items()} for s in self.scores}
+        strips = []  # one image per class, and one outlier per slot, where the set is still there
+        for column in self.columns:
+            networks = args_or_nothing(column.folders[0]).get("networks")
+            pictures = distilled_pictures(Path(networks)) if isinstance(networks, str) else []
+            strips += [(f"{column.name}: {title}, one per class", images[:STRIP, 0]) for title, images in pictures]
+        save_comparison(path, [column.name for column in self.columns], panels, strips)
+
+    def facts(self) -> dict[str, list[str]]:
+        """For the head of the page, by title: what each column is of, as far as its folders say it."""
+        lines: dict[str, list[str]] = {}
+        for column in self.columns:
+            stored = [args_or_nothing(folder) for folder in column.folders]
+            values = {title: [about.get("flags", {}).get(flag) for about in stored] for flag, title in FACTS.items()}
+            values["networks"] = [len(column.results.errors)]
+            values["tested"] = [str(about.get("started", ""))[:10] for about in stored]
+            for title, of_column in values.items():
+                known = dict.fromkeys(str(value) for value in of_column if value not in (None, ""))
+                lines.setdefault(title, []).append(", ".join(known))
+        return {title: texts for title, texts in lines.items() if any(texts)}
+
+    def page(self, picture: Path | None, notes: Sequence[str] = ()) -> str:
+        """A self-contained page: `notes`, tables of the networks and of each score, the `picture`, each run's plots."""
+        return render(
+            "page.html.j2",
+            table=self,
+            tables={score: [row for row in self.rows if row.score == score] for score in ("", *self.scores)},
+            picture=picture,
+            notes=[self.trained, *notes],
+            plots_of=lambda folder: sorted(folder.glob("*.png"), key=lambda p: (p.stem not in CAPTIONS, p.stem)),
+            caption_of=lambda path: CAPTIONS.get(path.stem, path.stem.replace("_", " ", 1)),
+            fitted_on=lambda folder: args_or_nothing(folder).get("fitted_on"),
+            data_of=lambda path: base64.b64encode(path.read_bytes()).decode(),
+        )
 
 
 def _defined(values: Iterable[Sequence[float]]) -> tuple[list[float], ...]:
     return tuple([v for v in of_column if not math.isnan(v)] for of_column in values)
-
-
-def markdown(columns: Sequence[ComparisonColumn], rows: Sequence[ComparisonRow]) -> str:
-    """How the networks were trained, the table in markdown, and the verdicts; the best is in bold where it leads."""
-    several = len({row.score for row in rows if row.score}) > 1
-    lines = []
-    for row in rows:
-        title = f"{row.set} ({row.score})" if several and row.score else row.set
-        lines.append([title, row.measure.heading, *(f"**{cell}**" if best else cell for cell, best in row.shown())])
-    table = markdown_table(["OOD set", "measure", *(column.name for column in columns)], lines)
-    return "\n".join([trained(columns), "", table, "", *verdicts(columns, rows), ""])
-
-
-def verdicts(columns: Sequence[ComparisonColumn], rows: Sequence[ComparisonRow]) -> list[str]:
-    """A sentence for each column but the first, which it is compared with: accuracy, ECE and mean AUROC."""
-    measures = (OF_NETWORKS["accuracy"], OF_NETWORKS["ece"], OF_OOD["auroc"])
-    wanted = [row for row in rows if row.is_mean and row.measure in measures]
-    changes = {column.name: [_change(row, other) for row in wanted] for other, column in enumerate(columns) if other}
-    texts = {name: ", ".join(filter(None, of_column)) for name, of_column in changes.items()}
-    return [f"{name} against {columns[0].name}: {text}." for name, text in texts.items() if text]
-
-
-def _change(row: ComparisonRow, other: int) -> str:
-    """How a column differs from the first, with its standard error; `equal` within two of them."""
-    found = row.gain(0, other)
-    if found is None:
-        return ""
-    gain, error = found
-    title = f"{row.measure.title} ({row.score})" if row.score else row.measure.title
-    change = f"{-gain if row.measure.better == '↓' else gain:+.1f}"
-    if math.isinf(error):
-        return f"{title} {change} (one network)"
-    if abs(gain) <= 2 * error:
-        return f"{title} equal ({change} ± {error:.1f})"
-    return f"{title} {change} ± {error:.1f} ({'better' if gain > 0 else 'worse'})"
-
-
-def trained(columns: Sequence[ComparisonColumn]) -> str:
-    """How the networks of the columns were trained, a sentence."""
-    return protocol_line({column.name: column.results.protocols for column in columns})
-
-
-def table_csv(columns: Sequence[ComparisonColumn], rows: Sequence[ComparisonRow]) -> str:
-    """The table as CSV: mean, std and number of networks of each column, in the unit of the row."""
-    titles = [f"{column.name} {what}" for column in columns for what in ("mean", "std", "networks")]
-    lines = [["score", "set", "measure", "unit", *titles]]
-    for row in rows:
-        cells: list[float | str | int] = []
-        for values in row.values:
-            scaled = np.array(values) * row.measure.factor
-            cells += [float(scaled.mean()), float(scaled.std()), len(values)] if values else ["", "", 0]
-        lines.append([row.score, row.set, row.measure.title, row.measure.unit, *cells])
-    return csv_text(lines)
-
-
-_LATEX = str.maketrans(
-    {c: f"\\{c}" for c in "&%$#_{}"}
-    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    | {"±": r"$\pm$", "↑": r"$\uparrow$", "↓": r"$\downarrow$"}
-)
-
-
-def latex(columns: Sequence[ComparisonColumn], rows: Sequence[ComparisonRow]) -> str:
-    """The table in LaTeX, for the package booktabs."""
-    safe = {"trained": trained(columns), "safe": lambda text: text.translate(_LATEX)}
-    return render("compare.tex.j2", columns=columns, rows=rows, **safe)
-
-
-def plot_comparison(path: Path, columns: Sequence[ComparisonColumn]) -> None:
-    """Draw the distilled images and outliers of each column above the AUROC of each score on each OOD set."""
-    results = [column.results for column in columns]
-    shared, names = shared_sets(results), _distinct(r.ood_sets() for r in results)
-    sets = [(name, [name]) for name in names]
-    if len(names) > 1 and shared:
-        sets.append(("mean" if shared == names else f"mean of {len(shared)}", shared))
-    panels = {
-        score: {title: _defined(r.per_network(score, "auroc", among) for r in results) for title, among in sets}
-        for score in _distinct(r.scores() for r in results)
-    }
-    strips = []  # one image per class, and one outlier per slot, where the set is still there
-    for column in columns:
-        networks = args_or_nothing(column.folders[0]).get("networks")
-        pictures = distilled_pictures(Path(networks)) if isinstance(networks, str) else []
-        strips += [(f"{column.name}: {title}, one per class", images[:STRIP, 0]) for title, images in pictures]
-    save_comparison(path, [column.name for column in columns], panels, strips)
-
-
-def facts(columns: Sequence[ComparisonColumn]) -> dict[str, list[str]]:
-    """For the head of the page, by title: what each column is of, as far as its folders say it."""
-    lines: dict[str, list[str]] = {}
-    for column in columns:
-        stored = [args_or_nothing(folder) for folder in column.folders]
-        values = {title: [about.get("flags", {}).get(flag) for about in stored] for flag, title in FACTS.items()}
-        values["networks"] = [len(column.results.errors)]
-        values["tested"] = [str(about.get("started", ""))[:10] for about in stored]
-        for title, of_column in values.items():
-            known = dict.fromkeys(str(value) for value in of_column if value not in (None, ""))
-            lines.setdefault(title, []).append(", ".join(known))
-    return {title: texts for title, texts in lines.items() if any(texts)}
-
-
-def comparison_page(
-    columns: Sequence[ComparisonColumn], rows: Sequence[ComparisonRow], picture: Path | None, notes: Sequence[str] = ()
-) -> str:
-    """A self-contained page: `notes`, tables of the networks and of each score, the `picture`, and each run's plots."""
-    scores = dict.fromkeys(row.score for row in rows)
-    return render(
-        "page.html.j2",
-        columns=columns,
-        tables={score: [row for row in rows if row.score == score] for score in scores},
-        picture=picture,
-        notes=[trained(columns), *notes],
-        verdicts=verdicts(columns, rows),
-        facts=facts(columns),
-        plots_of=lambda folder: sorted(folder.glob("*.png"), key=lambda p: (p.stem not in CAPTIONS, p.stem)),
-        caption_of=lambda path: CAPTIONS.get(path.stem, path.stem.replace("_", " ", 1)),
-        fitted_on=lambda folder: args_or_nothing(folder).get("fitted_on"),
-        data_of=lambda path: base64.b64encode(path.read_bytes()).decode(),
-    )

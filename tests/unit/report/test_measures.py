@@ -7,7 +7,7 @@ import pytest
 
 from utils.ood.measures import MEASURES, calibration, error_detection, ood_measures, scaled_calibration
 from utils.report.card import CardFacts, card
-from utils.report.compare import ComparisonColumn, comparison_page, comparison_rows
+from utils.report.compare import Comparison, ComparisonColumn
 from utils.report.results import NETWORK_MEASURES, Results
 from utils.report.tables import OF_NETWORKS, OF_OOD
 
@@ -61,7 +61,7 @@ def test_a_page_escapes_what_it_shows():
     """Names, sets, scores and notes: as the standard library reads them back."""
     row = {"network": 0, "set": f"set {NASTY}", "score": f"score {NASTY}", **dict.fromkeys(MEASURES, 0.5)}
     column = ComparisonColumn(f"name {NASTY}", (), Results([dict.fromkeys(NETWORK_MEASURES, 0.5)], [row]))
-    page = comparison_page([column], comparison_rows([column], ["auroc"]), None, [f"note {NASTY}"])
+    page = Comparison([column], ["auroc"]).page(None, [f"note {NASTY}"])
     assert "<b" not in page.replace("<body>", "")
     shown = html.unescape(page)
     assert all(f"{what} {NASTY}" in shown for what in ("set", "score", "name", "note"))
