@@ -138,7 +138,7 @@ def check_sets(kinds: list[StudyRow]) -> None:
 
 def columns_of(scores: list[str], measures: list[str], name: str | None) -> list[StudyColumn]:
     """The columns of OOD detection, on the set `name`, or (None) in the mean."""
-    return [StudyColumn(measure, score, name) for score in scores for measure in measures]
+    return [StudyColumn(measure, score, name and [name]) for score in scores for measure in measures]
 
 
 def read_studies(folders: list[Path], prefixes: list[str], names: list[str] | None) -> list[dict[str, StudyRow]]:

@@ -1,6 +1,5 @@
 """The README.md of a published distilled set: a dataset card of the Hugging Face hub that says how to use the set."""
 
-import itertools
 import json
 import re
 import shlex
@@ -9,7 +8,8 @@ from dataclasses import dataclass, field
 from utils.compute.version import versions, versions_line
 from utils.data.augment import dc_augmentation
 from utils.report.results import Results, shared_sets
-from utils.report.tables import OF_NETWORKS, OF_OOD, markdown_table, render
+from utils.report.study import StudyColumn, StudyRow, mean_rows
+from utils.report.tables import markdown_table, render
 
 PATH_FLAGS = ("data_path", "oe_data_path", "ood_path", "buffer_path", "save_path", "load_path", "resume", "method_file")
 SIZES = ((1000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"))
@@ -106,11 +106,6 @@ def measured_table(results: dict[str, Results]) -> str:
     """Accuracy and detection of networks trained on the set, as stage 3 measured them."""
     sets = shared_sets(list(results.values()))
     scores = dict.fromkeys(score for r in results.values() for score in r.scores()) if sets else ()
-    columns = {"networks": [f"{len(r.errors)} × {title}" for title, r in results.items()]}
-    for key in ("accuracy", "ece"):
-        columns[OF_NETWORKS[key].heading] = [OF_NETWORKS[key].cell(r.of_networks(key)) for r in results.values()]
-    for score, key in itertools.product(scores, ("auroc", "fpr_in")):
-        m = OF_OOD[key]
-        cells = [m.cell(r.per_network(score, key, sets)) for r in results.values()]
-        columns[f"mean {m.short_title} ({score}) {m.better}"] = cells
-    return markdown_table(list(columns), list(zip(*columns.values(), strict=True)))
+    columns = [StudyColumn("accuracy"), StudyColumn("ece")]
+    columns += [StudyColumn(measure, score, sets) for score in scores for measure in ("auroc", "fpr_in")]
+    return mean_rows([StudyRow(f"{len(r.errors)} × {t}", {0: r}) for t, r in results.items()], columns, "networks")

@@ -1,7 +1,7 @@
 """The results of a study, several seeds of several kinds of sets: mean rows, and differences paired by seed.
 
-They lie in a folder of a table script, or in a CSV file that scripts/tables/keep_results.py wrote.
-A path like `digits.csv/ipc1/DC` names the kinds in that file that begin with `ipc1/DC/`.
+They lie in a folder of a table script, or in a CSV file of scripts/tables/keep_results.py: a path like
+`digits.csv/ipc1/DC` names the kinds in that file that begin with `ipc1/DC/`.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class StudyColumn:
 
     measure: str
     score: str = ""  # empty: `measure` is one of the networks
-    set: str | None = None  # the OOD set; None: the mean over all
+    sets: Sequence[str] | None = None  # the OOD sets of the mean; None: all
 
     @property
     def shown(self) -> Measure:
@@ -31,12 +31,13 @@ class StudyColumn:
     def title(self) -> str:
         if not self.score:
             return self.shown.heading
-        return " ".join(filter(None, (self.shown.short_title, self.score, self.set, self.shown.better)))
+        alone = self.sets if self.sets and len(self.sets) == 1 else ()
+        return " ".join((self.shown.short_title, self.score, *alone, self.shown.better))
 
     def of(self, results: Results) -> list[float]:
         """One value per network."""
         if self.score:
-            return results.per_network(self.score, self.measure, self.set and [self.set])
+            return results.per_network(self.score, self.measure, self.sets)
         return results.of_networks(self.measure)
 
 
@@ -49,7 +50,6 @@ class StudyRow:
 
     @property
     def protocols(self) -> list[str]:
-        """How the networks of all seeds were trained."""
         return list(dict.fromkeys(p for results in self.seeds.values() for p in results.protocols))
 
     def cell(self, column: StudyColumn) -> str:
@@ -72,8 +72,7 @@ def csv_part(place: Path) -> tuple[Path, str] | None:
 def places_of_kinds(study: Path, names: Sequence[str] | None) -> dict[str, Path]:
     """Where the kinds of a study are, by name: those of `names` that it has, or (None) all.
 
-    Kinds that begin with `whole` are also looked for in the folder above. A `UserError` tells that `study` is neither a
-    folder nor in a CSV file, or that is damaged.
+    Kinds that begin with `whole` are also looked for in the folder above. A `UserError` tells of a study without kinds.
     """
     here, part = kinds_in(study), csv_part(study)
     if not here and part:
@@ -96,7 +95,7 @@ def kinds_in(study: Path) -> dict[str, Path]:
 
 
 def read_kind(place: Path, name: str) -> StudyRow:
-    """The results of the kind at `place`, a folder with a folder `seed<number>` for each seed, or one of a CSV file.
+    """The results of a kind: a folder with a folder `seed<number>` for each seed, or one of a CSV file.
 
     A `UserError` tells that there are none, a seed has several, or one is damaged.
     """
@@ -111,10 +110,10 @@ def read_kind(place: Path, name: str) -> StudyRow:
     return StudyRow(name, dict(sorted(seeds.items())))
 
 
-def mean_rows(kinds: Sequence[StudyRow], columns: Sequence[StudyColumn]) -> str:
+def mean_rows(kinds: Sequence[StudyRow], columns: Sequence[StudyColumn], first: str = "images, outliers") -> str:
     """A markdown table: a row for each kind, a column for each measure."""
     rows = [[kind.name, *map(kind.cell, columns)] for kind in kinds]
-    return markdown_table(("images, outliers", *(column.title for column in columns)), rows)
+    return markdown_table((first, *(column.title for column in columns)), rows)
 
 
 def score_rows(kinds: Sequence[StudyRow], scores: Sequence[str], measure: str) -> str:
@@ -125,11 +124,7 @@ def score_rows(kinds: Sequence[StudyRow], scores: Sequence[str], measure: str) -
 
 
 def differences(base: StudyRow, others: Sequence[StudyRow], columns: Sequence[StudyColumn]) -> str:
-    """A markdown table: `base` minus each other kind, paired by seed.
-
-    A cell holds the mean difference and its standard error over the seeds that both have; with a single seed there is
-    none.
-    """
+    """A markdown table: `base` minus each other kind, paired by seed, and the standard error over two seeds or more."""
     rows = [[f"{base.name} minus {other.name}", *(_difference(base, other, c) for c in columns)] for other in others]
     return markdown_table(("difference", *(column.title.rstrip(" ↑↓") for column in columns)), rows)
 

@@ -12,10 +12,7 @@ from utils.report.results import Results
 
 
 def mean_std(values: Sequence[float], scale: float = 100, digits: int = 2) -> str:
-    """`mean ± std` of `scale` times the values (default: percent), without NaN.
-
-    A single value has no deviation; where none is left there is a dash.
-    """
+    """`mean ± std` of `scale` times the values (default: percent) but NaN; the mean alone of one, a dash of none."""
     defined = [v for v in values if not math.isnan(v)]
     if not defined:
         return "-"
@@ -89,14 +86,9 @@ def render(template: str, **values: object) -> str:
     """A file of this folder, a template of jinja2, with the values filled in; HTML escapes them."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=select_autoescape(["html.j2"]),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    blocks = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    escape, loader = select_autoescape(["html.j2"]), FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=escape, undefined=StrictUndefined, **blocks)
     return environment.get_template(template).render(values)
 
 
@@ -113,9 +105,9 @@ def summary(results: Results) -> str:
 
 def report_text(results: Results, scores: Sequence[str]) -> str:
     """The report: accuracy and calibration, error detection, then a table per score; mean ± std over networks."""
+    networks = counted(len(results.errors), "network")
     parts = [
-        f"{counted(len(results.errors), 'network')}; mean ± std over networks, in percent (NLL in nats, Brier in "
-        "[0, 2]).",
+        f"{networks}; mean ± std over networks, in percent (NLL in nats, Brier in [0, 2]).",
         "## Accuracy and calibration",
         _of_networks(results, ("accuracy", *CALIBRATION_MEASURES)),
     ]

@@ -150,7 +150,7 @@ def test_a_line_in_a_name_does_not_break_a_table():
     texts = [
         report_text(found, ["msp"]),
         Comparison([column], ["auroc"]).markdown(),
-        mean_rows([kind], [StudyColumn("auroc", "msp", "a|b")]) + "\n" + score_rows([kind], ["msp"], "auroc"),
+        mean_rows([kind], [StudyColumn("auroc", "msp", ["a|b"])]) + "\n" + score_rows([kind], ["msp"], "auroc"),
         measured_table({"i|j": found}),
     ]
     names = [("a|b", "c d", "e|f"), ("one|two", "a|b"), ("g|h", "AUROC msp a|b ↑"), ("1 × i|j",)]
