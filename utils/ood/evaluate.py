@@ -11,14 +11,7 @@ from torch import nn
 from utils.compute import distributed
 from utils.core.errors import print_line, require, unknown_name
 from utils.data.datasets import RealData
-from utils.ood.measures import (
-    MEASURES,
-    calibration,
-    confidence_and_correct,
-    error_detection,
-    ood_measures,
-    scaled_calibration,
-)
+from utils.ood.measures import MEASURES, calibration, confidence_and_correct, error_detection, ood_measures
 from utils.ood.scorer import FitSet, Scorer
 from utils.ood.scores import ALL_SCORES, need_fitting, require_library
 from utils.ood.sets import OODSet
@@ -123,6 +116,7 @@ def _on_test_images(index: int, scorer: Scorer, real: RealData, batch: int) -> N
     logits, scores = scorer(real.test_images, batch)
     require(np.isfinite(logits).all(), f"--folder: network {index} has outputs that are not finite; train it again")
     errors = error_detection(logits, labels) | calibration(logits, labels)
-    if scorer.fitted_temperature is not None:
-        errors |= scaled_calibration(logits, labels, scorer.fitted_temperature)
+    if temperature := scorer.fitted_temperature:
+        scaled = calibration(logits / temperature, labels)
+        errors |= {"temperature": temperature} | {f"scaled_{name}": value for name, value in scaled.items()}
     return NetworkScores(errors, *confidence_and_correct(logits, labels), scores)

@@ -5,7 +5,6 @@ positive, with the score; IN measures take in-distribution as positive, with min
 """
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -89,33 +88,16 @@ def aurc(wrong: np.ndarray, scores: np.ndarray) -> float:
     return float((expected / np.arange(1, len(expected) + 1)).mean())
 
 
-@dataclass(frozen=True)
-class Reliability:
-    """What a reliability diagram shows: bins of confidence, (edges[i], edges[i + 1]], and the predictions in each."""
-
-    edges: np.ndarray  # `[bins + 1]`
-    count: np.ndarray  # `[bins]`
-    confidence: np.ndarray  # the mean, `[bins]`; NaN in empty bins
-    accuracy: np.ndarray  # the mean, `[bins]`; NaN in empty bins
-
-    @property
-    def error(self) -> float:
-        """Expected calibration error: the mean of |accuracy - confidence| over bins, weighted by their counts."""
-        gaps, filled = np.abs(self.accuracy - self.confidence), self.count > 0
-        return float((gaps[filled] * self.count[filled]).sum() / self.count.sum())
-
-
-def reliability(confidence: np.ndarray, correct: np.ndarray) -> Reliability:
+def reliability(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sort predictions into 15 bins of equal width in confidence (Guo et al., ICML 2017, section 2).
 
-    A confidence on an edge belongs to the lower bin, as in Guo et al.; torchmetrics takes the upper one.
+    Returns the number of predictions in each bin, their mean confidence and their accuracy (NaN in empty bins). A
+    confidence on an edge belongs to the lower bin, as in Guo et al.; torchmetrics takes the upper one.
     """
-    edges = np.linspace(0, 1, 16)
-    index = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, 14)
+    index = np.clip(np.searchsorted(np.linspace(0, 1, 16), confidence, side="left") - 1, 0, 14)
     count = np.bincount(index, minlength=15)
     with np.errstate(invalid="ignore"):
-        means = [np.bincount(index, values, 15) / count for values in (confidence, correct)]
-    return Reliability(edges, count, *means)
+        return count, np.bincount(index, confidence, 15) / count, np.bincount(index, correct, 15) / count
 
 
 def calibration(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -129,17 +111,13 @@ def calibration(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
     log_probabilities = log_softmax(np.asarray(logits, dtype=np.float64), 1)
     one_hot = np.eye(log_probabilities.shape[1])[labels]
+    count, confidence, accuracy = reliability(*confidence_and_correct(logits, labels))
+    gaps, filled = np.abs(accuracy - confidence), count > 0
     return {
-        "ece": reliability(*confidence_and_correct(logits, labels)).error,
+        "ece": float((gaps[filled] * count[filled]).sum() / count.sum()),
         "nll": float(-log_probabilities[np.arange(len(labels)), labels].mean()),
         "brier": float(((np.exp(log_probabilities) - one_hot) ** 2).sum(1).mean()),
     }
-
-
-def scaled_calibration(logits: np.ndarray, labels: np.ndarray, temperature: float) -> dict[str, float]:
-    """`SCALED_MEASURES`: the temperature, and the calibration of softmax(logits / temperature)."""
-    scaled = calibration(np.asarray(logits, dtype=np.float64) / temperature, labels)
-    return {"temperature": temperature} | {f"scaled_{name}": value for name, value in scaled.items()}
 
 
 def best_temperature(logits: np.ndarray, labels: np.ndarray) -> float:

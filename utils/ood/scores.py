@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from utils.compute.version import require_pytorch_ood
-from utils.core.errors import UserError
+from utils.core.errors import require
 from utils.ood.measures import best_temperature
 
 GRADIENT_BATCH = 32  # per-image gradients need this many copies of the parameters
@@ -66,8 +66,25 @@ class Model:
     def head_of_maps(self, maps: torch.Tensor) -> torch.Tensor:
         return self.head(maps.flatten(1).to(self.head.weight.device))  # VRA passes its maps on the CPU
 
+    def head_of_large_maps(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """RankFeat looks at the singular values of a feature map."""
+        channels, height, width = self.map_shape
+        require(
+            height * width > 1,
+            f"--score rankfeat: takes a feature map of more than one pixel; {type(self.net).__name__} ends in "
+            f"{channels} features without one. Leave it out or choose another --model",
+        )
+        return self.head_of_maps
+
     def is_of_head(self, parameter: str) -> bool:
         return parameter.rpartition(".")[0] == self.head_name
+
+    def weights(self) -> dict[str, Any]:
+        return {"w": self.head.weight, "b": self.head.bias}
+
+    def half_of_spanned(self) -> int:
+        """Half of the dimensions that the fitting set spans, so that the residual of ViM does not vanish on it."""
+        return max(1, min(self.head.in_features, max(1, self.num_fit)) // 2)
 
 
 class Score:
@@ -153,26 +170,6 @@ class Detector:
     needs_head: bool = False  # whether it must know the last layer, though it takes images
 
 
-def _head_of_large_maps(model: Model) -> dict[str, Any]:
-    """RankFeat looks at the singular values of a feature map."""
-    channels, height, width = model.map_shape
-    if height * width == 1:
-        raise UserError(
-            f"--score rankfeat: takes a feature map of more than one pixel; {type(model.net).__name__} ends in "
-            f"{channels} features without one. Leave it out or choose another --model"
-        )
-    return {"head": model.head_of_maps}
-
-
-def _weights(model: Model) -> dict[str, Any]:
-    return {"w": model.head.weight, "b": model.head.bias}
-
-
-def _principal(model: Model) -> int:
-    """Half of the dimensions that the fitting set spans, so that the residual does not vanish on it."""
-    return max(1, min(model.head.in_features, max(1, model.num_fit)) // 2)
-
-
 DETECTORS = {
     "entropy": Detector("Entropy", "logits"),
     "gen": Detector("GEN", "logits"),
@@ -185,8 +182,8 @@ DETECTORS = {
     "mahalanobis": Detector("Mahalanobis", "features", True),
     "rmd": Detector("RMD", "features", True),
     "gmm": Detector("GMM", "features", True),
-    "vim": Detector("ViM", "features", True, lambda m: _weights(m) | {"d": _principal(m)}),
-    "dice": Detector("DICE", "features", True, lambda m: _weights(m) | {"p": 0.9}),  # OpenOOD's
+    "vim": Detector("ViM", "features", True, lambda m: m.weights() | {"d": m.half_of_spanned()}),
+    "dice": Detector("DICE", "features", True, lambda m: m.weights() | {"p": 0.9}),  # OpenOOD's
     "she": Detector("SHE", "features", True, lambda m: {"head": m.head}),
     "nci": Detector("NCI", "features", True, lambda m: {"head": m.head}),
     "fdbd": Detector("fDBD", "features", True, lambda m: {"head": m.head}),
@@ -196,7 +193,7 @@ DETECTORS = {
     "ash": Detector("ASH", "maps", False, lambda m: {"head": m.head_of_maps}),
     "scale": Detector("SCALE", "maps", False, lambda m: {"head": m.head_of_maps}),
     "vra": Detector("VRA", "maps", True, lambda m: {"head": m.head_of_maps}),
-    "rankfeat": Detector("RankFeat", "maps", False, _head_of_large_maps),
+    "rankfeat": Detector("RankFeat", "maps", False, lambda m: {"head": m.head_of_large_maps()}),
     "odin": Detector("ODIN", "images", False, lambda m: {"norm_std": list(m.std)}),
     # it differentiates the features, not the logits
     "mahalanobis_odin": Detector(

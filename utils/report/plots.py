@@ -199,22 +199,23 @@ def save_panels(
 
 def save_reliability(path: Path, networks: Sequence[NetworkScores]) -> None:
     """The reliability diagram over the predictions of all networks; its ECE is the mean over networks, as in tables."""
-    bins = reliability(*(np.concatenate([getattr(n, what) for n in networks]) for what in ("confidence", "correct")))
+    predictions = (np.concatenate([getattr(n, what) for n in networks]) for what in ("confidence", "correct"))
+    count, confidence, accuracy = reliability(*predictions)
     ece = float(np.mean([n.errors["ece"] for n in networks]))
     figure = _figure(4.4, 5.0)
     top, bottom = figure.subplots(2, 1, height_ratios=[3, 1], sharex=True)
-    left, width = bins.edges[:-1], np.diff(bins.edges)
-    accuracy = np.nan_to_num(bins.accuracy)
-    gap = np.nan_to_num(bins.confidence - bins.accuracy)
+    edges = np.linspace(0, 1, len(count) + 1)
+    left, width = edges[:-1], np.diff(edges)
+    accuracy, gap = np.nan_to_num(accuracy), np.nan_to_num(confidence - accuracy)
     top.bar(left, accuracy, width, align="edge", color=BLUE, edgecolor="white", label="accuracy")
     gap_style = {"color": "none", "edgecolor": ORANGE, "hatch": "////", "linewidth": 1}
     top.bar(left, gap, width, bottom=accuracy, align="edge", label="gap to the confidence", **gap_style)
     top.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1)
     top.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
-    confident = "over-confident" if np.nansum(gap * bins.count) > 0 else "under-confident"
+    confident = "over-confident" if (gap * count).sum() > 0 else "under-confident"
     top.set_title(f"Reliability: ECE {100 * ece:.2f} %, {confident}", fontsize=10)
     top.legend(fontsize=8, loc="upper left")
-    bottom.bar(left, bins.count / bins.count.sum(), width, align="edge", color="#7f8c9a", edgecolor="white")
+    bottom.bar(left, count / count.sum(), width, align="edge", color="#7f8c9a", edgecolor="white")
     bottom.set(xlabel="confidence (largest softmax probability)", ylabel="share", ylim=(0, None))
     _save(path, figure)
 

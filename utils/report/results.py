@@ -68,13 +68,12 @@ class Results:
 
 def shared_sets(results: Sequence[Results]) -> list[str]:
     """The OOD sets on which all networks of all `results` were measured, in order: those whose means compare."""
+
+    def networks(r: Results, among: Sequence[str]) -> set[int]:
+        return {row["network"] for row in r.rows if row["set"] in among}
+
     names = dict.fromkeys(name for r in results for name in r.ood_sets())
-    for r in results:
-        networks = {row["network"] for row in r.rows}
-        for name in [*names]:
-            if {row["network"] for row in r.rows if row["set"] == name} != networks:
-                del names[name]
-    return list(names)
+    return [name for name in names if all(networks(r, [name]) == networks(r, r.sets()) for r in results)]
 
 
 def protocol_line(named: Mapping[str, Sequence[str]]) -> str:

@@ -5,7 +5,7 @@ import html
 import numpy as np
 import pytest
 
-from utils.ood.measures import MEASURES, calibration, error_detection, ood_measures, scaled_calibration
+from utils.ood.measures import MEASURES, calibration, error_detection, ood_measures
 from utils.report.card import CardFacts, card
 from utils.report.compare import Comparison, ComparisonColumn
 from utils.report.results import NETWORK_MEASURES, Results
@@ -17,7 +17,8 @@ def of_network(noise: float) -> dict[str, float]:
     g = np.random.default_rng(0)
     labels = g.integers(0, 5, 500)
     logits = 3 * np.eye(5)[labels] + noise * g.normal(size=(500, 5))
-    errors = error_detection(logits, labels) | calibration(logits, labels) | scaled_calibration(logits, labels, 1.5)
+    scaled = {f"scaled_{name}": value for name, value in calibration(logits / 1.5, labels).items()}
+    errors = error_detection(logits, labels) | calibration(logits, labels) | scaled
     return errors | {"accuracy": 1 - errors["error"]}
 
 
