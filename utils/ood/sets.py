@@ -141,9 +141,12 @@ class OODSource:
         return path
 
     def _opened(self, name: str, download: bool) -> OODSet:
-        """The set `name`; `NotThere`, which says what to do, if it would have to be downloaded."""
+        """The set `name`; `NotThere`, which says what to do, if it is nowhere.
+
+        With `download` it is fetched by all processes together, whatever one of them has.
+        """
         self._refuse(name, self._is_own_name(name))
-        real, local = self.real, self.local_path(name)
+        real, local = self.real, None if download else self.local_path(name)
         if local and not (name in FROM_TORCHVISION and (local / "raw").is_dir()):  # torchvision's layout
             return self._from_files(name, local)
         if name in DRAWN:
@@ -237,9 +240,8 @@ class OODSource:
 
 def _on_any_process(missing: dict[str, str]) -> dict[str, str]:
     """What any process of `torchrun` lacks, so that all of them fetch together and test on the same sets."""
-    return {
-        name: why for part in distributed.gather({distributed.rank(): missing}).values() for name, why in part.items()
-    }
+    gathered = distributed.gather({distributed.rank(): missing}).values()
+    return {name: why for part in gathered for name, why in part.items()}
 
 
 def validation_sets(source: OODSource) -> list[OODSet]:

@@ -72,19 +72,17 @@ def distilled_pictures(networks: Path) -> list[tuple[str, torch.Tensor]]:
         return []
 
 
-def _figure(width: float, height: float) -> Any:
-    """An empty figure, in inches. All plots but `save_grid` need matplotlib, which is imported here."""
+def _panels(count: int, most: int, width: float, height: float, **layout: object) -> tuple[Any, Any]:
+    """A figure of `count` panels of this size in inches, at most `most` in a row, and their axes.
+
+    All plots but `save_grid` need matplotlib, which is imported here.
+    """
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _panels(count: int, most: int, width: float, height: float) -> tuple[Any, Any]:
-    """A figure of `count` panels of this size, at most `most` in a row, and their axes."""
     columns = max(1, min(most, count))
     rows = max(1, -(-count // columns))
-    figure = _figure(width * columns, height * rows)
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **layout).flatten()
     for axis in axes[count:]:
         axis.set_visible(False)
     return figure, axes
@@ -131,21 +129,19 @@ def save_roc_curves(
     """
     from sklearn.metrics import auc, roc_curve
 
-    figure = _figure(6.4, 4.2)
-    axis = figure.subplots()
+    figure, (axis,) = _panels(1, 1, 6.4, 4.2)
     grid = np.linspace(0, 1, 201)
     for index, (name, arrays) in enumerate(out_scores.items()):
         pairs = zip(in_scores, arrays, strict=True)
         rates = [roc_curve(np.arange(len(i) + len(o)) >= len(i), np.concatenate([i, o]))[:2] for i, o in pairs]
         curves, area = [np.interp(grid, *of_network) for of_network in rates], np.mean([auc(*r) for r in rates])
         mean, spread = np.mean(curves, 0), np.std(curves, 0)
-        style = {"color": f"C{index}", "linestyle": "-" if index < 10 else "--"}
-        axis.plot(grid, mean, linewidth=1.6, label=f"{name}  {100 * area:.1f}", **style)
-        band = (mean - spread).clip(0, 1), (mean + spread).clip(0, 1)
-        axis.fill_between(grid, *band, color=f"C{index}", alpha=0.15, lw=0)
+        color, line = f"C{index}", "-" if index < 10 else "--"
+        axis.plot(grid, mean, line, color=color, linewidth=1.6, label=f"{name}  {100 * area:.1f}")
+        axis.fill_between(grid, (mean - spread).clip(0, 1), (mean + spread).clip(0, 1), color=color, alpha=0.15, lw=0)
     axis.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=0.8)
-    axis.set(xlim=(0, 1), ylim=(0, 1.005), aspect="equal")
-    axis.set(xlabel="in-distribution images taken for OOD", ylabel="OOD images found")
+    labels = {"xlabel": "in-distribution images taken for OOD", "ylabel": "OOD images found"}
+    axis.set(xlim=(0, 1), ylim=(0, 1.005), aspect="equal", **labels)
     axis.set_title(f"ROC, score {score}", fontsize=11)
     axis.legend(title="OOD set, AUROC (%)", fontsize=8, title_fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     _save(path, figure)
@@ -202,8 +198,7 @@ def save_reliability(path: Path, networks: Sequence[NetworkScores]) -> None:
     predictions = (np.concatenate([getattr(n, what) for n in networks]) for what in ("confidence", "correct"))
     count, confidence, accuracy = reliability(*predictions)
     ece = float(np.mean([n.errors["ece"] for n in networks]))
-    figure = _figure(4.4, 5.0)
-    top, bottom = figure.subplots(2, 1, height_ratios=[3, 1], sharex=True)
+    figure, (top, bottom) = _panels(2, 1, 4.4, 2.5, height_ratios=[3, 1], sharex=True)
     edges = np.linspace(0, 1, len(count) + 1)
     left, width = edges[:-1], np.diff(edges)
     accuracy, gap = np.nan_to_num(accuracy), np.nan_to_num(confidence - accuracy)
@@ -241,10 +236,9 @@ def save_distilled(path: Path, pictures: Sequence[tuple[str, torch.Tensor]]) -> 
     `pictures`: titles and images `[num_classes, ipc, C, H, W]` in [0, 1].
     """
     height, width, _ = _tiled(pictures[0][1][:, :SHOWN_PER_CLASS]).shape
-    count, stacked = len(pictures), width > height  # wide strips go below each other, tall grids beside each other
-    side = min(10.0, max(2.6, 4.6 * height / width))
-    figure = _figure(6, count * (6 * height / width + 0.4)) if stacked else _figure(4.6 * count, side + 0.4)
-    axes = figure.subplots(*((count, 1) if stacked else (1, count)), squeeze=False).flatten()
+    size = (4.6, min(10.0, max(2.6, 4.6 * height / width)) + 0.4)
+    beside, below = (len(pictures), *size), (1, 6, 6 * height / width + 0.4)  # tall grids, wide strips
+    figure, axes = _panels(len(pictures), *(below if width > height else beside))
     for axis, (title, images) in zip(axes, pictures, strict=True):
         _show(axis, images[:, :SHOWN_PER_CLASS], title, fontsize=10)
     _save(path, figure, dpi=130)
@@ -258,9 +252,9 @@ def save_comparison(
     `names`: one for each dot of a set.
     """
     height = 2.6 if len(panels) == 1 else 1.9
-    figure = _figure(8, 0.75 * len(strips) + height * len(panels))
     ratios = [0.8] * len(strips) + [height] * len(panels)
-    axes = figure.subplots(len(ratios), 1, height_ratios=ratios, squeeze=False)[:, 0]
+    whole = 0.75 * len(strips) + height * len(panels)
+    figure, axes = _panels(len(ratios), 1, 8, whole / len(ratios), height_ratios=ratios)
     for axis, (title, images) in zip(axes, strips, strict=False):
         _show(axis, images[None], title, fontsize=9, loc="left")
     for axis, (score, dots) in zip(axes[len(strips) :], panels.items(), strict=True):
