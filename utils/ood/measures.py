@@ -1,7 +1,6 @@
-"""Measures of OOD detection, error detection and calibration.
+"""Measures of OOD detection, error detection and calibration, as docs/measures.md defines them.
 
-There are two conventions for the "positive" class of OOD detection, so both are computed: OUT measures take OOD as
-positive, with the score; IN measures take in-distribution as positive, with minus the score.
+OUT measures take OOD as positive, with the score; IN measures take in-distribution, with minus the score.
 """
 
 import math
@@ -15,10 +14,9 @@ SCALED_MEASURES = ("temperature", *(f"scaled_{measure}" for measure in CALIBRATI
 
 
 def fpr95(positive: np.ndarray, scores: np.ndarray) -> float:
-    """The false-positive rate in [0, 1] at the achieved recall that is nearest to 95 %.
+    """The false-positive rate in [0, 1] at the achieved recall that is nearest to 95 %; both values must be present.
 
-    `positive`: bool `[N]`, with both values present; `scores`: `[N]`, higher = more positive. Of thresholds with the
-    same recall the largest rate counts, but at recall 1 the smallest (the convention of the Outlier Exposure code).
+    Of thresholds with the same recall the largest rate counts, but at recall 1 the smallest, as in Outlier Exposure.
     """
     from sklearn.metrics import roc_curve
 
@@ -32,9 +30,7 @@ def fpr95(positive: np.ndarray, scores: np.ndarray) -> float:
 def ood_measures(in_scores: np.ndarray, out_scores: np.ndarray) -> dict[str, float]:
     """`MEASURES` of scores `[N]` and `[M]`, higher = more OOD: fractions in [0, 1].
 
-    `auroc` is the chance that an OOD image scores above an in-distribution one, ties counting half; `aupr_in` and
-    `aupr_out` are average precision, the step-wise sum (not the trapezoidal area); `fpr_in` is the usual "FPR95", the
-    share of OOD images taken for in-distribution. A `ValueError` tells of empty or non-finite scores.
+    A `ValueError` tells of empty or non-finite scores.
     """
     from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -61,9 +57,8 @@ def confidence_and_correct(logits: np.ndarray, labels: np.ndarray) -> tuple[np.n
 
 
 def error_detection(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """`ERROR_MEASURES` of logits `[N, K]`: how well confidence tells wrong predictions from right ones.
+    """`ERROR_MEASURES` of logits `[N, K]`: does low confidence point at wrong predictions (Hendrycks & Gimpel 2017)?
 
-    As in Hendrycks & Gimpel (ICLR 2017), wrong predictions are positives and minus the maximum softmax is the score.
     `auroc`, `aupr` and `fpr` are NaN where all predictions are right or all wrong.
     """
     from sklearn.metrics import average_precision_score, roc_auc_score
@@ -77,10 +72,9 @@ def error_detection(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def aurc(wrong: np.ndarray, scores: np.ndarray) -> float:
-    """Area under the risk-coverage curve (Geifman & El-Yaniv, NeurIPS 2017), in [0, 1]; lower is better.
+    """Area under the risk-coverage curve (Geifman & El-Yaniv, NeurIPS 2017), in [0, 1]; `scores`: higher = less sure.
 
-    It is the mean over k = 1 … N of the error rate among the k most confident predictions (`scores`: higher = less
-    confident). Ties count as if in random order (the expected area).
+    Ties count as if in random order (the expected area).
     """
     _, group, size = np.unique(scores, return_inverse=True, return_counts=True)
     errors = np.bincount(group, wrong, len(size))
@@ -101,12 +95,7 @@ def reliability(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray
 
 
 def calibration(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """`CALIBRATION_MEASURES` of the softmax of logits `[N, K]`; lower is better in all three.
-
-    `ece`: expected calibration error of the predicted class, in [0, 1] (Guo et al., ICML 2017); `nll`: mean negative
-    log-likelihood of the label in nats; `brier`: squared distance of the probabilities from the one-hot label, summed
-    over classes and averaged over images, in [0, 2] (Brier 1950; not halved).
-    """
+    """`CALIBRATION_MEASURES` of the softmax of logits `[N, K]`: `ece` in [0, 1], `nll` in nats, `brier` in [0, 2]."""
     from scipy.special import log_softmax
 
     log_probabilities = log_softmax(np.asarray(logits, dtype=np.float64), 1)

@@ -65,10 +65,10 @@ class Scorer:
         model = self.model
         model.num_classes = self.inputs(example[:1])["logits"].shape[1]
         fewest = 0 if fit is None else int(fit.labels.bincount(minlength=model.num_classes).min())
+        layer = "needs the last layer of the network: give last_layer, or leave it out"
         for name, detector in self.detectors.items():
-            headless = model.head_name is None and (detector.needs_head or detector.takes in ("features", "maps"))
-            layer = "needs the last layer of the network: give last_layer, or leave it out"
-            require(not headless, f"--score {name}: {layer}")
+            is_known = model.head_name or not (detector.needs_head or detector.takes in ("features", "maps"))
+            require(is_known, f"--score {name}: {layer}")
             require(
                 not detector.fits or fewest >= detector.least,
                 f"--score {name}: needs {detector.least} or more images of each class to fit; the {fit and fit.name} "

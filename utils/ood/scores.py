@@ -88,40 +88,34 @@ class Model:
 
 
 class Score:
-    """One score of one network, from what `Detector.takes` says of a batch to `[n]`: here a function of `SCORES`.
+    """One score of one network, from what `Detector.takes` says of a batch to `[n]`.
 
-    Others are fitted to the logits, features or maps of a labelled set; detectors of images to its features.
+    Detectors are fitted to the logits, features or maps of a labelled set; those of images to its features.
     """
 
     temperature: float | None = None  # by which logits are divided for calibration; only one score finds it
 
     def __init__(self, detector: "Detector", model: Model):
-        self.function, self.energy_temperature = SCORES[detector.cls], model.temperature
-
-    def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        return self.function(values.double(), self.energy_temperature)  # float32 probabilities tie near 1
-
-
-class OfLibrary(Score):
-    """A detector of pytorch-ood."""
-
-    def __init__(self, detector: "Detector", model: Model):
+        if detector.cls in SCORES:  # in float64, as float32 probabilities tie near 1
+            self.predict = lambda logits: SCORES[detector.cls](logits.double(), model.temperature)
+            return
         from pytorch_ood import detector as library
 
-        network, self.fit_name, self.predict_name = _LIBRARY_NAMES[detector.takes]
+        network, fit, predict = _LIBRARY_NAMES[detector.takes]
         arguments = detector.arguments(model)
         if "encoder" not in arguments:
             arguments[network] = model.net if detector.takes == "images" else None  # others do not run the network
         self.library = getattr(library, detector.cls)(**arguments)
+        self.fit_library, self.predict = getattr(self.library, fit, None), getattr(self.library, predict)
 
     def fit(self, values: torch.Tensor, labels: torch.Tensor) -> None:
-        getattr(self.library, self.fit_name)(values, labels)
+        self.fit_library(values, labels)
 
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        return getattr(self.library, self.predict_name)(values).detach()
+        return self.predict(values).detach()
 
 
-class OpenMax(OfLibrary):
+class OpenMax(Score):
     """OpenMax looks only at the classes that occur among the predictions of a batch: a one-hot row is added for each
     missing class, so that scores do not depend on the batch."""
 
@@ -131,7 +125,7 @@ class OpenMax(OfLibrary):
         return super().__call__(torch.cat([values, of_each_class[missing]]))[: len(values)]
 
 
-class TemperatureScaling(OfLibrary):
+class TemperatureScaling(Score):
     """Temperature scaling of the library stops long before the minimum; this goes there, and is in float64."""
 
     def fit(self, values: torch.Tensor, labels: torch.Tensor) -> None:
@@ -143,30 +137,30 @@ class TemperatureScaling(OfLibrary):
         return super().__call__(values.double())
 
 
-class FittedOnCPU(OfLibrary):
+class FittedOnCPU(Score):
     """KNN uses scikit-learn's neighbours, on the CPU."""
 
     def fit(self, values: torch.Tensor, labels: torch.Tensor) -> None:
         super().fit(values.cpu(), labels.cpu())
 
 
-class OfGradients(OfLibrary):
+class OfGradients(Score):
     """A detector that differentiates each image by itself, a few images at a time."""
 
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        return torch.cat([OfLibrary.__call__(self, part) for part in values.split(GRADIENT_BATCH)])
+        return torch.cat([self.predict(part).detach() for part in values.split(GRADIENT_BATCH)])
 
 
 @dataclass(frozen=True)
 class Detector:
     """How a score is made."""
 
-    cls: str  # its class in pytorch-ood; for `Score` its name in `SCORES`
+    cls: str  # its class in pytorch-ood, or its name in `SCORES`
     takes: str  # its input: logits, features, maps or images
     fits: bool = False  # whether it must be fitted
     arguments: Callable[[Model], dict[str, Any]] = lambda model: {}  # others keep the library's defaults
     least: int = 1  # the fewest images per class that it can be fitted on
-    make: Callable[["Detector", Model], Score] = OfLibrary
+    make: Callable[["Detector", Model], Score] = Score
     needs_head: bool = False  # whether it must know the last layer, though it takes images
 
 
@@ -205,7 +199,7 @@ DETECTORS = {
     ),
     "graduncertainty": Detector("GradUncertainty", "images", make=OfGradients),
 }
-ALL_DETECTORS = {name: Detector(name, "logits", make=Score) for name in SCORES} | DETECTORS
+ALL_DETECTORS = {name: Detector(name, "logits") for name in SCORES} | DETECTORS
 ALL_SCORES = tuple(ALL_DETECTORS)
 _LIBRARY_NAMES = {  # by a detector's input: its argument for the network, and its methods that fit and predict
     "logits": ("model", "fit_logits", "predict_logits"),

@@ -113,8 +113,8 @@ class OODSource:
             f"choose sets that need no files: {' '.join(DRAWN)}": True,
         }
         text = "; or ".join(way for way, helps in ways.items() if helps)
-        are = "is" if len(missing) == 1 else "are"
-        raise UserError(f"{self.flag}: {', '.join(missing)} {are} missing{why}. {text[0].upper()}{text[1:]}")
+        missing_are = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+        raise UserError(f"{self.flag}: {missing_are}{why}. {text[0].upper()}{text[1:]}")
 
     def at_hand(self, names: Sequence[str]) -> list[str]:
         """Those of `names` that are there and can be read without a download."""
@@ -179,7 +179,8 @@ class OODSource:
 
     def _is_own_path(self, path: Path) -> bool:
         """Whether a file or folder is, holds, or lies in what is read of `--data_path`."""
-        parts = {"npz": [""], "ImageFolder": ["train", "test", "val"]}.get(self.real.name, [])  # others: one of several
+        parts = {"npz": [""] * self.data_path.is_file(), "ImageFolder": ["train", "test", "val"]}
+        parts = parts.get(self.real.name, [])  # of other data sets, --data_path holds several
         pairs = [(path.resolve(), (self.data_path / part).resolve()) for part in parts]
         return any(a.is_relative_to(b) or b.is_relative_to(a) for a, b in pairs)
 

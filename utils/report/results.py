@@ -25,16 +25,12 @@ STUDY_COLUMNS = {m: f"error_{m}" if m in ("auroc", "aupr", "fpr") else m for m i
 class Results:
     """What stage 3 measured."""
 
-    # `NETWORK_MEASURES` of each network; `SCALED_MEASURES` only with temperature scaling
-    errors: list[dict[str, float]] = field(default_factory=list)
-    # for each network, OOD set and score: `network`, `set`, `score` and `MEASURES`; NaN where a score was not finite
-    rows: list[dict] = field(default_factory=list)
+    errors: list[dict[str, float]] = field(default_factory=list)  # of each network: those of `NETWORK_MEASURES`
+    rows: list[dict] = field(default_factory=list)  # `network`, `set`, `score`, `MEASURES`: NaN of scores not finite
     missing: list[str] = field(default_factory=list)  # OOD sets that were skipped
-    # how the networks were trained; older results do not say it, and there was one protocol
-    protocols: tuple[str, ...] = ("dc",)
+    protocols: tuple[str, ...] = ("dc",)  # how the networks were trained; older results have one, and do not say it
 
     def sets(self) -> list[str]:
-        """Names of the measured sets, in order."""
         return list(dict.fromkeys(row["set"] for row in self.rows))
 
     def ood_sets(self) -> list[str]:
@@ -42,7 +38,6 @@ class Results:
         return [name for name in self.sets() if not name.startswith("val:")]
 
     def scores(self) -> list[str]:
-        """Names of the scores, in order."""
         return list(dict.fromkeys(row["score"] for row in self.rows))
 
     @property
