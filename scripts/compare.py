@@ -14,18 +14,7 @@ from utils.core.errors import UserError
 from utils.core.files import save_text
 from utils.core.run_script import run_script
 from utils.ood.measures import MEASURES
-from utils.report.compare import (
-    ComparisonColumn,
-    ComparisonRow,
-    comparison_page,
-    comparison_rows,
-    find_runs,
-    latex,
-    markdown,
-    of_scores,
-    plot_comparison,
-    table_csv,
-)
+from utils.report.compare import Comparison, find_runs, of_scores
 from utils.settings.parser import Parser, one_of
 
 
@@ -79,21 +68,15 @@ def main(args: argparse.Namespace) -> None:
     columns = find_runs([Path(folder) for folder in args.folders], args.names, search)
     if args.scores:
         columns = [of_scores(column, args.scores) for column in columns]
-    rows = comparison_rows(columns, args.measures)
-    text = "\n".join([markdown(columns, rows), *(f"{note}\n" for note in args.notes)])
-    written = write(Path(args.out), columns, rows, text, args.notes if args.html else None) if args.out else []
+    table = Comparison(columns, args.measures)
+    text = "\n".join([table.markdown(), *(f"{note}\n" for note in args.notes)])
+    written = write(Path(args.out), table, text, args.notes if args.html else None) if args.out else []
     print(text)
     if written:
         print(f"written into {args.out}: {', '.join(written)}")
 
 
-def write(
-    out: Path,
-    columns: Sequence[ComparisonColumn],
-    rows: Sequence[ComparisonRow],
-    text: str,
-    notes: Sequence[str] | None = None,
-) -> list[str]:
+def write(out: Path, table: Comparison, text: str, notes: Sequence[str] | None = None) -> list[str]:
     """Write the table in all formats into `out`, and with `notes` the page; returns the names of the files.
 
     `text`: the table in markdown, with what stands below it.
@@ -102,15 +85,15 @@ def write(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out: cannot make {out}: {error}") from None
-    files = {"compare.md": text, "compare.csv": table_csv(columns, rows), "compare.tex": latex(columns, rows)}
+    files = {"compare.md": text, "compare.csv": table.csv(), "compare.tex": table.latex()}
     picture = out / "compare.png"
     try:
-        plot_comparison(picture, columns)
+        table.picture(picture)
     except ImportError:
         picture = None
         print("no picture: matplotlib is not installed (pip install matplotlib)")
     if notes is not None:
-        files["compare.html"] = comparison_page(columns, rows, picture, notes)
+        files["compare.html"] = table.page(picture, notes)
     for name, text in files.items():
         save_text(out / name, text)
     return [*files, *([picture.name] if picture else [])]

@@ -18,7 +18,6 @@ from scripts.kinds import KINDS
 from utils.core.errors import UserError
 from utils.core.files import save_output
 from utils.core.run_script import run_script
-from utils.report.measures import OF_NETWORKS, OF_OOD
 from utils.report.results import protocol_line
 from utils.report.study import (
     StudyColumn,
@@ -29,6 +28,7 @@ from utils.report.study import (
     read_kind,
     score_rows,
 )
+from utils.report.tables import OF_NETWORKS, OF_OOD
 from utils.settings.parser import Parser, one_of
 
 
@@ -113,7 +113,7 @@ def tables(
     names = next(iter(kinds[0].seeds.values())).ood_sets()
     columns = [*map(StudyColumn, args.of_networks), *columns_of(scores, args.measures, None)]
     if args.by_set:
-        columns = [StudyColumn(args.by_set, score, name) for score in scores for name in names]
+        columns = [StudyColumn(args.by_set, score, [name]) for score in scores for name in names]
     parts = [mean_rows(kinds, columns)]
     if args.base:
         parts += paired(studies, args.base, args.against, columns)
@@ -144,7 +144,7 @@ def check_sets(kinds: list[StudyRow]) -> None:
 
 def columns_of(scores: list[str], measures: list[str], name: str | None) -> list[StudyColumn]:
     """The columns of OOD detection, on the set `name`, or (None) in the mean."""
-    return [StudyColumn(measure, score, name) for score in scores for measure in measures]
+    return [StudyColumn(measure, score, name and [name]) for score in scores for measure in measures]
 
 
 def read_studies(folders: list[Path], prefixes: list[str], names: list[str] | None) -> list[dict[str, StudyRow]]:

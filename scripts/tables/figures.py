@@ -173,7 +173,7 @@ def sets() -> Figure:
     rows = {kind: StudyRow(kind, study[kind]) for kind in kinds}
     cells = np.array(
         [
-            [100 * np.mean([*row.by_seed(StudyColumn("auroc", "msp", name)).values()]) for name in names]
+            [100 * np.mean([*row.by_seed(StudyColumn("auroc", "msp", [name])).values()]) for name in names]
             for row in rows.values()
         ]
     )

@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 from utils.compute import distributed
-from utils.core.errors import UserError, print_line, unknown_name
+from utils.core.errors import print_line, require, unknown_name
 from utils.data.datasets import RealData
-from utils.ood.calibration import calibration, confidence_and_correct, scaled_calibration
-from utils.ood.measures import MEASURES, error_detection, ood_measures
+from utils.ood.measures import MEASURES, calibration, confidence_and_correct, error_detection, ood_measures
 from utils.ood.scorer import FitSet, Scorer
 from utils.ood.scores import ALL_SCORES, need_fitting, require_library
 from utils.ood.sets import OODSet
@@ -31,7 +30,6 @@ class NetworkScores:
 
     @property
     def accuracy(self) -> float:
-        """The share of test images that are classified correctly."""
         return 1 - self.errors["error"]
 
 
@@ -55,37 +53,27 @@ def evaluate_ood(
         last_layer: the name of the linear layer that gives the logits, e.g. `fc`. Only scores of features need it, and
             networks of `networks/` do not.
         temperature: of the score energy; batch: images per forward pass.
-    Returns:
-        Accuracy, error detection and calibration on the test images, and the measures of each set and score.
     Raises:
         UserError: when a score is unknown or does not fit the network, and when outputs are not finite.
     """
     for name in scores:
-        if name not in ALL_SCORES:
-            raise UserError(unknown_name("score", name, ALL_SCORES))
+        require(name in ALL_SCORES, unknown_name("score", name, ALL_SCORES))
     require_library(scores)
     if isinstance(sets, Mapping):
         sets = [OODSet(name, "given", len(images), lambda images=images: images) for name, images in sets.items()]
     if fit is None and need_fitting(scores):
         fit = FitSet("real training set", real.labels_train, real.train_batch, was_trained_on=True)
     scorer = Scorer(net, scores, temperature, deviation(real), last_layer=last_layer)
-    _check_logits(scorer, real, last_layer)
-    scorer.prepare(real.test_images[:2], fit, batch)
-    return score_networks({0: scorer}, real, sets, batch)[0]
-
-
-@torch.no_grad()
-def _check_logits(scorer: "Scorer", real: RealData, last_layer: str | None) -> None:
-    """Check that the network gives the logits of all classes, and that the last layer does."""
     images = real.test_images[:2]
-    outputs, expected = scorer.net(images), (len(images), real.num_classes)
-    if not isinstance(outputs, torch.Tensor) or tuple(outputs.shape) != expected:
-        found = list(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
-        raise UserError(f"net: gives {found} for {len(images)} images; it must give logits {list(expected)}")
-    if last_layer is not None and not torch.allclose(scorer.logits(images), outputs, rtol=1e-3, atol=1e-3):
-        raise UserError(
-            f"last_layer {last_layer}: its outputs are not those of the network; name the layer that gives them"
-        )
+    with torch.no_grad():
+        outputs = scorer.net(images)
+    found = list(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+    wanted = [len(images), real.num_classes]
+    require(found == wanted, f"net: gives {found} for {len(images)} images; it must give logits {wanted}")
+    same = last_layer is None or torch.allclose(scorer.inputs(images)["logits"], outputs, rtol=1e-3, atol=1e-3)
+    require(same, f"last_layer {last_layer}: its outputs are not those of the network; name the layer that gives them")
+    scorer.prepare(images, fit, batch)
+    return score_networks({0: scorer}, real, sets, batch)[0]
 
 
 def deviation(real: RealData) -> tuple[float, ...]:
@@ -101,42 +89,34 @@ def score_networks(
     log: Callable[[str], None] = print_line,
     after_set: Callable[[], None] = lambda: None,
 ) -> list[NetworkScores]:
-    """Score the networks of this process; returns those of all processes, in order.
+    """Score the networks of this process, by index; returns those of all processes, in order.
 
-    Args:
-        scorers: by network index; batch: images per forward pass.
-        log: takes lines about this process; after_set: called when a set is done.
-    Raises:
-        UserError: when the outputs of a network are not finite.
+    A score that is not finite has measures of NaN and a line in the log: it must not end a long run. A `UserError`
+    tells of a network whose outputs are not finite.
     """
-    labels = real.labels_test.cpu().numpy()
-    own = {index: _on_test_images(index, scorer, real, labels, batch) for index, scorer in scorers.items()}
+    own = {index: _on_test_images(index, scorer, real, batch) for index, scorer in scorers.items()}
     for ood in sets:
         images = ood.load()
         for index, scorer in scorers.items():
             network, found = own[index], scorer(images, batch)[1]
-            network.out_scores[ood.name] = found
-            network.measures[ood.name] = {
-                name: _measures(network.in_scores[name], values, f"{name}, {ood.name}, {index}", log)
-                for name, values in found.items()
-            }
+            network.out_scores[ood.name], network.measures[ood.name] = found, {}
+            for name, outside in found.items():
+                inside, measures = network.in_scores[name], dict.fromkeys(MEASURES, math.nan)
+                if np.isfinite(inside).all() and np.isfinite(outside).all():
+                    measures = ood_measures(inside, outside)
+                else:
+                    log(f"scores not finite, no measures (score, set, network): {name}, {ood.name}, {index}")
+                network.measures[ood.name][name] = measures
         after_set()
     return list(distributed.gather(own).values())
 
 
-def _on_test_images(index: int, scorer: Scorer, real: RealData, labels: np.ndarray, batch: int) -> NetworkScores:
+def _on_test_images(index: int, scorer: Scorer, real: RealData, batch: int) -> NetworkScores:
+    labels = real.labels_test.cpu().numpy()
     logits, scores = scorer(real.test_images, batch)
-    if not np.isfinite(logits).all():
-        raise UserError(f"--folder: network {index} has outputs that are not finite; train it again")
+    require(np.isfinite(logits).all(), f"--folder: network {index} has outputs that are not finite; train it again")
     errors = error_detection(logits, labels) | calibration(logits, labels)
-    if scorer.fitted_temperature is not None:
-        errors |= scaled_calibration(logits, labels, scorer.fitted_temperature)
+    if temperature := scorer.fitted_temperature:
+        scaled = calibration(logits / temperature, labels)
+        errors |= {"temperature": temperature} | {f"scaled_{name}": value for name, value in scaled.items()}
     return NetworkScores(errors, *confidence_and_correct(logits, labels), scores)
-
-
-def _measures(in_scores: np.ndarray, out_scores: np.ndarray, what: str, log: Callable[[str], None]) -> dict[str, float]:
-    """The measures, or NaN if a score is not finite: that must not end a long run."""
-    if np.isfinite(in_scores).all() and np.isfinite(out_scores).all():
-        return ood_measures(in_scores, out_scores)
-    log(f"scores not finite, no measures (score, set, network): {what}")
-    return dict.fromkeys(MEASURES, math.nan)

@@ -6,19 +6,18 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.core.errors import UserError, named
+from utils.core.errors import named, require
 from utils.core.files import check_file, read_lines
 from utils.core.images import check_link
 
 ARRAY_SUFFIXES = (".npz", ".npy")
 LIST_SUFFIX = ".txt"
 SUFFIXES = (*ARRAY_SUFFIXES, LIST_SUFFIX)
-OPENOOD_FOLDERS = ("images_classic", "images_largescale")  # OpenOOD's lists are relative to one of them
 
 
 def is_path(given: str) -> bool:
     """Whether an entry of `--ood_sets` is a path, not a name: it has a separator, or the suffix of an array or list."""
-    return any(separator and separator in given for separator in (os.sep, os.altsep)) or Path(given).suffix in SUFFIXES
+    return "/" in given or os.sep in given or Path(given).suffix in SUFFIXES
 
 
 def stem(given: str) -> str:
@@ -38,37 +37,27 @@ def shown_names(given: Sequence[str]) -> dict[str, str]:
 def listed_images(path: Path, root: Path) -> list[Path]:
     """The images that a list names, as OpenOOD's `imglist`: `path label` in each line, the label a whole number.
 
-    Args:
-        root: what the paths are relative to; or its folder `images_classic` or `images_largescale`, or the folder of
-            the list: the first where one of the images is.
-    Raises:
-        UserError: for another line, for files that are missing, and for paths and links that lead out of the folder.
+    The paths are relative to `root`, to OpenOOD's folder `images_classic` or `images_largescale` in it, or to the
+    folder of the list: the first where one of the images is. A `UserError` tells of another line, of files that are
+    missing, and of paths and links that lead out of the folder.
     """
-    lines = enumerate(read_lines(check_file(path)), 1)
-    names = [_image_name(line, number, path) for number, line in lines if line.strip()]
-    if not names:
-        raise UserError(f"{path} names no images; each line must be `path label`")
-    bases = [root, *(root / folder for folder in OPENOOD_FOLDERS), path.parent]
+    names = []
+    for number, line in enumerate(read_lines(check_file(path)), 1):
+        if not line.strip():
+            continue
+        match, where = re.fullmatch(r"\s*(\S.*?)\s+-?\d+\s*", line), f"line {number} of {path}"
+        require(match, f"{where} is {line[:80]!r}; it must be `path label`, the label a whole number")
+        name = Path(match[1])
+        require(not name.is_absolute() and ".." not in name.parts, f"{where} leads out of its folder: {match[1]}")
+        names.append(match[1])
+    require(names, f"{path} names no images; each line must be `path label`")
+    bases = [root, root / "images_classic", root / "images_largescale", path.parent]
     base = next((b for name in names for b in bases if os.path.exists(b / name)), None)
-    if base is None:
-        looked = ", ".join(map(str, bases))
-        raise UserError(f"none of the {len(names)} images of {path}, as {names[0]}, is in one of {looked}")
+    looked = ", ".join(map(str, bases))
+    require(base, f"none of the {len(names)} images of {path}, as {names[0]}, is in one of {looked}")
     images = [base / name for name in names]
     missing = [str(image) for image in images if not os.path.exists(image)]
-    if missing:
-        raise UserError(f"{path} names {len(missing)} images that are not there: {named(missing)}")
-    tree = base.resolve()
+    require(not missing, f"{path} names {len(missing)} images that are not there: {named(missing)}")
     for place in (*sorted({image.parent for image in images}), *(image for image in images if image.is_symlink())):
-        check_link(place, tree)
+        check_link(place, base.resolve())
     return images
-
-
-def _image_name(line: str, number: int, path: Path) -> str:
-    """The path in a line of a list; its last word is the label."""
-    match = re.fullmatch(r"\s*(\S.*?)\s+-?\d+\s*", line)
-    if not match:
-        raise UserError(f"line {number} of {path} is {line[:80]!r}; it must be `path label`, the label a whole number")
-    name = Path(match[1])
-    if name.is_absolute() or ".." in name.parts:
-        raise UserError(f"line {number} of {path} leads out of its folder: {match[1]}")
-    return match[1]

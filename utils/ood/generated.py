@@ -40,11 +40,9 @@ def patches(real: RealData, n: int, g: torch.Generator) -> torch.Tensor:
     photos = [torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in load_sample_images().images]
     crops = []
     for choice, side, top, left in torch.rand(n, 4, generator=g).tolist():
-        photo = photos[int(choice * len(photos))]
-        side = int(16 * 16**side)
+        photo, side = photos[int(choice * len(photos))], int(16 * 16**side)
         row, col = (int(u * (length - side)) for u, length in zip((top, left), photo.shape[1:], strict=True))
-        crop = photo[None, :, row : row + side, col : col + side]
-        crops.append(conform(crop, real.channel, real.im_size))
+        crops.append(conform(photo[None, :, row : row + side, col : col + side], real.channel, real.im_size))
     return real.normalize(torch.cat(crops).to(real.device))
 
 

@@ -1,18 +1,18 @@
 """Every score of one network: building them, fitting them, and computing them in one pass where that is possible."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from utils.compute.device import Compute
-from utils.core.errors import UserError, named, one_line
+from utils.core.errors import UserError, named, one_line, require
 from utils.ood.scores import ALL_DETECTORS, SCORES, Detector, Model, Score, need_fitting
 
-LAST_LAYERS = ("classifier", "fc", "fc_3")
 Embed = Callable[[nn.Module, torch.Tensor], torch.Tensor]  # network and images to what enters its last layer
 
 
@@ -30,9 +30,8 @@ class Scorer:
     """Computes every score of one network. Scores of logits, features and maps share one forward pass; scores of images
     run their own passes and gradients.
 
-    Args:
-        embed: how features are computed (`Compute.embedding`); None: in float32, uncompiled.
-        last_layer: see `evaluate_ood`.
+    `embed`: how features are computed (`Compute.embedding`); None: in float32, uncompiled. `last_layer`: see
+    `evaluate_ood`.
     """
 
     def __init__(
@@ -57,28 +56,31 @@ class Scorer:
         self.scores: dict[str, Score] = {n: d.make(d, self.model) for n, d in self.detectors.items() if n in SCORES}
 
     def prepare(self, example: torch.Tensor, fit: FitSet | None, batch: int) -> "Scorer":
-        """Build the detectors, fit them, and try each one on two images. Returns itself.
+        """Build the detectors, fit them, and try each one on two of the images `example`. Returns itself.
 
-        Args:
-            example: some normalised images `[n, C, H, W]`; fit: the set to fit on, if any score needs one.
-        Raises:
-            UserError: when a detector does not work with the network, or cannot be fitted on the set.
+        A `UserError` tells that a detector does not work with the network, or cannot be fitted on the set.
         """
         if len(self.scores) == len(self.detectors):
             return self
-        num_classes = self.logits(example[:1]).shape[1]
-        self._check(fit, num_classes)
-        maps = any(detector.takes == "maps" for detector in self.detectors.values())
-        self.model = replace(
-            self.model,
-            num_classes=num_classes,
-            num_fit=0 if fit is None else len(fit.labels),
-            map_shape=feature_map_shape(self.net, example[:1], self.model.embed) if maps else None,
-        )
-        self.scores = {name: detector.make(detector, self.model) for name, detector in self.detectors.items()}
+        model = self.model
+        model.num_classes = self.inputs(example[:1])["logits"].shape[1]
+        fewest = 0 if fit is None else int(fit.labels.bincount(minlength=model.num_classes).min())
+        layer = "needs the last layer of the network: give last_layer, or leave it out"
+        for name, detector in self.detectors.items():
+            is_known = model.head_name or not (detector.needs_head or detector.takes in ("features", "maps"))
+            require(is_known, f"--score {name}: {layer}")
+            require(
+                not detector.fits or fewest >= detector.least,
+                f"--score {name}: needs {detector.least} or more images of each class to fit; the {fit and fit.name} "
+                f"has {fewest} of one. Use --fit_on real, a larger --ipc, or leave it out",
+            )
+        model.num_fit = 0 if fit is None else len(fit.labels)
+        if any(detector.takes == "maps" for detector in self.detectors.values()):
+            model.map_shape = feature_map_shape(example[:1], model.embed)
+        self.scores = {name: detector.make(detector, model) for name, detector in self.detectors.items()}
         if fit is not None:
             self._fit(fit, batch)
-        inputs = self._inputs(example[:2])
+        inputs = self.inputs(example[:2])
         for name, score in self.scores.items():
             self._guarded(name, "does not fit this network", score, inputs[self.detectors[name].takes])
         return self
@@ -88,28 +90,14 @@ class Scorer:
         """The temperature of temperature scaling, if that is among the scores."""
         return next((score.temperature for score in self.scores.values() if score.temperature is not None), None)
 
-    def _check(self, fit: FitSet | None, num_classes: int) -> None:
-        """Check that the last layer is known where a detector needs it, and that there are enough images to fit."""
-        fewest = None if fit is None else int(fit.labels.bincount(minlength=num_classes).min())
-        for name, detector in self.detectors.items():
-            if detector.takes_features and self.model.head_name is None:
-                raise UserError(
-                    f"--score {name}: needs the last layer of the network: give last_layer, or leave it out"
-                )
-            if detector.fits and fewest is not None and fewest < detector.least:
-                raise UserError(
-                    f"--score {name}: needs {detector.least} or more images of each class to fit; the {fit.name} has "
-                    f"{fewest} of one. Use --fit_on real, a larger --ipc, or leave it out"
-                )
-
     @torch.no_grad()
     def _fit(self, fit: FitSet, batch: int) -> None:
-        fitted = {name: self.detectors[name].takes for name in need_fitting(self.detectors)}
         parts = torch.arange(len(fit.labels), device=fit.labels.device).split(batch)
         if self.model.head_name is None:
             inputs = {"logits": torch.cat([self.net(fit.take(part)) for part in parts])}
         else:
             inputs = self._of_features(torch.cat([self.embed(fit.take(part)) for part in parts]))
+        fitted = {name: self.detectors[name].takes for name in need_fitting(self.detectors)}
         if "images" in fitted.values():  # such a detector runs the network itself, and is fitted on what it sees then
             inputs["images"] = torch.cat([self.model.embed(fit.take(part)) for part in parts])
         what = f"cannot be fitted on the {fit.name} ({len(fit.labels)} images)"
@@ -127,12 +115,7 @@ class Scorer:
             ) from None
 
     @torch.no_grad()
-    def logits(self, images: torch.Tensor) -> torch.Tensor:
-        """The logits of a batch."""
-        return self._inputs(images)["logits"]
-
-    @torch.no_grad()
-    def _inputs(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    def inputs(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """What scores take: images and logits, and if the last layer is known, features and perhaps maps."""
         if self.model.head_name is None:
             return {"images": images, "logits": self.net(images)}
@@ -145,61 +128,43 @@ class Scorer:
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, batch: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Logits float64 `[N, num_classes]` and every score float64 `[N]` of images `[N, C, H, W]`, including a last
-        partial batch."""
-        logits: list[torch.Tensor] = []
-        scores: dict[str, list[torch.Tensor]] = {name: [] for name in self.scores}
-        for part in images.split(batch):
-            inputs = self._inputs(part)
-            logits.append(inputs["logits"])
-            for name, values in scores.items():
-                values.append(self.scores[name](inputs[self.detectors[name].takes]))
-        arrays = {name: torch.cat(values).double().cpu().numpy() for name, values in scores.items()}
-        return torch.cat(logits).double().cpu().numpy(), arrays
+        """Logits float64 `[N, num_classes]` and every score float64 `[N]` of images `[N, C, H, W]`."""
+        parts = []
+        for inputs in map(self.inputs, images.split(batch)):
+            scores = {name: score(inputs[self.detectors[name].takes]) for name, score in self.scores.items()}
+            parts.append((inputs["logits"], *scores.values()))
+        logits, *scores = (torch.cat(values).double().cpu().numpy() for values in zip(*parts, strict=True))
+        return logits, dict(zip(self.scores, scores, strict=True))
 
 
 def last_layer_name(net: nn.Module) -> str:
     """The name of the linear layer that turns the features of a network of `networks/` into logits."""
-    return next(name for name in LAST_LAYERS if hasattr(net, name))
+    return next(name for name in ("classifier", "fc", "fc_3") if hasattr(net, name))
 
 
 def _linear(net: nn.Module, name: str) -> nn.Linear:
-    """The linear layer of a name."""
     layers = {n: layer for n, layer in net.named_modules() if isinstance(layer, nn.Linear)}
-    if name not in layers:
-        raise UserError(f"last_layer {name}: is no linear layer of the network; it has {named([*layers]) or 'none'}")
+    has = named([*layers]) or "none"
+    require(name in layers, f"last_layer {name}: is no linear layer of the network; it has {has}")
     return layers[name]
 
 
 def _entering(net: nn.Module, head: nn.Linear, images: torch.Tensor) -> torch.Tensor:
     """What enters a layer when the network sees images."""
     seen: list[torch.Tensor] = []
-    hook = head.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
-    try:
+    with head.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0])):
         net(images)
-    finally:
-        hook.remove()
     return seen[0]
 
 
 @torch.no_grad()
-def feature_map_shape(
-    net: nn.Module, image: torch.Tensor, embed: Callable[[torch.Tensor], torch.Tensor]
-) -> tuple[int, int, int]:
-    """The shape `(C, H, W)` of the map that is flattened into the features; `(D, 1, 1)` if there is none.
+def feature_map_shape(image: torch.Tensor, embed: Callable[[torch.Tensor], torch.Tensor]) -> tuple[int, int, int]:
+    """The shape `(C, H, W)` of the map that `embed` flattens into features; `(D, 1, 1)` if there is none.
 
-    Args:
-        image: `[1, C, H, W]`; embed: images to features.
+    It is that of the last module that gives a map of as many values.
     """
-    shapes: list[tuple[int, ...]] = []
-
-    def note(module: nn.Module, inputs: tuple, output: object) -> None:
-        if isinstance(output, torch.Tensor):
-            shapes.append(tuple(output.shape[1:]))
-
-    hooks = [module.register_forward_hook(note) for module in net.modules() if module is not net]
-    features = embed(image).shape[1]
-    for hook in hooks:
-        hook.remove()
-    maps = [s for s in shapes if len(s) == 3 and np.prod(s) == features]
-    return maps[-1] if maps else (features, 1, 1)
+    outputs = []
+    with register_module_forward_hook(lambda module, inputs, output: outputs.append(output)):
+        features = embed(image).shape[1]
+    shapes = [tuple(output.shape[1:]) for output in outputs if isinstance(output, torch.Tensor)]
+    return next((s for s in reversed(shapes) if len(s) == 3 and np.prod(s) == features), (features, 1, 1))

@@ -1,9 +1,8 @@
 """All scores behind one interface: those of logits, written here, and the detectors of the optional pytorch-ood.
 
-Higher means more out-of-distribution. Of pytorch-ood are included the detectors that need only a classifier and, if
-they are fitted, a labelled set. Excluded are those that need more: a choice of layers (Gram, MultiMahalanobis, NACUE),
-dropout (MCD), text (MCM) or trained weights (WeightedEBO); and those that are written here (MaxSoftmax, MaxLogit,
-EnergyBased).
+Higher means more out-of-distribution. Of pytorch-ood are left out the detectors that need more than a classifier and a
+labelled set: a choice of layers (Gram, MultiMahalanobis, NACUE), dropout (MCD), text (MCM), trained weights
+(WeightedEBO).
 """
 
 from collections.abc import Callable, Sequence
@@ -14,8 +13,8 @@ import torch
 from torch import nn
 
 from utils.compute.version import require_pytorch_ood
-from utils.core.errors import UserError
-from utils.ood.calibration import best_temperature
+from utils.core.errors import require
+from utils.ood.measures import best_temperature
 
 GRADIENT_BATCH = 32  # per-image gradients need this many copies of the parameters
 
@@ -36,19 +35,16 @@ def energy(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
 
 
 def xent(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """`mean_k z - logsumexp z`, the negative cross-entropy to uniform (Hendrycks et al., ICLR 2019).
-
-    Its largest value, `-log K` for K classes, is that of the uniform distribution.
-    """
+    """`mean_k z - logsumexp z`, the negative cross-entropy to uniform (Hendrycks et al., ICLR 2019); at most -log K."""
     return logits.mean(1) - logits.logsumexp(1)
 
 
 SCORES: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {f.__name__: f for f in (msp, mls, energy, xent)}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Model:
-    """What scores are built from."""
+    """What scores are built from; what stands below `embed` is known once there is a set to fit on."""
 
     net: nn.Module
     temperature: float  # of energy
@@ -61,155 +57,111 @@ class Model:
 
     @property
     def head(self) -> nn.Linear:
-        """The last layer."""
         return self.net.get_submodule(self.head_name)
 
-    @property
-    def neighbours(self) -> int:
-        """The mean number of images per class: more neighbours would have to come from other classes."""
-        return max(1, self.num_fit // self.num_classes)
+    def neighbours(self, most: int) -> int:
+        """At most the mean number of images per class: more neighbours would have to come from other classes."""
+        return min(most, max(1, self.num_fit // self.num_classes))
 
-    @property
-    def rank(self) -> int:
-        """The most dimensions that the features of the fitting set can span."""
-        return min(self.head.in_features, max(1, self.num_fit))
+    def head_of_maps(self, maps: torch.Tensor) -> torch.Tensor:
+        return self.head(maps.flatten(1).to(self.head.weight.device))  # VRA passes its maps on the CPU
+
+    def head_of_large_maps(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """RankFeat looks at the singular values of a feature map."""
+        channels, height, width = self.map_shape
+        require(
+            height * width > 1,
+            f"--score rankfeat: takes a feature map of more than one pixel; {type(self.net).__name__} ends in "
+            f"{channels} features without one. Leave it out or choose another --model",
+        )
+        return self.head_of_maps
+
+    def is_of_head(self, parameter: str) -> bool:
+        return parameter.rpartition(".")[0] == self.head_name
+
+    def weights(self) -> dict[str, Any]:
+        return {"w": self.head.weight, "b": self.head.bias}
+
+    def half_of_spanned(self) -> int:
+        """Half of the dimensions that the fitting set spans, so that the residual of ViM does not vanish on it."""
+        return max(1, min(self.head.in_features, max(1, self.num_fit)) // 2)
 
 
 class Score:
-    """One score of one network, higher = more out-of-distribution: here a function of `SCORES`."""
+    """One score of one network, from what `Detector.takes` says of a batch to `[n]`.
+
+    Detectors are fitted to the logits, features or maps of a labelled set; those of images to its features.
+    """
 
     temperature: float | None = None  # by which logits are divided for calibration; only one score finds it
 
     def __init__(self, detector: "Detector", model: Model):
-        self.function, self.energy_temperature = SCORES[detector.cls], model.temperature
-
-    def fit(self, values: torch.Tensor, labels: torch.Tensor) -> None:
-        """Fit the score to a labelled set: to its logits, features or maps; detectors of images to its features."""
-
-    def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        """The score of each image of a batch, `[n]`, from what `Detector.takes` says.
-
-        In float64, as float32 probabilities tie near 1.
-        """
-        return self.function(values.double(), self.energy_temperature)
-
-
-class OfLibrary(Score):
-    """A detector of pytorch-ood."""
-
-    def __init__(self, detector: "Detector", model: Model):
+        if detector.cls in SCORES:  # in float64, as float32 probabilities tie near 1
+            self.predict = lambda logits: SCORES[detector.cls](logits.double(), model.temperature)
+            return
         from pytorch_ood import detector as library
 
-        network, self.fit_name, self.predict_name = _LIBRARY_NAMES[detector.takes]
+        network, fit, predict = _LIBRARY_NAMES[detector.takes]
         arguments = detector.arguments(model)
         if "encoder" not in arguments:
             arguments[network] = model.net if detector.takes == "images" else None  # others do not run the network
         self.library = getattr(library, detector.cls)(**arguments)
+        self.fit_library, self.predict = getattr(self.library, fit, None), getattr(self.library, predict)
 
     def fit(self, values: torch.Tensor, labels: torch.Tensor) -> None:
-        """Fit the detector."""
-        getattr(self.library, self.fit_name)(values, labels)
+        self.fit_library(values, labels)
 
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        """What the library predicts."""
-        return getattr(self.library, self.predict_name)(values).detach()
+        return self.predict(values).detach()
 
 
-class OpenMax(OfLibrary):
-    """OpenMax looks only at the classes that occur among the predictions of a batch."""
+class OpenMax(Score):
+    """OpenMax looks only at the classes that occur among the predictions of a batch: a one-hot row is added for each
+    missing class, so that scores do not depend on the batch."""
 
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        """Add a one-hot row for each missing class, so that scores do not depend on the batch."""
         of_each_class = torch.eye(values.shape[1], dtype=values.dtype, device=values.device)
         missing = values.argmax(1).bincount(minlength=values.shape[1]) == 0
         return super().__call__(torch.cat([values, of_each_class[missing]]))[: len(values)]
 
 
-class TemperatureScaling(OfLibrary):
-    """Temperature scaling of the library stops long before the minimum; this goes there."""
+class TemperatureScaling(Score):
+    """Temperature scaling of the library stops long before the minimum; this goes there, and is in float64."""
 
     def fit(self, values: torch.Tensor, labels: torch.Tensor) -> None:
-        """Find the temperature."""
         super().fit(values, labels)
         self.temperature = best_temperature(values.cpu().numpy(), labels.cpu().numpy())
         self.library.t.data.fill_(self.temperature)
 
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        """In float64, as `Score`."""
         return super().__call__(values.double())
 
 
-class FittedOnCPU(OfLibrary):
+class FittedOnCPU(Score):
     """KNN uses scikit-learn's neighbours, on the CPU."""
 
     def fit(self, values: torch.Tensor, labels: torch.Tensor) -> None:
-        """Fit on the CPU."""
         super().fit(values.cpu(), labels.cpu())
 
 
-class OfGradients(OfLibrary):
-    """A detector that differentiates each image by itself."""
+class OfGradients(Score):
+    """A detector that differentiates each image by itself, a few images at a time."""
 
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        """Score a few images at a time."""
-        score = super().__call__
-        return torch.cat([score(part) for part in values.split(GRADIENT_BATCH)])
+        return torch.cat([self.predict(part).detach() for part in values.split(GRADIENT_BATCH)])
 
 
 @dataclass(frozen=True)
 class Detector:
     """How a score is made."""
 
-    cls: str  # its class in pytorch-ood; for `Score` its name in `SCORES`
+    cls: str  # its class in pytorch-ood, or its name in `SCORES`
     takes: str  # its input: logits, features, maps or images
     fits: bool = False  # whether it must be fitted
     arguments: Callable[[Model], dict[str, Any]] = lambda model: {}  # others keep the library's defaults
     least: int = 1  # the fewest images per class that it can be fitted on
-    make: Callable[["Detector", Model], Score] = OfLibrary
+    make: Callable[["Detector", Model], Score] = Score
     needs_head: bool = False  # whether it must know the last layer, though it takes images
-
-    @property
-    def takes_features(self) -> bool:
-        """Whether it needs what enters the last layer, or to know that layer."""
-        return self.needs_head or self.takes in ("features", "maps")
-
-
-def _head(model: Model) -> dict[str, Any]:
-    return {"head": model.head}
-
-
-def _weights(model: Model) -> dict[str, Any]:
-    return {"w": model.head.weight, "b": model.head.bias}
-
-
-def _head_of_maps(model: Model) -> dict[str, Any]:
-    """VRA passes its maps on the CPU, whatever the network's device."""
-    return {"head": lambda maps: model.head(maps.flatten(1).to(model.head.weight.device))}
-
-
-def _head_of_large_maps(model: Model) -> dict[str, Any]:
-    """RankFeat looks at the singular values of a feature map."""
-    channels, height, width = model.map_shape
-    if height * width == 1:
-        raise UserError(
-            f"--score rankfeat: takes a feature map of more than one pixel; {type(model.net).__name__} ends in "
-            f"{channels} features without one. Leave it out or choose another --model"
-        )
-    return _head_of_maps(model)
-
-
-def _norm_std(model: Model) -> dict[str, Any]:
-    return {"norm_std": list(model.std)}
-
-
-def _embed(model: Model) -> dict[str, Any]:
-    """Mahalanobis with ODIN differentiates the features, not the logits."""
-    return _norm_std(model) | {"encoder": model.embed}
-
-
-def _of_head(model: Model) -> dict[str, Any]:
-    """Of its gradients only those of the last layer, as in the paper of GradNorm."""
-    return {"param_filter": lambda name: name.rpartition(".")[0] == model.head_name}
 
 
 DETECTORS = {
@@ -219,30 +171,35 @@ DETECTORS = {
     "openmax": Detector("OpenMax", "logits", True, least=3, make=OpenMax),  # it fits a distribution of distances
     "tscaling": Detector("TemperatureScaling", "logits", True, make=TemperatureScaling),
     # the paper's 50 neighbours on CIFAR-10; fewer where the set is small
-    "knn": Detector("KNN", "features", True, lambda m: {"k": min(50, m.neighbours)}, make=FittedOnCPU),
-    "nnguide": Detector("NNGuide", "features", True, lambda m: _head(m) | {"k": min(10, m.neighbours)}),
+    "knn": Detector("KNN", "features", True, lambda m: {"k": m.neighbours(50)}, make=FittedOnCPU),
+    "nnguide": Detector("NNGuide", "features", True, lambda m: {"head": m.head, "k": m.neighbours(10)}),
     "mahalanobis": Detector("Mahalanobis", "features", True),
     "rmd": Detector("RMD", "features", True),
     "gmm": Detector("GMM", "features", True),
-    # half of the spanned dimensions are principal, so that the residual does not vanish on the fitting set
-    "vim": Detector("ViM", "features", True, lambda m: _weights(m) | {"d": max(1, m.rank // 2)}),
-    "dice": Detector("DICE", "features", True, lambda m: _weights(m) | {"p": 0.9}),  # OpenOOD's
-    "she": Detector("SHE", "features", True, _head),
-    "nci": Detector("NCI", "features", True, _head),
-    "fdbd": Detector("fDBD", "features", True, _head),
-    "pnml": Detector("PNML", "features", True, _head),
-    "lts": Detector("LTS", "features", False, _head),
-    "react": Detector("ReAct", "maps", True, _head_of_maps),
-    "ash": Detector("ASH", "maps", False, _head_of_maps),
-    "scale": Detector("SCALE", "maps", False, _head_of_maps),
-    "vra": Detector("VRA", "maps", True, _head_of_maps),
-    "rankfeat": Detector("RankFeat", "maps", False, _head_of_large_maps),
-    "odin": Detector("ODIN", "images", False, _norm_std),
-    "mahalanobis_odin": Detector("MahalanobisODIN", "images", True, _embed, needs_head=True),
-    "gradnorm": Detector("GradNorm", "images", False, _of_head, make=OfGradients, needs_head=True),
+    "vim": Detector("ViM", "features", True, lambda m: m.weights() | {"d": m.half_of_spanned()}),
+    "dice": Detector("DICE", "features", True, lambda m: m.weights() | {"p": 0.9}),  # OpenOOD's
+    "she": Detector("SHE", "features", True, lambda m: {"head": m.head}),
+    "nci": Detector("NCI", "features", True, lambda m: {"head": m.head}),
+    "fdbd": Detector("fDBD", "features", True, lambda m: {"head": m.head}),
+    "pnml": Detector("PNML", "features", True, lambda m: {"head": m.head}),
+    "lts": Detector("LTS", "features", False, lambda m: {"head": m.head}),
+    "react": Detector("ReAct", "maps", True, lambda m: {"head": m.head_of_maps}),
+    "ash": Detector("ASH", "maps", False, lambda m: {"head": m.head_of_maps}),
+    "scale": Detector("SCALE", "maps", False, lambda m: {"head": m.head_of_maps}),
+    "vra": Detector("VRA", "maps", True, lambda m: {"head": m.head_of_maps}),
+    "rankfeat": Detector("RankFeat", "maps", False, lambda m: {"head": m.head_of_large_maps()}),
+    "odin": Detector("ODIN", "images", False, lambda m: {"norm_std": list(m.std)}),
+    # it differentiates the features, not the logits
+    "mahalanobis_odin": Detector(
+        "MahalanobisODIN", "images", True, lambda m: {"norm_std": list(m.std), "encoder": m.embed}, needs_head=True
+    ),
+    # of its gradients only those of the last layer, as in the paper
+    "gradnorm": Detector(
+        "GradNorm", "images", False, lambda m: {"param_filter": m.is_of_head}, make=OfGradients, needs_head=True
+    ),
     "graduncertainty": Detector("GradUncertainty", "images", make=OfGradients),
 }
-ALL_DETECTORS = {name: Detector(name, "logits", make=Score) for name in SCORES} | DETECTORS
+ALL_DETECTORS = {name: Detector(name, "logits") for name in SCORES} | DETECTORS
 ALL_SCORES = tuple(ALL_DETECTORS)
 _LIBRARY_NAMES = {  # by a detector's input: its argument for the network, and its methods that fit and predict
     "logits": ("model", "fit_logits", "predict_logits"),
@@ -259,15 +216,5 @@ def need_fitting(scores: Sequence[str]) -> list[str]:
 
 def require_library(scores: Sequence[str]) -> None:
     """Raise a `UserError` if a score needs pytorch-ood and that is not installed or too old."""
-    wanted = [name for name in scores if name in DETECTORS]
-    if not wanted:
-        return
-    require_pytorch_ood(f"--score {' '.join(wanted)}")
-    from pytorch_ood import detector
-
-    for name in wanted:
-        spec = DETECTORS[name]
-        if not hasattr(getattr(detector, spec.cls, None), _LIBRARY_NAMES[spec.takes][-1]):
-            raise UserError(
-                f"--score {name}: this version of pytorch-ood does not have it: pip install --upgrade pytorch-ood"
-            )
+    if wanted := [name for name in scores if name in DETECTORS]:
+        require_pytorch_ood(f"--score {' '.join(wanted)}")

@@ -4,13 +4,14 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from utils.compute import distributed
-from utils.core.errors import UserError, blame, unknown_name
+from utils.core.errors import UserError, blame, require, unknown_name
 from utils.core.images import ImageReader
 from utils.core.pixels import conform, unit_images
 from utils.core.rng import generator
@@ -62,27 +63,23 @@ class OODSource:
         """The most images of a set."""
         return len(self.real.images_test) if self.limit is None else self.limit
 
-    def default_names(self) -> tuple[str, ...]:
+    def default_names(self) -> list[str]:
         """The paper's OOD sets for this data set; one that is in no library only if it is on disk."""
-        local = [name for name in LOCAL_ONLY if self.local_path(name) is not None]
+        local = [name for name in LOCAL_ONLY if self.local_path(name)]
         names = (*PAPER_SETS, *local, "CIFAR100" if self.real.name == "CIFAR10" else "CIFAR10")
-        return tuple(name for name in names if not self._in_distribution(name))
+        return [name for name in names if not self._is_own_name(name)]
 
     def find(self, names: Sequence[str], skip_missing: bool = True) -> tuple[list[OODSet], dict[str, str]]:
-        """Look up `names`; returns the sets found, and for each missing one what to do.
+        """The sets of these names that are there, and for each missing one what to do.
 
         Local files are read here, so that damage shows before any computation. With `skip_missing` false, nothing is
-        downloaded if one of the sets can be neither found nor downloaded.
-
-        Raises:
-            UserError: for a name that is neither known nor present as a local file or folder, and for damaged files.
+        downloaded if one of the sets can be neither found nor downloaded. A `UserError` tells of unknown names and of
+        damaged files.
         """
-        there: dict[str, OODSet] = {}
-        missing: dict[str, str] = {}
-        shown = shown_names(names)
+        there, missing, shown = {}, {}, shown_names(names)
         for name in names:
             try:
-                there[name] = replace(self._at_hand(name), name=shown[name])
+                there[name] = replace(self._opened(name, False), name=shown[name])
             except NotThere as error:
                 missing[name] = str(error)
         missing = _on_any_process(missing)
@@ -90,10 +87,10 @@ class OODSource:
         if skip_missing or len(to_fetch) == len(missing):
             for name in to_fetch:
                 try:
-                    there[name] = self._fetched(name)
+                    there[name] = self._opened(name, True)
                     del missing[name]
                 except UserError as error:
-                    missing[name] = f"{error}; or {self._put(name)}"
+                    missing[name] = str(error)
             missing = _on_any_process(missing)
         else:
             missing = {name: why for name, why in missing.items() if name not in to_fetch}
@@ -102,12 +99,8 @@ class OODSource:
     def find_all(self, names: Sequence[str], advice: str = "") -> list[OODSet]:
         """Look up `names`; raises a `UserError` that lists all missing sets and what to do; `advice`: one way more."""
         there, missing = self.find(list(dict.fromkeys(names)), skip_missing=False)
-        if missing:
-            raise UserError(f"{self.flag}: {self._without(missing, advice)}")
-        return there
-
-    def _without(self, missing: dict[str, str], advice: str) -> str:
-        """The message for sets that are missing: their names, why they could not be fetched, and what to do."""
+        if not missing:
+            return there
         fetched = [name for name in missing if name in FETCHED]
         relative = [name for name in missing if is_path(name) and not Path(name).is_absolute()]
         why = f" ({missing[fetched[0]].partition('; or ')[0][:120]})" if fetched and self.download else ""
@@ -120,86 +113,100 @@ class OODSource:
             f"choose sets that need no files: {' '.join(DRAWN)}": True,
         }
         text = "; or ".join(way for way, helps in ways.items() if helps)
-        return f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing{why}. {text[0].upper()}{text[1:]}"
+        missing_are = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+        raise UserError(f"{self.flag}: {missing_are}{why}. {text[0].upper()}{text[1:]}")
 
     def at_hand(self, names: Sequence[str]) -> list[str]:
         """Those of `names` that are there and can be read without a download."""
         found = []
         for name in names:
             with suppress(UserError):
-                found.append(self._at_hand(name).name)
+                found.append(self._opened(name, False).name)
         return found
 
     def local_path(self, name: str) -> Path | None:
         """The folder, array or list of a set: a path as it is given or below `ood_path`, a name in `ood_path`; or None.
 
-        Raises:
-            NotThere: when a path leads to nothing.
-            UserError: when `name` can be neither a name nor a path.
+        A name that is not known may also be that of a file or folder here. `NotThere` tells of a path to nothing.
         """
-        too_long = any(len(os.fsencode(part)) > 200 for part in Path(name).parts)
-        if name in ("", ".", "..") or "\0" in name or too_long:
-            raise UserError(f"{self.flag}: {name[:200]!r} is neither the name nor the path of a set")
+        require(name not in ("", ".", ".."), f"{self.flag}: {name!r} is neither the name nor the path of a set")
         if is_path(name):
             places = list(dict.fromkeys((Path(name), self.ood_path / name)))  # of an absolute path they are one
         else:
             places = [self.ood_path / f"{name}{suffix}" for suffix in ("", *ARRAY_SUFFIXES)]
+            places += [Path(name)] * (name not in KNOWN_SETS)
         path = next((place for place in places if os.path.lexists(place)), None)
         if path is None and is_path(name):
             raise NotThere(f"looked for {' and '.join(map(str, places))}; give the path of the set")
         return path
 
-    def _at_hand(self, name: str) -> OODSet:
-        """The set `name` without a download; if it needs one, raises `NotThere`, which says what to do."""
-        if self._in_distribution(name):
-            raise self._same_images(name)
-        local = self.local_path(name)
-        if local is not None and not (name in FROM_TORCHVISION and (local / "raw").is_dir()):  # torchvision's layout
+    def _opened(self, name: str, download: bool) -> OODSet:
+        """The set `name`; `NotThere`, which says what to do, if it is nowhere.
+
+        With `download` it is fetched by all processes together, whatever one of them has.
+        """
+        self._refuse(name, self._is_own_name(name))
+        real, local = self.real, None if download else self.local_path(name)
+        if local and not (name in FROM_TORCHVISION and (local / "raw").is_dir()):  # torchvision's layout
             return self._from_files(name, local)
         if name in DRAWN:
-            return OODSet(name, "drawn", self.most, lambda: self._drawn(name))
-        if name not in KNOWN_SETS and os.path.lexists(name):
-            return self._from_files(name, Path(name))
+            g = partial(generator, self.seed, "ood", name)
+            return OODSet(name, "drawn", self.most, lambda: DRAWN[name](real, self.most, g()).to(real.device))
         if name not in KNOWN_SETS:
             raise UserError(
                 f"{self.flag}: {unknown_name('OOD set', name, KNOWN_SETS)}, what --ood_path {self.ood_path} holds, and "
                 "paths of folders, arrays and lists; scripts/dataset_outliers.py makes a set of a data set"
             )
-        if name in FROM_TORCHVISION:
-            try:
-                return self._of_torchvision(name, False)
-            except NotThere as error:
-                raise NotThere(f"{error}; or {self._put(name)}") from None
+        place, expected = self.ood_path / name, UserError if download else NotThere
+        put = f"put images into {place}/ or an array into {place}.npz (key images)"
+        try:
+            if name in FROM_TORCHVISION:
+                return self._of_torchvision(name, download)
+            if download:
+                return self._of_library(name, "pytorch-ood", fetch_pytorch_ood(name, self.ood_path))
+        except expected as error:
+            raise NotThere(f"{error}; or {put}") from None
         fetch = ", or let --download all fetch it (pip install pytorch-ood)" if name in FROM_PYTORCH_OOD else ""
-        raise NotThere(f"looked for {self.ood_path / name}[/, .npz, .npy]; {self._put(name)}{fetch}")
+        raise NotThere(f"looked for {place}[/, .npz, .npy]; {put}{fetch}")
 
-    def _in_distribution(self, name: str) -> bool:
-        """Whether a set of this name has images of the in-distribution data."""
+    def _refuse(self, name: str, is_own: bool) -> None:
+        """Refuse a set that has images of the in-distribution data."""
+        why = f"its images are of --dataset {self.real.name}, so they are not out of distribution. Leave it out"
+        require(not is_own, f"{self.flag} {name}: {why}")
+
+    def _is_own_name(self, name: str) -> bool:
         return (name == self.real.name and name in SPECS) or name in SAME_IMAGES.get(self.real.name, ())
 
-    def _same_images(self, name: str) -> UserError:
-        """The error for a set that has images of the in-distribution data."""
-        return UserError(
-            f"{self.flag} {name}: its images are of --dataset {self.real.name}, so they are not out of distribution. "
-            "Leave it out"
-        )
-
-    def _is_in_distribution(self, path: Path) -> bool:
+    def _is_own_path(self, path: Path) -> bool:
         """Whether a file or folder is, holds, or lies in what is read of `--data_path`."""
-        parts = [self.data_path / part for part in ("train", "test", "val")]
-        own = {"npz": [self.data_path] * self.data_path.is_file(), "ImageFolder": parts}.get(
-            self.real.name, []
-        )  # others: one set of several
-        pairs = [(path.resolve(), place.resolve()) for place in own]
+        parts = {"npz": [""] * self.data_path.is_file(), "ImageFolder": ["train", "test", "val"]}
+        parts = parts.get(self.real.name, [])  # of other data sets, --data_path holds several
+        pairs = [(path.resolve(), (self.data_path / part).resolve()) for part in parts]
         return any(a.is_relative_to(b) or b.is_relative_to(a) for a, b in pairs)
+
+    def _from_files(self, name: str, path: Path) -> OODSet:
+        """A set from a local array, folder or list; of files only the images that are used are decoded."""
+        flag, key = (self.flag, stem(name)) if is_path(name) else ("--ood_path", name)
+        reader = ImageReader(flag, self.real.pixel_max)
+        self._refuse(name, self._is_own_path(path))
+        if path.is_dir() or path.suffix == LIST_SUFFIX:
+            with blame(flag):
+                files = reader.some(path) if path.is_dir() else listed_images(path, self.ood_path)
+            self._refuse(name, any(map(self._is_own_path, {file.parent for file in files})))
+            files = [files[i] for i in self._subset(key, len(files)).tolist()]
+            chosen = reader.files(files, self.real.channel, self.real.im_size)
+        else:
+            images = reader.array(path)
+            chosen = images[self._subset(key, len(images))]
+        return OODSet(name, str(path), len(chosen), lambda: self._prepared(chosen), reader.notes())
 
     def _of_torchvision(self, name: str, download: bool) -> OODSet:
         """A set as torchvision stores it, in `data_path` or `ood_path`; `download`: into the first of them."""
-        places = [(self.data_path, "--data_path"), (self.ood_path, "--ood_path")]
+        places = [("--data_path", self.data_path), ("--ood_path", self.ood_path)]
         if self.real.name in ("npz", "ImageFolder"):  # --data_path then holds only that data set
-            del places[0]
+            places = places[1:]
         errors = []
-        for root, flag in places[: 1 if download else None]:
+        for flag, root in places[: 1 if download else 2]:
             try:
                 images = load_test_images(name, root, download, flag, self.real.pixel_max)
                 return self._of_library(name, str(root), images)
@@ -207,102 +214,59 @@ class OODSource:
                 errors.append(error)
         raise errors[0]
 
-    def _fetched(self, name: str) -> OODSet:
-        if name in FROM_TORCHVISION:
-            return self._of_torchvision(name, True)
-        return self._of_library(name, "pytorch-ood", fetch_pytorch_ood(name, self.ood_path))
+    def _of_library(self, name: str, source: str, images: torch.Tensor | Sequence[tuple]) -> OODSet:
+        """A set of images `[N, C, H, W]`, or of pairs of a PIL image and a label, which are converted one by one."""
+        real, indices = self.real, self._subset(name, len(images))
+        if isinstance(images, torch.Tensor):
+            chosen = images[indices]
+            return OODSet(name, source, len(chosen), lambda: self._prepared(chosen))
 
-    def _put(self, name: str) -> str:
-        return f"put images into {self.ood_path / name}/ or an array into {self.ood_path / name}.npz (key images)"
+        def load() -> torch.Tensor:
+            arrays = (torch.from_numpy(np.array(images[index][0].convert("RGB"))) for index in indices.tolist())
+            parts = [conform(array.permute(2, 0, 1)[None], real.channel, real.im_size) for array in arrays]
+            return real.normalize(torch.cat(parts).to(real.device))
 
-    def subset(self, name: str, count: int) -> torch.Tensor:
-        """Indices below `count` of at most `most` images, a random subset fixed by the seed and the name."""
+        return OODSet(name, source, len(indices), load)
+
+    def _subset(self, name: str, count: int) -> torch.Tensor:
+        """Indices of at most `most` out of `count` images, fixed by the seed and the name."""
         return torch.randperm(count, generator=generator(self.seed, "ood", name))[: self.most]
 
-    def prepare(self, chosen: torch.Tensor) -> torch.Tensor:
-        """Images `[N, C, H, W]` of any size, converted to the data set's shape, normalised, on its device."""
+    def _prepared(self, chosen: torch.Tensor) -> torch.Tensor:
+        """Images of any size in the data set's shape, normalised, on its device."""
         real = self.real
         parts = [conform(part.to(real.device), real.channel, real.im_size) for part in chosen.split(1000)]
         return real.normalize(torch.cat(parts))
 
-    def _from_files(self, name: str, path: Path) -> OODSet:
-        """A set from a local array, folder or list; of files only the images that are used are decoded."""
-        flag, key = (self.flag, stem(name)) if is_path(name) else ("--ood_path", name)
-        reader = self.reader(flag)
-        if self._is_in_distribution(path):
-            raise self._same_images(name)
-        if path.is_dir() or path.suffix == LIST_SUFFIX:
-            with blame(flag):
-                files = reader.some(path) if path.is_dir() else listed_images(path, self.ood_path)
-            if any(map(self._is_in_distribution, {file.parent for file in files})):
-                raise self._same_images(name)
-            files = [files[i] for i in self.subset(key, len(files)).tolist()]
-            chosen = reader.files(files, self.real.channel, self.real.im_size)
-        else:
-            images = reader.array(path)
-            chosen = images[self.subset(key, len(images))]
-        return OODSet(name, str(path), len(chosen), lambda: self.prepare(chosen), reader.notes())
-
-    def _drawn(self, name: str) -> torch.Tensor:
-        return DRAWN[name](self.real, self.most, generator(self.seed, "ood", name)).to(self.real.device)
-
-    def _of_library(self, name: str, source: str, images: torch.Tensor | Sequence[tuple]) -> OODSet:
-        """A set of images `[N, C, H, W]`, or of pairs of a PIL image and a label."""
-        indices = self.subset(name, len(images))
-        if isinstance(images, torch.Tensor):
-            chosen = images[indices]
-            return OODSet(name, source, len(chosen), lambda: self.prepare(chosen))
-
-        def load() -> torch.Tensor:
-            """The chosen images, converted one by one and normalised."""
-            arrays = (np.array(images[index][0].convert("RGB")) for index in indices.tolist())
-            pictures = (torch.from_numpy(array).permute(2, 0, 1)[None] for array in arrays)
-            parts = [conform(picture, self.real.channel, self.real.im_size) for picture in pictures]
-            return self.real.normalize(torch.cat(parts).to(self.real.device))
-
-        return OODSet(name, source, len(indices), load)
-
-    def reader(self, flag: str = "--ood_path") -> ImageReader:
-        """A reader of the images of one set; `flag` names it in messages."""
-        return ImageReader(flag, self.real.pixel_max)
-
 
 def _on_any_process(missing: dict[str, str]) -> dict[str, str]:
     """What any process of `torchrun` lacks, so that all of them fetch together and test on the same sets."""
-    parts = distributed.gather({distributed.rank(): missing}).values()
-    return {name: why for part in parts for name, why in part.items()}
+    gathered = distributed.gather({distributed.rank(): missing}).values()
+    return {name: why for part in gathered for name, why in part.items()}
 
 
 def validation_sets(source: OODSource) -> list[OODSet]:
     """The validation outliers: corrupted test images of the other CIFAR, or of the data set itself if it is no CIFAR.
 
-    Raises:
-        UserError: when the other CIFAR is needed and missing.
+    A `UserError` tells that the other CIFAR is needed and missing.
     """
-    real, other = source.real, _other_cifar(source)
-    images = unit_images(real.images_test) if other is None else other
+    real, other = source.real, {"CIFAR10": "CIFAR100", "CIFAR100": "CIFAR10"}.get(source.real.name)
+    images = _other_cifar(source, other) if other else unit_images(real.images_test)
 
     def load(name: str) -> torch.Tensor:
-        """A random subset under the corruption `name`, normalised."""
         g = generator(source.seed, "validation", name)
         taken = torch.randperm(len(images), generator=g)[: max(2, source.most)]  # a corruption may mix two images
         chosen = images[taken].to(real.device)
         return real.normalize(corrupt(conform(chosen, real.channel, real.im_size), name, g)[: source.most])
 
-    made_of = "test images" if other is None else "the other CIFAR"
-    count = min(source.most, len(images))
-    return [OODSet(f"val:{name}", made_of, count, lambda n=name: load(n), kind="validation") for name in VALIDATION]
+    count, made_of = min(source.most, len(images)), "the other CIFAR" if other else "test images"
+    return [OODSet(f"val:{name}", made_of, count, partial(load, name), kind="validation") for name in VALIDATION]
 
 
-def _other_cifar(source: OODSource) -> torch.Tensor | None:
-    """Test images of CIFAR100 for CIFAR10 and vice versa, None for other data."""
-    real = source.real
-    name = {"CIFAR10": "CIFAR100", "CIFAR100": "CIFAR10"}.get(real.name)
-    if name is None:
-        return None
-    local = source.local_path(name)
-    if local is not None:
-        return source.reader().folder_or_array(local, real.channel, real.im_size)
+def _other_cifar(source: OODSource, name: str) -> torch.Tensor:
+    if local := source.local_path(name):
+        reader = ImageReader("--ood_path", source.real.pixel_max)
+        return reader.folder_or_array(local, source.real.channel, source.real.im_size)
     try:
         return load_test_images(name, source.data_path, source.download)
     except UserError as error:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from utils.compute.version import versions, versions_line
 from utils.data.augment import dc_augmentation
-from utils.report.measures import OF_NETWORKS, OF_OOD
 from utils.report.results import Results, shared_sets
-from utils.report.tables import markdown_table, render, value_cell
+from utils.report.study import StudyColumn, StudyRow, mean_rows
+from utils.report.tables import markdown_table, render
 
 PATH_FLAGS = ("data_path", "oe_data_path", "ood_path", "buffer_path", "save_path", "load_path", "resume", "method_file")
 SIZES = ((1000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"))
@@ -50,7 +50,8 @@ def card(f: CardFacts) -> str:
     images, outliers = f.counts
     by = f" by {f.method}" if f.method else ""
     title = f"{f.dataset} distilled{by}: {images} images" + (f", {outliers} outliers" if outliers else "")
-    tags = [*TAGS, f.dataset.lower(), *([f.method.lower()] if f.method else []), *(OUTLIER_TAGS if outliers else ())]
+    tags = [*TAGS, f.dataset.lower(), *filter(None, [f.method.lower()]), *(OUTLIER_TAGS if outliers else ())]
+    augmented = f.strategy or dc_augmentation(f.dataset, f.flags.get("model", "ConvNet"))
     return render(
         "card.md.j2",
         f=f,
@@ -61,7 +62,7 @@ def card(f: CardFacts) -> str:
         yaml_title=_yaml(title),
         tags=map(_yaml, tags),
         size=next((name for most, name in SIZES if sum(f.counts) < most), "100K<n<1M"),
-        epochs=_epochs(f),
+        epochs=1000 if augmented else 300,
         origin=_origin(f),
         measured=measured_table(f.results),
         measured_sets=", ".join(shared_sets(list(f.results.values()))),
@@ -73,25 +74,19 @@ def _yaml(text: str) -> str:
     return text if re.fullmatch(r"[A-Za-z][\w.-]*", text) else json.dumps(text)
 
 
-def _epochs(f: CardFacts) -> int:
-    """The epochs of the command that trains networks, by default."""
-    augmented = f.strategy or dc_augmentation(f.dataset, f.flags.get("model", "ConvNet"))
-    return 1000 if augmented else 300
-
-
 def _origin(f: CardFacts) -> str:
     """A table of what made the set."""
     about = f.origin
     stopped = about.get("stopped")  # publish.py adds it
-    rows = [
-        ("command", f"`{_command(about)}`"),
-        *([("stopped", f"after iteration {stopped[0]} of {stopped[1]}")] if stopped else []),
-        ("commit of TrustDD", f"`{about.get('git_commit') or 'unknown'}`"),
-        ("seed", str(f.flags.get("seed", "unknown"))),
-        ("versions", versions_line(about.get("versions") or versions())),
-        ("date", str(about.get("started", "unknown"))),
-    ]
-    return markdown_table(["", ""], rows)
+    rows = {
+        "command": f"`{_command(about)}`",
+        "stopped": f"after iteration {stopped[0]} of {stopped[1]}" if stopped else "",
+        "commit of TrustDD": f"`{about.get('git_commit') or 'unknown'}`",
+        "seed": str(f.flags.get("seed", "unknown")),
+        "versions": versions_line(about.get("versions") or versions()),
+        "date": str(about.get("started", "unknown")),
+    }
+    return markdown_table(["", ""], [row for row in rows.items() if row[1]])
 
 
 def _command(about: dict) -> str:
@@ -111,13 +106,6 @@ def measured_table(results: dict[str, Results]) -> str:
     """Accuracy and detection of networks trained on the set, as stage 3 measured them."""
     sets = shared_sets(list(results.values()))
     scores = dict.fromkeys(score for r in results.values() for score in r.scores()) if sets else ()
-    detection = [(score, key, OF_OOD[key]) for score in scores for key in ("auroc", "fpr_in")]
-    networks = {key: OF_NETWORKS[key] for key in ("accuracy", "ece")}
-    header = ["networks", *(measure.heading for measure in networks.values())]
-    header += [f"mean {measure.short_title} ({score}) {measure.better}" for score, _, measure in detection]
-    rows = []
-    for title, r in results.items():
-        cells = [value_cell(r.of_networks(key), measure) for key, measure in networks.items()]
-        cells += [value_cell(r.per_network(None, score, key, sets), measure) for score, key, measure in detection]
-        rows.append([f"{len(r.errors)} × {title}", *cells])
-    return markdown_table(header, rows)
+    columns = [StudyColumn("accuracy"), StudyColumn("ece")]
+    columns += [StudyColumn(measure, score, sets) for score in scores for measure in ("auroc", "fpr_in")]
+    return mean_rows([StudyRow(f"{len(r.errors)} × {t}", {0: r}) for t, r in results.items()], columns, "networks")

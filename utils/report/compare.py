@@ -7,14 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from utils.core.errors import UserError
+from utils.core.errors import require
 from utils.core.files import csv_text
-from utils.report.measures import OF_NETWORKS, OF_OOD, Measure
 from utils.report.plots import distilled_pictures, save_comparison
 from utils.report.results import Results, load_results, protocol_line, shared_sets
-from utils.report.tables import markdown_table, render, value_cell
+from utils.report.tables import OF_NETWORKS, OF_OOD, Measure, markdown_table, render
 from utils.runs.lineage import args_or_nothing, sources_of
 
 STRIP = 20
@@ -22,7 +20,12 @@ RESULTS = "results.json"
 CAPTIONS = {"reliability": "reliability of the confidence", "distilled": "the distilled set"}  # these come first
 # what `args.json` of stage 3 says of its networks, by the flag
 FACTS = {"dataset": "data set", "model": "network", "method": "method", "ipc": "images per class", "seed": "seeds"}
-SHOWN_OF_NETWORKS = ("accuracy", "aurc", "ece", "nll", "brier")
+
+_LATEX = str.maketrans(
+    {c: f"\\{c}" for c in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"±": r"$\pm$", "↑": r"$\uparrow$", "↓": r"$\downarrow$"}
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class ComparisonRow:
     score: str  # empty: a measure of the networks
     set: str
     measure: Measure
-    values: tuple[tuple[float, ...], ...]  # for each column one value per network, without NaN
+    values: tuple[list[float], ...]  # for each column one value per network, without NaN
     is_mean: bool = True  # of the networks, or over OOD sets, and not on one of them
 
     def shown(self) -> list[tuple[str, bool]]:
@@ -49,11 +52,21 @@ class ComparisonRow:
         places = range(len(self.values))
         gains = [[g for b in places if b != a and (g := self.gain(b, a))] for a in places]
         leads = [bool(of_column) and all(gain > 2 * error for gain, error in of_column) for of_column in gains]
-        return [(value_cell(values, self.measure), lead) for values, lead in zip(self.values, leads, strict=True)]
+        return [(self.measure.cell(values), lead) for values, lead in zip(self.values, leads, strict=True)]
+
+    def change(self, other: int) -> str:
+        """How a column differs from the first, with its standard error; `equal` within two of them."""
+        gain, error = self.gain(0, other)
+        title = f"{self.measure.title} ({self.score})" if self.score else self.measure.title
+        change = f"{-gain if self.measure.better == '↓' else gain:+.1f}"
+        if math.isinf(error):
+            return f"{title} {change} (one network)"
+        if abs(gain) <= 2 * error:
+            return f"{title} equal ({change} ± {error:.1f})"
+        return f"{title} {change} ± {error:.1f} ({'better' if gain > 0 else 'worse'})"
 
     def gain(self, base: int, other: int) -> tuple[float, float] | None:
-        """By how much a column is better than another, in the unit, and the standard error over networks, which is
-        infinite for a single network; None if either has no value."""
+        """By how much a column is better than another, and the standard error: infinite for a single network."""
         first, second = (np.array(self.values[column]) * self.measure.factor for column in (base, other))
         if not len(first) or not len(second):
             return None
@@ -63,250 +76,168 @@ class ComparisonRow:
         return sign * (second.mean() - first.mean()), error
 
 
-# --- finding runs ----------------------------------------------------------------------------------------------------
-
-
 def find_runs(folders: Sequence[Path], names: Sequence[str] | None, search: Sequence[Path]) -> list[ComparisonColumn]:
     """The stage-3 runs that `folders` lead to, one column each; folders of the same name are pooled into one column.
 
-    Args:
-        folders: stage-3 folders, or folders above them, or folders of stages 1 and 2, which are followed to the
-            stage-3 runs that were made from them.
-        names: one per folder; None takes the paths of the stage-3 folders.
-        search: roots under which the stage-3 runs made from stages 1 and 2 are searched.
-    Raises:
-        UserError: when a folder leads to no stage-3 run, or its results are damaged.
+    Folders of stages 1 and 2 are followed to the stage-3 runs under `search` that were made from them. `names`: one
+    per folder; None takes the paths of the stage-3 folders. A `UserError` tells of a folder that leads to no run.
     """
-    found: dict[str, list[Path]] = {}
+    found: dict[str, dict[Path, None]] = {}
     for folder, name in zip(folders, names or [None] * len(folders), strict=True):
-        for path in stage3_folders(folder, search):
-            found.setdefault(name or str(path), []).append(path)
-    columns = {name: tuple(dict.fromkeys(paths)) for name, paths in found.items()}
-    return [ComparisonColumn(name, paths, pooled(map(load_results, paths))) for name, paths in columns.items()]
+        for path in _stage3_folders(folder, search):
+            found.setdefault(name or str(path), {})[path] = None
+    return [ComparisonColumn(name, tuple(paths), pooled(map(load_results, paths))) for name, paths in found.items()]
 
 
-def stage3_folders(folder: Path, search: Sequence[Path]) -> list[Path]:
-    """The stage-3 folders in or below `folder`; if there are none, those made from what is in or below it.
-
-    Raises:
-        UserError: when there are neither, or `folder` is not a folder.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; give run folders of test_ood_model_syn.py, or of stage 1 or 2")
+def _stage3_folders(folder: Path, search: Sequence[Path]) -> list[Path]:
+    """The stage-3 folders in or below `folder`; if there are none, those made from what is in or below it."""
+    require(folder.is_dir(), f"{folder} is no folder; give run folders of test_ood_model_syn.py, or of stage 1 or 2")
     if below := sorted(path.parent for path in folder.rglob(RESULTS)):
         return below
     known = sorted({path.parent for root in search for path in root.rglob(RESULTS)})
-    origin = folder.resolve()
-    if made := [path for path in known if any(source.is_relative_to(origin) for source in sources_of(path))]:
-        return made
-    raise UserError(
+    made = [path for path in known if any(source.is_relative_to(folder.resolve()) for source in sources_of(path))]
+    require(
+        made,
         f"{folder}: no {RESULTS}, and none of the {len(known)} under {', '.join(map(str, search)) or 'nothing'} was "
-        "made from it; run test_ood_model_syn.py, or name the root of its results with --results"
+        "made from it; run test_ood_model_syn.py, or name the root of its results with --results",
     )
+    return made
 
 
 def of_scores(column: ComparisonColumn, scores: Sequence[str]) -> ComparisonColumn:
-    """The column with these scores alone, in this order.
-
-    Raises:
-        UserError: naming a score that it does not have.
-    """
+    """The column with these scores alone, in this order; a `UserError` names a score that it does not have."""
     results, known = column.results, column.results.scores()
-    if missing := [score for score in scores if score not in known]:
-        raise UserError(f"--scores: {column.name} was not measured by {missing[0]}, only by {', '.join(known)}")
-    rows = sorted((row for row in results.rows if row["score"] in scores), key=lambda row: scores.index(row["score"]))
+    for score in scores:
+        require(score in known, f"--scores: {column.name} was not measured by {score}, only by {', '.join(known)}")
+    rows = [row for score in dict.fromkeys(scores) for row in results.rows if row["score"] == score]
     return replace(column, results=replace(results, rows=rows))
 
 
 def pooled(results: Iterable[Results]) -> Results:
     """Join several results into one; networks are numbered consecutively."""
-    together, protocols = Results(), []
-    for part in results:
+    parts, together = list(results), Results()
+    for part in parts:
         first = len(together.errors)
         together.errors += part.errors
         together.rows += [row | {"network": first + row["network"]} for row in part.rows]
-        together.missing += [name for name in part.missing if name not in together.missing]
-        protocols += part.protocols
-    together.protocols = tuple(dict.fromkeys(protocols))
+    together.protocols = tuple(_distinct(part.protocols for part in parts))
     return together
-
-
-# --- tables ----------------------------------------------------------------------------------------------------------
-
-
-def comparison_rows(columns: Sequence[ComparisonColumn], measures: Sequence[str]) -> list[ComparisonRow]:
-    """The table: accuracy and calibration; then, for each score, each of `measures` in the mean and on each OOD set.
-
-    The mean is over the sets on which all networks were measured; its title says so where there are others.
-    """
-    results = [column.results for column in columns]
-    rows = [
-        ComparisonRow("", "", OF_NETWORKS[name], _defined([r.of_networks(name) for r in results]))
-        for name in SHOWN_OF_NETWORKS
-    ]
-    shared = shared_sets(results)
-    sets: dict[str | None, str] = {}
-    if shared:
-        others = set(_distinct(r.ood_sets() for r in results)) - {*shared}
-        sets[None] = f"mean of {', '.join(shared)}" if others else "mean"
-    sets |= {name: name for name in _distinct(r.sets() for r in results)}
-    rows += [
-        ComparisonRow(
-            score, title, OF_OOD[m], _defined([r.per_network(name, score, m, shared) for r in results]), name is None
-        )
-        for score in _distinct(r.scores() for r in results)
-        for name, title in sets.items()
-        for m in measures
-    ]
-    return [row for row in rows if any(row.values)]
 
 
 def _distinct(names: Iterable[Sequence[str]]) -> list[str]:
     return list(dict.fromkeys(name for part in names for name in part))
 
 
-def _defined(values: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(v for v in of_column if not math.isnan(v)) for of_column in values)
+class Comparison:
+    """The table: accuracy and calibration; then, for each score, each of `measures` in the mean and on each OOD set.
 
-
-def markdown(columns: Sequence[ComparisonColumn], rows: Sequence[ComparisonRow]) -> str:
-    """How the networks were trained, what was found, and the table in markdown: mean ± std over networks, the best in
-    bold where it leads by more than two standard errors."""
-    several = len({row.score for row in rows if row.score}) > 1
-    lines = []
-    for row in rows:
-        title = f"{row.set} ({row.score})" if several and row.score else row.set
-        lines.append([title, row.measure.heading, *(f"**{cell}**" if best else cell for cell, best in row.shown())])
-    table = markdown_table(["OOD set", "measure", *(column.name for column in columns)], lines)
-    found = "".join(f"{line}\n" for line in verdicts(columns, rows))
-    return f"{trained(columns)}\n\n{table}\n\n{found}"
-
-
-def verdicts(columns: Sequence[ComparisonColumn], rows: Sequence[ComparisonRow]) -> list[str]:
-    """A sentence for each column but the first, which it is compared with: accuracy, ECE and mean AUROC."""
-    shown = (OF_NETWORKS["accuracy"], OF_NETWORKS["ece"], OF_OOD["auroc"])
-    wanted = [row for row in rows if row.is_mean and row.measure in shown]
-    lines = []
-    for other, column in enumerate(columns[1:], 1):
-        parts = [f"{_of_score(row)} {change}" for row in wanted if (change := _change(row, other))]
-        if parts:
-            lines.append(f"{column.name} against {columns[0].name}: {', '.join(parts)}.")
-    return lines
-
-
-def _of_score(row: ComparisonRow) -> str:
-    return f"{row.measure.title} ({row.score})" if row.score else row.measure.title
-
-
-def _change(row: ComparisonRow, other: int) -> str:
-    """How a column differs from the first, with its standard error; `equal` within two of them."""
-    found = row.gain(0, other)
-    if found is None:
-        return ""
-    gain, error = found
-    change = -gain if row.measure.better == "↓" else gain
-    if math.isinf(error):
-        return f"{change:+.1f} (one network)"
-    if abs(gain) <= 2 * error:
-        return f"equal ({change:+.1f} ± {error:.1f})"
-    return f"{change:+.1f} ± {error:.1f} ({'better' if gain > 0 else 'worse'})"
-
-
-def trained(columns: Sequence[ComparisonColumn]) -> str:
-    """How the networks of the columns were trained, a sentence."""
-    return protocol_line({column.name: column.results.protocols for column in columns})
-
-
-def table_csv(columns: Sequence[ComparisonColumn], rows: Sequence[ComparisonRow]) -> str:
-    """The table as CSV: mean, std and number of networks of each column, in the unit of the row."""
-    titles = [f"{column.name} {what}" for column in columns for what in ("mean", "std", "networks")]
-    lines = [["score", "set", "measure", "unit", *titles]]
-    for row in rows:
-        cells: list[float | str | int] = []
-        for values in row.values:
-            scaled = np.array(values) * row.measure.factor
-            cells += [float(scaled.mean()), float(scaled.std()), len(values)] if values else ["", "", 0]
-        lines.append([row.score, row.set, row.measure.title, row.measure.unit, *cells])
-    return csv_text(lines)
-
-
-_LATEX = str.maketrans(
-    {c: f"\\{c}" for c in "&%$#_{}"}
-    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    | {"±": r"$\pm$", "↑": r"$\uparrow$", "↓": r"$\downarrow$"}
-)
-
-
-def latex(columns: Sequence[ComparisonColumn], rows: Sequence[ComparisonRow]) -> str:
-    """The table in LaTeX, for the package booktabs: mean ± std over networks, best in bold."""
-    return render(
-        "compare.tex.j2", columns=columns, rows=rows, trained=trained(columns), safe=lambda text: text.translate(_LATEX)
-    )
-
-
-# --- picture and page -------------------------------------------------------------------------------------------------
-
-
-def plot_comparison(path: Path, columns: Sequence[ComparisonColumn]) -> None:
-    """Draw the distilled images and outliers of each column above the AUROC of each score on each OOD set."""
-    results = [column.results for column in columns]
-    sets = _distinct(r.ood_sets() for r in results)
-    shared = shared_sets(results)
-    wanted = [*sets, None] if len(sets) > 1 and shared else sets
-    mean = "mean" if shared == sets else f"mean of {len(shared)}"
-    panels = {
-        score: {
-            name or mean: _defined([r.per_network(name, score, "auroc", shared) for r in results]) for name in wanted
-        }
-        for score in _distinct(r.scores() for r in results)
-    }
-    strips = [strip for column in columns for strip in _strips(column)]
-    save_comparison(path, [column.name for column in columns], panels, strips)
-
-
-def _strips(column: ComparisonColumn) -> list[tuple[str, torch.Tensor]]:
-    """One image per class, and one outlier per slot, of the distilled set of a column; empty if the set is gone."""
-    networks = args_or_nothing(column.folders[0]).get("networks")
-    pictures = distilled_pictures(Path(networks)) if isinstance(networks, str) else []
-    return [(f"{column.name}: {title}, one per class", images[:STRIP, 0]) for title, images in pictures]
-
-
-def facts(columns: Sequence[ComparisonColumn]) -> dict[str, list[str]]:
-    """For the head of the page, by title: what each column is of, as far as its folders say it."""
-    stored = [[args_or_nothing(folder) for folder in column.folders] for column in columns]
-    lines = {
-        title: [_joined(about.get("flags", {}).get(flag) for about in of_column) for of_column in stored]
-        for flag, title in FACTS.items()
-    }
-    lines["networks"] = [str(len(column.results.errors)) for column in columns]
-    lines["tested"] = [_joined(str(about.get("started", ""))[:10] for about in of_column) for of_column in stored]
-    return {title: values for title, values in lines.items() if any(values)}
-
-
-def _joined(values: Iterable[object]) -> str:
-    """The different values, without those that are unknown."""
-    return ", ".join(dict.fromkeys(str(value) for value in values if value not in (None, "")))
-
-
-def comparison_page(
-    columns: Sequence[ComparisonColumn], rows: Sequence[ComparisonRow], picture: Path | None, notes: Sequence[str] = ()
-) -> str:
-    """A self-contained page: tables of the networks and of each score, the picture, and each run's plots; columns of sets sort.
-
-    Args:
-        picture: a PNG of the comparison, if there is one; notes: lines that stand above the tables.
+    The mean is over the sets on which all networks were measured; its title says so where there are others.
     """
-    scores = dict.fromkeys(row.score for row in rows)
-    return render(
-        "page.html.j2",
-        columns=columns,
-        tables={score: [row for row in rows if row.score == score] for score in scores},
-        picture=picture,
-        notes=[trained(columns), *notes],
-        verdicts=verdicts(columns, rows),
-        facts=facts(columns),
-        plots_of=lambda folder: sorted(folder.glob("*.png"), key=lambda p: (p.stem not in CAPTIONS, p.stem)),
-        caption_of=lambda path: CAPTIONS.get(path.stem, path.stem.replace("_", " ", 1)),
-        fitted_on=lambda folder: args_or_nothing(folder).get("fitted_on"),
-        data_of=lambda path: base64.b64encode(path.read_bytes()).decode(),
-    )
+
+    def __init__(self, columns: Sequence[ComparisonColumn], measures: Sequence[str]):
+        self.columns, self.results = columns, [column.results for column in columns]
+        self.shared, self.ood_sets = shared_sets(self.results), _distinct(r.ood_sets() for r in self.results)
+        self.scores = _distinct(r.scores() for r in self.results)
+        mean = "mean" if {*self.ood_sets} == {*self.shared} else f"mean of {', '.join(self.shared)}"
+        sets = [(name, [name], False) for name in _distinct(r.sets() for r in self.results)]
+        sets = [(mean, self.shared, True), *sets] if self.shared else sets
+        rows = [
+            ComparisonRow("", "", OF_NETWORKS[name], _defined(r.of_networks(name) for r in self.results))
+            for name in ("accuracy", "aurc", "ece", "nll", "brier")
+        ]
+        rows += [
+            ComparisonRow(score, title, OF_OOD[m], self.values(score, m, names), is_mean)
+            for score in self.scores
+            for title, names, is_mean in sets
+            for m in measures
+        ]
+        self.rows = [row for row in rows if any(row.values)]
+
+    def values(self, score: str, measure: str, sets: Sequence[str]) -> tuple[list[float], ...]:
+        """For each column one value per network, the mean over `sets`, without NaN."""
+        return _defined(r.per_network(score, measure, sets) for r in self.results)
+
+    @property
+    def trained(self) -> str:
+        """How the networks of the columns were trained, a sentence."""
+        return protocol_line({column.name: column.results.protocols for column in self.columns})
+
+    def verdicts(self) -> list[str]:
+        """A sentence for each column but the first, which it is compared with: accuracy, ECE and mean AUROC."""
+        measures = (OF_NETWORKS["accuracy"], OF_NETWORKS["ece"], OF_OOD["auroc"])
+        wanted = [row for row in self.rows if row.is_mean and row.measure in measures]
+        lines = []
+        for other, column in enumerate(self.columns[1:], 1):
+            if changes := [row.change(other) for row in wanted if row.gain(0, other)]:
+                lines.append(f"{column.name} against {self.columns[0].name}: {', '.join(changes)}.")
+        return lines
+
+    def markdown(self) -> str:
+        """How the networks were trained, the table, and the verdicts; the best is in bold where it leads."""
+        several = len({row.score for row in self.rows if row.score}) > 1
+        lines = []
+        for row in self.rows:
+            title = f"{row.set} ({row.score})" if several and row.score else row.set
+            lines.append([title, row.measure.heading, *(f"**{cell}**" if best else cell for cell, best in row.shown())])
+        table = markdown_table(["OOD set", "measure", *(column.name for column in self.columns)], lines)
+        return "\n".join([self.trained, "", table, "", *self.verdicts(), ""])
+
+    def csv(self) -> str:
+        """Mean, std and number of networks of each column, in the unit of the row."""
+        titles = [f"{column.name} {what}" for column in self.columns for what in ("mean", "std", "networks")]
+        lines = [["score", "set", "measure", "unit", *titles]]
+        for row in self.rows:
+            cells: list[float | str | int] = []
+            for values in row.values:
+                scaled = np.array(values) * row.measure.factor
+                cells += [float(scaled.mean()), float(scaled.std()), len(values)] if values else ["", "", 0]
+            lines.append([row.score, row.set, row.measure.title, row.measure.unit, *cells])
+        return csv_text(lines)
+
+    def latex(self) -> str:
+        """The table for the package booktabs."""
+        return render("compare.tex.j2", table=self, safe=lambda text: text.translate(_LATEX))
+
+    def picture(self, path: Path) -> None:
+        """Draw the distilled images and outliers of each column above the AUROC of each score on each OOD set."""
+        sets = {name: [name] for name in self.ood_sets}
+        if len(sets) > 1 and self.shared:
+            sets["mean" if self.shared == self.ood_sets else f"mean of {len(self.shared)}"] = self.shared
+        panels = {s: {title: self.values(s, "auroc", names) for title, names in sets.items()} for s in self.scores}
+        strips = []  # one image per class, and one outlier per slot, where the set is still there
+        for column in self.columns:
+            networks = args_or_nothing(column.folders[0]).get("networks")
+            pictures = distilled_pictures(Path(networks)) if isinstance(networks, str) else []
+            strips += [(f"{column.name}: {title}, one per class", images[:STRIP, 0]) for title, images in pictures]
+        save_comparison(path, [column.name for column in self.columns], panels, strips)
+
+    def facts(self) -> dict[str, list[str]]:
+        """For the head of the page, by title: what each column is of, as far as its folders say it."""
+        lines: dict[str, list[str]] = {}
+        for column in self.columns:
+            stored = [args_or_nothing(folder) for folder in column.folders]
+            values = {title: [about.get("flags", {}).get(flag) for about in stored] for flag, title in FACTS.items()}
+            values["networks"] = [len(column.results.errors)]
+            values["tested"] = [str(about.get("started", ""))[:10] for about in stored]
+            for title, of_column in values.items():
+                known = dict.fromkeys(str(value) for value in of_column if value not in (None, ""))
+                lines.setdefault(title, []).append(", ".join(known))
+        return {title: texts for title, texts in lines.items() if any(texts)}
+
+    def page(self, picture: Path | None, notes: Sequence[str] = ()) -> str:
+        """A self-contained page: `notes`, tables of the networks and of each score, the `picture`, each run's plots."""
+        return render(
+            "page.html.j2",
+            table=self,
+            tables={score: [row for row in self.rows if row.score == score] for score in ("", *self.scores)},
+            picture=picture,
+            notes=[self.trained, *notes],
+            plots_of=lambda folder: sorted(folder.glob("*.png"), key=lambda p: (p.stem not in CAPTIONS, p.stem)),
+            caption_of=lambda path: CAPTIONS.get(path.stem, path.stem.replace("_", " ", 1)),
+            fitted_on=lambda folder: args_or_nothing(folder).get("fitted_on"),
+            data_of=lambda path: base64.b64encode(path.read_bytes()).decode(),
+        )
+
+
+def _defined(values: Iterable[Sequence[float]]) -> tuple[list[float], ...]:
+    return tuple([v for v in of_column if not math.isnan(v)] for of_column in values)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,28 +11,22 @@ from utils.core.errors import UserError
 from utils.core.files import atomic_write
 from utils.data.datasets import SPECS
 from utils.data.distilled_file import Normalisation
-from utils.ood.calibration import Reliability
+from utils.ood.evaluate import NetworkScores
+from utils.ood.measures import reliability
 from utils.runs.lineage import args_or_nothing, distilled_set_of
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-SMALLEST_SIDE = 64
 SHOWN_PER_CLASS = 10
 BLUE, ORANGE = "#3b6ea5", "#d1733c"
-MARKERS = "os^Dv*PX<>"  # so that columns differ without colours, too
+MARKERS = "os^Dv*PX<>pdh"  # so that columns differ without colours, too; of these there are ten
 
 Dots = dict[str, Sequence[Sequence[float]]]  # by OOD set: for each dot its fractions, none where nothing was measured
-Runs = dict[int, dict[int, float]]  # by the number of a run: a value at each iteration
-Panels = dict[str, dict[str, Runs]]  # by the titles of panel and curve
+Panels = dict[str, dict[str, dict[int, dict[int, float]]]]  # by the titles of panel and curve, run and iteration
 
 
 def shown(images: torch.Tensor) -> torch.Tensor:
-    """Images `[N, C, H, W]` as pictures in [0, 1].
+    """Images `[N, C, H, W]` as pictures: clipped to [0, 1].
 
-    They are clipped; but one that would lose more than half of its values is stretched from its smallest to its
-    largest: distilled outliers may leave the range of pixels, and would be a white tile.
+    But one that would lose more than half of its values, as distilled outliers may, is stretched to that range.
     """
     flat = images.flatten(1)
     low, high = flat.amin(1).view(-1, 1, 1, 1), flat.amax(1).view(-1, 1, 1, 1)
@@ -41,22 +35,20 @@ def shown(images: torch.Tensor) -> torch.Tensor:
 
 
 def save_grid(path: Path, images: torch.Tensor, per_row: int) -> None:
-    """Write images `[N, C, H, W]`, shown as `shown` says, as a PNG grid with a row for each class of `per_row` images;
+    """Write images `[N, C, H, W]`, as `shown` makes them, as a PNG grid with a row for each class of `per_row` images;
     with one image per class ten classes in a row. Tiny images are enlarged."""
     from torchvision.utils import make_grid, save_image
 
-    per_row = per_row if per_row > 1 else 10
-    factor = max(1, -(-SMALLEST_SIDE // images.shape[-1]))
+    factor = max(1, -(-64 // images.shape[-1]))
     images = shown(images).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    grid = make_grid(images, nrow=per_row, padding=2, pad_value=1.0)
+    grid = make_grid(images, nrow=per_row if per_row > 1 else 10, padding=2, pad_value=1.0)
     atomic_write(path, lambda file: save_image(grid, file, format="png"))
 
 
 def distilled_pictures(networks: Path) -> list[tuple[str, torch.Tensor]]:
-    """The images and outliers that the networks of a stage-2 folder were trained on, as pictures.
+    """The images and outliers that the networks of a stage-2 folder were trained on; none if the set cannot be read.
 
-    Returns:
-        Titles and images `[num_classes, ipc, C, H, W]` in [0, 1]; empty if the set is missing or cannot be read.
+    They are titles and pictures `[num_classes, ipc, C, H, W]` in [0, 1].
     """
     flags = args_or_nothing(networks).get("flags") or {}
     try:
@@ -80,32 +72,29 @@ def distilled_pictures(networks: Path) -> list[tuple[str, torch.Tensor]]:
         return []
 
 
-def _new_figure(width: float, height: float) -> "Figure":
-    """An empty figure, in inches. All plots but `save_grid` need matplotlib, which is imported here."""
+def _panels(count: int, most: int, width: float, height: float, **layout: object) -> tuple[Any, Any]:
+    """A figure of `count` panels of this size in inches, at most `most` in a row, and their axes.
+
+    All plots but `save_grid` need matplotlib, which is imported here.
+    """
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _save(path: Path, figure: "Figure", dpi: int = 110) -> None:
-    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
-
-
-def _panels(count: int, most: int, width: float, height: float) -> tuple["Figure", list["Axes"]]:
-    """A figure of `count` panels of this size, at most `most` in a row, and their axes."""
     columns = max(1, min(most, count))
     rows = max(1, -(-count // columns))
-    figure = _new_figure(width * columns, height * rows)
-    axes = list(figure.subplots(rows, columns, squeeze=False).flatten())
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **layout).flatten()
     for axis in axes[count:]:
         axis.set_visible(False)
     return figure, axes
 
 
+def _save(path: Path, figure: Any, dpi: int = 110) -> None:
+    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
+
+
 def _edges(values: np.ndarray) -> np.ndarray:
-    """The edges of 40 equal bins over the finite `values`; the bins are widened if all values are (almost) equal."""
-    finite = values[np.isfinite(values)]
-    low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
+    """The edges of 40 equal bins over `values`; the bins are widened if all values are (almost) equal."""
+    low, high = values.min(), values.max()
     smallest = 1e-13 * max(abs(low), abs(high))  # of less, 40 parts cannot be told from one another
     if high - low <= smallest:
         low, high = low - (smallest or 0.5), high + (smallest or 0.5)
@@ -134,177 +123,140 @@ def save_score_histograms(path: Path, score: str, in_scores: np.ndarray, out_sco
 def save_roc_curves(
     path: Path, score: str, in_scores: Sequence[np.ndarray], out_scores: dict[str, Sequence[np.ndarray]]
 ) -> None:
-    """ROC curves with OOD as positive, one for each OOD set.
+    """ROC curves with OOD as positive, one for each OOD set: the mean over networks, and one standard deviation.
 
-    A curve is the mean over networks at each false-positive rate; its band is one standard deviation.
-
-    Args:
-        in_scores: one array `[N]` per network; out_scores: for each set, one array `[M]` per network; all finite.
+    `in_scores`: one array `[N]` per network; `out_scores`: for each set, one array `[M]` per network; all finite.
     """
-    figure = _new_figure(6.4, 4.2)
-    axis = figure.subplots()
+    from sklearn.metrics import auc, roc_curve
+
+    figure, (axis,) = _panels(1, 1, 6.4, 4.2)
     grid = np.linspace(0, 1, 201)
     for index, (name, arrays) in enumerate(out_scores.items()):
-        curves, areas = zip(*(_roc(*pair, grid) for pair in zip(in_scores, arrays, strict=True)), strict=True)
+        pairs = zip(in_scores, arrays, strict=True)
+        rates = [roc_curve(np.arange(len(i) + len(o)) >= len(i), np.concatenate([i, o]))[:2] for i, o in pairs]
+        curves, area = [np.interp(grid, *of_network) for of_network in rates], np.mean([auc(*r) for r in rates])
         mean, spread = np.mean(curves, 0), np.std(curves, 0)
-        color = _color(index)
-        axis.plot(grid, mean, color=color, linewidth=1.6, label=f"{name}  {np.mean(areas):.1f}")
+        color, line = f"C{index}", "-" if index < 10 else "--"
+        axis.plot(grid, mean, line, color=color, linewidth=1.6, label=f"{name}  {100 * area:.1f}")
         axis.fill_between(grid, (mean - spread).clip(0, 1), (mean + spread).clip(0, 1), color=color, alpha=0.15, lw=0)
     axis.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=0.8)
-    axis.set(xlim=(0, 1), ylim=(0, 1.005), aspect="equal")
-    axis.set_xlabel("in-distribution images taken for OOD")
-    axis.set_ylabel("OOD images found")
+    labels = {"xlabel": "in-distribution images taken for OOD", "ylabel": "OOD images found"}
+    axis.set(xlim=(0, 1), ylim=(0, 1.005), aspect="equal", **labels)
     axis.set_title(f"ROC, score {score}", fontsize=11)
     axis.legend(title="OOD set, AUROC (%)", fontsize=8, title_fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     _save(path, figure)
 
 
-def _roc(inside: np.ndarray, outside: np.ndarray, grid: np.ndarray) -> tuple[np.ndarray, float]:
-    """The true-positive rates at the false-positive rates `grid`, and the AUROC in percent."""
-    from sklearn.metrics import roc_auc_score, roc_curve
-
-    positive = np.arange(len(inside) + len(outside)) >= len(inside)
-    scores = np.concatenate([inside, outside])
-    fpr, tpr, _ = roc_curve(positive, scores)
-    return np.interp(grid, fpr, tpr), 100 * roc_auc_score(positive, scores)
-
-
 def save_curves(path: Path, lines: Sequence[dict]) -> None:
-    """Losses, accuracies and AUROCs over the iterations of a distillation.
+    """Losses, accuracies and AUROCs over the iterations of a distillation, from the lines of `metrics.jsonl`.
 
-    Args:
-        lines: of `metrics.jsonl`. Thin lines are experiments, the thick one is their mean at each iteration; networks
-            of one evaluation are averaged.
+    Thin lines are experiments, the thick one is their mean; networks of one evaluation are averaged.
     """
-    panels: Panels = {"matching loss": {}, "accuracy, %": {}, "AUROC, %": {}}
+    loss, accuracy, auroc = "matching loss", "accuracy, %", "AUROC, %"
+    panels: Panels = {loss: {}, accuracy: {}, auroc: {}}
     for line in lines:
-        model = line.get("model")
         for key, value in line.items():
+            name, _, ood_set = key.partition(" ")  # such as `auroc blob`
+            panel = {"loss": loss, "loss_oe": loss, "accuracy": accuracy, "auroc": auroc}.get(name)
             values = [v for v in (value if isinstance(value, list) else [value]) if v is not None]
-            if key in ("loss", "loss_oe"):
-                panel, curve, factor = "matching loss", "images" if key == "loss" else "outliers", 1
-            elif key == "accuracy":
-                panel, curve, factor = "accuracy, %", model, 100
-            elif key.startswith("auroc "):
-                panel, curve, factor = "AUROC, %", f"{key.removeprefix('auroc ')} ({model})", 100
-            else:
-                continue
-            if values:
+            if panel and values:
+                of_network = f"{ood_set} ({line['model']})" if ood_set else line.get("model")
+                curve = {"loss": "images", "loss_oe": "outliers"}.get(name, of_network)
                 points = panels[panel].setdefault(curve, {}).setdefault(line["experiment"], {})
-                points[line["iteration"]] = factor * float(np.mean(values))
-    save_panels(path, {panel: curves for panel, curves in panels.items() if curves}, points=("accuracy, %", "AUROC, %"))
+                points[line["iteration"]] = (1 if panel == loss else 100) * float(np.mean(values))
+    save_panels(path, {panel: curves for panel, curves in panels.items() if curves}, points=(accuracy, auroc))
 
 
 def save_panels(
     path: Path, panels: Panels, points: Sequence[str] = (), log: Sequence[str] = (), log_iterations: bool = False
 ) -> None:
-    """Curves over iterations, a panel for each quantity, three in a row.
+    """Curves over iterations: thin lines are runs, the thick one is their mean at each iteration.
 
-    Args:
-        panels: thin lines are runs, the thick one is their mean at each iteration.
-        points: titles of panels whose means are marked by points; log: of those with a logarithmic axis of values.
-        log_iterations: the axis of iterations is logarithmic from 1 on; 0 stands to the left of it.
+    `points`: titles of panels whose means are marked by points; `log`: of those with a logarithmic axis of values;
+    `log_iterations`: the axis of iterations is logarithmic from 1 on, and 0 stands to the left of it.
     """
     figure, axes = _panels(len(panels), 3, 4.6, 3.4)
-    explained: list[str] = []
     for axis, (panel, curves) in zip(axes, panels.items(), strict=False):
         for index, (name, runs) in enumerate(curves.items()):
-            _draw_curve(axis, name, runs, _color(index), marker="o" if panel in points else "")
+            for values in runs.values():
+                axis.plot(list(values), list(values.values()), color=f"C{index}", linewidth=0.6, alpha=0.5)
+            steps = sorted({step for values in runs.values() for step in values})
+            means = [np.mean([values[step] for values in runs.values() if step in values]) for step in steps]
+            marker = "o" if panel in points else ""
+            axis.plot(steps, means, color=f"C{index}", linewidth=1.6, marker=marker, markersize=3, label=name)
         axis.set(xlabel="iteration", title=panel)
+        axis.legend(fontsize=8)
         if log_iterations:
             axis.set_xscale("symlog", linthresh=1)
         if panel in log:
             axis.set_yscale("log")
-        if list(curves) != explained:  # one legend serves panels of the same curves
-            axis.legend(fontsize=8)
-            explained = list(curves)
     _save(path, figure)
 
 
-def _draw_curve(axis: "Axes", name: str, runs: Runs, color: tuple[float, ...], marker: str) -> None:
-    """The runs and their mean."""
-    for points in runs.values():
-        axis.plot(list(points), list(points.values()), color=color, linewidth=0.6, alpha=0.5)
-    steps = sorted({step for points in runs.values() for step in points})
-    means = [np.mean([p[step] for p in runs.values() if step in p]) for step in steps]
-    axis.plot(steps, means, color=color, linewidth=1.6, marker=marker, markersize=3, label=name)
-
-
-def _color(index: int) -> tuple[float, ...]:
-    """Ten colours that are easy to tell apart, then twenty more."""
-    from matplotlib import colormaps
-
-    return colormaps["tab10"](index) if index < 10 else colormaps["tab20b"]((index - 10) % 20)
-
-
-def save_reliability(path: Path, bins: Reliability, ece: float) -> None:
-    """The reliability diagram: accuracy by confidence, above the share of predictions in each bin.
-
-    `bins`: of the predictions of all networks; `ece`: the mean over networks, as the tables have it.
-    """
-    figure = _new_figure(4.4, 5.0)
-    top, bottom = figure.subplots(2, 1, height_ratios=[3, 1], sharex=True)
-    left, width = bins.edges[:-1], np.diff(bins.edges)
-    accuracy = np.nan_to_num(bins.accuracy)
-    gap = np.nan_to_num(bins.confidence - bins.accuracy)
+def save_reliability(path: Path, networks: Sequence[NetworkScores]) -> None:
+    """The reliability diagram over the predictions of all networks; its ECE is the mean over networks, as in tables."""
+    predictions = (np.concatenate([getattr(n, what) for n in networks]) for what in ("confidence", "correct"))
+    count, confidence, accuracy = reliability(*predictions)
+    ece = float(np.mean([n.errors["ece"] for n in networks]))
+    figure, (top, bottom) = _panels(2, 1, 4.4, 2.5, height_ratios=[3, 1], sharex=True)
+    edges = np.linspace(0, 1, len(count) + 1)
+    left, width = edges[:-1], np.diff(edges)
+    accuracy, gap = np.nan_to_num(accuracy), np.nan_to_num(confidence - accuracy)
     top.bar(left, accuracy, width, align="edge", color=BLUE, edgecolor="white", label="accuracy")
     gap_style = {"color": "none", "edgecolor": ORANGE, "hatch": "////", "linewidth": 1}
     top.bar(left, gap, width, bottom=accuracy, align="edge", label="gap to the confidence", **gap_style)
     top.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1)
     top.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
-    confident = "over-confident" if np.nansum(gap * bins.count) > 0 else "under-confident"
+    confident = "over-confident" if (gap * count).sum() > 0 else "under-confident"
     top.set_title(f"Reliability: ECE {100 * ece:.2f} %, {confident}", fontsize=10)
     top.legend(fontsize=8, loc="upper left")
-    bottom.bar(left, bins.count / bins.count.sum(), width, align="edge", color="#7f8c9a", edgecolor="white")
+    bottom.bar(left, count / count.sum(), width, align="edge", color="#7f8c9a", edgecolor="white")
     bottom.set(xlabel="confidence (largest softmax probability)", ylabel="share", ylim=(0, None))
     _save(path, figure)
 
 
-def save_distilled(path: Path, pictures: Sequence[tuple[str, torch.Tensor]]) -> None:
-    """Grids of distilled images and outliers under their titles, at most ten per class.
-
-    Args:
-        pictures: titles and images `[num_classes, ipc, C, H, W]` in [0, 1]. A row per class; with one image per class,
-            ten classes in a row.
-    """
+def _tiled(images: torch.Tensor) -> np.ndarray:
+    """Images `[num_classes, n, C, H, W]` on grey, a row per class; with one image per class, ten classes in a row."""
     from torchvision.utils import make_grid
 
-    grids = []
-    for _, images in pictures:
-        shown = images[:, :SHOWN_PER_CLASS]
-        per_row = shown.shape[1] if shown.shape[1] > 1 else min(10, len(shown))
-        grids.append(make_grid(shown.flatten(0, 1), nrow=per_row, padding=1, pad_value=0.6).permute(1, 2, 0).numpy())
-    height, width = grids[0].shape[:2]
-    stacked = width > height  # wide strips go below each other, tall grids beside each other
-    shape = (len(grids), 1) if stacked else (1, len(grids))
-    side = min(10.0, max(2.6, 4.6 * height / width))
-    size = (6, len(grids) * (6 * height / width + 0.4)) if stacked else (4.6 * len(grids), side + 0.4)
-    figure = _new_figure(*size)
-    for axis, (title, _), grid in zip(figure.subplots(*shape, squeeze=False).flatten(), pictures, grids, strict=True):
-        axis.imshow(grid.clip(0, 1), interpolation="nearest")
-        axis.set_title(title, fontsize=10)
-        axis.set_axis_off()
+    per_row = images.shape[1] if images.shape[1] > 1 else min(10, len(images))
+    grid = make_grid(images.flatten(0, 1), nrow=per_row, padding=1, pad_value=0.6)
+    return grid.permute(1, 2, 0).numpy().clip(0, 1)
+
+
+def _show(axis: Any, images: torch.Tensor, title: str, **style: object) -> None:
+    axis.imshow(_tiled(images), interpolation="nearest")
+    axis.set_title(title, **style)
+    axis.set_axis_off()
+
+
+def save_distilled(path: Path, pictures: Sequence[tuple[str, torch.Tensor]]) -> None:
+    """Grids of distilled images and outliers under their titles, at most ten per class, as `_tiled` lays them out.
+
+    `pictures`: titles and images `[num_classes, ipc, C, H, W]` in [0, 1].
+    """
+    height, width, _ = _tiled(pictures[0][1][:, :SHOWN_PER_CLASS]).shape
+    size = (4.6, min(10.0, max(2.6, 4.6 * height / width)) + 0.4)
+    beside, below = (len(pictures), *size), (1, 6, 6 * height / width + 0.4)  # tall grids, wide strips
+    figure, axes = _panels(len(pictures), *(below if width > height else beside))
+    for axis, (title, images) in zip(axes, pictures, strict=True):
+        _show(axis, images[:, :SHOWN_PER_CLASS], title, fontsize=10)
     _save(path, figure, dpi=130)
 
 
 def save_comparison(
     path: Path, names: Sequence[str], panels: dict[str, Dots], strips: Sequence[tuple[str, torch.Tensor]]
 ) -> None:
-    """Strips of images above dots of AUROC, a panel for each score.
+    """Strips of images `[N, C, H, W]` in [0, 1] under their titles, above dots of AUROC, a panel for each score.
 
-    Args:
-        names: one for each dot of a set; panels: by score; strips: titles and images `[N, C, H, W]` in [0, 1].
+    `names`: one for each dot of a set.
     """
     height = 2.6 if len(panels) == 1 else 1.9
-    figure = _new_figure(8, 0.75 * len(strips) + height * len(panels))
     ratios = [0.8] * len(strips) + [height] * len(panels)
-    axes = figure.subplots(len(ratios), 1, height_ratios=ratios, squeeze=False)[:, 0]
+    whole = 0.75 * len(strips) + height * len(panels)
+    figure, axes = _panels(len(ratios), 1, 8, whole / len(ratios), height_ratios=ratios)
     for axis, (title, images) in zip(axes, strips, strict=False):
-        padded = torch.nn.functional.pad(images, (0, 1, 1, 1), value=0.6)
-        strip = torch.nn.functional.pad(torch.cat(list(padded), 2), (1, 0, 0, 0), value=0.6)
-        axis.imshow(strip.expand(3, -1, -1).permute(1, 2, 0).numpy(), interpolation="nearest")
-        axis.set_title(title, fontsize=9, loc="left")
-        axis.set_axis_off()
+        _show(axis, images[None], title, fontsize=9, loc="left")
     for axis, (score, dots) in zip(axes[len(strips) :], panels.items(), strict=True):
         _draw_dots(axis, names, score, dots)
     top = axes[len(strips)]
@@ -312,7 +264,7 @@ def save_comparison(
     _save(path, figure, dpi=130)
 
 
-def _draw_dots(axis: "Axes", names: Sequence[str], score: str, dots: Dots) -> None:
+def _draw_dots(axis: Any, names: Sequence[str], score: str, dots: Dots) -> None:
     means, spread = (
         np.array([[100 * of(values) if values else np.nan for values in group] for group in dots.values()])
         for of in (np.mean, np.std)
@@ -320,12 +272,11 @@ def _draw_dots(axis: "Axes", names: Sequence[str], score: str, dots: Dots) -> No
     width = 0.7 / len(names)
     for i, name in enumerate(names):
         at = np.arange(len(dots)) + (i - (len(names) - 1) / 2) * width
-        style = {"fmt": MARKERS[i % len(MARKERS)], "markersize": 6, "capsize": 2, "color": _color(i)}
+        style = {"fmt": MARKERS[i % len(MARKERS)], "markersize": 6, "capsize": 2, "color": f"C{i}"}
         axis.errorbar(at, means[:, i], spread[:, i], label=name, **style)
     for between in range(1, len(dots)):
         axis.axvline(between - 0.5, color="grey", linewidth=0.4, alpha=0.5)
     axis.set_xticks(range(len(dots)), dots)
-    axis.set_xlim(-0.5, len(dots) - 0.5)
-    axis.set_ylabel(f"AUROC (%), {score}")
+    axis.set(xlim=(-0.5, len(dots) - 0.5), ylabel=f"AUROC (%), {score}")
     axis.axhline(50, color="grey", linewidth=0.8, linestyle=":")
     axis.text(-0.48, 50, "guessing", fontsize=7, color="grey", va="bottom")

@@ -13,9 +13,8 @@ import numpy as np
 
 from utils.core.errors import UserError
 from utils.core.files import csv_text, read_json, save_text
-from utils.ood.calibration import CALIBRATION_MEASURES, SCALED_MEASURES, Reliability, reliability
 from utils.ood.evaluate import NetworkScores
-from utils.ood.measures import ERROR_MEASURES, MEASURES
+from utils.ood.measures import CALIBRATION_MEASURES, ERROR_MEASURES, MEASURES, SCALED_MEASURES
 
 NETWORK_MEASURES = (*ERROR_MEASURES, *CALIBRATION_MEASURES, *SCALED_MEASURES)
 # columns of the CSV of a study; measures of error detection that share their name with one of OOD detection get another
@@ -26,16 +25,12 @@ STUDY_COLUMNS = {m: f"error_{m}" if m in ("auroc", "aupr", "fpr") else m for m i
 class Results:
     """What stage 3 measured."""
 
-    # `NETWORK_MEASURES` of each network; `SCALED_MEASURES` only with temperature scaling
-    errors: list[dict[str, float]] = field(default_factory=list)
-    # for each network, OOD set and score: `network`, `set`, `score` and `MEASURES`; NaN where a score was not finite
-    rows: list[dict] = field(default_factory=list)
+    errors: list[dict[str, float]] = field(default_factory=list)  # of each network: those of `NETWORK_MEASURES`
+    rows: list[dict] = field(default_factory=list)  # `network`, `set`, `score`, `MEASURES`: NaN of scores not finite
     missing: list[str] = field(default_factory=list)  # OOD sets that were skipped
-    # how the networks were trained; older results do not say it, and there was one protocol
-    protocols: tuple[str, ...] = ("dc",)
+    protocols: tuple[str, ...] = ("dc",)  # how the networks were trained; older results have one, and do not say it
 
     def sets(self) -> list[str]:
-        """Names of the measured sets, in order."""
         return list(dict.fromkeys(row["set"] for row in self.rows))
 
     def ood_sets(self) -> list[str]:
@@ -43,17 +38,16 @@ class Results:
         return [name for name in self.sets() if not name.startswith("val:")]
 
     def scores(self) -> list[str]:
-        """Names of the scores, in order."""
         return list(dict.fromkeys(row["score"] for row in self.rows))
 
-    def per_network(
-        self, name: str | None, score: str, measure: str, among: Sequence[str] | None = None
-    ) -> list[float]:
-        """One value per network: on the set `name`, or (None) the mean over the sets `among`.
+    @property
+    def are_scaled(self) -> bool:
+        """Whether there are `SCALED_MEASURES`."""
+        return any("temperature" in errors for errors in self.errors)
 
-        `among` left out: all OOD sets.
-        """
-        sets = [name] if name else self.ood_sets() if among is None else among
+    def per_network(self, score: str, measure: str, sets: Sequence[str] | None = None) -> list[float]:
+        """One value per network, the mean over `sets`; left out: all OOD sets."""
+        sets = self.ood_sets() if sets is None else sets
         values: dict[int, list[float]] = {}
         for row in self.rows:
             if row["set"] in sets and row["score"] == score:
@@ -69,58 +63,33 @@ class Results:
 
 def shared_sets(results: Sequence[Results]) -> list[str]:
     """The OOD sets on which all networks of all `results` were measured, in order: those whose means compare."""
+
+    def networks(r: Results, among: Sequence[str]) -> set[int]:
+        return {row["network"] for row in r.rows if row["set"] in among}
+
     names = dict.fromkeys(name for r in results for name in r.ood_sets())
-    for r in results:
-        networks = {row["network"] for row in r.rows}
-        for name in [*names]:
-            if {row["network"] for row in r.rows if row["set"] == name} != networks:
-                del names[name]
-    return list(names)
-
-
-def protocol_of(training: Mapping[str, object]) -> str:
-    """How networks were trained, in words; `training`: the protocol, the epochs, and flags that overrule it."""
-    more = [f"{name} {value}" for name, value in training.items() if name not in ("protocol", "epochs")]
-    epochs = [f"{training['epochs']} epochs"] if training.get("epochs") else []
-    return ", ".join([str(training["protocol"]), *epochs, *more])
+    return [name for name in names if all(networks(r, [name]) == networks(r, r.sets()) for r in results)]
 
 
 def protocol_line(named: Mapping[str, Sequence[str]]) -> str:
-    """A line for the head of a table, from the protocols by which the networks of its columns or rows were trained."""
+    """A line for the head of a table; `named`: the protocols by which the networks of each row were trained."""
     names: dict[str, list[str]] = {}
     for name, protocols in named.items():
         for protocol in protocols:
             names.setdefault(protocol, []).append(name)
-    if len(names) == 1:
-        return f"Networks trained by protocol {next(iter(names))}."
-    return "Networks trained by protocol " + "; ".join(f"{p}: {', '.join(who)}" for p, who in names.items()) + "."
+    whose = [protocol if len(names) == 1 else f"{protocol}: {', '.join(who)}" for protocol, who in names.items()]
+    return f"Networks trained by protocol {'; '.join(whose)}."
 
 
-@dataclass
-class PlotData:
-    """What the plots need beside the results."""
-
-    in_scores: dict[str, list[np.ndarray]]  # by score: `[N]` for each network
-    out_scores: dict[str, dict[str, list[np.ndarray]]]  # by score and OOD set: `[M]` for each network
-    reliability: Reliability  # over the predictions of all networks
-
-
-def results_of(networks: Sequence[NetworkScores]) -> tuple[Results, PlotData]:
-    """The results and plot data of stage 3, from the scores of one network or more."""
-    sets, scores = list(networks[0].out_scores), list(networks[0].in_scores)
+def results_of(networks: Sequence[NetworkScores]) -> Results:
+    """The results of stage 3, from the scores of one network or more."""
     rows = [
-        {"network": index, "set": name, "score": score, **network.measures[name][score]}
-        for name in sets
+        {"network": index, "set": name, "score": score, **measures}
+        for name in networks[0].measures
         for index, network in enumerate(networks)
-        for score in scores
+        for score, measures in network.measures[name].items()
     ]
-    bins = reliability(*(np.concatenate([getattr(n, what) for n in networks]) for what in ("confidence", "correct")))
-    in_scores = {score: [n.in_scores[score] for n in networks] for score in scores}
-    out_scores = {score: {name: [n.out_scores[name][score] for n in networks] for name in sets} for score in scores}
-    return Results([n.errors for n in networks], rows), PlotData(in_scores, out_scores, bins)
-
-
-# --- files of one run ------------------------------------------------------------------------------------------------
+    return Results([n.errors for n in networks], rows)
 
 
 def results_json(results: Results, about: dict) -> str:
@@ -132,25 +101,16 @@ def results_json(results: Results, about: dict) -> str:
 
 
 def results_csv(results: Results) -> str:
-    """CSV with a row per network, OOD set and score; each repeats the network's accuracy, AURC and calibration.
-
-    After temperature scaling the temperature and the calibration with it, too.
-    """
-    scaled = SCALED_MEASURES if any("temperature" in errors for errors in results.errors) else ()
-    repeated = {m: results.of_networks(m) for m in ("accuracy", "aurc", *CALIBRATION_MEASURES, *scaled)}
-    lines = [["network", "set", "score", *MEASURES, *repeated]]
-    for row in results.rows:
-        of_network = {m: values[row["network"]] for m, values in repeated.items()}
-        lines.append([(row | of_network)[column] for column in lines[0]])
-    return csv_text(lines)
+    """CSV with a row per network, OOD set and score; each repeats the network's accuracy, AURC and calibration."""
+    repeated = ("accuracy", "aurc", *CALIBRATION_MEASURES, *(SCALED_MEASURES if results.are_scaled else ()))
+    of_networks = [results.of_networks(measure) for measure in repeated]
+    columns = ("network", "set", "score", *MEASURES)
+    lines = [[*(row[c] for c in columns), *(values[row["network"]] for values in of_networks)] for row in results.rows]
+    return csv_text([[*columns, *repeated], *lines])
 
 
 def load_results(folder: Path) -> Results:
-    """Read `results.json` of a stage-3 folder.
-
-    Raises:
-        UserError: when it is missing, damaged, or not what stage 3 writes.
-    """
+    """Read `results.json` of a stage-3 folder; a `UserError` tells that it is missing, damaged, or something else."""
     path = folder / "results.json"
     content = read_json(path, "results")
     try:
@@ -160,13 +120,18 @@ def load_results(folder: Path) -> Results:
         )
         for row in rows:
             _ = row["set"], row["score"], [float(row[m]) for m in MEASURES], float(errors[row["network"]]["error"])
-        training = content["about"].get("training", {"protocol": "dc"})
-        return Results(errors, rows, list(content["missing"]), (protocol_of(training),))
+        protocol = _protocol(content["about"].get("training", {"protocol": "dc"}))
+        return Results(errors, rows, list(content["missing"]), (protocol,))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise UserError(f"{path} is damaged, or is not what test_ood_model_syn.py writes; run it again") from None
 
 
-# --- the file of a study ---------------------------------------------------------------------------------------------
+def _protocol(training: Mapping[str, object]) -> str:
+    """How networks were trained, in words; `training`: the protocol, the epochs, and flags that overrule it."""
+    more = [f"{name} {value}" for name, value in training.items() if name not in ("protocol", "epochs")]
+    epochs = [f"{training['epochs']} epochs"] if training.get("epochs") else []
+    return ", ".join([str(training["protocol"]), *epochs, *more])
+
 
 StudyResults = dict[str, dict[int, Results]]  # by the name of the kind and the seed
 
@@ -191,11 +156,7 @@ def save_study_csv(path: Path, study: StudyResults) -> None:
 
 
 def load_study_csv(path: Path) -> StudyResults:
-    """Read what `save_study_csv` wrote.
-
-    Raises:
-        UserError: when the file is missing, damaged, or something else.
-    """
+    """Read what `save_study_csv` wrote; a `UserError` tells that it is missing, damaged, or something else."""
     try:
         return _parsed(path.resolve(), path.stat().st_mtime_ns)
     except (OSError, ValueError, KeyError, TypeError, IndexError, csv.Error):

@@ -1,20 +1,18 @@
 """The results of a study, several seeds of several kinds of sets: mean rows, and differences paired by seed.
 
-They lie in a folder of a table script, or in a CSV file that scripts/tables/keep_results.py wrote.
-A path like `digits.csv/ipc1/DC` names the kinds in that file that begin with `ipc1/DC/`.
+They lie in a folder of a table script, or in a CSV file of scripts/tables/keep_results.py: a path like
+`digits.csv/ipc1/DC` names the kinds in that file that begin with `ipc1/DC/`.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from utils.core.errors import UserError
-from utils.report.measures import OF_NETWORKS, OF_OOD, Measure
+from utils.core.errors import UserError, require
 from utils.report.results import Results, load_results, load_study_csv
-from utils.report.tables import markdown_table, value_cell
+from utils.report.tables import OF_NETWORKS, OF_OOD, Measure, markdown_table
 
 
 @dataclass(frozen=True)
@@ -23,24 +21,23 @@ class StudyColumn:
 
     measure: str
     score: str = ""  # empty: `measure` is one of the networks
-    set: str | None = None  # the OOD set; None: the mean over all
+    sets: Sequence[str] | None = None  # the OOD sets of the mean; None: all
 
     @property
     def shown(self) -> Measure:
-        """How it is shown."""
         return (OF_OOD if self.score else OF_NETWORKS)[self.measure]
 
     @property
     def title(self) -> str:
-        """As the tables show it."""
         if not self.score:
             return self.shown.heading
-        return " ".join(filter(None, (self.shown.short_title, self.score, self.set, self.shown.better)))
+        alone = self.sets if self.sets and len(self.sets) == 1 else ()
+        return " ".join((self.shown.short_title, self.score, *alone, self.shown.better))
 
     def of(self, results: Results) -> list[float]:
         """One value per network."""
         if self.score:
-            return results.per_network(self.set, self.score, self.measure)
+            return results.per_network(self.score, self.measure, self.sets)
         return results.of_networks(self.measure)
 
 
@@ -53,21 +50,17 @@ class StudyRow:
 
     @property
     def protocols(self) -> list[str]:
-        """How the networks of all seeds were trained."""
         return list(dict.fromkeys(p for results in self.seeds.values() for p in results.protocols))
 
     def cell(self, column: StudyColumn) -> str:
         """`mean ± std` over the networks of all seeds, or a dash where nothing was measured."""
-        return value_cell([v for results in self.seeds.values() for v in column.of(results)], column.shown)
+        return column.shown.cell([v for results in self.seeds.values() for v in column.of(results)])
 
     def by_seed(self, column: StudyColumn) -> dict[int, float]:
         """The mean over the networks of each seed; networks and seeds without a value are left out."""
         values = {seed: np.array(column.of(results)) for seed, results in self.seeds.items()}
         defined = {seed: v[~np.isnan(v)] for seed, v in values.items()}
         return {seed: float(v.mean()) for seed, v in defined.items() if len(v)}
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
 
 
 def csv_part(place: Path) -> tuple[Path, str] | None:
@@ -79,17 +72,10 @@ def csv_part(place: Path) -> tuple[Path, str] | None:
 def places_of_kinds(study: Path, names: Sequence[str] | None) -> dict[str, Path]:
     """Where the kinds of a study are, by name: those of `names` that it has, or (None) all.
 
-    Kinds that begin with `whole` are also looked for in the folder above.
-
-    Raises:
-        UserError: when `study` is neither a folder nor in a CSV file, or that is damaged.
+    Kinds that begin with `whole` are also looked for in the folder above. A `UserError` tells of a study without kinds.
     """
-    if not study.is_dir() and not csv_part(study):
-        raise UserError(
-            f"{study} is no folder; give folders of a table script, e.g. result-tables/digits/ipc1, or a CSV file"
-        )
-    here = kinds_in(study)
-    if not here and (part := csv_part(study)):
+    here, part = kinds_in(study), csv_part(study)
+    if not here and part:
         groups = dict.fromkeys(kind.rpartition("/")[0] for kind in load_study_csv(part[0]))
         raise UserError(f"{study} names no kinds of {part[0]}; its kinds are in {', '.join(filter(None, groups))}")
     above = {name: place for name, place in kinds_in(study.parent).items() if name.startswith("whole")}
@@ -99,44 +85,35 @@ def places_of_kinds(study: Path, names: Sequence[str] | None) -> dict[str, Path]
 
 def kinds_in(study: Path) -> dict[str, Path]:
     """The places of the kinds in a folder, or in (a group of) a CSV file, by name."""
-    part = csv_part(study)
-    if not part:
-        return {path.name: path.resolve() for path in study.iterdir() if list(path.glob("seed*/3-ood"))}
-    file, group = part
-    start = f"{group}/" if group else ""
-    names = (kind.removeprefix(start) for kind in load_study_csv(file) if kind.startswith(start))
-    return {name: study.resolve() / name for name in names if "/" not in name}
+    if part := csv_part(study):
+        start = f"{part[1]}/".lstrip("/")
+        names = (kind.removeprefix(start) for kind in load_study_csv(part[0]) if kind.startswith(start))
+        return {name: study.resolve() / name for name in names if "/" not in name}
+    example = "result-tables/digits/ipc1"
+    require(study.is_dir(), f"{study} is no folder; give folders of a table script, e.g. {example}, or a CSV file")
+    return {path.name: path.resolve() for path in study.iterdir() if list(path.glob("seed*/3-ood"))}
 
 
 def read_kind(place: Path, name: str) -> StudyRow:
-    """The results of the kind at `place`, a folder with a folder `seed<number>` for each seed, or one of a CSV file.
+    """The results of a kind: a folder with a folder `seed<number>` for each seed, or one of a CSV file.
 
-    Raises:
-        UserError: when there are none, a seed has several, or one is damaged.
+    A `UserError` tells that there are none, a seed has several, or one is damaged.
     """
     if part := csv_part(place):
         return StudyRow(name, load_study_csv(part[0])[part[1]])
     seeds: dict[int, Results] = {}
-    for path in sorted(place.glob("seed*")):
-        number = re.fullmatch(r"seed(\d+)", path.name)
-        files = sorted(path.rglob("results.json"))
-        if number is None or not files:
-            continue
-        if len(files) > 1:
-            raise UserError(f"{path} holds {len(files)} files results.json; keep one for each seed")
-        seeds[int(number[1])] = load_results(files[0].parent)
-    if not seeds:
-        raise UserError(f"{place}: no results of stage 3 in seed<number>/; give folders that a table script wrote")
+    for path in place.glob("seed*"):
+        files = list(path.rglob("results.json")) if path.name[4:].isdecimal() else []
+        require(len(files) < 2, f"{path} holds {len(files)} files results.json; keep one for each seed")
+        seeds |= {int(path.name[4:]): load_results(file.parent) for file in files}
+    require(seeds, f"{place}: no results of stage 3 in seed<number>/; give folders that a table script wrote")
     return StudyRow(name, dict(sorted(seeds.items())))
 
 
-# --- tables ----------------------------------------------------------------------------------------------------------
-
-
-def mean_rows(kinds: Sequence[StudyRow], columns: Sequence[StudyColumn]) -> str:
+def mean_rows(kinds: Sequence[StudyRow], columns: Sequence[StudyColumn], first: str = "images, outliers") -> str:
     """A markdown table: a row for each kind, a column for each measure."""
     rows = [[kind.name, *map(kind.cell, columns)] for kind in kinds]
-    return markdown_table(("images, outliers", *(column.title for column in columns)), rows)
+    return markdown_table((first, *(column.title for column in columns)), rows)
 
 
 def score_rows(kinds: Sequence[StudyRow], scores: Sequence[str], measure: str) -> str:
@@ -147,27 +124,15 @@ def score_rows(kinds: Sequence[StudyRow], scores: Sequence[str], measure: str) -
 
 
 def differences(base: StudyRow, others: Sequence[StudyRow], columns: Sequence[StudyColumn]) -> str:
-    """A markdown table: `base` minus each other kind, paired by seed.
-
-    A cell holds the mean difference and its standard error over the seeds that both have; with a single seed there is
-    none.
-    """
-    rows = []
-    for other in others:
-        cells = []
-        for column in columns:
-            first, second = base.by_seed(column), other.by_seed(column)
-            gaps = [column.shown.factor * (first[s] - second[s]) for s in first if s in second]
-            cells.append(_difference(np.array(gaps), column.shown.digits))
-        rows.append([f"{base.name} minus {other.name}", *cells])
+    """A markdown table: `base` minus each other kind, paired by seed, and the standard error over two seeds or more."""
+    rows = [[f"{base.name} minus {other.name}", *(_difference(base, other, c) for c in columns)] for other in others]
     return markdown_table(("difference", *(column.title.rstrip(" ↑↓") for column in columns)), rows)
 
 
-def _difference(values: np.ndarray, digits: int) -> str:
-    if not len(values):
+def _difference(base: StudyRow, other: StudyRow, column: StudyColumn) -> str:
+    first, second, shown = base.by_seed(column), other.by_seed(column), column.shown
+    gaps = np.array([shown.factor * (first[seed] - second[seed]) for seed in first if seed in second])
+    if not len(gaps):
         return "-"
-    mean = f"{values.mean():+.{digits}f}"
-    if len(values) == 1:
-        return mean
-    error = values.std(ddof=1) / np.sqrt(len(values))
-    return f"{mean} ± {error:.{digits}f}"
+    error = f" ± {gaps.std(ddof=1) / np.sqrt(len(gaps)):.{shown.digits}f}" if len(gaps) > 1 else ""
+    return f"{gaps.mean():+.{shown.digits}f}{error}"

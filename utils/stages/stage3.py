@@ -18,7 +18,7 @@ from utils.data.datasets import RealData
 from utils.data.distilled_file import DistilledFile
 from utils.data.identity import as_trained_on
 from utils.data.whitening import ZCA
-from utils.ood.evaluate import deviation, score_networks
+from utils.ood.evaluate import NetworkScores, deviation, score_networks
 from utils.ood.scorer import FitSet, Scorer
 from utils.ood.scores import need_fitting, require_library
 from utils.ood.sets import OODSet, OODSource, validation_sets
@@ -29,7 +29,7 @@ from utils.report.plots import (
     save_roc_curves,
     save_score_histograms,
 )
-from utils.report.results import PlotData, Results, results_csv, results_json, results_of
+from utils.report.results import Results, results_csv, results_json, results_of
 from utils.report.tables import report_text, summary
 from utils.runs.lineage import STAGE2_ROOTS, Found, args_or_nothing, distilled_set_of, find_run_folder
 from utils.runs.run_folder import RunFolder
@@ -77,12 +77,12 @@ def run_stage3(settings: Stage3Settings) -> Results:
         run.log(line)
     with rank_errors(), run.progress(len(sets), "OOD sets") as progress:
         networks = score_networks(scorers, real, sets, batch, run.log_own, progress.step)
-    results, measured = results_of(networks)
+    results = results_of(networks)
     results.missing = list(missing)
     if run.is_main:
         about = {"networks": str(folder), "checkpoints": which, "training": training, "ood_sets": _about_sets(sets)}
         _write_report(results, scores, run, about | {"flags": as_dict(s)})
-        _draw_plots(run, measured, results, folder)
+        _draw_plots(run, networks, folder)
     run.finish()
     run.log(summary(results))
     return results
@@ -271,18 +271,18 @@ def _find_sets(
     return sets, missing
 
 
-def _draw_plots(run: RunFolder, measured: PlotData, results: Results, networks: Path) -> None:
+def _draw_plots(run: RunFolder, networks: Sequence[NetworkScores], folder: Path) -> None:
     """Write `scores_<score>.png`, `roc_<score>.png`, `reliability.png`, and, if the set is there, `distilled.png`."""
     try:
-        for score, out_scores in measured.out_scores.items():
-            finite = _finite(measured.in_scores[score], out_scores)
-            if finite:
+        for score in networks[0].in_scores:
+            inside = [network.in_scores[score] for network in networks]
+            outside = {name: [n.out_scores[name][score] for n in networks] for name in networks[0].out_scores}
+            if finite := _finite(inside, outside):
                 first = {name: values[0] for name, values in finite.items()}
-                save_score_histograms(run.path / f"scores_{score}.png", score, measured.in_scores[score][0], first)
-                save_roc_curves(run.path / f"roc_{score}.png", score, measured.in_scores[score], finite)
-        ece = float(np.mean(results.of_networks("ece")))
-        save_reliability(run.path / "reliability.png", measured.reliability, ece)
-        pictures = distilled_pictures(networks)
+                save_score_histograms(run.path / f"scores_{score}.png", score, inside[0], first)
+                save_roc_curves(run.path / f"roc_{score}.png", score, inside, finite)
+        save_reliability(run.path / "reliability.png", networks)
+        pictures = distilled_pictures(folder)
         if pictures:
             save_distilled(run.path / "distilled.png", pictures)
     except ImportError:

@@ -10,8 +10,7 @@ from scipy.special import softmax
 from sklearn.metrics import brier_score_loss, log_loss
 from torchmetrics.classification import MulticlassCalibrationError
 
-from utils.ood.calibration import calibration, confidence_and_correct, reliability
-from utils.ood.measures import aurc, error_detection
+from utils.ood.measures import aurc, calibration, confidence_and_correct, error_detection, reliability
 
 CASES = [
     ("random", lambda g: g.normal(scale=2, size=(300, 7))),
@@ -56,9 +55,10 @@ def test_calibration(name, make, seed):
 
 
 def test_bins_take_their_upper_edge():
-    bins = reliability(np.array([1 / 15, 0.5, 1.0]), np.array([True, False, True]))
-    assert np.flatnonzero(bins.count).tolist() == [0, 7, 14]
-    assert bins.error == pytest.approx((14 / 15 + 0.5 + 0) / 3)
+    count, confidence, accuracy = reliability(np.array([1 / 15, 0.5, 1.0]), np.array([True, False, True]))
+    assert np.flatnonzero(count).tolist() == [0, 7, 14]
+    assert confidence[[0, 7, 14]].tolist() == [1 / 15, 0.5, 1.0]
+    assert accuracy[[0, 7, 14]].tolist() == [1, 0, 1]
 
 
 @pytest.mark.parametrize("n", [1, 2, 40, 333])

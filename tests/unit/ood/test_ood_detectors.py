@@ -27,9 +27,8 @@ from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.download import fetch_pytorch_ood, fetch_tinyimages
 from utils.data.synthetic import SyntheticSet
-from utils.ood.calibration import best_temperature, calibration
 from utils.ood.evaluate import evaluate_ood, score_networks
-from utils.ood.measures import ood_measures
+from utils.ood.measures import best_temperature, calibration, ood_measures
 from utils.ood.scorer import FitSet, Scorer, feature_map_shape, last_layer_name
 from utils.ood.scores import ALL_SCORES, DETECTORS, SCORES, require_library
 from utils.ood.sets import OODSet
@@ -191,7 +190,7 @@ def test_the_map_before_the_features():
     shapes = {}
     for name in ("ConvNet", "AlexNet", "ResNet18", "ResNet18_AP", "MLP", "LeNet"):
         net = get_network(name, 3, 10, (32, 32)).eval()
-        shapes[name] = feature_map_shape(net, torch.zeros(1, 3, 32, 32), net.embed)
+        shapes[name] = feature_map_shape(torch.zeros(1, 3, 32, 32), net.embed)
         assert np.prod(shapes[name]) == last_layer(net).in_features
     assert shapes["ConvNet"] == (128, 4, 4)
     assert shapes["AlexNet"] == (192, 4, 4)
@@ -253,12 +252,6 @@ def test_versions_name_what_computed(monkeypatch):
     assert "pytorch-ood" not in versions()
 
 
-def test_an_older_library_is_told_of(monkeypatch):
-    monkeypatch.delattr(library, "NCI")
-    with pytest.raises(UserError, match=r"--score nci: this version of pytorch-ood"):
-        require_library(("nci",))
-
-
 @pytest.mark.parametrize("compiled", [False, True])
 def test_only_compiled_code_sees_padded_batches(digits, trained, noise, compiled, monkeypatch):
     """And batches of one size alone, of which there would be two."""
@@ -281,7 +274,7 @@ def test_temperature_scaling_repairs_the_calibration(digits, trained, noise):
     networks = score_networks({0: scorer}, digits, [], 256)
     errors = networks[0].errors
     row = f"{errors['temperature']:.2f} | {100 * errors['scaled_ece']:.2f}"
-    assert row in " ".join(report_text(results_of(networks)[0], ("tscaling",)).split())
+    assert row in " ".join(report_text(results_of(networks), ("tscaling",)).split())
     logits = predict(trained[0], digits.test_images, 256)
     scaled = calibration((logits.double() / errors["temperature"]).numpy(), digits.labels_test.numpy())
     assert {name: errors[f"scaled_{name}"] for name in scaled} == pytest.approx(scaled, rel=1e-6)

@@ -6,7 +6,7 @@ import torch
 from scipy.special import logsumexp, softmax
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score
 
-from utils.ood.measures import error_detection, fpr_at_recall, ood_measures
+from utils.ood.measures import error_detection, fpr95, ood_measures
 from utils.ood.scores import SCORES
 
 
@@ -69,7 +69,7 @@ def test_bad_scores(bad):
 def test_fpr_at_recall_one():
     """With three positives recalls are 1/3, 2/3 and 1: 1 is nearest to 0.95, and its smallest rate counts."""
     positive = np.array([True, True, True, False, False])
-    assert fpr_at_recall(positive, np.array([5.0, 4, 2, 3, 1])) == 0.5
+    assert fpr95(positive, np.array([5.0, 4, 2, 3, 1])) == 0.5
 
 
 def test_error_detection_by_sklearn():

@@ -18,21 +18,9 @@ from utils.core.files import csv_text
 from utils.core.rng import generator
 from utils.data.distilled_file import DistilledFile
 from utils.data.synthetic import SyntheticSet
-from utils.ood.calibration import SCALED_MEASURES
-from utils.ood.measures import MEASURES
+from utils.ood.measures import MEASURES, SCALED_MEASURES
 from utils.report.card import measured_table
-from utils.report.compare import (
-    ComparisonColumn,
-    comparison_page,
-    comparison_rows,
-    find_runs,
-    latex,
-    markdown,
-    plot_comparison,
-    pooled,
-    table_csv,
-    verdicts,
-)
+from utils.report.compare import Comparison, ComparisonColumn, find_runs, pooled
 from utils.report.plots import distilled_pictures, save_score_histograms, shown
 from utils.report.results import NETWORK_MEASURES, Results, load_results, results_csv, results_json, shared_sets
 from utils.report.study import StudyColumn, StudyRow, mean_rows, score_rows
@@ -65,8 +53,8 @@ def best(row):
 
 def test_the_table_shows_means_deviations_and_the_best():
     runs = [run("plain", [[0.5, 0.7], [0.7, 0.9]]), run("a|b_%", [[0.6, 0.8], [0.6, 0.8]], error=0.2, nll=0.2)]
-    rows = comparison_rows(runs, ["auroc", "fpr_in"])
-    by_title = {(row.set, row.measure.heading): row for row in rows}
+    table = Comparison(runs, ["auroc", "fpr_in"])
+    by_title = {(row.set, row.measure.heading): row for row in table.rows}
     assert cells(by_title["patches", "AUROC ↑"]) == ["60.00 ± 10.00", "60.00 ± 0.00"]
     assert best(by_title["patches", "AUROC ↑"]) == [False, False]  # equal
     assert best(by_title["", "accuracy ↑"]) == [True, False]
@@ -74,16 +62,16 @@ def test_the_table_shows_means_deviations_and_the_best():
     assert cells(by_title["", "NLL ↓"]) == ["0.300 ± 0.000", "0.200 ± 0.000"]
     # over networks of their mean over sets: 60 and 80, not over all four values
     assert cells(by_title["mean", "AUROC ↑"])[0] == "70.00 ± 10.00"
-    text = markdown(runs, rows)
+    text = table.markdown()
     assert re.search(r"\| 60.00 ± 10.00 +\| 60.00 ± 0.00 ", text)
     assert "**90.00 ± 0.00** | 80.00 ± 0.00" in text
     assert r"a\|b_%" in text
-    tex = latex(runs, rows)
+    tex = table.latex()
     assert r"a|b\_\%" in tex
     assert r"60.00 $\pm$ 10.00 & 60.00 $\pm$ 0.00 \\" in tex
     assert r"\textbf{90.00 $\pm$ 0.00} & 80.00 $\pm$ 0.00 \\" in tex
     assert all(line.count("&") == 4 for line in tex.splitlines() if line.endswith(r"\\"))
-    lines = list(csv.DictReader(table_csv(runs, rows).splitlines()))
+    lines = list(csv.DictReader(table.csv().splitlines()))
     (line,) = [x for x in lines if (x["set"], x["measure"]) == ("patches", "AUROC")]
     assert float(line["plain mean"]) == pytest.approx(60)
     assert float(line["plain std"]) == pytest.approx(10)
@@ -96,11 +84,11 @@ def test_a_lead_is_more_than_two_standard_errors():
     columns = [
         run(name, [[v] for v in values], sets=("blob",)) for name, values in zip("abc", (base, near, far), strict=True)
     ]
-    rows = comparison_rows(columns, ["auroc", "fpr_in"])
-    marked = {(row.set, row.measure.title): best(row) for row in rows if row.score}
+    table = Comparison(columns, ["auroc", "fpr_in"])
+    marked = {(row.set, row.measure.title): best(row) for row in table.rows if row.score}
     assert marked["blob", "AUROC"] == [False, False, True]
     assert marked["blob", "FPR(IN)95"] == [False, False, False]  # lower is better, and a does not lead b
-    for other, line in zip((near, far), verdicts(columns, rows), strict=True):
+    for other, line in zip((near, far), table.verdicts(), strict=True):
         change = 100 * (np.mean(other) - np.mean(base))
         error = 100 * np.sqrt(np.var(base, ddof=1) / 3 + np.var(other, ddof=1) / 3)
         means = (
@@ -108,7 +96,7 @@ def test_a_lead_is_more_than_two_standard_errors():
         )
         assert line.endswith(f" against a: accuracy equal (+0.0 ± 0.0), ECE equal (+0.0 ± 0.0), AUROC (msp) {means}.")
     alone = [run("a", [[0.5]], sets=("blob",)), run("b", [[0.75]], sets=("blob",))]
-    assert verdicts(alone, comparison_rows(alone, ["auroc"]))[0].endswith("AUROC (msp) +25.0 (one network).")
+    assert Comparison(alone, ["auroc"]).verdicts()[0].endswith("AUROC (msp) +25.0 (one network).")
 
 
 def test_what_a_run_lacks_is_a_dash():
@@ -116,21 +104,21 @@ def test_what_a_run_lacks_is_a_dash():
     other = run("other", [[0.9], [0.9]], sets=("blob",), score="knn")
     old = ComparisonColumn("old", (), Results([{"error": 0.1}], run("old", [[nan, 0.6]]).results.rows))
     runs = [run("one", [[nan, 0.8], [0.5, 0.8]]), other, old]
-    rows = comparison_rows(runs, ["auroc"])
-    found = {(row.score, row.set): cells(row) for row in rows if row.measure.title == "AUROC"}
+    table = Comparison(runs, ["auroc"])
+    found = {(row.score, row.set): cells(row) for row in table.rows if row.measure.title == "AUROC"}
     assert found["msp", "patches"] == ["50.00", "-", "-"]
     assert found["knn", "blob"] == ["-", "90.00 ± 0.00", "-"]
     assert ("knn", "patches") not in found
-    is_best = {(row.score, row.set): best(row) for row in rows}
+    is_best = {(row.score, row.set): best(row) for row in table.rows}
     assert is_best["msp", "patches"] == [False] * 3
     assert is_best["msp", "blob"] == [False] * 3  # the last is of one network, which has no standard error
-    assert [cells(row)[2] for row in rows if row.measure.title == "ECE"] == ["-"]
-    assert "blob (knn)" in markdown(runs, rows)
+    assert [cells(row)[2] for row in table.rows if row.measure.title == "ECE"] == ["-"]
+    assert "blob (knn)" in table.markdown()
 
 
 def test_folders_of_one_name_are_pooled():
     together = pooled([results([[0.5, 0.7], [0.6, 0.8]]), results([[0.9, 0.9], [0.7, 0.7]])])
-    assert together.per_network("patches", "msp", "auroc") == [0.5, 0.6, 0.9, 0.7]
+    assert together.per_network("msp", "auroc", ["patches"]) == [0.5, 0.6, 0.9, 0.7]
     assert len(together.errors) == 4
 
 
@@ -161,8 +149,8 @@ def test_a_line_in_a_name_does_not_break_a_table():
     kind = StudyRow("g|h", {1: found})
     texts = [
         report_text(found, ["msp"]),
-        markdown([column], comparison_rows([column], ["auroc"])),
-        mean_rows([kind], [StudyColumn("auroc", "msp", "a|b")]) + "\n" + score_rows([kind], ["msp"], "auroc"),
+        Comparison([column], ["auroc"]).markdown(),
+        mean_rows([kind], [StudyColumn("auroc", "msp", ["a|b"])]) + "\n" + score_rows([kind], ["msp"], "auroc"),
         measured_table({"i|j": found}),
     ]
     names = [("a|b", "c d", "e|f"), ("one|two", "a|b"), ("g|h", "AUROC msp a|b ↑"), ("1 × i|j",)]
@@ -183,7 +171,7 @@ def test_a_spreadsheet_computes_no_cell(tmp_path):
     (first,) = csv.DictReader(results_csv(found).splitlines())
     assert (first["set"], first["accuracy"], first["auroc"]) == ('\'=HYPERLINK("x")', "-0.5", "0.5")
     column = ComparisonColumn("-cmd", (), found)
-    (first, *_) = csv.reader(table_csv([column], comparison_rows([column], ["auroc"])).splitlines())
+    (first, *_) = csv.reader(Comparison([column], ["auroc"]).csv().splitlines())
     assert first[4:] == ["'-cmd mean", "'-cmd std", "'-cmd networks"]
     (tmp_path / "results.json").write_text(results_json(found, {}))
     assert load_results(tmp_path).sets() == ['=HYPERLINK("x")']  # what the program itself reads is not quoted
@@ -298,15 +286,16 @@ def test_a_picture_and_a_page_of_runs_without_folders(tmp_path):
     folder.mkdir()
     runs = [ComparisonColumn(f"run {i}", (folder,), results([[0.2, 0.7], [0.7, 0.9]])) for i in range(11)]
     runs.append(ComparisonColumn("last", (folder,), results([[0.6], [0.6]], sets=("blob",), score="knn")))
-    plot_comparison(tmp_path / "plot.png", runs)
+    table = Comparison(runs, ["auroc"])
+    table.picture(tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").width > 800
-    check_page(comparison_page(runs, comparison_rows(runs, ["auroc"]), None), pictures=0)
+    check_page(table.page(None), pictures=0)
 
 
 def test_the_mean_is_over_the_sets_of_all_runs():
     """Another set, on which only one run was measured, does not count in the mean, which names its sets."""
     runs = [run("both", [[0.5, 0.9]] * 2), run("one", [[0.9]] * 2, sets=("blob",))]
-    rows = {row.set: row for row in comparison_rows(runs, ["auroc"]) if row.score}
+    rows = {row.set: row for row in Comparison(runs, ["auroc"]).rows if row.score}
     assert list(rows) == ["mean of blob", "patches", "blob"]
     assert cells(rows["mean of blob"]) == ["90.00 ± 0.00", "90.00 ± 0.00"]
     assert cells(rows["patches"]) == ["50.00 ± 0.00", "-"]

@@ -5,13 +5,11 @@ import html
 import numpy as np
 import pytest
 
-from utils.ood.calibration import calibration, scaled_calibration
-from utils.ood.measures import MEASURES, error_detection, ood_measures
+from utils.ood.measures import MEASURES, calibration, error_detection, ood_measures
 from utils.report.card import CardFacts, card
-from utils.report.compare import ComparisonColumn, comparison_page, comparison_rows
-from utils.report.measures import OF_NETWORKS, OF_OOD
+from utils.report.compare import Comparison, ComparisonColumn
 from utils.report.results import NETWORK_MEASURES, Results
-from utils.report.tables import value_cell
+from utils.report.tables import OF_NETWORKS, OF_OOD
 
 
 def of_network(noise: float) -> dict[str, float]:
@@ -19,7 +17,8 @@ def of_network(noise: float) -> dict[str, float]:
     g = np.random.default_rng(0)
     labels = g.integers(0, 5, 500)
     logits = 3 * np.eye(5)[labels] + noise * g.normal(size=(500, 5))
-    errors = error_detection(logits, labels) | calibration(logits, labels) | scaled_calibration(logits, labels, 1.5)
+    scaled = {f"scaled_{name}": value for name, value in calibration(logits / 1.5, labels).items()}
+    errors = error_detection(logits, labels) | calibration(logits, labels) | scaled
     return errors | {"accuracy": 1 - errors["error"]}
 
 
@@ -46,9 +45,9 @@ def test_which_way_is_better_for_detection(name):
 
 
 def test_values_are_shown_in_their_unit():
-    assert value_cell([0.25, 0.75], OF_OOD["auroc"]) == "50.00 ± 25.00"
-    assert value_cell([0.25, 0.75, np.nan], OF_NETWORKS["nll"]) == "0.500 ± 0.250"
-    assert value_cell([1.5], OF_NETWORKS["temperature"]) == "1.50"
+    assert OF_OOD["auroc"].cell([0.25, 0.75]) == "50.00 ± 25.00"
+    assert OF_NETWORKS["nll"].cell([0.25, 0.75, np.nan]) == "0.500 ± 0.250"
+    assert OF_NETWORKS["temperature"].cell([1.5]) == "1.50"
     assert [OF_NETWORKS[n].heading for n in ("ece", "temperature", "auroc")] == [
         "ECE ↓",
         "temperature",
@@ -63,7 +62,7 @@ def test_a_page_escapes_what_it_shows():
     """Names, sets, scores and notes: as the standard library reads them back."""
     row = {"network": 0, "set": f"set {NASTY}", "score": f"score {NASTY}", **dict.fromkeys(MEASURES, 0.5)}
     column = ComparisonColumn(f"name {NASTY}", (), Results([dict.fromkeys(NETWORK_MEASURES, 0.5)], [row]))
-    page = comparison_page([column], comparison_rows([column], ["auroc"]), None, [f"note {NASTY}"])
+    page = Comparison([column], ["auroc"]).page(None, [f"note {NASTY}"])
     assert "<b" not in page.replace("<body>", "")
     shown = html.unescape(page)
     assert all(f"{what} {NASTY}" in shown for what in ("set", "score", "name", "note"))

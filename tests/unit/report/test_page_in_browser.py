@@ -8,7 +8,7 @@ import subprocess
 import pytest
 from test_compare import run
 
-from utils.report.compare import comparison_page, comparison_rows
+from utils.report.compare import Comparison
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SETS = ("patches", "blob", "noise")
@@ -31,7 +31,7 @@ def in_browser(tmp_path):
     if CHROMIUM is None:
         pytest.skip("no Chromium is installed")
     columns = [run("first", [[0.5, 0.9, 0.7]] * 2, sets=SETS), run("second", [[0.6, 0.8, 0.75]] * 2, sets=SETS)]
-    text = comparison_page(columns, comparison_rows(columns, ["auroc", "fpr_in"]), None)
+    text = Comparison(columns, ["auroc", "fpr_in"]).page(None)
     (tmp_path / "page.html").write_text(text.replace("</body>", f"{ASK}</body>"))
 
     def ask(*flags):

@@ -14,7 +14,7 @@ from scipy.stats import sem
 from utils.core.errors import UserError
 from utils.core.run_script import run_script
 from utils.ood.measures import MEASURES
-from utils.report.compare import comparison_rows, find_runs, markdown
+from utils.report.compare import Comparison, find_runs
 from utils.report.results import NETWORK_MEASURES, STUDY_COLUMNS, Results, load_study_csv, save_study_csv
 from utils.report.study import StudyColumn, StudyRow, differences, mean_rows, read_kind
 
@@ -444,6 +444,8 @@ def test_the_head_names_the_protocols(study, tmp_path, run):
     save_study_csv(tmp_path / "a.csv", {kind: read_kind(folder / kind, kind).seeds for kind in ("plain", "poe")})
     assert run(tmp_path / "a.csv", "--kinds", "plain", "poe")[1] == shown
     columns = find_runs([folder / "plain", folder / "poe"], ["a", "b"], [])
-    assert markdown(columns, comparison_rows(columns, ["auroc"])).startswith(
-        "Networks trained by protocol dc: a; ncfm, 300 epochs, mix none: b.\n\n| OOD set"
+    assert (
+        Comparison(columns, ["auroc"])
+        .markdown()
+        .startswith("Networks trained by protocol dc: a; ncfm, 300 epochs, mix none: b.\n\n| OOD set")
     )
