@@ -17,7 +17,7 @@ from utils.compute.cpu_batches import BatchSplitter, in_parts
 from utils.core.rng import generator
 from utils.data.augment import apply_by_part, apply_by_slot, identity
 from utils.data.synthetic import decode_slots, on_stored
-from utils.methods.learnable import IterationDraws, LearnableSet, SlotDraw, network_pool
+from utils.methods.learnable import IterationDraws, LearnableSet, SlotDraw
 from utils.methods.method import MatchingSettings, MethodEntry, MethodInputs
 from utils.outliers.spread import push_apart
 
@@ -66,10 +66,8 @@ class FeatureMatching(LearnableSet):
             losses["loss_oe"] = self._update(self.image_oe, batches, drawn.outliers)
         losses |= self.more_losses(it)
         self.update_images()
-        if self.outliers is not None:
-            self.update_outliers()
-        if self.device.type == "cuda":
-            self.draws.look_ahead(self.exp, it + 1, self.synthetic())
+        self.update_outliers()
+        self.draws.look_ahead(self.exp, it + 1, self.synthetic())
         return losses
 
     def _update(
@@ -139,10 +137,6 @@ class DistributionMatching(FeatureMatching):
 
     settings: MatchingSettings
 
-    def __init__(self, inputs: MethodInputs):
-        super().__init__(inputs)
-        self.pool = network_pool(inputs)
-
     def load_network(self, it: int) -> None:
         """A fresh random network, or one of the pool."""
         self.reset_network(self.net, self.draws.generator(self.exp, "network", it), it)
@@ -157,15 +151,11 @@ class DistributionMatching(FeatureMatching):
 
 def _workload(inputs: MethodInputs) -> Workload:
     """Real images only go forward, which counts as half a pass."""
-    s, real = inputs.settings, inputs.real
-    per_class = min(s.batch_real, len(real.images_train) // real.num_classes)
-    embedded = real.num_classes * (per_class + (0 if inputs.outliers is None else s.batch_oe))
-    synthetic = real.num_classes * s.decoded_ipc * (1 if inputs.outliers is None else 2)
-    trained = s.pool_epochs * synthetic if s.network_pool else 0
-    shared = distributed.world_size()
-    passes = (embedded / 2 + synthetic) / shared + trained
-    steps = 1 + (s.pool_epochs * batches(real.num_classes * s.decoded_ipc, s.batch) if s.network_pool else 0)
-    return Workload(passes, steps, "features")
+    s, classes = inputs.settings, inputs.real.num_classes
+    images, epochs = classes * s.decoded_ipc, s.pool_epochs if s.network_pool else 0
+    synthetic = inputs.kinds * images
+    passes = (inputs.batch_images / 2 + synthetic) / distributed.world_size() + epochs * synthetic
+    return Workload(passes, 1 + epochs * batches(images, s.batch), "features")
 
 
 DM_ENTRY = MethodEntry(

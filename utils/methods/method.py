@@ -58,6 +58,18 @@ class MethodInputs:
     compute: Compute = field(default_factory=Compute)
     initial: Sequence[SyntheticSet] = ()  # see `Method`
 
+    @property
+    def kinds(self) -> int:
+        """How many kinds of images are learned: 2 with outliers."""
+        return 1 if self.outliers is None else 2
+
+    @property
+    def batch_images(self) -> int:
+        """Real images and outliers of one matching step, over all slots."""
+        s, real = self.settings, self.real
+        per_class = min(s.batch_real, len(real.images_train) // real.num_classes)
+        return real.num_classes * (per_class + s.batch_oe * (self.kinds - 1))
+
 
 @dataclass(frozen=True)
 class MethodEntry:

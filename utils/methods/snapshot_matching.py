@@ -113,7 +113,8 @@ class SnapshotMatching(FeatureMatching):
     def update_outliers(self) -> None:
         """Move the outliers, and keep them in the range of pixels."""
         super().update_outliers()
-        clamp_to_pixels(self.image_oe.detach(), self.real)
+        if self.image_oe is not None:
+            clamp_to_pixels(self.image_oe.detach(), self.real)
 
     def load_network(self, it: int) -> None:
         """Give the two networks the parameters of this iteration, and draw the frequencies of `cf`."""
@@ -209,11 +210,8 @@ def _build(inputs: MethodInputs) -> SnapshotMatching:
 
 def _workload(inputs: MethodInputs) -> Workload:
     """Real images only go forward, which counts as half a pass; synthetic ones through two networks."""
-    s, real, kinds = inputs.settings, inputs.real, 1 if inputs.outliers is None else 2
-    per_class = min(s.batch_real, len(real.images_train) // real.num_classes)
-    embedded = real.num_classes * (per_class + (kinds - 1) * s.batch_oe)
-    synthetic = 2 * kinds * real.num_classes * s.decoded_ipc
-    return Workload((embedded / 2 + synthetic) / distributed.world_size(), 2, "features")
+    synthetic = 2 * inputs.kinds * inputs.real.num_classes * inputs.settings.decoded_ipc
+    return Workload((inputs.batch_images / 2 + synthetic) / distributed.world_size(), 2, "features")
 
 
 TGDD_ENTRY = MethodEntry(

@@ -174,8 +174,7 @@ class TrajectoryMatching(LearnableSet):
         for tensor, gradient in zip(tensors, gradients, strict=True):
             tensor.grad = gradient
         self.update_images()
-        if self.image_oe is not None:
-            self.update_outliers()
+        self.update_outliers()
         self.optimizer_lr.step()
         if self.lr_student < SMALLEST_LR:
             warnings.warn(
@@ -296,7 +295,7 @@ def _build(inputs: MethodInputs) -> TrajectoryMatching:
 def _workload(inputs: MethodInputs) -> Workload:
     """Each step goes forward and backward once, then twice more for the second derivative."""
     s, total = inputs.settings, inputs.real.num_classes * inputs.settings.decoded_ipc
-    images = min(s.batch_syn or total, total) * (1 if inputs.outliers is None else 2)
+    images = min(s.batch_syn or total, total) * inputs.kinds
     return Workload(3.0 * s.syn_steps * images, s.syn_steps, "matching")
 
 

@@ -8,6 +8,7 @@ import torch
 
 from utils.compute import distributed
 from utils.compute.device import Compute
+from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.augment import DSA, dc_augmentation
 from utils.data.datasets import RealData
@@ -34,11 +35,22 @@ EVAL_MODES = {
 }
 
 
-def evaluation_models(mode: str, model: str) -> tuple[str, ...]:
-    """The names of the networks that `--eval_mode` asks for."""
-    if mode == "S":
-        return (model.replace("BN", ""),)
-    return EVAL_MODES.get(mode, (model,))
+def evaluation_models(mode: str, model: str, real: RealData) -> tuple[str, ...]:
+    """The names of the networks that `--eval_mode` asks for; each is built once to be tried.
+
+    Raises:
+        UserError: when one does not take images of this size, which must be known before hours of distillation.
+    """
+    names = (model.replace("BN", ""),) if mode == "S" else EVAL_MODES.get(mode, (model,))
+    for name in names:
+        try:
+            real.network(name, generator(0))
+        except UserError as error:
+            if name == model:
+                raise
+            reason = str(error).removeprefix(f"--model {name}: ").split(". ")[0]
+            raise UserError(f"--eval_mode {mode}: {name}: {reason}. Choose another mode, e.g. S") from None
+    return names
 
 
 def training_of(s: Stage1Settings | Stage2Settings, model: str, dsa: DSA | None) -> TrainSettings:
@@ -78,7 +90,6 @@ class Evaluator:
 
     def __init__(self, real: RealData, settings: EvalSettings, run: RunFolder, compute: Compute):
         self.real, self.settings, self.run, self.compute = real, settings, run, compute
-        self.models = tuple(settings.training)
         self.trainers: dict[str, Trainer] = {}
 
     def evaluate(
@@ -93,28 +104,30 @@ class Evaluator:
         Raises:
             Interrupted: after a signal; networks still in training are not in `measures`.
         """
-        for model in self.models:
+        per_round = distributed.world_size()
+        for model, training in self.settings.training.items():
             values = measures.setdefault(model, {})
             todo = [index for index in range(self.settings.num_networks) if index not in values]
-            trainer, per_round = self._trainer(model), distributed.world_size()
-            rounds = range(0, len(todo), per_round)
-            steps = len(rounds) * trainer.settings.epochs
-            with self.run.progress(steps, f"evaluate {model}", every=EVAL_LOG) as progress:
-                for first in rounds:
-                    of_round = todo[first : first + per_round]
+            rounds = [todo[first : first + per_round] for first in range(0, len(todo), per_round)]
+            with self.run.progress(len(rounds) * training.epochs, f"evaluate {model}", every=EVAL_LOG) as progress:
+                for of_round in rounds:
                     own = [of_round[i] for i in distributed.own_share(len(of_round))]
                     keys = {index: ("evaluate", exp, it, model, index) for index in own}
                     with signals.interruptible():
-                        tested = distributed.gather(self._test(model, trainer, synthetic, keys, progress))
-                    values |= tested
+                        values |= distributed.gather(self._test(model, synthetic, keys, progress))
                     after_network()
                     signals.check()
             measures[model] = dict(sorted(values.items()))
 
     def _test(
-        self, model: str, trainer: Trainer, synthetic: SyntheticSet, keys: dict[int, tuple], progress: Progress
+        self, model: str, synthetic: SyntheticSet, keys: dict[int, tuple], progress: Progress
     ) -> dict[int, dict[str, float]]:
         """Train and test a network for each of `keys`; returns their measures by index."""
+        if model not in self.trainers:
+            net = self.real.network(model, generator(self.settings.seed))
+            compute = self.compute.for_network(net)
+            self.trainers[model] = Trainer(net.to(self.real.device), self.settings.training[model], compute)
+        trainer = self.trainers[model]
 
         def after_epoch(epoch: int, loss: torch.Tensor) -> None:
             """Show progress, and stop after a signal: networks in training are not kept."""
@@ -130,17 +143,9 @@ class Evaluator:
             tested[index] = {"accuracy": accuracy_of(logits, self.real.labels_test)} | ood
         return tested
 
-    def _trainer(self, model: str) -> Trainer:
-        if model not in self.trainers:
-            net = self.real.network(model, generator(self.settings.seed))
-            compute = self.compute.for_network(net)
-            self.trainers[model] = Trainer(net.to(self.real.device), self.settings.training[model], compute)
-        return self.trainers[model]
-
 
 def _auroc(logits: torch.Tensor, logits_ood: torch.Tensor) -> float:
     """AUROC of the score msp; NaN where a score is not finite."""
     inside, outside = (msp(z.double(), 1.0).cpu().numpy() for z in (logits, logits_ood))
-    if not np.isfinite(np.concatenate([inside, outside])).all():
-        return float("nan")
-    return ood_measures(inside, outside)["auroc"]
+    finite = np.isfinite(inside).all() and np.isfinite(outside).all()
+    return ood_measures(inside, outside)["auroc"] if finite else float("nan")
