@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from utils.compute import distributed
 from utils.compute.compiling import Workload
 from utils.compute.transfer import send, send_draws
-from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.augment import identity
 from utils.data.synthetic import decode_slots, on_stored
 from utils.methods.distribution_matching import CHUNK_IMAGES, FeatureMatching
-from utils.methods.experts import ExpertBuffer, OnExperts, experts_of, without_running_statistics
+from utils.methods.experts import ExpertBuffer, OnExperts, with_experts, without_running_statistics
 from utils.methods.method import MethodEntry, MethodInputs, Spread
 from utils.outliers.spread import push_apart
 from utils.outliers.start import clamp_to_pixels
@@ -54,7 +53,6 @@ class SnapshotSettings(OnExperts, Spread):
         names=DISTANCES,
     )
     cf_frequencies: int = flag(1024, "frequencies of --feature_distance cf, others in each iteration", count(1))
-
     published: bool = flag(
         False,
         "optimise the images as published: 10000 iterations of SGD with momentum 0.5, at 0.01 times --ipc on pixels "
@@ -94,8 +92,6 @@ class SnapshotMatching(FeatureMatching):
         self.logits = inputs.compute.function(lambda images: self.classifier(images))
         two = torch.zeros(2, self.real.channel, *self.real.im_size, device=self.device)
         self.num_features = self.net.embed(two).flatten(1).shape[1]
-        self.about = {"num_experts": len(experts.trajectories)}
-        self.fingerprints = {"buffer_path": experts.fingerprint()}
 
     def optimizer(self, images: list[torch.Tensor], lr: float) -> torch.optim.Optimizer:
         """AdamW without decay: gradients of snapshots differ in size by orders of magnitude. Or SGD, as published, with
@@ -158,12 +154,11 @@ class SnapshotMatching(FeatureMatching):
         Rank 0 computes it; the other processes receive the gradients.
         """
         s, loss = self.settings, torch.zeros(1, device=self.device)
-        weights = (1.0, s.lambda_oe)
         labels = torch.arange(self.real.num_classes, device=self.device).repeat_interleave(s.decoded_ipc)
         gradients = [torch.zeros_like(t) for t in self._tensors()]
         if distributed.is_main() and s.alpha:
             g = self.draws.generator(self.exp, "classify", it)
-            for images, gradient, weight in zip(self._tensors(), gradients, weights, strict=False):
+            for images, gradient, weight in zip(self._tensors(), gradients, (1.0, s.lambda_oe), strict=False):
                 decoded = decode_slots(images.detach(), s.factor)
                 of_kind = labels if images is self.image_syn else None
                 value, on_decoded = self._classification(decoded.flatten(0, 1), of_kind, g)
@@ -181,31 +176,20 @@ class SnapshotMatching(FeatureMatching):
         self, images: torch.Tensor, labels: torch.Tensor | None, g: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The mean loss of augmented images, or without labels of outliers, and its gradient on the images."""
-        gradient, total = torch.zeros_like(images), images.new_zeros(())
-        size = len(images)
+        gradient, total, size = torch.zeros_like(images), images.new_zeros(()), len(images)
         if not self.has_batchnorm:
             size = min(CHUNK_IMAGES, size // self.splitter.count(images))
         for first in range(0, len(images), size):
-            leaf = images[first : first + size].detach().requires_grad_()
-            transform = identity
+            leaf, transform = images[first : first + size].detach().requires_grad_(), identity
             if self.augmentation is not None:
                 transform = send_draws(self.augmentation.draw(len(leaf), self.real.im_size, g), self.device)
             logits = self.logits(transform(leaf)).float()
-            share = len(leaf) / len(images)
             of_part = None if labels is None else labels[first : first + size]
             value = uniform_cross_entropy(logits) if of_part is None else F.cross_entropy(logits, of_part)
+            share = len(leaf) / len(images)
             (gradient[first : first + size],) = torch.autograd.grad(share * value, leaf)
             total += share * value.detach()
         return total, gradient
-
-
-def _build(inputs: MethodInputs) -> SnapshotMatching:
-    experts, notice = experts_of(inputs)
-    if experts.epochs < 1:
-        raise UserError(f"--buffer_path: the experts in {experts.folder} have a single snapshot; train them again")
-    method = SnapshotMatching(inputs, experts)
-    method.notices += notice
-    return method
 
 
 def _workload(inputs: MethodInputs) -> Workload:
@@ -217,7 +201,7 @@ def _workload(inputs: MethodInputs) -> Workload:
 TGDD_ENTRY = MethodEntry(
     "TGDD",
     "DM on experts (train_experts.py)",
-    _build,
+    with_experts(SnapshotMatching),
     _workload,
     SnapshotSettings,
     defaults={

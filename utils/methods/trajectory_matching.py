@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -23,11 +24,10 @@ from utils.compute.compiling import Workload
 from utils.compute.cpu_batches import BatchSplitter
 from utils.compute.device import Compute
 from utils.compute.transfer import Draw, send_draws
-from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.augment import identity
 from utils.data.synthetic import SyntheticSet, decode_slots, on_stored
-from utils.methods.experts import ExpertBuffer, OnExperts, experts_of, without_running_statistics
+from utils.methods.experts import ExpertBuffer, OnExperts, with_experts, without_running_statistics
 from utils.methods.learnable import LearnableSet
 from utils.methods.method import MethodEntry, MethodInputs
 from utils.settings.fields import flag
@@ -44,6 +44,12 @@ Params = dict[str, torch.Tensor]
 @dataclass(frozen=True)
 class TrajectorySettings(OnExperts):
     """Trajectory matching."""
+
+    TOO_SHORT: ClassVar = (
+        "--max_start_epoch {s.max_start_epoch}: with --expert_epochs {s.expert_epochs} it needs experts of "
+        "{s.last_epoch} epochs; those in {experts.folder} have {experts.epochs}. Lower one of them, or train experts "
+        "for longer"
+    )
 
     expert_epochs: int = flag(2, "epochs of the expert that the student's steps are to match", count(1))
     syn_steps: int = flag(30, "steps of the student; more are slower, the memory stays the same", count(1))
@@ -76,8 +82,9 @@ class StudentBatch(Draw):
 class StudentStep:
     """Gradients of one step of a student, as functions of its parameters and images.
 
-    On a CPU they may be means over equal parts of the batch. A network with BatchNorm takes the batch whole: its
-    statistics are those of the batch.
+    They are of the joint loss of augmented images followed by outliers `[n, C, H, W]`, of which `weight` is the weight;
+    `labels` are those of the images. On a CPU they may be means over equal parts of the batch. A network with BatchNorm
+    takes the batch whole: its statistics are those of the batch.
     """
 
     def __init__(self, net: nn.Module, compute: Compute):
@@ -89,12 +96,7 @@ class StudentStep:
         self.part_backward = fp32.function(self._backward)
 
     def gradient(self, images: torch.Tensor, labels: torch.Tensor, weight: float, params: Params) -> Params:
-        """The gradient of the joint loss with respect to `params`.
-
-        Args:
-            images: augmented images followed by outliers `[n, C, H, W]`.
-            labels: of the images. weight: of the outliers.
-        """
+        """The gradient with respect to `params`."""
         parts = joint_parts(images, labels, self.splitter)
         return _mean([self.part_gradient(*part, weight, params) for part in parts])
 
@@ -146,8 +148,6 @@ class TrajectoryMatching(LearnableSet):
         self.net = without_running_statistics(net).to(self.device).requires_grad_(False)
         self.names = [name for name, _ in self.net.named_parameters()]
         self.step = StudentStep(self.net, inputs.compute)
-        self.about = {"num_experts": len(experts.trajectories)}
-        self.fingerprints = {"buffer_path": experts.fingerprint()}
 
     def _set_images(self, exp: int, images: torch.Tensor, outliers: torch.Tensor | None) -> None:
         super()._set_images(exp, images, outliers)
@@ -187,10 +187,10 @@ class TrajectoryMatching(LearnableSet):
 
     def _draw(self, it: int) -> tuple[list[StudentBatch], list[StudentBatch]]:
         """The batches of every step of the student: of images, and of outliers."""
-        kinds = ("student", "student oe") if self.image_oe is not None else ("student",)
+        kinds = ("student", "student oe")[: len(self._tensors())]
         drawn = [self._batches(generator(self.settings.seed, "match", self.exp, kind, it)) for kind in kinds]
-        batches = send_draws(drawn, self.device)
-        return batches[0], batches[1] if len(batches) > 1 else []
+        batches, *outliers = send_draws(drawn, self.device)
+        return batches, outliers[0] if outliers else []
 
     def _batches(self, g: torch.Generator) -> list[StudentBatch]:
         """A batch for each step, from a random order that is drawn again when it is used up."""
@@ -201,8 +201,7 @@ class TrajectoryMatching(LearnableSet):
                 order = torch.randperm(total, generator=g)
             index, order = order[:size], order[size:]
             dsa = self.augmentation
-            transform = None if dsa is None else dsa.draw(len(index), self.real.im_size, g)
-            batches.append(StudentBatch(index, transform))
+            batches.append(StudentBatch(index, dsa and dsa.draw(len(index), self.real.im_size, g)))
         return batches
 
     def _match(
@@ -241,9 +240,8 @@ class TrajectoryMatching(LearnableSet):
             for gradient, batch, on_leaf in zip(gradients, pair, on_leaves, strict=False):
                 gradient.index_add_(0, batch.index, -lr * on_leaf)
             v = {n: v[n] - lr * on_params[n] for n in self.names}
-        shaped = [g.view(t.shape) for g, t in zip(gradients, decoded, strict=True)]
-        stored = [on_stored(t, factor, g) for t, g in zip(self._tensors(), shaped, strict=True)]
-        return loss[None], [*stored, on_lr]
+        of_tensors = zip(self._tensors(), decoded, gradients, strict=True)
+        return loss[None], [*(on_stored(t, factor, g.view(d.shape)) for t, d, g in of_tensors), on_lr]
 
     def _inputs(
         self, decoded: Sequence[torch.Tensor], batch: StudentBatch, batch_oe: StudentBatch | None
@@ -278,20 +276,6 @@ class TrajectoryMatching(LearnableSet):
         load_optimizer(self.optimizer_lr, state["lr"]["optimizer"])
 
 
-def _build(inputs: MethodInputs) -> TrajectoryMatching:
-    s = inputs.settings
-    experts, notice = experts_of(inputs)
-    if s.last_epoch > experts.epochs:
-        raise UserError(
-            f"--max_start_epoch {s.max_start_epoch}: with --expert_epochs {s.expert_epochs} it needs experts of "
-            f"{s.last_epoch} epochs; those in {experts.folder} have {experts.epochs}. Lower one of them, or train "
-            "experts for longer"
-        )
-    method = TrajectoryMatching(inputs, experts)
-    method.notices += notice
-    return method
-
-
 def _workload(inputs: MethodInputs) -> Workload:
     """Each step goes forward and backward once, then twice more for the second derivative."""
     s, total = inputs.settings, inputs.real.num_classes * inputs.settings.decoded_ipc
@@ -302,7 +286,7 @@ def _workload(inputs: MethodInputs) -> Workload:
 MTT_ENTRY = MethodEntry(
     "MTT",
     "trajectory matching on experts",
-    _build,
+    with_experts(TrajectoryMatching),
     _workload,
     TrajectorySettings,
     defaults={"Iteration": 5000, "lr_img": 1000.0, "init": "real", "eval_interval": 100},

@@ -96,7 +96,7 @@ def _is_begun(folder: Path, about: dict | None = None) -> bool:
         UserError: when they are of another kind, or their kind is not known.
     """
     begun = any(folder.glob("replay_buffer_*.pt")) or any(folder.glob("unfinished_expert_*/epoch_1.pt"))
-    if begun and about is not None and not check_about(folder, about, "--buffer_path"):
+    if begun and about is not None and not check_about(folder, about):
         raise UserError(f"--buffer_path: {folder} has experts without {ABOUT}, made elsewhere; give another folder")
     return begun
 
