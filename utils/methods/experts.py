@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from utils.core.errors import UserError
 from utils.core.files import read_json
@@ -30,7 +30,7 @@ from utils.settings.parser import count, number
 
 ABOUT = "experts.json"
 TRAIN = ("never", "auto")
-Params = list[torch.Tensor]
+Params = list[Tensor]
 
 
 def expert_folder(buffer_path: str | Path, real: RealData, model: str) -> Path:
@@ -107,7 +107,7 @@ class ExpertBuffer:
         if not lists or not all(isinstance(epoch, list) for t in content for epoch in t):
             raise UserError(f"--buffer_path: {path} is no buffer, a list of trajectories; make it again")
         for epoch in (epoch for trajectory in content for epoch in trajectory):
-            if [tuple(p.shape) if isinstance(p, torch.Tensor) else None for p in epoch] != self.shapes:
+            if [tuple(p.shape) if isinstance(p, Tensor) else None for p in epoch] != self.shapes:
                 raise UserError(f"--buffer_path: {path} has experts of another --model or data set")
         return content
 

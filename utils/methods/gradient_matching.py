@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from utils.compute import distributed
 from utils.compute.compiling import Workload, batches
@@ -72,7 +72,7 @@ class GradientMatching(LearnableSet):
         if s.inner_loop and self.outer_loop == 1:
             self.notices.append("--inner_loop is not used: with an outer loop of 1 no network is trained in between")
 
-    def iterate(self, it: int) -> dict[str, torch.Tensor]:
+    def iterate(self, it: int) -> dict[str, Tensor]:
         """One iteration on a fresh random network, or on one of the pool; returns losses `[slots]` by name, means over
         the outer steps."""
         self.reset_network(self.net, self.draws.generator(self.exp, "network", it), it)
@@ -92,7 +92,7 @@ class GradientMatching(LearnableSet):
                 pass
         distributed.broadcast_(*(t.detach() for t in self.net.state_dict().values()))
 
-    def _matching_step(self, drawn: StepDraw) -> torch.Tensor:
+    def _matching_step(self, drawn: StepDraw) -> Tensor:
         """Update the images, then the outliers; returns their losses, `[1 or 2, slots]`."""
         self.net.train()
         if drawn.batchnorm is not None:  # one pass over these images in training mode, then every BatchNorm is frozen
@@ -112,8 +112,8 @@ class GradientMatching(LearnableSet):
         return torch.stack(losses)
 
     def _update(
-        self, images: torch.Tensor, batches: Iterable[torch.Tensor], drawn: dict[int, SlotDraw], outliers: bool = False
-    ) -> torch.Tensor:
+        self, images: Tensor, batches: Iterable[Tensor], drawn: dict[int, SlotDraw], outliers: bool = False
+    ) -> Tensor:
         """Set the gradient of the images or of the outliers; returns the losses of the slots.
 
         `batches`: the real batch of each slot in `drawn`.

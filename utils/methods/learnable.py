@@ -11,7 +11,7 @@ from functools import partial
 from types import MappingProxyType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from networks import initialize
 from utils.compute import distributed
@@ -63,8 +63,8 @@ class LearnableSet:
 
     MOMENTUM = 0.5
     fingerprints: Mapping[str, str] = MappingProxyType({})  # of further inputs of a method, by flag
-    image_syn: torch.Tensor  # [num_classes, ipc, C, H, W], normalised, on the device of `real`
-    image_oe: torch.Tensor | None  # likewise; None without outliers
+    image_syn: Tensor  # [num_classes, ipc, C, H, W], normalised, on the device of `real`
+    image_oe: Tensor | None  # likewise; None without outliers
 
     def __init__(self, inputs: MethodInputs):
         s, real = inputs.settings, inputs.real
@@ -96,7 +96,7 @@ class LearnableSet:
             outliers = self._k_center(exp, images) if s.init_oe == "kcenter" else self._initial(exp, "outliers")
         self._set_images(exp, images, outliers)
 
-    def _initial(self, exp: int, what: str) -> torch.Tensor:
+    def _initial(self, exp: int, what: str) -> Tensor:
         """The initial `images` or `outliers`: those of `--load_path`, noise, or real ones."""
         s = self.settings
         if self.initial:
@@ -114,7 +114,7 @@ class LearnableSet:
                 slots.append(encode(draw_repeated(self.outliers, slot, s.decoded_ipc, g), s.factor))
         return torch.stack(slots)
 
-    def _k_center(self, exp: int, images: torch.Tensor) -> torch.Tensor:
+    def _k_center(self, exp: int, images: Tensor) -> Tensor:
         """The outliers that `--init_oe kcenter` chooses."""
         s, outliers = self.settings, torch.zeros_like(images)
         if distributed.is_main():
@@ -125,7 +125,7 @@ class LearnableSet:
         distributed.broadcast_(outliers)  # a network that is trained elsewhere may choose others
         return outliers
 
-    def _set_images(self, exp: int, images: torch.Tensor, outliers: torch.Tensor | None) -> None:
+    def _set_images(self, exp: int, images: Tensor, outliers: Tensor | None) -> None:
         """Set the images of experiment `exp`, with new optimisers."""
         self.exp, self.image_syn, self.image_oe = exp, images, outliers
         if self.pool is not None:
@@ -135,7 +135,7 @@ class LearnableSet:
         pairs = zip(self._tensors(), rates, strict=False)
         self.optimizers = [self.optimizer([images.requires_grad_()], lr) for images, lr in pairs]
 
-    def optimizer(self, images: list[torch.Tensor], lr: float) -> torch.optim.Optimizer:
+    def optimizer(self, images: list[Tensor], lr: float) -> torch.optim.Optimizer:
         """The optimiser of the images, or of the outliers."""
         return torch.optim.SGD(images, lr=lr, momentum=self.MOMENTUM)
 
@@ -157,7 +157,7 @@ class LearnableSet:
             if self.settings.clamp_oe:
                 clamp_to_pixels(self.image_oe.detach(), self.real)
 
-    def _tensors(self) -> list[torch.Tensor]:
+    def _tensors(self) -> list[Tensor]:
         return [self.image_syn] if self.image_oe is None else [self.image_syn, self.image_oe]
 
     def synthetic(self) -> SyntheticSet:
@@ -196,7 +196,7 @@ class LearnableSet:
 class SlotDraw(Draw):
     """The random choices for one slot."""
 
-    real: torch.Tensor | OutlierBatch  # its real images (int64 `[n]`) or outliers
+    real: Tensor | OutlierBatch  # its real images (int64 `[n]`) or outliers
     transform: Transform | None  # the augmentation of these and of the synthetic ones
 
 
@@ -206,7 +206,7 @@ class StepDraw(Draw):
 
     images: dict[int, SlotDraw]  # by slot
     outliers: dict[int, SlotDraw]
-    batchnorm: torch.Tensor | None  # the training images (int64 `[n]`) that set BatchNorm's statistics
+    batchnorm: Tensor | None  # the training images (int64 `[n]`) that set BatchNorm's statistics
     epochs: list[list[Batch]]  # of the network training that follows
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
-import torch
+from torch import Tensor
 
 from utils.compute.compiling import Workload
 from utils.compute.device import Compute
@@ -24,7 +24,7 @@ from utils.settings.parser import count, number
 class Method(Protocol):
     """One distillation: the synthetic images of an experiment, and their updates."""
 
-    labels: torch.Tensor  # int64 [num_classes·ipc], sorted
+    labels: Tensor  # int64 [num_classes·ipc], sorted
     outliers: OutlierSource | None
     initial: Sequence[SyntheticSet]  # distilled sets to start the experiments from, instead of real images or noise
     notices: Sequence[str]  # lines for the log of the run
@@ -34,7 +34,7 @@ class Method(Protocol):
     def start(self, exp: int) -> None:
         """Initialise the synthetic images (and outliers) of experiment `exp`."""
 
-    def iterate(self, it: int) -> dict[str, torch.Tensor]:
+    def iterate(self, it: int) -> dict[str, Tensor]:
         """Update the images once; returns losses by name, `[slots]` or `[1]` each."""
 
     def synthetic(self) -> SyntheticSet:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from utils.compute import distributed
 from utils.compute.compiling import Workload
@@ -20,7 +21,6 @@ from utils.data.synthetic import decode_slots, on_stored
 from utils.methods.distribution_matching import CHUNK_IMAGES, FeatureMatching
 from utils.methods.experts import ExpertBuffer, OnExperts, with_experts, without_running_statistics
 from utils.methods.method import MethodEntry, MethodInputs, Spread
-from utils.outliers.spread import push_apart
 from utils.outliers.start import clamp_to_pixels
 from utils.settings.distillation import ExpertSettings
 from utils.settings.fields import flag
@@ -69,7 +69,7 @@ class SnapshotSettings(OnExperts, Spread):
         return self.ce_weight if self.ce_weight is not None else 0.5 if self.ipc >= 50 else 2.5
 
 
-def characteristic(features: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+def characteristic(features: Tensor, frequencies: Tensor) -> Tensor:
     """The characteristic function of unit features `[…, n, D]` at frequencies `[T, D]`: `[…, 2, T]`, real and imaginary
     part of `mean_n exp(i t·f_n)`."""
     phases = F.normalize(features, dim=-1) @ frequencies.T
@@ -93,7 +93,7 @@ class SnapshotMatching(FeatureMatching):
         two = torch.zeros(2, self.real.channel, *self.real.im_size, device=self.device)
         self.num_features = self.net.embed(two).flatten(1).shape[1]
 
-    def optimizer(self, images: list[torch.Tensor], lr: float) -> torch.optim.Optimizer:
+    def optimizer(self, images: list[Tensor], lr: float) -> torch.optim.Optimizer:
         """AdamW without decay: gradients of snapshots differ in size by orders of magnitude. Or SGD, as published, with
         a learning rate for pixels in [0, 1]."""
         if self.settings.published:
@@ -134,22 +134,22 @@ class SnapshotMatching(FeatureMatching):
         if s.feature_distance == "cf":
             self.frequencies = send(torch.randn(s.cf_frequencies, self.num_features, generator=g), self.device)
 
-    def target(self, features: torch.Tensor) -> torch.Tensor:
+    def target(self, features: Tensor) -> Tensor:
         """The mean of the real features, or their characteristic function."""
         if self.settings.feature_distance == "mean":
             return super().target(features)
         return characteristic(features, self.frequencies)
 
-    def distance(self, features: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def distance(self, features: Tensor, targets: Tensor) -> Tensor:
         """DM's distance, or `300 mean_t sqrt(½ |Φ_r - Φ_s|²)`, which is NCFM's loss (section 3.3) written shorter."""
         if self.settings.feature_distance == "mean":
             return super().distance(features, targets)
         difference = characteristic(features, self.frequencies) - targets
         return CF_SCALE * (difference.square().sum(-2) / 2 + 1e-12).sqrt().mean(-1)
 
-    def more_losses(self, it: int) -> dict[str, torch.Tensor]:
+    def more_losses(self, it: int) -> dict[str, Tensor]:
         """Add the gradient of the weighted classification loss, summed over the slots as the losses of matching are, to
-        that of images and outliers; returns its mean over the slots `[1]`. Keep outliers apart, if the settings say so.
+        that of images and outliers; returns its mean over the slots `[1]`.
 
         Rank 0 computes it; the other processes receive the gradients.
         """
@@ -168,13 +168,9 @@ class SnapshotMatching(FeatureMatching):
         distributed.broadcast_(loss, *gradients)
         for images, gradient in zip(self._tensors(), gradients, strict=True):
             images.grad += gradient
-        if self.image_oe is not None:
-            push_apart(self.net, self.image_oe, s.spread_oe, s.factor)
         return {"loss_ce": loss}
 
-    def _classification(
-        self, images: torch.Tensor, labels: torch.Tensor | None, g: torch.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _classification(self, images: Tensor, labels: Tensor | None, g: torch.Generator) -> tuple[Tensor, Tensor]:
         """The mean loss of augmented images, or without labels of outliers, and its gradient on the images."""
         gradient, total, size = torch.zeros_like(images), images.new_zeros(()), len(images)
         if not self.has_batchnorm:

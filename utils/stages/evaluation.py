@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from utils.compute import distributed
 from utils.compute.device import Compute
@@ -82,7 +83,7 @@ class EvalSettings:
     num_networks: int  # fresh networks of each model
     training: dict[str, TrainSettings]  # of each model
     seed: int
-    ood: dict[str, torch.Tensor] = field(default_factory=dict)  # normalised images of each OOD set; for AUROC by msp
+    ood: dict[str, Tensor] = field(default_factory=dict)  # normalised images of each OOD set; for AUROC by msp
 
 
 class Evaluator:
@@ -129,7 +130,7 @@ class Evaluator:
             self.trainers[model] = Trainer(net.to(self.real.device), self.settings.training[model], compute)
         trainer = self.trainers[model]
 
-        def after_epoch(epoch: int, loss: torch.Tensor) -> None:
+        def after_epoch(epoch: int, loss: Tensor) -> None:
             """Show progress, and stop after a signal: networks in training are not kept."""
             progress.step(loss=loss.mean())
             signals.check()
@@ -144,7 +145,7 @@ class Evaluator:
         return tested
 
 
-def _auroc(logits: torch.Tensor, logits_ood: torch.Tensor) -> float:
+def _auroc(logits: Tensor, logits_ood: Tensor) -> float:
     """AUROC of the score msp; NaN where a score is not finite."""
     inside, outside = (msp(z.double(), 1.0).cpu().numpy() for z in (logits, logits_ood))
     finite = np.isfinite(inside).all() and np.isfinite(outside).all()

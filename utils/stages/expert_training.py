@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from networks import initialize
 from utils.compute import distributed
@@ -179,7 +179,7 @@ class ExpertTraining:
         save_pt(folder / "epoch_0.pt", self.trainer.state_dict())
         return 0
 
-    def _epoch(self, index: int, epoch: int) -> torch.Tensor:
+    def _epoch(self, index: int, epoch: int) -> Tensor:
         """Train one epoch on the real set; returns the mean batch loss."""
         s, real, losses = self.settings, self.real, []
         g = generator(s.seed, "expert", index, "epoch", epoch)
@@ -193,13 +193,13 @@ class ExpertTraining:
             losses.append(self.trainer.step(images, real.labels_train[part.to(real.device)]))
         return torch.stack(losses).mean()
 
-    def _augmented(self, images: torch.Tensor, g: torch.Generator) -> torch.Tensor:
+    def _augmented(self, images: Tensor, g: torch.Generator) -> Tensor:
         augmentation = self.settings.augmentation
         if augmentation is None:
             return images
         return send_draws(augmentation.draw(len(images), self.real.im_size, g), images.device)(images)
 
-    def _outlier_batch(self, g: torch.Generator) -> torch.Tensor:
+    def _outlier_batch(self, g: torch.Generator) -> Tensor:
         """`batch_oe` outliers, as evenly over the slots as possible."""
         slots, n = self.real.num_classes, self.settings.batch_oe
         first = int(torch.randint(slots, (1,), generator=g))  # the first slot to get one of the rest, `n % slots`

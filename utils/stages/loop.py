@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from utils.compute import distributed
 from utils.core.errors import Interrupted, UserError, one_line
@@ -74,7 +75,7 @@ class DistillState:
         return cls(exp, iteration, method, bool(content["evaluated"]), measures, finished, accs)
 
 
-def is_like(images: torch.Tensor | None, example: torch.Tensor | None) -> bool:
+def is_like(images: Tensor | None, example: Tensor | None) -> bool:
     """Whether images have the shape and type of others, and are finite; None is like None."""
     if images is None or example is None:
         return images is example
@@ -116,11 +117,8 @@ class Distillation:
         for model, values in self.state.accs.items():
             about = f"{counted(len(values), 'network')}, {counted(s.num_exp, 'experiment')}"
             self.run.log(f"{model}: accuracy {mean_std(values)} % ({about})")
-        try:
-            if distributed.is_main():
-                save_curves(self.run.path / "curves.png", self.run.metrics())
-        except ImportError:
-            self.run.log("no curves.png: matplotlib is not installed (pip install matplotlib)")
+        if distributed.is_main():
+            save_curves(self.run.path / "curves.png", self.run.metrics())
         self.run.log(f"distilled set: {self.path}")
 
     @property
@@ -264,7 +262,7 @@ class Distillation:
         return True
 
 
-def not_finite(losses: dict[str, torch.Tensor], synthetic: SyntheticSet) -> str:
+def not_finite(losses: dict[str, Tensor], synthetic: SyntheticSet) -> str:
     """Names what is no longer finite, and in which slots; empty if all is finite.
 
     Args:

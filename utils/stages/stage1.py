@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from utils.compute import distributed
 from utils.compute.compiling import Workload, batches
@@ -101,7 +102,7 @@ def total_workload(iteration: Workload, evaluation: EvalSettings, inputs: Method
     )
 
 
-def _ood_images(s: Stage1Settings, real: RealData) -> dict[str, torch.Tensor]:
+def _ood_images(s: Stage1Settings, real: RealData) -> dict[str, Tensor]:
     """The images of the sets of `--eval_ood`, by name."""
     folders, download, limit = (Path(s.ood_path), Path(s.data_path)), s.download == "all", len(real.images_test)
     source = OODSource(real, *folders, download, limit, s.seed, flag="--eval_ood")
@@ -120,7 +121,7 @@ def _start_fingerprint(start: Sequence[SyntheticSet]) -> dict[str, str]:
     return {"load_path": fingerprint(t for s in start for t in (s.images, s.images_oe))} if start else {}
 
 
-def _run_folder(s: Stage1Settings, inputs: MethodInputs, method: Method, ood: dict[str, torch.Tensor]) -> RunFolder:
+def _run_folder(s: Stage1Settings, inputs: MethodInputs, method: Method, ood: dict[str, Tensor]) -> RunFolder:
     """The folder of the run: that of `--resume`, which must have read the same inputs, or a new one."""
     real, outliers = inputs.real, inputs.outliers
     prints = {

@@ -245,20 +245,16 @@ def _draw_plots(run: RunFolder, measured: PlotData, results: Results, networks: 
 
     A score is drawn for the sets on which it is finite for every network.
     """
-    try:
-        for score, in_scores in measured.in_scores.items():
-            finite = {n: out for n, out in measured.out_scores[score].items() if _finite(in_scores) and _finite(out)}
-            if finite:
-                first = {name: values[0] for name, values in finite.items()}
-                save_score_histograms(run.path / f"scores_{score}.png", score, in_scores[0], first)
-                save_roc_curves(run.path / f"roc_{score}.png", score, in_scores, finite)
-        ece = float(np.mean(results.of_networks("ece")))
-        save_reliability(run.path / "reliability.png", measured.reliability, ece)
-        if pictures := distilled_pictures(networks):
-            save_distilled(run.path / "distilled.png", pictures)
-    except ImportError:
-        run.log("no plots: matplotlib is not installed (pip install matplotlib)")
-        return
+    for score, in_scores in measured.in_scores.items():
+        finite = {n: out for n, out in measured.out_scores[score].items() if _finite(in_scores) and _finite(out)}
+        if finite:
+            first = {name: values[0] for name, values in finite.items()}
+            save_score_histograms(run.path / f"scores_{score}.png", score, in_scores[0], first)
+            save_roc_curves(run.path / f"roc_{score}.png", score, in_scores, finite)
+    ece = float(np.mean(results.of_networks("ece")))
+    save_reliability(run.path / "reliability.png", measured.reliability, ece)
+    if pictures := distilled_pictures(networks):
+        save_distilled(run.path / "distilled.png", pictures)
     run.log("plots: " + ", ".join(sorted(path.name for path in run.path.glob("*.png"))))
 
 
