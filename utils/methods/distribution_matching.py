@@ -64,10 +64,10 @@ class FeatureMatching(LearnableSet):
             batches = (self.outliers.batch(draw.real) for draw in drawn.outliers.values())
             losses["loss_oe"] = self._update(self.image_oe, batches, drawn.outliers)
         losses |= self.more_losses(it)
+        self.update(0)
         if self.outliers is not None:
             push_apart(self.net, self.image_oe, self.settings.spread_oe, self.settings.factor)
-        self.update_images()
-        self.update_outliers()
+            self.update(1)
         self.draws.look_ahead(self.exp, it + 1, self.synthetic())
         return losses
 

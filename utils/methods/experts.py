@@ -29,7 +29,6 @@ from utils.settings.fields import as_words, flag, flags_of
 from utils.settings.parser import count, number
 
 ABOUT = "experts.json"
-TRAIN = ("never", "auto")
 Params = list[Tensor]
 
 
@@ -53,11 +52,7 @@ def describe(real: RealData, model: str, outliers: OutlierSource | None, lambda_
 
 
 def check_about(folder: Path, expected: dict) -> bool:
-    """Compare `experts.json` with what is expected; False if there is none, as in published buffers.
-
-    Raises:
-        UserError: naming what differs.
-    """
+    """Compare `experts.json` with what is expected; False if there is none, as in published buffers."""
     if not (folder / ABOUT).exists():
         return False
     stored = read_json(folder / ABOUT, "--buffer_path")
@@ -79,12 +74,8 @@ def check_about(folder: Path, expected: dict) -> bool:
 class ExpertBuffer:
     """The trajectories in a folder. They stay on the disk: a segment reads two epochs of one of them.
 
-    Args:
-        shapes: of the network's parameters, in order.
-        most: use only the first `most` experts; None for all.
-        how_to_make: the command for the message if there are none.
-    Raises:
-        UserError: when there are none, or they are damaged or do not fit the network.
+    `shapes`: of the network's parameters, in order. `most`: use only so many experts, the first ones; None for all.
+    `how_to_make`: the command for the message if there are none.
     """
 
     def __init__(self, folder: Path, shapes: Sequence[torch.Size], most: int | None, how_to_make: str):
@@ -146,7 +137,7 @@ class OnExperts(Distilling, Buffers):
         "never",
         "auto: first train the experts that are missing, as train_experts.py would with its defaults for this method",
         what="choice",
-        names=TRAIN,
+        names=("never", "auto"),
         may_change=True,
     )
     max_experts: int | None = flag(None, "use only this many experts, the first ones; left out: all", count(1))
@@ -186,11 +177,7 @@ def with_experts(kind: Callable[[MethodInputs, ExpertBuffer], Method]) -> Callab
 
 
 def experts_of(inputs: MethodInputs) -> tuple[ExpertBuffer, list[str]]:
-    """The experts that the settings of a distillation name, and lines for its log.
-
-    Raises:
-        UserError: when there are none, they are damaged, of another kind, or trained for too few epochs.
-    """
+    """The experts that the settings of a distillation name, and lines for its log."""
     s, real = inputs.settings, inputs.real
     folder = expert_folder(s.buffer_path, real, s.model)
     how_to_make = shlex.join(["python", "train_experts.py", *as_words(s.of_experts())])

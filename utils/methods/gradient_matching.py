@@ -103,12 +103,12 @@ class GradientMatching(LearnableSet):
                     module.eval()
         batches = (self.real.train_batch(draw.real) for draw in drawn.images.values())
         losses = [self._update(self.image_syn, batches, drawn.images)]
-        self.update_images()
+        self.update(0)
         if self.outliers is not None:
             batches = (self.outliers.batch(draw.real) for draw in drawn.outliers.values())
             losses.append(self._update(self.image_oe, batches, drawn.outliers, outliers=True))
             push_apart(self.net, self.image_oe, self.settings.spread_oe, self.settings.factor)
-            self.update_outliers()
+            self.update(1)
         return torch.stack(losses)
 
     def _update(

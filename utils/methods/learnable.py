@@ -56,12 +56,10 @@ class LearnableSet:
     """Synthetic images, and with an outlier source the same number of synthetic outliers, optimised by SGD.
 
     The base class of methods: initial values, optimisers and state; a method adds `iterate`.
-
-    Raises:
-        UserError: for settings of outliers that contradict each other; `start` raises what `check_class_sizes` does.
     """
 
     MOMENTUM = 0.5
+    KEEPS_PIXELS = False  # whether images and outliers are kept in the range of pixels, whatever --clamp_oe says
     fingerprints: Mapping[str, str] = MappingProxyType({})  # of further inputs of a method, by flag
     image_syn: Tensor  # [num_classes, ipc, C, H, W], normalised, on the device of `real`
     image_oe: Tensor | None  # likewise; None without outliers
@@ -146,16 +144,11 @@ class LearnableSet:
         else:
             net.load_state_dict(self.pool.next_network(self.exp, it, self.synthetic().decoded()))
 
-    def update_images(self) -> None:
-        """Move the images along their gradient."""
-        self.optimizers[0].step()
-
-    def update_outliers(self) -> None:
-        """Move the outliers along their gradient, and with `--clamp_oe` back into the range of pixels."""
-        if self.image_oe is not None:
-            self.optimizers[1].step()
-            if self.settings.clamp_oe:
-                clamp_to_pixels(self.image_oe.detach(), self.real)
+    def update(self, which: int) -> None:
+        """Move the images (0) or the outliers (1) along their gradient; back into the range of pixels, if so wanted."""
+        self.optimizers[which].step()
+        if self.KEEPS_PIXELS or (which == 1 and self.settings.clamp_oe):
+            clamp_to_pixels(self._tensors()[which].detach(), self.real)
 
     def _tensors(self) -> list[Tensor]:
         return [self.image_syn] if self.image_oe is None else [self.image_syn, self.image_oe]
@@ -173,12 +166,8 @@ class LearnableSet:
         } | ({} if self.pool is None else {"pool": self.pool.state_dict()})
 
     def load_state_dict(self, exp: int, state: dict) -> None:
-        """Continue experiment `exp` from a `state_dict`.
-
-        Raises:
-            ValueError, RuntimeError, KeyError: when its images differ in shape or dtype, outliers are missing or
-                unexpected, its pool is another, or older code wrote it.
-        """
+        """Continue experiment `exp` from a `state_dict`. `ValueError`, `RuntimeError` or `KeyError` tells that it is of
+        another run, or that older code wrote it."""
         count = 1 if self.outliers is None else 2
         if any(tuple(t.shape) != self.shape or t.dtype != torch.float32 for t in state["images"]):
             raise ValueError(f"images of another shape than {'x'.join(map(str, self.shape))}")

@@ -77,16 +77,12 @@ class Matcher:
         transforms: Sequence[Augmentation] | Mapping[int, Augmentation],
         outliers: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Match all slots with the gradients of real images, or of real outliers.
-
-        Under `torchrun` each process takes some of the slots.
+        """Match all slots with the gradients of real images, or of real outliers; each process takes some of the slots.
 
         Args:
             images_syn: `[slots, ipc, C, H, W]`.
-            batches: the real images `[n, C, H, W]` of each slot of this process, in order. They are read one by one, so
-                that an iterator needs the memory of one.
+            batches: the real images `[n, C, H, W]` of each slot of this process, in order, read one by one.
             transforms: by slot, applied to both its real and its synthetic images (the Siamese rule).
-            outliers: whether all of these are outliers.
         Returns:
             The losses `[slots]`, and the gradient of their sum with respect to `images_syn`; the same on all processes.
         """

@@ -21,14 +21,11 @@ from utils.data.synthetic import decode_slots, on_stored
 from utils.methods.distribution_matching import CHUNK_IMAGES, FeatureMatching
 from utils.methods.experts import ExpertBuffer, OnExperts, with_experts, without_running_statistics
 from utils.methods.method import MethodEntry, MethodInputs, Spread
-from utils.outliers.start import clamp_to_pixels
 from utils.settings.distillation import ExpertSettings
 from utils.settings.fields import flag
 from utils.settings.parser import count, number
 from utils.training.losses import uniform_cross_entropy
 
-SNAPSHOTS = ("epochs", "interpolate")
-DISTANCES = ("mean", "cf")
 CF_SCALE = 300.0  # of the distance of characteristic functions, as published
 
 
@@ -44,13 +41,13 @@ class SnapshotSettings(OnExperts, Spread):
         "epochs: the experts after a random epoch, and a tenth of the epochs later to classify; interpolate: between "
         "their first and last parameters, and the last to classify",
         what="kind of snapshots",
-        names=SNAPSHOTS,
+        names=("epochs", "interpolate"),
     )
     feature_distance: str = flag(
         "mean",
         "mean: squared distance of mean features; cf: distance of their characteristic functions (NCFM)",
         what="distance",
-        names=DISTANCES,
+        names=("mean", "cf"),
     )
     cf_frequencies: int = flag(1024, "frequencies of --feature_distance cf, others in each iteration", count(1))
     published: bool = flag(
@@ -80,6 +77,7 @@ class SnapshotMatching(FeatureMatching):
     """The synthetic images of one experiment, and the iterations that match them on snapshots of experts."""
 
     GRADIENT_IN_BF16 = True  # AdamW takes little of a gradient but its sign
+    KEEPS_PIXELS = True
     settings: SnapshotSettings
 
     def __init__(self, inputs: MethodInputs, experts: ExpertBuffer):
@@ -100,17 +98,6 @@ class SnapshotMatching(FeatureMatching):
             std = sum(self.real.std) / len(self.real.std)
             return super().optimizer(images, lr / std**2)
         return torch.optim.AdamW(images, lr=lr, weight_decay=0.0)
-
-    def update_images(self) -> None:
-        """Move the images, and keep them in the range of pixels."""
-        super().update_images()
-        clamp_to_pixels(self.image_syn.detach(), self.real)
-
-    def update_outliers(self) -> None:
-        """Move the outliers, and keep them in the range of pixels."""
-        super().update_outliers()
-        if self.image_oe is not None:
-            clamp_to_pixels(self.image_oe.detach(), self.real)
 
     def load_network(self, it: int) -> None:
         """Give the two networks the parameters of this iteration, and draw the frequencies of `cf`."""

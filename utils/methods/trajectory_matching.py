@@ -165,8 +165,9 @@ class TrajectoryMatching(LearnableSet):
         distributed.broadcast_(loss, *gradients)
         for tensor, gradient in zip(tensors, gradients, strict=True):
             tensor.grad = gradient
-        self.update_images()
-        self.update_outliers()
+        self.update(0)
+        if self.image_oe is not None:
+            self.update(1)
         self.optimizer_lr.step()
         if self.lr_student < SMALLEST_LR:
             warnings.warn(

@@ -37,11 +37,8 @@ EVAL_MODES = {
 
 
 def evaluation_models(mode: str, model: str, real: RealData) -> tuple[str, ...]:
-    """The names of the networks that `--eval_mode` asks for; each is built once to be tried.
-
-    Raises:
-        UserError: when one does not take images of this size, which must be known before hours of distillation.
-    """
+    """The names of the networks that `--eval_mode` asks for; a `UserError` tells of one that does not take images of
+    this size, as that must be known before hours of distillation."""
     names = (model.replace("BN", ""),) if mode == "S" else EVAL_MODES.get(mode, (model,))
     for name in names:
         try:
@@ -96,14 +93,11 @@ class Evaluator:
     def evaluate(
         self, synthetic: SyntheticSet, exp: int, it: int, measures: EvalMeasures, after_network: Callable[[], None]
     ) -> None:
-        """Train and test the networks that `measures` lacks, and add their measures to it.
+        """Train and test the networks that `measures` lacks, and add their measures to it, in place.
 
-        Args:
-            exp, it: the experiment and its number of updates; they key the random draws.
-            measures: the measures so far, updated in place.
-            after_network: called after each network (under `torchrun`: after each process has trained one).
-        Raises:
-            Interrupted: after a signal; networks still in training are not in `measures`.
+        `exp`, `it`: the experiment and its number of updates; they key the random draws. `after_network` is called
+        after each network (under `torchrun`: after each process has trained one). Networks that a signal interrupts are
+        not in `measures`.
         """
         per_round = distributed.world_size()
         for model, training in self.settings.training.items():

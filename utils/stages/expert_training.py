@@ -71,11 +71,7 @@ def experts_workload(s: ExpertSettings, real: RealData) -> Workload:
 
 
 def open_expert_run(folder: Path, about: dict) -> RunFolder:
-    """Open the folder of an expert training: a new one, or one with experts of the same kind.
-
-    Raises:
-        UserError: when it cannot be made, or has experts of another or unknown kind.
-    """
+    """Open the folder of an expert training: a new one, or one with experts of the same kind."""
     if distributed.is_main():
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -90,11 +86,8 @@ def open_expert_run(folder: Path, about: dict) -> RunFolder:
 
 
 def _is_begun(folder: Path, about: dict | None = None) -> bool:
-    """Whether a folder has an expert, or an epoch of one; they must be of the kind `about`, if that is given.
-
-    Raises:
-        UserError: when they are of another kind, or their kind is not known.
-    """
+    """Whether a folder has an expert, or an epoch of one; a `UserError` tells that they are of another kind than
+    `about`, if that is given, or of an unknown one."""
     begun = any(folder.glob("replay_buffer_*.pt")) or any(folder.glob("unfinished_expert_*/epoch_1.pt"))
     if begun and about is not None and not check_about(folder, about):
         raise UserError(f"--buffer_path: {folder} has experts without {ABOUT}, made elsewhere; give another folder")
@@ -102,10 +95,9 @@ def _is_begun(folder: Path, about: dict | None = None) -> bool:
 
 
 class ExpertTraining:
-    """Trains experts on the real set and, if there is a source of outliers, on outliers.
+    """Trains experts on the real set, and on outliers if there is a source; under `torchrun` each process trains some.
 
-    Under `torchrun` each process trains some. Every epoch is kept in its own file until the trajectory is complete, so
-    a killed training can be resumed.
+    Every epoch is kept in its own file until the trajectory is complete, so a killed training can be resumed.
     """
 
     def __init__(
@@ -123,12 +115,7 @@ class ExpertTraining:
         self.trainer = Trainer(net, training, compute)
 
     def train_all(self) -> None:
-        """Train the experts that are missing.
-
-        Raises:
-            Interrupted: after a signal; completed epochs are kept.
-            UserError: when a training diverges.
-        """
+        """Train the experts that are missing. After a signal it stops; completed epochs are kept."""
         with rank_errors(), signals.catch():
             for index in distributed.own_share(self.settings.num_experts):
                 self._train(index, self.run.path / f"replay_buffer_{index}.pt")

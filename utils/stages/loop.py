@@ -92,12 +92,8 @@ class Distillation:
         self.path = run.path / result_name(settings.method, self.real.name, settings.model, settings.ipc)
 
     def run_all(self) -> None:
-        """Distil, evaluate and save as the settings say; log the mean accuracies at the end.
-
-        Raises:
-            Interrupted: after a signal; the state is saved.
-            UserError: when a run diverges.
-        """
+        """Distil, evaluate and save as the settings say; log the mean accuracies at the end. A signal stops it, after
+        the state is saved."""
         s = self.settings
         if self.state.exp >= s.num_exp:
             self.run.log(f"{self.run.path} is finished: all {s.num_exp} experiments are done")
@@ -120,11 +116,6 @@ class Distillation:
         if distributed.is_main():
             save_curves(self.run.path / "curves.png", self.run.metrics())
         self.run.log(f"distilled set: {self.path}")
-
-    @property
-    def starts_another(self) -> bool:
-        """Whether an experiment has not started yet."""
-        return self.state.exp + (self.state.method is not None) < self.settings.num_exp
 
     def _experiment(self) -> None:
         """Run experiment `state.exp` from its present iteration to its end."""
@@ -229,11 +220,7 @@ class Distillation:
             self.checkpointer.save(self.state.to_dict())
 
     def restore(self) -> bool:
-        """Return to the newest checkpoint; False where the run was killed before its first.
-
-        Raises:
-            UserError: when the checkpoint is not of this run.
-        """
+        """Return to the newest checkpoint; False where the run was killed before its first."""
         content = self.checkpointer.load()
         distributed.barrier()  # nobody saves before everybody has read
         if content is None:
@@ -263,11 +250,9 @@ class Distillation:
 
 
 def not_finite(losses: dict[str, Tensor], synthetic: SyntheticSet) -> str:
-    """Names what is no longer finite, and in which slots; empty if all is finite.
+    """Names what is no longer finite after an update, and in which slots; empty if all is finite.
 
-    Args:
-        losses: by name, each with an entry per slot, or one.
-        synthetic: the images after the update.
+    `losses`: by name, each with an entry per slot, or one.
     """
     values = {**losses, "images": synthetic.images.flatten(1).abs().amax(1)}
     if synthetic.images_oe is not None:

@@ -145,8 +145,8 @@ def _run_folder(s: Stage1Settings, inputs: MethodInputs, method: Method, ood: di
 def _restore(distillation: Distillation) -> bool:
     """Continue from the run's checkpoint; False where there is none yet."""
     run, method, s = distillation.run, distillation.method, distillation.settings
-    restored = distillation.restore()
-    if distillation.starts_another:
+    restored, state = distillation.restore(), distillation.state
+    if state.exp + (state.method is not None) < s.num_exp:  # an experiment has not started yet
         method.initial = _start(s, distillation.real)
         check_inputs(run.path, _start_fingerprint(method.initial))
     run.update_args(as_dict(s))

@@ -69,13 +69,8 @@ def run_stage2(settings: Stage2Settings) -> None:
 
 
 def find_distilled(s: Stage2Settings) -> Found:
-    """The `res_….pt` of a run: of `--folder`, else of the newest that fits, with outliers if those are wanted.
-
-    It is searched under `--load_path`, else under the roots of stage 1.
-
-    Raises:
-        UserError: when there is none.
-    """
+    """The `res_….pt` of a run under `--load_path`, else under the roots of stage 1: of `--folder`, else of the newest
+    that fits, with outliers if those are wanted."""
     only_oe = s.is_load_oe or (s.outliers == "distilled" and s.folder is None)
     roots = STAGE1_ROOTS[1:] if only_oe else STAGE1_ROOTS
     parts = (s.method, s.dataset, s.model, s.ipc)
@@ -93,8 +88,7 @@ def find_distilled(s: Stage2Settings) -> Found:
 
 def stage3_command(s: Stage2Settings, folder: Path, real: RealData) -> str | None:
     """The command that tests the networks of a run folder on OOD sets that are at hand: those of the paper, else those
-    that need no files. None where stage 3 would not find the folder.
-    """
+    that need no files. None where stage 3 would not find the folder."""
     root = root_of(folder, (s.method, s.dataset, s.model, s.ipc))
     source = OODSource(real, Path(OOD_PATH), Path(s.data_path), False, limit=1, seed=1)
     names = source.default_names()

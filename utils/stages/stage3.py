@@ -21,13 +21,7 @@ from utils.ood.evaluate import deviation, score_networks
 from utils.ood.scorer import FitSet, Scorer
 from utils.ood.scores import need_fitting, require_library
 from utils.ood.sets import OODSet, OODSource, validation_sets
-from utils.report.plots import (
-    distilled_pictures,
-    save_distilled,
-    save_reliability,
-    save_roc_curves,
-    save_score_histograms,
-)
+from utils.report import plots
 from utils.report.results import PlotData, Results, results_csv, results_json, results_of
 from utils.report.tables import report_text, summary
 from utils.runs.lineage import STAGE2_ROOTS, args_or_nothing, distilled_set_of, find_run_folder
@@ -112,9 +106,6 @@ class Stage2Run:
 
         `--epoch_train` left out is set to the last epoch of the training, as the folder says; of a folder of the
         published code, which does not say it, to the last that all networks have.
-
-        Raises:
-            UserError: when one of the `--num_exp` networks has no such checkpoint.
         """
         kept = checkpoints_of(self.folder, s.dataset, s.model)
         first = kept.get(0, set())
@@ -178,10 +169,8 @@ class Stage2Run:
             return None
 
     def fit_set(self, which: str | None, real: RealData) -> FitSet:
-        """The images that detectors are fitted on: the real training set, or the distilled set behind the networks.
-
-        `which`: the value of `--fit_on`; None: the set that the networks were trained on.
-        """
+        """The images that detectors are fitted on: the real training set, or the set that the networks were trained on.
+        `which`: the value of `--fit_on`; None: the latter."""
         images = self.flags.get("train_on", "distilled")
         on_whole = images == "whole"
         if which == "distilled" and on_whole:
@@ -249,12 +238,12 @@ def _draw_plots(run: RunFolder, measured: PlotData, results: Results, networks: 
         finite = {n: out for n, out in measured.out_scores[score].items() if _finite(in_scores) and _finite(out)}
         if finite:
             first = {name: values[0] for name, values in finite.items()}
-            save_score_histograms(run.path / f"scores_{score}.png", score, in_scores[0], first)
-            save_roc_curves(run.path / f"roc_{score}.png", score, in_scores, finite)
+            plots.save_score_histograms(run.path / f"scores_{score}.png", score, in_scores[0], first)
+            plots.save_roc_curves(run.path / f"roc_{score}.png", score, in_scores, finite)
     ece = float(np.mean(results.of_networks("ece")))
-    save_reliability(run.path / "reliability.png", measured.reliability, ece)
-    if pictures := distilled_pictures(networks):
-        save_distilled(run.path / "distilled.png", pictures)
+    plots.save_reliability(run.path / "reliability.png", measured.reliability, ece)
+    if pictures := plots.distilled_pictures(networks):
+        plots.save_distilled(run.path / "distilled.png", pictures)
     run.log("plots: " + ", ".join(sorted(path.name for path in run.path.glob("*.png"))))
 
 

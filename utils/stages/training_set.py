@@ -46,10 +46,7 @@ def labelled_images(
 ) -> TrainingSet:
     """The images and labels that the settings choose, and the outliers that are stored with them.
 
-    Args:
-        stage1: finds the `res_….pt` of stage 1; feature_network: a network on the whole training set, for coresets.
-    Raises:
-        UserError: when there is no such set, or it does not fit the data or `ipc`.
+    `stage1` finds the `res_….pt` of stage 1; `feature_network` gives a network on the whole training set, for coresets.
     """
     if s.distilled:
         found = read_distilled(s.distilled, real, s, s.exp_idx, s.distilled_oe or ())
@@ -88,10 +85,7 @@ def with_outliers(
 ) -> TrainingSet:
     """The chosen set with the outliers of `--outliers`, and no others.
 
-    Args:
-        feature_network: a network on the images of the set, for k-center.
-    Raises:
-        UserError: when the set has no distilled outliers and they are wanted.
+    `feature_network` gives a network on the images of the set, for k-center.
     """
     synthetic = chosen.synthetic
     if s.outliers == "distilled" and synthetic.images_oe is None:
@@ -147,9 +141,6 @@ def resumed_set(s: Stage2Settings, real: RealData) -> TrainingSet | None:
     """The set that the run of `--resume` was trained on, from the file that holds it.
 
     None if there is nothing to resume, the set is the whole training set, or `--load_path` or `--folder` changed.
-
-    Raises:
-        UserError: when the file is gone.
     """
     if s.resume is None or s.train_on == "whole":
         return None
