@@ -166,36 +166,28 @@ def with_experts(kind: Callable[[MethodInputs, ExpertBuffer], Method]) -> Callab
     """What builds a method for the registry whose class takes the experts that its settings name, too."""
 
     def build(inputs: MethodInputs) -> Method:
-        experts, notices = experts_of(inputs)
+        s, real = inputs.settings, inputs.real
+        folder = expert_folder(s.buffer_path, real, s.model)
+        make = shlex.join(["python", "train_experts.py", *as_words(s.of_experts())])
+        most = s.max_experts
+        if s.resume:  # more may have been trained since the run began
+            most = args_or_nothing(Path(s.resume)).get("num_experts", most)
+        shapes = [p.shape for p in real.network(s.model, generator(0)).parameters()]
+        experts = ExpertBuffer(folder, shapes, most, make)
+        is_known = check_about(folder, describe(real, s.model, inputs.outliers, s.of_experts().lambda_oe))
+        without = f"{folder} has no {ABOUT}"  # as published buffers
+        if not is_known and inputs.outliers is not None:
+            raise UserError(f"--buffer_path: {without}, so its experts have seen no outliers; make them with {make}")
+        if s.last_epoch > experts.epochs:
+            raise UserError(s.TOO_SHORT.format(s=s, experts=experts))
         method = kind(inputs, experts)
-        method.notices += notices
+        if not is_known:
+            method.notices.append(f"{without}: experts are assumed to have seen images normalised as here")
         method.about = {"num_experts": len(experts.trajectories)}
         method.fingerprints = {"buffer_path": experts.fingerprint()}
         return method
 
     return build
-
-
-def experts_of(inputs: MethodInputs) -> tuple[ExpertBuffer, list[str]]:
-    """The experts that the settings of a distillation name, and lines for its log."""
-    s, real = inputs.settings, inputs.real
-    folder = expert_folder(s.buffer_path, real, s.model)
-    how_to_make = shlex.join(["python", "train_experts.py", *as_words(s.of_experts())])
-    most = s.max_experts
-    if s.resume:  # more may have been trained since the run began
-        most = args_or_nothing(Path(s.resume)).get("num_experts", most)
-    shapes = [p.shape for p in real.network(s.model, generator(0)).parameters()]
-    experts = ExpertBuffer(folder, shapes, most, how_to_make)
-    is_known = check_about(folder, describe(real, s.model, inputs.outliers, s.of_experts().lambda_oe))
-    if not is_known and inputs.outliers is not None:
-        raise UserError(
-            f"--buffer_path: {folder} has no {ABOUT}, so its experts have seen no outliers; make them with "
-            f"{how_to_make}"
-        )
-    if s.last_epoch > experts.epochs:
-        raise UserError(s.TOO_SHORT.format(s=s, experts=experts))
-    unknown = f"{folder} has no {ABOUT}: experts are assumed to have seen images normalised as here"
-    return experts, [] if is_known else [unknown]
 
 
 def without_running_statistics(net: nn.Module) -> nn.Module:

@@ -64,7 +64,7 @@ class GradientMatching(LearnableSet):
         self.matcher = Matcher(self.net, s.dis_metric, inputs.compute)
         training = replace(self.training, momentum=0.0, weight_decay=0.0)
         self.trainer = Trainer(self.net, training, inputs.compute)
-        self.draws = IterationDraws(inputs, self.trainer.has_batchnorm, False, self.outer_loop, self.inner_loop)
+        self.draws = IterationDraws(inputs, self.trainer.has_batchnorm, loops=s.loops)
         self.about = {"outer_loop": self.outer_loop, "inner_loop": self.inner_loop}
         if s.ipc not in LOOPS and None in (s.outer_loop, s.inner_loop):
             loops = f"outer {self.outer_loop}, inner {self.inner_loop}"

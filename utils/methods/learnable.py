@@ -4,11 +4,10 @@ All that is random in an iteration of gradient or distribution matching is drawn
 Siamese rule: a `SlotDraw` has one `transform`, which is applied to both the real and the synthetic batch.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +59,6 @@ class LearnableSet:
 
     MOMENTUM = 0.5
     KEEPS_PIXELS = False  # whether images and outliers are kept in the range of pixels, whatever --clamp_oe says
-    fingerprints: Mapping[str, str] = MappingProxyType({})  # of further inputs of a method, by flag
     image_syn: Tensor  # [num_classes, ipc, C, H, W], normalised, on the device of `real`
     image_oe: Tensor | None  # likewise; None without outliers
 
@@ -77,6 +75,7 @@ class LearnableSet:
         self.shape = (real.num_classes, s.ipc, real.channel, *real.im_size)
         self.about: dict[str, object] = {}  # what a method adds to `args.json`
         self.notices: list[str] = []  # and to the log
+        self.fingerprints: dict[str, str] = {}  # of its further inputs, by flag
         # how networks that images are matched on are trained on the synthetic set; those of --network_pool, if any
         self.training = TrainSettings(1, s.lr_net or LR_NET, s.batch, s.lambda_oe, self.augmentation)
         self.pool: NetworkPool | None = None
@@ -113,7 +112,6 @@ class LearnableSet:
         return torch.stack(slots)
 
     def _k_center(self, exp: int, images: Tensor) -> Tensor:
-        """The outliers that `--init_oe kcenter` chooses."""
         s, outliers = self.settings, torch.zeros_like(images)
         if distributed.is_main():
             labelled = SyntheticSet(images.flatten(0, 1), self.labels, factor=s.factor).decoded()
@@ -124,7 +122,6 @@ class LearnableSet:
         return outliers
 
     def _set_images(self, exp: int, images: Tensor, outliers: Tensor | None) -> None:
-        """Set the images of experiment `exp`, with new optimisers."""
         self.exp, self.image_syn, self.image_oe = exp, images, outliers
         if self.pool is not None:
             self.pool.clear()
@@ -207,15 +204,10 @@ class IterationDraws:
     """
 
     def __init__(
-        self,
-        inputs: MethodInputs,
-        has_batchnorm: bool,
-        all_slots: bool = False,
-        outer_loop: int = 1,
-        inner_loop: int = 0,
+        self, inputs: MethodInputs, has_batchnorm: bool, all_slots: bool = False, loops: tuple[int, int] = (1, 0)
     ):
         self.inputs, self.has_batchnorm, self.all_slots = inputs, has_batchnorm, all_slots
-        self.outer_loop, self.inner_loop = outer_loop, inner_loop
+        self.outer_loop, self.inner_loop = loops
         self.together = inputs.real.device.type == "cuda"
         self.ahead: tuple[tuple[int, int], list[StepDraw]] | None = None
 

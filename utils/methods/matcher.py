@@ -31,6 +31,7 @@ EPSILON = 1e-6
 METRICS = ("ours", "mse", "cos")
 
 Augmentation = Callable[[Tensor], Tensor]
+BySlot = Sequence[Augmentation] | Mapping[int, Augmentation]
 Params = dict[str, Tensor]
 
 
@@ -71,18 +72,14 @@ class Matcher:
         self.compiles = compute.compiled and self.batched is not False
 
     def __call__(
-        self,
-        images_syn: Tensor,
-        batches: Iterable[Tensor],
-        transforms: Sequence[Augmentation] | Mapping[int, Augmentation],
-        outliers: bool = False,
+        self, images_syn: Tensor, batches: Iterable[Tensor], transforms: BySlot, outliers: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Match all slots with the gradients of real images, or of real outliers; each process takes some of the slots.
 
         Args:
             images_syn: `[slots, ipc, C, H, W]`.
             batches: the real images `[n, C, H, W]` of each slot of this process, in order, read one by one.
-            transforms: by slot, applied to both its real and its synthetic images (the Siamese rule).
+            transforms: applied to both the real and the synthetic images of a slot (the Siamese rule).
         Returns:
             The losses `[slots]`, and the gradient of their sum with respect to `images_syn`; the same on all processes.
         """

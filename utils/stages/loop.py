@@ -118,7 +118,6 @@ class Distillation:
         self.run.log(f"distilled set: {self.path}")
 
     def _experiment(self) -> None:
-        """Run experiment `state.exp` from its present iteration to its end."""
         s, state = self.settings, self.state
         if state.method is None:
             with signals.interruptible():

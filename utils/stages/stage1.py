@@ -103,7 +103,6 @@ def total_workload(iteration: Workload, evaluation: EvalSettings, inputs: Method
 
 
 def _ood_images(s: Stage1Settings, real: RealData) -> dict[str, Tensor]:
-    """The images of the sets of `--eval_ood`, by name."""
     folders, download, limit = (Path(s.ood_path), Path(s.data_path)), s.download == "all", len(real.images_test)
     source = OODSource(real, *folders, download, limit, s.seed, flag="--eval_ood")
     return {ood.name: ood.load() for ood in source.find_all(s.eval_ood or ())}

@@ -115,10 +115,8 @@ class Stage2Run:
             if s.epoch_train is None:
                 stored, epochs = self.about.get("epochs"), epochs_of(of_all or first)
                 if not epochs:
-                    raise UserError(
-                        f"--epoch_train: the networks in {self.folder} have no checkpoint of an epoch; give "
-                        "--is_load_best"
-                    )
+                    what = f"the networks in {self.folder} have no checkpoint of an epoch"
+                    raise UserError(f"--epoch_train: {what}; give --is_load_best")
                 s = replace(s, epoch_train=stored if isinstance(stored, int) else epochs[-1])
                 how = f" (--epoch_train is left out: {s.epoch_train} is the last epoch)"
             which = f"epoch{s.epoch_train}"
@@ -129,10 +127,8 @@ class Stage2Run:
         others += ["--is_load_best"] * ("best" in first - {which})
         choose = f"choose what the first network has: {', '.join(others)}" if others else "lower --num_exp"
         if has:
-            raise UserError(
-                f"--num_exp {s.num_exp}: {self.folder} has {has} networks of the kind {which}. Lower --num_exp, train "
-                f"more networks in stage 2, or {choose}"
-            )
+            flag, what = f"--num_exp {s.num_exp}", f"{self.folder} has {has} networks of the kind {which}"
+            raise UserError(f"{flag}: {what}. Lower --num_exp, train more networks in stage 2, or {choose}")
         flag = "--is_load_best" if which == "best" else f"--epoch_train {s.epoch_train}"
         no = f"no network in {self.folder} is of the kind {which}"
         raise UserError(f"{flag}: {no}. Train longer in stage 2, or {choose}")
