@@ -41,7 +41,6 @@ from utils.data.synthetic import SyntheticSet
 from utils.methods.experts import ExpertBuffer
 from utils.methods.gradient_matching import GradientMatching
 from utils.outliers.sources import PseudoOutliers
-from utils.runs.checkpoints import Checkpointer
 from utils.runs.run_folder import RunFolder
 from utils.settings.arguments import Stage1Settings
 from utils.settings.fields import as_dict
@@ -156,7 +155,7 @@ def _small_run(folder: Path, real: RealData) -> Distillation:
     settings = Stage1Settings(model="MLP", ipc=1, batch_real=2, batch_oe=2, outliers="poe", num_exp=2, Iteration=1)
     method = made(GradientMatching, real, PseudoOutliers(real), settings)
     evaluator = Evaluator(real, EvalSettings(1, {"MLP": TrainSettings(1)}, 1), run, Compute())
-    return Distillation(method, evaluator, settings, run, Checkpointer(run))
+    return Distillation(method, evaluator, settings, run)
 
 
 @cache

@@ -15,7 +15,7 @@ from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.gradient_matching import GradientMatching
 from utils.methods.learnable import SlotDraw
 from utils.methods.snapshot_matching import SnapshotMatching
-from utils.methods.trajectory_matching import StudentBatch, TrajectoryMatching
+from utils.methods.trajectory_matching import TrajectoryMatching
 from utils.outliers.start import clamp_to_pixels
 from utils.training.draws import Batch
 
@@ -62,19 +62,19 @@ class PlainTrajectoryMatching(TrajectoryMatching):
         self,
         start: Sequence[torch.Tensor],
         target: Sequence[torch.Tensor],
-        batches: Sequence[StudentBatch],
-        batches_oe: Sequence[StudentBatch],
+        batches: Sequence[Batch],
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         leaves = [t.detach().clone().flatten(0, 1).requires_grad_() for t in self._tensors()]
         lr = self.lr_student.detach().clone().requires_grad_()
         theta = [p.clone().requires_grad_() for p in start]
-        for step, batch in enumerate(batches):
-            drawn = [batch, *batches_oe[step : step + 1]]
-            parts = [(d.transform or identity)(x[d.index]) for x, d in zip(leaves, drawn, strict=True)]
+        for batch in batches:
+            parts = [(batch.transform or identity)(leaves[0][batch.index])]
+            if batch.index_oe is not None:
+                parts.append((batch.transform_oe or identity)(leaves[1][batch.index_oe]))
             logits = functional_call(self.net, dict(zip(self.names, theta, strict=True)), (torch.cat(parts),))
             labels = self.labels[batch.index]
             loss = F.cross_entropy(logits[: len(labels)], labels)
-            if batches_oe:
+            if batch.index_oe is not None:
                 rest = logits[len(labels) :]
                 loss = loss + self.settings.lambda_oe * (rest.logsumexp(1) - rest.mean(1)).mean()
             gradients = torch.autograd.grad(loss, theta, create_graph=True)

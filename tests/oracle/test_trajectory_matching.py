@@ -77,9 +77,8 @@ def make(real, settings=SETTINGS, outliers=True, dtype=torch.float64, compute=No
 
 def full_graph(method, it):
     """The loss and its gradients on images, outliers and learning rate, by the textbook with its whole graph."""
-    loss, gradients = PlainTrajectoryMatching._match(
-        method, *method.experts.segment(None, 0, 0, None), *method._draw(it)
-    )
+    ends = method.experts.segment(None, 0, 0, None)
+    loss, gradients = PlainTrajectoryMatching._match(method, *ends, method._draw(it))
     return loss[0], gradients
 
 
@@ -95,7 +94,7 @@ def test_exact_gradients(tiny_real, outliers, steps, batch):
     method = make(tiny_real, settings, outliers)
     for it in range(3):  # other augmentations each
         loss, gradients = full_graph(method, it)
-        found, ours = method._match(*method.experts.segment(None, 0, 0, None), *method._draw(it))
+        found, ours = method._match(*method.experts.segment(None, 0, 0, None), method._draw(it))
         assert relative(found[0], loss) < 1e-9
         for a, b in zip(ours, gradients, strict=True):
             assert relative(a.flatten(), b.flatten()) < 1e-9
@@ -105,7 +104,7 @@ def test_exact_gradients(tiny_real, outliers, steps, batch):
 def test_other_networks(tiny_real, model):
     method = make(tiny_real, replace(SETTINGS, model=model, dsa_strategy=named(STRATEGY), syn_steps=3))
     loss, gradients = full_graph(method, 0)
-    found, ours = method._match(*method.experts.segment(None, 0, 0, None), *method._draw(0))
+    found, ours = method._match(*method.experts.segment(None, 0, 0, None), method._draw(0))
     assert relative(found[0], loss) < 1e-9
     assert all(relative(a.flatten(), b.flatten()) < 1e-8 for a, b in zip(ours, gradients, strict=True))
 
@@ -115,7 +114,7 @@ def test_compiled(tiny_real):
     settings = replace(SETTINGS, dsa_strategy=named(STRATEGY), syn_steps=4, batch_syn=6)
     method = make(tiny_real, settings, compute=COMPILED)
     loss, gradients = full_graph(method, 0)
-    found, ours = method._match(*method.experts.segment(None, 0, 0, None), *method._draw(0))
+    found, ours = method._match(*method.experts.segment(None, 0, 0, None), method._draw(0))
     assert relative(found[0], loss) < 1e-9
     assert all(relative(a.flatten(), b.flatten()) < 1e-9 for a, b in zip(ours, gradients, strict=True))
 
@@ -124,7 +123,7 @@ def test_finite_differences(tiny_real):
     # with ReLU the loss jumps where an activation changes its sign
     method = make(tiny_real, replace(SETTINGS, model="ConvNetASwish", syn_steps=3, dsa_strategy=named(STRATEGY)))
     ends, drawn = method.experts.segment(None, 0, 0, None), method._draw(0)
-    _, gradients = method._match(*ends, *drawn)
+    _, gradients = method._match(*ends, drawn)
     g = torch.Generator().manual_seed(0)
     for tensor, gradient in zip([*method._tensors(), method.lr_student], gradients, strict=True):
         direction = torch.randn(tensor.shape, generator=g, dtype=torch.float64)
@@ -132,7 +131,7 @@ def test_finite_differences(tiny_real):
         values = []
         for sign in (1, -1):
             tensor.data += sign * size * direction
-            values.append(method._match(*ends, *drawn)[0].item())
+            values.append(method._match(*ends, drawn)[0].item())
             tensor.data -= sign * size * direction
         assert (values[0] - values[1]) / (2 * size) == pytest.approx((gradient * direction).sum().item(), rel=1e-4)
 
@@ -169,10 +168,10 @@ def test_memory_does_not_grow_with_the_steps():
 def test_batches_go_through_the_whole_set(tiny_real):
     """Of six images: 4 and 2 of one order, then another order."""
     method = make(tiny_real, replace(SETTINGS, batch_syn=4, syn_steps=6))
-    images, outliers = method._draw(0)
-    assert [len(b.index) for b in images] == [4, 2, 4, 2, 4, 2]
-    for batches in (images, outliers):
-        orders = [torch.cat([a.index, b.index]) for a, b in zip(batches[::2], batches[1::2], strict=True)]
+    drawn = method._draw(0)
+    assert [len(batch.index) for batch in drawn] == [4, 2, 4, 2, 4, 2]
+    for batches in ([batch.index for batch in drawn], [batch.index_oe for batch in drawn]):
+        orders = [torch.cat(pair) for pair in zip(batches[::2], batches[1::2], strict=True)]
         assert all(sorted(o.tolist()) == list(range(6)) for o in orders)
         assert len({tuple(o.tolist()) for o in orders}) > 1
 

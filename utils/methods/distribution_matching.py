@@ -5,10 +5,11 @@ features comes closer to that of real images of the class; outliers likewise, sl
 derivatives and no network training, so it costs little more than a forward pass of the real images.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from networks import has_batchnorm
 from utils.compute import distributed
@@ -17,7 +18,7 @@ from utils.compute.cpu_batches import BatchSplitter, in_parts
 from utils.core.rng import generator
 from utils.data.augment import apply_by_part, apply_by_slot, identity
 from utils.data.synthetic import decode_slots, on_stored
-from utils.methods.learnable import IterationDraws, LearnableSet, SlotDraw, network_pool
+from utils.methods.learnable import IterationDraws, LearnableSet, SlotDraw
 from utils.methods.method import MatchingSettings, MethodEntry, MethodInputs
 from utils.outliers.spread import push_apart
 
@@ -28,11 +29,9 @@ class FeatureMatching(LearnableSet):
     """Synthetic images whose features on a network are matched to those of real ones, slot by slot.
 
     A method says which network an iteration takes (`load_network`), and may add losses and another distance.
-
-    `GRADIENT_IN_BF16`: whether `--precision bf16` holds for the gradient of the synthetic images, too.
     """
 
-    GRADIENT_IN_BF16 = False
+    GRADIENT_IN_BF16 = False  # whether `--precision bf16` holds for the gradient of the synthetic images, too
 
     def __init__(self, inputs: MethodInputs):
         super().__init__(inputs)
@@ -51,12 +50,12 @@ class FeatureMatching(LearnableSet):
         """Give `net` the parameters of iteration `it`, in training mode."""
         raise NotImplementedError
 
-    def more_losses(self, it: int) -> dict[str, torch.Tensor]:
+    def more_losses(self, it: int) -> dict[str, Tensor]:
         """Add the gradients of further losses to those of matching; returns the losses by name."""
         return {}
 
-    def iterate(self, it: int) -> dict[str, torch.Tensor]:
-        """One iteration; returns losses `[slots]` by name."""
+    def iterate(self, it: int) -> dict[str, Tensor]:
+        """One iteration; returns losses `[slots]` by name. With `--spread_oe` outliers are kept apart, too."""
         self.load_network(it)
         (drawn,) = self.draws.steps(self.exp, it, self.synthetic())
         batches = (self.real.train_batch(draw.real) for draw in drawn.images.values())
@@ -65,73 +64,65 @@ class FeatureMatching(LearnableSet):
             batches = (self.outliers.batch(draw.real) for draw in drawn.outliers.values())
             losses["loss_oe"] = self._update(self.image_oe, batches, drawn.outliers)
         losses |= self.more_losses(it)
-        self.update_images()
+        self.update(0)
         if self.outliers is not None:
-            self.update_outliers()
-        if self.device.type == "cuda":
-            self.draws.look_ahead(self.exp, it + 1, self.synthetic())
+            push_apart(self.net, self.image_oe, self.settings.spread_oe, self.settings.factor)
+            self.update(1)
+        self.draws.look_ahead(self.exp, it + 1, self.synthetic())
         return losses
 
-    def _update(
-        self, images: torch.Tensor, batches: Iterable[torch.Tensor], drawn: dict[int, SlotDraw]
-    ) -> torch.Tensor:
+    def _update(self, images: Tensor, batches: Iterable[Tensor], drawn: dict[int, SlotDraw]) -> Tensor:
         """Set the gradient of the images or of the outliers; returns the losses of the slots.
 
         `batches`: the real batch of each slot in `drawn`.
         """
-        transforms = {slot: draw.transform or identity for slot, draw in drawn.items()}
-        factor, ipc = self.settings.factor, self.settings.decoded_ipc
-        decoded = decode_slots(images.detach(), factor)
+        slots, transforms = list(drawn), [draw.transform or identity for draw in drawn.values()]
+        decoded = decode_slots(images.detach(), self.settings.factor)
         losses, gradient = images.new_zeros(len(images)), torch.zeros_like(decoded)
-        slots = list(drawn)
-        features = self._real_features(dict(zip(slots, batches, strict=True)), transforms) if slots else {}
-        targets = {slot: self.target(of_slot) for slot, of_slot in features.items()}
-        for chunk in self._chunks(slots, decoded):
-            some = decoded[chunk].requires_grad_()
-            augmented = apply_by_slot(some, [transforms[slot] for slot in chunk]).flatten(0, 1)
-            found = self.embed_synthetic(augmented).float().unflatten(0, (len(chunk), ipc))
-            distances = self.distance(found, torch.stack([targets[slot] for slot in chunk]))
-            gradient[chunk] = torch.autograd.grad(distances.sum(), some)[0]
-            losses[chunk] = distances.detach()
+        targets = [self.target(features) for features in self._real_features(batches, transforms)]
+        size = self._slots_together(len(slots), decoded)
+        for first in range(0, len(slots), size):
+            part = slice(first, first + size)
+            some = decoded[slots[part]].requires_grad_()
+            augmented = apply_by_slot(some, transforms[part]).flatten(0, 1)
+            found = self.embed_synthetic(augmented).float().unflatten(0, some.shape[:2])
+            distances = self.distance(found, torch.stack(targets[part]))
+            gradient[slots[part]] = torch.autograd.grad(distances.sum(), some)[0]
+            losses[slots[part]] = distances.detach()
         if self.has_batchnorm:
             distributed.broadcast_(losses, gradient)  # all processes computed all slots, but may round differently
         else:
             distributed.sum_(losses, gradient)
-        images.grad = on_stored(images, factor, gradient)
+        images.grad = on_stored(images, self.settings.factor, gradient)
         return losses
 
-    def _chunks(self, slots: list[int], decoded: torch.Tensor) -> Iterator[list[int]]:
-        """The slots whose images `[slots, n, C, H, W]` are embedded together: with BatchNorm all of them; on a CPU
+    def _slots_together(self, slots: int, decoded: Tensor) -> int:
+        """Of how many slots the images `[slots, n, C, H, W]` are embedded together: with BatchNorm of all; on a CPU of
         those whose activations stay in the cache."""
-        count, n = 1, decoded.shape[1]
-        if slots and not self.has_batchnorm:
-            own = decoded.flatten(0, 1)[: len(slots) * n]
-            count = max(-(-len(own) // max(n, CHUNK_IMAGES)), self.gradient_splitter.count(own, len(slots)))
-        size = max(1, -(-len(slots) // count))
-        return (slots[first : first + size] for first in range(0, len(slots), size))
+        if self.has_batchnorm or not slots:
+            return max(1, slots)
+        own = decoded[:slots].flatten(0, 1)
+        parts = -(-len(own) // max(decoded.shape[1], CHUNK_IMAGES))
+        return -(-slots // max(parts, self.gradient_splitter.count(own, slots)))
 
-    def target(self, features: torch.Tensor) -> torch.Tensor:
+    @torch.no_grad()
+    def _real_features(self, batches: Iterable[Tensor], transforms: Sequence[Callable]) -> Sequence[Tensor]:
+        """The features `[n, D]` of each slot's augmented real images."""
+        if self.has_batchnorm:
+            batches = list(batches)
+            lengths = [len(images) for images in batches]
+            return self.embed_real(apply_by_part(torch.cat(batches), transforms, lengths)).float().split(lengths)
+        embed = lambda part: self.embed_real(part).float().clone()  # noqa: E731 - a CUDA graph overwrites its output
+        augmented = (transform(images) for transform, images in zip(transforms, batches, strict=True))
+        return [in_parts(embed, images, self.splitter.count(images)) for images in augmented]
+
+    def target(self, features: Tensor) -> Tensor:
         """What the features `[n, D]` of a slot's real images are matched by: their mean."""
         return features.mean(0)
 
-    def distance(self, features: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def distance(self, features: Tensor, targets: Tensor) -> Tensor:
         """The distance `[slots]` of synthetic features `[slots, n, D]` to the targets of the slots."""
         return (features.mean(1) - targets).square().sum(1)
-
-    @torch.no_grad()
-    def _real_features(
-        self, batches: dict[int, torch.Tensor], transforms: dict[int, Callable]
-    ) -> dict[int, torch.Tensor]:
-        """The features `[n, D]` of each slot's augmented real images."""
-        if self.has_batchnorm:
-            lengths = [len(images) for images in batches.values()]
-            images = apply_by_part(torch.cat(list(batches.values())), [transforms[s] for s in batches], lengths)
-            return dict(zip(batches, self.embed_real(images).float().split(lengths), strict=True))
-        return {slot: self._embedded(transforms[slot](images)) for slot, images in batches.items()}
-
-    def _embedded(self, images: torch.Tensor) -> torch.Tensor:
-        """Features float32 `[n, D]`; copied, because a CUDA graph overwrites its output at the next call."""
-        return in_parts(lambda part: self.embed_real(part).float().clone(), images, self.splitter.count(images))
 
 
 class DistributionMatching(FeatureMatching):
@@ -139,33 +130,19 @@ class DistributionMatching(FeatureMatching):
 
     settings: MatchingSettings
 
-    def __init__(self, inputs: MethodInputs):
-        super().__init__(inputs)
-        self.pool = network_pool(inputs)
-
     def load_network(self, it: int) -> None:
         """A fresh random network, or one of the pool."""
         self.reset_network(self.net, self.draws.generator(self.exp, "network", it), it)
         self.net.train()
 
-    def more_losses(self, it: int) -> dict[str, torch.Tensor]:
-        """Keep outliers apart, if the settings say so; its loss is not reported."""
-        if self.outliers is not None:
-            push_apart(self.net, self.image_oe, self.settings.spread_oe, self.settings.factor)
-        return {}
-
 
 def _workload(inputs: MethodInputs) -> Workload:
     """Real images only go forward, which counts as half a pass."""
-    s, real = inputs.settings, inputs.real
-    per_class = min(s.batch_real, len(real.images_train) // real.num_classes)
-    embedded = real.num_classes * (per_class + (0 if inputs.outliers is None else s.batch_oe))
-    synthetic = real.num_classes * s.decoded_ipc * (1 if inputs.outliers is None else 2)
-    trained = s.pool_epochs * synthetic if s.network_pool else 0
-    shared = distributed.world_size()
-    passes = (embedded / 2 + synthetic) / shared + trained
-    steps = 1 + (s.pool_epochs * batches(real.num_classes * s.decoded_ipc, s.batch) if s.network_pool else 0)
-    return Workload(passes, steps, "features")
+    s, classes = inputs.settings, inputs.real.num_classes
+    images, epochs = classes * s.decoded_ipc, s.pool_epochs if s.network_pool else 0
+    synthetic = inputs.kinds * images
+    passes = (inputs.batch_images / 2 + synthetic) / distributed.world_size() + epochs * synthetic
+    return Workload(passes, 1 + epochs * batches(images, s.batch), "features")
 
 
 DM_ENTRY = MethodEntry(

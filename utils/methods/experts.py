@@ -7,19 +7,20 @@ trajectories, each a list of epochs, each a list of parameter tensors in paramet
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from utils.core.errors import UserError
 from utils.core.files import read_json
 from utils.core.rng import generator
 from utils.core.torch_files import fingerprint, read_pt
 from utils.data.datasets import RealData
-from utils.methods.method import MethodInputs
+from utils.methods.method import Method, MethodInputs
 from utils.outliers.sources import OutlierSource
 from utils.runs.lineage import args_or_nothing
 from utils.settings.common import Corrupted, Data, Network, OutlierTraining, Pool, Speed
@@ -28,8 +29,7 @@ from utils.settings.fields import as_words, flag, flags_of
 from utils.settings.parser import count, number
 
 ABOUT = "experts.json"
-TRAIN = ("never", "auto")
-Params = list[torch.Tensor]
+Params = list[Tensor]
 
 
 def expert_folder(buffer_path: str | Path, real: RealData, model: str) -> Path:
@@ -51,47 +51,31 @@ def describe(real: RealData, model: str, outliers: OutlierSource | None, lambda_
     }
 
 
-def check_about(folder: Path, expected: dict, flag: str) -> bool:
-    """Compare `experts.json` with what is expected; False if there is none, as in published buffers.
-
-    Raises:
-        UserError: naming what differs.
-    """
-    path = folder / ABOUT
-    if not path.exists():
+def check_about(folder: Path, expected: dict) -> bool:
+    """Compare `experts.json` with what is expected; False if there is none, as in published buffers."""
+    if not (folder / ABOUT).exists():
         return False
-    stored = read_json(path, flag)
-    for name, value in expected.items():
-        unknown = name == "class_names" and not (value and stored.get(name))
-        if not unknown and stored.get(name) != value:
-            found, wanted = _differing(stored.get(name), value)
-            raise UserError(
-                f"{flag}: the experts in {folder} are of another kind: {name} {json.dumps(found)[:120]} "
-                f"instead of {json.dumps(wanted)[:120]}. Give the {flag} of the right ones"
-            )
+    stored = read_json(folder / ABOUT, "--buffer_path")
+    for name, wanted in expected.items():
+        found = stored.get(name)
+        unknown = name == "class_names" and not (wanted and found)
+        if unknown or found == wanted:
+            continue
+        if isinstance(found, dict) and isinstance(wanted, dict):  # name only what differs
+            names = [n for n in {**wanted, **found} if found.get(n) != wanted.get(n)]
+            found, wanted = ({n: values.get(n) for n in names} for values in (found, wanted))
+        raise UserError(
+            f"--buffer_path: the experts in {folder} are of another kind: {name} {json.dumps(found)[:120]} instead of "
+            f"{json.dumps(wanted)[:120]}. Give the --buffer_path of the right ones"
+        )
     return True
-
-
-def _differing(found: object, wanted: object) -> tuple[object, object]:
-    """Of two dictionaries only what differs; other values as they are."""
-    if not (isinstance(found, dict) and isinstance(wanted, dict)):
-        return found, wanted
-    names = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
-    return {n: found.get(n) for n in names}, {n: wanted.get(n) for n in names}
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
 
 
 class ExpertBuffer:
     """The trajectories in a folder. They stay on the disk: a segment reads two epochs of one of them.
 
-    Args:
-        shapes: of the network's parameters, in order.
-        most: use only the first `most` experts; None for all.
-        how_to_make: the command for the message if there are none.
-    Raises:
-        UserError: when there are none, or they are damaged or do not fit the network.
+    `shapes`: of the network's parameters, in order. `most`: use only so many experts, the first ones; None for all.
+    `how_to_make`: the command for the message if there are none.
     """
 
     def __init__(self, folder: Path, shapes: Sequence[torch.Size], most: int | None, how_to_make: str):
@@ -110,14 +94,12 @@ class ExpertBuffer:
     def _read(self, path: Path) -> list[list[Params]]:
         """The trajectories of a file, memory-mapped and checked by shape."""
         content = read_pt(path, "--buffer_path", mmap=True)
-        well_formed = isinstance(content, list) and content and all(isinstance(t, list) and t for t in content)
-        if not well_formed or not all(isinstance(epoch, list) for t in content for epoch in t):
+        lists = isinstance(content, list) and content and all(isinstance(t, list) and t for t in content)
+        if not lists or not all(isinstance(epoch, list) for t in content for epoch in t):
             raise UserError(f"--buffer_path: {path} is no buffer, a list of trajectories; make it again")
-        for trajectory in content:
-            for epoch in trajectory:
-                shapes = [tuple(p.shape) if isinstance(p, torch.Tensor) else None for p in epoch]
-                if shapes != self.shapes:
-                    raise UserError(f"--buffer_path: {path} has experts of another --model or data set")
+        for epoch in (epoch for trajectory in content for epoch in trajectory):
+            if [tuple(p.shape) if isinstance(p, Tensor) else None for p in epoch] != self.shapes:
+                raise UserError(f"--buffer_path: {path} has experts of another --model or data set")
         return content
 
     def fingerprint(self) -> str:
@@ -125,21 +107,13 @@ class ExpertBuffer:
         return fingerprint(trajectory[-1][0] for _, trajectory in self.trajectories)
 
     def segment(self, g: torch.Generator, max_start: int, length: int, device: torch.device) -> tuple[Params, Params]:
-        """The parameters at a random start epoch below `max_start` of a random expert, and `length` epochs later.
-
-        Raises:
-            UserError: when they are not finite.
-        """
+        """The parameters at a random start epoch below `max_start` of a random expert, and `length` epochs later."""
         index = int(torch.randint(len(self.trajectories), (1,), generator=g))
         start = int(torch.randint(max_start, (1,), generator=g))
         return self.snapshot(index, start, device), self.snapshot(index, start + length, device)
 
     def snapshot(self, index: int, epoch: int, device: torch.device) -> Params:
-        """The parameters of an expert after `epoch` epochs.
-
-        Raises:
-            UserError: when they are not finite.
-        """
+        """The parameters of an expert after `epoch` epochs; a `UserError` tells that they are not finite."""
         path, trajectory = self.trajectories[index]
         if not all(torch.isfinite(p).all() for p in trajectory[epoch]):  # on the CPU, so that a GPU is not waited for
             raise UserError(f"--buffer_path: {path} holds NaN or infinite numbers at epoch {epoch}; make it again")
@@ -149,6 +123,8 @@ class ExpertBuffer:
 @dataclass(frozen=True)
 class OnExperts(Distilling, Buffers):
     """Matching with experts."""
+
+    TOO_SHORT: ClassVar = "--buffer_path: the experts in {experts.folder} have a single snapshot; train them again"
 
     expert_lambda_oe: float | None = flag(
         None,
@@ -160,14 +136,14 @@ class OnExperts(Distilling, Buffers):
     train_experts: str = flag(
         "never",
         "auto: first train the experts that are missing, as train_experts.py would with its defaults for this method",
-        names=TRAIN,
+        names=("never", "auto"),
         may_change=True,
     )
     max_experts: int | None = flag(None, "use only this many experts, the first ones; left out: all", count(1))
 
     @property
     def last_epoch(self) -> int:
-        """The last epoch of the experts that is needed."""
+        """The last epoch of the experts that is needed; `TOO_SHORT` is the message if they end before."""
         return 1
 
     def to_train(self) -> ExpertSettings | None:
@@ -185,29 +161,32 @@ class OnExperts(Distilling, Buffers):
         return ExpertSettings(**shared | own)
 
 
-def experts_of(inputs: MethodInputs) -> tuple[ExpertBuffer, list[str]]:
-    """The experts that the settings of a distillation name, and lines for its log.
+def with_experts(kind: Callable[[MethodInputs, ExpertBuffer], Method]) -> Callable[[MethodInputs], Method]:
+    """What builds a method for the registry whose class takes the experts that its settings name, too."""
 
-    Raises:
-        UserError: when there are none, they are damaged, or of another kind.
-    """
-    s, real = inputs.settings, inputs.real
-    folder = expert_folder(s.buffer_path, real, s.model)
-    how_to_make = shlex.join(["python", "train_experts.py", *as_words(s.of_experts())])
-    most = s.max_experts
-    if s.resume:  # more may have been trained since the run began
-        most = args_or_nothing(Path(s.resume)).get("num_experts", most)
-    shapes = [p.shape for p in real.network(s.model, generator(0)).parameters()]
-    experts = ExpertBuffer(folder, shapes, most, how_to_make)
-    expected = describe(real, s.model, inputs.outliers, s.of_experts().lambda_oe)
-    if check_about(folder, expected, "--buffer_path"):
-        return experts, []
-    if inputs.outliers is not None:
-        raise UserError(
-            f"--buffer_path: {folder} has no {ABOUT}, so its experts have seen no outliers; make them with "
-            f"{how_to_make}"
-        )
-    return experts, [f"{folder} has no {ABOUT}: experts are assumed to have seen images normalised as here"]
+    def build(inputs: MethodInputs) -> Method:
+        s, real = inputs.settings, inputs.real
+        folder = expert_folder(s.buffer_path, real, s.model)
+        make = shlex.join(["python", "train_experts.py", *as_words(s.of_experts())])
+        most = s.max_experts
+        if s.resume:  # more may have been trained since the run began
+            most = args_or_nothing(Path(s.resume)).get("num_experts", most)
+        shapes = [p.shape for p in real.network(s.model, generator(0)).parameters()]
+        experts = ExpertBuffer(folder, shapes, most, make)
+        is_known = check_about(folder, describe(real, s.model, inputs.outliers, s.of_experts().lambda_oe))
+        without = f"{folder} has no {ABOUT}"  # as published buffers
+        if not is_known and inputs.outliers is not None:
+            raise UserError(f"--buffer_path: {without}, so its experts have seen no outliers; make them with {make}")
+        if s.last_epoch > experts.epochs:
+            raise UserError(s.TOO_SHORT.format(s=s, experts=experts))
+        method = kind(inputs, experts)
+        if not is_known:
+            method.notices.append(f"{without}: experts are assumed to have seen images normalised as here")
+        method.about = {"num_experts": len(experts.trajectories)}
+        method.fingerprints = {"buffer_path": experts.fingerprint()}
+        return method
+
+    return build
 
 
 def without_running_statistics(net: nn.Module) -> nn.Module:

@@ -9,21 +9,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from utils.compute import distributed
 from utils.compute.compiling import Workload, batches
 from utils.core.rng import generator
 from utils.data.augment import identity
 from utils.data.synthetic import decode_slots, on_stored
-from utils.methods.learnable import (
-    IterationDraws,
-    LearnableSet,
-    SlotDraw,
-    StepDraw,
-    network_pool,
-    training_between,
-)
+from utils.methods.learnable import IterationDraws, LearnableSet, SlotDraw, StepDraw
 from utils.methods.matcher import METRICS, Matcher
 from utils.methods.method import MatchingSettings, MethodEntry, MethodInputs
 from utils.outliers.spread import push_apart
@@ -40,11 +33,7 @@ LOOPS = {1: (1, 1), 2: (1, 1), 5: (10, 50), 10: (10, 50), 20: (20, 25), 30: (30,
 class GradientSettings(MatchingSettings):
     """Gradient matching."""
 
-    dis_metric: str = flag(
-        "ours",
-        "distance between gradients",
-        names=METRICS,
-    )
+    dis_metric: str = flag("ours", "distance between gradients", names=METRICS)
     outer_loop: int | None = flag(
         None, "matching steps per iteration; left out: the published number for --ipc", count(1)
     )
@@ -56,8 +45,8 @@ class GradientSettings(MatchingSettings):
 
     @property
     def loops(self) -> tuple[int, int]:
-        """Outer and inner loop: those given, else those published for this ipc."""
-        outer, inner = published_loops(self.ipc)
+        """Outer and inner loop: those given, else those published for this ipc, else ipc and 500 / ipc, at least 1."""
+        outer, inner = LOOPS.get(self.ipc, (self.ipc, max(1, round(500 / self.ipc))))
         outer = outer if self.outer_loop is None else self.outer_loop
         return outer, inner if self.inner_loop is None else self.inner_loop
 
@@ -73,11 +62,9 @@ class GradientMatching(LearnableSet):
         self.outer_loop, self.inner_loop = s.loops
         self.net = self.real.network(s.model, generator(s.seed)).to(self.device)
         self.matcher = Matcher(self.net, s.dis_metric, inputs.compute)
-        training = training_between(s, inputs.augmentation)
-        self.trainer = Trainer(self.net, replace(training, momentum=0.0, weight_decay=0.0), inputs.compute)
-        self.pool = network_pool(inputs)
-        has_batchnorm = self.trainer.has_batchnorm
-        self.draws = IterationDraws(inputs, has_batchnorm, outer_loop=self.outer_loop, inner_loop=self.inner_loop)
+        training = replace(self.training, momentum=0.0, weight_decay=0.0)
+        self.trainer = Trainer(self.net, training, inputs.compute)
+        self.draws = IterationDraws(inputs, self.trainer.has_batchnorm, loops=s.loops)
         self.about = {"outer_loop": self.outer_loop, "inner_loop": self.inner_loop}
         if s.ipc not in LOOPS and None in (s.outer_loop, s.inner_loop):
             loops = f"outer {self.outer_loop}, inner {self.inner_loop}"
@@ -85,7 +72,7 @@ class GradientMatching(LearnableSet):
         if s.inner_loop and self.outer_loop == 1:
             self.notices.append("--inner_loop is not used: with an outer loop of 1 no network is trained in between")
 
-    def iterate(self, it: int) -> dict[str, torch.Tensor]:
+    def iterate(self, it: int) -> dict[str, Tensor]:
         """One iteration on a fresh random network, or on one of the pool; returns losses `[slots]` by name, means over
         the outer steps."""
         self.reset_network(self.net, self.draws.generator(self.exp, "network", it), it)
@@ -95,8 +82,7 @@ class GradientMatching(LearnableSet):
             losses.append(self._matching_step(drawn))
             if outer < self.outer_loop - 1:
                 self._train_network(drawn.epochs)
-        if self.device.type == "cuda":
-            self.draws.look_ahead(self.exp, it + 1, self.synthetic())
+        self.draws.look_ahead(self.exp, it + 1, self.synthetic())
         return dict(zip(("loss", "loss_oe"), torch.stack(losses).mean(0).unbind(), strict=False))
 
     def _train_network(self, epochs: list[list[Batch]]) -> None:
@@ -106,28 +92,28 @@ class GradientMatching(LearnableSet):
                 pass
         distributed.broadcast_(*(t.detach() for t in self.net.state_dict().values()))
 
-    def _matching_step(self, drawn: StepDraw) -> torch.Tensor:
+    def _matching_step(self, drawn: StepDraw) -> Tensor:
         """Update the images, then the outliers; returns their losses, `[1 or 2, slots]`."""
         self.net.train()
-        if drawn.batchnorm is not None:
-            self._set_batchnorm(drawn.batchnorm)
+        if drawn.batchnorm is not None:  # one pass over these images in training mode, then every BatchNorm is frozen
+            with torch.no_grad():
+                self.net(self.real.train_batch(drawn.batchnorm))
+            for module in self.net.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
         batches = (self.real.train_batch(draw.real) for draw in drawn.images.values())
         losses = [self._update(self.image_syn, batches, drawn.images)]
-        self.update_images()
+        self.update(0)
         if self.outliers is not None:
             batches = (self.outliers.batch(draw.real) for draw in drawn.outliers.values())
             losses.append(self._update(self.image_oe, batches, drawn.outliers, outliers=True))
             push_apart(self.net, self.image_oe, self.settings.spread_oe, self.settings.factor)
-            self.update_outliers()
+            self.update(1)
         return torch.stack(losses)
 
     def _update(
-        self,
-        images: torch.Tensor,
-        batches: Iterable[torch.Tensor],
-        drawn: dict[int, SlotDraw],
-        outliers: bool = False,
-    ) -> torch.Tensor:
+        self, images: Tensor, batches: Iterable[Tensor], drawn: dict[int, SlotDraw], outliers: bool = False
+    ) -> Tensor:
         """Set the gradient of the images or of the outliers; returns the losses of the slots.
 
         `batches`: the real batch of each slot in `drawn`.
@@ -138,41 +124,14 @@ class GradientMatching(LearnableSet):
         images.grad = on_stored(images, self.settings.factor, gradient)
         return losses
 
-    def _set_batchnorm(self, index: torch.Tensor) -> None:
-        """One training-mode pass over these training images, then freeze every BatchNorm."""
-        with torch.no_grad():
-            self.net(self.real.train_batch(index))
-        for module in self.net.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
-
-
-def published_loops(ipc: int) -> tuple[int, int]:
-    """Outer and inner loop as published for `ipc`, else outer = ipc and inner = 500 / ipc, rounded, at least 1."""
-    return LOOPS.get(ipc, (ipc, max(1, round(500 / ipc))))
-
-
-def image_passes(inputs: MethodInputs) -> float:
-    """How many images one iteration sends forward and backward through the network in this process."""
-    s, real, kinds = inputs.settings, inputs.real, 1 if inputs.outliers is None else 2
-    outer, inner = s.loops
-    per_class = min(s.batch_real, len(real.images_train) // real.num_classes)
-    matched = outer * real.num_classes * (per_class + s.batch_oe * (kinds - 1))
-    epochs = (outer - 1) * inner + (s.pool_epochs if s.network_pool else 0)
-    trained = epochs * kinds * real.num_classes * s.decoded_ipc  # by rank 0
-    return matched / distributed.world_size() + trained
-
-
-def iteration_steps(s: GradientSettings, num_classes: int) -> int:
-    """How many steps one iteration takes: matching, and training of its network in between and in the pool."""
-    outer, inner = s.loops
-    epochs = (outer - 1) * inner + (s.pool_epochs if s.network_pool else 0)
-    return outer + epochs * batches(num_classes * s.decoded_ipc, s.batch)
-
 
 def _workload(inputs: MethodInputs) -> Workload:
-    steps = iteration_steps(inputs.settings, inputs.real.num_classes)
-    return Workload(image_passes(inputs), steps, "matching")
+    """Matching, which the processes share, and the training of networks by rank 0: in between, and in the pool."""
+    s, (outer, inner) = inputs.settings, inputs.settings.loops
+    images = inputs.real.num_classes * s.decoded_ipc
+    epochs = (outer - 1) * inner + (s.pool_epochs if s.network_pool else 0)
+    passes = outer * inputs.batch_images / distributed.world_size() + epochs * inputs.kinds * images
+    return Workload(passes, outer + epochs * batches(images, s.batch), "matching")
 
 
 DC_ENTRY = MethodEntry("DC", "gradient matching", GradientMatching, _workload, GradientSettings, augmentation="unused")

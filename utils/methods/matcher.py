@@ -1,10 +1,9 @@
 """Gradients on a network's weights, differentiated once more by the images that they come from.
 
-`Matcher` gives the losses of all class slots, and their gradient on the synthetic images. The real
-gradients are computed slot by slot: batching them would turn the weight gradients into grouped convolutions, which are
-slower. The synthetic side uses `torch.func` for many slots together where that is faster. With `torch.func` alone it
-can also be compiled; a second backward pass by autograd could not be. The tests compare all ways with the loop of
-`scripts/textbook.py`.
+The real gradients are computed slot by slot: batching them would turn the weight gradients into grouped convolutions,
+which are slower. The synthetic side uses `torch.func` for many slots together where that is faster. With `torch.func`
+alone it can also be compiled; a second backward pass by autograd could not be. The tests compare all ways with the loop
+of `scripts/textbook.py`.
 """
 
 import warnings
@@ -14,7 +13,7 @@ from enum import Enum
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vmap
 
 from utils.compute import distributed
@@ -28,18 +27,19 @@ from utils.data.augment import apply_by_slot
 BATCHED_PIXELS_CPU = 5 * 32 * 32  # most pixels of one slot's synthetic images for which batching slots is faster
 CHUNK_IMAGES = 128  # synthetic images differentiated twice together, to bound the memory
 NO_CLASS = -1  # the label of outliers
+EPSILON = 1e-6
+METRICS = ("ours", "mse", "cos")
 
-Augmentation = Callable[[torch.Tensor], torch.Tensor]
-Params = dict[str, torch.Tensor]
+Augmentation = Callable[[Tensor], Tensor]
+BySlot = Sequence[Augmentation] | Mapping[int, Augmentation]
+Params = dict[str, Tensor]
 
 
-def slot_loss(logits: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+def slot_loss(logits: Tensor, slot: Tensor) -> Tensor:
     """Cross-entropy of a batch `[n, num_classes]` whose images are all of one class, or all outliers.
 
-    One function serves both, so that it is compiled once.
-
-    Args:
-        slot: int64 scalar, the class; or `NO_CLASS`, for the cross-entropy to the uniform distribution.
+    `slot`: int64 scalar, the class; or `NO_CLASS`, for the cross-entropy to the uniform distribution. One function
+    serves both, so that it is compiled once.
     """
     log = F.log_softmax(logits, dim=1)  # float32 under autocast
     classes = torch.arange(logits.shape[1], device=logits.device)
@@ -58,10 +58,8 @@ class Way(Enum):
 class Matcher:
     """Matching losses of a network, and their gradients with respect to synthetic images.
 
-    Args:
-        net: the network; its weights may change between calls.
-        metric: one of `METRICS`.
-        batched: whether the synthetic side takes many slots together; None: where `batching_is_faster`.
+    The weights of `net` may change between calls. `batched`: whether the synthetic side takes many slots together;
+    None: where that is faster.
     """
 
     def __init__(self, net: nn.Module, metric: str, compute: Compute, batched: bool | None = None):
@@ -74,22 +72,14 @@ class Matcher:
         self.compiles = compute.compiled and self.batched is not False
 
     def __call__(
-        self,
-        images_syn: torch.Tensor,
-        batches: Iterable[torch.Tensor],
-        transforms: Sequence[Augmentation] | Mapping[int, Augmentation],
-        outliers: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Match all slots with the gradients of real images, or of real outliers.
-
-        Under `torchrun` each process takes some of the slots.
+        self, images_syn: Tensor, batches: Iterable[Tensor], transforms: BySlot, outliers: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Match all slots with the gradients of real images, or of real outliers; each process takes some of the slots.
 
         Args:
             images_syn: `[slots, ipc, C, H, W]`.
-            batches: the real images `[n, C, H, W]` of each slot of this process, in order. They are read one by one, so
-                that an iterator needs the memory of one.
-            transforms: by slot, applied to both its real and its synthetic images (the Siamese rule).
-            outliers: whether all of these are outliers.
+            batches: the real images `[n, C, H, W]` of each slot of this process, in order, read one by one.
+            transforms: applied to both the real and the synthetic images of a slot (the Siamese rule).
         Returns:
             The losses `[slots]`, and the gradient of their sum with respect to `images_syn`; the same on all processes.
         """
@@ -109,41 +99,49 @@ class Matcher:
         distributed.sum_(losses, gradient)
         return losses, gradient
 
-    def way(self, images: torch.Tensor) -> Way:
-        """The fastest way for synthetic images `[slots, ipc, C, H, W]` that has not failed."""
+    def way(self, images: Tensor) -> Way:
+        """The fastest way for synthetic images `[slots, ipc, C, H, W]` that has not failed.
+
+        On CUDA many slots together are always faster than one: kernel launches take most of the time. On a CPU only if
+        they are few or small: else grouped convolutions are slower (by a tenth for ConvNet at ipc 10).
+        """
         if self.compiles and not (Compiled.failed and isinstance(self.compiled_side, Compiled)):
             return Way.COMPILED
-        batched = batching_is_faster(images) if self.batched is None else self.batched
-        return Way.BATCHED if batched else Way.BY_SLOT
+        pixels = images.shape[1] * images.shape[3] * images.shape[4]
+        faster = images.device.type == "cuda" or pixels <= BATCHED_PIXELS_CPU
+        return Way.BATCHED if (faster if self.batched is None else self.batched) else Way.BY_SLOT
 
-    def real_gradient(self, images: torch.Tensor, slot: torch.Tensor) -> list[torch.Tensor]:
+    def real_gradient(self, images: Tensor, slot: Tensor) -> list[Tensor]:
         """Gradient of `slot_loss` on real images with respect to all parameters, in parameter order.
 
         On a CPU it may be the mean over equal parts of the batch (BatchNorm is frozen, so images are independent).
         """
-        count = self.splitter.count(images)
-        first, *rest = images.chunk(count)
-        total = self._part_gradient(first, slot)
-        for part in rest:
-            for sum_, g in zip(total, self._part_gradient(part, slot), strict=True):
-                sum_ += g
+        count, total = self.splitter.count(images), []
+        for part in images.chunk(count):
+            grads = torch.autograd.grad(self.real_loss(part, slot), list(self.net.parameters()))
+            grads = [g.float() if g.dtype == torch.bfloat16 else g.clone() for g in grads]  # a CUDA graph overwrites it
+            total = [sum_.add_(g) for sum_, g in zip(total, grads, strict=True)] if total else grads
         return [g / count for g in total] if count > 1 else total
 
-    def _part_gradient(self, images: torch.Tensor, slot: torch.Tensor) -> list[torch.Tensor]:
-        grads = torch.autograd.grad(self.real_loss(images, slot), list(self.net.parameters()))
-        return [g.float() if g.dtype == torch.bfloat16 else g.clone() for g in grads]  # a CUDA graph overwrites it
-
     def _match(
-        self,
-        images: torch.Tensor,
-        transforms: Sequence[Augmentation],
-        labels: torch.Tensor,
-        targets: list[torch.Tensor],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Losses and image gradient of one chunk of slots; `targets`: by parameter, `[slots, …]`."""
+        self, images: Tensor, transforms: Sequence[Augmentation], labels: Tensor, targets: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Losses and image gradient of one chunk of slots; `targets`: by parameter, `[slots, …]`.
+
+        A way that fails, perhaps for lack of memory, gives way to the next for good.
+        """
         images, way = images.detach().requires_grad_(), self.way(images)
         try:
-            return self._match_by(way, images, transforms, labels, targets)
+            if way is Way.COMPILED:
+                augmented = apply_by_slot(images, transforms)
+                direction, losses = self.compiled_side(augmented.detach(), labels, self._params(), targets)
+                return losses, torch.autograd.grad(augmented, images, direction)[0]
+            if way is Way.BATCHED:
+                losses = self._losses(apply_by_slot(images, transforms), labels, self._params(), targets)
+            else:
+                slots = zip(transforms, images, labels, *targets, strict=True)
+                losses = torch.stack([self._slot_loss(t(x), slot, target) for t, x, slot, *target in slots])
+            return losses.detach(), torch.autograd.grad(losses.sum(), images)[0]
         except (RuntimeError, NotImplementedError, UserError) as error:
             if way is Way.BY_SLOT:
                 raise
@@ -154,26 +152,7 @@ class Matcher:
             self.batched = False
         return self._match(images, transforms, labels, targets)
 
-    def _match_by(
-        self,
-        way: Way,
-        images: torch.Tensor,
-        transforms: Sequence[Augmentation],
-        labels: torch.Tensor,
-        targets: list[torch.Tensor],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if way is Way.BY_SLOT:
-            slots = zip(transforms, images, labels, *targets, strict=True)
-            losses = torch.stack([self._slot_loss(t(x), slot, target) for t, x, slot, *target in slots])
-            return losses.detach(), torch.autograd.grad(losses.sum(), images)[0]
-        augmented = apply_by_slot(images, transforms)
-        if way is Way.COMPILED:
-            direction, losses = self.compiled_side(augmented.detach(), labels, self._params(), targets)
-            return losses, torch.autograd.grad(augmented, images, direction)[0]
-        losses = self._losses(augmented, labels, self._params(), targets)
-        return losses.detach(), torch.autograd.grad(losses.sum(), images)[0]
-
-    def _slot_loss(self, images: torch.Tensor, slot: torch.Tensor, target: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _slot_loss(self, images: Tensor, slot: Tensor, target: Sequence[Tensor]) -> Tensor:
         loss = slot_loss(self.net(images), slot)
         found = torch.autograd.grad(loss, list(self.net.parameters()), create_graph=True)
         return match_loss(found, target, self.metric)
@@ -181,26 +160,22 @@ class Matcher:
     def _params(self) -> Params:
         return {name: p.detach() for name, p in self.net.named_parameters()}
 
-    def _pure_slot_loss(
-        self, params: Params, images: torch.Tensor, slot: torch.Tensor, target: Sequence[torch.Tensor]
-    ) -> torch.Tensor:
+    def _pure_slot_loss(self, params: Params, images: Tensor, slot: Tensor, target: Sequence[Tensor]) -> Tensor:
         """`_slot_loss` for `torch.func`."""
         found = grad(lambda p: slot_loss(functional_call(self.net, p, (images,)), slot))(params)
         return match_loss(list(found.values()), target, self.metric)
 
-    def _losses(
-        self, images: torch.Tensor, labels: torch.Tensor, params: Params, targets: list[torch.Tensor]
-    ) -> torch.Tensor:
+    def _losses(self, images: Tensor, labels: Tensor, params: Params, targets: list[Tensor]) -> Tensor:
         """Losses of augmented images `[slots, ipc, C, H, W]`."""
         return vmap(lambda x, slot, *target: self._pure_slot_loss(params, x, slot, target))(images, labels, *targets)
 
     def _losses_and_gradient(
-        self, images: torch.Tensor, labels: torch.Tensor, params: Params, targets: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, images: Tensor, labels: Tensor, params: Params, targets: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """Gradient of the losses with respect to augmented images, and the losses. Only when compiled is this as fast
         as `_losses` and a backward pass."""
 
-        def one(images: torch.Tensor, slot: torch.Tensor, *target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def one(images: Tensor, slot: Tensor, *target: Tensor) -> tuple[Tensor, Tensor]:
             return grad_and_value(lambda x: self._pure_slot_loss(params, x, slot, target))(images)
 
         return vmap(one)(images, labels, *targets)
@@ -209,8 +184,7 @@ class Matcher:
 def chunks(slots: list[int], size: int, pad: bool) -> list[list[int]]:
     """`slots` in as few parts as possible of at most `size`, of equal length as far as possible.
 
-    With `pad`, a shorter last part is padded by repeating its first slot, because compiled code is made for one length.
-    The repeated slot is computed again, with the same result.
+    With `pad`, a shorter last part repeats its first slot: compiled code is made for one length.
     """
     if not slots:
         return []
@@ -219,24 +193,7 @@ def chunks(slots: list[int], size: int, pad: bool) -> list[list[int]]:
     return [part + part[:1] * (length - len(part)) for part in parts] if pad else parts
 
 
-def batching_is_faster(images: torch.Tensor) -> bool:
-    """Whether the synthetic side of `images` `[slots, ipc, C, H, W]` is faster with all slots together.
-
-    On CUDA always: kernel launches take most of the time. On a CPU only for few or small images: with more, grouped
-    convolutions are slower than those of one slot (by a tenth for ConvNet at ipc 10).
-    """
-    if images.device.type == "cuda":
-        return True
-    return images.shape[1] * images.shape[3] * images.shape[4] <= BATCHED_PIXELS_CPU
-
-
-EPSILON = 1e-6
-METRICS = ("ours", "mse", "cos")
-
-
-def match_loss(
-    grads_syn: Sequence[torch.Tensor], grads_real: Sequence[torch.Tensor], metric: str = "ours"
-) -> torch.Tensor:
+def match_loss(grads_syn: Sequence[Tensor], grads_real: Sequence[Tensor], metric: str = "ours") -> Tensor:
     """Distance between two gradients of the same network.
 
     Args:
@@ -246,8 +203,6 @@ def match_loss(
             minus the cosine, of the concatenation of all parameters.
     Returns:
         A scalar, differentiable in both.
-    Raises:
-        ValueError: for an unknown metric.
     """
     if metric == "ours":
         terms = [_row_distance(a, b) for a, b in zip(grads_syn, grads_real, strict=True) if a.ndim > 1]
@@ -255,11 +210,9 @@ def match_loss(
     a, b = (torch.cat([g.flatten() for g in grads]) for grads in (grads_syn, grads_real))
     if metric == "mse":
         return (a - b).square().sum()
-    if metric == "cos":
-        return 1 - (a * b).sum() / (a.norm() * b.norm() + EPSILON)
-    raise ValueError(f"unknown metric {metric!r}")
+    return 1 - (a * b).sum() / (a.norm() * b.norm() + EPSILON)
 
 
-def _row_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _row_distance(a: Tensor, b: Tensor) -> Tensor:
     a, b = a.flatten(1), b.flatten(1)
     return (1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + EPSILON)).sum()

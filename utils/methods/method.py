@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
-import torch
+from torch import Tensor
 
 from utils.compute.compiling import Workload
 from utils.compute.device import Compute
@@ -24,7 +24,7 @@ from utils.settings.parser import count, number
 class Method(Protocol):
     """One distillation: the synthetic images of an experiment, and their updates."""
 
-    labels: torch.Tensor  # int64 [num_classes·ipc], sorted
+    labels: Tensor  # int64 [num_classes·ipc], sorted
     outliers: OutlierSource | None
     initial: Sequence[SyntheticSet]  # distilled sets to start the experiments from, instead of real images or noise
     notices: Sequence[str]  # lines for the log of the run
@@ -34,7 +34,7 @@ class Method(Protocol):
     def start(self, exp: int) -> None:
         """Initialise the synthetic images (and outliers) of experiment `exp`."""
 
-    def iterate(self, it: int) -> dict[str, torch.Tensor]:
+    def iterate(self, it: int) -> dict[str, Tensor]:
         """Update the images once; returns losses by name, `[slots]` or `[1]` each."""
 
     def synthetic(self) -> SyntheticSet:
@@ -57,6 +57,18 @@ class MethodInputs:
     augmentation: DSA | None = None  # that of `--dsa_strategy`, if the method uses it
     compute: Compute = field(default_factory=Compute)
     initial: Sequence[SyntheticSet] = ()  # see `Method`
+
+    @property
+    def kinds(self) -> int:
+        """How many kinds of images are learned: 2 with outliers."""
+        return 1 if self.outliers is None else 2
+
+    @property
+    def batch_images(self) -> int:
+        """Real images and outliers of one matching step, over all slots."""
+        s, real = self.settings, self.real
+        per_class = min(s.batch_real, len(real.images_train) // real.num_classes)
+        return real.num_classes * (per_class + s.batch_oe * (self.kinds - 1))
 
 
 @dataclass(frozen=True)

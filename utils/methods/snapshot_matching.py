@@ -10,26 +10,22 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from utils.compute import distributed
 from utils.compute.compiling import Workload
 from utils.compute.transfer import send, send_draws
-from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.augment import identity
 from utils.data.synthetic import decode_slots, on_stored
 from utils.methods.distribution_matching import CHUNK_IMAGES, FeatureMatching
-from utils.methods.experts import ExpertBuffer, OnExperts, experts_of, without_running_statistics
+from utils.methods.experts import ExpertBuffer, OnExperts, with_experts, without_running_statistics
 from utils.methods.method import MethodEntry, MethodInputs, Spread
-from utils.outliers.spread import push_apart
-from utils.outliers.start import clamp_to_pixels
 from utils.settings.distillation import ExpertSettings
 from utils.settings.fields import flag
 from utils.settings.parser import count, number
 from utils.training.losses import uniform_cross_entropy
 
-SNAPSHOTS = ("epochs", "interpolate")
-DISTANCES = ("mean", "cf")
 CF_SCALE = 300.0  # of the distance of characteristic functions, as published
 
 
@@ -44,15 +40,14 @@ class SnapshotSettings(OnExperts, Spread):
         "epochs",
         "epochs: the experts after a random epoch, and a tenth of the epochs later to classify; interpolate: between "
         "their first and last parameters, and the last to classify",
-        names=SNAPSHOTS,
+        names=("epochs", "interpolate"),
     )
     feature_distance: str = flag(
         "mean",
         "mean: squared distance of mean features; cf: distance of their characteristic functions (NCFM)",
-        names=DISTANCES,
+        names=("mean", "cf"),
     )
     cf_frequencies: int = flag(1024, "frequencies of --feature_distance cf, others in each iteration", count(1))
-
     published: bool = flag(
         False,
         "optimise the images as published: 10000 iterations of SGD with momentum 0.5, at 0.01 times --ipc on pixels "
@@ -69,7 +64,7 @@ class SnapshotSettings(OnExperts, Spread):
         return self.ce_weight if self.ce_weight is not None else 0.5 if self.ipc >= 50 else 2.5
 
 
-def characteristic(features: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+def characteristic(features: Tensor, frequencies: Tensor) -> Tensor:
     """The characteristic function of unit features `[…, n, D]` at frequencies `[T, D]`: `[…, 2, T]`, real and imaginary
     part of `mean_n exp(i t·f_n)`."""
     phases = F.normalize(features, dim=-1) @ frequencies.T
@@ -80,6 +75,7 @@ class SnapshotMatching(FeatureMatching):
     """The synthetic images of one experiment, and the iterations that match them on snapshots of experts."""
 
     GRADIENT_IN_BF16 = True  # AdamW takes little of a gradient but its sign
+    KEEPS_PIXELS = True
     settings: SnapshotSettings
 
     def __init__(self, inputs: MethodInputs, experts: ExpertBuffer):
@@ -92,26 +88,14 @@ class SnapshotMatching(FeatureMatching):
         self.logits = inputs.compute.function(lambda images: self.classifier(images))
         two = torch.zeros(2, self.real.channel, *self.real.im_size, device=self.device)
         self.num_features = self.net.embed(two).flatten(1).shape[1]
-        self.about = {"num_experts": len(experts.trajectories)}
-        self.fingerprints = {"buffer_path": experts.fingerprint()}
 
-    def optimizer(self, images: list[torch.Tensor], lr: float) -> torch.optim.Optimizer:
+    def optimizer(self, images: list[Tensor], lr: float) -> torch.optim.Optimizer:
         """AdamW without decay: gradients of snapshots differ in size by orders of magnitude. Or SGD, as published, with
         a learning rate for pixels in [0, 1]."""
         if self.settings.published:
             std = sum(self.real.std) / len(self.real.std)
             return super().optimizer(images, lr / std**2)
         return torch.optim.AdamW(images, lr=lr, weight_decay=0.0)
-
-    def update_images(self) -> None:
-        """Move the images, and keep them in the range of pixels."""
-        super().update_images()
-        clamp_to_pixels(self.image_syn.detach(), self.real)
-
-    def update_outliers(self) -> None:
-        """Move the outliers, and keep them in the range of pixels."""
-        super().update_outliers()
-        clamp_to_pixels(self.image_oe.detach(), self.real)
 
     def load_network(self, it: int) -> None:
         """Give the two networks the parameters of this iteration, and draw the frequencies of `cf`."""
@@ -135,32 +119,31 @@ class SnapshotMatching(FeatureMatching):
         if s.feature_distance == "cf":
             self.frequencies = send(torch.randn(s.cf_frequencies, self.num_features, generator=g), self.device)
 
-    def target(self, features: torch.Tensor) -> torch.Tensor:
+    def target(self, features: Tensor) -> Tensor:
         """The mean of the real features, or their characteristic function."""
         if self.settings.feature_distance == "mean":
             return super().target(features)
         return characteristic(features, self.frequencies)
 
-    def distance(self, features: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def distance(self, features: Tensor, targets: Tensor) -> Tensor:
         """DM's distance, or `300 mean_t sqrt(½ |Φ_r - Φ_s|²)`, which is NCFM's loss (section 3.3) written shorter."""
         if self.settings.feature_distance == "mean":
             return super().distance(features, targets)
         difference = characteristic(features, self.frequencies) - targets
         return CF_SCALE * (difference.square().sum(-2) / 2 + 1e-12).sqrt().mean(-1)
 
-    def more_losses(self, it: int) -> dict[str, torch.Tensor]:
+    def more_losses(self, it: int) -> dict[str, Tensor]:
         """Add the gradient of the weighted classification loss, summed over the slots as the losses of matching are, to
-        that of images and outliers; returns its mean over the slots `[1]`. Keep outliers apart, if the settings say so.
+        that of images and outliers; returns its mean over the slots `[1]`.
 
         Rank 0 computes it; the other processes receive the gradients.
         """
         s, loss = self.settings, torch.zeros(1, device=self.device)
-        weights = (1.0, s.lambda_oe)
         labels = torch.arange(self.real.num_classes, device=self.device).repeat_interleave(s.decoded_ipc)
         gradients = [torch.zeros_like(t) for t in self._tensors()]
         if distributed.is_main() and s.alpha:
             g = self.draws.generator(self.exp, "classify", it)
-            for images, gradient, weight in zip(self._tensors(), gradients, weights, strict=False):
+            for images, gradient, weight in zip(self._tensors(), gradients, (1.0, s.lambda_oe), strict=False):
                 decoded = decode_slots(images.detach(), s.factor)
                 of_kind = labels if images is self.image_syn else None
                 value, on_decoded = self._classification(decoded.flatten(0, 1), of_kind, g)
@@ -170,54 +153,36 @@ class SnapshotMatching(FeatureMatching):
         distributed.broadcast_(loss, *gradients)
         for images, gradient in zip(self._tensors(), gradients, strict=True):
             images.grad += gradient
-        if self.image_oe is not None:
-            push_apart(self.net, self.image_oe, s.spread_oe, s.factor)
         return {"loss_ce": loss}
 
-    def _classification(
-        self, images: torch.Tensor, labels: torch.Tensor | None, g: torch.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _classification(self, images: Tensor, labels: Tensor | None, g: torch.Generator) -> tuple[Tensor, Tensor]:
         """The mean loss of augmented images, or without labels of outliers, and its gradient on the images."""
-        gradient, total = torch.zeros_like(images), images.new_zeros(())
-        size = len(images)
+        gradient, total, size = torch.zeros_like(images), images.new_zeros(()), len(images)
         if not self.has_batchnorm:
             size = min(CHUNK_IMAGES, size // self.splitter.count(images))
         for first in range(0, len(images), size):
-            leaf = images[first : first + size].detach().requires_grad_()
-            transform = identity
+            leaf, transform = images[first : first + size].detach().requires_grad_(), identity
             if self.augmentation is not None:
                 transform = send_draws(self.augmentation.draw(len(leaf), self.real.im_size, g), self.device)
             logits = self.logits(transform(leaf)).float()
-            share = len(leaf) / len(images)
             of_part = None if labels is None else labels[first : first + size]
             value = uniform_cross_entropy(logits) if of_part is None else F.cross_entropy(logits, of_part)
+            share = len(leaf) / len(images)
             (gradient[first : first + size],) = torch.autograd.grad(share * value, leaf)
             total += share * value.detach()
         return total, gradient
 
 
-def _build(inputs: MethodInputs) -> SnapshotMatching:
-    experts, notice = experts_of(inputs)
-    if experts.epochs < 1:
-        raise UserError(f"--buffer_path: the experts in {experts.folder} have a single snapshot; train them again")
-    method = SnapshotMatching(inputs, experts)
-    method.notices += notice
-    return method
-
-
 def _workload(inputs: MethodInputs) -> Workload:
     """Real images only go forward, which counts as half a pass; synthetic ones through two networks."""
-    s, real, kinds = inputs.settings, inputs.real, 1 if inputs.outliers is None else 2
-    per_class = min(s.batch_real, len(real.images_train) // real.num_classes)
-    embedded = real.num_classes * (per_class + (kinds - 1) * s.batch_oe)
-    synthetic = 2 * kinds * real.num_classes * s.decoded_ipc
-    return Workload((embedded / 2 + synthetic) / distributed.world_size(), 2, "features")
+    synthetic = 2 * inputs.kinds * inputs.real.num_classes * inputs.settings.decoded_ipc
+    return Workload((inputs.batch_images / 2 + synthetic) / distributed.world_size(), 2, "features")
 
 
 TGDD_ENTRY = MethodEntry(
     "TGDD",
     "DM on experts (train_experts.py)",
-    _build,
+    with_experts(SnapshotMatching),
     _workload,
     SnapshotSettings,
     defaults={

@@ -12,9 +12,10 @@ import warnings
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 from networks import has_batchnorm
@@ -23,27 +24,34 @@ from utils.compute.compiling import Workload
 from utils.compute.cpu_batches import BatchSplitter
 from utils.compute.device import Compute
 from utils.compute.transfer import Draw, send_draws
-from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.augment import identity
 from utils.data.synthetic import SyntheticSet, decode_slots, on_stored
-from utils.methods.experts import ExpertBuffer, OnExperts, experts_of, without_running_statistics
+from utils.methods.experts import ExpertBuffer, OnExperts, with_experts, without_running_statistics
 from utils.methods.learnable import LearnableSet
 from utils.methods.method import MethodEntry, MethodInputs
 from utils.settings.fields import flag
 from utils.settings.parser import count, number
+from utils.training.draws import Batch
 from utils.training.losses import joint_loss, joint_parts
 from utils.training.trainer import load_optimizer
 
 LR_TEACHER = 0.01
 SMALLEST_LR = 1e-6  # lower bound of the student's learning rate
 
-Params = dict[str, torch.Tensor]
+Params = dict[str, Tensor]
+Matched = tuple[Tensor, list[Tensor]]  # the loss, and gradients
 
 
 @dataclass(frozen=True)
 class TrajectorySettings(OnExperts):
     """Trajectory matching."""
+
+    TOO_SHORT: ClassVar = (
+        "--max_start_epoch {s.max_start_epoch}: with --expert_epochs {s.expert_epochs} it needs experts of "
+        "{s.last_epoch} epochs; those in {experts.folder} have {experts.epochs}. Lower one of them, or train experts "
+        "for longer"
+    )
 
     expert_epochs: int = flag(2, "epochs of the expert that the student's steps are to match", count(1))
     syn_steps: int = flag(30, "steps of the student; more are slower, the memory stays the same", count(1))
@@ -65,19 +73,12 @@ class TrajectorySettings(OnExperts):
         return self.max_start_epoch - 1 + self.expert_epochs
 
 
-@dataclass(frozen=True)
-class StudentBatch(Draw):
-    """The random choices of one step of the student: its images (int64 `[n]`), and how they are augmented."""
-
-    index: torch.Tensor
-    transform: Draw | None
-
-
 class StudentStep:
     """Gradients of one step of a student, as functions of its parameters and images.
 
-    On a CPU they may be means over equal parts of the batch. A network with BatchNorm takes the batch whole: its
-    statistics are those of the batch.
+    They are of the joint loss of augmented images followed by outliers `[n, C, H, W]`, of which `weight` is the weight;
+    `labels` are those of the images. On a CPU they may be means over equal parts of the batch. A network with BatchNorm
+    takes the batch whole: its statistics are those of the batch.
     """
 
     def __init__(self, net: nn.Module, compute: Compute):
@@ -88,19 +89,14 @@ class StudentStep:
         self.part_gradient = compute.function(self._gradient)
         self.part_backward = fp32.function(self._backward)
 
-    def gradient(self, images: torch.Tensor, labels: torch.Tensor, weight: float, params: Params) -> Params:
-        """The gradient of the joint loss with respect to `params`.
-
-        Args:
-            images: augmented images followed by outliers `[n, C, H, W]`.
-            labels: of the images. weight: of the outliers.
-        """
+    def gradient(self, images: Tensor, labels: Tensor, weight: float, params: Params) -> Params:
+        """The gradient with respect to `params`."""
         parts = joint_parts(images, labels, self.splitter)
         return _mean([self.part_gradient(*part, weight, params) for part in parts])
 
     def backward(
-        self, images: torch.Tensor, labels: torch.Tensor, weight: float, params: Params, v: Params
-    ) -> tuple[torch.Tensor, torch.Tensor, Params]:
+        self, images: Tensor, labels: Tensor, weight: float, params: Params, v: Params
+    ) -> tuple[Tensor, Tensor, Params]:
         """The value of `h = <gradient, v>`, and its gradients with respect to `images` and `params`."""
         parts = joint_parts(images, labels, self.backward_splitter)
         found = [self.part_backward(*part, weight, params, v) for part in parts]
@@ -111,13 +107,13 @@ class StudentStep:
         on_all = torch.cat([g[:n] for g in on_images] + [g[n:] for g in on_images]) / len(parts)
         return torch.stack(products).mean(), on_all, _mean(on_params)
 
-    def _gradient(self, images: torch.Tensor, labels: torch.Tensor, weight: float, params: Params) -> Params:
+    def _gradient(self, images: Tensor, labels: Tensor, weight: float, params: Params) -> Params:
         return grad(lambda p: joint_loss(functional_call(self.net, p, (images,)), labels, weight))(params)
 
     def _backward(
-        self, images: torch.Tensor, labels: torch.Tensor, weight: float, params: Params, v: Params
-    ) -> tuple[torch.Tensor, torch.Tensor, Params]:
-        def product(x: torch.Tensor, p: Params) -> tuple[torch.Tensor, torch.Tensor]:
+        self, images: Tensor, labels: Tensor, weight: float, params: Params, v: Params
+    ) -> tuple[Tensor, Tensor, Params]:
+        def product(x: Tensor, p: Params) -> tuple[Tensor, Tensor]:
             """`h`, to be differentiated, and its value."""
             found = self._gradient(x, labels, weight, p)
             h = sum((found[name] * v[name]).sum() for name in v)
@@ -146,10 +142,8 @@ class TrajectoryMatching(LearnableSet):
         self.net = without_running_statistics(net).to(self.device).requires_grad_(False)
         self.names = [name for name, _ in self.net.named_parameters()]
         self.step = StudentStep(self.net, inputs.compute)
-        self.about = {"num_experts": len(experts.trajectories)}
-        self.fingerprints = {"buffer_path": experts.fingerprint()}
 
-    def _set_images(self, exp: int, images: torch.Tensor, outliers: torch.Tensor | None) -> None:
+    def _set_images(self, exp: int, images: Tensor, outliers: Tensor | None) -> None:
         super()._set_images(exp, images, outliers)
         start = self.initial[exp % len(self.initial)].lr_net if self.initial else None
         self.lr_student = torch.tensor(
@@ -157,62 +151,54 @@ class TrajectoryMatching(LearnableSet):
         )
         self.optimizer_lr = torch.optim.SGD([self.lr_student], lr=self.settings.lr_lr, momentum=self.MOMENTUM)
 
-    def iterate(self, it: int) -> dict[str, torch.Tensor]:
+    def iterate(self, it: int) -> dict[str, Tensor]:
         """One iteration; returns the matching loss and the student's learning rate, `[1]` each.
 
         Rank 0 computes it; the other processes receive its gradients.
         """
-        loss = torch.zeros(1, device=self.device)
-        tensors = [*self._tensors(), self.lr_student]
+        s, loss, tensors = self.settings, torch.zeros(1, device=self.device), [*self._tensors(), self.lr_student]
         gradients = [torch.zeros_like(t) for t in tensors]
         if distributed.is_main():
-            g = generator(self.settings.seed, "match", self.exp, "segment", it)
-            s = self.settings
+            g = generator(s.seed, "match", self.exp, "segment", it)
             start, target = self.experts.segment(g, s.max_start_epoch, s.expert_epochs, self.device)
-            loss, gradients = self._match(start, target, *self._draw(it))
+            loss, gradients = self._match(start, target, self._draw(it))
         distributed.broadcast_(loss, *gradients)
         for tensor, gradient in zip(tensors, gradients, strict=True):
             tensor.grad = gradient
-        self.update_images()
+        self.update(0)
         if self.image_oe is not None:
-            self.update_outliers()
+            self.update(1)
         self.optimizer_lr.step()
         if self.lr_student < SMALLEST_LR:
             warnings.warn(
-                f"iteration {it}: --lr_lr {self.settings.lr_lr:g} made the student's learning rate "
+                f"iteration {it}: --lr_lr {s.lr_lr:g} made the student's learning rate "
                 f"{self.lr_student.item():.3g}; it is set to {SMALLEST_LR:g}. Lower --lr_lr",
                 stacklevel=2,
             )
             self.lr_student.data.fill_(SMALLEST_LR)
         return {"loss": loss, "lr_net": self.lr_student.detach().clone()[None]}
 
-    def _draw(self, it: int) -> tuple[list[StudentBatch], list[StudentBatch]]:
-        """The batches of every step of the student: of images, and of outliers."""
-        kinds = ("student", "student oe") if self.image_oe is not None else ("student",)
-        drawn = [self._batches(generator(self.settings.seed, "match", self.exp, kind, it)) for kind in kinds]
-        batches = send_draws(drawn, self.device)
-        return batches[0], batches[1] if len(batches) > 1 else []
+    def _draw(self, it: int) -> list[Batch]:
+        """The batches of images and outliers of every step of the student."""
+        batches = self._batches("student", it)
+        none = [(None, None)] * len(batches)
+        outliers = none if self.image_oe is None else self._batches("student oe", it)
+        return send_draws([Batch(*both, *oe) for both, oe in zip(batches, outliers, strict=True)], self.device)
 
-    def _batches(self, g: torch.Generator) -> list[StudentBatch]:
-        """A batch for each step, from a random order that is drawn again when it is used up."""
-        total, batches, order = self.real.num_classes * self.settings.decoded_ipc, [], torch.empty(0, dtype=torch.int64)
-        size = min(self.settings.batch_syn or total, total)
-        for _ in range(self.settings.syn_steps):
+    def _batches(self, what: str, it: int) -> list[tuple[Tensor, Draw | None]]:
+        """Which images each step takes and how it augments them, from a random order that is drawn again when it is
+        used up."""
+        s, dsa, batches, order = self.settings, self.augmentation, [], torch.empty(0, dtype=torch.int64)
+        g = generator(s.seed, "match", self.exp, what, it)
+        total = self.real.num_classes * s.decoded_ipc
+        for _ in range(s.syn_steps):
             if not len(order):
                 order = torch.randperm(total, generator=g)
-            index, order = order[:size], order[size:]
-            dsa = self.augmentation
-            transform = None if dsa is None else dsa.draw(len(index), self.real.im_size, g)
-            batches.append(StudentBatch(index, transform))
+            index, order = order.tensor_split([min(s.batch_syn or total, total)])
+            batches.append((index, dsa and dsa.draw(len(index), self.real.im_size, g)))
         return batches
 
-    def _match(
-        self,
-        start: Sequence[torch.Tensor],
-        target: Sequence[torch.Tensor],
-        batches: Sequence[StudentBatch],
-        batches_oe: Sequence[StudentBatch],
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def _match(self, start: Sequence[Tensor], target: Sequence[Tensor], batches: Sequence[Batch]) -> Matched:
         """The loss `[1]` and its gradients with respect to images, outliers (if there are any) and learning rate.
 
         With `v = ∂L/∂θ_N` and then, from the last step to the first, with `h = <∇_θ CE(θ_i; x_i), v>`:
@@ -220,13 +206,11 @@ class TrajectoryMatching(LearnableSet):
         """
         lr, weight, factor = self.lr_student.detach(), self.settings.lambda_oe, self.settings.factor
         decoded = [decode_slots(t.detach(), factor) for t in self._tensors()]
-        pairs = [(b, batches_oe[i] if batches_oe else None) for i, b in enumerate(batches)]
-        theta = dict(zip(self.names, start, strict=True))
-        goal = dict(zip(self.names, target, strict=True))
+        theta, goal = (dict(zip(self.names, params, strict=True)) for params in (start, target))
         scale = sum((theta[n] - goal[n]).square().sum() for n in self.names)
         thetas = []
-        for pair in pairs:
-            images, labels, _ = self._inputs(decoded, *pair)
+        for batch in batches:
+            images, labels, _ = self._inputs(decoded, batch)
             thetas.append(theta)
             found = self.step.gradient(images.detach(), labels, weight, theta)
             theta = {n: theta[n] - lr * found[n] for n in self.names}
@@ -234,29 +218,25 @@ class TrajectoryMatching(LearnableSet):
         v = {n: 2 * (theta[n] - goal[n]) / scale for n in self.names}
         gradients = [torch.zeros_like(t).flatten(0, 1) for t in decoded]
         on_lr = torch.zeros_like(lr)
-        for pair, at in zip(reversed(pairs), reversed(thetas), strict=True):
-            images, labels, leaves = self._inputs(decoded, *pair)
+        for batch, at in zip(reversed(batches), reversed(thetas), strict=True):
+            images, labels, leaves = self._inputs(decoded, batch)
             h, on_images, on_params = self.step.backward(images.detach(), labels, weight, at, v)
             on_lr -= h
             on_leaves = torch.autograd.grad(images, leaves, on_images)
-            for gradient, batch, on_leaf in zip(gradients, pair, on_leaves, strict=False):
-                gradient.index_add_(0, batch.index, -lr * on_leaf)
+            for gradient, index, on_leaf in zip(gradients, (batch.index, batch.index_oe), on_leaves, strict=False):
+                gradient.index_add_(0, index, -lr * on_leaf)
             v = {n: v[n] - lr * on_params[n] for n in self.names}
-        shaped = [g.view(t.shape) for g, t in zip(gradients, decoded, strict=True)]
-        stored = [on_stored(t, factor, g) for t, g in zip(self._tensors(), shaped, strict=True)]
-        return loss[None], [*stored, on_lr]
+        of_tensors = zip(self._tensors(), decoded, gradients, strict=True)
+        return loss[None], [*(on_stored(t, factor, g.view(d.shape)) for t, d, g in of_tensors), on_lr]
 
-    def _inputs(
-        self, decoded: Sequence[torch.Tensor], batch: StudentBatch, batch_oe: StudentBatch | None
-    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    def _inputs(self, decoded: Sequence[Tensor], batch: Batch) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Augmented images followed by outliers, the labels, and the leaves that they were made from.
 
         `decoded`: the images and the outliers as networks see them, `[slots, n, C, H, W]`.
         """
-        leaves, parts = [], []
-        for images, drawn in zip(decoded, (batch, batch_oe), strict=False):
-            leaves.append(images.flatten(0, 1)[drawn.index].requires_grad_())
-            parts.append((drawn.transform or identity)(leaves[-1]))
+        drawn = ((batch.index, batch.transform), (batch.index_oe, batch.transform_oe))[: len(decoded)]
+        leaves = [t.flatten(0, 1)[index].requires_grad_() for t, (index, _) in zip(decoded, drawn, strict=True)]
+        parts = [(transform or identity)(leaf) for leaf, (_, transform) in zip(leaves, drawn, strict=True)]
         return torch.cat(parts), batch.index.div(self.settings.decoded_ipc, rounding_mode="floor"), leaves
 
     def synthetic(self) -> SyntheticSet:
@@ -279,31 +259,17 @@ class TrajectoryMatching(LearnableSet):
         load_optimizer(self.optimizer_lr, state["lr"]["optimizer"])
 
 
-def _build(inputs: MethodInputs) -> TrajectoryMatching:
-    s = inputs.settings
-    experts, notice = experts_of(inputs)
-    if s.last_epoch > experts.epochs:
-        raise UserError(
-            f"--max_start_epoch {s.max_start_epoch}: with --expert_epochs {s.expert_epochs} it needs experts of "
-            f"{s.last_epoch} epochs; those in {experts.folder} have {experts.epochs}. Lower one of them, or train "
-            "experts for longer"
-        )
-    method = TrajectoryMatching(inputs, experts)
-    method.notices += notice
-    return method
-
-
 def _workload(inputs: MethodInputs) -> Workload:
     """Each step goes forward and backward once, then twice more for the second derivative."""
     s, total = inputs.settings, inputs.real.num_classes * inputs.settings.decoded_ipc
-    images = min(s.batch_syn or total, total) * (1 if inputs.outliers is None else 2)
+    images = min(s.batch_syn or total, total) * inputs.kinds
     return Workload(3.0 * s.syn_steps * images, s.syn_steps, "matching")
 
 
 MTT_ENTRY = MethodEntry(
     "MTT",
     "trajectory matching on experts",
-    _build,
+    with_experts(TrajectoryMatching),
     _workload,
     TrajectorySettings,
     defaults={"Iteration": 5000, "lr_img": 1000.0, "init": "real", "eval_interval": 100},

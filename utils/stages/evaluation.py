@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from utils.compute import distributed
 from utils.compute.device import Compute
+from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.augment import DSA, dc_augmentation
 from utils.data.datasets import RealData
@@ -34,11 +36,19 @@ EVAL_MODES = {
 }
 
 
-def evaluation_models(mode: str, model: str) -> tuple[str, ...]:
-    """The names of the networks that `--eval_mode` asks for."""
-    if mode == "S":
-        return (model.replace("BN", ""),)
-    return EVAL_MODES.get(mode, (model,))
+def evaluation_models(mode: str, model: str, real: RealData) -> tuple[str, ...]:
+    """The names of the networks that `--eval_mode` asks for; a `UserError` tells of one that does not take images of
+    this size, as that must be known before hours of distillation."""
+    names = (model.replace("BN", ""),) if mode == "S" else EVAL_MODES.get(mode, (model,))
+    for name in names:
+        try:
+            real.network(name, generator(0))
+        except UserError as error:
+            if name == model:
+                raise
+            reason = str(error).removeprefix(f"--model {name}: ").split(". ")[0]
+            raise UserError(f"--eval_mode {mode}: {name}: {reason}. Choose another mode, e.g. S") from None
+    return names
 
 
 def training_of(s: Stage1Settings | Stage2Settings, model: str, dsa: DSA | None) -> TrainSettings:
@@ -70,7 +80,7 @@ class EvalSettings:
     num_networks: int  # fresh networks of each model
     training: dict[str, TrainSettings]  # of each model
     seed: int
-    ood: dict[str, torch.Tensor] = field(default_factory=dict)  # normalised images of each OOD set; for AUROC by msp
+    ood: dict[str, Tensor] = field(default_factory=dict)  # normalised images of each OOD set; for AUROC by msp
 
 
 class Evaluator:
@@ -78,45 +88,43 @@ class Evaluator:
 
     def __init__(self, real: RealData, settings: EvalSettings, run: RunFolder, compute: Compute):
         self.real, self.settings, self.run, self.compute = real, settings, run, compute
-        self.models = tuple(settings.training)
         self.trainers: dict[str, Trainer] = {}
 
     def evaluate(
         self, synthetic: SyntheticSet, exp: int, it: int, measures: EvalMeasures, after_network: Callable[[], None]
     ) -> None:
-        """Train and test the networks that `measures` lacks, and add their measures to it.
+        """Train and test the networks that `measures` lacks, and add their measures to it, in place.
 
-        Args:
-            exp, it: the experiment and its number of updates; they key the random draws.
-            measures: the measures so far, updated in place.
-            after_network: called after each network (under `torchrun`: after each process has trained one).
-        Raises:
-            Interrupted: after a signal; networks still in training are not in `measures`.
+        `exp`, `it`: the experiment and its number of updates; they key the random draws. `after_network` is called
+        after each network (under `torchrun`: after each process has trained one). Networks that a signal interrupts are
+        not in `measures`.
         """
-        for model in self.models:
+        per_round = distributed.world_size()
+        for model, training in self.settings.training.items():
             values = measures.setdefault(model, {})
             todo = [index for index in range(self.settings.num_networks) if index not in values]
-            trainer, per_round = self._trainer(model), distributed.world_size()
-            rounds = range(0, len(todo), per_round)
-            steps = len(rounds) * trainer.settings.epochs
-            with self.run.progress(steps, f"evaluate {model}", every=EVAL_LOG) as progress:
-                for first in rounds:
-                    of_round = todo[first : first + per_round]
+            rounds = [todo[first : first + per_round] for first in range(0, len(todo), per_round)]
+            with self.run.progress(len(rounds) * training.epochs, f"evaluate {model}", every=EVAL_LOG) as progress:
+                for of_round in rounds:
                     own = [of_round[i] for i in distributed.own_share(len(of_round))]
                     keys = {index: ("evaluate", exp, it, model, index) for index in own}
                     with signals.interruptible():
-                        tested = distributed.gather(self._test(model, trainer, synthetic, keys, progress))
-                    values |= tested
+                        values |= distributed.gather(self._test(model, synthetic, keys, progress))
                     after_network()
                     signals.check()
             measures[model] = dict(sorted(values.items()))
 
     def _test(
-        self, model: str, trainer: Trainer, synthetic: SyntheticSet, keys: dict[int, tuple], progress: Progress
+        self, model: str, synthetic: SyntheticSet, keys: dict[int, tuple], progress: Progress
     ) -> dict[int, dict[str, float]]:
         """Train and test a network for each of `keys`; returns their measures by index."""
+        if model not in self.trainers:
+            net = self.real.network(model, generator(self.settings.seed))
+            compute = self.compute.for_network(net)
+            self.trainers[model] = Trainer(net.to(self.real.device), self.settings.training[model], compute)
+        trainer = self.trainers[model]
 
-        def after_epoch(epoch: int, loss: torch.Tensor) -> None:
+        def after_epoch(epoch: int, loss: Tensor) -> None:
             """Show progress, and stop after a signal: networks in training are not kept."""
             progress.step(loss=loss.mean())
             signals.check()
@@ -130,17 +138,9 @@ class Evaluator:
             tested[index] = {"accuracy": accuracy_of(logits, self.real.labels_test)} | ood
         return tested
 
-    def _trainer(self, model: str) -> Trainer:
-        if model not in self.trainers:
-            net = self.real.network(model, generator(self.settings.seed))
-            compute = self.compute.for_network(net)
-            self.trainers[model] = Trainer(net.to(self.real.device), self.settings.training[model], compute)
-        return self.trainers[model]
 
-
-def _auroc(logits: torch.Tensor, logits_ood: torch.Tensor) -> float:
+def _auroc(logits: Tensor, logits_ood: Tensor) -> float:
     """AUROC of the score msp; NaN where a score is not finite."""
     inside, outside = (msp(z.double(), 1.0).cpu().numpy() for z in (logits, logits_ood))
-    if not np.isfinite(np.concatenate([inside, outside])).all():
-        return float("nan")
-    return ood_measures(inside, outside)["auroc"]
+    finite = np.isfinite(inside).all() and np.isfinite(outside).all()
+    return ood_measures(inside, outside)["auroc"] if finite else float("nan")

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from networks import initialize
 from utils.compute import distributed
@@ -16,9 +16,8 @@ from utils.core.errors import UserError, one_line, rank_errors
 from utils.core.files import read_json, save_pt, save_text
 from utils.core.rng import generator
 from utils.core.torch_files import read_pt
-from utils.data.augment import identity
 from utils.data.datasets import RealData
-from utils.methods.experts import ABOUT, Params, check_about, describe, expert_folder
+from utils.methods.experts import ABOUT, check_about, describe, expert_folder
 from utils.outliers.sources import OutlierSource
 from utils.runs import signals
 from utils.runs.run_folder import RunFolder
@@ -33,34 +32,33 @@ def run_experts(settings: ExpertSettings) -> None:
     _train_in_folder(settings, read_data(settings).to(device))
 
 
-def _train_in_folder(settings: ExpertSettings, real: RealData) -> None:
-    """Train the experts that are missing in their folder; `real` is on the device."""
-    s, device, outliers = settings, real.device, source_of(settings, real)
-    net = real.network(s.model, generator(s.seed))
-    shape = (real.channel, *real.im_size)
-    compute = choose_compute(s.compile, s.precision, device, net, shape, experts_workload(s, real))
-    about = describe(real, s.model, outliers, s.lambda_oe) | {"training": s.about()}
-    folder = expert_folder(s.buffer_path, real, s.model)
-    done = f"{s.num_experts} experts of {s.train_epochs} epochs: {folder}"
-    if all_trained(folder, about, s.num_experts):
-        if distributed.is_main():
-            print(f"{done}, trained before")
-        return
-    run = open_expert_run(folder, about)
-    for line in (f"experts: {run.path}", *real.lines()):
-        run.log(line)
-    run.log(f"computing: {compute}")
-    ExpertTraining(net.to(device), real, outliers, s, compute, run).train_all()
-    run.log(done)
-
-
 def train_missing(settings: ExpertSettings, real: RealData) -> None:
     """Train the experts that are missing; if there are others that were trained in another way, they are used."""
     folder = expert_folder(settings.buffer_path, real, settings.model)
     stored = read_json(folder / ABOUT, "--buffer_path") if (folder / ABOUT).exists() else {}
-    if _is_begun(folder) and stored.get("training") != settings.about():
+    if not _is_begun(folder) or stored.get("training") == settings.about():
+        _train_in_folder(settings, real)
+
+
+def _train_in_folder(settings: ExpertSettings, real: RealData) -> None:
+    """Train the experts that are missing in their folder; `real` is on the device."""
+    s, outliers = settings, source_of(settings, real)
+    net, shape = real.network(s.model, generator(s.seed)), (real.channel, *real.im_size)
+    compute = choose_compute(s.compile, s.precision, real.device, net, shape, experts_workload(s, real))
+    about = describe(real, s.model, outliers, s.lambda_oe) | {"training": s.about()}
+    folder = expert_folder(s.buffer_path, real, s.model)
+    done = f"{s.num_experts} experts of {s.train_epochs} epochs: {folder}"
+    files = [folder / f"replay_buffer_{index}.pt" for index in range(s.num_experts)]
+    complete = all(path.is_file() for path in files) and not any(folder.glob("unfinished_expert_*"))
+    if _is_begun(folder, about) and complete:  # without the lock, as nothing is written
+        if distributed.is_main():
+            print(f"{done}, trained before")
         return
-    _train_in_folder(settings, real)
+    run = open_expert_run(folder, about)
+    for line in (f"experts: {run.path}", *real.lines(), f"computing: {compute}"):
+        run.log(line)
+    ExpertTraining(net.to(real.device), real, outliers, s, compute, run).train_all()
+    run.log(done)
 
 
 def experts_workload(s: ExpertSettings, real: RealData) -> Workload:
@@ -72,11 +70,34 @@ def experts_workload(s: ExpertSettings, real: RealData) -> Workload:
     return Workload(epochs * (images + test / 2), steps, "training")
 
 
-class ExpertTraining:
-    """Trains experts on the real set and, if there is a source of outliers, on outliers.
+def open_expert_run(folder: Path, about: dict) -> RunFolder:
+    """Open the folder of an expert training: a new one, or one with experts of the same kind."""
+    if distributed.is_main():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--buffer_path: cannot make {folder}: {error}") from None
+    distributed.barrier()
+    run = RunFolder(folder)
+    _is_begun(folder, about)  # by now, another process may have trained others
+    if run.is_main:
+        save_text(folder / ABOUT, json.dumps(about, indent=1) + "\n")
+    return run
 
-    Under `torchrun` each process trains some. Every epoch is kept in its own file until the trajectory is complete, so
-    a killed training can be resumed.
+
+def _is_begun(folder: Path, about: dict | None = None) -> bool:
+    """Whether a folder has an expert, or an epoch of one; a `UserError` tells that they are of another kind than
+    `about`, if that is given, or of an unknown one."""
+    begun = any(folder.glob("replay_buffer_*.pt")) or any(folder.glob("unfinished_expert_*/epoch_1.pt"))
+    if begun and about is not None and not check_about(folder, about):
+        raise UserError(f"--buffer_path: {folder} has experts without {ABOUT}, made elsewhere; give another folder")
+    return begun
+
+
+class ExpertTraining:
+    """Trains experts on the real set, and on outliers if there is a source; under `torchrun` each process trains some.
+
+    Every epoch is kept in its own file until the trajectory is complete, so a killed training can be resumed.
     """
 
     def __init__(
@@ -94,12 +115,7 @@ class ExpertTraining:
         self.trainer = Trainer(net, training, compute)
 
     def train_all(self) -> None:
-        """Train the experts that are missing.
-
-        Raises:
-            Interrupted: after a signal; completed epochs are kept.
-            UserError: when a training diverges.
-        """
+        """Train the experts that are missing. After a signal it stops; completed epochs are kept."""
         with rank_errors(), signals.catch():
             for index in distributed.own_share(self.settings.num_experts):
                 self._train(index, self.run.path / f"replay_buffer_{index}.pt")
@@ -126,16 +142,13 @@ class ExpertTraining:
                 save_pt(folder / f"epoch_{epoch + 1}.pt", self.trainer.state_dict())
                 progress.step(loss=loss, accuracy=accuracy)
                 signals.check()
-        states = [read_pt(folder / f"epoch_{e}.pt", "unfinished expert") for e in range(s.train_epochs + 1)]
-        save_pt(path, [[self._parameters(state["net"]) for state in states]])
+        states = [read_pt(folder / f"epoch_{e}.pt", "unfinished expert")["net"] for e in range(s.train_epochs + 1)]
+        names = [name for name, _ in self.net.named_parameters()]
+        save_pt(path, [[[state[name].detach().cpu().float().clone() for name in names] for state in states]])
         shutil.rmtree(folder)
-        what = (
-            f"test accuracy {100 * accuracy:.2f} %" if done < s.train_epochs else f"its epochs are collected in {path}"
-        )
+        trained = done < s.train_epochs
+        what = f"test accuracy {100 * accuracy:.2f} %" if trained else f"its epochs are collected in {path}"
         self.run.log_own(f"expert {index}: {what}")
-
-    def _parameters(self, state: dict) -> Params:
-        return [state[name].detach().cpu().float().clone() for name, _ in self.net.named_parameters()]
 
     def _restore(self, index: int, folder: Path) -> int:
         """Continue after the newest epoch in `folder`, or start; returns how many epochs are done."""
@@ -153,18 +166,13 @@ class ExpertTraining:
         save_pt(folder / "epoch_0.pt", self.trainer.state_dict())
         return 0
 
-    def _set_lr(self, epoch: int) -> None:
-        s = self.settings
+    def _epoch(self, index: int, epoch: int) -> Tensor:
+        """Train one epoch on the real set; returns the mean batch loss."""
+        s, real, losses = self.settings, self.real, []
+        g = generator(s.seed, "expert", index, "epoch", epoch)
         for group in self.trainer.optimizer.param_groups:
             group["lr"] = s.lr_teacher * (0.1 if s.decay and epoch > s.train_epochs // 2 else 1.0)
-
-    def _epoch(self, index: int, epoch: int) -> torch.Tensor:
-        """Train one epoch on the real set; returns the mean batch loss."""
-        s, real = self.settings, self.real
-        g = generator(s.seed, "expert", index, "epoch", epoch)
-        self._set_lr(epoch)
         self.net.train()
-        losses = []
         for part in torch.randperm(len(real.images_train), generator=g).split(s.batch):
             images = self._augmented(real.train_batch(part), g)
             if self.outliers is not None:
@@ -172,58 +180,16 @@ class ExpertTraining:
             losses.append(self.trainer.step(images, real.labels_train[part.to(real.device)]))
         return torch.stack(losses).mean()
 
-    def _augmented(self, images: torch.Tensor, g: torch.Generator) -> torch.Tensor:
+    def _augmented(self, images: Tensor, g: torch.Generator) -> Tensor:
         augmentation = self.settings.augmentation
-        transform = identity if augmentation is None else augmentation.draw(len(images), self.real.im_size, g)
-        return (transform if augmentation is None else send_draws(transform, images.device))(images)
+        if augmentation is None:
+            return images
+        return send_draws(augmentation.draw(len(images), self.real.im_size, g), images.device)(images)
 
-    def _outlier_batch(self, g: torch.Generator) -> torch.Tensor:
+    def _outlier_batch(self, g: torch.Generator) -> Tensor:
         """`batch_oe` outliers, as evenly over the slots as possible."""
         slots, n = self.real.num_classes, self.settings.batch_oe
         first = int(torch.randint(slots, (1,), generator=g))  # the first slot to get one of the rest, `n % slots`
         counts = [n // slots + ((slot - first) % slots < n % slots) for slot in range(slots)]
         drawn = [self.outliers.choose(slot, count, g) for slot, count in enumerate(counts) if count]
         return torch.cat([self.outliers.batch(d) for d in send_draws(drawn, self.real.device)])
-
-
-def all_trained(folder: Path, about: dict, num_experts: int) -> bool:
-    """Whether the folder has all experts, of the kind `about`, so that none must be trained and no lock is needed.
-
-    Raises:
-        UserError: when it holds experts of another kind, finished or begun.
-    """
-    if not _is_begun(folder):
-        return False
-    complete = all((folder / f"replay_buffer_{index}.pt").is_file() for index in range(num_experts))
-    return check_about(folder, about, "--buffer_path") and complete and not any(folder.glob("unfinished_expert_*"))
-
-
-def open_expert_run(folder: Path, about: dict) -> RunFolder:
-    """Open the folder of an expert training: a new one, or one with experts of the same kind.
-
-    Raises:
-        UserError: when it cannot be made, or has experts of another or unknown kind.
-    """
-    if distributed.is_main():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--buffer_path: cannot make {folder}: {error}") from None
-    distributed.barrier()
-    _check_kind(folder, about)
-    run = RunFolder(folder)
-    if run.is_main:
-        _check_kind(folder, about)  # what was there before the lock may have grown
-        save_text(folder / ABOUT, json.dumps(about, indent=1) + "\n")
-    return run
-
-
-def _is_begun(folder: Path) -> bool:
-    """Whether a folder has an expert, or an epoch of one."""
-    return any(folder.glob("replay_buffer_*.pt")) or any(folder.glob("unfinished_expert_*/epoch_1.pt"))
-
-
-def _check_kind(folder: Path, about: dict) -> None:
-    """Raise a `UserError` if what has begun in a folder is not known to be of the kind `about`."""
-    if _is_begun(folder) and not check_about(folder, about, "--buffer_path"):
-        raise UserError(f"--buffer_path: {folder} has experts without {ABOUT}, made elsewhere; give another folder")

@@ -1,10 +1,11 @@
 """The loop of stage 1: iterate, evaluate, save. It knows a method by the protocol of `utils/methods` alone."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from utils.compute import distributed
 from utils.core.errors import Interrupted, UserError, one_line
@@ -20,80 +21,79 @@ from utils.runs.resume import resume_command
 from utils.runs.run_folder import RunFolder
 from utils.settings.arguments import Stage1Settings
 from utils.settings.fields import as_dict
-from utils.stages.evaluation import Evaluator
-from utils.stages.loop_state import DistillState
+from utils.stages.evaluation import EvalMeasures, Evaluator
 
 
-class ResultFiles:
-    """The files of a run that hold its results: distilled sets, pictures and curves. Only rank 0 writes."""
+@dataclass
+class DistillState:
+    """Where a distillation stands."""
 
-    def __init__(self, run: RunFolder, settings: Stage1Settings, evaluator: Evaluator):
-        self.run, self.settings, self.real = run, settings, evaluator.real
-        self.path: Path = run.path / result_name(settings.method, self.real.name, settings.model, settings.ipc)
+    exp: int = 0  # the experiment that runs
+    iteration: int = 0  # its updates so far
+    method: dict | None = None  # the state of the method, None before the experiment has started
+    evaluated: bool = False  # whether the images are evaluated as they are now
+    measures: EvalMeasures = field(default_factory=dict)  # of the networks that evaluated them so far
+    finished: list[SyntheticSet] = field(default_factory=list)  # the sets of the experiments before
+    accs: dict[str, list[float]] = field(default_factory=dict)  # their accuracies, by model
 
-    def save(self, state: DistillState, current: SyntheticSet) -> None:
-        """Write the distilled sets so far, of which `current` is the newest, and pictures of that one."""
-        if not distributed.is_main():
-            return
-        sets = [*state.finished, current.detached_cpu()]
-        DistilledFile.write(self.path, sets, state.all_accs(), self.real, self._about(state))
-        s = self.settings
-        newest, parts = sets[-1], sets[-1].decoded() if sets[-1].factor > 1 else None
-        pictures = {"vis": newest.images, "vis_oe": newest.images_oe}
-        pictures |= {} if parts is None else {"vis_parts": parts.images, "vis_parts_oe": parts.images_oe}
-        for prefix, images in pictures.items():
-            if images is not None:
-                point = f"exp{state.exp}_iter{state.iteration}"
-                name = f"{prefix}_{s.method}_{self.real.name}_{s.model}_{s.ipc}ipc_{point}.png"
-                pixels = self.real.denormalize(images.to(self.real.device)).cpu()
-                save_grid(self.run.path / name, pixels, s.ipc)
+    def all_accs(self) -> dict[str, list[float]]:
+        """Accuracies by model: those of the experiments before, then those of this point."""
+        return {
+            model: self.accs.get(model, []) + [m["accuracy"] for m in networks.values()]
+            for model, networks in self.measures.items()
+        }
 
-    def save_last_finite(self, state: DistillState, before: SyntheticSet) -> Path:
-        """Write the images from before the update that diverged, without a learning rate, which may have caused it.
+    def to_dict(self) -> dict:
+        """Plain values and tensors, for a checkpoint."""
+        return {
+            "exp": self.exp,
+            "iteration": self.iteration,
+            "started": self.method is not None,
+            "evaluated": self.evaluated,
+            "found": self.measures,
+            "finished": [[s.images, s.images_oe, s.lr_net] for s in self.finished],
+            "accs": self.accs,
+            "method": self.method or {},
+        }
 
-        Returns the path.
+    @classmethod
+    def from_dict(cls, content: dict, num_exp: int, iterations: int, example: SyntheticSet) -> "DistillState":
+        """The state in a checkpoint of a run of `num_exp` experiments; `example`: a set like the finished ones.
+
+        Raises:
+            ValueError, KeyError, TypeError, AttributeError: when it is not of this run.
         """
-        path = self.path.with_name(self.path.stem + "_last_finite.pt")
-        if distributed.is_main():
-            DistilledFile.write(path, [replace(before.detached_cpu(), lr_net=None)], {}, self.real, self._about(state))
-        return path
+        exp, iteration = int(content["exp"]), int(content["iteration"])
+        parts = ("images", "images_oe", "lr_net")
+        finished = [replace(example, **dict(zip(parts, stored, strict=False))) for stored in content["finished"]]
+        if not (0 <= exp <= num_exp and 0 <= iteration <= iterations and len(finished) == exp):
+            raise ValueError(f"experiment {exp}, iteration {iteration}, {len(finished)} finished experiments")
+        if not all(is_like(getattr(s, part), getattr(example, part)) for s in finished for part in parts[:2]):
+            raise ValueError("a finished set of another shape, or not finite")
+        method = dict(content["method"]) if content["started"] else None
+        measures, accs = dict(content["found"]), dict(content["accs"])
+        return cls(exp, iteration, method, bool(content["evaluated"]), measures, finished, accs)
 
-    def draw_curves(self) -> None:
-        """The losses and measures of the run over its iterations, as `curves.png`."""
-        if not distributed.is_main():
-            return
-        try:
-            save_curves(self.run.path / "curves.png", self.run.metrics())
-        except ImportError:
-            self.run.log("no curves.png: matplotlib is not installed (pip install matplotlib)")
 
-    def _about(self, state: DistillState) -> dict:
-        return {"iteration": state.iteration, "experiment": state.exp, "flags": as_dict(self.settings)}
+def is_like(images: Tensor | None, example: Tensor | None) -> bool:
+    """Whether images have the shape and type of others, and are finite; None is like None."""
+    if images is None or example is None:
+        return images is example
+    return images.shape == example.shape and images.dtype == example.dtype and bool(torch.isfinite(images).all())
 
 
 class Distillation:
     """All experiments of a run. Its state is saved at checkpoints, and when a signal stops it."""
 
-    def __init__(
-        self,
-        method: Method,
-        evaluator: Evaluator,
-        settings: Stage1Settings,
-        run: RunFolder,
-        checkpointer: Checkpointer,
-    ):
+    def __init__(self, method: Method, evaluator: Evaluator, settings: Stage1Settings, run: RunFolder):
         self.method, self.evaluator, self.settings, self.run = method, evaluator, settings, run
-        self.checkpointer = checkpointer
-        self.files = ResultFiles(run, settings, evaluator)
-        self.state = DistillState()
+        self.real, self.state = evaluator.real, DistillState()
+        self.checkpointer = Checkpointer(run, interval=settings.checkpoint_interval)
+        self.path = run.path / result_name(settings.method, self.real.name, settings.model, settings.ipc)
 
     def run_all(self) -> None:
-        """Distil, evaluate and save as the settings say; log the mean accuracies at the end.
-
-        Raises:
-            Interrupted: after a signal; the state is saved.
-            UserError: when a run diverges.
-        """
+        """Distil, evaluate and save as the settings say; log the mean accuracies at the end. A signal stops it, after
+        the state is saved."""
         s = self.settings
         if self.state.exp >= s.num_exp:
             self.run.log(f"{self.run.path} is finished: all {s.num_exp} experiments are done")
@@ -113,16 +113,11 @@ class Distillation:
         for model, values in self.state.accs.items():
             about = f"{counted(len(values), 'network')}, {counted(s.num_exp, 'experiment')}"
             self.run.log(f"{model}: accuracy {mean_std(values)} % ({about})")
-        self.files.draw_curves()
-        self.run.log(f"distilled set: {self.files.path}")
-
-    @property
-    def starts_another(self) -> bool:
-        """Whether an experiment has not started yet."""
-        return self.state.exp + (self.state.method is not None) < self.settings.num_exp
+        if distributed.is_main():
+            save_curves(self.run.path / "curves.png", self.run.metrics())
+        self.run.log(f"distilled set: {self.path}")
 
     def _experiment(self) -> None:
-        """Run experiment `state.exp` from its present iteration to its end."""
         s, state = self.settings, self.state
         if state.method is None:
             with signals.interruptible():
@@ -160,16 +155,16 @@ class Distillation:
         return means
 
     def _stop_diverged(self, problem: str) -> None:
-        """Save the images as they were before this update, and raise."""
-        s = self.settings
-        self.method.load_state_dict(self.state.exp, self.state.method)
+        """Save the images as they were before this update, without a learning rate, which may be the cause; raise."""
+        s, state = self.settings, self.state
+        self.method.load_state_dict(state.exp, state.method)
+        path = self.path.with_name(f"{self.path.stem}_last_finite.pt")
+        self._write(path, [replace(self.method.synthetic().detached_cpu(), lr_net=None)], {})
         names = [name for name in ("lr_img", "lr_img_oe", "lr_lr", "lr_net") if name in s.used()]
         rates = [f"--{name}" for name in names if getattr(s, name) is not None]
-        path = self.files.save_last_finite(self.state, self.method.synthetic())
         raise UserError(
-            f"--lr_img {s.lr_img:g}: experiment {self.state.exp} diverged in iteration {self.state.iteration}: "
-            f"{problem} not finite. Lower {' or '.join(rates)}; --load_path {path} "
-            "starts from the last finite images"
+            f"--lr_img {s.lr_img:g}: experiment {state.exp} diverged in iteration {state.iteration}: {problem} not "
+            f"finite. Lower {' or '.join(rates)}; --load_path {path} starts from the last finite images"
         )
 
     def _evaluate(self, progress: Progress) -> None:
@@ -177,27 +172,46 @@ class Distillation:
         state = self.state
         if state.evaluated:
             return
+        synthetic = self.method.synthetic()
 
         def after_network() -> None:
             if self.checkpointer.late():
                 self.save()
 
-        self.evaluator.evaluate(
-            self.method.synthetic().decoded(), state.exp, state.iteration, state.measures, after_network
-        )
+        self.evaluator.evaluate(synthetic.decoded(), state.exp, state.iteration, state.measures, after_network)
+        when = f"iteration {state.iteration}" if state.iteration else "before distilling"
         for model, networks in state.measures.items():
             measures = {name: [m[name] for m in networks.values()] for name in next(iter(networks.values()))}
-            what = f"{counted(len(networks), 'network')}, {self.evaluator.settings.training[model].epochs} epochs"
             values = {name.replace("auroc", "AUROC"): v for name, v in measures.items()}
             shown = ", ".join(f"{name} {mean_std(v)} %" for name, v in values.items())
-            when = f"iteration {state.iteration}" if state.iteration else "before distilling"
+            epochs = self.evaluator.settings.training[model].epochs
+            what = f"{counted(len(networks), 'network')}, {epochs} epochs"
             self.run.log(f"exp {state.exp} {when}: {model} {shown} ({what})")
             progress.note(f"{model}: " + ", ".join(f"{name} {100 * np.mean(v):.1f}" for name, v in values.items()))
             if distributed.is_main():
                 self.run.metric(experiment=state.exp, iteration=state.iteration, model=model, **measures)
         state.evaluated = True
-        self.files.save(state, self.method.synthetic())
+        self._save_results(synthetic.detached_cpu())
         self.save()
+
+    def _save_results(self, newest: SyntheticSet) -> None:
+        """Write the distilled sets so far, and pictures of the newest."""
+        s, state = self.settings, self.state
+        self._write(self.path, [*state.finished, newest], state.all_accs())
+        pictures = {"vis": newest.images, "vis_oe": newest.images_oe}
+        if newest.factor > 1:
+            parts = newest.decoded()
+            pictures |= {"vis_parts": parts.images, "vis_parts_oe": parts.images_oe}
+        point = f"{self.real.name}_{s.model}_{s.ipc}ipc_exp{state.exp}_iter{state.iteration}"
+        for prefix, images in pictures.items():
+            if images is not None and distributed.is_main():
+                pixels = self.real.denormalize(images.to(self.real.device)).cpu()
+                save_grid(self.run.path / f"{prefix}_{s.method}_{point}.png", pixels, s.ipc)
+
+    def _write(self, path: Path, sets: list[SyntheticSet], accs: dict[str, list[float]]) -> None:
+        about = {"iteration": self.state.iteration, "experiment": self.state.exp, "flags": as_dict(self.settings)}
+        if distributed.is_main():
+            DistilledFile.write(path, sets, accs, self.real, about)
 
     def save(self) -> None:
         """Write a checkpoint."""
@@ -205,63 +219,51 @@ class Distillation:
             self.checkpointer.save(self.state.to_dict())
 
     def restore(self) -> bool:
-        """Return to the newest checkpoint; False where the run was killed before its first.
-
-        Raises:
-            UserError: when the checkpoint is not of this run.
-        """
+        """Return to the newest checkpoint; False where the run was killed before its first."""
         content = self.checkpointer.load()
         distributed.barrier()  # nobody saves before everybody has read
         if content is None:
             self.run.log("resumed: killed before its first checkpoint, so from the beginning")
             self.run.keep_metrics(lambda line: False)
             return False
+        labels, s = self.method.labels.cpu(), self.settings
+        images = torch.empty(len(labels), self.real.channel, *self.real.im_size)
+        outliers = None if self.method.outliers is None else images
+        example = SyntheticSet(images, labels, outliers, factor=s.factor)
         try:
-            self._restore(content)
+            self.state = state = DistillState.from_dict(content, s.num_exp, s.Iteration, example)
+            if state.method is not None:
+                self.method.load_state_dict(state.exp, state.method)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = one_line(error, 100)
             raise UserError(f"--resume: the checkpoint in {self.run.path} is not of this run: {reason}") from None
-        state = self.state
 
         def is_before(line: dict) -> bool:
             """Whether a line of `metrics.jsonl` will not be written again."""
-            position = (line["experiment"], line["iteration"])
-            done = state.evaluated if "model" in line else True
-            return position < (state.exp, state.iteration) or (position == (state.exp, state.iteration) and done)
+            position, here = (line["experiment"], line["iteration"]), (state.exp, state.iteration)
+            return position < here or (position == here and (state.evaluated or "model" not in line))
 
         self.run.keep_metrics(is_before)
         self.run.log(f"resumed at experiment {state.exp}, iteration {state.iteration}")
         return True
 
-    def _restore(self, content: dict) -> None:
-        real, labels = self.evaluator.real, self.method.labels.cpu()
-        images = torch.empty(len(labels), real.channel, *real.im_size)
-        outliers = None if self.method.outliers is None else images
-        example = SyntheticSet(images, labels, outliers, factor=self.settings.factor)
-        s = self.settings
-        self.state = DistillState.from_dict(content, s.num_exp, s.Iteration, self.evaluator.models, example)
-        if self.state.method is not None:
-            self.method.load_state_dict(self.state.exp, self.state.method)
 
+def not_finite(losses: dict[str, Tensor], synthetic: SyntheticSet) -> str:
+    """Names what is no longer finite after an update, and in which slots; empty if all is finite.
 
-def not_finite(losses: dict[str, torch.Tensor], synthetic: SyntheticSet) -> str:
-    """Names what is no longer finite, and in which slots; empty if all is finite.
-
-    Args:
-        losses: by name, each with an entry per slot, or one.
-        synthetic: the images after the update.
+    `losses`: by name, each with an entry per slot, or one.
     """
     values = {**losses, "images": synthetic.images.flatten(1).abs().amax(1)}
     if synthetic.images_oe is not None:
         values["outliers"] = synthetic.images_oe.flatten(1).abs().amax(1)
-    if torch.isfinite(torch.cat([v.flatten() for v in values.values()])).all():  # one synchronisation
+    finite = {name: torch.isfinite(v.flatten()) for name, v in values.items()}
+    if torch.cat(list(finite.values())).all():  # one synchronisation
         return ""
-    bad = {name: (~torch.isfinite(v.flatten())).nonzero().flatten() for name, v in values.items()}
-    slots = {name: (synthetic.labels[i] if name in ("images", "outliers") else i).tolist() for name, i in bad.items()}
-
-    def named(name: str) -> str:
-        """`name`, with its slots where there is more than one."""
-        several = values[name].numel() > 1
-        return f"{name} of slot {', '.join(map(str, sorted(set(slots[name]))))}" if several else name
-
-    return " and ".join(named(name) for name, of_name in slots.items() if of_name)
+    found = []
+    for name, is_finite in finite.items():
+        bad = (~is_finite).nonzero().flatten()
+        if len(bad):
+            slots = synthetic.labels[bad] if name in ("images", "outliers") else bad
+            several = f" of slot {', '.join(map(str, slots.unique().tolist()))}" if len(is_finite) > 1 else ""
+            found.append(name + several)
+    return " and ".join(found)

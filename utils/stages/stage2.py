@@ -1,7 +1,5 @@
 """Stage 2 from its flags to its run: train networks on a distilled set and keep their checkpoints."""
 
-import os
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,7 +7,6 @@ from pathlib import Path
 from utils.compute import distributed
 from utils.compute.compiling import Workload, batches
 from utils.compute.device import choose_compute, choose_device
-from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.core.torch_files import fingerprint
 from utils.data.augment import dc_augmentation
@@ -21,55 +18,17 @@ from utils.methods import METHODS, augmentation_of
 from utils.ood.generated import DRAWN
 from utils.ood.sets import OODSource
 from utils.report.tables import counted, mean_std
-from utils.runs.lineage import (
-    STAGE1_ROOTS,
-    TRAINED_ON,
-    Found,
-    find_run_folder,
-    root_of,
-    stored_set_path,
-)
+from utils.runs.lineage import STAGE1_ROOTS, TRAINED_ON, Found, find_run_folder, root_of
 from utils.runs.resume import check_inputs
-from utils.runs.run_folder import RunFolder, read_args
+from utils.runs.run_folder import RunFolder
 from utils.settings.arguments import Stage2Settings, Stage3Settings, carried, command_of
 from utils.settings.common import OOD_PATH, read_data
 from utils.settings.fields import as_dict
 from utils.stages.evaluation import training_of
-from utils.stages.training_set import (
-    TrainingSet,
-    is_stored,
-    labelled_images,
-    pool_fingerprint,
-    stored_set,
-    with_outliers,
-)
+from utils.stages.training_set import TrainingSet, labelled_images, resumed_set, with_outliers
 from utils.training.features import WHOLE_EPOCHS, FeatureNetworks
 from utils.training.network_training import TEST_INTERVAL, NetworkTraining
 from utils.training.trainer import LR_NET, TEST_BATCH, Trainer, TrainSettings
-
-
-def find_distilled(s: Stage2Settings) -> Found:
-    """The `res_….pt` of a run: of `--folder`, else of the newest that fits, with outliers if those are wanted.
-
-    It is searched under `--load_path`, else under the roots of stage 1.
-
-    Raises:
-        UserError: when there is none.
-    """
-    only_oe = s.is_load_oe or (s.outliers == "distilled" and s.folder is None)
-    roots: Sequence[str] = STAGE1_ROOTS[1:] if only_oe else STAGE1_ROOTS
-    if s.load_path is not None:
-        roots = [s.load_path]
-    parts = (s.method, s.dataset, s.model, s.ipc)
-    name = result_name(*parts)
-
-    def left(run: Path) -> str:
-        """How far the experiment came, if it did not come to its end."""
-        position = DistilledFile.open(run / name).iterations_left(s.exp_idx)
-        return f"after iteration {position[0]} of {position[1]}" if position else ""
-
-    found = find_run_folder(roots, parts, s.folder, name, only_oe, left)
-    return Found(found.path / name, found.note)
 
 
 def run_stage2(settings: Stage2Settings) -> None:
@@ -81,7 +40,7 @@ def run_stage2(settings: Stage2Settings) -> None:
     how = training_of(s, s.model, augmentation)
     of_features = TrainSettings(how.epochs, LR_NET, s.batch, 0.0, augmentation or dc_augmentation(s.dataset, s.model))
     networks = FeatureNetworks(s.model, real, of_features, s.seed, s.compile, s.precision)
-    chosen = _resumed(s, real)
+    chosen = resumed_set(s, real)
     if chosen is None:
         cache = Path(s.save_path) / "features"
         chosen = labelled_images(s, real, partial(find_distilled, s), partial(networks.for_coresets, s.features, cache))
@@ -97,13 +56,7 @@ def run_stage2(settings: Stage2Settings) -> None:
     net = real.network(s.model, generator(0)).eval()
     compute = choose_compute(s.compile, s.precision, device, net, (real.channel, *real.im_size), work)
     net = real.network(s.model, generator(s.seed)).to(device)
-    inputs = _fingerprints(real, chosen.synthetic)
-    if s.resume:
-        run = _resume(s, inputs, chosen.path)
-    else:
-        about = {"device": str(device), "seed": s.seed, "epochs": training.epochs, "inputs": inputs}
-        run = _start(s, chosen, real, about | {"data": identity(real)})
-        run.log(f"{training.epochs} epochs, batch {training.batch}, learning rate {training.lr:g}")
+    run = (_resume if s.resume else _start)(s, chosen, real, training)
     run.log(f"computing: {compute}")
     trainer = Trainer(net, training, compute)
     of_run = NetworkTraining(s.model, real, chosen.synthetic.to(device), trainer, s.seed, run, bool(s.resume))
@@ -114,10 +67,27 @@ def run_stage2(settings: Stage2Settings) -> None:
         run.log(f"to test them: {command}")
 
 
+def find_distilled(s: Stage2Settings) -> Found:
+    """The `res_….pt` of a run under `--load_path`, else under the roots of stage 1: of `--folder`, else of the newest
+    that fits, with outliers if those are wanted."""
+    only_oe = s.is_load_oe or (s.outliers == "distilled" and s.folder is None)
+    roots = STAGE1_ROOTS[1:] if only_oe else STAGE1_ROOTS
+    parts = (s.method, s.dataset, s.model, s.ipc)
+    name = result_name(*parts)
+
+    def left(run: Path) -> str:
+        """How far the experiment came, if it did not come to its end."""
+        position = DistilledFile.open(run / name).iterations_left(s.exp_idx)
+        return f"after iteration {position[0]} of {position[1]}" if position else ""
+
+    roots = roots if s.load_path is None else [s.load_path]
+    found = find_run_folder(roots, parts, s.folder, name, only_oe, left)
+    return Found(found.path / name, found.note)
+
+
 def stage3_command(s: Stage2Settings, folder: Path, real: RealData) -> str | None:
     """The command that tests the networks of a run folder on OOD sets that are at hand: those of the paper, else those
-    that need no files. None where stage 3 would not find the folder.
-    """
+    that need no files. None where stage 3 would not find the folder."""
     root = root_of(folder, (s.method, s.dataset, s.model, s.ipc))
     source = OODSource(real, Path(OOD_PATH), Path(s.data_path), False, limit=1, seed=1)
     names = source.default_names()
@@ -127,85 +97,71 @@ def stage3_command(s: Stage2Settings, folder: Path, real: RealData) -> str | Non
     return root and command_of("test_ood_model_syn.py", carried(s, Stage3Settings, **where))
 
 
+def stage2_workload(num_networks: int, settings: TrainSettings, real: RealData, synthetic: SyntheticSet) -> Workload:
+    """The work of a run in this process; a tested image counts half a pass."""
+    epochs, images, tests = settings.epochs, len(synthetic.images), batches(settings.epochs, TEST_INTERVAL)
+    passes = epochs * images * (2 if synthetic.num_outliers else 1) + tests * len(real.images_test) / 2
+    steps = epochs * batches(images, settings.batch) + tests * batches(len(real.images_test), TEST_BATCH)
+    most = batches(num_networks, distributed.world_size())  # of a process, so that all of them decide alike
+    return Workload(num_networks * passes / distributed.world_size(), most * steps, "training")
+
+
 def _fingerprints(real: RealData, synthetic: SyntheticSet) -> dict[str, str]:
     """Fingerprints of all that a run reads, by flag."""
     prints = {
         "data_path": real.fingerprint(),
         "load_path": fingerprint((synthetic.images, synthetic.labels, synthetic.images_oe)),
     }
-    pool = pool_fingerprint(synthetic)
+    pool = synthetic.fresh_oe and synthetic.fresh_oe.source.fingerprint()
     return prints | ({"oe_data_path": pool} if pool else {})
 
 
-def stage2_workload(num_networks: int, settings: TrainSettings, real: RealData, synthetic: SyntheticSet) -> Workload:
-    """The work of a run in this process; a tested image counts half a pass."""
-    epochs, images, tests = settings.epochs, len(synthetic.images), batches(settings.epochs, TEST_INTERVAL)
-    tested = num_networks * tests * len(real.images_test)
-    trained = num_networks * epochs * images * (2 if synthetic.num_outliers else 1) / distributed.world_size()
-    most = batches(num_networks, distributed.world_size())  # of a process, so that all of them decide alike
-    steps = most * (epochs * batches(images, settings.batch) + tests * batches(len(real.images_test), TEST_BATCH))
-    return Workload(trained + tested / 2 / distributed.world_size(), steps, "training")
-
-
-def _resumed(s: Stage2Settings, real: RealData) -> TrainingSet | None:
-    """The set that the run of `--resume` was trained on.
-
-    None if there is nothing to resume, the set is the whole training set, or `--load_path` or `--folder` changed.
-    """
-    if s.resume is None or s.train_on == "whole":
-        return None
+def _resume(s: Stage2Settings, chosen: TrainingSet, real: RealData, training: TrainSettings) -> RunFolder:
+    """The run folder of `--resume`; a `UserError` tells that the data or the distilled set have changed since."""
     folder = Path(s.resume)
-    about = read_args(folder)
-    if any(getattr(s, name) != about["flags"].get(name) for name in ("load_path", "folder")):
-        return None
-    path = stored_set_path(folder, about)
-    if not isinstance(path, str) or not os.path.isfile(path):
-        raise UserError(
-            f"--resume: the set that {folder} was trained on is gone: {str(path)[:200]}. Put it back"
-            + (", or give its place now with --load_path and --folder" if Path(str(path)).name != TRAINED_ON else "")
-        )
-    return stored_set(s, Path(path), real)
-
-
-def _resume(s: Stage2Settings, inputs: dict[str, str], distilled_set: Path | None) -> RunFolder:
-    """The run folder of `--resume`.
-
-    Raises:
-        UserError: when the data or the distilled set have changed since.
-    """
-    folder = Path(s.resume)
-    check_inputs(folder, inputs)
+    check_inputs(folder, _fingerprints(real, chosen.synthetic))
     run = RunFolder(folder)
-    run.update_args(as_dict(s), **({"distilled_set": str(distilled_set.resolve())} if distilled_set else {}))
+    run.update_args(as_dict(s), **({"distilled_set": str(chosen.path.resolve())} if chosen.path else {}))
     run.log("resumed")
     return run
 
 
-def _start(s: Stage2Settings, chosen: TrainingSet, real: RealData, about: dict) -> RunFolder:
+def _start(s: Stage2Settings, chosen: TrainingSet, real: RealData, training: TrainSettings) -> RunFolder:
     """A new run folder, named as that of stage 1 if there is one, so that one name leads through all stages.
 
-    If the set is no file of stage 1, it is saved in the folder.
+    A set that no file of stage 1 holds is saved in it, unless it is the whole training set.
     """
     name = chosen.origin and chosen.origin.name
     kinds = (s.train_on, s.outliers, "again" if s.corrupt_again else "none")
     ending = "".join(f"-{kind}" for kind in kinds if kind not in ("distilled", "none"))
     run = RunFolder.create(s.save_path, s.method, s.dataset, s.model, s.ipc, name=name, ending=ending)
     path, experiment = chosen.path, s.exp_idx
-    if is_stored(s, chosen):
+    if path is None and s.train_on != "whole":
         path, experiment = run.path / TRAINED_ON, 0
         if run.is_main:
             stored = replace(chosen.synthetic.detached_cpu(), fresh_oe=None)
             DistilledFile.write(path, [stored], {}, real, {"flags": as_dict(s)})
-    images_from = chosen.origin and str(chosen.origin.resolve())
     run.save_args(
-        as_dict(s), distilled_set=path and str(path.resolve()), experiment=experiment, images_from=images_from, **about
+        as_dict(s),
+        distilled_set=path and str(path.resolve()),
+        experiment=experiment,
+        images_from=chosen.origin and str(chosen.origin.resolve()),
+        device=str(real.device),
+        seed=s.seed,
+        epochs=training.epochs,
+        inputs=_fingerprints(real, chosen.synthetic),
+        data=identity(real),
     )
-    run.log(f"run folder: {run.path}")
+    lines = [f"run folder: {run.path}"]
     if name and run.path.name != name + ending:
-        run.log(f"there is a folder {name}{ending} already; stage 3 finds this run by --folder {run.path.name}")
-    for line in (*real.lines(), *chosen.lines):
-        run.log(line)
+        lines.append(f"there is a folder {name}{ending} already; stage 3 finds this run by --folder {run.path.name}")
+    lines += [*real.lines(), *chosen.lines]
     if s.dsa_strategy and METHODS[s.method].augmentation == "unused":
-        run.log(f"--dsa_strategy {s.dsa_strategy} is not used by --method {s.method}")
-    run.log(f"the best checkpoint is chosen on the test set, by tests every {TEST_INTERVAL} epochs and after the last")
+        lines.append(f"--dsa_strategy {s.dsa_strategy} is not used by --method {s.method}")
+    lines += [
+        f"the best checkpoint is chosen on the test set, by tests every {TEST_INTERVAL} epochs and after the last",
+        f"{training.epochs} epochs, batch {training.batch}, learning rate {training.lr:g}",
+    ]
+    for line in lines:
+        run.log(line)
     return run

@@ -1,12 +1,11 @@
 """Stage 3: accuracy, calibration, error detection and OOD detection of trained networks, as tables, files and plots."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from torch import nn
 
 from utils.compute import distributed
 from utils.compute.compiling import Workload, batches
@@ -22,16 +21,10 @@ from utils.ood.evaluate import NetworkScores, deviation, score_networks
 from utils.ood.scorer import FitSet, Scorer
 from utils.ood.scores import need_fitting, require_library
 from utils.ood.sets import OODSet, OODSource, validation_sets
-from utils.report.plots import (
-    distilled_pictures,
-    save_distilled,
-    save_reliability,
-    save_roc_curves,
-    save_score_histograms,
-)
+from utils.report import plots
 from utils.report.results import Results, results_csv, results_json, results_of
 from utils.report.tables import report_text, summary
-from utils.runs.lineage import STAGE2_ROOTS, Found, args_or_nothing, distilled_set_of, find_run_folder
+from utils.runs.lineage import STAGE2_ROOTS, args_or_nothing, distilled_set_of, find_run_folder
 from utils.runs.run_folder import RunFolder
 from utils.settings.arguments import Stage3Settings
 from utils.settings.common import read_data
@@ -47,19 +40,25 @@ def run_stage3(settings: Stage3Settings) -> Results:
         raise UserError(f"--T {s.T:g}: only --score energy has a temperature; leave --T out or add energy")
     require_library(scores)
     parts = (s.method, s.dataset, s.model, s.ipc)
-    folder, note = _find_networks(parts, s.folder, s.load_path, s.is_load_oe)
-    s, which, chosen = _which_checkpoints(folder, s)
-    _check_whitening(folder, s.zca)
-    trained_on = cache(partial(distilled_set_of, folder))  # the file is opened once
-    real, changed = _as_trained_on(folder, read_data(s).to(device), trained_on)
-    limit = _images_per_set(len(real.images_test), s.num_ood_ratio)
+    roots = [s.load_path] if s.load_path is not None else STAGE2_ROOTS[1:] if s.is_load_oe else STAGE2_ROOTS
+    pattern = checkpoint_name(s.dataset, s.model, 0, "*")
+    folder, note = find_run_folder(roots, parts, s.folder, pattern, s.is_load_oe)
+    stage2 = Stage2Run(folder)
+    s, which, chosen = stage2.checkpoints(s)
+    stage2.check_whitening(s.zca)
+    real, changed = stage2.as_trained_on(read_data(s).to(device))
+    if len(real.images_test) < s.num_ood_ratio:
+        few = f"nothing is left of {len(real.images_test)} test images"
+        raise UserError(f"--num_ood_ratio {s.num_ood_ratio}: {few}; lower it")
+    limit = len(real.images_test) // s.num_ood_ratio
     source = OODSource(real, Path(s.ood_path), Path(s.data_path), s.download == "all", limit, s.seed)
-    sets, missing = _find_sets(source, s.ood_sets, s.skip_missing, s.validate)
-    fit = _fit_set(s.fit_on, folder, real, trained_on) if need_fitting(scores) else None
+    sets, missing = _find_sets(source, s)
+    fit = stage2.fit_set(s.fit_on, real) if need_fitting(scores) else None
     batch = min(s.batch_test, len(real.images_test))  # no set is larger than the test set, nor need a batch be
     sizes = [len(real.images_test), *[limit] * len(sets), 0 if fit is None else len(fit.labels)]
     with rank_errors():
-        nets = _load_networks(folder, s.model, real, s.num_exp, which)
+        own = distributed.own_share(s.num_exp)
+        nets = {index: load_trained(folder, s.model, real, index, which) for index in own}
         example = next(iter(nets.values())) if nets else load_trained(folder, s.model, real, 0, which).cpu()
         work, shape = stage3_workload(len(nets), sizes, batch), (real.channel, *real.im_size)
         compute = choose_compute(s.compile, s.precision, device, example, shape, work)
@@ -69,18 +68,19 @@ def run_stage3(settings: Stage3Settings) -> Results:
             scorer.prepare(real.test_images[:2], fit, batch)
     run = RunFolder.create(s.save_path, *parts, name=folder.name)
     run.save_args(as_dict(s), networks=str(folder.resolve()), device=str(device), fitted_on=fit and fit.name)
-    run.log(f"run folder: {run.path}")
-    training = _training_of(folder)
+    training = stage2.training()
     tested = f"networks: {folder}, {s.num_exp} × {which}{chosen}, protocol {training['protocol']}"
-    about = [note, *real.lines(), *changed, *(line for ood in sets for line in ood.lines()), tested]
-    for line in filter(None, [*about, f"computing: {compute}", *_about_fitting(fit, scores, s.fit_on)]):
+    lines = [note, *real.lines(), *changed, *(line for ood in sets for line in ood.lines()), tested]
+    lines += [f"computing: {compute}", *_about_fitting(fit, scores, s.fit_on)]
+    for line in filter(None, [f"run folder: {run.path}", *lines]):
         run.log(line)
     with rank_errors(), run.progress(len(sets), "OOD sets") as progress:
         networks = score_networks(scorers, real, sets, batch, run.log_own, progress.step)
     results = results_of(networks)
     results.missing = list(missing)
     if run.is_main:
-        about = {"networks": str(folder), "checkpoints": which, "training": training, "ood_sets": _about_sets(sets)}
+        about = {"networks": str(folder), "checkpoints": which, "training": training}
+        about["ood_sets"] = {o.name: {"kind": o.kind, "images": o.count, "source": o.source} for o in sets}
         _write_report(results, scores, run, about | {"flags": as_dict(s)})
         _draw_plots(run, networks, folder)
     run.finish()
@@ -88,35 +88,100 @@ def run_stage3(settings: Stage3Settings) -> Results:
     return results
 
 
-def _about_sets(sets: Sequence[OODSet]) -> dict[str, dict]:
-    """What `results.json` says of each OOD set, by name."""
-    return {ood.name: {"kind": ood.kind, "images": ood.count, "source": ood.source} for ood in sets}
+class Stage2Run:
+    """What a stage-2 folder says of the networks in it. One of the published code, or made elsewhere, says nothing."""
 
+    def __init__(self, folder: Path):
+        self.folder, self.about = folder, args_or_nothing(folder)
+        flags = self.about.get("flags")
+        self.flags = flags if isinstance(flags, dict) else {}
 
-def _about_fitting(fit: FitSet | None, scores: Sequence[str], given: str | None) -> list[str]:
-    """Lines for the log: what detectors are fitted on; `given`: the value of `--fit_on`."""
-    if fit is None:
-        return [f"--fit_on {given}: none of the scores {', '.join(scores)} is fitted"] if given else []
-    lines = [f"{', '.join(need_fitting(scores))}: fitted on the {fit.name}, {len(fit.labels)} images"]
-    if "tscaling" in scores and fit.was_trained_on:
-        lines.append("tscaling: the networks were trained on these images, so its temperature is too low")
-    return lines
+    @cached_property
+    def trained_on(self) -> tuple[DistilledFile, int]:
+        """The set that the networks were trained on, see `distilled_set_of`."""
+        return distilled_set_of(self.folder)
 
+    def checkpoints(self, s: Stage3Settings) -> tuple[Stage3Settings, str, str]:
+        """The settings with `--epoch_train`, the checkpoints to test, `best` or `epoch<e>`, and how they were chosen.
 
-def _training_of(networks: Path) -> dict:
-    """How the networks of a folder were trained: by which protocol, and for how many epochs, if it is known."""
-    about = args_or_nothing(networks)
-    flags = about.get("flags")
-    if not isinstance(flags, dict):  # networks of the published code, or made elsewhere
-        return {"protocol": "unknown"}
-    changed = {name: flags[name] for name in ("optimizer", "schedule", "mix") if flags.get(name)}
-    return {"protocol": flags.get("protocol", "dc"), "epochs": about.get("epochs")} | changed
+        `--epoch_train` left out is set to the last epoch of the training, as the folder says; of a folder of the
+        published code, which does not say it, to the last that all networks have.
+        """
+        kept = checkpoints_of(self.folder, s.dataset, s.model)
+        first = kept.get(0, set())
+        of_all = set.intersection(*(kept.get(index, set()) for index in range(min(s.num_exp, len(kept) + 1))))
+        which, how = "best", ""
+        if not s.is_load_best:
+            if s.epoch_train is None:
+                stored, epochs = self.about.get("epochs"), epochs_of(of_all or first)
+                if not epochs:
+                    what = f"the networks in {self.folder} have no checkpoint of an epoch"
+                    raise UserError(f"--epoch_train: {what}; give --is_load_best")
+                s = replace(s, epoch_train=stored if isinstance(stored, int) else epochs[-1])
+                how = f" (--epoch_train is left out: {s.epoch_train} is the last epoch)"
+            which = f"epoch{s.epoch_train}"
+        if which in of_all:
+            return s, which, how
+        has = sum(which in names for names in kept.values())
+        others = [f"--epoch_train {epoch}" for epoch in epochs_of(first - {which})]
+        others += ["--is_load_best"] * ("best" in first - {which})
+        choose = f"choose what the first network has: {', '.join(others)}" if others else "lower --num_exp"
+        if has:
+            flag, what = f"--num_exp {s.num_exp}", f"{self.folder} has {has} networks of the kind {which}"
+            raise UserError(f"{flag}: {what}. Lower --num_exp, train more networks in stage 2, or {choose}")
+        flag = "--is_load_best" if which == "best" else f"--epoch_train {s.epoch_train}"
+        no = f"no network in {self.folder} is of the kind {which}"
+        raise UserError(f"{flag}: {no}. Train longer in stage 2, or {choose}")
 
+    def training(self) -> dict:
+        """How the networks were trained: by which protocol, and for how many epochs, if it is known."""
+        if not isinstance(self.about.get("flags"), dict):
+            return {"protocol": "unknown"}
+        changed = {name: self.flags[name] for name in ("optimizer", "schedule", "mix") if self.flags.get(name)}
+        return {"protocol": self.flags.get("protocol", "dc"), "epochs": self.about.get("epochs")} | changed
 
-def _load_networks(folder: Path, model: str, real: RealData, num_networks: int, which: str) -> dict[int, nn.Module]:
-    """The trained networks that this process tests, by number; there may be none."""
-    own = distributed.own_share(num_networks)
-    return {index: load_trained(folder, model, real, index, which) for index in own}
+    def check_whitening(self, zca: bool) -> None:
+        """Networks must be tested on images as they were trained on."""
+        trained = self.flags.get("zca")
+        if trained is not None and bool(trained) != zca:
+            how = "with it; give --zca" if trained else "without it; leave out --zca"
+            raise UserError(f"--zca: the networks in {self.folder} were trained {how}")
+
+    def as_trained_on(self, real: RealData) -> tuple[RealData, tuple[str, ...]]:
+        """The data in the form in which the networks know it, and lines for the log."""
+        what, stored, size = f"the networks in {self.folder}", self.about.get("data"), self.flags.get("im_size")
+        if isinstance(stored, dict):
+            return as_trained_on(real, stored, what, self._whitening)
+        if self.flags and real.name == "ImageFolder" and (size or 64) != real.im_size[0]:
+            raise UserError(f"--im_size {real.im_size[0]}: {what} were trained on {size or 64}; give that")
+        line = f"{what} do not say what they were trained on: images are normalised by --data_path's statistics"
+        return real, (line,)
+
+    def _whitening(self) -> ZCA | None:
+        """The whitening of the set that the networks were trained on, if that is there and holds it."""
+        try:
+            return self.trained_on[0].normalisation().zca
+        except UserError:
+            return None
+
+    def fit_set(self, which: str | None, real: RealData) -> FitSet:
+        """The images that detectors are fitted on: the real training set, or the set that the networks were trained on.
+        `which`: the value of `--fit_on`; None: the latter."""
+        images = self.flags.get("train_on", "distilled")
+        on_whole = images == "whole"
+        if which == "distilled" and on_whole:
+            raise UserError(
+                f"--fit_on distilled: the networks in {self.folder} were trained on the whole real set; leave it out"
+            )
+        if which == "real" or on_whole:
+            return FitSet("real training set", real.labels_train, real.train_batch, on_whole)
+        try:
+            file, exp_idx = self.trained_on
+            synthetic = file.set(exp_idx, real).decoded().to(real.device)
+        except UserError as error:
+            raise UserError(f"--fit_on distilled: {error}. Use --fit_on real") from None
+        name = "distilled set" if images == "distilled" else f"real images chosen by {images}"
+        return FitSet(name, synthetic.hard_labels, lambda index: synthetic.images[index], True)
 
 
 def stage3_workload(num_networks: int, sizes: Sequence[int], batch: int) -> Workload:
@@ -131,139 +196,18 @@ def _scores(given: Sequence[str] | None, use_xent: bool) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names or ["msp"]))
 
 
-def _images_per_set(num_test: int, ratio: int) -> int:
-    """How many images of each OOD set are tested.
-
-    Raises:
-        UserError: when none is left.
-    """
-    if num_test < ratio:
-        raise UserError(f"--num_ood_ratio {ratio}: nothing is left of {num_test} test images; lower it")
-    return num_test // ratio
-
-
-Opened = Callable[[], tuple[DistilledFile, int]]  # the set that networks were trained on, see `distilled_set_of`
-
-
-def _fit_set(which: str | None, networks: Path, real: RealData, trained_on: Opened) -> FitSet:
-    """The images that detectors are fitted on: the real training set, or the distilled set behind the networks.
-
-    `which` None: the set that the networks were trained on.
-    """
-    flags = args_or_nothing(networks).get("flags") or {}
-    images = flags.get("train_on", "distilled")
-    on_whole = images == "whole"
-    if which == "distilled" and on_whole:
-        raise UserError(
-            f"--fit_on distilled: the networks in {networks} were trained on the whole real set; leave it out"
-        )
-    if which == "real" or on_whole:
-        return FitSet("real training set", real.labels_train, real.train_batch, on_whole)
-    try:
-        file, exp_idx = trained_on()
-        synthetic = file.set(exp_idx, real).decoded().to(real.device)
-    except UserError as error:
-        raise UserError(f"--fit_on distilled: {error}. Use --fit_on real") from None
-    name = "distilled set" if images == "distilled" else f"real images chosen by {images}"
-    return FitSet(name, synthetic.hard_labels, lambda index: synthetic.images[index], True)
-
-
-def _find_networks(
-    parts: tuple[str, str, str, int], folder: str | None, load_path: str | None, is_load_oe: bool
-) -> Found:
-    """The stage-2 folder that the flags name: under `--load_path`, else under the roots of stage 2."""
-    _, dataset, model, _ = parts
-    if load_path is not None:
-        roots: Sequence[str] = [load_path]
-    else:
-        roots = STAGE2_ROOTS[1:] if is_load_oe else STAGE2_ROOTS
-    return find_run_folder(roots, parts, folder, checkpoint_name(dataset, model, 0, "*"), is_load_oe)
-
-
-def _which_checkpoints(folder: Path, s: Stage3Settings) -> tuple[Stage3Settings, str, str]:
-    """The settings with `--epoch_train`, the checkpoints to test, `best` or `epoch<e>`, and how they were chosen.
-
-    `--epoch_train` left out is set to the last epoch of the training, as the folder says; of a folder of the published
-    code, which does not say it, to the last that all networks have.
-
-    Raises:
-        UserError: when one of the `--num_exp` networks has no such checkpoint.
-    """
-    kept = checkpoints_of(folder, s.dataset, s.model)
-    first = kept.get(0, set())
-    of_all = set.intersection(*(kept.get(index, set()) for index in range(min(s.num_exp, len(kept) + 1))))
-    which, how = "best", ""
-    if not s.is_load_best:
-        if s.epoch_train is None:
-            s = replace(s, epoch_train=_last_epoch(folder, of_all or first))
-            how = f" (--epoch_train is left out: {s.epoch_train} is the last epoch)"
-        which = f"epoch{s.epoch_train}"
-    if which not in of_all:
-        has = sum(which in names for names in kept.values())
-        others = [f"--epoch_train {epoch}" for epoch in epochs_of(first - {which})]
-        others += ["--is_load_best"] * ("best" in first - {which})
-        choose = f"choose what the first network has: {', '.join(others)}" if others else "lower --num_exp"
-        if has:
-            raise UserError(
-                f"--num_exp {s.num_exp}: {folder} has {has} networks of the kind {which}. Lower --num_exp, train "
-                f"more networks in stage 2, or {choose}"
-            )
-        flag = "--is_load_best" if which == "best" else f"--epoch_train {s.epoch_train}"
-        raise UserError(f"{flag}: no network in {folder} is of the kind {which}. Train longer in stage 2, or {choose}")
-    return s, which, how
-
-
-def _last_epoch(folder: Path, kept: set[str]) -> int:
-    """The last epoch of the training, or, where the folder does not say, of the checkpoints `kept`."""
-    stored, epochs = args_or_nothing(folder).get("epochs"), epochs_of(kept)
-    if not epochs:
-        raise UserError(f"--epoch_train: the networks in {folder} have no checkpoint of an epoch; give --is_load_best")
-    return stored if isinstance(stored, int) else epochs[-1]
-
-
-def _check_whitening(networks: Path, zca: bool) -> None:
-    """Networks must be tested on images as they were trained on."""
-    flags = args_or_nothing(networks).get("flags")
-    trained = flags.get("zca") if isinstance(flags, dict) else None
-    if trained is not None and bool(trained) != zca:
-        how = "with it; give --zca" if trained else "without it; leave out --zca"
-        raise UserError(f"--zca: the networks in {networks} were trained {how}")
-
-
-def _as_trained_on(networks: Path, real: RealData, trained_on: Opened) -> tuple[RealData, tuple[str, ...]]:
-    """The data in the form in which the networks of a folder know it, and lines for the log."""
-    about, what = args_or_nothing(networks), f"the networks in {networks}"
-    stored, flags = about.get("data"), about.get("flags")
-    if isinstance(stored, dict):
-        return as_trained_on(real, stored, what, partial(_whitening_of, trained_on))
-    if isinstance(flags, dict) and real.name == "ImageFolder" and (flags.get("im_size") or 64) != real.im_size[0]:
-        raise UserError(f"--im_size {real.im_size[0]}: {what} were trained on {flags.get('im_size') or 64}; give that")
-    return real, (f"{what} do not say what they were trained on: images are normalised by --data_path's statistics",)
-
-
-def _whitening_of(trained_on: Opened) -> ZCA | None:
-    """The whitening of the set that networks were trained on, if that is there and holds it."""
-    try:
-        return trained_on()[0].normalisation().zca
-    except UserError:
-        return None
-
-
-def _find_sets(
-    source: OODSource, ood_sets: Sequence[str] | None, skip_missing: bool, validate: bool
-) -> tuple[list[OODSet], dict[str, str]]:
+def _find_sets(source: OODSource, s: Stage3Settings) -> tuple[list[OODSet], dict[str, str]]:
     """The OOD sets that are there, those of the paper unless some are named, and what to do for each missing one."""
-    names = ood_sets or source.default_names()
-    missing: dict[str, str] = {}
-    if skip_missing:
+    names, missing = s.ood_sets or source.default_names(), {}
+    if s.skip_missing:
         sets, missing = source.find(list(dict.fromkeys(names)), skip_missing=True)
     else:
         sets = source.find_all(names, "test without them by --skip_missing")
-    if validate:
+    if s.validate:
         try:
             sets += validation_sets(source)
         except UserError as error:
-            if not skip_missing:
+            if not s.skip_missing:
                 raise
             missing["validation outliers"] = str(error)
     if not sets:
@@ -271,31 +215,37 @@ def _find_sets(
     return sets, missing
 
 
+def _about_fitting(fit: FitSet | None, scores: Sequence[str], given: str | None) -> list[str]:
+    """Lines for the log: what detectors are fitted on; `given`: the value of `--fit_on`."""
+    if fit is None:
+        return [f"--fit_on {given}: none of the scores {', '.join(scores)} is fitted"] if given else []
+    lines = [f"{', '.join(need_fitting(scores))}: fitted on the {fit.name}, {len(fit.labels)} images"]
+    if "tscaling" in scores and fit.was_trained_on:
+        lines.append("tscaling: the networks were trained on these images, so its temperature is too low")
+    return lines
+
+
 def _draw_plots(run: RunFolder, networks: Sequence[NetworkScores], folder: Path) -> None:
-    """Write `scores_<score>.png`, `roc_<score>.png`, `reliability.png`, and, if the set is there, `distilled.png`."""
-    try:
-        for score in networks[0].in_scores:
-            inside = [network.in_scores[score] for network in networks]
-            outside = {name: [n.out_scores[name][score] for n in networks] for name in networks[0].out_scores}
-            if finite := _finite(inside, outside):
-                first = {name: values[0] for name, values in finite.items()}
-                save_score_histograms(run.path / f"scores_{score}.png", score, inside[0], first)
-                save_roc_curves(run.path / f"roc_{score}.png", score, inside, finite)
-        save_reliability(run.path / "reliability.png", networks)
-        pictures = distilled_pictures(folder)
-        if pictures:
-            save_distilled(run.path / "distilled.png", pictures)
-    except ImportError:
-        run.log("no plots: matplotlib is not installed (pip install matplotlib)")
-        return
+    """Write `scores_<score>.png`, `roc_<score>.png`, `reliability.png`, and, if the set is there, `distilled.png`.
+
+    A score is drawn for the sets on which it is finite for every network.
+    """
+    for score in networks[0].in_scores:
+        inside = [network.in_scores[score] for network in networks]
+        outside = {name: [n.out_scores[name][score] for n in networks] for name in networks[0].out_scores}
+        finite = {name: out for name, out in outside.items() if _finite(inside) and _finite(out)}
+        if finite:
+            first = {name: values[0] for name, values in finite.items()}
+            plots.save_score_histograms(run.path / f"scores_{score}.png", score, inside[0], first)
+            plots.save_roc_curves(run.path / f"roc_{score}.png", score, inside, finite)
+    plots.save_reliability(run.path / "reliability.png", networks)
+    if pictures := plots.distilled_pictures(folder):
+        plots.save_distilled(run.path / "distilled.png", pictures)
     run.log("plots: " + ", ".join(sorted(path.name for path in run.path.glob("*.png"))))
 
 
-def _finite(in_scores: Sequence[np.ndarray], out_scores: dict[str, list[np.ndarray]]) -> dict[str, list[np.ndarray]]:
-    """The sets on which the score of every network is finite; none if it is not on the test images."""
-    if not all(np.isfinite(values).all() for values in in_scores):
-        return {}
-    return {n: values for n, values in out_scores.items() if all(np.isfinite(v).all() for v in values)}
+def _finite(scores: Sequence[np.ndarray]) -> bool:
+    return all(np.isfinite(values).all() for values in scores)
 
 
 def _write_report(results: Results, scores: Sequence[str], run: RunFolder, about: dict) -> None:

@@ -31,7 +31,7 @@ from utils.data.augment import DSA
 from utils.data.synthetic import SyntheticSet
 from utils.methods import METHODS, MethodInputs
 from utils.methods.distribution_matching import DistributionMatching
-from utils.methods.gradient_matching import GradientMatching, GradientSettings, image_passes
+from utils.methods.gradient_matching import GradientMatching, GradientSettings
 from utils.methods.trajectory_matching import StudentStep
 from utils.ood.scorer import Scorer
 from utils.outliers.sources import PseudoOutliers
@@ -190,8 +190,7 @@ def test_passes_of_a_run_by_hand(digits, monkeypatch):
 
     def passes(run, outliers):
         inputs = MethodInputs(digits, outliers, run)
-        iteration = Workload(image_passes(inputs), run.outer_loop, "matching")
-        total = total_workload(iteration, evaluation, inputs)
+        total = total_workload(METHODS["DC"].workload(inputs), evaluation, inputs)
         assert total.kind == "matching"
         return total.passes
 
