@@ -222,10 +222,11 @@ def seen_by_networks(
     """
     net = real.network(flags["model"], generator(flags["seed"]))
     settings = TrainSettings(epochs, None, augmentation=augmentation_of(flags["method"], flags["dsa_strategy"]))
-    keys = {index: ("moves", index) for index in range(networks)}
     images = synthetic.without_outliers()
     found = []
-    for _ in Trainer(net, settings).networks(images, flags["seed"], keys):
+    trainer = Trainer(net, settings)
+    for index in range(networks):
+        trainer.train_fresh(images, flags["seed"], ("moves", index))
         with torch.no_grad():
             net.eval()
             found.append(

@@ -73,7 +73,7 @@ def test_the_values_of_a_run(in_process, moves, digits, tmp_path):
 
     net = get_network("ConvNetD1", 1, 10, (8, 8), generator(0))
     trainer = Trainer(net, TrainSettings(3, augmentation=DSA(parse_strategy("crop_scale"))))
-    list(trainer.networks(SyntheticSet(images, labels), 3, {0: ("moves", 0)}))
+    trainer.train_fresh(SyntheticSet(images, labels), 3, ("moves", 0))
     with torch.no_grad():
         for name, shown in (("_start", start), ("", outliers)):
             features = net.embed(shown).flatten(1).numpy().astype(np.float64)

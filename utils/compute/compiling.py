@@ -6,7 +6,6 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -56,14 +55,10 @@ def faster_on_cpu(net: nn.Module) -> bool:
 def choose_compile(
     flag: str, device: torch.device, net: nn.Module, image_shape: tuple[int, ...], workload: Workload
 ) -> tuple[bool, str]:
-    """Whether to compile, and why; the reason is empty unless `flag` is `auto`.
+    """Whether to compile, and why; the reason is empty unless `flag` is `auto`, not `on` or `off`.
 
     On a CPU, `auto` compiles if the expected saving exceeds the compile time; on a GPU, from `CUDA_STEPS` steps.
-
-    Args:
-        flag: `on`, `off` or `auto`.
-    Raises:
-        UserError: for `on` without a working C++ compiler on a CPU.
+    A `UserError` tells that the CPU has no working C++ compiler for `on`.
     """
     if flag == "off":
         return False, ""
@@ -90,13 +85,8 @@ def compiler_failure() -> str:
     compiler = next(filter(shutil.which, COMPILERS), None)
     if compiler is None:
         return "there is no C++ compiler"
-    with tempfile.TemporaryDirectory() as folder:
-        library = os.path.join(folder, "empty.so")
-        command = [compiler, "-x", "c++", "-shared", "-fPIC", os.devnull, "-o", library]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
-        except (OSError, subprocess.SubprocessError) as error:
-            return f"{compiler} fails: {one_line(error)}"
+    command = [compiler, "-x", "c++", "-fsyntax-only", os.devnull]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     said = (done.stderr + done.stdout).strip().partition("\n")[0] or f"exit status {done.returncode}"
     return f"{compiler} fails: {one_line(said)}" if done.returncode else ""
 
@@ -105,14 +95,8 @@ class Compiled:
     """A compiled function of images `[N, C, H, W]` and further arguments.
 
     Images are converted to channels-last order, in which compiled convolutions and pooling are faster.
-    After a compilation that fails, everything runs uncompiled.
-    It may fail because a process was killed while it wrote into the compile cache; the message names the folder.
-
-    Args:
-        function: the function to compile.
-        mode: the mode of `torch.compile`.
-        required: if the compiler is broken, raise a `UserError` (`--compile on`); otherwise warn once and run
-            `function` uncompiled (`--compile auto`).
+    A compilation may fail because a process was killed while it wrote into the compile cache. If it is `required`
+    (`--compile on`), a `UserError` tells this; otherwise a warning does, and everything runs uncompiled.
     """
 
     failed = False  # whether any object of this class found the compiler broken
@@ -121,10 +105,8 @@ class Compiled:
         self.function, self.required = function, required
         use_lasting_cache()
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it says that a machine has no CUDA
-        for name in ("recompile_limit", "cache_size_limit"):  # the name before PyTorch 2.7
-            # each batch size is compiled; past the limit some would run uncompiled, different ones after a resume
-            if hasattr(torch._dynamo.config, name):
-                setattr(torch._dynamo.config, name, 64)
+        # each batch size is compiled; past the limit some would run uncompiled, different ones after a resume
+        torch._dynamo.config.cache_size_limit = 64
         self.compiled = torch.compile(function, mode=mode, dynamic=False)
 
     def __call__(self, images: torch.Tensor, *rest: object) -> object:
@@ -134,16 +116,14 @@ class Compiled:
             try:
                 return self.compiled(images, *rest)
             except torch._dynamo.exc.BackendCompilerFailed as error:
-                self._give_up(str(error))
+                cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "torchinductor_*")
+                advice = f"Repair the compiler, or delete its cache, {cache}"
+                what = f"torch.compile failed: {compiler_message(str(error))}. {advice}"
+                if self.required:
+                    raise UserError(f"--compile on: {what}, or use --compile off") from None
+                warnings.warn(f"nothing is compiled: {what}", stacklevel=2)
+                Compiled.failed = True
         return self.function(images, *rest)
-
-    def _give_up(self, message: str) -> None:
-        cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "torchinductor_*")
-        what = f"torch.compile failed: {compiler_message(message)}. Repair the compiler, or delete its cache, {cache}"
-        if self.required:
-            raise UserError(f"--compile on: {what}, or use --compile off")
-        warnings.warn(f"nothing is compiled: {what}", stacklevel=3)
-        Compiled.failed = True
 
 
 def use_lasting_cache() -> None:

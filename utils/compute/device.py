@@ -5,11 +5,11 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from networks.convnet import ConvNet
 from utils.compute import distributed
@@ -18,17 +18,6 @@ from utils.compute.cpu_batches import BatchSplitter, in_parts, padded_to
 from utils.core.errors import UserError, under_torchrun
 
 PRECISIONS = ("tf32", "fp32", "bf16")
-
-
-class _Embedding(nn.Module):
-    """`net.embed` as a module."""
-
-    def __init__(self, net: nn.Module):
-        super().__init__()
-        self.net = net
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.net.embed(images)
 
 
 @dataclass(frozen=True)
@@ -72,14 +61,14 @@ class Compute:
         if not self.compiled:
             eager = self.function(lambda images, net: net.embed(images).float())
             return lambda net, images: in_parts(lambda part: eager(part, net), images, splitter.count(images))
-        shell = _Embedding(example)
-        compiled = self.function(lambda images, state: functional_call(shell, state, (images,)))
+        shell = deepcopy(example)
+        compiled = self.function(lambda images: shell.embed(images))
 
         def embed(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
-            state = dict(_Embedding(net).state_dict())
-            # a CUDA graph writes into the same memory at its next call, so the result is copied
+            shell.load_state_dict(net.state_dict())
             full = padded_to(images, batch)
-            features = in_parts(lambda part: compiled(part, state).float().clone(), full, splitter.count(full))
+            # a CUDA graph writes into the same memory at its next call, so the result is copied
+            features = in_parts(lambda part: compiled(part).float().clone(), full, splitter.count(full))
             return features[: len(images)]
 
         return embed
@@ -89,9 +78,7 @@ def choose_device(text: str, deterministic: bool = False) -> torch.device:
     """Return the device `auto`, `cpu`, `cuda` or `cuda:N`, prepared; raise a `UserError` if it cannot be used.
 
     Under `torchrun` each process on a machine uses its own GPU, and all join the process group.
-
-    Args:
-        deterministic: use operations whose results are bit-identical in every run on CUDA; on the CPU they always are.
+    `deterministic` makes the results on CUDA bit-identical in every run; on the CPU they always are.
     """
     if text == "auto":
         text = "cuda" if torch.cuda.is_available() else "cpu"
@@ -141,14 +128,10 @@ def choose_compute(
     image_shape: tuple[int, ...],
     workload: Workload,
 ) -> Compute:
-    """The `Compute` of a run.
+    """The `Compute` of a run by the flags `--compile` and `--precision`, see `choose_compile`.
 
-    Args:
-        compile_flag, precision: the flags `--compile` and `--precision`; a CPU without bfloat16 instructions uses
-            float32 instead of bf16.
-        net: a network of the kind that the run trains or tests, on the CPU; image_shape: `(C, H, W)`.
-    Raises:
-        UserError: for `--compile on` without a working C++ compiler on a CPU.
+    A CPU without bfloat16 instructions uses float32 instead of bf16.
+    `net` is of the kind that the run trains or tests, on the CPU; `image_shape` is `(C, H, W)`.
     """
     set_precision(precision, device)
     compiled, why = choose_compile(compile_flag, device, net, image_shape, workload)
@@ -170,12 +153,12 @@ def set_keep_freed_memory(keep: bool) -> None:
     """Let glibc reuse freed memory instead of returning it to the system at every step; without `keep`, undo this.
 
     Activations of a CPU run are large, so by default each is mapped and unmapped again; that costs about a third of the
-    time. On other C libraries, which have no `mallopt`, this does nothing.
+    time. Other C libraries have no `mallopt`; with them this does nothing.
     """
     m_trim_threshold, m_mmap_max = -1, -4
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
+    except (AttributeError, TypeError):
         return
     mallopt(m_mmap_max, 0 if keep else 65536)
     mallopt(m_trim_threshold, 2**31 - 1 if keep else 128 * 1024)

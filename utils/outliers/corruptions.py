@@ -11,6 +11,7 @@ from utils.core.errors import require, unknown_name
 from utils.core.rng import draw_seed, noise
 
 PIXELATE = 0.2
+Shape = tuple[int, ...]
 DEFAULT_CORRUPTIONS = ("jigsaw", "invert", "pixelate", "gauss-speckle")
 
 
@@ -69,9 +70,6 @@ def speckle(images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     return (images + images * noise).clamp(0, 1)
 
 
-Shape = tuple[int, ...]
-
-
 def _draw_partner(shape: Shape, generator: torch.Generator | None) -> torch.Tensor:
     """For each image the index of another image of the batch (of itself in a batch of one)."""
     ring = torch.randperm(shape[0], generator=generator)
@@ -117,13 +115,10 @@ class Corruption(Draw):
 
 @dataclass(frozen=True)
 class MixedCorruption(Draw):
-    """A corruption for each image of a batch: `parts[i]` reads the images `inputs[i]` and changes those of `rows[i]`.
+    """A corruption for each image of a batch."""
 
-    `inputs[i]` are `rows[i]`, int64; a mean of two images that has a single row reads a second one.
-    """
-
-    rows: list[torch.Tensor]
-    inputs: list[torch.Tensor]
+    rows: list[torch.Tensor]  # int64, the images that each part changes
+    inputs: list[torch.Tensor]  # those that it reads: `rows`, and where a mean of two images has a single row, another
     parts: list[Corruption]
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -134,10 +129,9 @@ class MixedCorruption(Draw):
 
 
 def corrupt(images: torch.Tensor, name: str, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Corrupt a batch of images `[N, C, H, W]` in [0, 1], of one or three channels; they are not changed.
+    """Corrupted copies of images `[N, C, H, W]` in [0, 1], of one or three channels.
 
-    `name` is one of `CORRUPTIONS`; a `UserError` tells that it is not.
-    `generator` is on the CPU, for random corruptions; default: torch's global one.
+    A `UserError` tells that `name` is none of `CORRUPTIONS`. `generator` is on the CPU; default: torch's global one.
     """
     require(name in CORRUPTIONS, unknown_name("corruption", name, CORRUPTIONS))
     return draw_corruption(name, tuple(images.shape), generator, torch.device("cpu"))(images)

@@ -1,5 +1,4 @@
-"""Baseline outliers for stage 2: those that a distillation starts from, k-center, and those that are new in every
-epoch."""
+"""Outliers that were not distilled: chosen by k-center, or new in every epoch of training."""
 
 from dataclasses import replace
 
@@ -8,18 +7,11 @@ from torch import nn
 
 from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet
-from utils.outliers.sources import FreshOutliers, OutlierSource, PseudoOutliers, draw_by_slot, initial_outliers
+from utils.outliers.sources import FreshOutliers, OutlierSource, PseudoOutliers, draw_by_slot
 from utils.training.coresets import k_center
 from utils.training.features import unit_features
 
 CANDIDATES = 10_000  # out of which k-center chooses
-
-
-def with_initial(
-    synthetic: SyntheticSet, source: OutlierSource, real: RealData, ipc: int, seed: int, exp: int
-) -> SyntheticSet:
-    """The set with the outliers that a distillation would start from, `ipc` of each class slot."""
-    return replace(synthetic, images_oe=initial_outliers(source, real.num_classes, ipc, seed, exp).cpu())
 
 
 def with_k_center(
@@ -49,7 +41,6 @@ def k_center_by_slot(
 
 
 def _candidates(source: OutlierSource, real: RealData, ipc: int, key: tuple[int, ...]) -> list[torch.Tensor]:
-    """The outliers of each slot among which k-center chooses."""
     each = max(ipc, CANDIDATES // real.num_classes)
     return draw_by_slot(source, real.num_classes, each, key[0], "candidates", *key[1:])
 

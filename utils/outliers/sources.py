@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from utils.compute import distributed
@@ -26,12 +25,10 @@ def distinct(total: int, n: int, generator: torch.Generator) -> torch.Tensor:
     """
     if 4 * n >= total:
         return torch.randperm(total, generator=generator)[:n]
-    drawn = np.empty(0, np.int64)
+    drawn: dict[int, None] = {}
     while len(drawn) < n:
-        more = torch.randint(total, (n,), generator=generator).numpy()
-        drawn = np.concatenate([drawn, more])
-        drawn = drawn[np.sort(np.unique(drawn, return_index=True)[1])]
-    return torch.from_numpy(drawn[:n])
+        drawn |= dict.fromkeys(torch.randint(total, (n,), generator=generator).tolist())
+    return torch.tensor(list(drawn)[:n])
 
 
 @dataclass(frozen=True)
@@ -44,9 +41,9 @@ class OutlierBatch(Draw):
 
 
 class OutlierSource(ABC):
-    """A source of outliers for the class slots; `notice` is a line for the log, or empty."""
+    """A source of outliers for the class slots."""
 
-    notice: str
+    notice: str = ""  # a line for the log
 
     @abstractmethod
     def per_slot(self) -> int:
@@ -75,43 +72,35 @@ class OutlierSource(ABC):
 
 @dataclass(frozen=True)
 class PseudoOutliers(OutlierSource):
-    """POE: slot c uses training images with corruption `c mod len(corruptions)`, or with `mixed` any of them.
-
-    Only the drawn batch is corrupted.
-    """
+    """POE: slot c uses training images of any class with corruption `c mod len(corruptions)`, or with `mixed` any of
+    them. Only the drawn batch is corrupted."""
 
     real: RealData
     corruptions: tuple[str, ...] = DEFAULT_CORRUPTIONS
     mixed: bool = False
-    notice: str = ""
 
     def describe(self) -> dict:
-        """The corruptions, in the order of the slots, and whether they are mixed."""
         return {"kind": "poe", "corruptions": list(self.corruptions)} | ({"mixed": True} if self.mixed else {})
 
     def per_slot(self) -> int:
-        """As many as there are training images."""
         return len(self.real.images_train)
 
     def choose(self, slot: int, n: int, generator: torch.Generator) -> OutlierBatch:
-        """Draw `n` distinct training images of any class (all if there are fewer), and their corruption.
-
-        Where the corruption may be a mean of two images, at least two are read.
-        """
         names = self.corruptions if self.mixed else (self.corruptions[slot % len(self.corruptions)],)
-        index = distinct(self.per_slot(), max(n, 2 if {*names} & {*MEANS} else 1), generator)
+        least = 2 if {*names} & {*MEANS} else 1  # a mean is of two images
+        index = distinct(self.per_slot(), max(n, least), generator)
         shape = (len(index), *self.real.images_train.shape[1:])
         draw, what = (draw_mixed, names) if self.mixed else (draw_corruption, names[0])
         return OutlierBatch(index, draw(what, shape, generator, self.real.device), n)
 
     def batch(self, drawn: OutlierBatch) -> torch.Tensor:
-        """The drawn training images, corrupted and normalised."""
         return self.real.normalize(drawn.corruption(self.real.unit_train(drawn.index))[: drawn.count])
 
 
 @dataclass(frozen=True)
 class OutlierPool(OutlierSource):
-    """OE: disjoint random slices of a pool of images, one for each class slot."""
+    """OE: disjoint random slices of a pool of images, one for each class slot; they are brought to the shape of `real`
+    by `conform`."""
 
     real: RealData
     images: torch.Tensor  # uint8 `[N, C, H, W]`, possibly memory-mapped
@@ -120,30 +109,25 @@ class OutlierPool(OutlierSource):
     sample: str = ""  # fingerprint of some images of the whole pool
 
     def describe(self) -> dict:
-        """The fingerprint of some images of the pool."""
         return {"kind": "oe", "sample": self.sample}
 
     def per_slot(self) -> int:
-        """The length of a slice."""
         return self.slices.shape[1]
 
     def choose(self, slot: int, n: int, generator: torch.Generator) -> OutlierBatch:
-        """Draw `n` distinct images of the slot's slice (all if it has fewer)."""
         return OutlierBatch(self.slices[slot][distinct(self.per_slot(), n, generator)])
 
     def batch(self, drawn: OutlierBatch) -> torch.Tensor:
-        """The drawn images, converted with `conform` and normalised."""
         images = self.images.index_select(0, send(drawn.index, self.images.device))
         return self.real.normalize(conform(images, self.real.channel, self.real.im_size))
 
     def fingerprint(self) -> str:
-        """SHA-256 of the images of all slices, in their order."""
         return fingerprint(self.images[indices.to(self.images.device)] for indices in self.slices)
 
 
 @dataclass(frozen=True)
 class FreshOutliers:
-    """Outliers that are made whenever they are asked for: `per_slot` of each of the `num_slots` class slots."""
+    """Outliers that are drawn whenever they are asked for: `per_slot` of each of the `num_slots` class slots."""
 
     source: OutlierSource
     num_slots: int
@@ -181,7 +165,7 @@ def load_outlier_pool(
     """Read a pool and cut a random permutation of it into `num_classes` disjoint slices of `per_slot`.
 
     A pool too small for that is cut into slices of `N // num_classes`; `notice` reports this. With `download` a missing
-    `300K_random_images.npy` is downloaded.
+    `300K_random_images.npy` is downloaded. A `UserError` tells what is wrong with the pool.
     """
     path = Path(path)
     with blame("--oe_data_path"):
@@ -197,10 +181,9 @@ def load_outlier_pool(
         require(fits, f"{path} has {len(images)} images; {real.num_classes} classes need at least one each")
     notices = [*reader.notes()]
     if fits < per_slot:
-        notices.append(
-            f"{path} has {len(images)} images, too few for {per_slot} per class: the slices shrink to {fits} "
-            f"(N // num_classes = {len(images)} // {real.num_classes})"
-        )
+        too_few = f"{path} has {len(images)} images, too few for {per_slot} per class"
+        shares = f"N // num_classes = {len(images)} // {real.num_classes}"
+        notices.append(f"{too_few}: the slices shrink to {fits} ({shares})")
         per_slot = fits
     order = torch.randperm(len(images), generator=keyed_generator(seed, "outlier slices"))
     slices = order[: real.num_classes * per_slot].view(real.num_classes, per_slot)

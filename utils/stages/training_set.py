@@ -12,8 +12,8 @@ from utils.data.datasets import RealData
 from utils.data.distilled_file import DistilledFile
 from utils.data.synthetic import SyntheticSet, as_parts, check_factor
 from utils.exchange.convert import read_distilled
-from utils.outliers.not_distilled import corrupted, with_corrupted_again, with_fresh, with_initial, with_k_center
-from utils.outliers.sources import OutlierSource, PseudoOutliers, load_outlier_pool
+from utils.outliers.not_distilled import corrupted, with_corrupted_again, with_fresh, with_k_center
+from utils.outliers.sources import OutlierSource, PseudoOutliers, initial_outliers, load_outlier_pool
 from utils.runs.lineage import TRAINED_ON, Found
 from utils.settings.arguments import Stage2Settings
 from utils.training.coresets import check_ipc, coreset, random_images
@@ -61,10 +61,10 @@ def labelled_images(
         return TrainingSet(whole_set(real), (line,))
     check_factor(s.factor, real.im_size, "--factor")
     ipc = s.ipc * s.factor**2
+    check_ipc(real, ipc)
     if s.train_on == "random":
         images, how = random_images(real, ipc, s.seed, s.exp_idx), "at random"
     else:
-        check_ipc(real, ipc)
         made = coreset(s.train_on, real, ipc, feature_network()) if distributed.is_main() else None
         images, how = distributed.from_main(made), f"by {s.train_on}"
     shrunk = replace(images, images=as_parts(images.images, s.factor))
@@ -124,7 +124,8 @@ def with_stored_outliers(
         return chosen
     source = outlier_source(s, real)
     if kind == "initial":
-        made, how = with_initial(synthetic, source, real, per_slot, s.seed, s.exp_idx), "as distillation begins"
+        initial = initial_outliers(source, real.num_classes, per_slot, s.seed, s.exp_idx).cpu()
+        made, how = replace(synthetic, images_oe=initial), "as distillation begins"
     else:
         how = "chosen by k-center"
         net = feature_network() if distributed.is_main() else None

@@ -64,11 +64,6 @@ class Batch(Draw):
     transform_oe: Draw | None
     mix: Mix | None = None  # of the augmented images; outliers are not mixed
 
-    @property
-    def count(self) -> int:
-        """Number of images and outliers."""
-        return len(self.index) + (0 if self.index_oe is None else len(self.index_oe))
-
 
 def draw_epoch(
     synthetic: SyntheticSet, batch: int, augmentation: DSA | DC | None, g: torch.Generator, mix: str = "none"
@@ -77,12 +72,12 @@ def draw_epoch(
 
     If there are fewer outliers than images, they are repeated, so that every batch has as many of them as images.
     """
+    size = tuple(synthetic.images.shape[2:])
 
     def transform(index: torch.Tensor | None) -> Draw | None:
-        """Draw how the images of `index` are augmented."""
         if augmentation is None or index is None or not len(index):
             return None
-        return augmentation.draw(len(index), tuple(synthetic.images.shape[2:]), g)
+        return augmentation.draw(len(index), size, g)
 
     order = torch.randperm(len(synthetic.images), generator=g)
     count = synthetic.num_outliers
@@ -95,18 +90,16 @@ def draw_epoch(
         index = order[start : start + batch]
         index_oe = None if order_oe is None else order_oe[start : start + batch]
         drawn = (transform(index), index_oe, transform(index_oe))
-        batches.append(Batch(index, *drawn, draw_mix(mix, len(index), tuple(synthetic.images.shape[2:]), g)))
+        batches.append(Batch(index, *drawn, draw_mix(mix, len(index), size, g)))
     return batches
 
 
 def with_fresh_outliers(
     synthetic: SyntheticSet, drawn: Sequence[list[Batch]], generators: Sequence[torch.Generator]
 ) -> tuple[SyntheticSet, list[list[Batch]]]:
-    """Draw new outliers for each of some epochs; return a set that holds all of them, and batches that index into it.
+    """Draw new outliers for each of some epochs, whose batches are `drawn`, from its generator.
 
-    Args:
-        synthetic: a set with `fresh_oe`.
-        drawn: the batches of each epoch; generators: one for the outliers of each epoch.
+    Returns a set that holds all of them, and batches that index into it; the given set must have `fresh_oe`.
     """
     count = synthetic.fresh_oe.count
     made = torch.cat([synthetic.fresh_oe.make(g) for g in generators])
@@ -120,9 +113,9 @@ def augmented_batches(synthetic: SyntheticSet, batches: Sequence[Batch]) -> Iter
     The set must not change meanwhile: many batches are augmented together. Where batches are mixed, its labels must be
     probabilities.
     """
-    device = synthetic.images.device
-    largest = max(b.count for b in batches) * synthetic.images[0].numel()
-    per_block = max(1, (AUGMENTED_CUDA if device.type == "cuda" else AUGMENTED_CPU) // largest)
+    together = AUGMENTED_CUDA if synthetic.images.device.type == "cuda" else AUGMENTED_CPU
+    largest = max(len(b.index) + (0 if b.index_oe is None else len(b.index_oe)) for b in batches)
+    per_block = max(1, together // (largest * synthetic.images[0].numel()))
     for first in range(0, len(batches), per_block):
         block = batches[first : first + per_block]
         index = [b.index for b in block]
@@ -131,8 +124,7 @@ def augmented_batches(synthetic: SyntheticSet, batches: Sequence[Batch]) -> Iter
         images = [x if b.mix is None else b.mix(x) for b, x in zip(block, images, strict=True)]
         labels = [y if b.mix is None else b.mix.of_labels(y) for b, y in zip(block, labels, strict=True)]
         if block[0].index_oe is not None:
-            index_oe = [b.index_oe for b in block]
-            outliers = _augmented(synthetic.images_oe, index_oe, [b.transform_oe for b in block])
+            outliers = _augmented(synthetic.images_oe, [b.index_oe for b in block], [b.transform_oe for b in block])
             images = map(torch.cat, zip(images, outliers, strict=True))
         yield from zip(images, labels, strict=True)
 

@@ -12,11 +12,10 @@ from torch import nn
 from utils.compute.compiling import Workload, batches
 from utils.compute.device import choose_compute, kept_precision
 from utils.core.errors import UserError
-from utils.core.files import save_pt
 from utils.core.rng import generator
 from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet
-from utils.training.saved_networks import load_network
+from utils.training.saved_networks import load_network, save_network
 from utils.training.trainer import Trainer, TrainSettings
 
 BATCH = 250
@@ -26,13 +25,9 @@ SMALL_EPOCHS = 300  # of a small set, whose features choose outliers
 
 @torch.no_grad()
 def unit_features(net: nn.Module, take: Callable[[torch.Tensor], torch.Tensor], index: torch.Tensor) -> torch.Tensor:
-    """Features of images, each of length 1.
+    """Features of length 1, float32 `[N, D]`, of the images `take(index)`.
 
-    Args:
-        net: a network with `embed`.
-        take: indices to normalised images `[n, C, H, W]`, on the device of `net`; index: int64 `[N]`.
-    Returns:
-        float32 `[N, D]`.
+    `take` gives for int64 `[n]` normalised images `[n, C, H, W]`, on the device of `net`.
     """
     net.eval()
     return torch.cat([F.normalize(net.embed(take(part)).flatten(1)) for part in index.split(BATCH)])
@@ -42,17 +37,6 @@ def whole_set(real: RealData) -> SyntheticSet:
     """All training images as one set, normalised, float32, on the device of `real`."""
     parts = torch.arange(len(real.images_train)).split(5000)
     return SyntheticSet(torch.cat([real.train_batch(part) for part in parts]), real.labels_train)
-
-
-def save_network(path: Path, net: nn.Module) -> None:
-    """Write the weights for `load_network`."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot make {path.parent}: {error}. Choose another folder with --features or --save_path"
-        ) from None
-    save_pt(path, {name: tensor.cpu() for name, tensor in net.state_dict().items()})
 
 
 @dataclass(frozen=True)
@@ -72,17 +56,14 @@ class FeatureNetworks:
         `epochs` left out: as many as suit the size of the set.
         """
         epochs = epochs or (SMALL_EPOCHS if len(synthetic.images) < len(self.real.images_train) else WHOLE_EPOCHS)
-        real, key = self.real, ("feature network",)
+        real, key, count = self.real, ("feature network",), len(synthetic.images)
         net = real.network(self.model, generator(self.seed, *key))
-        count = len(synthetic.images)
-        steps = epochs * batches(count, self.settings.batch)
-        workload = Workload(epochs * count, steps, "training")
+        work = Workload(epochs * count, epochs * batches(count, self.settings.batch), "training")
         shape = (real.channel, *real.im_size)
         with kept_precision():
-            compute = choose_compute(self.compile_flag, self.precision, real.device, net, shape, workload)
-            net = net.to(real.device)
-            images = synthetic.without_outliers().to(real.device)
-            Trainer(net, replace(self.settings, epochs=epochs), compute).train(images, self.seed, key)
+            compute = choose_compute(self.compile_flag, self.precision, real.device, net, shape, work)
+            trainer = Trainer(net.to(real.device), replace(self.settings, epochs=epochs), compute)
+            trainer.train(synthetic.without_outliers().to(real.device), self.seed, key)
         return net.eval()
 
     def for_coresets(self, given: str | None, cache: Path) -> nn.Module:
@@ -92,12 +73,15 @@ class FeatureNetworks:
         """
         if given is not None and given.endswith(".pt"):
             return load_network(Path(given), self.model, self.real, "--features")
-        cache = cache if given is None else Path(given)
+        folder = cache if given is None else Path(given)
         about = f"{self.real.fingerprint()} {replace(self.settings, epochs=WHOLE_EPOCHS)} {self.seed}"
         about += " whitened" if self.real.zca is not None else ""
-        path = cache / f"{self.real.name}_{self.model}_{hashlib.sha256(about.encode()).hexdigest()[:12]}.pt"
-        if path.is_file():
-            return load_network(path, self.model, self.real, "--features")
-        net = self.train(whole_set(self.real), WHOLE_EPOCHS)
-        save_network(path, net)
-        return net
+        path = folder / f"{self.real.name}_{self.model}_{hashlib.sha256(about.encode()).hexdigest()[:12]}.pt"
+        if not path.is_file():
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                advice = "Choose another folder with --features or --save_path"
+                raise UserError(f"cannot make {folder}: {error}. {advice}") from None
+            save_network(path, self.train(whole_set(self.real), WHOLE_EPOCHS))
+        return load_network(path, self.model, self.real, "--features")

@@ -9,21 +9,17 @@ import torch
 from networks import initialize
 from utils.compute import distributed
 from utils.compute.device import Compute
-from utils.compute.transfer import send_draws
 from utils.core.rng import generator
 from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet
-from utils.training.trainer import LR_NET, Trainer, TrainSettings
+from utils.training.trainer import Trainer, TrainSettings
 
 
 class NetworkPool:
-    """Networks of one architecture and different ages.
+    """`size` networks of one architecture and different ages, which take turns.
 
-    Args:
-        size: how many there are; they take turns.
-        epochs: a network trains for so many before each of its turns.
-        last_epoch: a network that has trained for so many is replaced.
-        training: how they are trained; the learning rate stays as it is.
+    A network trains for `epochs` before each of its turns, at a learning rate that stays as it is, and is replaced once
+    it has trained for `last_epoch`.
     """
 
     def __init__(
@@ -62,11 +58,10 @@ class NetworkPool:
             self.ages[turn] = 0
         else:
             self.net.load_state_dict(state)
-        self.trainer.restart(self.trainer.settings.lr or LR_NET)
+        self.trainer.restart(self.trainer.settings.learning_rate())
         if distributed.is_main():
             keys = [generator(self.seed, "pool", exp, it, epoch) for epoch in range(epochs)]
-            drawn = send_draws(self.trainer.draw_epochs(synthetic, keys), synthetic.images.device)
-            for _ in self.trainer.epochs(synthetic, drawn):
+            for _ in self.trainer.drawn_epochs(synthetic, keys):
                 pass
         tensors = {name: t.detach() for name, t in self.net.state_dict().items()}
         distributed.broadcast_(*tensors.values())
@@ -79,17 +74,9 @@ class NetworkPool:
         return {"networks": list(self.states), "ages": list(self.ages)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from a `state_dict`.
-
-        Raises:
-            ValueError, RuntimeError: when it has another number of networks, or networks of another kind.
-        """
-        networks, ages = list(state["networks"]), [int(age) for age in state["ages"]]
-        if not len(networks) == len(ages) == self.size:
-            raise ValueError(f"{len(networks)} networks instead of {self.size}")
-        for network in networks:
-            if network is not None:
-                self.net.load_state_dict(network)
+        """Continue from a `state_dict`; a `ValueError` tells that it has another number of networks."""
+        if not len(state["networks"]) == len(state["ages"]) == self.size:
+            raise ValueError(f"{len(state['networks'])} networks instead of {self.size}")
         device = next(self.net.parameters()).device
-        self.states = [n and {name: t.to(device).clone() for name, t in n.items()} for n in networks]
-        self.ages = ages
+        self.states = [n and {name: t.to(device).clone() for name, t in n.items()} for n in state["networks"]]
+        self.ages = list(state["ages"])

@@ -1,11 +1,12 @@
-"""The checkpoints of trained networks that stage 2 writes and stage 3 reads: their names, and loading them."""
+"""The checkpoints of trained networks that stage 2 writes and stage 3 reads: their names, writing and loading them."""
 
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from utils.core.errors import UserError, one_line
+from utils.core.errors import UserError, blame, one_line, require
+from utils.core.files import save_pt
 from utils.core.rng import generator
 from utils.core.torch_files import read_pt
 from utils.data.datasets import RealData
@@ -39,36 +40,34 @@ def is_checkpoint_epoch(epoch: int, epochs: int) -> bool:
     return epoch == epochs or (epoch % CHECKPOINT_INTERVAL == 0 and 5 * epoch >= 3 * epochs)
 
 
-def load_trained(folder: Path, model: str, real: RealData, index: int, which: str) -> nn.Module:
-    """Network `index` of a stage-2 folder, on the device of `real`, in evaluation mode.
+def save_network(path: Path, net: nn.Module) -> None:
+    """Write the weights for `load_network`."""
+    save_pt(path, {name: tensor.cpu() for name, tensor in net.state_dict().items()})
 
-    Raises:
-        UserError: when the checkpoint is missing, damaged, or of another network or data set.
-    """
+
+def load_trained(folder: Path, model: str, real: RealData, index: int, which: str) -> nn.Module:
+    """Network `index` of a stage-2 folder, see `load_network`."""
     return load_network(folder / checkpoint_name(real.name, model, index, which), model, real, "--folder")
 
 
 def load_network(path: Path, model: str, real: RealData, flag: str) -> nn.Module:
     """The network of a state dict that stage 2 wrote, on the device of `real`, in evaluation mode.
 
-    Args:
-        flag: begins messages.
-    Raises:
-        UserError: when the file is missing, damaged, or of another network or data set.
+    A `UserError`, which `flag` begins, tells of a file that is missing, damaged, or of another network or data set.
     """
-    state = read_pt(path, flag)
     net = real.network(model, generator(0))
-    plain = isinstance(state, dict) and all(isinstance(k, str) for k in state)
-    if not plain or not all(isinstance(v, torch.Tensor) and not v.is_complex() for v in state.values()):
-        raise UserError(f"{flag}: {path} is no state dict; give what stage 2 wrote")
-    try:
-        net.load_state_dict(dict(state))  # a copy, without the version metadata that a file may attach
-    except RuntimeError as error:
-        reason = one_line(error)
-        raise UserError(f"{flag}: {path} does not fit --model {model}: {reason}") from None
-    if not all(torch.isfinite(v).all() for v in net.state_dict().values()):
-        raise UserError(f"{flag}: {path} holds NaN or infinite weights; train it again")
-    net = net.to(real.device).eval()
-    if not torch.isfinite(predict(net, real.test_images[:TEST_BATCH])).all():
-        raise UserError(f"{flag}: {path} holds weights so large that its outputs are not finite; train it again")
+    with blame(flag):
+        state = read_pt(path)
+        is_plain = isinstance(state, dict) and all(isinstance(k, str) for k in state)
+        is_plain = is_plain and all(isinstance(v, torch.Tensor) and not v.is_complex() for v in state.values())
+        require(is_plain, f"{path} is no state dict; give what stage 2 wrote")
+        try:
+            net.load_state_dict(dict(state))  # a copy, without the version metadata that a file may attach
+        except RuntimeError as error:
+            raise UserError(f"{path} does not fit --model {model}: {one_line(error)}") from None
+        is_finite = all(torch.isfinite(v).all() for v in net.state_dict().values())
+        require(is_finite, f"{path} holds NaN or infinite weights; train it again")
+        net = net.to(real.device).eval()
+        is_finite = torch.isfinite(predict(net, real.test_images[:TEST_BATCH])).all()
+        require(is_finite, f"{path} holds weights so large that its outputs are not finite; train it again")
     return net

@@ -1,6 +1,6 @@
 """Training networks on a synthetic set, and testing them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -11,7 +11,6 @@ from networks import has_batchnorm, initialize
 from utils.compute.cpu_batches import BatchSplitter, padded_to
 from utils.compute.device import Compute
 from utils.compute.transfer import send_draws
-from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.augment import DC, DSA
 from utils.data.synthetic import SyntheticSet
@@ -29,7 +28,7 @@ class Protocol(NamedTuple):
 
     epochs: int
     batch: int
-    optimizer: str = "sgd"  # with weight decay 0.0005 and momentum 0.9; adamw: 0.01
+    optimizer: str = "sgd"
     schedule: str = "half"
     mix: str = "none"
 
@@ -88,13 +87,8 @@ class Trainer:
         else:
             self.optimizer = torch.optim.SGD(self.net.parameters(), momentum=s.momentum, **common)
 
-    def draw_epochs(self, synthetic: SyntheticSet, generators: Sequence[torch.Generator]) -> list[list[Batch]]:
-        """Draw the batches of one epoch over a synthetic set from each generator."""
-        s = self.settings
-        return [draw_epoch(synthetic, s.batch, s.augmentation, g, s.mix) for g in generators]
-
     def epochs(self, synthetic: SyntheticSet, drawn: Sequence[list[Batch]]) -> Iterator[torch.Tensor]:
-        """Train one epoch for each entry of `drawn` (from `draw_epochs`, on the device).
+        """Train one epoch for each entry of `drawn`, its batches (from `draw_epoch`, on the device).
 
         Yields the mean batch loss of each epoch, a scalar on the device. An InD batch and a batch of outliers are
         augmented separately and go through the network in one forward pass.
@@ -104,10 +98,22 @@ class Trainer:
             self.net.train()
             yield torch.stack([self.step(*next(inputs)) for _ in batches]).mean()
 
+    def drawn_epochs(
+        self, synthetic: SyntheticSet, generators: Sequence[torch.Generator], fresh: Sequence[torch.Generator] = ()
+    ) -> Iterator[torch.Tensor]:
+        """Train one epoch with draws of each generator, see `epochs`.
+
+        `fresh`: for a set with new outliers in every epoch, the generators of those.
+        """
+        s = self.settings
+        drawn = [draw_epoch(synthetic, s.batch, s.augmentation, g, s.mix) for g in generators]
+        if fresh:
+            synthetic, drawn = with_fresh_outliers(synthetic, drawn, fresh)
+        return self.epochs(synthetic, send_draws(drawn, synthetic.images.device))
+
     def epoch(self, synthetic: SyntheticSet, g: torch.Generator) -> torch.Tensor:
         """Train one epoch over the synthetic set; returns the mean batch loss."""
-        drawn = send_draws(self.draw_epochs(synthetic, [g]), synthetic.images.device)
-        return next(self.epochs(synthetic, drawn))
+        return next(self.drawn_epochs(synthetic, [g]))
 
     def predict(self, images: torch.Tensor) -> torch.Tensor:
         """Logits `[N, num_classes]` of images `[N, C, H, W]`, in evaluation mode."""
@@ -123,22 +129,11 @@ class Trainer:
         parts = joint_parts(images, labels, None if self.has_batchnorm else self.splitter)
         losses = []
         for some_images, some_labels in parts:
-            loss = self._loss(some_images, some_labels)
+            loss = self.loss(some_images, some_labels, self.settings.lambda_oe)
             (loss / len(parts) if len(parts) > 1 else loss).backward()
             losses.append(loss.detach().clone())  # a recorded CUDA graph would overwrite it
         self.optimizer.step()
         return torch.stack(losses).mean() if len(losses) > 1 else losses[0]
-
-    def _loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        try:
-            return self.loss(images, labels, self.settings.lambda_oe)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise UserError(
-                f"--batch_train {self.settings.batch}: the last batch of an epoch is a single image, too few for the "
-                "BatchNorm of this network at this size; give another --batch_train"
-            ) from None
 
     def train(
         self,
@@ -147,14 +142,12 @@ class Trainer:
         key: tuple,
         after_epoch: Callable[[int, torch.Tensor], None] | None = None,
         first_epoch: int = 0,
-    ) -> torch.Tensor:
-        """Train the network in place for `settings.epochs` epochs; returns the mean loss of the last.
+    ) -> None:
+        """Train the network in place for `settings.epochs` epochs.
 
-        Args:
-            seed, key: every epoch draws from `generator(seed, *key, "epoch", epoch)`, and new outliers
-                from `generator(seed, *key, "outliers", epoch)`.
-            after_epoch: called with the number of epochs done and the mean loss.
-            first_epoch: epochs done already; if there are any, the optimiser keeps its state.
+        Every epoch draws from `generator(seed, *key, "epoch", epoch)`, and new outliers from
+        `generator(seed, *key, "outliers", epoch)`. `after_epoch` is called with the number of epochs done and the mean
+        loss. If epochs before `first_epoch` are done already, the optimiser keeps its state.
         """
         epochs, lr = self.settings.epochs, self.settings.learning_rate(synthetic)
         if not first_epoch:
@@ -163,57 +156,41 @@ class Trainer:
             synthetic = synthetic.with_probabilities()
         shares, factor = SCHEDULES[self.settings.schedule]
         drops = {int(share * epochs): lr * factor ** (n + 1) for n, share in enumerate(shares)}
-        loss = torch.zeros(())
         per_block = epochs_drawn_together(synthetic)
         for first in range(first_epoch, epochs, per_block):
             block = range(first, min(first + per_block, epochs))
-            drawn = self.draw_epochs(synthetic, [generator(seed, *key, "epoch", epoch) for epoch in block])
-            current = synthetic
-            if synthetic.fresh_oe is not None:
-                made = [generator(seed, *key, "outliers", epoch) for epoch in block]
-                current, drawn = with_fresh_outliers(synthetic, drawn, made)
-            losses = self.epochs(current, send_draws(drawn, synthetic.images.device))
+            of_epochs, of_outliers = ([generator(seed, *key, what, e) for e in block] for what in ("epoch", "outliers"))
+            losses = self.drawn_epochs(synthetic, of_epochs, of_outliers if synthetic.fresh_oe is not None else ())
             for epoch in block:
                 if epoch and epoch in drops:
                     self._drop(drops[epoch])
                 loss = next(losses)
                 if after_epoch is not None:
                     after_epoch(epoch + 1, loss)
-        return loss
 
     def _drop(self, lr: float) -> None:
-        """Go on with a lower learning rate."""
         if self.settings.schedule == "half":
             self.restart(lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-    def networks(
+    def train_fresh(
         self,
         synthetic: SyntheticSet,
         seed: int,
-        keys: Mapping[int, tuple],
+        key: tuple,
         after_epoch: Callable[[int, torch.Tensor], None] | None = None,
-    ) -> Iterator[int]:
-        """Train a fresh network for each key, from which its weights and epochs are drawn.
-
-        Yields the index of each network while `net` is that network.
-        """
-        for index, key in keys.items():
-            initialize(self.net, generator(seed, *key))
-            self.train(synthetic, seed, key, after_epoch)
-            yield index
+    ) -> None:
+        """`train` a network whose weights are drawn from `generator(seed, *key)`."""
+        initialize(self.net, generator(seed, *key))
+        self.train(synthetic, seed, key, after_epoch)
 
     def state_dict(self) -> dict:
         """The network and its optimiser."""
         return {"net": dict(self.net.state_dict()), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from a `state_dict`.
-
-        Raises:
-            ValueError, RuntimeError, KeyError: when it is of another network, or older code wrote it.
-        """
+        """Continue from a `state_dict`; a `ValueError`, `RuntimeError` or `KeyError` tells that it does not fit."""
         self.net.load_state_dict(dict(state["net"]))
         load_optimizer(self.optimizer, state.get("optimizer"))
 
@@ -221,9 +198,8 @@ class Trainer:
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict | None) -> None:
     """Continue with the state and the learning rates of a `state_dict`; all else comes from the flags.
 
-    Raises:
-        ValueError, KeyError, TypeError, AttributeError: when it is of other parameters.
-        ValueError: when there is none, as in checkpoints of older code.
+    A `ValueError`, `KeyError`, `TypeError` or `AttributeError` tells that it is of other parameters, or that there is
+    none, as in checkpoints of older code.
     """
     if state is None:
         raise ValueError("older code wrote it; resume it with that, or start a new run")
@@ -232,12 +208,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict | None) -> None
     groups = [group | rate for group, rate in zip(groups, rates, strict=True)]
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
     for parameter, of_parameter in optimizer.state.items():
-        for name, value in of_parameter.items():
-            if not isinstance(value, torch.Tensor):
-                continue
-            if value.ndim and value.shape != parameter.shape:
-                raise ValueError("momentum of another shape than its parameter")
-            of_parameter[name] = value.clone()  # tensors of a file may share memory
+        tensors = {name: value for name, value in of_parameter.items() if isinstance(value, torch.Tensor)}
+        if any(value.ndim and value.shape != parameter.shape for value in tensors.values()):
+            raise ValueError("momentum of another shape than its parameter")
+        of_parameter |= {name: value.clone() for name, value in tensors.items()}  # those of a file may share memory
 
 
 def epochs_drawn_together(synthetic: SyntheticSet) -> int:
