@@ -176,7 +176,7 @@ def start_of(flags: dict) -> tuple[RealData, torch.Tensor]:
     """The data of a run, and the outliers that it started from, normalised `[classes·ipc, C, H, W]`."""
     real = load_dataset(flags["dataset"], flags["data_path"], flags["im_size"], False, flags["zca"])
     source = PseudoOutliers(real, tuple(flags["corruptions"]), flags.get("mix_corruptions", False))
-    return real, initial_outliers(source, real.num_classes, flags["ipc"], flags["seed"], 0)
+    return real, initial_outliers(source, flags["ipc"], flags["seed"], 0)
 
 
 def before_and_after(firsts: list[tuple[str, dict, SyntheticSet]]) -> list[tuple[str, torch.Tensor]]:

@@ -196,10 +196,10 @@ def test_only_finished_runs_count(in_process, moves, tmp_path):
 
 def test_networks_train_at_the_learning_rate_of_the_set(moves, digits, monkeypatch):
     rates = []
-    original = Trainer.networks
+    original = Trainer.train_fresh
     monkeypatch.setattr(
         moves.Trainer,
-        "networks",
+        "train_fresh",
         lambda self, images, *a: rates.append((self.settings.lr, images.lr_net)) or original(self, images, *a),
     )
     images = digits.train_batch(torch.arange(10))

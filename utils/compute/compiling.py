@@ -118,7 +118,10 @@ class Compiled:
             except torch._dynamo.exc.BackendCompilerFailed as error:
                 cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "torchinductor_*")
                 advice = f"Repair the compiler, or delete its cache, {cache}"
-                what = f"torch.compile failed: {compiler_message(str(error))}. {advice}"
+                said = (
+                    str(error).rpartition("Output:")[2].strip().partition("\n")[0]
+                )  # if there is one, of the compiler
+                what = f"torch.compile failed: {one_line(said)}. {advice}"
                 if self.required:
                     raise UserError(f"--compile on: {what}, or use --compile off") from None
                 warnings.warn(f"nothing is compiled: {what}", stacklevel=2)
@@ -150,10 +153,3 @@ def processor_features() -> str:
             return next(line for line in file if line.startswith(("flags", "Features")))
     except (OSError, StopIteration):
         return platform.processor()
-
-
-def compiler_message(message: str) -> str:
-    """The first line of the C++ compiler's output in an error of `torch.compile`, else the error's first line."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    after = next((i + 1 for i, line in enumerate(lines) if line == "Output:"), 0)
-    return one_line(lines[after] if after < len(lines) else message)

@@ -3,9 +3,8 @@
 import ctypes
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,17 +57,12 @@ class Compute:
         If it is compiled, then once, for all networks like `example`, and for `batch` images, the most that it takes.
         """
         splitter = BatchSplitter(example, self.precision)
-        if not self.compiled:
-            eager = self.function(lambda images, net: net.embed(images).float())
-            return lambda net, images: in_parts(lambda part: eager(part, net), images, splitter.count(images))
-        shell = deepcopy(example)
-        compiled = self.function(lambda images: shell.embed(images))
+        function = self.function(lambda images, net: net.embed(images).float())
 
         def embed(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
-            shell.load_state_dict(net.state_dict())
-            full = padded_to(images, batch)
+            full = padded_to(images, batch) if self.compiled else images
             # a CUDA graph writes into the same memory at its next call, so the result is copied
-            features = in_parts(lambda part: compiled(part).float().clone(), full, splitter.count(full))
+            features = in_parts(lambda part: function(part, net).clone(), full, splitter.count(full))
             return features[: len(images)]
 
         return embed
@@ -121,20 +115,15 @@ def kept_precision() -> Iterator[None]:
 
 
 def choose_compute(
-    compile_flag: str,
-    precision: str,
-    device: torch.device,
-    net: nn.Module,
-    image_shape: tuple[int, ...],
-    workload: Workload,
+    compile_flag: str, precision: str, device: torch.device, net: nn.Module, shape: Sequence[int], workload: Workload
 ) -> Compute:
     """The `Compute` of a run by the flags `--compile` and `--precision`, see `choose_compile`.
 
     A CPU without bfloat16 instructions uses float32 instead of bf16.
-    `net` is of the kind that the run trains or tests, on the CPU; `image_shape` is `(C, H, W)`.
+    `net` is of the kind that the run trains or tests, on the CPU; `shape` is `(C, H, W)`.
     """
     set_precision(precision, device)
-    compiled, why = choose_compile(compile_flag, device, net, image_shape, workload)
+    compiled, why = choose_compile(compile_flag, device, net, shape, workload)
     note = ""
     if device.type == "cpu" and precision == "bf16" and not has_bfloat16_instructions():
         precision, note = "fp32", "bf16 would be slower: this processor has neither AVX512-BF16 nor AMX"

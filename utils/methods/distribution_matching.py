@@ -19,7 +19,7 @@ from utils.data.augment import apply_by_part, apply_by_slot, identity
 from utils.data.synthetic import decode_slots, on_stored
 from utils.methods.learnable import IterationDraws, LearnableSet, SlotDraw, network_pool
 from utils.methods.method import MatchingSettings, MethodEntry, MethodInputs
-from utils.outliers.spread import push_apart
+from utils.outliers.distilled import push_apart
 
 CHUNK_IMAGES = 512  # synthetic images embedded together, to bound the memory
 

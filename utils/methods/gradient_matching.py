@@ -26,7 +26,7 @@ from utils.methods.learnable import (
 )
 from utils.methods.matcher import METRICS, Matcher
 from utils.methods.method import MatchingSettings, MethodEntry, MethodInputs
-from utils.outliers.spread import push_apart
+from utils.outliers.distilled import push_apart
 from utils.settings.fields import flag
 from utils.settings.parser import count
 from utils.training.draws import Batch

@@ -21,8 +21,7 @@ from utils.data.synthetic import decode_slots, on_stored
 from utils.methods.distribution_matching import CHUNK_IMAGES, FeatureMatching
 from utils.methods.experts import ExpertBuffer, OnExperts, experts_of, without_running_statistics
 from utils.methods.method import MethodEntry, MethodInputs, Spread
-from utils.outliers.spread import push_apart
-from utils.outliers.start import clamp_to_pixels
+from utils.outliers.distilled import clamp_to_pixels, push_apart
 from utils.settings.distillation import ExpertSettings
 from utils.settings.fields import flag
 from utils.settings.parser import count, number

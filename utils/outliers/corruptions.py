@@ -33,17 +33,6 @@ def invert(images: torch.Tensor) -> torch.Tensor:
     return torch.cat([images[:, :1], 1 - images[:, 1:]], 1)
 
 
-def _box_weights(length: int, out: int) -> torch.Tensor:
-    """`[out, length]`: the averaging weights of PIL's box filter, which selects whole pixels by their centres."""
-    scale = length / out
-    support = 0.5 * max(scale, 1.0)
-    weights = torch.zeros(out, length)
-    for i in range(out):
-        centre = (i + 0.5) * scale
-        weights[i, max(int(centre - support + 0.5), 0) : int(centre + support + 0.5)] = 1
-    return weights / weights.sum(1, keepdim=True)
-
-
 def pixelate(images: torch.Tensor) -> torch.Tensor:
     """Box-average down to a fifth of the size, then enlarge to nearest pixels (`PIL.Image.BOX` twice)."""
     dtype = product_dtype(images.dtype, images.device)
@@ -53,9 +42,17 @@ def pixelate(images: torch.Tensor) -> torch.Tensor:
 
 @lru_cache
 def _pixelate_weights(length: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """`[length, length]`: down to a fifth and up again, along one side."""
-    small = max(int(PIXELATE * length), 1)
-    return (_box_weights(small, length) @ _box_weights(length, small)).to(device, dtype)
+    """`[length, length]`, along one side. PIL's box filter selects whole pixels by their centres."""
+    small, product = max(int(PIXELATE * length), 1), torch.eye(length)
+    for before, after in ((length, small), (small, length)):
+        scale = before / after
+        support = 0.5 * max(scale, 1.0)
+        weights = torch.zeros(after, before)
+        for i in range(after):
+            centre = (i + 0.5) * scale
+            weights[i, max(int(centre - support + 0.5), 0) : int(centre + support + 0.5)] = 1
+        product = weights / weights.sum(1, keepdim=True) @ product
+    return product.to(device, dtype)
 
 
 def rgb_ghost(images: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,12 @@
-"""Sources of outliers: a pool of real images (OE), or corrupted training images (POE)."""
+"""Outliers that are not distilled: from a pool of real images (OE), or corrupted training images (POE); random ones,
+those that k-center chooses, and those that are new in every epoch of training."""
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from utils.compute import distributed
 from utils.compute.transfer import Draw, send
@@ -15,7 +17,11 @@ from utils.core.rng import generator as keyed_generator
 from utils.core.torch_files import fingerprint
 from utils.data.datasets import RealData
 from utils.data.download import TINYIMAGES, fetch_tinyimages
+from utils.data.synthetic import SyntheticSet
 from utils.outliers.corruptions import DEFAULT_CORRUPTIONS, MEANS, draw_corruption, draw_mixed
+from utils.training.coresets import k_center, unit_features
+
+CANDIDATES = 10_000  # out of which k-center chooses
 
 
 def distinct(total: int, n: int, generator: torch.Generator) -> torch.Tensor:
@@ -40,26 +46,17 @@ class OutlierBatch(Draw):
     count: int | None = None  # only so many of them are outliers of the batch; None: all
 
 
-class OutlierSource(ABC):
-    """A source of outliers for the class slots."""
+class OutlierSource:
+    """A source of outliers for the class slots; a subclass has these methods.
 
+    `per_slot()`: how many different outliers a slot has.
+    `choose(slot, n, generator)`: draws `n` distinct outliers of a slot, or all if there are fewer: an `OutlierBatch`.
+    `batch(drawn)`: the drawn outliers, normalised `[n, C, H, W]`, on the device of the real data.
+    `describe()`: plain values that identify the source: its `kind`, `oe` or `poe`, and its content.
+    """
+
+    real: RealData
     notice: str = ""  # a line for the log
-
-    @abstractmethod
-    def per_slot(self) -> int:
-        """How many different outliers a slot has."""
-
-    @abstractmethod
-    def choose(self, slot: int, n: int, generator: torch.Generator) -> OutlierBatch:
-        """Draw `n` distinct outliers of a slot, or all if there are fewer."""
-
-    @abstractmethod
-    def batch(self, drawn: OutlierBatch) -> torch.Tensor:
-        """The drawn outliers, normalised `[n, C, H, W]`, on the device of the real data."""
-
-    @abstractmethod
-    def describe(self) -> dict:
-        """Plain values that identify this source: its `kind`, `oe` or `poe`, and its content."""
 
     def draw(self, slot: int, n: int, generator: torch.Generator) -> torch.Tensor:
         """`choose`, then `batch`."""
@@ -125,40 +122,6 @@ class OutlierPool(OutlierSource):
         return fingerprint(self.images[indices.to(self.images.device)] for indices in self.slices)
 
 
-@dataclass(frozen=True)
-class FreshOutliers:
-    """Outliers that are drawn whenever they are asked for: `per_slot` of each of the `num_slots` class slots."""
-
-    source: OutlierSource
-    num_slots: int
-    per_slot: int
-
-    @property
-    def count(self) -> int:
-        """How many are made together."""
-        return self.num_slots * self.per_slot
-
-    def make(self, generator: torch.Generator) -> torch.Tensor:
-        """Draw them, normalised `[count, C, H, W]`, sorted by slot; a slot that has fewer repeats some."""
-        return torch.cat([draw_repeated(self.source, slot, self.per_slot, generator) for slot in range(self.num_slots)])
-
-
-def draw_repeated(source: OutlierSource, slot: int, n: int, generator: torch.Generator) -> torch.Tensor:
-    """Exactly `n` outliers of a slot, normalised `[n, C, H, W]`: repeated where the source has fewer."""
-    batch = source.draw(slot, n, generator)
-    return batch[torch.arange(n) % len(batch)]
-
-
-def draw_by_slot(source: OutlierSource, num_slots: int, n: int, seed: int, *key: int | str) -> list[torch.Tensor]:
-    """Exactly `n` outliers of each slot, see `draw_repeated`; their generators depend on `seed`, `key` and the slot."""
-    return [draw_repeated(source, slot, n, keyed_generator(seed, *key, slot)) for slot in range(num_slots)]
-
-
-def initial_outliers(source: OutlierSource, num_slots: int, per_slot: int, seed: int, exp: int) -> torch.Tensor:
-    """The outliers that a distillation with `--init real` starts from, `[num_slots·per_slot, C, H, W]`, normalised."""
-    return torch.cat(draw_by_slot(source, num_slots, per_slot, seed, "match", exp, "initial", "outliers"))
-
-
 def load_outlier_pool(
     path: str | Path, real: RealData, per_slot: int, seed: int, download: bool = False
 ) -> OutlierPool:
@@ -181,9 +144,8 @@ def load_outlier_pool(
         require(fits, f"{path} has {len(images)} images; {real.num_classes} classes need at least one each")
     notices = [*reader.notes()]
     if fits < per_slot:
-        too_few = f"{path} has {len(images)} images, too few for {per_slot} per class"
-        shares = f"N // num_classes = {len(images)} // {real.num_classes}"
-        notices.append(f"{too_few}: the slices shrink to {fits} ({shares})")
+        few, shares = f"{len(images)} images, too few for {per_slot} per class", f"{len(images)} // {real.num_classes}"
+        notices.append(f"{path} has {few}: the slices shrink to {fits} (N // num_classes = {shares})")
         per_slot = fits
     order = torch.randperm(len(images), generator=keyed_generator(seed, "outlier slices"))
     slices = order[: real.num_classes * per_slot].view(real.num_classes, per_slot)
@@ -192,3 +154,90 @@ def load_outlier_pool(
         images = images[slices.flatten()].to(real.device)
         slices = torch.arange(slices.numel()).view_as(slices)
     return OutlierPool(real, images, slices, "; ".join(notices), sample)
+
+
+def draw_repeated(source: OutlierSource, slot: int, n: int, generator: torch.Generator) -> torch.Tensor:
+    """Exactly `n` outliers of a slot, normalised `[n, C, H, W]`: repeated where the source has fewer."""
+    batch = source.draw(slot, n, generator)
+    return batch[torch.arange(n) % len(batch)]
+
+
+def draw_by_slot(source: OutlierSource, n: int, seed: int, *key: int | str) -> list[torch.Tensor]:
+    """Exactly `n` outliers of each slot, see `draw_repeated`; their generators depend on `seed`, `key` and the slot."""
+    slots = range(source.real.num_classes)
+    return [draw_repeated(source, slot, n, keyed_generator(seed, *key, slot)) for slot in slots]
+
+
+def initial_outliers(source: OutlierSource, per_slot: int, seed: int, exp: int) -> torch.Tensor:
+    """The outliers that a distillation with `--init real` starts from, `[num_classes·per_slot, C, H, W]`."""
+    return torch.cat(draw_by_slot(source, per_slot, seed, "match", exp, "initial", "outliers"))
+
+
+def k_center_by_slot(source: OutlierSource, n: int, net: nn.Module, seed: int, *key: int) -> torch.Tensor:
+    """`n` outliers of each class slot, chosen by k-center, see `far_apart`: `[num_classes, n, C, H, W]`."""
+    return torch.stack([*far_apart(_candidates(source, n, seed, *key), n, net)])
+
+
+def with_k_center(synthetic: SyntheticSet, source: OutlierSource, ipc: int, seed: int, net: nn.Module) -> SyntheticSet:
+    """The set with `ipc` outliers for each class, chosen by k-center among those of all slots."""
+    candidates = torch.cat(_candidates(source, ipc, seed))
+    (chosen,) = far_apart([candidates], ipc * source.real.num_classes, net)
+    return replace(synthetic, images_oe=chosen.cpu())
+
+
+def _candidates(source: OutlierSource, n: int, seed: int, *key: int) -> list[torch.Tensor]:
+    return draw_by_slot(source, max(n, CANDIDATES // source.real.num_classes), seed, "candidates", *key)
+
+
+def far_apart(groups: Sequence[torch.Tensor], n: int, net: nn.Module) -> Iterator[torch.Tensor]:
+    """`n` images of each group that are far from one another, and from those of the groups before.
+
+    They are chosen by k-center in the features of `net`.
+    """
+    before = None
+    for images in groups:
+        features = unit_features(net, lambda i, images=images: images[i.to(images.device)], torch.arange(len(images)))
+        chosen = k_center(features, n, before)
+        yield images[chosen.to(images.device)]
+        before = features[chosen] if before is None else torch.cat([before, features[chosen]])
+
+
+@dataclass(frozen=True)
+class FreshOutliers:
+    """Outliers that are drawn whenever they are asked for, `per_slot` of each class slot."""
+
+    source: OutlierSource
+    per_slot: int
+
+    @property
+    def count(self) -> int:
+        """How many are made together."""
+        return self.source.real.num_classes * self.per_slot
+
+    def make(self, g: torch.Generator) -> torch.Tensor:
+        """Draw them, normalised `[count, C, H, W]`, sorted by slot; a slot that has fewer repeats some."""
+        slots = range(self.source.real.num_classes)
+        return torch.cat([draw_repeated(self.source, slot, self.per_slot, g) for slot in slots])
+
+
+def with_fresh(synthetic: SyntheticSet, source: OutlierSource) -> SyntheticSet:
+    """The set with other outliers of `source` in every epoch, as many as it has images."""
+    per_slot = -(-len(synthetic.images) // source.real.num_classes)
+    return replace(synthetic, images_oe=None, fresh_oe=FreshOutliers(source, per_slot))
+
+
+def with_corrupted_again(
+    synthetic: SyntheticSet, real: RealData, corruptions: tuple[str, ...], mixed: bool = False
+) -> SyntheticSet:
+    """The set, trained in each epoch on a fresh corruption of its outliers; the originals stay in `images_oe`."""
+    source = corrupted(synthetic.images_oe, real, corruptions, mixed)
+    per_slot = -(-len(synthetic.images_oe) // real.num_classes)
+    return replace(synthetic, fresh_oe=FreshOutliers(source, per_slot))
+
+
+def corrupted(
+    images: torch.Tensor, real: RealData, corruptions: tuple[str, ...], mixed: bool = False
+) -> PseudoOutliers:
+    """A source that corrupts normalised images `[N, C, H, W]`, clipped to the range of pixels, in place of real."""
+    unit = real.denormalize(images.to(real.device))
+    return PseudoOutliers(replace(real, images_train=unit), corruptions, mixed)

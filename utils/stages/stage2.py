@@ -44,7 +44,7 @@ from utils.stages.training_set import (
     stored_set,
     with_outliers,
 )
-from utils.training.features import WHOLE_EPOCHS, FeatureNetworks
+from utils.training.coresets import WHOLE_EPOCHS, FeatureNetworks
 from utils.training.network_training import TEST_INTERVAL, NetworkTraining
 from utils.training.trainer import LR_NET, TEST_BATCH, Trainer, TrainSettings
 

@@ -12,12 +12,19 @@ from utils.data.datasets import RealData
 from utils.data.distilled_file import DistilledFile
 from utils.data.synthetic import SyntheticSet, as_parts, check_factor
 from utils.exchange.convert import read_distilled
-from utils.outliers.not_distilled import corrupted, with_corrupted_again, with_fresh, with_k_center
-from utils.outliers.sources import OutlierSource, PseudoOutliers, initial_outliers, load_outlier_pool
+from utils.outliers.sources import (
+    OutlierSource,
+    PseudoOutliers,
+    corrupted,
+    initial_outliers,
+    load_outlier_pool,
+    with_corrupted_again,
+    with_fresh,
+    with_k_center,
+)
 from utils.runs.lineage import TRAINED_ON, Found
 from utils.settings.arguments import Stage2Settings
-from utils.training.coresets import check_ipc, coreset, random_images
-from utils.training.features import whole_set
+from utils.training.coresets import check_ipc, coreset, random_images, whole_set
 
 
 @dataclass(frozen=True)
@@ -124,14 +131,12 @@ def with_stored_outliers(
         return chosen
     source = outlier_source(s, real)
     if kind == "initial":
-        initial = initial_outliers(source, real.num_classes, per_slot, s.seed, s.exp_idx).cpu()
+        initial = initial_outliers(source, per_slot, s.seed, s.exp_idx).cpu()
         made, how = replace(synthetic, images_oe=initial), "as distillation begins"
     else:
         how = "chosen by k-center"
         net = feature_network() if distributed.is_main() else None
-        made = distributed.from_main(
-            with_k_center(synthetic, source, real, per_slot, s.seed, net) if net is not None else None
-        )
+        made = distributed.from_main(with_k_center(synthetic, source, per_slot, s.seed, net) if net else None)
     made = replace(made, images_oe=as_parts(made.images_oe, chosen.factor))
     line = f"outliers, not distilled: {len(made.images_oe)} {_named(s)}, {how}"
     return replace(chosen, synthetic=made, lines=(*chosen.lines, line), path=None)
@@ -145,7 +150,7 @@ def with_fresh_outliers(s: Stage2Settings, chosen: TrainingSet, real: RealData) 
     else:
         source, what = outlier_source(s, real), f"{_named(s)}; no distilled set, but an upper bound"
     line = f"outliers, new in every epoch: {what}"
-    synthetic = with_fresh(chosen.synthetic, source, real.num_classes)
+    synthetic = with_fresh(chosen.synthetic, source)
     return replace(chosen, synthetic=synthetic, lines=(*chosen.lines, line))
 
 

@@ -4,6 +4,8 @@ The idea is that of a model pool (Zhao et al., *Improved Distribution Matching*,
 shows in its gradients and features, but a single network would be followed too closely.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 from networks import initialize
@@ -15,27 +17,22 @@ from utils.data.synthetic import SyntheticSet
 from utils.training.trainer import Trainer, TrainSettings
 
 
+@dataclass
 class NetworkPool:
-    """`size` networks of one architecture and different ages, which take turns.
+    """Networks of one architecture and different ages, which take turns."""
 
-    A network trains for `epochs` before each of its turns, at a learning rate that stays as it is, and is replaced once
-    it has trained for `last_epoch`.
-    """
+    real: RealData
+    model: str
+    size: int  # how many there are
+    epochs: int  # for which a network trains before each of its turns
+    last_epoch: int  # a network that has trained for so many is replaced
+    training: TrainSettings  # the learning rate stays as it is
+    seed: int
+    compute: Compute
 
-    def __init__(
-        self,
-        real: RealData,
-        model: str,
-        size: int,
-        epochs: int,
-        last_epoch: int,
-        training: TrainSettings,
-        seed: int,
-        compute: Compute,
-    ):
-        self.size, self.epochs, self.last_epoch, self.seed = size, epochs, last_epoch, seed
-        self.net = real.network(model, generator(seed)).to(real.device)
-        self.trainer = Trainer(self.net, training, compute)
+    def __post_init__(self):
+        self.net = self.real.network(self.model, generator(self.seed)).to(self.real.device)
+        self.trainer = Trainer(self.net, self.training, self.compute)
         self.clear()
 
     def clear(self) -> None:
@@ -58,7 +55,7 @@ class NetworkPool:
             self.ages[turn] = 0
         else:
             self.net.load_state_dict(state)
-        self.trainer.restart(self.trainer.settings.learning_rate())
+        self.trainer.restart(self.training.learning_rate())
         if distributed.is_main():
             keys = [generator(self.seed, "pool", exp, it, epoch) for epoch in range(epochs)]
             for _ in self.trainer.drawn_epochs(synthetic, keys):
@@ -77,6 +74,6 @@ class NetworkPool:
         """Continue from a `state_dict`; a `ValueError` tells that it has another number of networks."""
         if not len(state["networks"]) == len(state["ages"]) == self.size:
             raise ValueError(f"{len(state['networks'])} networks instead of {self.size}")
-        device = next(self.net.parameters()).device
+        device = self.real.device
         self.states = [n and {name: t.to(device).clone() for name, t in n.items()} for n in state["networks"]]
         self.ages = list(state["ages"])

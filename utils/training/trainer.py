@@ -21,6 +21,7 @@ TEST_BATCH = 250
 DRAWN_EPOCHS, DRAWN_IMAGES = 50, 2**18  # the most epochs that are drawn together, and the most images in them
 FRESH_NUMBERS = 2**26  # the most numbers in the new outliers of the epochs that are drawn together
 LR_NET = 0.01
+AfterEpoch = Callable[[int, torch.Tensor], None]  # called with the number of epochs done and the mean loss
 
 
 class Protocol(NamedTuple):
@@ -140,14 +141,13 @@ class Trainer:
         synthetic: SyntheticSet,
         seed: int,
         key: tuple,
-        after_epoch: Callable[[int, torch.Tensor], None] | None = None,
+        after_epoch: AfterEpoch | None = None,
         first_epoch: int = 0,
     ) -> None:
-        """Train the network in place for `settings.epochs` epochs.
+        """Train the network in place for `settings.epochs` epochs, of which those before `first_epoch` are done.
 
         Every epoch draws from `generator(seed, *key, "epoch", epoch)`, and new outliers from
-        `generator(seed, *key, "outliers", epoch)`. `after_epoch` is called with the number of epochs done and the mean
-        loss. If epochs before `first_epoch` are done already, the optimiser keeps its state.
+        `generator(seed, *key, "outliers", epoch)`.
         """
         epochs, lr = self.settings.epochs, self.settings.learning_rate(synthetic)
         if not first_epoch:
@@ -175,11 +175,7 @@ class Trainer:
             group["lr"] = lr
 
     def train_fresh(
-        self,
-        synthetic: SyntheticSet,
-        seed: int,
-        key: tuple,
-        after_epoch: Callable[[int, torch.Tensor], None] | None = None,
+        self, synthetic: SyntheticSet, seed: int, key: tuple, after_epoch: AfterEpoch | None = None
     ) -> None:
         """`train` a network whose weights are drawn from `generator(seed, *key)`."""
         initialize(self.net, generator(seed, *key))
