@@ -15,7 +15,7 @@ from networks import get_network
 from networks.convnet import ConvNet
 from scripts import textbook
 from tests.oracle.plain_methods import PlainMatching
-from utils.compute import compiling, transfer
+from utils.compute import transfer
 from utils.compute.compiling import Workload
 from utils.compute.device import Compute, choose_compute, set_precision
 from utils.compute.transfer import send_draws
@@ -387,7 +387,6 @@ def test_bf16_needs_a_processor_that_has_it(processor, flags, has):
 )
 def test_a_long_run_is_told_that_bf16_would_be_faster(monkeypatch, processor, flags, precision, model, kind, told):
     processor(flags)
-    monkeypatch.setattr(compiling, "compiler_failure", lambda: "")
     net = get_network(model, 3, 10, (32, 32))
     work = Workload(1e12, 1, kind)
     line = str(choose_compute("auto", precision, torch.device("cpu"), net, (3, 32, 32), work))

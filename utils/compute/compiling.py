@@ -4,13 +4,10 @@ import hashlib
 import logging
 import os
 import platform
-import shutil
-import subprocess
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import nn
@@ -19,7 +16,6 @@ from networks.convnet import ConvNet
 from utils.compute.cpu_batches import convolution_outputs
 from utils.core.errors import UserError, one_line
 
-COMPILERS = ("c++", "g++", "clang++")
 # On a GPU, `auto` compiles runs of at least this many steps. Measured on an H100 with DM (ConvNet, ipc 10): compiling
 # takes 21 s and saves 6 ms an iteration (a single measurement). Taken for all other work, too, which was not measured.
 CUDA_STEPS = 3500
@@ -55,48 +51,24 @@ def faster_on_cpu(net: nn.Module) -> bool:
 def choose_compile(
     flag: str, device: torch.device, net: nn.Module, image_shape: tuple[int, ...], workload: Workload
 ) -> tuple[bool, str]:
-    """Whether to compile, and why; the reason is empty unless `flag` is `auto`, not `on` or `off`.
-
-    On a CPU, `auto` compiles if the expected saving exceeds the compile time; on a GPU, from `CUDA_STEPS` steps.
-    A `UserError` tells that the CPU has no working C++ compiler for `on`.
-    """
-    if flag == "off":
-        return False, ""
+    """Whether to compile, and why, for the flag `auto`: if the expected saving exceeds the compile time."""
+    if flag != "auto":
+        return flag == "on", ""
     if device.type == "cuda":
-        why = f"auto: {workload.steps} steps; compiles from {CUDA_STEPS} on"
-        return (True, "") if flag == "on" else (workload.steps >= CUDA_STEPS, why)
-    if flag == "on":
-        if failure := compiler_failure():
-            raise UserError(f"--compile on: {failure}. Install or repair g++, or use --compile off")
-        return True, ""
+        return workload.steps >= CUDA_STEPS, f"auto: {workload.steps} steps; compiles from {CUDA_STEPS} on"
     if not faster_on_cpu(net):
         return False, "auto: it does not make this network faster on a CPU"
     outputs = sum(convolution_outputs(net, image_shape))
     saves, costs = workload.passes * outputs * SAVED_SECONDS / torch.get_num_threads(), COMPILE_SECONDS[workload.kind]
-    if saves > costs and (failure := compiler_failure()):
-        warnings.warn(f"nothing is compiled: {failure}", stacklevel=2)
-        return False, f"auto: {failure}"
     return saves > costs, f"auto: saves about {saves:.0f} s, costs {costs:.0f} s"
-
-
-@lru_cache
-def compiler_failure() -> str:
-    """Why the C++ compiler cannot compile an empty program; an empty string if it can."""
-    compiler = next(filter(shutil.which, COMPILERS), None)
-    if compiler is None:
-        return "there is no C++ compiler"
-    command = [compiler, "-x", "c++", "-fsyntax-only", os.devnull]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    said = (done.stderr + done.stdout).strip().partition("\n")[0] or f"exit status {done.returncode}"
-    return f"{compiler} fails: {one_line(said)}" if done.returncode else ""
 
 
 class Compiled:
     """A compiled function of images `[N, C, H, W]` and further arguments.
 
     Images are converted to channels-last order, in which compiled convolutions and pooling are faster.
-    A compilation may fail because a process was killed while it wrote into the compile cache. If it is `required`
-    (`--compile on`), a `UserError` tells this; otherwise a warning does, and everything runs uncompiled.
+    A compilation fails without a C++ compiler, or if a process was killed while it wrote into the compile cache. If it
+    is `required` (`--compile on`), a `UserError` tells this; otherwise a warning does, and everything runs uncompiled.
     """
 
     failed = False  # whether any object of this class found the compiler broken
@@ -117,7 +89,7 @@ class Compiled:
                 return self.compiled(images, *rest)
             except torch._dynamo.exc.BackendCompilerFailed as error:
                 cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "torchinductor_*")
-                advice = f"Repair the compiler, or delete its cache, {cache}"
+                advice = f"Install or repair g++, or delete its cache, {cache}"
                 said = (
                     str(error).rpartition("Output:")[2].strip().partition("\n")[0]
                 )  # if there is one, of the compiler
@@ -130,10 +102,9 @@ class Compiled:
 
 
 def use_lasting_cache() -> None:
-    """Keep compiled code under the user's cache folder, where later runs find it, also after a restart.
+    """Keep compiled code in the user's cache folder, where later runs find it, unless `TORCHINDUCTOR_CACHE_DIR` is set.
 
-    There is a folder for each version of PyTorch and each kind of processor, as machines may share a home folder.
-    A `TORCHINDUCTOR_CACHE_DIR` that is set stays; where there is no such folder, PyTorch uses a temporary one.
+    Each version of PyTorch and each kind of processor has its own, as machines may share a home folder.
     """
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if "TORCHINDUCTOR_CACHE_DIR" in os.environ or not os.path.isabs(root):  # without a home, `~` stays

@@ -119,7 +119,6 @@ def choose_compute(
 ) -> Compute:
     """The `Compute` of a run by the flags `--compile` and `--precision`, see `choose_compile`.
 
-    A CPU without bfloat16 instructions uses float32 instead of bf16.
     `net` is of the kind that the run trains or tests, on the CPU; `shape` is `(C, H, W)`.
     """
     set_precision(precision, device)
@@ -141,13 +140,12 @@ def has_bfloat16_instructions() -> bool:
 def set_keep_freed_memory(keep: bool) -> None:
     """Let glibc reuse freed memory instead of returning it to the system at every step; without `keep`, undo this.
 
-    Activations of a CPU run are large, so by default each is mapped and unmapped again; that costs about a third of the
-    time. Other C libraries have no `mallopt`; with them this does nothing.
+    By default the large activations of a CPU run are mapped and unmapped again, which costs a third of the time.
     """
     m_trim_threshold, m_mmap_max = -1, -4
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, TypeError):
+    except (AttributeError, TypeError):  # another C library
         return
     mallopt(m_mmap_max, 0 if keep else 65536)
     mallopt(m_trim_threshold, 2**31 - 1 if keep else 128 * 1024)

@@ -13,10 +13,7 @@ TIMEOUT = timedelta(hours=2)  # other ranks may wait long while one trains evalu
 
 
 def start(device_type: str) -> None:
-    """Join the process group of `torchrun`: NCCL for GPUs, gloo for CPUs. Without `torchrun`, do nothing.
-
-    A `UserError` tells that the processes cannot reach each other.
-    """
+    """Join the process group of `torchrun`: NCCL for GPUs, gloo for CPUs. Without `torchrun`, do nothing."""
     if not under_torchrun() or dist.is_initialized():
         return
     try:
@@ -69,10 +66,7 @@ def from_main(value: object) -> object:
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """Let rank 0 run the block first, e.g. to download a file; the others wait and then run it, too.
-
-    If the block ends in a `UserError` on rank 0, the other processes raise that error in its place.
-    """
+    """Let rank 0 run the block first, e.g. to download a file; then the others run it, or raise its `UserError`."""
     if not is_main() and (failure := from_main(None)):
         raise failure
     try:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
@@ -114,14 +114,12 @@ class Corruption(Draw):
 class MixedCorruption(Draw):
     """A corruption for each image of a batch."""
 
-    rows: list[torch.Tensor]  # int64, the images that each part changes
-    inputs: list[torch.Tensor]  # those that it reads: `rows`, and where a mean of two images has a single row, another
-    parts: list[Corruption]
+    parts: list[tuple[torch.Tensor, torch.Tensor, Corruption]]  # which images change, and which it reads, int64 `[n]`
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         out = images.clone()
-        for rows, inputs, part in zip(self.rows, self.inputs, self.parts, strict=True):
-            out[send(rows, images.device)] = part(images[send(inputs, images.device)])[: len(rows)]
+        for rows, read, corruption in self.parts:
+            out[send(rows, images.device)] = corruption(images[send(read, images.device)])[: len(rows)]
         return out
 
 
@@ -147,13 +145,12 @@ def draw_corruption(name: str, shape: Shape, generator: torch.Generator | None, 
 def draw_mixed(names: Sequence[str], shape: Shape, generator: torch.Generator, device: torch.device) -> MixedCorruption:
     """Draw one of `names` for each image of a batch of `shape` `[N, C, H, W]` on `device`, all equally likely."""
     which = torch.randint(len(names), shape[:1], generator=generator)
-    used = [(name, (which == i).nonzero().flatten()) for i, name in enumerate(names) if (which == i).any()]
-    inputs = []
-    for name, rows in used:
-        if name in MEANS and len(rows) == 1:
+    parts = []
+    for i in which.unique().tolist():
+        rows = read = (which == i).nonzero().flatten()
+        if names[i] in MEANS and len(rows) == 1:  # a mean is of two images
             other = torch.randint(shape[0] - 1, (1,), generator=generator)
-            rows = torch.cat([rows, other + (other >= rows)])
-        inputs.append(rows)
-    sizes = [(len(index), *shape[1:]) for index in inputs]
-    parts = [draw_corruption(name, size, generator, device) for (name, _), size in zip(used, sizes, strict=True)]
-    return MixedCorruption([rows for _, rows in used], inputs, parts)
+            read = torch.cat([rows, other + (other >= rows)])
+        parts.append((rows, read, names[i]))
+    draw = partial(draw_corruption, generator=generator, device=device)
+    return MixedCorruption([(rows, read, draw(name, (len(read), *shape[1:]))) for rows, read, name in parts])

@@ -25,11 +25,8 @@ CANDIDATES = 10_000  # out of which k-center chooses
 
 
 def distinct(total: int, n: int, generator: torch.Generator) -> torch.Tensor:
-    """`n` distinct indices below `total` (all of them if there are no more) in random order, int64 `[min(n, total)]`.
-
-    If `n` is small against `total`, indices are drawn until `n` distinct ones are found: without memory for `total`.
-    """
-    if 4 * n >= total:
+    """`n` distinct indices below `total`, or all of them if there are no more, in random order, int64."""
+    if 4 * n >= total:  # below, no memory for `total` is needed
         return torch.randperm(total, generator=generator)[:n]
     drawn: dict[int, None] = {}
     while len(drawn) < n:
@@ -190,10 +187,7 @@ def _candidates(source: OutlierSource, n: int, seed: int, *key: int) -> list[tor
 
 
 def far_apart(groups: Sequence[torch.Tensor], n: int, net: nn.Module) -> Iterator[torch.Tensor]:
-    """`n` images of each group that are far from one another, and from those of the groups before.
-
-    They are chosen by k-center in the features of `net`.
-    """
+    """`n` images of each group, chosen by k-center in the features of `net`: also far from those of groups before."""
     before = None
     for images in groups:
         features = unit_features(net, lambda i, images=images: images[i.to(images.device)], torch.arange(len(images)))

@@ -73,10 +73,7 @@ def check_ipc(real: RealData, ipc: int) -> None:
 
 
 def random_images(real: RealData, ipc: int, seed: int, exp: int) -> SyntheticSet:
-    """`ipc` random training images of each class: those that experiment `exp` with `--init real` starts from.
-
-    For images in parts, `ipc` counts the parts.
-    """
+    """`ipc` random training images of each class: those (or their parts) that experiment `exp` starts from."""
     keys = [("match", exp, "initial", "images", label) for label in range(real.num_classes)]
     return _of_indices(real, [real.choose(key[-1], ipc, generator(seed, *key)) for key in keys])
 
@@ -102,10 +99,7 @@ def _of_indices(real: RealData, chosen: Sequence[torch.Tensor]) -> SyntheticSet:
 
 @torch.no_grad()
 def unit_features(net: nn.Module, take: Callable[[torch.Tensor], torch.Tensor], index: torch.Tensor) -> torch.Tensor:
-    """Features of length 1, float32 `[N, D]`, of the images `take(index)`.
-
-    `take` gives for int64 `[n]` normalised images `[n, C, H, W]`, on the device of `net`.
-    """
+    """Features of length 1, float32 `[N, D]`, of the normalised images `take(index)`, on the device of `net`."""
     net.eval()
     return torch.cat([F.normalize(net.embed(take(part)).flatten(1)) for part in index.split(BATCH)])
 
@@ -135,10 +129,7 @@ class FeatureNetworks:
         return net.eval()
 
     def for_coresets(self, given: str | None, cache: Path) -> nn.Module:
-        """The network of the file `given`, or one that is trained on the whole training set once and kept.
-
-        It is kept in the folder `given`, or in `cache`.
-        """
+        """The network of the file `given`, or one of the whole set that is kept in the folder `given` or `cache`."""
         if given is not None and given.endswith(".pt"):
             return load_network(Path(given), self.model, self.real, "--features")
         folder = cache if given is None else Path(given)

@@ -70,7 +70,7 @@ def draw_epoch(
 ) -> list[Batch]:
     """Draw the batches, of `batch` images, of one epoch over a synthetic set; only the sizes of the set matter.
 
-    If there are fewer outliers than images, they are repeated, so that every batch has as many of them as images.
+    Fewer outliers than images are repeated, so that every batch has as many of them as images.
     """
     size = tuple(synthetic.images.shape[2:])
 
@@ -97,10 +97,7 @@ def draw_epoch(
 def with_fresh_outliers(
     synthetic: SyntheticSet, drawn: Sequence[list[Batch]], generators: Sequence[torch.Generator]
 ) -> tuple[SyntheticSet, list[list[Batch]]]:
-    """Draw new outliers for each of some epochs, whose batches are `drawn`, from its generator.
-
-    Returns a set that holds all of them, and batches that index into it; the given set must have `fresh_oe`.
-    """
+    """A set that holds the `fresh_oe` of all epochs, and their batches, which index into these."""
     count = synthetic.fresh_oe.count
     made = torch.cat([synthetic.fresh_oe.make(g) for g in generators])
     moved = [[replace(b, index_oe=b.index_oe + i * count) for b in batches] for i, batches in enumerate(drawn)]
@@ -110,8 +107,7 @@ def with_fresh_outliers(
 def augmented_batches(synthetic: SyntheticSet, batches: Sequence[Batch]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield for each batch its augmented images followed by augmented outliers, `[n, C, H, W]`, and the image labels.
 
-    The set must not change meanwhile: many batches are augmented together. Where batches are mixed, its labels must be
-    probabilities.
+    Many are augmented together, so the set must not change meanwhile. To be mixed, its labels must be probabilities.
     """
     together = AUGMENTED_CUDA if synthetic.images.device.type == "cuda" else AUGMENTED_CPU
     largest = max(len(b.index) + (0 if b.index_oe is None else len(b.index_oe)) for b in batches)

@@ -18,9 +18,8 @@ def uniform_cross_entropy(logits: torch.Tensor) -> torch.Tensor:
 def joint_loss(logits: torch.Tensor, labels: torch.Tensor, lambda_oe: float) -> torch.Tensor:
     """Cross-entropy of the labelled rows plus `lambda_oe` times the uniform cross-entropy of the others.
 
-    Args:
-        logits: `[N + M, num_classes]`; the first N rows are labelled images, the last M (may be none) are outliers.
-        labels: int64 `[N]`, or probabilities `[N, num_classes]`.
+    Of logits `[N + M, num_classes]` the last M (may be none) are of outliers. Labels are int64 `[N]`, or probabilities
+    `[N, num_classes]`.
     """
     n = len(labels)
     loss = F.cross_entropy(logits[:n], labels)

@@ -39,8 +39,7 @@ class NetworkTraining:
         """Train all networks; returns the best and the last test accuracy of each, as fractions.
 
         There are `interval` epochs between two checkpoints. After a signal the network in training is saved if its
-        epoch ends in time, else its newest checkpoint is kept. A `UserError` tells of a training that diverges, or a
-        checkpoint that is not of this run.
+        epoch ends in time. A `UserError` tells of a training that diverges, or a checkpoint that is not of this run.
         """
         try:
             with rank_errors(), signals.catch():

@@ -21,7 +21,7 @@ TEST_BATCH = 250
 DRAWN_EPOCHS, DRAWN_IMAGES = 50, 2**18  # the most epochs that are drawn together, and the most images in them
 FRESH_NUMBERS = 2**26  # the most numbers in the new outliers of the epochs that are drawn together
 LR_NET = 0.01
-AfterEpoch = Callable[[int, torch.Tensor], None]  # called with the number of epochs done and the mean loss
+AfterEpoch = Callable[[int, torch.Tensor], None] | None  # called with the number of epochs done and the mean loss
 
 
 class Protocol(NamedTuple):
@@ -89,10 +89,9 @@ class Trainer:
             self.optimizer = torch.optim.SGD(self.net.parameters(), momentum=s.momentum, **common)
 
     def epochs(self, synthetic: SyntheticSet, drawn: Sequence[list[Batch]]) -> Iterator[torch.Tensor]:
-        """Train one epoch for each entry of `drawn`, its batches (from `draw_epoch`, on the device).
+        """Train one epoch on each entry of `drawn`, its batches on the device; yields the mean batch loss of each.
 
-        Yields the mean batch loss of each epoch, a scalar on the device. An InD batch and a batch of outliers are
-        augmented separately and go through the network in one forward pass.
+        An InD batch and a batch of outliers are augmented separately and go through the network in one forward pass.
         """
         inputs = augmented_batches(synthetic, [batch for batches in drawn for batch in batches])
         for batches in drawn:
@@ -102,10 +101,7 @@ class Trainer:
     def drawn_epochs(
         self, synthetic: SyntheticSet, generators: Sequence[torch.Generator], fresh: Sequence[torch.Generator] = ()
     ) -> Iterator[torch.Tensor]:
-        """Train one epoch with draws of each generator, see `epochs`.
-
-        `fresh`: for a set with new outliers in every epoch, the generators of those.
-        """
+        """`epochs` with draws of each generator; `fresh`: generators of new outliers for each, if there are any."""
         s = self.settings
         drawn = [draw_epoch(synthetic, s.batch, s.augmentation, g, s.mix) for g in generators]
         if fresh:
@@ -122,10 +118,7 @@ class Trainer:
         return predict(self.net, images, batch, self.forward)
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """One update on augmented images followed by outliers `[n, C, H, W]`; returns the loss.
-
-        `labels`: of the images, int64 or probabilities.
-        """
+        """One update on augmented images followed by outliers `[n, C, H, W]`, and labels of the images; the loss."""
         self.optimizer.zero_grad(set_to_none=True)  # before a recorded CUDA graph overwrites the gradients
         parts = joint_parts(images, labels, None if self.has_batchnorm else self.splitter)
         losses = []
@@ -137,12 +130,7 @@ class Trainer:
         return torch.stack(losses).mean() if len(losses) > 1 else losses[0]
 
     def train(
-        self,
-        synthetic: SyntheticSet,
-        seed: int,
-        key: tuple,
-        after_epoch: AfterEpoch | None = None,
-        first_epoch: int = 0,
+        self, synthetic: SyntheticSet, seed: int, key: tuple, after_epoch: AfterEpoch = None, first_epoch: int = 0
     ) -> None:
         """Train the network in place for `settings.epochs` epochs, of which those before `first_epoch` are done.
 
@@ -155,28 +143,23 @@ class Trainer:
         if self.settings.mix != "none":
             synthetic = synthetic.with_probabilities()
         shares, factor = SCHEDULES[self.settings.schedule]
-        drops = {int(share * epochs): lr * factor ** (n + 1) for n, share in enumerate(shares)}
+        drops = [int(share * epochs) for share in shares]
         per_block = epochs_drawn_together(synthetic)
         for first in range(first_epoch, epochs, per_block):
             block = range(first, min(first + per_block, epochs))
             of_epochs, of_outliers = ([generator(seed, *key, what, e) for e in block] for what in ("epoch", "outliers"))
             losses = self.drawn_epochs(synthetic, of_epochs, of_outliers if synthetic.fresh_oe is not None else ())
             for epoch in block:
-                if epoch and epoch in drops:
-                    self._drop(drops[epoch])
+                rate = lr * factor ** sum(drop <= epoch for drop in drops) if epoch else lr
+                if self.settings.schedule == "half" and epoch and epoch in drops:
+                    self.restart(rate)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
                 loss = next(losses)
                 if after_epoch is not None:
                     after_epoch(epoch + 1, loss)
 
-    def _drop(self, lr: float) -> None:
-        if self.settings.schedule == "half":
-            self.restart(lr)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-
-    def train_fresh(
-        self, synthetic: SyntheticSet, seed: int, key: tuple, after_epoch: AfterEpoch | None = None
-    ) -> None:
+    def train_fresh(self, synthetic: SyntheticSet, seed: int, key: tuple, after_epoch: AfterEpoch = None) -> None:
         """`train` a network whose weights are drawn from `generator(seed, *key)`."""
         initialize(self.net, generator(seed, *key))
         self.train(synthetic, seed, key, after_epoch)
@@ -192,17 +175,13 @@ class Trainer:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict | None) -> None:
-    """Continue with the state and the learning rates of a `state_dict`; all else comes from the flags.
+    """Continue with the state of a `state_dict`, but not with its parameter groups, which come from the flags.
 
-    A `ValueError`, `KeyError`, `TypeError` or `AttributeError` tells that it is of other parameters, or that there is
-    none, as in checkpoints of older code.
+    A `ValueError`, `KeyError`, `TypeError` or `AttributeError` tells that it is of other parameters, or of older code.
     """
     if state is None:
         raise ValueError("older code wrote it; resume it with that, or start a new run")
-    groups = optimizer.state_dict()["param_groups"]
-    rates = [{"lr": float(group["lr"])} for group in state["param_groups"]]
-    groups = [group | rate for group, rate in zip(groups, rates, strict=True)]
-    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state["state"]})
     for parameter, of_parameter in optimizer.state.items():
         tensors = {name: value for name, value in of_parameter.items() if isinstance(value, torch.Tensor)}
         if any(value.ndim and value.shape != parameter.shape for value in tensors.values()):
@@ -213,10 +192,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict | None) -> None
 def epochs_drawn_together(synthetic: SyntheticSet) -> int:
     """How many epochs are drawn together: fewer the larger the set is; what is drawn does not depend on it."""
     images = len(synthetic.images) + synthetic.num_outliers
-    most = [DRAWN_EPOCHS, DRAWN_IMAGES // images]
-    if synthetic.fresh_oe is not None:
-        most.append(FRESH_NUMBERS // (synthetic.num_outliers * synthetic.images[0].numel()))
-    return max(1, min(most))
+    fresh = 1 if synthetic.fresh_oe is None else synthetic.num_outliers * synthetic.images[0].numel()
+    return max(1, min(DRAWN_EPOCHS, DRAWN_IMAGES // images, FRESH_NUMBERS // fresh))
 
 
 @torch.no_grad()
