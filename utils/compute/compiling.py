@@ -27,7 +27,7 @@ SAVED_SECONDS = 2 * 2e-9
 
 @dataclass(frozen=True)
 class Workload:
-    """The length of a run in this process, from which `choose_compile` decides."""
+    """The length of a run in this process."""
 
     passes: float  # forward and backward passes of single images; a forward pass alone counts half
     steps: int  # how often a batch goes through a network: matching steps, updates of networks, tested batches
@@ -40,10 +40,9 @@ def batches(images: int, size: int) -> int:
 
 
 def faster_on_cpu(net: nn.Module) -> bool:
-    """Whether compiled code is faster for this network on a CPU.
+    """Whether compiled code is faster for this network on a CPU: ConvNets with pooling become 1.2 to 2 times faster.
 
-    ConvNets with pooling become 1.2 to 2 times faster. LeNet, AlexNet and VGG become slower (because of their pooling,
-    and convolutions of many channels on few pixels); ResNets, MLP and ConvNets without pooling do not gain.
+    LeNet, AlexNet and VGG become slower; ResNets, MLP and ConvNets without pooling do not gain.
     """
     return isinstance(net, ConvNet) and any(isinstance(m, (nn.AvgPool2d, nn.MaxPool2d)) for m in net.modules())
 
@@ -89,10 +88,8 @@ class Compiled:
                 return self.compiled(images, *rest)
             except torch._dynamo.exc.BackendCompilerFailed as error:
                 cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "torchinductor_*")
+                said = str(error).rpartition("Output:")[2].strip().partition("\n")[0]  # by the compiler, if it is there
                 advice = f"Install or repair g++, or delete its cache, {cache}"
-                said = (
-                    str(error).rpartition("Output:")[2].strip().partition("\n")[0]
-                )  # if there is one, of the compiler
                 what = f"torch.compile failed: {one_line(said)}. {advice}"
                 if self.required:
                     raise UserError(f"--compile on: {what}, or use --compile off") from None

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from utils.compute import distributed
 from utils.compute.transfer import Draw, send
@@ -24,7 +24,7 @@ from utils.training.coresets import k_center, unit_features
 CANDIDATES = 10_000  # out of which k-center chooses
 
 
-def distinct(total: int, n: int, generator: torch.Generator) -> torch.Tensor:
+def distinct(total: int, n: int, generator: torch.Generator) -> Tensor:
     """`n` distinct indices below `total`, or all of them if there are no more, in random order, int64."""
     if 4 * n >= total:  # below, no memory for `total` is needed
         return torch.randperm(total, generator=generator)[:n]
@@ -38,7 +38,7 @@ def distinct(total: int, n: int, generator: torch.Generator) -> torch.Tensor:
 class OutlierBatch(Draw):
     """The random part of a batch of outliers."""
 
-    index: torch.Tensor  # int64, of the images that are read
+    index: Tensor  # int64, of the images that are read
     corruption: Draw | None = None  # `Corruption` or `MixedCorruption`
     count: int | None = None  # only so many of them are outliers of the batch; None: all
 
@@ -55,7 +55,7 @@ class OutlierSource:
     real: RealData
     notice: str = ""  # a line for the log
 
-    def draw(self, slot: int, n: int, generator: torch.Generator) -> torch.Tensor:
+    def draw(self, slot: int, n: int, generator: torch.Generator) -> Tensor:
         """`choose`, then `batch`."""
         return self.batch(self.choose(slot, n, generator))
 
@@ -87,7 +87,7 @@ class PseudoOutliers(OutlierSource):
         draw, what = (draw_mixed, names) if self.mixed else (draw_corruption, names[0])
         return OutlierBatch(index, draw(what, shape, generator, self.real.device), n)
 
-    def batch(self, drawn: OutlierBatch) -> torch.Tensor:
+    def batch(self, drawn: OutlierBatch) -> Tensor:
         return self.real.normalize(drawn.corruption(self.real.unit_train(drawn.index))[: drawn.count])
 
 
@@ -97,8 +97,8 @@ class OutlierPool(OutlierSource):
     by `conform`."""
 
     real: RealData
-    images: torch.Tensor  # uint8 `[N, C, H, W]`, possibly memory-mapped
-    slices: torch.Tensor  # int64 indices `[num_classes, per_slot]`
+    images: Tensor  # uint8 `[N, C, H, W]`, possibly memory-mapped
+    slices: Tensor  # int64 indices `[num_classes, per_slot]`
     notice: str = ""
     sample: str = ""  # fingerprint of some images of the whole pool
 
@@ -111,7 +111,7 @@ class OutlierPool(OutlierSource):
     def choose(self, slot: int, n: int, generator: torch.Generator) -> OutlierBatch:
         return OutlierBatch(self.slices[slot][distinct(self.per_slot(), n, generator)])
 
-    def batch(self, drawn: OutlierBatch) -> torch.Tensor:
+    def batch(self, drawn: OutlierBatch) -> Tensor:
         images = self.images.index_select(0, send(drawn.index, self.images.device))
         return self.real.normalize(conform(images, self.real.channel, self.real.im_size))
 
@@ -153,24 +153,24 @@ def load_outlier_pool(
     return OutlierPool(real, images, slices, "; ".join(notices), sample)
 
 
-def draw_repeated(source: OutlierSource, slot: int, n: int, generator: torch.Generator) -> torch.Tensor:
+def draw_repeated(source: OutlierSource, slot: int, n: int, generator: torch.Generator) -> Tensor:
     """Exactly `n` outliers of a slot, normalised `[n, C, H, W]`: repeated where the source has fewer."""
     batch = source.draw(slot, n, generator)
     return batch[torch.arange(n) % len(batch)]
 
 
-def draw_by_slot(source: OutlierSource, n: int, seed: int, *key: int | str) -> list[torch.Tensor]:
+def draw_by_slot(source: OutlierSource, n: int, seed: int, *key: int | str) -> list[Tensor]:
     """Exactly `n` outliers of each slot, see `draw_repeated`; their generators depend on `seed`, `key` and the slot."""
     slots = range(source.real.num_classes)
     return [draw_repeated(source, slot, n, keyed_generator(seed, *key, slot)) for slot in slots]
 
 
-def initial_outliers(source: OutlierSource, per_slot: int, seed: int, exp: int) -> torch.Tensor:
+def initial_outliers(source: OutlierSource, per_slot: int, seed: int, exp: int) -> Tensor:
     """The outliers that a distillation with `--init real` starts from, `[num_classes·per_slot, C, H, W]`."""
     return torch.cat(draw_by_slot(source, per_slot, seed, "match", exp, "initial", "outliers"))
 
 
-def k_center_by_slot(source: OutlierSource, n: int, net: nn.Module, seed: int, *key: int) -> torch.Tensor:
+def k_center_by_slot(source: OutlierSource, n: int, net: nn.Module, seed: int, *key: int) -> Tensor:
     """`n` outliers of each class slot, chosen by k-center, see `far_apart`: `[num_classes, n, C, H, W]`."""
     return torch.stack([*far_apart(_candidates(source, n, seed, *key), n, net)])
 
@@ -182,11 +182,11 @@ def with_k_center(synthetic: SyntheticSet, source: OutlierSource, ipc: int, seed
     return replace(synthetic, images_oe=chosen.cpu())
 
 
-def _candidates(source: OutlierSource, n: int, seed: int, *key: int) -> list[torch.Tensor]:
+def _candidates(source: OutlierSource, n: int, seed: int, *key: int) -> list[Tensor]:
     return draw_by_slot(source, max(n, CANDIDATES // source.real.num_classes), seed, "candidates", *key)
 
 
-def far_apart(groups: Sequence[torch.Tensor], n: int, net: nn.Module) -> Iterator[torch.Tensor]:
+def far_apart(groups: Sequence[Tensor], n: int, net: nn.Module) -> Iterator[Tensor]:
     """`n` images of each group, chosen by k-center in the features of `net`: also far from those of groups before."""
     before = None
     for images in groups:
@@ -208,7 +208,7 @@ class FreshOutliers:
         """How many are made together."""
         return self.source.real.num_classes * self.per_slot
 
-    def make(self, g: torch.Generator) -> torch.Tensor:
+    def make(self, g: torch.Generator) -> Tensor:
         """Draw them, normalised `[count, C, H, W]`, sorted by slot; a slot that has fewer repeats some."""
         slots = range(self.source.real.num_classes)
         return torch.cat([draw_repeated(self.source, slot, self.per_slot, g) for slot in slots])
@@ -229,9 +229,7 @@ def with_corrupted_again(
     return replace(synthetic, fresh_oe=FreshOutliers(source, per_slot))
 
 
-def corrupted(
-    images: torch.Tensor, real: RealData, corruptions: tuple[str, ...], mixed: bool = False
-) -> PseudoOutliers:
+def corrupted(images: Tensor, real: RealData, corruptions: tuple[str, ...], mixed: bool = False) -> PseudoOutliers:
     """A source that corrupts normalised images `[N, C, H, W]`, clipped to the range of pixels, in place of real."""
     unit = real.denormalize(images.to(real.device))
     return PseudoOutliers(replace(real, images_train=unit), corruptions, mixed)

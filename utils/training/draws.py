@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from utils.compute.transfer import Draw
 from utils.data.augment import DC, DSA, apply_by_part, identity
@@ -17,11 +18,11 @@ MIXED_SHARE = 0.5  # of the batches, as IDC and its descendants mix
 class Mix(Draw):
     """How the images of a batch are mixed with others of it, and the labels alike."""
 
-    partner: torch.Tensor  # the other image of each, int64 [n]
-    weight: torch.Tensor  # of the image itself, a scalar
+    partner: Tensor  # the other image of each, int64 [n]
+    weight: Tensor  # of the image itself, a scalar
     box: tuple[int, int, int, int] | None = None  # the rows and columns that CutMix takes of the other; None: mixup
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+    def __call__(self, images: Tensor) -> Tensor:
         if self.box is None:
             return self.weight * images + (1 - self.weight) * images[self.partner]
         top, bottom, left, right = self.box
@@ -29,7 +30,7 @@ class Mix(Draw):
         out[:, :, top:bottom, left:right] = images[self.partner, :, top:bottom, left:right]
         return out
 
-    def of_labels(self, labels: torch.Tensor) -> torch.Tensor:
+    def of_labels(self, labels: Tensor) -> Tensor:
         """Probabilities `[n, num_classes]`, mixed as the images are."""
         return self.weight * labels + (1 - self.weight) * labels[self.partner]
 
@@ -58,9 +59,9 @@ def draw_mix(kind: str, n: int, size: tuple[int, int], g: torch.Generator) -> Mi
 class Batch(Draw):
     """The random choices of one batch: its images and outliers (int64 `[n]`), and how they are augmented."""
 
-    index: torch.Tensor
+    index: Tensor
     transform: Draw | None
-    index_oe: torch.Tensor | None
+    index_oe: Tensor | None
     transform_oe: Draw | None
     mix: Mix | None = None  # of the augmented images; outliers are not mixed
 
@@ -74,7 +75,7 @@ def draw_epoch(
     """
     size = tuple(synthetic.images.shape[2:])
 
-    def transform(index: torch.Tensor | None) -> Draw | None:
+    def transform(index: Tensor | None) -> Draw | None:
         if augmentation is None or index is None or not len(index):
             return None
         return augmentation.draw(len(index), size, g)
@@ -104,7 +105,7 @@ def with_fresh_outliers(
     return replace(synthetic, images_oe=made, fresh_oe=None), moved
 
 
-def augmented_batches(synthetic: SyntheticSet, batches: Sequence[Batch]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def augmented_batches(synthetic: SyntheticSet, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield for each batch its augmented images followed by augmented outliers, `[n, C, H, W]`, and the image labels.
 
     Many are augmented together, so the set must not change meanwhile. To be mixed, its labels must be probabilities.
@@ -125,9 +126,7 @@ def augmented_batches(synthetic: SyntheticSet, batches: Sequence[Batch]) -> Iter
         yield from zip(images, labels, strict=True)
 
 
-def _augmented(
-    images: torch.Tensor, index: Sequence[torch.Tensor], transforms: Sequence[Draw | None]
-) -> Sequence[torch.Tensor]:
+def _augmented(images: Tensor, index: Sequence[Tensor], transforms: Sequence[Draw | None]) -> Sequence[Tensor]:
     """`transform(images[i])` for each `i` of `index`."""
     lengths = [len(i) for i in index]
     chosen = images.index_select(0, torch.cat(list(index)))

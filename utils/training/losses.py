@@ -2,11 +2,12 @@
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from utils.compute.cpu_batches import BatchSplitter
 
 
-def uniform_cross_entropy(logits: torch.Tensor) -> torch.Tensor:
+def uniform_cross_entropy(logits: Tensor) -> Tensor:
     """Cross-entropy from the uniform distribution to the softmax of `logits` `[N, num_classes]`, mean over the batch.
 
     It is `mean_n( logsumexp_k z_nk - mean_k z_nk )`; its minimum, `log(num_classes)`, is reached at constant logits.
@@ -15,20 +16,17 @@ def uniform_cross_entropy(logits: torch.Tensor) -> torch.Tensor:
     return (logits.logsumexp(dim=1) - logits.mean(dim=1)).mean()
 
 
-def joint_loss(logits: torch.Tensor, labels: torch.Tensor, lambda_oe: float) -> torch.Tensor:
+def joint_loss(logits: Tensor, labels: Tensor, lambda_oe: float) -> Tensor:
     """Cross-entropy of the labelled rows plus `lambda_oe` times the uniform cross-entropy of the others.
 
-    Of logits `[N + M, num_classes]` the last M (may be none) are of outliers. Labels are int64 `[N]`, or probabilities
-    `[N, num_classes]`.
+    Of logits `[N + M, num_classes]` the last M (may be none) are of outliers; labels are int64 `[N]` or probabilities.
     """
     n = len(labels)
     loss = F.cross_entropy(logits[:n], labels)
     return loss if len(logits) == n else loss + lambda_oe * uniform_cross_entropy(logits[n:])
 
 
-def joint_parts(
-    images: torch.Tensor, labels: torch.Tensor, splitter: BatchSplitter | None
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def joint_parts(images: Tensor, labels: Tensor, splitter: BatchSplitter | None) -> list[tuple[Tensor, Tensor]]:
     """Split a batch into equal parts (images, labels), the mean of whose joint losses is the loss of the batch.
 
     The images are labelled ones followed by outliers `[N + M, C, H, W]`; each part has its share of both. Without a

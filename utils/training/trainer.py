@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from networks import has_batchnorm, initialize
 from utils.compute.cpu_batches import BatchSplitter, padded_to
@@ -21,7 +21,7 @@ TEST_BATCH = 250
 DRAWN_EPOCHS, DRAWN_IMAGES = 50, 2**18  # the most epochs that are drawn together, and the most images in them
 FRESH_NUMBERS = 2**26  # the most numbers in the new outliers of the epochs that are drawn together
 LR_NET = 0.01
-AfterEpoch = Callable[[int, torch.Tensor], None] | None  # called with the number of epochs done and the mean loss
+AfterEpoch = Callable[[int, Tensor], None] | None  # called with the number of epochs done and the mean loss
 
 
 class Protocol(NamedTuple):
@@ -88,7 +88,7 @@ class Trainer:
         else:
             self.optimizer = torch.optim.SGD(self.net.parameters(), momentum=s.momentum, **common)
 
-    def epochs(self, synthetic: SyntheticSet, drawn: Sequence[list[Batch]]) -> Iterator[torch.Tensor]:
+    def epochs(self, synthetic: SyntheticSet, drawn: Sequence[list[Batch]]) -> Iterator[Tensor]:
         """Train one epoch on each entry of `drawn`, its batches on the device; yields the mean batch loss of each.
 
         An InD batch and a batch of outliers are augmented separately and go through the network in one forward pass.
@@ -100,7 +100,7 @@ class Trainer:
 
     def drawn_epochs(
         self, synthetic: SyntheticSet, generators: Sequence[torch.Generator], fresh: Sequence[torch.Generator] = ()
-    ) -> Iterator[torch.Tensor]:
+    ) -> Iterator[Tensor]:
         """`epochs` with draws of each generator; `fresh`: generators of new outliers for each, if there are any."""
         s = self.settings
         drawn = [draw_epoch(synthetic, s.batch, s.augmentation, g, s.mix) for g in generators]
@@ -108,16 +108,16 @@ class Trainer:
             synthetic, drawn = with_fresh_outliers(synthetic, drawn, fresh)
         return self.epochs(synthetic, send_draws(drawn, synthetic.images.device))
 
-    def epoch(self, synthetic: SyntheticSet, g: torch.Generator) -> torch.Tensor:
+    def epoch(self, synthetic: SyntheticSet, g: torch.Generator) -> Tensor:
         """Train one epoch over the synthetic set; returns the mean batch loss."""
         return next(self.drawn_epochs(synthetic, [g]))
 
-    def predict(self, images: torch.Tensor) -> torch.Tensor:
+    def predict(self, images: Tensor) -> Tensor:
         """Logits `[N, num_classes]` of images `[N, C, H, W]`, in evaluation mode."""
         batch = TEST_BATCH // self.test_splitter.count(images[:TEST_BATCH])
         return predict(self.net, images, batch, self.forward)
 
-    def step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
         """One update on augmented images followed by outliers `[n, C, H, W]`, and labels of the images; the loss."""
         self.optimizer.zero_grad(set_to_none=True)  # before a recorded CUDA graph overwrites the gradients
         parts = joint_parts(images, labels, None if self.has_batchnorm else self.splitter)
@@ -183,7 +183,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict | None) -> None
         raise ValueError("older code wrote it; resume it with that, or start a new run")
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state["state"]})
     for parameter, of_parameter in optimizer.state.items():
-        tensors = {name: value for name, value in of_parameter.items() if isinstance(value, torch.Tensor)}
+        tensors = {name: value for name, value in of_parameter.items() if isinstance(value, Tensor)}
         if any(value.ndim and value.shape != parameter.shape for value in tensors.values()):
             raise ValueError("momentum of another shape than its parameter")
         of_parameter |= {name: value.clone() for name, value in tensors.items()}  # those of a file may share memory
@@ -197,9 +197,7 @@ def epochs_drawn_together(synthetic: SyntheticSet) -> int:
 
 
 @torch.no_grad()
-def predict(
-    net: nn.Module, images: torch.Tensor, batch: int = TEST_BATCH, forward: Callable | None = None
-) -> torch.Tensor:
+def predict(net: nn.Module, images: Tensor, batch: int = TEST_BATCH, forward: Callable | None = None) -> Tensor:
     """Logits `[N, num_classes]` of all images `[N, C, H, W]`, in evaluation mode, including a last partial batch.
 
     `forward` is a compiled `net`, if there is one. Its batches all have one size: the last is padded with zeros.
@@ -210,6 +208,6 @@ def predict(
     return torch.cat([forward(padded_to(part, batch)).float().clone() for part in images.split(batch)])[: len(images)]
 
 
-def accuracy_of(logits: torch.Tensor, labels: torch.Tensor) -> float:
+def accuracy_of(logits: Tensor, labels: Tensor) -> float:
     """Fraction of rows of `logits` `[N, num_classes]` whose largest entry is at the label."""
     return (logits.argmax(1) == labels).float().mean().item()
