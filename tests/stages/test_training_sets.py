@@ -34,9 +34,9 @@ from utils.outliers.sources import (
     PseudoOutliers,
     corrupted,
     initial_outliers,
+    k_center_outliers,
     with_corrupted_again,
     with_fresh,
-    with_k_center,
 )
 from utils.settings.arguments import Stage2Settings
 from utils.stages.stage2 import find_distilled
@@ -234,9 +234,8 @@ def test_a_class_that_is_too_small_is_told_before_networks_train(digits):
 def test_k_center_spreads_outliers(digits):
     """The chosen ones are farther apart, in the features in which they are chosen, than random ones."""
     net = get_network("ConvNetD1", 1, 10, (8, 8), generator(0)).eval()
-    empty = random_images(digits, 2, 1, 0)
     source = PseudoOutliers(digits)
-    chosen = with_k_center(empty, source, 2, 1, net).images_oe
+    chosen = k_center_outliers(source, 2, net, 1, together=True)
     random = torch.cat([source.draw(c, 2, generator(9, c)) for c in range(10)])
 
     def least_distance(images: torch.Tensor) -> float:

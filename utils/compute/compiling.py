@@ -83,18 +83,18 @@ class Compiled:
     def __call__(self, images: torch.Tensor, *rest: object) -> object:
         if images.dim() == 4:
             images = images.contiguous(memory_format=torch.channels_last)
-        if self.required or not Compiled.failed:
-            try:
-                return self.compiled(images, *rest)
-            except torch._dynamo.exc.BackendCompilerFailed as error:
-                cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "torchinductor_*")
-                said = str(error).rpartition("Output:")[2].strip().partition("\n")[0]  # by the compiler, if it is there
-                advice = f"Install or repair g++, or delete its cache, {cache}"
-                what = f"torch.compile failed: {one_line(said)}. {advice}"
-                if self.required:
-                    raise UserError(f"--compile on: {what}, or use --compile off") from None
-                warnings.warn(f"nothing is compiled: {what}", stacklevel=2)
-                Compiled.failed = True
+        if Compiled.failed and not self.required:
+            return self.function(images, *rest)
+        try:
+            return self.compiled(images, *rest)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            said = str(error).rpartition("Output:")[2].strip().partition("\n")[0]  # by the compiler, if that is there
+        cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "torchinductor_*")
+        what = f"torch.compile failed: {one_line(said)}. Install or repair g++, or delete its cache, {cache}"
+        if self.required:
+            raise UserError(f"--compile on: {what}, or use --compile off")
+        warnings.warn(f"nothing is compiled: {what}", stacklevel=2)
+        Compiled.failed = True
         return self.function(images, *rest)
 
 

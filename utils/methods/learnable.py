@@ -22,7 +22,7 @@ from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet, check_factor, encode
 from utils.methods.method import MatchingSettings, MethodInputs
 from utils.outliers.distilled import check_start, clamp_to_pixels
-from utils.outliers.sources import OutlierBatch, OutlierSource, draw_repeated, k_center_by_slot
+from utils.outliers.sources import OutlierBatch, OutlierSource, draw_repeated, k_center_outliers
 from utils.training.coresets import FeatureNetworks
 from utils.training.draws import Batch, draw_epoch
 from utils.training.network_pool import NetworkPool
@@ -106,7 +106,7 @@ class LearnableSet:
                 labelled = SyntheticSet(images.flatten(0, 1), self.labels, factor=s.factor).decoded()
                 training = TrainSettings(1, augmentation=self.augmentation)
                 net = FeatureNetworks(s.model, self.real, training, s.seed, "off", "fp32").train(labelled)
-                chosen = k_center_by_slot(self.outliers, s.decoded_ipc, net, s.seed, exp)
+                chosen = k_center_outliers(self.outliers, s.decoded_ipc, net, s.seed, exp).split(s.decoded_ipc)
                 outliers = torch.stack([encode(of_slot, s.factor) for of_slot in chosen])
             distributed.broadcast_(outliers)  # a network that is trained elsewhere may choose others
             return outliers

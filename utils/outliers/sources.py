@@ -1,7 +1,6 @@
 """Outliers that are not distilled: from a pool of real images (OE), or corrupted training images (POE); random ones,
 those that k-center chooses, and those that are new in every epoch of training."""
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -170,30 +169,23 @@ def initial_outliers(source: OutlierSource, per_slot: int, seed: int, exp: int) 
     return torch.cat(draw_by_slot(source, per_slot, seed, "match", exp, "initial", "outliers"))
 
 
-def k_center_by_slot(source: OutlierSource, n: int, net: nn.Module, seed: int, *key: int) -> Tensor:
-    """`n` outliers of each class slot, chosen by k-center, see `far_apart`: `[num_classes, n, C, H, W]`."""
-    return torch.stack([*far_apart(_candidates(source, n, seed, *key), n, net)])
+def k_center_outliers(
+    source: OutlierSource, n: int, net: nn.Module, seed: int, *key: int, together: bool = False
+) -> Tensor:
+    """`n` outliers of each class slot, `[num_classes·n, C, H, W]`, chosen by k-center in the features of `net`.
 
-
-def with_k_center(synthetic: SyntheticSet, source: OutlierSource, ipc: int, seed: int, net: nn.Module) -> SyntheticSet:
-    """The set with `ipc` outliers for each class, chosen by k-center among those of all slots."""
-    candidates = torch.cat(_candidates(source, ipc, seed))
-    (chosen,) = far_apart([candidates], ipc * source.real.num_classes, net)
-    return replace(synthetic, images_oe=chosen.cpu())
-
-
-def _candidates(source: OutlierSource, n: int, seed: int, *key: int) -> list[Tensor]:
-    return draw_by_slot(source, max(n, CANDIDATES // source.real.num_classes), seed, "candidates", *key)
-
-
-def far_apart(groups: Sequence[Tensor], n: int, net: nn.Module) -> Iterator[Tensor]:
-    """`n` images of each group, chosen by k-center in the features of `net`: also far from those of groups before."""
-    before = None
+    Each slot's are far from those of the slots before, too; `together`: they are chosen among those of all slots.
+    """
+    groups = draw_by_slot(source, max(n, CANDIDATES // source.real.num_classes), seed, "candidates", *key)
+    if together:
+        groups, n = [torch.cat(groups)], n * source.real.num_classes
+    outliers, before = [], None
     for images in groups:
         features = unit_features(net, lambda i, images=images: images[i.to(images.device)], torch.arange(len(images)))
         chosen = k_center(features, n, before)
-        yield images[chosen.to(images.device)]
+        outliers.append(images[chosen.to(images.device)])
         before = features[chosen] if before is None else torch.cat([before, features[chosen]])
+    return torch.cat(outliers)
 
 
 @dataclass(frozen=True)

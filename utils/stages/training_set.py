@@ -17,10 +17,10 @@ from utils.outliers.sources import (
     PseudoOutliers,
     corrupted,
     initial_outliers,
+    k_center_outliers,
     load_outlier_pool,
     with_corrupted_again,
     with_fresh,
-    with_k_center,
 )
 from utils.runs.lineage import TRAINED_ON, Found
 from utils.settings.arguments import Stage2Settings
@@ -136,7 +136,8 @@ def with_stored_outliers(
     else:
         how = "chosen by k-center"
         net = feature_network() if distributed.is_main() else None
-        made = distributed.from_main(with_k_center(synthetic, source, per_slot, s.seed, net) if net else None)
+        chosen_oe = net and k_center_outliers(source, per_slot, net, s.seed, together=True).cpu()
+        made = replace(synthetic, images_oe=distributed.from_main(chosen_oe))
     made = replace(made, images_oe=as_parts(made.images_oe, chosen.factor))
     line = f"outliers, not distilled: {len(made.images_oe)} {_named(s)}, {how}"
     return replace(chosen, synthetic=made, lines=(*chosen.lines, line), path=None)
