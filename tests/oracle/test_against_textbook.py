@@ -16,8 +16,7 @@ from networks.convnet import ConvNet
 from scripts import textbook
 from tests.oracle.plain_methods import PlainMatching
 from utils.compute import transfer
-from utils.compute.compiling import Workload
-from utils.compute.device import Compute, choose_compute, set_precision
+from utils.compute.device import Compute, Workload, choose_compute, set_precision
 from utils.compute.transfer import send_draws
 from utils.core.rng import generator
 from utils.data import augment, datasets

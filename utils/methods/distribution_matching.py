@@ -12,8 +12,8 @@ import torch
 
 from networks import has_batchnorm
 from utils.compute import distributed
-from utils.compute.compiling import Workload, batches
 from utils.compute.cpu_batches import BatchSplitter, in_parts
+from utils.compute.device import Workload, batches
 from utils.core.rng import generator
 from utils.data.augment import apply_by_part, apply_by_slot, identity
 from utils.data.synthetic import decode_slots, on_stored

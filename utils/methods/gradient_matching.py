@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from utils.compute import distributed
-from utils.compute.compiling import Workload, batches
+from utils.compute.device import Workload, batches
 from utils.core.rng import generator
 from utils.data.augment import identity
 from utils.data.synthetic import decode_slots, on_stored

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from utils.compute import distributed
-from utils.compute.compiling import Workload
+from utils.compute.device import Workload
 from utils.compute.transfer import send, send_draws
 from utils.core.errors import UserError
 from utils.core.rng import generator

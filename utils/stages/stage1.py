@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from utils.compute import distributed
-from utils.compute.compiling import Workload, batches
-from utils.compute.device import Compute, choose_compute, choose_device
+from utils.compute.device import Compute, Workload, batches, choose_compute, choose_device
 from utils.core.errors import UserError, blame
 from utils.core.rng import generator
 from utils.core.torch_files import fingerprint

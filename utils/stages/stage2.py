@@ -7,8 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from utils.compute import distributed
-from utils.compute.compiling import Workload, batches
-from utils.compute.device import choose_compute, choose_device
+from utils.compute.device import Workload, batches, choose_compute, choose_device
 from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.core.torch_files import fingerprint

@@ -9,8 +9,7 @@ import numpy as np
 from torch import nn
 
 from utils.compute import distributed
-from utils.compute.compiling import Workload, batches
-from utils.compute.device import choose_compute, choose_device
+from utils.compute.device import Workload, batches, choose_compute, choose_device
 from utils.compute.version import versions, versions_line
 from utils.core.errors import UserError, rank_errors
 from utils.core.files import save_text

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.compute.compiling import Workload, batches
-from utils.compute.device import choose_compute, kept_precision
+from utils.compute.device import Workload, batches, choose_compute, kept_precision
 from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.datasets import RealData

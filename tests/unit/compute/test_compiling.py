@@ -15,16 +15,16 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import main_poe
 from networks import get_network
-from utils.compute import compiling, device, distributed
-from utils.compute.compiling import (
+from utils.compute import device, distributed
+from utils.compute.device import (
     COMPILE_SECONDS,
     SAVED_SECONDS,
     Compiled,
+    Compute,
     Workload,
     choose_compile,
     faster_on_cpu,
 )
-from utils.compute.device import Compute
 from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.augment import DSA
@@ -157,8 +157,8 @@ def run_with_broken_compiler(program, tmp_path):
             path.chmod(0o755)
         flags = "--dataset Digits --model ConvNetD1 --ipc 1 --method DSA --dsa_strategy crop_scale --num_exp 1"
         flags += " --num_eval 1 --epoch_eval_train 2 --Iteration 1 --batch_real 16"
-        code = "import sys; from utils.compute import compiling; compiling.COMPILE_SECONDS = dict.fromkeys("
-        code += "compiling.COMPILE_SECONDS, 0.0); import main; from utils.core.run_script import run_script; "
+        code = "import sys; from utils.compute import device; device.COMPILE_SECONDS = dict.fromkeys("
+        code += "device.COMPILE_SECONDS, 0.0); import main; from utils.core.run_script import run_script; "
         code += "run_script(lambda: main.main(main.get_args_parser().parse_args()), 'main.py')"
         env = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "CXX": ""}
         env |= {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
@@ -199,16 +199,16 @@ def test_compiled_code_is_kept_in_the_users_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "set, so that it is restored after the test")
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    compiling.use_lasting_cache()
+    device.use_lasting_cache()
     folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     assert folder.is_relative_to(tmp_path / "cache" / "trustdd")
     assert torch.__version__.replace("+", "-") in folder.name
-    monkeypatch.setattr(compiling, "processor_features", lambda: "another")
+    monkeypatch.setattr(device, "processor_features", lambda: "another")
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    compiling.use_lasting_cache()
+    device.use_lasting_cache()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] != str(folder)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/the/users")
-    compiling.use_lasting_cache()
+    device.use_lasting_cache()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/the/users"
 
 
@@ -219,7 +219,7 @@ def test_a_cache_folder_that_cannot_be_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in (str(tmp_path / "file"), "~/.cache"):  # the second is what a user without a home has
         monkeypatch.setenv("XDG_CACHE_HOME", folder)
-        compiling.use_lasting_cache()
+        device.use_lasting_cache()
         assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
@@ -228,7 +228,7 @@ def test_a_cache_folder_that_cannot_be_made(tmp_path, monkeypatch):
 def test_a_second_process_compiles_nothing_anew(tmp_path):
     """It finds everything in the cache of the first: no new library is written."""
     code = (
-        "import torch; from utils.compute.compiling import Compiled; "
+        "import torch; from utils.compute.device import Compiled; "
         "f = Compiled(lambda x: (x * 2).relu().sum(), None, True); print(f(torch.ones(2, 3, 4, 4)).item())"
     )
     env = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"} | {"XDG_CACHE_HOME": str(tmp_path)}
