@@ -35,7 +35,7 @@ from utils.runs.run_folder import RunFolder
 from utils.settings.arguments import Stage3Settings
 from utils.settings.common import read_data
 from utils.settings.fields import as_dict
-from utils.training.saved_networks import checkpoint_name, checkpoints_of, epochs_of, load_trained
+from utils.training.network_training import checkpoint_name, checkpoints_of, epochs_of, load_trained
 
 
 def run_stage3(settings: Stage3Settings) -> Results:

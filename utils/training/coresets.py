@@ -14,7 +14,7 @@ from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet
-from utils.training.saved_networks import load_network, save_network
+from utils.training.network_training import load_network, save_network
 from utils.training.trainer import Trainer, TrainSettings
 
 BATCH = 250

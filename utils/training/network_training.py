@@ -1,14 +1,18 @@
-"""The loop of stage 2: networks are trained one after another, tested meanwhile, and saved as checkpoints."""
+"""The networks of stage 2: trained one after another, tested meanwhile, saved as checkpoints, and loaded from these."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from networks import initialize
 from utils.compute import distributed
-from utils.core.errors import Interrupted, UserError, one_line, rank_errors
+from utils.core.errors import Interrupted, UserError, blame, one_line, rank_errors, require
+from utils.core.files import save_pt
 from utils.core.rng import generator
+from utils.core.torch_files import read_pt
 from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet
 from utils.runs import signals
@@ -16,11 +20,67 @@ from utils.runs.checkpoints import Checkpointer
 from utils.runs.progress import LOG_EVERY
 from utils.runs.resume import resume_command
 from utils.runs.run_folder import RunFolder
-from utils.training.saved_networks import checkpoint_name, is_checkpoint_epoch, save_network
-from utils.training.trainer import Trainer, accuracy_of
+from utils.training.trainer import TEST_BATCH, Trainer, accuracy_of, predict
 
 TEST_INTERVAL = 50  # epochs
+CHECKPOINT_INTERVAL = 200  # epochs between two that are kept
 POSITION = ("epoch", "best", "best_epoch", "newest")  # of a network in its training
+
+
+def checkpoint_name(dataset: str, model: str, index: int | str, which: str) -> str:
+    """File name of network `index`; `which` is `best` or `epoch<e>`."""
+    return f"syn_trained_{dataset}_{model}_exp{index}_{which}.pt"
+
+
+def checkpoints_of(folder: Path, dataset: str, model: str) -> dict[int, set[str]]:
+    """What a stage-2 folder keeps of each network, by its index: `best`, `epoch<e>`."""
+    kept: dict[int, set[str]] = {}
+    for path in folder.glob(checkpoint_name(dataset, model, "*", "*")):
+        index, _, which = path.stem.rpartition("_exp")[2].partition("_")
+        if index.isdecimal() and path.is_file():
+            kept.setdefault(int(index), set()).add(which)
+    return kept
+
+
+def epochs_of(kept: set[str]) -> list[int]:
+    """The epochs of the checkpoints of a network, sorted."""
+    return sorted(int(which[5:]) for which in kept if which.startswith("epoch") and which[5:].isdecimal())
+
+
+def is_checkpoint_epoch(epoch: int, epochs: int) -> bool:
+    """Whether `epoch` (1 … epochs) is kept: the last, and multiples of 200 from three fifths of `epochs` on."""
+    return epoch == epochs or (epoch % CHECKPOINT_INTERVAL == 0 and 5 * epoch >= 3 * epochs)
+
+
+def save_network(path: Path, net: nn.Module) -> None:
+    """Write the weights for `load_network`."""
+    save_pt(path, {name: tensor.cpu() for name, tensor in net.state_dict().items()})
+
+
+def load_trained(folder: Path, model: str, real: RealData, index: int, which: str) -> nn.Module:
+    """Network `index` of a stage-2 folder, see `load_network`."""
+    return load_network(folder / checkpoint_name(real.name, model, index, which), model, real, "--folder")
+
+
+def load_network(path: Path, model: str, real: RealData, flag: str) -> nn.Module:
+    """The network of a state dict that stage 2 wrote, on the device of `real`, in evaluation mode.
+
+    A `UserError`, which `flag` begins, tells of a file that is missing, damaged, or of another network or data set.
+    """
+    net = real.network(model, generator(0))
+    with blame(flag):
+        state = read_pt(path)
+        is_plain = isinstance(state, dict) and all(isinstance(k, str) for k in state)
+        is_plain = is_plain and all(isinstance(v, Tensor) and not v.is_complex() for v in state.values())
+        require(is_plain, f"{path} is no state dict; give what stage 2 wrote")
+        try:
+            net.load_state_dict(dict(state))  # a copy, without the version metadata that a file may attach
+        except RuntimeError as error:
+            raise UserError(f"{path} does not fit --model {model}: {one_line(error)}") from None
+        net = net.to(real.device).eval()
+        is_finite = torch.isfinite(predict(net, real.test_images[:TEST_BATCH])).all()
+        require(is_finite, f"{path} holds NaN, or weights so large that its outputs are not finite; train it again")
+    return net
 
 
 @dataclass(frozen=True)
@@ -101,7 +161,7 @@ class NetworkInTraining:
             self.trainer.load_state_dict(self.state)
         with self.run.progress(self.epochs, what, self.epoch, TEST_INTERVAL) as progress:
 
-            def after_epoch(epoch: int, loss: torch.Tensor) -> None:
+            def after_epoch(epoch: int, loss: Tensor) -> None:
                 progress.step(loss=loss)
                 self._after_epoch(epoch, loss)
 
@@ -109,7 +169,7 @@ class NetworkInTraining:
                 self.trainer.train(self.training.synthetic, seed, key, after_epoch, self.epoch)
         self.run.log_own(f"{what}: best tested accuracy {100 * self.best:.2f} % (epoch {self.best_epoch})")
 
-    def _after_epoch(self, epoch: int, loss: torch.Tensor) -> None:
+    def _after_epoch(self, epoch: int, loss: Tensor) -> None:
         """Test every 50 epochs and after the last; save a checkpoint then, when one is due, and after a signal."""
         done = epoch == self.epochs
         tests = epoch % TEST_INTERVAL == 0 or done
@@ -129,7 +189,7 @@ class NetworkInTraining:
         if not done:
             signals.check()
 
-    def _note_test(self, logits: torch.Tensor, loss: float) -> None:
+    def _note_test(self, logits: Tensor, loss: float) -> None:
         """Log the test accuracy, and write the network if it is the best from epoch 100 or half of the epochs on."""
         self._check_finite(logits, "its outputs are")
         self.newest = accuracy_of(logits, self.training.real.labels_test)
@@ -138,7 +198,7 @@ class NetworkInTraining:
             self.best, self.best_epoch = self.newest, self.epoch
             self._save("best")
 
-    def _check_finite(self, values: torch.Tensor, what: str) -> None:
+    def _check_finite(self, values: Tensor, what: str) -> None:
         if not torch.isfinite(values).all():
             raise UserError(
                 f"--lr_net {self.trainer.settings.lr:g}: network {self.index} diverged by epoch {self.epoch}: {what} "
