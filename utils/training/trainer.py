@@ -11,6 +11,7 @@ from networks import has_batchnorm, initialize
 from utils.compute.cpu_batches import BatchSplitter, padded_to
 from utils.compute.device import Compute
 from utils.compute.transfer import send_draws
+from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.augment import DC, DSA
 from utils.data.synthetic import SyntheticSet
@@ -123,11 +124,20 @@ class Trainer:
         parts = joint_parts(images, labels, None if self.has_batchnorm else self.splitter)
         losses = []
         for some_images, some_labels in parts:
-            loss = self.loss(some_images, some_labels, self.settings.lambda_oe)
+            loss = self._loss(some_images, some_labels)
             (loss / len(parts) if len(parts) > 1 else loss).backward()
             losses.append(loss.detach().clone())  # a recorded CUDA graph would overwrite it
         self.optimizer.step()
         return torch.stack(losses).mean() if len(losses) > 1 else losses[0]
+
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        try:
+            return self.loss(images, labels, self.settings.lambda_oe)
+        except ValueError:
+            if len(images) > 1:
+                raise
+        single = f"--batch_train {self.settings.batch}: the last batch of an epoch is a single image"
+        raise UserError(f"{single}, too few for BatchNorm at this size; give another --batch_train")
 
     def train(
         self, synthetic: SyntheticSet, seed: int, key: tuple, after_epoch: AfterEpoch = None, first_epoch: int = 0
