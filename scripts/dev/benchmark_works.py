@@ -20,8 +20,7 @@ from textbook_loop import Distillation, Images, msp_scores, test_accuracy, train
 from torch.utils.data import DataLoader
 
 from networks import get_network
-from utils.compute.compiling import Workload
-from utils.compute.device import choose_compute, choose_device, set_keep_freed_memory
+from utils.compute.device import Workload, choose_compute, choose_device, set_keep_freed_memory
 from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.augment import DSA, DSA_ENTRIES

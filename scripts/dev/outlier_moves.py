@@ -176,7 +176,7 @@ def start_of(flags: dict) -> tuple[RealData, torch.Tensor]:
     """The data of a run, and the outliers that it started from, normalised `[classes·ipc, C, H, W]`."""
     real = load_dataset(flags["dataset"], flags["data_path"], flags["im_size"], False, flags["zca"])
     source = PseudoOutliers(real, tuple(flags["corruptions"]), flags.get("mix_corruptions", False))
-    return real, initial_outliers(source, real.num_classes, flags["ipc"], flags["seed"], 0)
+    return real, initial_outliers(source, flags["ipc"], flags["seed"], 0)
 
 
 def before_and_after(firsts: list[tuple[str, dict, SyntheticSet]]) -> list[tuple[str, torch.Tensor]]:
@@ -222,10 +222,11 @@ def seen_by_networks(
     """
     net = real.network(flags["model"], generator(flags["seed"]))
     settings = TrainSettings(epochs, None, augmentation=augmentation_of(flags["method"], flags["dsa_strategy"]))
-    keys = {index: ("moves", index) for index in range(networks)}
     images = synthetic.without_outliers()
     found = []
-    for _ in Trainer(net, settings).networks(images, flags["seed"], keys):
+    trainer = Trainer(net, settings)
+    for index in range(networks):
+        trainer.train_fresh(images, flags["seed"], ("moves", index))
         with torch.no_grad():
             net.eval()
             found.append(

@@ -25,7 +25,7 @@ from utils.ood.scores import ALL_SCORES, need_fitting, require_library
 from utils.report.tables import markdown_table
 from utils.runs.lineage import args_or_nothing, distilled_set_of
 from utils.settings.parser import Parser, count, one_of
-from utils.training.saved_networks import load_trained
+from utils.training.network_training import load_trained
 
 
 def get_args_parser() -> Parser:

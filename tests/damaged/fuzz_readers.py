@@ -46,7 +46,7 @@ from utils.settings.arguments import Stage1Settings
 from utils.settings.fields import as_dict
 from utils.stages.evaluation import EvalSettings, Evaluator
 from utils.stages.loop import Distillation
-from utils.training.saved_networks import load_trained
+from utils.training.network_training import load_trained
 from utils.training.trainer import TrainSettings
 
 SHAPE = (3, 16, 16)

@@ -37,7 +37,7 @@ from utils.data.synthetic import SyntheticSet
 from utils.ood.sets import OODSource
 from utils.outliers.sources import distinct
 from utils.settings.parser import count, number, one_of
-from utils.training.saved_networks import load_trained
+from utils.training.network_training import load_trained
 
 MEMORY = 1 << 30
 settings.register_profile("busy", suppress_health_check=[HealthCheck.too_slow])  # the machine may have other work

@@ -16,7 +16,7 @@ from utils.methods.gradient_matching import GradientMatching
 from utils.methods.learnable import SlotDraw
 from utils.methods.snapshot_matching import SnapshotMatching
 from utils.methods.trajectory_matching import TrajectoryMatching
-from utils.outliers.start import clamp_to_pixels
+from utils.outliers.distilled import clamp_to_pixels
 from utils.training.draws import Batch
 
 

@@ -15,10 +15,9 @@ from networks import get_network
 from networks.convnet import ConvNet
 from scripts import textbook
 from tests.oracle.plain_methods import PlainMatching
-from utils.compute import compiling, transfer
-from utils.compute.compiling import Workload
-from utils.compute.device import Compute, choose_compute, set_precision
-from utils.compute.transfer import packed, tensors_of, with_tensors
+from utils.compute import transfer
+from utils.compute.device import Compute, Workload, choose_compute, set_precision
+from utils.compute.transfer import send_draws
 from utils.core.rng import generator
 from utils.data import augment, datasets
 from utils.data.augment import DC, DSA, DSA_ENTRIES, identity
@@ -387,7 +386,6 @@ def test_bf16_needs_a_processor_that_has_it(processor, flags, has):
 )
 def test_a_long_run_is_told_that_bf16_would_be_faster(monkeypatch, processor, flags, precision, model, kind, told):
     processor(flags)
-    monkeypatch.setattr(compiling, "compiler_failure", lambda: "")
     net = get_network(model, 3, 10, (32, 32))
     work = Workload(1e12, 1, kind)
     line = str(choose_compute("auto", precision, torch.device("cpu"), net, (3, 32, 32), work))
@@ -438,20 +436,21 @@ def test_what_is_drawn_together_is_what_is_drawn_apart(tiny_real):
     torch.testing.assert_close(*logits, rtol=tolerance, atol=tolerance)
 
 
-def test_transfers_in_one():
+def test_transfers_in_one(monkeypatch):
     tensors = [torch.arange(6).view(2, 3), torch.rand(4), torch.tensor(7), torch.rand(0, 2), torch.rand(2, 1, 2)]
     calls = []
 
-    def transfer(flat):
+    def copied(flat, device):
         calls.append(flat.dtype)
         return flat.clone()
 
-    moved = packed(tensors, transfer)
+    monkeypatch.setattr(transfer, "send", copied)
+    moved = send_draws(tensors, torch.device("cuda"))
     assert calls == [torch.int64, torch.float32]
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(moved, tensors, strict=True))
     draw = DC(("crop", "noise")).draw(5, (8, 8), generator(0))
     images = torch.rand(5, 1, 8, 8)
-    assert torch.equal(with_tensors(draw, iter(packed(tensors_of(draw), transfer)))(images), draw(images))
+    assert torch.equal(send_draws(draw, torch.device("cuda"))(images), draw(images))
 
 
 @needs_compiler

@@ -17,8 +17,8 @@ from utils.data.synthetic import decode
 from utils.methods import METHODS
 from utils.methods.experts import ExpertBuffer
 from utils.methods.snapshot_matching import CF_SCALE, TGDD_ENTRY, SnapshotMatching, SnapshotSettings, characteristic
+from utils.outliers.distilled import closeness
 from utils.outliers.sources import PseudoOutliers
-from utils.outliers.spread import closeness
 from utils.settings.arguments import Stage1Settings
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))

@@ -12,8 +12,8 @@ from utils.core.rng import generator
 from utils.data.augment import DSA, DSA_ENTRIES
 from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.gradient_matching import GradientMatching, GradientSettings
+from utils.outliers.distilled import closeness, push_apart
 from utils.outliers.sources import PseudoOutliers
-from utils.outliers.spread import closeness, push_apart
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))
 SETTINGS = GradientSettings(

@@ -73,7 +73,7 @@ def test_the_values_of_a_run(in_process, moves, digits, tmp_path):
 
     net = get_network("ConvNetD1", 1, 10, (8, 8), generator(0))
     trainer = Trainer(net, TrainSettings(3, augmentation=DSA(parse_strategy("crop_scale"))))
-    list(trainer.networks(SyntheticSet(images, labels), 3, {0: ("moves", 0)}))
+    trainer.train_fresh(SyntheticSet(images, labels), 3, ("moves", 0))
     with torch.no_grad():
         for name, shown in (("_start", start), ("", outliers)):
             features = net.embed(shown).flatten(1).numpy().astype(np.float64)
@@ -196,10 +196,10 @@ def test_only_finished_runs_count(in_process, moves, tmp_path):
 
 def test_networks_train_at_the_learning_rate_of_the_set(moves, digits, monkeypatch):
     rates = []
-    original = Trainer.networks
+    original = Trainer.train_fresh
     monkeypatch.setattr(
         moves.Trainer,
-        "networks",
+        "train_fresh",
         lambda self, images, *a: rates.append((self.settings.lr, images.lr_net)) or original(self, images, *a),
     )
     images = digits.train_batch(torch.arange(10))

@@ -44,7 +44,7 @@ from utils.settings.arguments import Stage2Settings, command_of
 from utils.stages.evaluation import EvalSettings, Evaluator
 from utils.stages.expert_training import ExpertTraining, open_expert_run
 from utils.stages.stage2 import stage3_command
-from utils.training.saved_networks import is_checkpoint_epoch, load_trained
+from utils.training.network_training import is_checkpoint_epoch, load_trained
 from utils.training.trainer import Trainer, TrainSettings, accuracy_of, predict
 
 STRATEGY = "color_crop_cutout_scale_rotate"

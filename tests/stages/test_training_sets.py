@@ -29,14 +29,20 @@ from utils.data.synthetic import as_parts
 from utils.exchange.assumptions import Assumptions
 from utils.exchange.convert import read_distilled
 from utils.outliers.corruptions import corrupt
-from utils.outliers.not_distilled import corrupted, with_corrupted_again, with_fresh, with_k_center
-from utils.outliers.sources import FreshOutliers, PseudoOutliers, initial_outliers
+from utils.outliers.sources import (
+    FreshOutliers,
+    PseudoOutliers,
+    corrupted,
+    initial_outliers,
+    k_center_outliers,
+    with_corrupted_again,
+    with_fresh,
+)
 from utils.settings.arguments import Stage2Settings
 from utils.stages.stage2 import find_distilled
 from utils.stages.training_set import labelled_images, with_outliers
-from utils.training.coresets import coreset, herding, k_center, random_images
+from utils.training.coresets import FeatureNetworks, coreset, herding, k_center, random_images
 from utils.training.draws import draw_epoch, with_fresh_outliers
-from utils.training.features import FeatureNetworks
 from utils.training.losses import joint_loss
 from utils.training.trainer import Trainer, TrainSettings
 
@@ -209,7 +215,7 @@ def test_feature_networks_of_whitened_images_are_others(digits, tmp_path):
         networks = FeatureNetworks("MLP", real, TrainSettings(1), 1, "off", "fp32")
         torch.set_float32_matmul_precision("high")
         try:
-            trained = networks.train(random_images(real, 1, 1, 0), 1)
+            trained = networks.train(random_images(real, 1, 1, 0))
             assert torch.get_float32_matmul_precision() == "high"
         finally:
             torch.set_float32_matmul_precision("highest")
@@ -228,9 +234,8 @@ def test_a_class_that_is_too_small_is_told_before_networks_train(digits):
 def test_k_center_spreads_outliers(digits):
     """The chosen ones are farther apart, in the features in which they are chosen, than random ones."""
     net = get_network("ConvNetD1", 1, 10, (8, 8), generator(0)).eval()
-    empty = random_images(digits, 2, 1, 0)
     source = PseudoOutliers(digits)
-    chosen = with_k_center(empty, source, digits, 2, 1, net).images_oe
+    chosen = k_center_outliers(source, 2, net, 1, together=True)
     random = torch.cat([source.draw(c, 2, generator(9, c)) for c in range(10)])
 
     def least_distance(images: torch.Tensor) -> float:
@@ -246,7 +251,7 @@ def test_corrupted_images_of_the_set_itself(digits):
     """Slot c has corruption c mod 4 of distilled images; without noise they are found among these."""
     images = random_images(digits, 4, 1, 0)
     source = corrupted(images.images, digits, ("jigsaw", "invert"))
-    fresh = with_fresh(images, source, 10).fresh_oe
+    fresh = with_fresh(images, source).fresh_oe
     first, again, other = (fresh.make(generator(1, key)) for key in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -279,7 +284,7 @@ def test_fresh_outliers_by_a_slow_loop(digits, kind):
     """Training with outliers made anew equals a loop that makes those of each epoch and trains on them alone."""
     images = random_images(digits, 2, 1, 0)
     if kind == "real":
-        fresh = with_fresh(images, PseudoOutliers(digits), 10)
+        fresh = with_fresh(images, PseudoOutliers(digits))
     else:
         stored = replace(images, images_oe=random_images(digits, 2, 7, 0).images)
         fresh = with_corrupted_again(stored, digits, ("invert", "jigsaw"))
@@ -297,7 +302,7 @@ def test_fresh_outliers_by_a_slow_loop(digits, kind):
 
 
 def test_outliers_of_an_epoch_are_all_used(digits):
-    source = FreshOutliers(PseudoOutliers(digits), 10, 2)
+    source = FreshOutliers(PseudoOutliers(digits), 2)
     images = replace(random_images(digits, 2, 1, 0), fresh_oe=source)
     drawn = [draw_epoch(images, 8, None, generator(e)) for e in range(3)]
     held, moved = with_fresh_outliers(images, drawn, [generator(1, "o", e) for e in range(3)])
@@ -838,7 +843,7 @@ def test_outliers_beside_a_set_in_parts(in_parts, digits, kind):
     assert torch.equal(found.images, stored.decoded().images)
     assert found.num_outliers == (0 if kind == "none" else 40)
     if kind == "initial":
-        whole = initial_outliers(PseudoOutliers(digits), 10, 4, 1, 0)
+        whole = initial_outliers(PseudoOutliers(digits), 4, 1, 0)
         assert torch.equal(found.images_oe, as_parts(whole, 2))
 
 

@@ -33,15 +33,12 @@ def equal_parts(lengths: Sequence[int], least: int) -> int:
 
 
 class BatchSplitter:
-    """Decides how many equal parts a batch for `net` is split into; 1 on any device other than a CPU.
-
-    `precision`: of the activations, as `Compute.precision`.
-    """
+    """Decides how many equal parts a batch for `net` is split into; 1 on any device other than a CPU."""
 
     def __init__(self, net: nn.Module, precision: str = "fp32"):
         self.net = net
         self.times = 2 if precision == "bf16" else 1  # how many elements take the bytes of one in float32
-        self.largest: dict[tuple[int, ...], int] = {}
+        self.largest: dict[tuple[int, ...], int] = {}  # output of a convolution, by the shape of an image
 
     def count(self, images: torch.Tensor, *lengths: int) -> int:
         """Number of parts for images `[N, C, H, W]`; it divides all `lengths` (default: N) evenly."""

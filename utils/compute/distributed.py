@@ -1,6 +1,5 @@
 """Several processes under `torchrun`; with one process, nothing here communicates."""
 
-import atexit
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,24 +13,13 @@ TIMEOUT = timedelta(hours=2)  # other ranks may wait long while one trains evalu
 
 
 def start(device_type: str) -> None:
-    """Join the process group of `torchrun`: NCCL for GPUs, gloo for CPUs. Without `torchrun`, do nothing.
-
-    Raises:
-        UserError: when the processes cannot reach each other.
-    """
+    """Join the process group of `torchrun`: NCCL for GPUs, gloo for CPUs. Without `torchrun`, do nothing."""
     if not under_torchrun() or dist.is_initialized():
         return
     try:
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=TIMEOUT)
-        atexit.register(stop)
     except Exception as error:
         raise UserError(f"torchrun: the processes cannot reach each other: {one_line(error)}") from None
-
-
-def stop() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def world_size() -> int:
@@ -70,34 +58,25 @@ def broadcast_(*tensors: torch.Tensor) -> None:
 
 def from_main(value: object) -> object:
     """Return the plain `value` of rank 0 on every process."""
-    if world_size() == 1:
-        return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    if world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """Let rank 0 run the block first, e.g. to download a file; the others wait and then run it, too.
-
-    Raises:
-        UserError: on the other processes the error of rank 0, if the block failed there.
-    """
-    if not is_main():
-        if (failure := from_main(None)) is not None:
-            raise failure
-        yield
-        return
-    failure = UserError("the first process failed; its message says why")
+    """Let rank 0 run the block first, e.g. to download a file; then the others run it, or raise its `UserError`."""
+    if not is_main() and (failure := from_main(None)):
+        raise failure
     try:
         yield
-        failure = None
     except UserError as error:
-        failure = error
+        if is_main():
+            from_main(error)
         raise
-    finally:
-        from_main(failure)
+    if is_main():
+        from_main(None)
 
 
 def anywhere(condition: bool) -> bool:
@@ -107,15 +86,13 @@ def anywhere(condition: bool) -> bool:
 
 def barrier() -> None:
     """Wait until every process has called this."""
-    if world_size() > 1:
-        dist.all_reduce(torch.zeros(1, device="cuda" if dist.get_backend() == "nccl" else "cpu"))
+    gather({})
 
 
 def gather(values: dict[int, object]) -> dict[int, object]:
     """Merge the plain values (by index) of all processes; return them, sorted by index, on every process."""
-    parts: list = [values]
+    parts = [values]
     if world_size() > 1:
-        parts = [None] * world_size()
+        parts *= world_size()
         dist.all_gather_object(parts, values)
-    joined = {i: v for part in parts for i, v in part.items()}
-    return dict(sorted(joined.items()))
+    return dict(sorted((i, value) for part in parts for i, value in part.items()))

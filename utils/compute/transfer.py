@@ -1,11 +1,10 @@
 """Moving random draws from the CPU to the device, in as few transfers as possible."""
 
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from typing import TypeVar
 
 import torch
-from torch.utils._pytree import register_pytree_node, tree_flatten, tree_map_only
+from torch.utils._pytree import register_pytree_node, tree_flatten, tree_unflatten
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -17,27 +16,10 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def send_together(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """CPU tensors on `device`, in one transfer per dtype."""
-    return list(tensors) if device.type == "cpu" else packed(tensors, lambda flat: send(flat, device))
-
-
-def packed(tensors: Sequence[torch.Tensor], transfer: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
-    """`[transfer(t) for t in tensors]`, with one call of `transfer` per dtype."""
-    done: dict[int, torch.Tensor] = {}
-    for dtype in dict.fromkeys(t.dtype for t in tensors):
-        indices = [i for i, t in enumerate(tensors) if t.dtype == dtype]
-        flat = transfer(torch.cat([tensors[i].flatten() for i in indices]))
-        parts = flat.split([tensors[i].numel() for i in indices])
-        done |= {i: part.view(tensors[i].shape) for i, part in zip(indices, parts, strict=True)}
-    return [done[i] for i in range(len(tensors))]
-
-
 class Draw:
     """Base class of dataclasses that hold random draws; `send_draws` moves the tensors in their fields."""
 
-    def __init_subclass__(cls, **kwargs: object):
-        super().__init_subclass__(**kwargs)
+    def __init_subclass__(cls):
         register_pytree_node(
             cls, lambda draw: ([getattr(draw, f.name) for f in fields(draw)], None), lambda values, _: cls(*values)
         )
@@ -51,16 +33,18 @@ def tensors_of(draws: object) -> list[torch.Tensor]:
     return [leaf for leaf in tree_flatten(draws)[0] if isinstance(leaf, torch.Tensor)]
 
 
-def with_tensors(draws: AnyDraws, tensors: Iterator[torch.Tensor]) -> AnyDraws:
-    """`draws` with their tensors replaced, in order, by `tensors`."""
-    return tree_map_only(torch.Tensor, lambda tensor: next(tensors), draws)
-
-
 def send_draws(draws: AnyDraws, device: torch.device) -> AnyDraws:
-    """`draws` with their tensors on `device`, sent together."""
+    """`draws` with their tensors (those that `tensors_of` finds) on `device`, in one transfer per dtype."""
     if device.type == "cpu":  # where they were drawn
         return draws
-    return with_tensors(draws, iter(send_together(tensors_of(draws), device)))
+    leaves, structure = tree_flatten(draws)
+    for dtype in dict.fromkeys(t.dtype for t in tensors_of(draws)):
+        indices = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.dtype == dtype]
+        tensors = [leaves[i] for i in indices]
+        flat = send(torch.cat([t.flatten() for t in tensors]), device)
+        for i, t, part in zip(indices, tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            leaves[i] = part.view(t.shape)
+    return tree_unflatten(leaves, structure)
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

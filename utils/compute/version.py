@@ -1,19 +1,19 @@
 """Versions of this program and of the libraries that its numbers depend on."""
 
 import platform
-import re
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 
 import torch
+from torch.torch_version import TorchVersion
 
 from utils.core.errors import UserError
 
 VERSION = 1  # stored in the files that the stages write
 LIBRARIES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "pillow")  # those that read or compute something
-OLDEST_PYTORCH_OOD = (0, 4)  # older ones compute other numbers under the same names
+OLDEST_PYTORCH_OOD = "0.4"  # older ones compute other numbers under the same names
 
 
 def versions() -> dict[str, str | int | None]:
@@ -41,13 +41,10 @@ def installed(name: str) -> str | None:
 
 def require_pytorch_ood(what: str) -> None:
     """Raise a `UserError` that begins with `what`, if pytorch-ood is not installed or too old."""
-    found = installed("pytorch-ood") or ""
-    numbers = re.match(r"\d+(\.\d+)*", found)
-    if numbers and tuple(map(int, numbers[0].split("."))) < OLDEST_PYTORCH_OOD:
-        oldest = ".".join(map(str, OLDEST_PYTORCH_OOD))
-        raise UserError(
-            f"{what}: pytorch-ood {found} is installed; {oldest} or newer is needed: pip install --upgrade pytorch-ood"
-        )
+    found = installed("pytorch-ood")
+    if found and TorchVersion(found) < f"{OLDEST_PYTORCH_OOD}.dev0":
+        needed = f"{OLDEST_PYTORCH_OOD} or newer is needed: pip install --upgrade pytorch-ood"
+        raise UserError(f"{what}: pytorch-ood {found} is installed; {needed}")
     try:
         import pytorch_ood  # noqa: F401
     except ImportError:
@@ -56,16 +53,13 @@ def require_pytorch_ood(what: str) -> None:
 
 def git_commit() -> str | None:
     """The git commit of this code, with `+changes` if tracked files differ from it; None if it is unknown."""
-    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:  # a copy within another repository
-        return None
-    return _git("describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+changes")
-
-
-def _git(*words: str) -> str | None:
-    """What git says about the folder of this file; None if it fails or says nothing."""
-    command = ["git", "-C", str(Path(__file__).parent), *words]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, stdin=subprocess.DEVNULL)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip() or None if found.returncode == 0 else None
+    here, answer = Path(__file__), ""
+    is_tracked = ["ls-files", "--error-unmatch", here.name]  # it fails for a copy within another repository
+    describe = ["describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+changes"]
+    for words in (is_tracked, describe):
+        command = ["git", "-C", str(here.parent), *words]
+        try:
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None
+    return answer or None

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from networks import has_batchnorm
 from utils.compute import distributed
-from utils.compute.compiling import Workload, batches
 from utils.compute.cpu_batches import BatchSplitter, in_parts
+from utils.compute.device import Workload, batches
 from utils.core.rng import generator
 from utils.data.augment import apply_by_part, apply_by_slot, identity
 from utils.data.synthetic import decode_slots, on_stored
 from utils.methods.learnable import IterationDraws, LearnableSet, SlotDraw
 from utils.methods.method import MatchingSettings, MethodEntry, MethodInputs
-from utils.outliers.spread import push_apart
+from utils.outliers.distilled import push_apart
 
 CHUNK_IMAGES = 512  # synthetic images embedded together, to bound the memory
 

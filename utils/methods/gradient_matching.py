@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from utils.compute import distributed
-from utils.compute.compiling import Workload, batches
+from utils.compute.device import Workload, batches
 from utils.core.rng import generator
 from utils.data.augment import identity
 from utils.data.synthetic import decode_slots, on_stored
 from utils.methods.learnable import IterationDraws, LearnableSet, SlotDraw, StepDraw
 from utils.methods.matcher import METRICS, Matcher
 from utils.methods.method import MatchingSettings, MethodEntry, MethodInputs
-from utils.outliers.spread import push_apart
+from utils.outliers.distilled import push_apart
 from utils.settings.fields import flag
 from utils.settings.parser import count
 from utils.training.draws import Batch

@@ -21,9 +21,9 @@ from utils.data.augment import Transform
 from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet, check_factor, encode
 from utils.methods.method import MatchingSettings, MethodInputs
-from utils.outliers.not_distilled import k_center_by_slot
-from utils.outliers.sources import OutlierBatch, OutlierSource, draw_repeated
-from utils.outliers.start import check_start, clamp_to_pixels, start_network
+from utils.outliers.distilled import check_start, clamp_to_pixels
+from utils.outliers.sources import OutlierBatch, OutlierSource, draw_repeated, k_center_outliers
+from utils.training.coresets import FeatureNetworks
 from utils.training.draws import Batch, draw_epoch
 from utils.training.network_pool import NetworkPool
 from utils.training.trainer import LR_NET, TrainSettings, load_optimizer
@@ -115,8 +115,9 @@ class LearnableSet:
         s, outliers = self.settings, torch.zeros_like(images)
         if distributed.is_main():
             labelled = SyntheticSet(images.flatten(0, 1), self.labels, factor=s.factor).decoded()
-            net = start_network(s.model, self.augmentation, labelled, self.real, s.seed)
-            chosen = k_center_by_slot(self.outliers, self.real, s.decoded_ipc, (s.seed, exp), net)
+            training = TrainSettings(1, augmentation=self.augmentation)
+            net = FeatureNetworks(s.model, self.real, training, s.seed, "off", "fp32").train(labelled)
+            chosen = k_center_outliers(self.outliers, s.decoded_ipc, net, s.seed, exp).split(s.decoded_ipc)
             outliers = torch.stack([encode(of_slot, s.factor) for of_slot in chosen])
         distributed.broadcast_(outliers)  # a network that is trained elsewhere may choose others
         return outliers

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vmap
 
 from utils.compute import distributed
-from utils.compute.compiling import Compiled
 from utils.compute.cpu_batches import BatchSplitter
-from utils.compute.device import Compute
+from utils.compute.device import Compiled, Compute
 from utils.compute.transfer import send
 from utils.core.errors import UserError, one_line
 from utils.data.augment import apply_by_slot

@@ -10,8 +10,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from utils.compute.compiling import Workload
-from utils.compute.device import Compute
+from utils.compute.device import Compute, Workload
 from utils.data.augment import DSA
 from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from utils.compute import distributed
-from utils.compute.compiling import Workload
+from utils.compute.device import Workload
 from utils.compute.transfer import send, send_draws
 from utils.core.rng import generator
 from utils.data.augment import identity

@@ -20,9 +20,8 @@ from torch.func import functional_call, grad
 
 from networks import has_batchnorm
 from utils.compute import distributed
-from utils.compute.compiling import Workload
 from utils.compute.cpu_batches import BatchSplitter
-from utils.compute.device import Compute
+from utils.compute.device import Compute, Workload
 from utils.compute.transfer import Draw, send_draws
 from utils.core.rng import generator
 from utils.data.augment import identity

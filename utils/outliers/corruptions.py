@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
@@ -11,6 +11,7 @@ from utils.core.errors import require, unknown_name
 from utils.core.rng import draw_seed, noise
 
 PIXELATE = 0.2
+Shape = tuple[int, ...]
 DEFAULT_CORRUPTIONS = ("jigsaw", "invert", "pixelate", "gauss-speckle")
 
 
@@ -32,17 +33,6 @@ def invert(images: torch.Tensor) -> torch.Tensor:
     return torch.cat([images[:, :1], 1 - images[:, 1:]], 1)
 
 
-def _box_weights(length: int, out: int) -> torch.Tensor:
-    """`[out, length]`: the averaging weights of PIL's box filter, which selects whole pixels by their centres."""
-    scale = length / out
-    support = 0.5 * max(scale, 1.0)
-    weights = torch.zeros(out, length)
-    for i in range(out):
-        centre = (i + 0.5) * scale
-        weights[i, max(int(centre - support + 0.5), 0) : int(centre + support + 0.5)] = 1
-    return weights / weights.sum(1, keepdim=True)
-
-
 def pixelate(images: torch.Tensor) -> torch.Tensor:
     """Box-average down to a fifth of the size, then enlarge to nearest pixels (`PIL.Image.BOX` twice)."""
     dtype = product_dtype(images.dtype, images.device)
@@ -52,9 +42,17 @@ def pixelate(images: torch.Tensor) -> torch.Tensor:
 
 @lru_cache
 def _pixelate_weights(length: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """`[length, length]`: down to a fifth and up again, along one side."""
-    small = max(int(PIXELATE * length), 1)
-    return (_box_weights(small, length) @ _box_weights(length, small)).to(device, dtype)
+    """`[length, length]`, along one side. PIL's box filter selects whole pixels by their centres."""
+    small, product = max(int(PIXELATE * length), 1), torch.eye(length)
+    for before, after in ((length, small), (small, length)):
+        scale = before / after
+        support = 0.5 * max(scale, 1.0)
+        weights = torch.zeros(after, before)
+        for i in range(after):
+            centre = (i + 0.5) * scale
+            weights[i, max(int(centre - support + 0.5), 0) : int(centre + support + 0.5)] = 1
+        product = weights / weights.sum(1, keepdim=True) @ product
+    return product.to(device, dtype)
 
 
 def rgb_ghost(images: torch.Tensor) -> torch.Tensor:
@@ -67,9 +65,6 @@ def rgb_ghost(images: torch.Tensor) -> torch.Tensor:
 def speckle(images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Add noise (of the images' shape) in proportion to each pixel; clipped to [0, 1]."""
     return (images + images * noise).clamp(0, 1)
-
-
-Shape = tuple[int, ...]
 
 
 def _draw_partner(shape: Shape, generator: torch.Generator | None) -> torch.Tensor:
@@ -117,27 +112,21 @@ class Corruption(Draw):
 
 @dataclass(frozen=True)
 class MixedCorruption(Draw):
-    """A corruption for each image of a batch: `parts[i]` reads the images `inputs[i]` and changes those of `rows[i]`.
+    """A corruption for each image of a batch."""
 
-    `inputs[i]` are `rows[i]`, int64; a mean of two images that has a single row reads a second one.
-    """
-
-    rows: list[torch.Tensor]
-    inputs: list[torch.Tensor]
-    parts: list[Corruption]
+    parts: list[tuple[torch.Tensor, torch.Tensor, Corruption]]  # which images change, and which it reads, int64 `[n]`
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         out = images.clone()
-        for rows, inputs, part in zip(self.rows, self.inputs, self.parts, strict=True):
-            out[send(rows, images.device)] = part(images[send(inputs, images.device)])[: len(rows)]
+        for rows, read, corruption in self.parts:
+            out[send(rows, images.device)] = corruption(images[send(read, images.device)])[: len(rows)]
         return out
 
 
 def corrupt(images: torch.Tensor, name: str, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Corrupt a batch of images `[N, C, H, W]` in [0, 1], of one or three channels; they are not changed.
+    """Corrupted copies of images `[N, C, H, W]` in [0, 1], of one or three channels.
 
-    `name` is one of `CORRUPTIONS`; a `UserError` tells that it is not.
-    `generator` is on the CPU, for random corruptions; default: torch's global one.
+    A `UserError` tells that `name` is none of `CORRUPTIONS`. `generator` is on the CPU; default: torch's global one.
     """
     require(name in CORRUPTIONS, unknown_name("corruption", name, CORRUPTIONS))
     return draw_corruption(name, tuple(images.shape), generator, torch.device("cpu"))(images)
@@ -156,13 +145,12 @@ def draw_corruption(name: str, shape: Shape, generator: torch.Generator | None, 
 def draw_mixed(names: Sequence[str], shape: Shape, generator: torch.Generator, device: torch.device) -> MixedCorruption:
     """Draw one of `names` for each image of a batch of `shape` `[N, C, H, W]` on `device`, all equally likely."""
     which = torch.randint(len(names), shape[:1], generator=generator)
-    used = [(name, (which == i).nonzero().flatten()) for i, name in enumerate(names) if (which == i).any()]
-    inputs = []
-    for name, rows in used:
-        if name in MEANS and len(rows) == 1:
+    parts = []
+    for i in which.unique().tolist():
+        rows = read = (which == i).nonzero().flatten()
+        if names[i] in MEANS and len(rows) == 1:  # a mean is of two images
             other = torch.randint(shape[0] - 1, (1,), generator=generator)
-            rows = torch.cat([rows, other + (other >= rows)])
-        inputs.append(rows)
-    sizes = [(len(index), *shape[1:]) for index in inputs]
-    parts = [draw_corruption(name, size, generator, device) for (name, _), size in zip(used, sizes, strict=True)]
-    return MixedCorruption([rows for _, rows in used], inputs, parts)
+            read = torch.cat([rows, other + (other >= rows)])
+        parts.append((rows, read, names[i]))
+    draw = partial(draw_corruption, generator=generator, device=device)
+    return MixedCorruption([(rows, read, draw(name, (len(read), *shape[1:]))) for rows, read, name in parts])

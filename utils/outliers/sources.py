@@ -1,11 +1,11 @@
-"""Sources of outliers: a pool of real images (OE), or corrupted training images (POE)."""
+"""Outliers that are not distilled: from a pool of real images (OE), or corrupted training images (POE); random ones,
+those that k-center chooses, and those that are new in every epoch of training."""
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
+from torch import Tensor, nn
 
 from utils.compute import distributed
 from utils.compute.transfer import Draw, send
@@ -16,55 +16,45 @@ from utils.core.rng import generator as keyed_generator
 from utils.core.torch_files import fingerprint
 from utils.data.datasets import RealData
 from utils.data.download import TINYIMAGES, fetch_tinyimages
+from utils.data.synthetic import SyntheticSet
 from utils.outliers.corruptions import DEFAULT_CORRUPTIONS, MEANS, draw_corruption, draw_mixed
+from utils.training.coresets import k_center, unit_features
+
+CANDIDATES = 10_000  # out of which k-center chooses
 
 
-def distinct(total: int, n: int, generator: torch.Generator) -> torch.Tensor:
-    """`n` distinct indices below `total` (all of them if there are no more) in random order, int64 `[min(n, total)]`.
-
-    If `n` is small against `total`, indices are drawn until `n` distinct ones are found: without memory for `total`.
-    """
-    if 4 * n >= total:
+def distinct(total: int, n: int, generator: torch.Generator) -> Tensor:
+    """`n` distinct indices below `total`, or all of them if there are no more, in random order, int64."""
+    if 4 * n >= total:  # below, no memory for `total` is needed
         return torch.randperm(total, generator=generator)[:n]
-    drawn = np.empty(0, np.int64)
+    drawn: dict[int, None] = {}
     while len(drawn) < n:
-        more = torch.randint(total, (n,), generator=generator).numpy()
-        drawn = np.concatenate([drawn, more])
-        drawn = drawn[np.sort(np.unique(drawn, return_index=True)[1])]
-    return torch.from_numpy(drawn[:n])
+        drawn |= dict.fromkeys(torch.randint(total, (n,), generator=generator).tolist())
+    return torch.tensor(list(drawn)[:n])
 
 
 @dataclass(frozen=True)
 class OutlierBatch(Draw):
     """The random part of a batch of outliers."""
 
-    index: torch.Tensor  # int64, of the images that are read
+    index: Tensor  # int64, of the images that are read
     corruption: Draw | None = None  # `Corruption` or `MixedCorruption`
     count: int | None = None  # only so many of them are outliers of the batch; None: all
 
 
-class OutlierSource(ABC):
-    """A source of outliers for the class slots; `notice` is a line for the log, or empty."""
+class OutlierSource:
+    """A source of outliers for the class slots; a subclass has these methods.
 
-    notice: str
+    `per_slot()`: how many different outliers a slot has.
+    `choose(slot, n, generator)`: draws `n` distinct outliers of a slot, or all if there are fewer: an `OutlierBatch`.
+    `batch(drawn)`: the drawn outliers, normalised `[n, C, H, W]`, on the device of the real data.
+    `describe()`: plain values that identify the source: its `kind`, `oe` or `poe`, and its content.
+    """
 
-    @abstractmethod
-    def per_slot(self) -> int:
-        """How many different outliers a slot has."""
+    real: RealData
+    notice: str = ""  # a line for the log
 
-    @abstractmethod
-    def choose(self, slot: int, n: int, generator: torch.Generator) -> OutlierBatch:
-        """Draw `n` distinct outliers of a slot, or all if there are fewer."""
-
-    @abstractmethod
-    def batch(self, drawn: OutlierBatch) -> torch.Tensor:
-        """The drawn outliers, normalised `[n, C, H, W]`, on the device of the real data."""
-
-    @abstractmethod
-    def describe(self) -> dict:
-        """Plain values that identify this source: its `kind`, `oe` or `poe`, and its content."""
-
-    def draw(self, slot: int, n: int, generator: torch.Generator) -> torch.Tensor:
+    def draw(self, slot: int, n: int, generator: torch.Generator) -> Tensor:
         """`choose`, then `batch`."""
         return self.batch(self.choose(slot, n, generator))
 
@@ -75,104 +65,57 @@ class OutlierSource(ABC):
 
 @dataclass(frozen=True)
 class PseudoOutliers(OutlierSource):
-    """POE: slot c uses training images with corruption `c mod len(corruptions)`, or with `mixed` any of them.
-
-    Only the drawn batch is corrupted.
-    """
+    """POE: slot c uses training images of any class with corruption `c mod len(corruptions)`, or with `mixed` any of
+    them. Only the drawn batch is corrupted."""
 
     real: RealData
     corruptions: tuple[str, ...] = DEFAULT_CORRUPTIONS
     mixed: bool = False
-    notice: str = ""
 
     def describe(self) -> dict:
-        """The corruptions, in the order of the slots, and whether they are mixed."""
         return {"kind": "poe", "corruptions": list(self.corruptions)} | ({"mixed": True} if self.mixed else {})
 
     def per_slot(self) -> int:
-        """As many as there are training images."""
         return len(self.real.images_train)
 
     def choose(self, slot: int, n: int, generator: torch.Generator) -> OutlierBatch:
-        """Draw `n` distinct training images of any class (all if there are fewer), and their corruption.
-
-        Where the corruption may be a mean of two images, at least two are read.
-        """
         names = self.corruptions if self.mixed else (self.corruptions[slot % len(self.corruptions)],)
-        index = distinct(self.per_slot(), max(n, 2 if {*names} & {*MEANS} else 1), generator)
+        least = 2 if {*names} & {*MEANS} else 1  # a mean is of two images
+        index = distinct(self.per_slot(), max(n, least), generator)
         shape = (len(index), *self.real.images_train.shape[1:])
         draw, what = (draw_mixed, names) if self.mixed else (draw_corruption, names[0])
         return OutlierBatch(index, draw(what, shape, generator, self.real.device), n)
 
-    def batch(self, drawn: OutlierBatch) -> torch.Tensor:
-        """The drawn training images, corrupted and normalised."""
+    def batch(self, drawn: OutlierBatch) -> Tensor:
         return self.real.normalize(drawn.corruption(self.real.unit_train(drawn.index))[: drawn.count])
 
 
 @dataclass(frozen=True)
 class OutlierPool(OutlierSource):
-    """OE: disjoint random slices of a pool of images, one for each class slot."""
+    """OE: disjoint random slices of a pool of images, one for each class slot; they are brought to the shape of `real`
+    by `conform`."""
 
     real: RealData
-    images: torch.Tensor  # uint8 `[N, C, H, W]`, possibly memory-mapped
-    slices: torch.Tensor  # int64 indices `[num_classes, per_slot]`
+    images: Tensor  # uint8 `[N, C, H, W]`, possibly memory-mapped
+    slices: Tensor  # int64 indices `[num_classes, per_slot]`
     notice: str = ""
     sample: str = ""  # fingerprint of some images of the whole pool
 
     def describe(self) -> dict:
-        """The fingerprint of some images of the pool."""
         return {"kind": "oe", "sample": self.sample}
 
     def per_slot(self) -> int:
-        """The length of a slice."""
         return self.slices.shape[1]
 
     def choose(self, slot: int, n: int, generator: torch.Generator) -> OutlierBatch:
-        """Draw `n` distinct images of the slot's slice (all if it has fewer)."""
         return OutlierBatch(self.slices[slot][distinct(self.per_slot(), n, generator)])
 
-    def batch(self, drawn: OutlierBatch) -> torch.Tensor:
-        """The drawn images, converted with `conform` and normalised."""
+    def batch(self, drawn: OutlierBatch) -> Tensor:
         images = self.images.index_select(0, send(drawn.index, self.images.device))
         return self.real.normalize(conform(images, self.real.channel, self.real.im_size))
 
     def fingerprint(self) -> str:
-        """SHA-256 of the images of all slices, in their order."""
         return fingerprint(self.images[indices.to(self.images.device)] for indices in self.slices)
-
-
-@dataclass(frozen=True)
-class FreshOutliers:
-    """Outliers that are made whenever they are asked for: `per_slot` of each of the `num_slots` class slots."""
-
-    source: OutlierSource
-    num_slots: int
-    per_slot: int
-
-    @property
-    def count(self) -> int:
-        """How many are made together."""
-        return self.num_slots * self.per_slot
-
-    def make(self, generator: torch.Generator) -> torch.Tensor:
-        """Draw them, normalised `[count, C, H, W]`, sorted by slot; a slot that has fewer repeats some."""
-        return torch.cat([draw_repeated(self.source, slot, self.per_slot, generator) for slot in range(self.num_slots)])
-
-
-def draw_repeated(source: OutlierSource, slot: int, n: int, generator: torch.Generator) -> torch.Tensor:
-    """Exactly `n` outliers of a slot, normalised `[n, C, H, W]`: repeated where the source has fewer."""
-    batch = source.draw(slot, n, generator)
-    return batch[torch.arange(n) % len(batch)]
-
-
-def draw_by_slot(source: OutlierSource, num_slots: int, n: int, seed: int, *key: int | str) -> list[torch.Tensor]:
-    """Exactly `n` outliers of each slot, see `draw_repeated`; their generators depend on `seed`, `key` and the slot."""
-    return [draw_repeated(source, slot, n, keyed_generator(seed, *key, slot)) for slot in range(num_slots)]
-
-
-def initial_outliers(source: OutlierSource, num_slots: int, per_slot: int, seed: int, exp: int) -> torch.Tensor:
-    """The outliers that a distillation with `--init real` starts from, `[num_slots·per_slot, C, H, W]`, normalised."""
-    return torch.cat(draw_by_slot(source, num_slots, per_slot, seed, "match", exp, "initial", "outliers"))
 
 
 def load_outlier_pool(
@@ -181,7 +124,7 @@ def load_outlier_pool(
     """Read a pool and cut a random permutation of it into `num_classes` disjoint slices of `per_slot`.
 
     A pool too small for that is cut into slices of `N // num_classes`; `notice` reports this. With `download` a missing
-    `300K_random_images.npy` is downloaded.
+    `300K_random_images.npy` is downloaded. A `UserError` tells what is wrong with the pool.
     """
     path = Path(path)
     with blame("--oe_data_path"):
@@ -197,10 +140,8 @@ def load_outlier_pool(
         require(fits, f"{path} has {len(images)} images; {real.num_classes} classes need at least one each")
     notices = [*reader.notes()]
     if fits < per_slot:
-        notices.append(
-            f"{path} has {len(images)} images, too few for {per_slot} per class: the slices shrink to {fits} "
-            f"(N // num_classes = {len(images)} // {real.num_classes})"
-        )
+        few, shares = f"{len(images)} images, too few for {per_slot} per class", f"{len(images)} // {real.num_classes}"
+        notices.append(f"{path} has {few}: the slices shrink to {fits} (N // num_classes = {shares})")
         per_slot = fits
     order = torch.randperm(len(images), generator=keyed_generator(seed, "outlier slices"))
     slices = order[: real.num_classes * per_slot].view(real.num_classes, per_slot)
@@ -209,3 +150,78 @@ def load_outlier_pool(
         images = images[slices.flatten()].to(real.device)
         slices = torch.arange(slices.numel()).view_as(slices)
     return OutlierPool(real, images, slices, "; ".join(notices), sample)
+
+
+def draw_repeated(source: OutlierSource, slot: int, n: int, generator: torch.Generator) -> Tensor:
+    """Exactly `n` outliers of a slot, normalised `[n, C, H, W]`: repeated where the source has fewer."""
+    batch = source.draw(slot, n, generator)
+    return batch[torch.arange(n) % len(batch)]
+
+
+def draw_by_slot(source: OutlierSource, n: int, seed: int, *key: int | str) -> list[Tensor]:
+    """Exactly `n` outliers of each slot, see `draw_repeated`; their generators depend on `seed`, `key` and the slot."""
+    slots = range(source.real.num_classes)
+    return [draw_repeated(source, slot, n, keyed_generator(seed, *key, slot)) for slot in slots]
+
+
+def initial_outliers(source: OutlierSource, per_slot: int, seed: int, exp: int) -> Tensor:
+    """The outliers that a distillation with `--init real` starts from, `[num_classes·per_slot, C, H, W]`."""
+    return torch.cat(draw_by_slot(source, per_slot, seed, "match", exp, "initial", "outliers"))
+
+
+def k_center_outliers(
+    source: OutlierSource, n: int, net: nn.Module, seed: int, *key: int, together: bool = False
+) -> Tensor:
+    """`n` outliers of each class slot, `[num_classes·n, C, H, W]`, chosen by k-center in the features of `net`.
+
+    Each slot's are far from those of the slots before, too; `together`: they are chosen among those of all slots.
+    """
+    groups = draw_by_slot(source, max(n, CANDIDATES // source.real.num_classes), seed, "candidates", *key)
+    if together:
+        groups, n = [torch.cat(groups)], n * source.real.num_classes
+    outliers, before = [], None
+    for images in groups:
+        features = unit_features(net, lambda i, images=images: images[i.to(images.device)], torch.arange(len(images)))
+        chosen = k_center(features, n, before)
+        outliers.append(images[chosen.to(images.device)])
+        before = features[chosen] if before is None else torch.cat([before, features[chosen]])
+    return torch.cat(outliers)
+
+
+@dataclass(frozen=True)
+class FreshOutliers:
+    """Outliers that are drawn whenever they are asked for, `per_slot` of each class slot."""
+
+    source: OutlierSource
+    per_slot: int
+
+    @property
+    def count(self) -> int:
+        """How many are made together."""
+        return self.source.real.num_classes * self.per_slot
+
+    def make(self, g: torch.Generator) -> Tensor:
+        """Draw them, normalised `[count, C, H, W]`, sorted by slot; a slot that has fewer repeats some."""
+        slots = range(self.source.real.num_classes)
+        return torch.cat([draw_repeated(self.source, slot, self.per_slot, g) for slot in slots])
+
+
+def with_fresh(synthetic: SyntheticSet, source: OutlierSource) -> SyntheticSet:
+    """The set with other outliers of `source` in every epoch, as many as it has images."""
+    per_slot = -(-len(synthetic.images) // source.real.num_classes)
+    return replace(synthetic, images_oe=None, fresh_oe=FreshOutliers(source, per_slot))
+
+
+def with_corrupted_again(
+    synthetic: SyntheticSet, real: RealData, corruptions: tuple[str, ...], mixed: bool = False
+) -> SyntheticSet:
+    """The set, trained in each epoch on a fresh corruption of its outliers; the originals stay in `images_oe`."""
+    source = corrupted(synthetic.images_oe, real, corruptions, mixed)
+    per_slot = -(-len(synthetic.images_oe) // real.num_classes)
+    return replace(synthetic, fresh_oe=FreshOutliers(source, per_slot))
+
+
+def corrupted(images: Tensor, real: RealData, corruptions: tuple[str, ...], mixed: bool = False) -> PseudoOutliers:
+    """A source that corrupts normalised images `[N, C, H, W]`, clipped to the range of pixels, in place of real."""
+    unit = real.denormalize(images.to(real.device))
+    return PseudoOutliers(replace(real, images_train=unit), corruptions, mixed)

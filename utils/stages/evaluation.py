@@ -130,7 +130,8 @@ class Evaluator:
             signals.check()
 
         tested = {}
-        for index in trainer.networks(synthetic, self.settings.seed, keys, after_epoch):
+        for index, key in keys.items():
+            trainer.train_fresh(synthetic, self.settings.seed, key, after_epoch)
             logits = trainer.predict(self.real.test_images)
             if not torch.isfinite(logits).all():
                 self.run.log_own(f"{model} network {index}: its training diverged (outputs not finite); lower --lr_net")

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from networks import initialize
 from utils.compute import distributed
-from utils.compute.compiling import Workload, batches
-from utils.compute.device import Compute, choose_compute, choose_device
+from utils.compute.device import Compute, Workload, batches, choose_compute, choose_device
 from utils.compute.transfer import send_draws
 from utils.core.errors import UserError, one_line, rank_errors
 from utils.core.files import read_json, save_pt, save_text

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from utils.compute import distributed
-from utils.compute.compiling import Workload, batches
-from utils.compute.device import choose_compute, choose_device
+from utils.compute.device import Workload, batches, choose_compute, choose_device
 from utils.core.errors import blame
 from utils.core.rng import generator
 from utils.core.torch_files import fingerprint

@@ -5,8 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from utils.compute import distributed
-from utils.compute.compiling import Workload, batches
-from utils.compute.device import choose_compute, choose_device
+from utils.compute.device import Workload, batches, choose_compute, choose_device
 from utils.core.rng import generator
 from utils.core.torch_files import fingerprint
 from utils.data.augment import dc_augmentation
@@ -26,7 +25,7 @@ from utils.settings.common import OOD_PATH, read_data
 from utils.settings.fields import as_dict
 from utils.stages.evaluation import training_of
 from utils.stages.training_set import TrainingSet, labelled_images, resumed_set, with_outliers
-from utils.training.features import WHOLE_EPOCHS, FeatureNetworks
+from utils.training.coresets import WHOLE_EPOCHS, FeatureNetworks
 from utils.training.network_training import TEST_INTERVAL, NetworkTraining
 from utils.training.trainer import LR_NET, TEST_BATCH, Trainer, TrainSettings
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.compute import distributed
-from utils.compute.compiling import Workload, batches
-from utils.compute.device import choose_compute, choose_device
+from utils.compute.device import Workload, batches, choose_compute, choose_device
 from utils.compute.version import versions, versions_line
 from utils.core.errors import UserError, rank_errors
 from utils.core.files import save_text
@@ -29,7 +28,7 @@ from utils.runs.run_folder import RunFolder
 from utils.settings.arguments import Stage3Settings
 from utils.settings.common import read_data
 from utils.settings.fields import as_dict
-from utils.training.saved_networks import checkpoint_name, checkpoints_of, epochs_of, load_trained
+from utils.training.network_training import checkpoint_name, checkpoints_of, epochs_of, load_trained
 
 
 def run_stage3(settings: Stage3Settings) -> Results:

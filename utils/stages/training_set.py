@@ -13,13 +13,20 @@ from utils.data.datasets import RealData
 from utils.data.distilled_file import DistilledFile
 from utils.data.synthetic import SyntheticSet, as_parts, check_factor
 from utils.exchange.convert import read_distilled
-from utils.outliers.not_distilled import corrupted, with_corrupted_again, with_fresh, with_initial, with_k_center
-from utils.outliers.sources import OutlierSource, PseudoOutliers, load_outlier_pool
+from utils.outliers.sources import (
+    OutlierSource,
+    PseudoOutliers,
+    corrupted,
+    initial_outliers,
+    k_center_outliers,
+    load_outlier_pool,
+    with_corrupted_again,
+    with_fresh,
+)
 from utils.runs.lineage import TRAINED_ON, Found, stored_set_path
 from utils.runs.run_folder import read_args
 from utils.settings.arguments import Stage2Settings
-from utils.training.coresets import check_ipc, coreset, random_images
-from utils.training.features import whole_set
+from utils.training.coresets import check_ipc, coreset, random_images, whole_set
 
 
 @dataclass(frozen=True)
@@ -69,10 +76,10 @@ def labelled_images(
         return TrainingSet(whole_set(real), (line,))
     check_factor(s.factor, real.im_size, "--factor")
     ipc = s.ipc * s.factor**2
+    check_ipc(real, ipc)
     if s.train_on == "random":
         images, how = random_images(real, ipc, s.seed, s.exp_idx), "at random"
     else:
-        check_ipc(real, ipc)
         made = coreset(s.train_on, real, ipc, feature_network()) if distributed.is_main() else None
         images, how = distributed.from_main(made), f"by {s.train_on}"
     shrunk = replace(images, images=as_parts(images.images, s.factor))
@@ -97,12 +104,12 @@ def with_outliers(
     if s.outliers in ("initial", "kcenter"):
         source, per_slot = outlier_source(s, real), (s.ipc or chosen.ipc(real.num_classes)) * chosen.factor**2
         if s.outliers == "initial":
-            made, how = with_initial(synthetic, source, real, per_slot, s.seed, s.exp_idx), "as distillation begins"
+            images, how = initial_outliers(source, per_slot, s.seed, s.exp_idx).cpu(), "as distillation begins"
         else:
             net, how = feature_network() if distributed.is_main() else None, "chosen by k-center"
-            made = with_k_center(synthetic, source, real, per_slot, s.seed, net) if net is not None else None
-            made = distributed.from_main(made)
-        made = replace(made, images_oe=as_parts(made.images_oe, chosen.factor))
+            found = net and k_center_outliers(source, per_slot, net, s.seed, together=True).cpu()
+            images = distributed.from_main(found)
+        made = replace(synthetic, images_oe=as_parts(images, chosen.factor))
         chosen = chosen.changed(made, f"outliers, not distilled: {len(made.images_oe)} {_named(s)}, {how}")
     return with_new_outliers(s, chosen, real)
 
@@ -114,9 +121,9 @@ def with_new_outliers(s: Stage2Settings, chosen: TrainingSet, real: RealData) ->
         return replace(chosen, synthetic=synthetic.without_outliers())
     if s.outliers == "corrupt":
         source = corrupted(synthetic.images, real, s.corruptions, s.mix_corruptions)
-        made, line = with_fresh(synthetic, source, real.num_classes), f"{new} the images of the set, corrupted"
+        made, line = with_fresh(synthetic, source), f"{new} the images of the set, corrupted"
     elif s.outliers == "real":
-        made = with_fresh(synthetic, outlier_source(s, real), real.num_classes)
+        made = with_fresh(synthetic, outlier_source(s, real))
         line = f"{new} {_named(s)}; no distilled set, but an upper bound"
     elif s.corrupt_again:
         made = with_corrupted_again(synthetic, real, s.corruptions, s.mix_corruptions)

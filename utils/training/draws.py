@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from utils.compute.transfer import Draw
 from utils.data.augment import DC, DSA, apply_by_part, identity
@@ -17,11 +18,11 @@ MIXED_SHARE = 0.5  # of the batches, as IDC and its descendants mix
 class Mix(Draw):
     """How the images of a batch are mixed with others of it, and the labels alike."""
 
-    partner: torch.Tensor  # the other image of each, int64 [n]
-    weight: torch.Tensor  # of the image itself, a scalar
+    partner: Tensor  # the other image of each, int64 [n]
+    weight: Tensor  # of the image itself, a scalar
     box: tuple[int, int, int, int] | None = None  # the rows and columns that CutMix takes of the other; None: mixup
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+    def __call__(self, images: Tensor) -> Tensor:
         if self.box is None:
             return self.weight * images + (1 - self.weight) * images[self.partner]
         top, bottom, left, right = self.box
@@ -29,7 +30,7 @@ class Mix(Draw):
         out[:, :, top:bottom, left:right] = images[self.partner, :, top:bottom, left:right]
         return out
 
-    def of_labels(self, labels: torch.Tensor) -> torch.Tensor:
+    def of_labels(self, labels: Tensor) -> Tensor:
         """Probabilities `[n, num_classes]`, mixed as the images are."""
         return self.weight * labels + (1 - self.weight) * labels[self.partner]
 
@@ -58,16 +59,11 @@ def draw_mix(kind: str, n: int, size: tuple[int, int], g: torch.Generator) -> Mi
 class Batch(Draw):
     """The random choices of one batch: its images and outliers (int64 `[n]`), and how they are augmented."""
 
-    index: torch.Tensor
+    index: Tensor
     transform: Draw | None
-    index_oe: torch.Tensor | None
+    index_oe: Tensor | None
     transform_oe: Draw | None
     mix: Mix | None = None  # of the augmented images; outliers are not mixed
-
-    @property
-    def count(self) -> int:
-        """Number of images and outliers."""
-        return len(self.index) + (0 if self.index_oe is None else len(self.index_oe))
 
 
 def draw_epoch(
@@ -75,14 +71,14 @@ def draw_epoch(
 ) -> list[Batch]:
     """Draw the batches, of `batch` images, of one epoch over a synthetic set; only the sizes of the set matter.
 
-    If there are fewer outliers than images, they are repeated, so that every batch has as many of them as images.
+    Fewer outliers than images are repeated, so that every batch has as many of them as images.
     """
+    size = tuple(synthetic.images.shape[2:])
 
-    def transform(index: torch.Tensor | None) -> Draw | None:
-        """Draw how the images of `index` are augmented."""
+    def transform(index: Tensor | None) -> Draw | None:
         if augmentation is None or index is None or not len(index):
             return None
-        return augmentation.draw(len(index), tuple(synthetic.images.shape[2:]), g)
+        return augmentation.draw(len(index), size, g)
 
     order = torch.randperm(len(synthetic.images), generator=g)
     count = synthetic.num_outliers
@@ -95,34 +91,28 @@ def draw_epoch(
         index = order[start : start + batch]
         index_oe = None if order_oe is None else order_oe[start : start + batch]
         drawn = (transform(index), index_oe, transform(index_oe))
-        batches.append(Batch(index, *drawn, draw_mix(mix, len(index), tuple(synthetic.images.shape[2:]), g)))
+        batches.append(Batch(index, *drawn, draw_mix(mix, len(index), size, g)))
     return batches
 
 
 def with_fresh_outliers(
     synthetic: SyntheticSet, drawn: Sequence[list[Batch]], generators: Sequence[torch.Generator]
 ) -> tuple[SyntheticSet, list[list[Batch]]]:
-    """Draw new outliers for each of some epochs; return a set that holds all of them, and batches that index into it.
-
-    Args:
-        synthetic: a set with `fresh_oe`.
-        drawn: the batches of each epoch; generators: one for the outliers of each epoch.
-    """
+    """A set that holds the `fresh_oe` of all epochs, and their batches, which index into these."""
     count = synthetic.fresh_oe.count
     made = torch.cat([synthetic.fresh_oe.make(g) for g in generators])
     moved = [[replace(b, index_oe=b.index_oe + i * count) for b in batches] for i, batches in enumerate(drawn)]
     return replace(synthetic, images_oe=made, fresh_oe=None), moved
 
 
-def augmented_batches(synthetic: SyntheticSet, batches: Sequence[Batch]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def augmented_batches(synthetic: SyntheticSet, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield for each batch its augmented images followed by augmented outliers, `[n, C, H, W]`, and the image labels.
 
-    The set must not change meanwhile: many batches are augmented together. Where batches are mixed, its labels must be
-    probabilities.
+    Many are augmented together, so the set must not change meanwhile. To be mixed, its labels must be probabilities.
     """
-    device = synthetic.images.device
-    largest = max(b.count for b in batches) * synthetic.images[0].numel()
-    per_block = max(1, (AUGMENTED_CUDA if device.type == "cuda" else AUGMENTED_CPU) // largest)
+    together = AUGMENTED_CUDA if synthetic.images.device.type == "cuda" else AUGMENTED_CPU
+    largest = max(len(b.index) + (0 if b.index_oe is None else len(b.index_oe)) for b in batches)
+    per_block = max(1, together // (largest * synthetic.images[0].numel()))
     for first in range(0, len(batches), per_block):
         block = batches[first : first + per_block]
         index = [b.index for b in block]
@@ -131,15 +121,12 @@ def augmented_batches(synthetic: SyntheticSet, batches: Sequence[Batch]) -> Iter
         images = [x if b.mix is None else b.mix(x) for b, x in zip(block, images, strict=True)]
         labels = [y if b.mix is None else b.mix.of_labels(y) for b, y in zip(block, labels, strict=True)]
         if block[0].index_oe is not None:
-            index_oe = [b.index_oe for b in block]
-            outliers = _augmented(synthetic.images_oe, index_oe, [b.transform_oe for b in block])
+            outliers = _augmented(synthetic.images_oe, [b.index_oe for b in block], [b.transform_oe for b in block])
             images = map(torch.cat, zip(images, outliers, strict=True))
         yield from zip(images, labels, strict=True)
 
 
-def _augmented(
-    images: torch.Tensor, index: Sequence[torch.Tensor], transforms: Sequence[Draw | None]
-) -> Sequence[torch.Tensor]:
+def _augmented(images: Tensor, index: Sequence[Tensor], transforms: Sequence[Draw | None]) -> Sequence[Tensor]:
     """`transform(images[i])` for each `i` of `index`."""
     lengths = [len(i) for i in index]
     chosen = images.index_select(0, torch.cat(list(index)))

@@ -2,45 +2,35 @@
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from utils.compute.cpu_batches import BatchSplitter
 
 
-def uniform_cross_entropy(logits: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy from the uniform distribution to the softmax of `logits`, mean over the batch.
+def uniform_cross_entropy(logits: Tensor) -> Tensor:
+    """Cross-entropy from the uniform distribution to the softmax of `logits` `[N, num_classes]`, mean over the batch.
 
-    Args:
-        logits: `[N, num_classes]`.
-    Returns:
-        A scalar, `mean_n( logsumexp_k z_nk - mean_k z_nk )`; its minimum, `log(num_classes)`, is reached at constant
-        logits. This is the outlier loss of Outlier Exposure (Hendrycks et al., ICLR 2019, section 4).
+    It is `mean_n( logsumexp_k z_nk - mean_k z_nk )`; its minimum, `log(num_classes)`, is reached at constant logits.
+    This is the outlier loss of Outlier Exposure (Hendrycks et al., ICLR 2019, section 4).
     """
     return (logits.logsumexp(dim=1) - logits.mean(dim=1)).mean()
 
 
-def joint_loss(logits: torch.Tensor, labels: torch.Tensor, lambda_oe: float) -> torch.Tensor:
+def joint_loss(logits: Tensor, labels: Tensor, lambda_oe: float) -> Tensor:
     """Cross-entropy of the labelled rows plus `lambda_oe` times the uniform cross-entropy of the others.
 
-    Args:
-        logits: `[N + M, num_classes]`; the first N rows are labelled images, the last M (may be none) are outliers.
-        labels: int64 `[N]`, or probabilities `[N, num_classes]`.
-        lambda_oe: weight of the outlier term.
+    Of logits `[N + M, num_classes]` the last M (may be none) are of outliers; labels are int64 `[N]` or probabilities.
     """
     n = len(labels)
     loss = F.cross_entropy(logits[:n], labels)
     return loss if len(logits) == n else loss + lambda_oe * uniform_cross_entropy(logits[n:])
 
 
-def joint_parts(
-    images: torch.Tensor, labels: torch.Tensor, splitter: BatchSplitter | None
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Split a batch into equal parts, the mean of whose joint losses is the loss of the batch.
+def joint_parts(images: Tensor, labels: Tensor, splitter: BatchSplitter | None) -> list[tuple[Tensor, Tensor]]:
+    """Split a batch into equal parts (images, labels), the mean of whose joint losses is the loss of the batch.
 
-    Args:
-        images: labelled images followed by outliers `[N + M, C, H, W]`; labels: as for `joint_loss`.
-        splitter: decides how many parts; without one, the batch stays whole, as a network with BatchNorm needs it.
-    Returns:
-        Images and labels of each part, which has its share of labelled images and of outliers.
+    The images are labelled ones followed by outliers `[N + M, C, H, W]`; each part has its share of both. Without a
+    splitter the batch stays whole, as a network with BatchNorm needs it.
     """
     n = len(labels)
     count = 1 if splitter is None else splitter.count(images, n, len(images) - n)

@@ -4,42 +4,35 @@ The idea is that of a model pool (Zhao et al., *Improved Distribution Matching*,
 shows in its gradients and features, but a single network would be followed too closely.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 from networks import initialize
 from utils.compute import distributed
 from utils.compute.device import Compute
-from utils.compute.transfer import send_draws
 from utils.core.rng import generator
 from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet
-from utils.training.trainer import LR_NET, Trainer, TrainSettings
+from utils.training.trainer import Trainer, TrainSettings
 
 
+@dataclass
 class NetworkPool:
-    """Networks of one architecture and different ages.
+    """Networks of one architecture and different ages, which take turns."""
 
-    Args:
-        size: how many there are; they take turns.
-        epochs: a network trains for so many before each of its turns.
-        last_epoch: a network that has trained for so many is replaced.
-        training: how they are trained; the learning rate stays as it is.
-    """
+    real: RealData
+    model: str
+    size: int  # how many there are
+    epochs: int  # for which a network trains before each of its turns
+    last_epoch: int  # a network that has trained for so many is replaced
+    training: TrainSettings  # the learning rate stays as it is
+    seed: int
+    compute: Compute
 
-    def __init__(
-        self,
-        real: RealData,
-        model: str,
-        size: int,
-        epochs: int,
-        last_epoch: int,
-        training: TrainSettings,
-        seed: int,
-        compute: Compute,
-    ):
-        self.size, self.epochs, self.last_epoch, self.seed = size, epochs, last_epoch, seed
-        self.net = real.network(model, generator(seed)).to(real.device)
-        self.trainer = Trainer(self.net, training, compute)
+    def __post_init__(self):
+        self.net = self.real.network(self.model, generator(self.seed)).to(self.real.device)
+        self.trainer = Trainer(self.net, self.training, self.compute)
         self.clear()
 
     def clear(self) -> None:
@@ -62,11 +55,10 @@ class NetworkPool:
             self.ages[turn] = 0
         else:
             self.net.load_state_dict(state)
-        self.trainer.restart(self.trainer.settings.lr or LR_NET)
+        self.trainer.restart(self.training.learning_rate())
         if distributed.is_main():
             keys = [generator(self.seed, "pool", exp, it, epoch) for epoch in range(epochs)]
-            drawn = send_draws(self.trainer.draw_epochs(synthetic, keys), synthetic.images.device)
-            for _ in self.trainer.epochs(synthetic, drawn):
+            for _ in self.trainer.drawn_epochs(synthetic, keys):
                 pass
         tensors = {name: t.detach() for name, t in self.net.state_dict().items()}
         distributed.broadcast_(*tensors.values())
@@ -79,17 +71,9 @@ class NetworkPool:
         return {"networks": list(self.states), "ages": list(self.ages)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from a `state_dict`.
-
-        Raises:
-            ValueError, RuntimeError: when it has another number of networks, or networks of another kind.
-        """
-        networks, ages = list(state["networks"]), [int(age) for age in state["ages"]]
-        if not len(networks) == len(ages) == self.size:
-            raise ValueError(f"{len(networks)} networks instead of {self.size}")
-        for network in networks:
-            if network is not None:
-                self.net.load_state_dict(network)
-        device = next(self.net.parameters()).device
-        self.states = [n and {name: t.to(device).clone() for name, t in n.items()} for n in networks]
-        self.ages = ages
+        """Continue from a `state_dict`; a `ValueError` tells that it has another number of networks."""
+        if not len(state["networks"]) == len(state["ages"]) == self.size:
+            raise ValueError(f"{len(state['networks'])} networks instead of {self.size}")
+        device = self.real.device
+        self.states = [n and {name: t.to(device).clone() for name, t in n.items()} for n in state["networks"]]
+        self.ages = list(state["ages"])

@@ -1,12 +1,18 @@
-"""The loop of stage 2: networks are trained one after another, tested meanwhile, and saved as checkpoints."""
+"""The networks of stage 2: trained one after another, tested meanwhile, saved as checkpoints, and loaded from these."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from networks import initialize
 from utils.compute import distributed
-from utils.core.errors import Interrupted, RankError, UserError, one_line
+from utils.core.errors import Interrupted, UserError, blame, one_line, rank_errors, require
 from utils.core.files import save_pt
 from utils.core.rng import generator
+from utils.core.torch_files import read_pt
 from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet
 from utils.runs import signals
@@ -14,62 +20,102 @@ from utils.runs.checkpoints import Checkpointer
 from utils.runs.progress import LOG_EVERY
 from utils.runs.resume import resume_command
 from utils.runs.run_folder import RunFolder
-from utils.training.saved_networks import checkpoint_name, is_checkpoint_epoch
-from utils.training.trainer import Trainer, accuracy_of
+from utils.training.trainer import TEST_BATCH, Trainer, accuracy_of, predict
 
 TEST_INTERVAL = 50  # epochs
+CHECKPOINT_INTERVAL = 200  # epochs between two that are kept
+POSITION = ("epoch", "best", "best_epoch", "newest")  # of a network in its training
 
 
-class NetworkTraining:
-    """Trains networks one after another; under `torchrun` each process trains some of them and writes their files.
+def checkpoint_name(dataset: str, model: str, index: int | str, which: str) -> str:
+    """File name of network `index`; `which` is `best` or `epoch<e>`."""
+    return f"syn_trained_{dataset}_{model}_exp{index}_{which}.pt"
 
-    `resumes`: whether to continue from the checkpoints in `run`; each network has its own.
+
+def checkpoints_of(folder: Path, dataset: str, model: str) -> dict[int, set[str]]:
+    """What a stage-2 folder keeps of each network, by its index: `best`, `epoch<e>`."""
+    kept: dict[int, set[str]] = {}
+    for path in folder.glob(checkpoint_name(dataset, model, "*", "*")):
+        index, _, which = path.stem.rpartition("_exp")[2].partition("_")
+        if index.isdecimal() and path.is_file():
+            kept.setdefault(int(index), set()).add(which)
+    return kept
+
+
+def epochs_of(kept: set[str]) -> list[int]:
+    """The epochs of the checkpoints of a network, sorted."""
+    return sorted(int(which[5:]) for which in kept if which.startswith("epoch") and which[5:].isdecimal())
+
+
+def is_checkpoint_epoch(epoch: int, epochs: int) -> bool:
+    """Whether `epoch` (1 … epochs) is kept: the last, and multiples of 200 from three fifths of `epochs` on."""
+    return epoch == epochs or (epoch % CHECKPOINT_INTERVAL == 0 and 5 * epoch >= 3 * epochs)
+
+
+def save_network(path: Path, net: nn.Module) -> None:
+    """Write the weights for `load_network`."""
+    save_pt(path, {name: tensor.cpu() for name, tensor in net.state_dict().items()})
+
+
+def load_trained(folder: Path, model: str, real: RealData, index: int, which: str) -> nn.Module:
+    """Network `index` of a stage-2 folder, see `load_network`."""
+    return load_network(folder / checkpoint_name(real.name, model, index, which), model, real, "--folder")
+
+
+def load_network(path: Path, model: str, real: RealData, flag: str) -> nn.Module:
+    """The network of a state dict that stage 2 wrote, on the device of `real`, in evaluation mode.
+
+    A `UserError`, which `flag` begins, tells of a file that is missing, damaged, or of another network or data set.
     """
+    net = real.network(model, generator(0))
+    with blame(flag):
+        state = read_pt(path)
+        is_plain = isinstance(state, dict) and all(isinstance(k, str) for k in state)
+        is_plain = is_plain and all(isinstance(v, Tensor) and not v.is_complex() for v in state.values())
+        require(is_plain, f"{path} is no state dict; give what stage 2 wrote")
+        try:
+            net.load_state_dict(dict(state))  # a copy, without the version metadata that a file may attach
+        except RuntimeError as error:
+            raise UserError(f"{path} does not fit --model {model}: {one_line(error)}") from None
+        net = net.to(real.device).eval()
+        is_finite = torch.isfinite(predict(net, real.test_images[:TEST_BATCH])).all()
+        require(is_finite, f"{path} holds NaN, or weights so large that its outputs are not finite; train it again")
+    return net
 
-    def __init__(
-        self,
-        model: str,
-        real: RealData,
-        synthetic: SyntheticSet,
-        trainer: Trainer,
-        seed: int,
-        run: RunFolder,
-        resumes: bool = False,
-    ):
-        self.model, self.real, self.synthetic, self.trainer = model, real, synthetic, trainer
-        self.seed, self.run, self.resumes = seed, run, resumes
 
-    def train_all(self, num_networks: int, interval: int = 50) -> list[tuple[float, float]]:
+@dataclass(frozen=True)
+class NetworkTraining:
+    """Trains networks one after another; under `torchrun` each process trains some of them and writes their files."""
+
+    model: str
+    real: RealData
+    synthetic: SyntheticSet
+    trainer: Trainer
+    seed: int
+    run: RunFolder
+    resumes: bool  # whether to continue from the checkpoints in `run`; each network has its own
+
+    def train_all(self, num_networks: int, interval: int) -> list[tuple[float, float]]:
         """Train all networks; returns the best and the last test accuracy of each, as fractions.
 
-        Args:
-            interval: epochs between two checkpoints.
-        Raises:
-            Interrupted: after a signal; the network in training is saved if its epoch ends in time, else its newest
-                checkpoint is kept.
-            UserError: when a training diverges, or a checkpoint is not of this run.
+        There are `interval` epochs between two checkpoints. After a signal the network in training is saved if its
+        epoch ends in time. A `UserError` tells of a training that diverges, or a checkpoint that is not of this run.
         """
-        indices = distributed.own_share(num_networks)
-        networks = [
-            NetworkInTraining(self, i, Checkpointer(self.run, f"checkpoint_network{i}", interval)) for i in indices
-        ]
         try:
-            with signals.catch():
+            with rank_errors(), signals.catch():
+                networks = [NetworkInTraining(self, i, interval) for i in distributed.own_share(num_networks)]
                 if self.resumes:
                     self._restore(networks)
                 for network in networks:
-                    if not network.done:
-                        self._train(network)
+                    network.train()
                 results = distributed.gather({n.index: (n.best, n.newest) for n in networks})
         except Interrupted:
             self.run.log("stopped; to resume:")
             self.run.log(resume_command(self.run.path))
             raise
-        except UserError as error:
-            raise RankError(error) from None
         return list(results.values())
 
-    def _restore(self, networks: list["NetworkInTraining"]) -> None:
+    def _restore(self, networks: Sequence["NetworkInTraining"]) -> None:
         for network in networks:
             network.restore()
         epochs = distributed.gather({network.index: network.epoch for network in networks})
@@ -78,75 +124,81 @@ class NetworkTraining:
         self.run.keep_metrics(lambda line: line["epoch"] <= epochs[line["network"]])
         distributed.barrier()  # no process may append before that
 
-    def _train(self, network: "NetworkInTraining") -> None:
-        key = ("network", network.index)
-        if network.state is None:
-            initialize(self.trainer.net, generator(self.seed, *key))
-        else:
-            self.trainer.load_state_dict(network.state)
-        what = f"network {network.index}"
-        with self.run.progress(self.trainer.settings.epochs, what, network.epoch, TEST_INTERVAL) as progress:
-
-            def after_epoch(epoch: int, loss: torch.Tensor) -> None:
-                progress.step(loss=loss)
-                network.after_epoch(epoch, loss)
-
-            with signals.interruptible():
-                self.trainer.train(self.synthetic, self.seed, key, after_epoch, network.epoch)
-        self.run.log_own(f"{what}: best tested accuracy {100 * network.best:.2f} % (epoch {network.best_epoch})")
-
 
 class NetworkInTraining:
-    """Tests a network while it trains, and writes its checkpoints: those for stage 3, and the one to resume from."""
+    """A network that is tested while it trains, and written: for stage 3, and as a checkpoint to resume from."""
 
-    def __init__(self, training: NetworkTraining, index: int, checkpointer: Checkpointer):
-        self.training, self.index, self.checkpointer = training, index, checkpointer
-        self.trainer, self.real, self.run = training.trainer, training.real, training.run
-        self.epochs = epochs = self.trainer.settings.epochs
-        self.first = min(100, epochs // 2)
-        self.best, self.best_epoch, self.newest, self.epoch = -1.0, 0, float("nan"), 0
+    def __init__(self, training: NetworkTraining, index: int, interval: int):
+        self.training, self.trainer, self.run, self.index = training, training.trainer, training.run, index
+        self.checkpointer = Checkpointer(self.run, f"checkpoint_network{index}", interval)
+        self.epochs = self.trainer.settings.epochs
+        self.epoch, self.best, self.best_epoch, self.newest = 0, -1.0, 0, float("nan")
         self.state: dict | None = None
 
-    @property
-    def done(self) -> bool:
-        """Whether the network is trained."""
-        return self.epoch == self.epochs
+    def restore(self) -> None:
+        """Continue from the newest checkpoint, if there is one."""
+        saved = self.checkpointer.load()
+        if saved is None:
+            return
+        try:
+            self.epoch, self.best, self.best_epoch, self.newest = (saved[name] for name in POSITION)
+            if self.epoch < self.epochs:
+                self.state = saved["state"]
+                self.trainer.load_state_dict(self.state)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            reason = one_line(error, 100)
+            raise UserError(f"--resume: {self.checkpointer.path} is not of this run: {reason}") from None
+        self.run.log_own(f"network {self.index}: resumed at epoch {self.epoch}")
 
-    def after_epoch(self, epoch: int, loss: torch.Tensor) -> None:
-        """Test every 50 epochs and after the last; write the best network from epoch `first` on, and those for stage 3.
+    def train(self) -> None:
+        """Train what is left of the epochs."""
+        if self.epoch == self.epochs:
+            return
+        seed, key, what = self.training.seed, ("network", self.index), f"network {self.index}"
+        if self.state is None:
+            initialize(self.trainer.net, generator(seed, *key))
+        else:
+            self.trainer.load_state_dict(self.state)
+        with self.run.progress(self.epochs, what, self.epoch, TEST_INTERVAL) as progress:
 
-        Saves a checkpoint after a test, when one is due, and after a signal.
+            def after_epoch(epoch: int, loss: Tensor) -> None:
+                progress.step(loss=loss)
+                self._after_epoch(epoch, loss)
 
-        Raises:
-            Interrupted: after a signal.
-            UserError: when the training has diverged.
-        """
-        tests = epoch % TEST_INTERVAL == 0 or epoch == self.epochs
+            with signals.interruptible():
+                self.trainer.train(self.training.synthetic, seed, key, after_epoch, self.epoch)
+        self.run.log_own(f"{what}: best tested accuracy {100 * self.best:.2f} % (epoch {self.best_epoch})")
+
+    def _after_epoch(self, epoch: int, loss: Tensor) -> None:
+        """Test every 50 epochs and after the last; save a checkpoint then, when one is due, and after a signal."""
+        done = epoch == self.epochs
+        tests = epoch % TEST_INTERVAL == 0 or done
         saves = tests or self.checkpointer.due(epoch) or signals.received()
         self.epoch = epoch
         if saves or epoch % LOG_EVERY == 0:
             self._check_finite(loss, "its loss is")
-        logits = self.trainer.predict(self.real.test_images) if tests else None
+        logits = self.trainer.predict(self.training.real.test_images) if tests else None
         with signals.interruptible(False):
             if logits is not None:
                 self._note_test(logits, loss.item())
             if is_checkpoint_epoch(epoch, self.epochs):
                 self._save(f"epoch{epoch}")
             if saves:
-                self.checkpointer.save(self._position() | ({} if self.done else {"state": self.trainer.state_dict()}))
-        if not self.done:
+                position = {name: getattr(self, name) for name in POSITION}
+                self.checkpointer.save(position | ({} if done else {"state": self.trainer.state_dict()}))
+        if not done:
             signals.check()
 
-    def _note_test(self, logits: torch.Tensor, loss: float) -> None:
-        """Log the test accuracy, and write the network if it is the best so far."""
+    def _note_test(self, logits: Tensor, loss: float) -> None:
+        """Log the test accuracy, and write the network if it is the best from epoch 100 or half of the epochs on."""
         self._check_finite(logits, "its outputs are")
-        self.newest = accuracy_of(logits, self.real.labels_test)
+        self.newest = accuracy_of(logits, self.training.real.labels_test)
         self.run.metric(network=self.index, epoch=self.epoch, loss=loss, accuracy=self.newest)
-        if self.epoch >= self.first and self.newest > self.best:
+        if self.epoch >= min(100, self.epochs // 2) and self.newest > self.best:
             self.best, self.best_epoch = self.newest, self.epoch
             self._save("best")
 
-    def _check_finite(self, values: torch.Tensor, what: str) -> None:
+    def _check_finite(self, values: Tensor, what: str) -> None:
         if not torch.isfinite(values).all():
             raise UserError(
                 f"--lr_net {self.trainer.settings.lr:g}: network {self.index} diverged by epoch {self.epoch}: {what} "
@@ -154,31 +206,5 @@ class NetworkInTraining:
             )
 
     def _save(self, which: str) -> None:
-        """Write the network for stage 3; `which` is `best` or `epoch<e>`."""
-        state = {name: tensor.cpu() for name, tensor in self.trainer.net.state_dict().items()}
-        save_pt(self.run.path / checkpoint_name(self.real.name, self.training.model, self.index, which), state)
-
-    def _position(self) -> dict:
-        return {"epoch": self.epoch, "best": self.best, "best_epoch": self.best_epoch, "newest": self.newest}
-
-    def restore(self) -> None:
-        """Continue from the newest checkpoint, if there is one.
-
-        Raises:
-            UserError: when it is not of this run.
-        """
-        saved = self.checkpointer.load()
-        if saved is None:
-            return
-        try:
-            self.epoch, self.best_epoch = int(saved["epoch"]), int(saved["best_epoch"])
-            self.best, self.newest = float(saved["best"]), float(saved["newest"])
-            if not 0 <= self.epoch <= self.epochs:
-                raise ValueError(f"epoch {self.epoch}")
-            self.state = saved.get("state")
-            if not self.done:
-                self.trainer.load_state_dict(self.state)
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            reason = one_line(error, 100)
-            raise UserError(f"--resume: {self.checkpointer.path} is not of this run: {reason}") from None
-        self.run.log_own(f"network {self.index}: resumed at epoch {self.epoch}")
+        name = checkpoint_name(self.training.real.name, self.training.model, self.index, which)
+        save_network(self.run.path / name, self.trainer.net)

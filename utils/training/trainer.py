@@ -1,11 +1,11 @@
 """Training networks on a synthetic set, and testing them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from networks import has_batchnorm, initialize
 from utils.compute.cpu_batches import BatchSplitter, padded_to
@@ -22,6 +22,7 @@ TEST_BATCH = 250
 DRAWN_EPOCHS, DRAWN_IMAGES = 50, 2**18  # the most epochs that are drawn together, and the most images in them
 FRESH_NUMBERS = 2**26  # the most numbers in the new outliers of the epochs that are drawn together
 LR_NET = 0.01
+AfterEpoch = Callable[[int, Tensor], None] | None  # called with the number of epochs done and the mean loss
 
 
 class Protocol(NamedTuple):
@@ -29,7 +30,7 @@ class Protocol(NamedTuple):
 
     epochs: int
     batch: int
-    optimizer: str = "sgd"  # with weight decay 0.0005 and momentum 0.9; adamw: 0.01
+    optimizer: str = "sgd"
     schedule: str = "half"
     mix: str = "none"
 
@@ -88,37 +89,37 @@ class Trainer:
         else:
             self.optimizer = torch.optim.SGD(self.net.parameters(), momentum=s.momentum, **common)
 
-    def draw_epochs(self, synthetic: SyntheticSet, generators: Sequence[torch.Generator]) -> list[list[Batch]]:
-        """Draw the batches of one epoch over a synthetic set from each generator."""
-        s = self.settings
-        return [draw_epoch(synthetic, s.batch, s.augmentation, g, s.mix) for g in generators]
+    def epochs(self, synthetic: SyntheticSet, drawn: Sequence[list[Batch]]) -> Iterator[Tensor]:
+        """Train one epoch on each entry of `drawn`, its batches on the device; yields the mean batch loss of each.
 
-    def epochs(self, synthetic: SyntheticSet, drawn: Sequence[list[Batch]]) -> Iterator[torch.Tensor]:
-        """Train one epoch for each entry of `drawn` (from `draw_epochs`, on the device).
-
-        Yields the mean batch loss of each epoch, a scalar on the device. An InD batch and a batch of outliers are
-        augmented separately and go through the network in one forward pass.
+        An InD batch and a batch of outliers are augmented separately and go through the network in one forward pass.
         """
         inputs = augmented_batches(synthetic, [batch for batches in drawn for batch in batches])
         for batches in drawn:
             self.net.train()
             yield torch.stack([self.step(*next(inputs)) for _ in batches]).mean()
 
-    def epoch(self, synthetic: SyntheticSet, g: torch.Generator) -> torch.Tensor:
-        """Train one epoch over the synthetic set; returns the mean batch loss."""
-        drawn = send_draws(self.draw_epochs(synthetic, [g]), synthetic.images.device)
-        return next(self.epochs(synthetic, drawn))
+    def drawn_epochs(
+        self, synthetic: SyntheticSet, generators: Sequence[torch.Generator], fresh: Sequence[torch.Generator] = ()
+    ) -> Iterator[Tensor]:
+        """`epochs` with draws of each generator; `fresh`: generators of new outliers for each, if there are any."""
+        s = self.settings
+        drawn = [draw_epoch(synthetic, s.batch, s.augmentation, g, s.mix) for g in generators]
+        if fresh:
+            synthetic, drawn = with_fresh_outliers(synthetic, drawn, fresh)
+        return self.epochs(synthetic, send_draws(drawn, synthetic.images.device))
 
-    def predict(self, images: torch.Tensor) -> torch.Tensor:
+    def epoch(self, synthetic: SyntheticSet, g: torch.Generator) -> Tensor:
+        """Train one epoch over the synthetic set; returns the mean batch loss."""
+        return next(self.drawn_epochs(synthetic, [g]))
+
+    def predict(self, images: Tensor) -> Tensor:
         """Logits `[N, num_classes]` of images `[N, C, H, W]`, in evaluation mode."""
         batch = TEST_BATCH // self.test_splitter.count(images[:TEST_BATCH])
         return predict(self.net, images, batch, self.forward)
 
-    def step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """One update on augmented images followed by outliers `[n, C, H, W]`; returns the loss.
-
-        `labels`: of the images, int64 or probabilities.
-        """
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """One update on augmented images followed by outliers `[n, C, H, W]`, and labels of the images; the loss."""
         self.optimizer.zero_grad(set_to_none=True)  # before a recorded CUDA graph overwrites the gradients
         parts = joint_parts(images, labels, None if self.has_batchnorm else self.splitter)
         losses = []
@@ -129,32 +130,22 @@ class Trainer:
         self.optimizer.step()
         return torch.stack(losses).mean() if len(losses) > 1 else losses[0]
 
-    def _loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         try:
             return self.loss(images, labels, self.settings.lambda_oe)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
+        except ValueError:
+            if len(images) > 1:
                 raise
-            raise UserError(
-                f"--batch_train {self.settings.batch}: the last batch of an epoch is a single image, too few for the "
-                "BatchNorm of this network at this size; give another --batch_train"
-            ) from None
+        single = f"--batch_train {self.settings.batch}: the last batch of an epoch is a single image"
+        raise UserError(f"{single}, too few for BatchNorm at this size; give another --batch_train")
 
     def train(
-        self,
-        synthetic: SyntheticSet,
-        seed: int,
-        key: tuple,
-        after_epoch: Callable[[int, torch.Tensor], None] | None = None,
-        first_epoch: int = 0,
-    ) -> torch.Tensor:
-        """Train the network in place for `settings.epochs` epochs; returns the mean loss of the last.
+        self, synthetic: SyntheticSet, seed: int, key: tuple, after_epoch: AfterEpoch = None, first_epoch: int = 0
+    ) -> None:
+        """Train the network in place for `settings.epochs` epochs, of which those before `first_epoch` are done.
 
-        Args:
-            seed, key: every epoch draws from `generator(seed, *key, "epoch", epoch)`, and new outliers
-                from `generator(seed, *key, "outliers", epoch)`.
-            after_epoch: called with the number of epochs done and the mean loss.
-            first_epoch: epochs done already; if there are any, the optimiser keeps its state.
+        Every epoch draws from `generator(seed, *key, "epoch", epoch)`, and new outliers from
+        `generator(seed, *key, "outliers", epoch)`.
         """
         epochs, lr = self.settings.epochs, self.settings.learning_rate(synthetic)
         if not first_epoch:
@@ -162,97 +153,61 @@ class Trainer:
         if self.settings.mix != "none":
             synthetic = synthetic.with_probabilities()
         shares, factor = SCHEDULES[self.settings.schedule]
-        drops = {int(share * epochs): lr * factor ** (n + 1) for n, share in enumerate(shares)}
-        loss = torch.zeros(())
+        drops = [int(share * epochs) for share in shares]
         per_block = epochs_drawn_together(synthetic)
         for first in range(first_epoch, epochs, per_block):
             block = range(first, min(first + per_block, epochs))
-            drawn = self.draw_epochs(synthetic, [generator(seed, *key, "epoch", epoch) for epoch in block])
-            current = synthetic
-            if synthetic.fresh_oe is not None:
-                made = [generator(seed, *key, "outliers", epoch) for epoch in block]
-                current, drawn = with_fresh_outliers(synthetic, drawn, made)
-            losses = self.epochs(current, send_draws(drawn, synthetic.images.device))
+            of_epochs, of_outliers = ([generator(seed, *key, what, e) for e in block] for what in ("epoch", "outliers"))
+            losses = self.drawn_epochs(synthetic, of_epochs, of_outliers if synthetic.fresh_oe is not None else ())
             for epoch in block:
-                if epoch and epoch in drops:
-                    self._drop(drops[epoch])
+                rate = lr * factor ** sum(drop <= epoch for drop in drops) if epoch else lr
+                if self.settings.schedule == "half" and epoch and epoch in drops:
+                    self.restart(rate)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
                 loss = next(losses)
                 if after_epoch is not None:
                     after_epoch(epoch + 1, loss)
-        return loss
 
-    def _drop(self, lr: float) -> None:
-        """Go on with a lower learning rate."""
-        if self.settings.schedule == "half":
-            self.restart(lr)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-
-    def networks(
-        self,
-        synthetic: SyntheticSet,
-        seed: int,
-        keys: Mapping[int, tuple],
-        after_epoch: Callable[[int, torch.Tensor], None] | None = None,
-    ) -> Iterator[int]:
-        """Train a fresh network for each key, from which its weights and epochs are drawn.
-
-        Yields the index of each network while `net` is that network.
-        """
-        for index, key in keys.items():
-            initialize(self.net, generator(seed, *key))
-            self.train(synthetic, seed, key, after_epoch)
-            yield index
+    def train_fresh(self, synthetic: SyntheticSet, seed: int, key: tuple, after_epoch: AfterEpoch = None) -> None:
+        """`train` a network whose weights are drawn from `generator(seed, *key)`."""
+        initialize(self.net, generator(seed, *key))
+        self.train(synthetic, seed, key, after_epoch)
 
     def state_dict(self) -> dict:
         """The network and its optimiser."""
         return {"net": dict(self.net.state_dict()), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from a `state_dict`.
-
-        Raises:
-            ValueError, RuntimeError, KeyError: when it is of another network, or older code wrote it.
-        """
+        """Continue from a `state_dict`; a `ValueError`, `RuntimeError` or `KeyError` tells that it does not fit."""
         self.net.load_state_dict(dict(state["net"]))
         load_optimizer(self.optimizer, state.get("optimizer"))
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict | None) -> None:
-    """Continue with the state and the learning rates of a `state_dict`; all else comes from the flags.
+    """Continue with the state of a `state_dict`, but not with its parameter groups, which come from the flags.
 
-    Raises:
-        ValueError, KeyError, TypeError, AttributeError: when it is of other parameters.
-        ValueError: when there is none, as in checkpoints of older code.
+    A `ValueError`, `KeyError`, `TypeError` or `AttributeError` tells that it is of other parameters, or of older code.
     """
     if state is None:
         raise ValueError("older code wrote it; resume it with that, or start a new run")
-    groups = optimizer.state_dict()["param_groups"]
-    rates = [{"lr": float(group["lr"])} for group in state["param_groups"]]
-    groups = [group | rate for group, rate in zip(groups, rates, strict=True)]
-    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state["state"]})
     for parameter, of_parameter in optimizer.state.items():
-        for name, value in of_parameter.items():
-            if not isinstance(value, torch.Tensor):
-                continue
-            if value.ndim and value.shape != parameter.shape:
-                raise ValueError("momentum of another shape than its parameter")
-            of_parameter[name] = value.clone()  # tensors of a file may share memory
+        tensors = {name: value for name, value in of_parameter.items() if isinstance(value, Tensor)}
+        if any(value.ndim and value.shape != parameter.shape for value in tensors.values()):
+            raise ValueError("momentum of another shape than its parameter")
+        of_parameter |= {name: value.clone() for name, value in tensors.items()}  # those of a file may share memory
 
 
 def epochs_drawn_together(synthetic: SyntheticSet) -> int:
     """How many epochs are drawn together: fewer the larger the set is; what is drawn does not depend on it."""
     images = len(synthetic.images) + synthetic.num_outliers
-    most = [DRAWN_EPOCHS, DRAWN_IMAGES // images]
-    if synthetic.fresh_oe is not None:
-        most.append(FRESH_NUMBERS // (synthetic.num_outliers * synthetic.images[0].numel()))
-    return max(1, min(most))
+    fresh = 1 if synthetic.fresh_oe is None else synthetic.num_outliers * synthetic.images[0].numel()
+    return max(1, min(DRAWN_EPOCHS, DRAWN_IMAGES // images, FRESH_NUMBERS // fresh))
 
 
 @torch.no_grad()
-def predict(
-    net: nn.Module, images: torch.Tensor, batch: int = TEST_BATCH, forward: Callable | None = None
-) -> torch.Tensor:
+def predict(net: nn.Module, images: Tensor, batch: int = TEST_BATCH, forward: Callable | None = None) -> Tensor:
     """Logits `[N, num_classes]` of all images `[N, C, H, W]`, in evaluation mode, including a last partial batch.
 
     `forward` is a compiled `net`, if there is one. Its batches all have one size: the last is padded with zeros.
@@ -263,6 +218,6 @@ def predict(
     return torch.cat([forward(padded_to(part, batch)).float().clone() for part in images.split(batch)])[: len(images)]
 
 
-def accuracy_of(logits: torch.Tensor, labels: torch.Tensor) -> float:
+def accuracy_of(logits: Tensor, labels: Tensor) -> float:
     """Fraction of rows of `logits` `[N, num_classes]` whose largest entry is at the label."""
     return (logits.argmax(1) == labels).float().mean().item()

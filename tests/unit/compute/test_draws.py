@@ -67,10 +67,8 @@ def test_every_draw_has_its_key(method):
 def test_one_transfer_of_each_type_for_an_iteration(method, monkeypatch):
     sent = []
     monkeypatch.setattr(transfer, "send", lambda t, device: (sent.append(t.dtype), t)[1])
-    together = lambda draws, device: transfer.with_tensors(  # noqa: E731
-        draws, iter(transfer.packed(tensors_of(draws), lambda t: transfer.send(t, device)))
-    )
-    monkeypatch.setattr(learnable, "send_draws", together)
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(learnable, "send_draws", lambda draws, device: transfer.send_draws(draws, cuda))
     step_by_step = list(method.draws.steps(0, 0, method.synthetic()))
     assert not sent
     method.draws.together = True  # as for a GPU
@@ -103,10 +101,11 @@ def test_noise_of_a_draw_depends_on_its_seed_alone(tiny_real, name, kind):
     assert noise(kind, (2, 3), 5, torch.device("cpu")).shape == (2, 3)
 
 
-def test_tensors_in_tuples_are_sent_too():
+def test_tensors_in_tuples_are_sent_too(monkeypatch):
     draws = {"a": (torch.tensor([1]), [torch.tensor([2.0])]), "b": "text"}
     assert [t.item() for t in tensors_of(draws)] == [1, 2]
-    sent = transfer.with_tensors(draws, iter([torch.tensor([3]), torch.tensor([4.0])]))
+    monkeypatch.setattr(transfer, "send", lambda tensor, device: tensor + 2)
+    sent = transfer.send_draws(draws, torch.device("cuda"))
     assert isinstance(sent["a"], tuple)
     assert [t.item() for t in tensors_of(sent)] == [3, 4]
     assert sent["b"] == "text"

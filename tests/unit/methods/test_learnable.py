@@ -17,8 +17,7 @@ from utils.data.synthetic import SyntheticSet
 from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.gradient_matching import GradientMatching, GradientSettings
 from utils.outliers.corruptions import MixedCorruption, corrupt, draw_mixed
-from utils.outliers.not_distilled import k_center_by_slot
-from utils.outliers.sources import PseudoOutliers
+from utils.outliers.sources import PseudoOutliers, k_center_outliers
 from utils.training.coresets import k_center
 from utils.training.network_pool import NetworkPool
 from utils.training.trainer import TrainSettings
@@ -84,7 +83,7 @@ def test_outliers_that_start_far_apart(digits):
     """Each slot's are of its corruption; all are farther apart, in the features, than random ones."""
     net = get_network("ConvNetD1", 1, 10, (8, 8), generator(0)).eval()
     source = PseudoOutliers(digits, ("jigsaw", "invert"))
-    chosen = k_center_by_slot(source, digits, 2, (1, 0), net)
+    chosen = k_center_outliers(source, 2, net, 1, 0).unflatten(0, (10, 2))
     assert chosen.shape == (10, 2, 1, 8, 8)
     pixels = digits.unit_train(torch.arange(len(digits.images_train)))
     for slot in range(10):

@@ -112,7 +112,7 @@ def test_files_that_are_no_method(refused, tmp_path, code, message):
 
 TWO_METHODS = """
 from dataclasses import dataclass
-from utils.compute.compiling import Workload
+from utils.compute.device import Workload
 from utils.methods import MethodEntry, register
 from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.method import MatchingSettings

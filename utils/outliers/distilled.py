@@ -1,13 +1,31 @@
-"""Outliers that keep away from one another: matching alone can leave many of them alike."""
+"""Distilled outliers: how they may start, the range of pixels, and what keeps them away from one another."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from utils.compute import distributed
+from utils.core.errors import UserError
+from utils.data.datasets import RealData
 from utils.data.synthetic import decode_slots
 
 SHARPNESS = 2.0  # t of the uniformity loss, as published
+
+
+def check_start(init_oe: str, init: str, clamp_oe: bool, real: RealData, from_file: bool) -> None:
+    """Raise `UserError` for flags that contradict each other; `from_file`: whether a distilled set is the start."""
+    if init_oe == "kcenter" and from_file:
+        raise UserError("--init_oe kcenter: the outliers start as those of --load_path; leave one of them out")
+    if init_oe == "kcenter" and init != "real":
+        raise UserError(f"--init_oe kcenter: its network needs images to train on; give --init real, not {init}")
+    if clamp_oe and real.zca is not None:
+        raise UserError("--clamp_oe: whitened images (--zca) have no range of pixels; leave one of them out")
+
+
+def clamp_to_pixels(outliers: torch.Tensor, real: RealData) -> None:
+    """Clamp outliers `[…, C, H, W]` in place to pixels in [0, 1]."""
+    low, high = (real.normalize(torch.full((1, real.channel, 1, 1), v, device=real.device)) for v in (0.0, 1.0))
+    outliers.clamp_(low[0], high[0])
 
 
 def closeness(features: torch.Tensor) -> torch.Tensor:
@@ -26,8 +44,7 @@ def closeness(features: torch.Tensor) -> torch.Tensor:
 def push_apart(net: nn.Module, outliers: torch.Tensor, weight: float, factor: int = 1) -> None:
     """Add `weight` times the gradient of `closeness` of all outliers, in the features of `net`, to `outliers.grad`.
 
-    The outliers are `[slots, ipc, C, H, W]`; of outliers in parts the parts are kept apart. The network has `embed`;
-    its weights are not changed.
+    The outliers are `[slots, ipc, C, H, W]`; of outliers in parts the parts are kept apart.
     """
     if not weight:
         return
