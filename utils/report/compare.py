@@ -219,6 +219,7 @@ class Comparison:
             values = {title: [about.get("flags", {}).get(flag) for about in stored] for flag, title in FACTS.items()}
             values["networks"] = [len(column.results.errors)]
             values["tested"] = [str(about.get("started", ""))[:10] for about in stored]
+            values["PyTorch"] = [about.get("versions", {}).get("torch") for about in stored]
             for title, of_column in values.items():
                 known = dict.fromkeys(str(value) for value in of_column if value not in (None, ""))
                 lines.setdefault(title, []).append(", ".join(known))
@@ -234,7 +235,7 @@ class Comparison:
             notes=[self.trained, *notes],
             plots_of=lambda folder: sorted(folder.glob("*.png"), key=lambda p: (p.stem not in CAPTIONS, p.stem)),
             caption_of=lambda path: CAPTIONS.get(path.stem, path.stem.replace("_", " ", 1)),
-            fitted_on=lambda folder: args_or_nothing(folder).get("fitted_on"),
+            stored=args_or_nothing,
             data_of=lambda path: base64.b64encode(path.read_bytes()).decode(),
         )
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 
 from utils.core.errors import UserError
 from utils.core.files import atomic_write
@@ -16,6 +18,7 @@ from utils.ood.measures import reliability
 from utils.runs.lineage import args_or_nothing, distilled_set_of
 
 SHOWN_PER_CLASS = 10
+NAME_HEIGHT = 15  # pixels of the name of a class
 BLUE, ORANGE = "#3b6ea5", "#d1733c"
 MARKERS = "os^Dv*PX<>pdh"  # so that columns differ without colours, too; of these there are ten
 
@@ -34,15 +37,28 @@ def shown(images: torch.Tensor) -> torch.Tensor:
     return torch.where(lost, (images - low) / (high - low).clamp(min=1e-6), images.clamp(0, 1))
 
 
-def save_grid(path: Path, images: torch.Tensor, per_row: int) -> None:
+def save_grid(path: Path, images: torch.Tensor, per_row: int, names: Sequence[str] = ()) -> None:
     """Write images `[N, C, H, W]`, as `shown` makes them, as a PNG grid with a row for each class of `per_row` images;
-    with one image per class ten classes in a row. Tiny images are enlarged."""
-    from torchvision.utils import make_grid, save_image
+    with one image per class ten classes in a row. Tiny images are enlarged. `names`: of the classes, to write there."""
+    from torchvision.utils import make_grid
 
     factor = max(1, -(-64 // images.shape[-1]))
     images = shown(images).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    grid = make_grid(images, nrow=per_row if per_row > 1 else 10, padding=2, pad_value=1.0)
-    atomic_write(path, lambda file: save_image(grid, file, format="png"))
+    above = NAME_HEIGHT if names and per_row == 1 else 0
+    images = F.pad(images, (0, 0, above, 0), value=1.0)
+    pixels = make_grid(images, nrow=per_row if per_row > 1 else 10, padding=2, pad_value=1.0)
+    grid = Image.fromarray((255 * pixels).round().byte().permute(1, 2, 0).numpy())
+    font = ImageFont.load_default(NAME_HEIGHT - 3)
+    longest = images.shape[3] // 6 if above else 24
+    names = [name[:longest] for name in names]
+    left = 0 if above or not names else 6 + int(max(map(font.getlength, names)))
+    picture = Image.new("RGB", (left + grid.width, grid.height), "white")
+    picture.paste(grid, (left, 0))
+    draw, (height, width) = ImageDraw.Draw(picture), images.shape[2:]
+    for i, name in enumerate(names):
+        corner = (4 + i % 10 * (width + 2), 2 + i // 10 * (height + 2)) if above else (3, 2 + i * (height + 2))
+        draw.text(corner, name, "black", font)
+    atomic_write(path, lambda file: picture.save(file, format="png"))
 
 
 def distilled_pictures(networks: Path) -> list[tuple[str, torch.Tensor]]:
@@ -184,7 +200,9 @@ def save_panels(
             means = [np.mean([values[step] for values in runs.values() if step in values]) for step in steps]
             marker = "o" if panel in points else ""
             axis.plot(steps, means, color=f"C{index}", linewidth=1.6, marker=marker, markersize=3, label=name)
-        axis.set(xlabel="iteration", title=panel)
+            if marker and 0 in steps:
+                axis.axhline(means[0], color=f"C{index}", linewidth=0.8, linestyle=":")
+        axis.set(xlabel="iteration (dotted: before distilling)" if panel in points else "iteration", title=panel)
         axis.legend(fontsize=8)
         if log_iterations:
             axis.set_xscale("symlog", linthresh=1)

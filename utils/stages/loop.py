@@ -198,15 +198,21 @@ class Distillation:
         """Write the distilled sets so far, and pictures of the newest."""
         s, state = self.settings, self.state
         self._write(self.path, [*state.finished, newest], state.all_accs())
-        pictures = {"vis": newest.images, "vis_oe": newest.images_oe}
+        names = self.real.class_names
+        pictures = {"vis": (newest.images, names), "vis_oe": (newest.images_oe, ())}
         if newest.factor > 1:
             parts = newest.decoded()
-            pictures |= {"vis_parts": parts.images, "vis_parts_oe": parts.images_oe}
+            pictures |= {"vis_parts": (parts.images, names), "vis_parts_oe": (parts.images_oe, ())}
         point = f"{self.real.name}_{s.model}_{s.ipc}ipc_exp{state.exp}_iter{state.iteration}"
-        for prefix, images in pictures.items():
+        for prefix, (images, of_rows) in pictures.items():
             if images is not None and distributed.is_main():
                 pixels = self.real.denormalize(images.to(self.real.device)).cpu()
-                save_grid(self.run.path / f"{prefix}_{s.method}_{point}.png", pixels, s.ipc)
+                save_grid(
+                    self.run.path / f"{prefix}_{s.method}_{point}.png",
+                    pixels,
+                    len(pixels) // self.real.num_classes,
+                    of_rows,
+                )
 
     def _write(self, path: Path, sets: list[SyntheticSet], accs: dict[str, list[float]]) -> None:
         about = {"iteration": self.state.iteration, "experiment": self.state.exp, "flags": as_dict(self.settings)}

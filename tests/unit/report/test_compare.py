@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.utils import make_grid, save_image
 
 from networks import get_network
 from test_ood_model_syn import get_args_parser
@@ -21,7 +22,7 @@ from utils.data.synthetic import SyntheticSet
 from utils.ood.measures import MEASURES, SCALED_MEASURES
 from utils.report.card import measured_table
 from utils.report.compare import Comparison, ComparisonColumn, find_runs, pooled
-from utils.report.plots import distilled_pictures, save_score_histograms, shown
+from utils.report.plots import distilled_pictures, save_grid, save_score_histograms, shown
 from utils.report.results import NETWORK_MEASURES, Results, load_results, results_csv, results_json, shared_sets
 from utils.report.study import StudyColumn, StudyRow, mean_rows, score_rows
 from utils.report.tables import report_text
@@ -364,3 +365,28 @@ def test_msp_is_drawn_as_a_probability(tmp_path, monkeypatch):
 def test_a_picture_of_histograms(tmp_path):
     save_score_histograms(tmp_path / "scores.png", "msp", np.zeros(9), {"a": np.arange(9.0)})
     assert Image.open(tmp_path / "scores.png").size[0] > 100
+
+
+@pytest.mark.parametrize(("per_row", "left", "top"), [(3, "left of its row", 0), (1, "", "above its image")])
+def test_a_grid_names_its_classes(per_row, left, top, tmp_path):
+    """The names stand beside or above the images, which are those of torchvision's grid."""
+    images = torch.rand(2 * per_row, 3, 64, 64, generator=generator(0, "grid"))
+    save_grid(tmp_path / "plain.png", images, per_row)
+    save_image(make_grid(images, nrow=per_row if left else 10, pad_value=1.0), tmp_path / "expected.png")
+    save_grid(tmp_path / "named.png", images, per_row, ["cat", "a class with quite a long name"])
+    plain, expected, named = (
+        np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")).astype(int)
+        for name in ("plain", "expected", "named")
+    )
+    assert plain.shape == expected.shape
+    assert abs(plain - expected).max() <= 1
+    right, below = (s - p for s, p in zip(named.shape[1::-1], plain.shape[1::-1], strict=True))
+    assert (right > 0, below > 0) == (bool(left), bool(top))
+    np.testing.assert_array_equal(named[2 + below : -2, 2 + right : -2], plain[2:-2, 2:-2])
+    for i in range(2):
+        at = (
+            (slice(2 + i * 66, 66 + i * 66), slice(0, right))
+            if left
+            else (slice(0, below), slice(2 + i * 66, 66 + i * 66))
+        )
+        assert (named[at] < 100).any(), "no name"
