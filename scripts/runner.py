@@ -61,6 +61,8 @@ class Stage:
             return bool(text)
         old, new = (re.findall(r"--\w+(?: (?!--)\S+)*", lines) for lines in (text, now))
         gone, come = (", ".join(dict.fromkeys(f for f in a if f not in b)) for a, b in ((old, new), (new, old)))
+        if not gone and not come:  # the same flags in another order
+            return True
         raise UserError(
             f"--out: {self.folder.parent} was made with other flags: {gone or 'none'}; now it has {come or 'none'}. "
             "Give another --out, or remove it"

@@ -188,6 +188,14 @@ def test_one_bit_of_an_array_is_noticed(tmp_path):
         read_npz(tmp_path / "a.npz", ["images"])
 
 
+def test_an_array_whose_header_claims_less_than_is_there(tmp_path):
+    """Its pixels would be read in wrong places, and its checksum not at all."""
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("images.npy", npy_header((2, 2, 3)) + bytes(range(18)))
+    with pytest.raises(UserError, match="it is damaged"):
+        read_npz(tmp_path / "a.npz", ["images"])
+
+
 def test_a_second_member_of_the_same_name_is_not_read_instead(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("images", b"not an array")

@@ -257,7 +257,7 @@ def test_bad_input(in_process, refused, tmp_path):
         (["--lambda_oe", 2], 'outliers {"lambda_oe": 0.5} instead of {"lambda_oe": 2.0}'),
         (["--corruptions", "invert"], 'instead of {"corruptions": ["invert"]}'),
         (["--model", "MLP"], "no experts in buffers/Digits_NO_ZCA/MLP"),
-        (["--feature_distance", "l1"], "argument --feature_distance: unknown distance 'l1'"),
+        (["--feature_distance", "l1"], "argument --feature_distance: unknown feature_distance 'l1'"),
     ]:
         assert message in refused("main_poe.py", *flags, *words)
     assert "of another kind: outliers" in refused("main.py", *flags)

@@ -270,7 +270,7 @@ def test_the_line_of_stage_3_names_the_sets_that_are_there(digits, tmp_path, mon
     folder = tmp_path / "two" / "DC" / "Digits" / "MLP" / "1" / "name"
 
     def sets() -> str:
-        return stage3_command(settings, folder, digits).partition(" --ood_sets ")[2]
+        return stage3_command(settings, folder, digits).partition(" --ood_sets ")[2].partition(" --")[0]
 
     assert sets() == " ".join(DRAWN)
     (tmp_path / "data" / "ood" / "Places365").mkdir(parents=True)

@@ -71,9 +71,10 @@ def main_first() -> Iterator[None]:
         raise failure
     try:
         yield
-    except UserError as error:
+    except Exception as error:
         if is_main():
-            from_main(error)
+            told = UserError("the first process failed; its message says why")
+            from_main(error if isinstance(error, UserError) else told)
         raise
     if is_main():
         from_main(None)

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import secrets
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,7 +36,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None], keep: Path | Non
     A `UserError` tells of a full disk or a read-only folder; `path` is then unchanged.
     """
     path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}{_UNFINISHED}")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{_UNFINISHED}")
     with _writing(path):
         try:
             with open(unfinished, "wb") as file:
@@ -124,7 +125,7 @@ def read_lines(path: Path) -> list[str]:
         return []
     path = check_file(path)
     with _reading(path, "text"):
-        return path.read_text(errors="replace").splitlines()
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def read_json(path: Path, what: str) -> dict:
@@ -161,7 +162,7 @@ def read_npz(path: Path, keys: Sequence[str]) -> list[np.ndarray]:
             require(f"{key}.npy" in names, told)
             with archive.open(f"{key}.npy") as member:
                 arrays.append(np.lib.format.read_array(member, allow_pickle=False))
-                member.read(1)  # at the end zipfile compares the checksum
+                require(not member.read(1), "it is damaged")  # at the end zipfile compares the checksum
         return arrays
 
 

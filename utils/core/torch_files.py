@@ -25,7 +25,7 @@ _NUMPY_SCALARS = [
 
 
 def read_pt(path: Path, what: str = "", check_crc: bool = False, mmap: bool = False) -> object:
-    """Load a `torch.save` file on the CPU, executing no code: tensors, plain values and numpy scalars only.
+    """Load a `torch.save` file on the CPU, executing no code: dense tensors, plain values and numpy scalars only.
 
     A `UserError`, which `what` begins, tells of a file that is missing, damaged, or holds anything else.
     `check_crc` compares the checksums, which torch does not; `mmap` leaves values on the disk until they are used.
@@ -40,11 +40,28 @@ def read_pt(path: Path, what: str = "", check_crc: bool = False, mmap: bool = Fa
                     require(zipfile.ZipFile(file).testzip() is None, "its checksums are wrong")
                     file.seek(0)
                 with torch.serialization.safe_globals(_NUMPY_SCALARS):
-                    return torch.load(str(path) if mmap else file, map_location="cpu", weights_only=True, mmap=mmap)
+                    value = torch.load(str(path) if mmap else file, map_location="cpu", weights_only=True, mmap=mmap)
+            _check_tensors(value)
+            return value
         except Exception as error:  # a damaged file can raise any error in the reader
             foreign = "it holds objects other than tensors and plain values, or is damaged; it was not executed"
             reason = foreign if "Weights only load failed" in str(error) else one_line(error)
             raise UserError(f"cannot read {path}: {reason}. Write it again with the stage that makes it") from None
+
+
+def _check_tensors(value: object) -> None:
+    """Refuse tensors, at any nesting, that are not dense, not on the CPU, or larger than what is stored of them."""
+    todo, seen = [value], set()
+    while todo:
+        item = todo.pop()
+        if isinstance(item, torch.Tensor):
+            is_plain = item.layout is torch.strided and item.device.type == "cpu"
+            require(is_plain, f"it holds a {item.layout} tensor on {item.device}; only dense ones are read")
+            claimed, stored = item.numel() * item.element_size(), item.untyped_storage().nbytes()
+            require(claimed <= stored, f"a tensor claims the shape {one_line(list(item.shape))}; it is damaged")
+        elif isinstance(item, (list, tuple, dict)) and id(item) not in seen:  # it may contain itself
+            seen.add(id(item))
+            todo += [*item, *item.values()] if isinstance(item, dict) else item
 
 
 def fingerprint(tensors: Iterable[torch.Tensor | None]) -> str:

@@ -67,6 +67,8 @@ def _annotated_images(folder: Path, classes: Sequence[str], tree: Path) -> list[
     """The images of `folder/images/` with their labels, in the order of the lines of `folder/val_annotations.txt`."""
     found = []
     for number, line in enumerate(read_lines(folder / ANNOTATIONS), 1):
+        if not line.strip():
+            continue
         name, class_name = (*line.split("\t"), "")[:2]
         require(
             Path(name).name == name and name not in ("", "..") and class_name in classes,

@@ -198,7 +198,9 @@ def _checked(arrays: Arrays, name: str, spec: Spec | None, source: Path) -> Arra
     require(shape == wanted, told)
     for part, values, of in (("train", labels, images), ("test", labels_test, images_test)):
         found = f"{values.dtype} {list(values.shape[:8])}".removeprefix("torch.")
-        is_whole = values.dtype in PLAIN_INTEGERS and values.shape[1:] in ((), (1,))  # MedMNIST has [N, 1]
+        is_whole = (
+            values.ndim and values.dtype in PLAIN_INTEGERS and values.shape[1:] in ((), (1,))
+        )  # MedMNIST has [N, 1]
         require(is_whole, f"{source}: {part} labels are {found}; they must be integers [N] or [N, 1]")
         counts = f"{source}: {len(of)} {part} images and {len(values)} labels"
         require(0 < len(values) == len(of), f"{counts}; their numbers must be equal, and not 0")

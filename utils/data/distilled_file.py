@@ -21,7 +21,7 @@ from utils.core.errors import require
 from utils.core.files import save_pt
 from utils.core.torch_files import PLAIN_INTEGERS, PLAIN_TENSORS, read_pt
 from utils.data.datasets import RealData
-from utils.data.synthetic import SyntheticSet, check_factor, in_classes_of
+from utils.data.synthetic import SyntheticSet, check_factor, in_classes_of, is_probabilities
 from utils.data.whitening import ZCA
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation, per channel
@@ -53,7 +53,7 @@ class Normalisation(NamedTuple):
                 mean, std = (tuple(map(float, stored[name])) for name in ("mean", "std"))
                 found = cls("normalised", (mean, std))
                 fits = len(mean) == len(std) and min(std) > 0 and all(map(math.isfinite, mean + std))
-        except (AttributeError, KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
             fits = False
         require(fits, f"{path} is damaged: its normalisation must be mean and std, or zca; write it again")
         return found
@@ -146,11 +146,13 @@ class DistilledFile:
             is_plain = isinstance(soft, torch.Tensor) and soft.dtype in PLAIN_TENSORS
             fits = is_plain and tuple(soft.shape) == (len(images), self.num_classes)
             require(fits, f"{damaged} its soft labels must be floating [images, classes] for each experiment")
+            require(is_probabilities(soft.float()), f"{damaged} its soft labels are not probabilities")
             labels = soft.float()
         if content.get("lr_net") is not None:
             lr_net = self._entry("lr_net", exp_idx)
-            is_rate = isinstance(lr_net, float) and 0 < lr_net < math.inf
+            is_rate = isinstance(lr_net, (int, float, np.number)) and 0 < lr_net < math.inf
             require(is_rate, f"{damaged} its learning rate must be a positive number for each experiment")
+            lr_net = float(lr_net)
         factor = check_factor(content.get("factor", 1), tuple(images.shape[2:]), f"{damaged} factor")
         synthetic = SyntheticSet(images, labels, images_oe, lr_net, factor=factor)
         return synthetic if real is None else self._checked(synthetic, real)

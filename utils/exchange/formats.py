@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 
@@ -199,8 +200,9 @@ def _read_tensors(files: SetFiles, real: RealData) -> RawSet:
     images, labels = checked_images(files.content, real, files.images), read_pt(files.labels)
     require(isinstance(labels, torch.Tensor), f"{files.labels} is no tensor of labels; write it again")
     lr = read_pt(files.lr) if files.lr else None
-    lr = lr.item() if isinstance(lr, torch.Tensor) and lr.numel() == 1 else lr
-    is_rate = lr is None or (isinstance(lr, float) and 0 < lr < math.inf)
+    if isinstance(lr, np.number) or (isinstance(lr, torch.Tensor) and lr.numel() == 1):
+        lr = float(lr)
+    is_rate = lr is None or (isinstance(lr, (int, float)) and 0 < lr < math.inf)
     require(is_rate, f"{files.lr} holds no positive learning rate; write it again")
     space = None
     if files.images.name.startswith("images_zca_"):
@@ -269,4 +271,6 @@ def _published_content(path: Path) -> dict:
         content["lr_net"] = [tensors["lr_net"].tolist()]
     if "zca_matrix" in tensors:
         content["normalisation"] = {"zca": {n: tensors.get(f"zca_{n}") for n in ("mean", "matrix", "inverse")}}
+    told = f"{path} does not say how its images are normalised; copy or publish it again"
+    require("normalisation" in content, told)
     return content

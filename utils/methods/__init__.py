@@ -1,6 +1,6 @@
 """The distillation methods of stage 1, and the registry behind `--method`.
 
-To add a method, write a file as docs/methods.md shows and give it with `--method_file`, or add its entry to `ENTRIES`.
+To add a method, write a file as docs/extend.md shows and give it with `--method_file`, or add its entry to `ENTRIES`.
 """
 
 from utils.core.errors import UserError

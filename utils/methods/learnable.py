@@ -209,7 +209,7 @@ class IterationDraws:
     ):
         self.inputs, self.has_batchnorm, self.all_slots = inputs, has_batchnorm, all_slots
         self.outer_loop, self.inner_loop = loops
-        self.together = inputs.real.device.type == "cuda"
+        self.together = inputs.real.device.type != "cpu"
         self.ahead: tuple[tuple[int, int], list[StepDraw]] | None = None
 
     def generator(self, exp: int, *key: int | str) -> torch.Generator:

@@ -230,7 +230,10 @@ class Comparison:
         return render(
             "page.html.j2",
             table=self,
-            tables={score: [row for row in self.rows if row.score == score] for score in ("", *self.scores)},
+            tables={
+                score: [row for row in self.rows if row.score == score]
+                for score in _distinct([row.score] for row in self.rows)
+            },
             picture=picture,
             notes=[self.trained, *notes],
             plots_of=lambda folder: sorted(folder.glob("*.png"), key=lambda p: (p.stem not in CAPTIONS, p.stem)),

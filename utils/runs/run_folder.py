@@ -172,7 +172,7 @@ def read_metrics(folder: Path) -> list[dict]:
     for text in files.read_lines(folder / METRICS):
         with suppress(ValueError):
             lines.append(json.loads(text))
-    return lines
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def _finite(value: object) -> object:

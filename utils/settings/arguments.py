@@ -43,9 +43,11 @@ class Stage1Settings(MethodChoice, *(kind for kind in KINDS if not kind.__subcla
         return f"{text} (left out: {', '.join(others)}; else {f.default})"
 
     @classmethod
-    def with_several_defaults(cls) -> set[str]:
-        """The flags whose default depends on the method."""
-        return {name for entry in METHODS.values() for name in entry.defaults}
+    def with_several_defaults(cls, flags: Mapping[str, object]) -> set[str]:
+        """The flags of the method in `flags` whose default depends on the method."""
+        users, method = users_of_flags(), flags.get("method", "DC")
+        names = {name for entry in METHODS.values() for name in entry.defaults}
+        return {name for name in names if method in users.get(name, METHODS)}
 
     def defaults(self) -> dict[str, Any]:
         """The defaults of the method."""
@@ -55,7 +57,7 @@ class Stage1Settings(MethodChoice, *(kind for kind in KINDS if not kind.__subcla
         """The defaults of the method, where no flag was given, and it would have an effect."""
         entry, needs = METHODS[self.method], self.needs()
         usual = {**entry.defaults, **entry.derived(self)}
-        follow = [name for name in usual if name not in given and all(need.holds(self) for need in needs[name])]
+        follow = [name for name in usual if name not in given and all(n.holds(self) for n in needs.get(name, ()))]
         return replace(self, **{name: usual[name] for name in follow})
 
     def used(self) -> set[str]:
@@ -104,6 +106,7 @@ class TrainingOutliers(Settings):
     distilled_oe: tuple[str, ...] | None = flag(
         None,
         "outliers of --distilled where they are in files of their own",
+        action="extend",
         metavar="PATH",
         needs=(only("distilled"), only("outliers", "distilled")),
     )
@@ -171,6 +174,7 @@ class Stage2Settings(
         None,
         "a distilled set of any repository, instead of --folder and --load_path: a file, or a folder; images and "
         "labels may be two files (docs/evaluate.md lists the formats)",
+        action="extend",
         metavar="PATH",
         needs=only("train_on", "distilled"),
     )

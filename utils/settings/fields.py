@@ -74,10 +74,12 @@ class Settings:
     def needs(cls) -> dict[str, list[Need]]:
         """What each flag needs, by name: first what the script says of it, then its own."""
         needs: dict[str, list[Need]] = {}
+        said = [base.NEEDS for base in cls.__mro__ if "NEEDS" in vars(base)]
         for group, own in groups_of(cls).items():
             for f in own:
                 needs[f.name] = []
-                for stated in (cls.NEEDS.get(group, ()), cls.NEEDS.get(f.name, ()), f.metadata.get("needs", ())):
+                of_script = [one.get(key, ()) for one in said for key in (group, f.name)]
+                for stated in (*of_script, f.metadata.get("needs", ())):
                     needs[f.name] += [stated] if isinstance(stated, Need) else stated
         return needs
 
@@ -87,8 +89,8 @@ class Settings:
         return with_shown_default(f.metadata["help"], f.default)
 
     @classmethod
-    def with_several_defaults(cls) -> set[str]:
-        """The names of the flags whose default depends on another flag."""
+    def with_several_defaults(cls, flags: Mapping[str, object]) -> set[str]:
+        """The names of the flags whose default depends on others; `flags`: those of a file."""
         return set()
 
     def defaults(self) -> dict[str, Any]:
@@ -149,8 +151,8 @@ def add_flag(target: argparse._ActionsContainer, f: Field, **more: Any) -> argpa
         unit, usual_check = NUMBERS.get(f.type, (None, None))
         how |= {"type": meta["check"] or usual_check, "metavar": unit}
         how |= {"type": one_of(f.name, names), "metavar": f"{{{','.join(names)}}}"} if names else {}
-        how |= {"nargs": "+", "action": "extend"} if takes_several(f) else {}
-        how |= {key: meta[key] for key in ("nargs", "const", "required", "metavar") if key in meta}
+        how |= {"nargs": "+"} if takes_several(f) else {}
+        how |= {key: meta[key] for key in ("nargs", "const", "action", "required", "metavar") if key in meta}
     return target.add_argument(*words, **how | more)
 
 

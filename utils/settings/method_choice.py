@@ -22,7 +22,7 @@ class MethodChoice(Settings):
     )
     method_file: str | None = flag(
         None,
-        "a Python file that registers a further method (docs/methods.md); its code is run, so use only your own",
+        "a Python file that registers a further method (docs/extend.md); its code is run, so use only your own",
         may_change=True,
     )
 
@@ -59,6 +59,8 @@ def load_method_file(parser: SettingsParser, words: list[str]) -> None:
         raise UserError(f"--method_file: {path} registers no method; it must call utils.methods.register")
     for entry in new if issubclass(parser.settings, Distilling) else ():  # only stage 1 has flags of methods
         own = [cls for cls in entry.settings.__mro__ if cls not in parser.settings.__mro__]
+        if any(isinstance(f.type, str) for f in flags_of(entry.settings)):
+            raise UserError(f"--method_file: {path} hides the types of its flags; remove its import of annotations")
         declared = {name for cls in own for name in vars(cls).get("__annotations__", ())}
         if taken := declared & {f.name for f in flags_of(parser.settings)}:
             raise UserError(

@@ -83,6 +83,7 @@ def value_in(words: Sequence[str], name: str) -> str | None:
 
 def with_shown_default(text: str, default: object) -> str:
     """A help text with the default; None, False and what is empty say nothing."""
+    text = text.replace("%", "%%")  # argparse formats it
     if default in (None, False, "", (), [], argparse.SUPPRESS):
         return text
     shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)

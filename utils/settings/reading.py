@@ -11,7 +11,7 @@ import yaml
 
 from utils.core.errors import UserError, blame, one_line
 from utils.core.files import check_file, read_json
-from utils.settings.fields import Settings, add_flag, flags_of, groups_of, takes_several
+from utils.settings.fields import OF_RUN, Settings, add_flag, flag_words, flags_of, groups_of, takes_several
 from utils.settings.parser import Parser, underscored, value_in
 
 NOT_READ = ("resume", "config")  # flags that no file of flags may hold
@@ -63,7 +63,7 @@ class SettingsParser(Parser):
         words = underscored(sys.argv[1:] if words is None else words)
         if self.prepare:
             self.prepare(self, words)
-        given, rest = self.values_of([*_words_of_config(self, words), *words])
+        given, rest = self.values_of([*words, *_words_of_config(self, words)])
         return (given if rest else self._made(given)), rest
 
     def values_of(self, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -94,7 +94,7 @@ def flags_as_words(parser: SettingsParser, flags: Mapping[str, object], flag: st
     Args:
         flag, path: the flag that named the file, and the file, for messages.
     Raises:
-        UserError: for a flag that the parser does not know.
+        UserError: for a flag that the parser does not know, or a value that would be parsed as a flag.
     """
     known = {f.name: takes_several(f) for f in flags_of(parser.settings)}
     found = []
@@ -102,21 +102,22 @@ def flags_as_words(parser: SettingsParser, flags: Mapping[str, object], flag: st
         if name in NOT_READ or value is None or value is False:
             continue
         several = isinstance(value, list)
-        if known.get(name) != several:
+        words = flag_words(name, value)[1:] if several else []
+        if known.get(name) != several or any(word.startswith("-") and not word[1:2].isdigit() for word in words):
             wrong = one_line(f"--{name}={value}")
             raise UserError(
                 f"{flag}: {path} has a flag that {parser.prog} does not know: {wrong}. Leave it out, or use the commit "
                 "that knew it"
             )
-        values = value if several else [value]
-        found += [f"--{name}={single}" for single in values] if value is not True and values else [f"--{name}"]
+        found += flag_words(name, value) if several or value is True else [f"--{name}={value}"]
     return found
 
 
 def _words_of_config(parser: SettingsParser, words: Sequence[str]) -> list[str]:
-    """The flags in the file of `--config`, as words that may stand before those of the command line.
+    """The flags in the file of `--config`, as words that may stand behind those of the command line.
 
-    Left out are those that the command line has itself, and those at a default that is the same for all methods, since
+    Left out are those that the command line has itself, and, but for what names the run, those at a default that is the
+    same for all methods, since
     they may need other flags.
     """
     given = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
@@ -129,11 +130,11 @@ def _words_of_config(parser: SettingsParser, words: Sequence[str]) -> list[str]:
     flags = flags.get("flags", flags) if isinstance(flags, dict) else None
     if not isinstance(flags, dict) or not all(isinstance(key, str) for key in flags):
         raise UserError(f"--config: {path} holds no flags; write `name: value` in each line, or give an args.json")
-    varies = parser.settings.with_several_defaults() - parser.hidden
+    flags = {key.replace("-", "_"): value for key, value in flags.items()}
+    varies = parser.settings.with_several_defaults(flags) - parser.hidden
     usual = {f.name: f.default for f in flags_of(parser.settings) if f.name not in varies}
     usual = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
-    flags = {key.replace("-", "_"): value for key, value in flags.items()}
-    changed = {k: v for k, v in flags.items() if k not in given and (k not in usual or v != usual[k])}
+    changed = {k: v for k, v in flags.items() if k not in given and (k in OF_RUN or k not in usual or v != usual[k])}
     return flags_as_words(parser, changed, "--config", path)
 
 

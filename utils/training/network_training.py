@@ -142,6 +142,8 @@ class NetworkInTraining:
             return
         try:
             self.epoch, self.best, self.best_epoch, self.newest = (saved[name] for name in POSITION)
+            if not 0 <= self.epoch <= self.epochs:
+                raise ValueError(f"it is of epoch {self.epoch}")
             if self.epoch < self.epochs:
                 self.state = saved["state"]
                 self.trainer.load_state_dict(self.state)

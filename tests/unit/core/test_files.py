@@ -80,6 +80,9 @@ def test_nothing_is_executed(tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
+SOFT = {"data": [[torch.ones(4, 3, 8, 8), torch.arange(4)]], "num_classes": 4}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -91,6 +94,9 @@ def test_nothing_is_executed(tmp_path):
         ({"data": [[torch.full((4, 3, 8, 8), float("nan")), torch.arange(4)]]}, "must be finite"),
         ({"data": [[torch.ones(4, 3, 8, 8), torch.arange(4) - 1]]}, "whole numbers from 0"),
         ({"data": []}, "holds 0 experiments"),
+        (SOFT | {"soft_labels": [torch.full((4, 4), -1.0)]}, "not probabilities"),
+        (SOFT | {"soft_labels": [torch.full((4, 4), float("nan"))]}, "not probabilities"),
+        (SOFT | {"soft_labels": [torch.eye(4)], "lr_net": [-0.1]}, "learning rate"),
     ],
 )
 def test_wrong_content(content, message, tmp_path):

@@ -118,12 +118,22 @@ WRITTEN = {
 
 
 @pytest.mark.parametrize(("name", "flags"), [(name, flags) for name, lines in WRITTEN.items() for flags in lines])
-def test_settings_that_are_written_and_read_are_equal(name, flags):
+def test_settings_that_are_written_and_read_are_equal(name, flags, tmp_path):
     """As words of a command line, and as the flags of a file."""
     parse = (SCRIPTS | {"train_experts.py": train_experts})[name].get_args_parser
     settings = parse().parse_args(flags.split())
     assert parse().parse_args(as_words(settings)) == settings
+    (tmp_path / "flags.json").write_text(json.dumps({"flags": as_dict(settings)}))
+    assert parse().parse_args(["--config", str(tmp_path / "flags.json")]) == settings
     assert flags or not [word for word in as_words(settings) if word.startswith("--")][4:]  # what names the run
+
+
+def test_of_a_flag_that_is_given_twice_the_last_one_counts():
+    words = ["--corruptions", "jigsaw", "invert", "--corruptions", "invert", "--outliers", "corrupt"]
+    parse = SCRIPTS["train_model_synthetic_oe.py"].get_args_parser().parse_args
+    assert parse(words).corruptions == ("invert",)
+    both = parse(["--distilled", "a.pt", "--distilled", "b.pt"])  # but the files of one set may be named one by one
+    assert both.distilled == ("a.pt", "b.pt")
 
 
 def test_a_file_of_flags_that_cannot_be(tmp_path, refused):
