@@ -116,9 +116,8 @@ def flags_as_words(parser: SettingsParser, flags: Mapping[str, object], flag: st
 def _words_of_config(parser: SettingsParser, words: Sequence[str]) -> list[str]:
     """The flags in the file of `--config`, as words that may stand behind those of the command line.
 
-    Left out are those that the command line has itself, and, but for what names the run, those at a default that is the
-    same for all methods, since
-    they may need other flags.
+    Left out are those that the command line has itself. So are those at a default that is the same for all methods,
+    since they may need other flags; but what names the run stays.
     """
     given = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
     name = value_in(words, "config")
