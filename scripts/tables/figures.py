@@ -198,7 +198,7 @@ def tradeoff() -> Figure:
         "cifar10-w32-ipc10-mtt-plain.csv": ("MTT", 10, False),
         "cifar10-dm-ipc10-convnet-bf16.csv": ("DM", 10, True),
         "cifar10-tgdd-ipc10.csv/convnet": ("TGDD", 10, True),
-        "cifar10-tgdd-ipc10.csv/w32": ("TGDD", 10, False),
+        "cifar10-tgdd-ablation.csv/tgdd": ("TGDD", 10, False),
     }
     markers = {"DC": "v", "DSA": "^", "DM": "o", "MTT": "s", "TGDD": "D", "whole set": "*"}
     colors = {"plain": BLACK, "poe": BLUE, "poe-corrupt": RED, "whole": BLACK, "whole-corrupt": RED}
