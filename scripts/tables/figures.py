@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from utils.core.files import atomic_write
 from utils.core.run_script import run_script
 from utils.report.results import StudyResults, load_study_csv
-from utils.report.study import StudyColumn, StudyRow, places_of_kinds, read_kind
+from utils.report.study import StudyColumn, StudyRow, paired, places_of_kinds, read_kind
 from utils.settings.parser import Parser, one_of
 
 RESULTS, OUT = ROOT / "assets" / "results", ROOT / "assets"
@@ -50,9 +50,11 @@ def get_args_parser() -> Parser:
     return parser
 
 
-def values(study: StudyResults, kind: str, measure: str, score: str = "") -> np.ndarray:
-    """A measure of every network of a kind, in its unit."""
-    column = StudyColumn(measure, score)
+def values(
+    study: StudyResults, kind: str, measure: str, score: str = "", sets: Sequence[str] | None = None
+) -> np.ndarray:
+    """A measure of every network of a kind, in its unit; of a score in the mean over `sets`, or (None) all."""
+    column = StudyColumn(measure, score, sets)
     row = StudyRow(kind, study[kind])
     return column.shown.factor * np.array([v for results in row.seeds.values() for v in column.of(results)])
 
@@ -158,25 +160,13 @@ def worth() -> Figure:
     return figure
 
 
-def paired(base: StudyRow, other: StudyRow, column: StudyColumn) -> np.ndarray:
-    """`base` minus `other` of each seed that both have, in the unit of the measure."""
-    first, second = base.by_seed(column), other.by_seed(column)
-    return column.shown.factor * np.array([first[seed] - second[seed] for seed in first if seed in second])
-
-
 def sets() -> Figure:
     """Heat map: AUROC of each kind of outliers on each OOD set, near ones first (as OpenOOD sorts them)."""
     study = load_study_csv(RESULTS / "cifar10-dm-ipc10-convnet-bf16.csv")
     kinds = [kind for kind in KINDS if kind in study]
     names = {"CIFAR100": "CIFAR-100\n(near)", "TinyImageNet_resize": "TinyImageNet\n(near)"}
     names |= {"Places": "Places\n(far)", "Textures": "Textures\n(far)"}
-    rows = {kind: StudyRow(kind, study[kind]) for kind in kinds}
-    cells = np.array(
-        [
-            [100 * np.mean([*row.by_seed(StudyColumn("auroc", "msp", [name])).values()]) for name in names]
-            for row in rows.values()
-        ]
-    )
+    cells = np.array([[values(study, kind, "auroc", "msp", [name]).mean() for name in names] for kind in kinds])
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axis = figure.subplots()
     axis.imshow(cells, cmap="Blues", aspect="auto", vmin=50, vmax=90)

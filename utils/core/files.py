@@ -181,6 +181,7 @@ def csv_text(rows: Iterable[Sequence[object]]) -> str:
     """Rows as CSV. A text that a spreadsheet would compute gets an apostrophe before it; numbers stay as they are."""
 
     def inert(cell: object) -> object:
+        """The cell, as a spreadsheet shows it and does not compute it."""
         try:
             float(cell)
         except (TypeError, ValueError):

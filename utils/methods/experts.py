@@ -165,6 +165,7 @@ def with_experts(kind: Callable[[MethodInputs, ExpertBuffer], Method]) -> Callab
     """What builds a method for the registry whose class takes the experts that its settings name, too."""
 
     def build(inputs: MethodInputs) -> Method:
+        """The method with its experts; a `UserError` tells that they are missing or of another kind."""
         s, real = inputs.settings, inputs.real
         folder = expert_folder(s.buffer_path, real, s.model)
         make = shlex.join(["python", "train_experts.py", *as_words(s.of_experts())])

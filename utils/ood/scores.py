@@ -129,6 +129,7 @@ class TemperatureScaling(Score):
     """Temperature scaling of the library stops long before the minimum; this goes there, and is in float64."""
 
     def fit(self, values: torch.Tensor, labels: torch.Tensor) -> None:
+        """Find the temperature of the lowest NLL on logits `[N, K]` and labels `[N]`."""
         super().fit(values, labels)
         self.temperature = best_temperature(values.cpu().numpy(), labels.cpu().numpy())
         self.library.t.data.fill_(self.temperature)

@@ -222,6 +222,7 @@ class OODSource:
             return OODSet(name, source, len(chosen), lambda: self._prepared(chosen))
 
         def load() -> torch.Tensor:
+            """The chosen images `[n, C, H, W]`, in the data set's shape, normalised."""
             arrays = (torch.from_numpy(np.array(images[index][0].convert("RGB"))) for index in indices.tolist())
             parts = [conform(array.permute(2, 0, 1)[None], real.channel, real.im_size) for array in arrays]
             return real.normalize(torch.cat(parts).to(real.device))
@@ -254,6 +255,7 @@ def validation_sets(source: OODSource) -> list[OODSet]:
     images = _other_cifar(source, other) if other else unit_images(real.images_test)
 
     def load(name: str) -> torch.Tensor:
+        """The images `[n, C, H, W]` of one corruption, normalised."""
         g = generator(source.seed, "validation", name)
         taken = torch.randperm(len(images), generator=g)[: max(2, source.most)]  # a corruption may mix two images
         chosen = images[taken].to(real.device)

@@ -79,6 +79,7 @@ class PseudoOutliers(OutlierSource):
         return len(self.real.images_train)
 
     def choose(self, slot: int, n: int, generator: torch.Generator) -> OutlierBatch:
+        """Draw `n` different training images, whatever their class, and their corruption."""
         names = self.corruptions if self.mixed else (self.corruptions[slot % len(self.corruptions)],)
         least = 2 if {*names} & {*MEANS} else 1  # a mean is of two images
         index = distinct(self.per_slot(), max(n, least), generator)

@@ -29,6 +29,7 @@ class StudyColumn:
 
     @property
     def title(self) -> str:
+        """As the tables show it."""
         if not self.score:
             return self.shown.heading
         alone = self.sets if self.sets and len(self.sets) == 1 else ()
@@ -123,6 +124,12 @@ def score_rows(kinds: Sequence[StudyRow], scores: Sequence[str], measure: str) -
     return markdown_table((f"score, {shown.short_title} {shown.better}", *(kind.name for kind in kinds)), rows)
 
 
+def paired(base: StudyRow, other: StudyRow, column: StudyColumn) -> np.ndarray:
+    """`base` minus `other` for each seed that both have, in the unit of the measure."""
+    first, second = base.by_seed(column), other.by_seed(column)
+    return np.array([column.shown.factor * (first[seed] - second[seed]) for seed in first if seed in second])
+
+
 def differences(base: StudyRow, others: Sequence[StudyRow], columns: Sequence[StudyColumn]) -> str:
     """A markdown table: `base` minus each other kind, paired by seed, and the standard error over two seeds or more."""
     rows = [[f"{base.name} minus {other.name}", *(_difference(base, other, c) for c in columns)] for other in others]
@@ -130,8 +137,7 @@ def differences(base: StudyRow, others: Sequence[StudyRow], columns: Sequence[St
 
 
 def _difference(base: StudyRow, other: StudyRow, column: StudyColumn) -> str:
-    first, second, shown = base.by_seed(column), other.by_seed(column), column.shown
-    gaps = np.array([shown.factor * (first[seed] - second[seed]) for seed in first if seed in second])
+    gaps, shown = paired(base, other, column), column.shown
     if not len(gaps):
         return "-"
     error = f" ± {gaps.std(ddof=1) / np.sqrt(len(gaps)):.{shown.digits}f}" if len(gaps) > 1 else ""

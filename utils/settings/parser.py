@@ -94,6 +94,7 @@ def one_of(what: str, accepted: Iterable[str]) -> Callable[[str], str]:
     """An argparse type for names in `accepted` (read at each call); its error lists them and suggests the nearest."""
 
     def check(text: str) -> str:
+        """The name, if it is accepted."""
         if text not in accepted:
             raise argparse.ArgumentTypeError(unknown_name(what, text, accepted))
         return text
@@ -105,6 +106,7 @@ def count(least: int) -> Callable[[str], int]:
     """An argparse type for whole numbers of at least `least`."""
 
     def check(text: str) -> int:
+        """The number that the text is."""
         try:
             value = int(text)
         except ValueError:
@@ -122,6 +124,7 @@ def number(least: float, exclusive: bool = False) -> Callable[[str], float]:
     """An argparse type for finite numbers of at least `least` (above it if `exclusive`)."""
 
     def check(text: str) -> float:
+        """The number that the text is."""
         try:
             value = float(text)
         except ValueError:

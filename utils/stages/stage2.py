@@ -70,7 +70,7 @@ def find_distilled(s: Stage2Settings) -> Found:
     """The `res_….pt` of a run under `--load_path`, else under the roots of stage 1: of `--folder`, else of the newest
     that fits, with outliers if those are wanted."""
     only_oe = s.is_load_oe or (s.outliers == "distilled" and s.folder is None)
-    roots = STAGE1_ROOTS[1:] if only_oe else STAGE1_ROOTS
+    roots = [s.load_path] if s.load_path is not None else STAGE1_ROOTS[1:] if only_oe else STAGE1_ROOTS
     parts = (s.method, s.dataset, s.model, s.ipc)
     name = result_name(*parts)
 
@@ -79,7 +79,6 @@ def find_distilled(s: Stage2Settings) -> Found:
         position = DistilledFile.open(run / name).iterations_left(s.exp_idx)
         return f"after iteration {position[0]} of {position[1]}" if position else ""
 
-    roots = roots if s.load_path is None else [s.load_path]
     found = find_run_folder(roots, parts, s.folder, name, only_oe, left)
     return Found(found.path / name, found.note)
 

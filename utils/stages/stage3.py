@@ -6,9 +6,10 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from torch import nn
 
 from utils.compute import distributed
-from utils.compute.device import Workload, batches, choose_compute, choose_device
+from utils.compute.device import Compute, Workload, batches, choose_compute, choose_device
 from utils.compute.version import versions, versions_line
 from utils.core.errors import UserError, rank_errors
 from utils.core.files import save_text
@@ -46,21 +47,14 @@ def run_stage3(settings: Stage3Settings) -> Results:
     s, which, chosen = stage2.checkpoints(s)
     stage2.check_whitening(s.zca)
     real, changed = stage2.as_trained_on(read_data(s).to(device))
-    if len(real.images_test) < s.num_ood_ratio:
-        few = f"nothing is left of {len(real.images_test)} test images"
-        raise UserError(f"--num_ood_ratio {s.num_ood_ratio}: {few}; lower it")
-    limit = len(real.images_test) // s.num_ood_ratio
-    source = OODSource(real, Path(s.ood_path), Path(s.data_path), s.download == "all", limit, s.seed)
-    sets, missing = _find_sets(source, s)
+    sets, missing = _find_sets(real, s)
     fit = stage2.fit_set(s.fit_on, real) if need_fitting(scores) else None
     batch = min(s.batch_test, len(real.images_test))  # no set is larger than the test set, nor need a batch be
-    sizes = [len(real.images_test), *[limit] * len(sets), 0 if fit is None else len(fit.labels)]
     with rank_errors():
         own = distributed.own_share(s.num_exp)
         nets = {index: load_trained(folder, s.model, real, index, which) for index in own}
         example = next(iter(nets.values())) if nets else load_trained(folder, s.model, real, 0, which).cpu()
-        work, shape = stage3_workload(len(nets), sizes, batch), (real.channel, *real.im_size)
-        compute = choose_compute(s.compile, s.precision, device, example, shape, work)
+        compute = _choose_compute(s, example, real, len(nets), len(sets), fit)
         embed = compute.embedding(example, batch)
         scorers = {index: Scorer(net, scores, s.T, deviation(real), embed) for index, net in nets.items()}
         for scorer in scorers.values():
@@ -85,6 +79,16 @@ def run_stage3(settings: Stage3Settings) -> Results:
     run.finish()
     run.log(summary(results))
     return results
+
+
+def _choose_compute(
+    s: Stage3Settings, net: nn.Module, real: RealData, num_networks: int, num_sets: int, fit: FitSet | None
+) -> Compute:
+    """Compilation and precision, by the images that the networks of this process look at."""
+    tested, limit = len(real.images_test), len(real.images_test) // s.num_ood_ratio
+    sizes = [tested, *[limit] * num_sets, 0 if fit is None else len(fit.labels)]
+    work = stage3_workload(num_networks, sizes, min(s.batch_test, tested))
+    return choose_compute(s.compile, s.precision, real.device, net, (real.channel, *real.im_size), work)
 
 
 class Stage2Run:
@@ -195,8 +199,13 @@ def _scores(given: Sequence[str] | None, use_xent: bool) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names or ["msp"]))
 
 
-def _find_sets(source: OODSource, s: Stage3Settings) -> tuple[list[OODSet], dict[str, str]]:
+def _find_sets(real: RealData, s: Stage3Settings) -> tuple[list[OODSet], dict[str, str]]:
     """The OOD sets that are there, those of the paper unless some are named, and what to do for each missing one."""
+    if len(real.images_test) < s.num_ood_ratio:
+        few = f"nothing is left of {len(real.images_test)} test images"
+        raise UserError(f"--num_ood_ratio {s.num_ood_ratio}: {few}; lower it")
+    limit = len(real.images_test) // s.num_ood_ratio
+    source = OODSource(real, Path(s.ood_path), Path(s.data_path), s.download == "all", limit, s.seed)
     names, missing = s.ood_sets or source.default_names(), {}
     if s.skip_missing:
         sets, missing = source.find(list(dict.fromkeys(names)), skip_missing=True)

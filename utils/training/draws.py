@@ -76,6 +76,7 @@ def draw_epoch(
     size = tuple(synthetic.images.shape[2:])
 
     def transform(index: Tensor | None) -> Draw | None:
+        """The augmentation of the images or outliers of a batch, if there are any."""
         if augmentation is None or index is None or not len(index):
             return None
         return augmentation.draw(len(index), size, g)
