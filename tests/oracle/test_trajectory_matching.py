@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from conftest import COMPILED, ROOT, made, named, needs_compiler
 
-import main_poe
 import train_experts
 from networks import get_network, initialize
 from tests.oracle.plain_methods import PlainTrajectoryMatching
@@ -25,7 +24,6 @@ from utils.core.errors import Interrupted, UserError
 from utils.core.rng import generator
 from utils.data.augment import DSA, DSA_ENTRIES
 from utils.data.distilled_file import DistilledFile
-from utils.methods import METHODS, MethodEntry
 from utils.methods.experts import ExpertBuffer, describe
 from utils.methods.trajectory_matching import SMALLEST_LR, TrajectoryMatching, TrajectorySettings
 from utils.outliers.sources import PseudoOutliers
@@ -545,30 +543,20 @@ def test_experts_with_another_weight_of_outliers(in_process, refused):
 
 
 def test_experts_that_saw_stronger_outliers(in_process, refused, tmp_path):
-    """`--outlier_recipe strong` is `--expert_lambda_oe 2`: other experts, the same student as with their own weight."""
+    """`--expert_lambda_oe 2` takes other experts; the student keeps its own weight."""
     few = ["--Iteration", 2, "--num_exp", 1, "--num_eval", 1, "--epoch_eval_train", 3]
-    assert "--method DC has no such; --method MTT has" in refused("main_poe.py", *DIGITS, "--outlier_recipe", "strong")
     assert "main.py distils no outliers" in refused("main.py", *STAGE1, "--expert_lambda_oe", 2)
-    error = refused("main_poe.py", *STAGE1, "--outlier_recipe", "strong")
+    error = refused("main_poe.py", *STAGE1, "--expert_lambda_oe", 2)
     words = shlex.split(error.split("make them: ")[1])
     assert train_experts.get_args_parser().parse_args(words[2:]).lambda_oe == 2
     in_process("train_experts.py", *TEACH, "--outliers", "poe", "--train_epochs", 4, "--lambda_oe", 2)
     assert '"lambda_oe": 0.5}. Give' in refused("main_poe.py", *STAGE1)
     found = {}
-    for name, flags in {
-        "recipe": ("--outlier_recipe", "strong"), "flag": ("--expert_lambda_oe", 2), "student": ("--lambda_oe", 2)
-    }.items():  # fmt: skip
+    for name, flags in {"experts": ("--expert_lambda_oe", 2), "both": ("--lambda_oe", 2)}.items():
         in_process("main_poe.py", *STAGE1, *few, *flags, "--save_path", name)
         (file,) = (tmp_path / name).rglob("res_*.pt")
         found[name] = torch.load(file, weights_only=True)["data_oe"][0][0]
-    assert torch.equal(found["recipe"], found["flag"])
-    assert not torch.equal(found["recipe"], found["student"])
-
-
-def test_a_method_without_recipes(monkeypatch):
-    monkeypatch.setitem(METHODS, "mine", MethodEntry("mine", "", None, None, unused=("outlier_recipe",)))
-    args = main_poe.get_args_parser().parse_args(["--method", "mine"])
-    assert args.outlier_recipe == "published"
+    assert not torch.equal(found["experts"], found["both"])
 
 
 def test_experts_without_a_description(in_process, refused, tmp_path):

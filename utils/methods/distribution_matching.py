@@ -11,10 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from networks import has_batchnorm
+from networks import has_batchnorm, initialize
 from utils.compute import distributed
 from utils.compute.cpu_batches import BatchSplitter, in_parts
-from utils.compute.device import Workload, batches
+from utils.compute.device import Workload
 from utils.core.rng import generator
 from utils.data.augment import apply_by_part, apply_by_slot, identity
 from utils.data.synthetic import decode_slots, on_stored
@@ -131,18 +131,15 @@ class DistributionMatching(FeatureMatching):
     settings: MatchingSettings
 
     def load_network(self, it: int) -> None:
-        """A fresh random network, or one of the pool."""
-        self.reset_network(self.net, self.draws.generator(self.exp, "network", it), it)
+        """A fresh random network."""
+        initialize(self.net, self.draws.generator(self.exp, "network", it))
         self.net.train()
 
 
 def _workload(inputs: MethodInputs) -> Workload:
     """Real images only go forward, which counts as half a pass."""
-    s, classes = inputs.settings, inputs.real.num_classes
-    images, epochs = classes * s.decoded_ipc, s.pool_epochs if s.network_pool else 0
-    synthetic = inputs.kinds * images
-    passes = (inputs.batch_images / 2 + synthetic) / distributed.world_size() + epochs * synthetic
-    return Workload(passes, 1 + epochs * batches(images, s.batch), "features")
+    synthetic = inputs.kinds * inputs.real.num_classes * inputs.settings.decoded_ipc
+    return Workload((inputs.batch_images / 2 + synthetic) / distributed.world_size(), 1, "features")
 
 
 DM_ENTRY = MethodEntry(

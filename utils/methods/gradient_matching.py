@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from networks import initialize
 from utils.compute import distributed
 from utils.compute.device import Workload, batches
 from utils.core.rng import generator
@@ -23,7 +24,7 @@ from utils.outliers.distilled import push_apart
 from utils.settings.fields import flag
 from utils.settings.parser import count
 from utils.training.draws import Batch
-from utils.training.trainer import LR_NET, Trainer
+from utils.training.trainer import LR_NET, Trainer, TrainSettings
 
 # outer and inner loop by images per class, as published
 LOOPS = {1: (1, 1), 2: (1, 1), 5: (10, 50), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
@@ -62,7 +63,8 @@ class GradientMatching(LearnableSet):
         self.outer_loop, self.inner_loop = s.loops
         self.net = self.real.network(s.model, generator(s.seed)).to(self.device)
         self.matcher = Matcher(self.net, s.dis_metric, inputs.compute)
-        training = replace(self.training, momentum=0.0, weight_decay=0.0)
+        rate = s.lr_net or LR_NET
+        training = TrainSettings(1, rate, s.batch, s.lambda_oe, self.augmentation, momentum=0.0, weight_decay=0.0)
         self.trainer = Trainer(self.net, training, inputs.compute)
         self.draws = IterationDraws(inputs, self.trainer.has_batchnorm, loops=s.loops)
         self.about = {"outer_loop": self.outer_loop, "inner_loop": self.inner_loop}
@@ -73,10 +75,9 @@ class GradientMatching(LearnableSet):
             self.notices.append("--inner_loop is not used: with an outer loop of 1 no network is trained in between")
 
     def iterate(self, it: int) -> dict[str, Tensor]:
-        """One iteration on a fresh random network, or on one of the pool; returns losses `[slots]` by name, means over
-        the outer steps."""
-        self.reset_network(self.net, self.draws.generator(self.exp, "network", it), it)
-        self.trainer.restart(self.settings.lr_net or LR_NET)
+        """One iteration on a fresh random network; returns losses `[slots]` by name, means over the outer steps."""
+        initialize(self.net, self.draws.generator(self.exp, "network", it))
+        self.trainer.restart(self.trainer.settings.lr)
         losses = []
         for outer, drawn in enumerate(self.draws.steps(self.exp, it, self.synthetic())):
             losses.append(self._matching_step(drawn))
@@ -126,10 +127,10 @@ class GradientMatching(LearnableSet):
 
 
 def _workload(inputs: MethodInputs) -> Workload:
-    """Matching, which the processes share, and the training of networks by rank 0: in between, and in the pool."""
+    """Matching, which the processes share, and the training of networks in between by rank 0."""
     s, (outer, inner) = inputs.settings, inputs.settings.loops
     images = inputs.real.num_classes * s.decoded_ipc
-    epochs = (outer - 1) * inner + (s.pool_epochs if s.network_pool else 0)
+    epochs = (outer - 1) * inner
     passes = outer * inputs.batch_images / distributed.world_size() + epochs * inputs.kinds * images
     return Workload(passes, outer + epochs * batches(images, s.batch), "matching")
 

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from networks import initialize
 from utils.compute import distributed
 from utils.compute.transfer import Draw, send_draws
 from utils.core.errors import UserError, require
@@ -20,13 +19,12 @@ from utils.core.rng import generator
 from utils.data.augment import Transform
 from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet, check_factor, encode
-from utils.methods.method import MatchingSettings, MethodInputs
+from utils.methods.method import MethodInputs
 from utils.outliers.distilled import check_start, clamp_to_pixels
 from utils.outliers.sources import OutlierBatch, OutlierSource, draw_repeated, k_center_outliers
 from utils.training.coresets import FeatureNetworks
 from utils.training.draws import Batch, draw_epoch
-from utils.training.network_pool import NetworkPool
-from utils.training.trainer import LR_NET, TrainSettings, load_optimizer
+from utils.training.trainer import TrainSettings, load_optimizer
 
 BATCHNORM_IMAGES = 16  # of each class
 
@@ -76,12 +74,6 @@ class LearnableSet:
         self.about: dict[str, object] = {}  # what a method adds to `args.json`
         self.notices: list[str] = []  # and to the log
         self.fingerprints: dict[str, str] = {}  # of its further inputs, by flag
-        # how networks that images are matched on are trained on the synthetic set; those of --network_pool, if any
-        self.training = TrainSettings(1, s.lr_net or LR_NET, s.batch, s.lambda_oe, self.augmentation)
-        self.pool: NetworkPool | None = None
-        if isinstance(s, MatchingSettings) and s.network_pool:
-            ages = (s.network_pool, s.pool_epochs, s.pool_last_epoch)
-            self.pool = NetworkPool(real, s.model, *ages, self.training, s.seed, inputs.compute)
 
     def start(self, exp: int) -> None:
         """Initialise the images (and outliers) of experiment `exp`."""
@@ -124,8 +116,6 @@ class LearnableSet:
 
     def _set_images(self, exp: int, images: Tensor, outliers: Tensor | None) -> None:
         self.exp, self.image_syn, self.image_oe = exp, images, outliers
-        if self.pool is not None:
-            self.pool.clear()
         s = self.settings
         rates = (s.lr_img, s.lr_img if s.lr_img_oe is None else s.lr_img_oe)
         pairs = zip(self._tensors(), rates, strict=False)
@@ -134,13 +124,6 @@ class LearnableSet:
     def optimizer(self, images: list[Tensor], lr: float) -> torch.optim.Optimizer:
         """The optimiser of the images, or of the outliers."""
         return torch.optim.SGD(images, lr=lr, momentum=self.MOMENTUM)
-
-    def reset_network(self, net: nn.Module, g: torch.Generator, it: int) -> None:
-        """Give `net` random weights, drawn from `g`, or those of the network of the pool whose turn it is."""
-        if self.pool is None:
-            initialize(net, g)
-        else:
-            net.load_state_dict(self.pool.next_network(self.exp, it, self.synthetic().decoded()))
 
     def update(self, which: int) -> None:
         """Move the images (0) or the outliers (1) along their gradient; back into the range of pixels, if so wanted."""
@@ -157,11 +140,11 @@ class LearnableSet:
         return SyntheticSet(self.image_syn.detach().flatten(0, 1), self.labels, oe, factor=self.settings.factor)
 
     def state_dict(self) -> dict:
-        """Copies of the images, the outliers, their optimisers and the pool: all state that later iterations need."""
+        """Copies of the images, the outliers and their optimisers: all state that later iterations need."""
         return {
             "images": [i.detach().clone() for i in self._tensors()],
             "optimizers": [deepcopy(optimizer.state_dict()) for optimizer in self.optimizers],
-        } | ({} if self.pool is None else {"pool": self.pool.state_dict()})
+        }
 
     def load_state_dict(self, exp: int, state: dict) -> None:
         """Continue experiment `exp` from a `state_dict`. `ValueError`, `RuntimeError` or `KeyError` tells that it is of
@@ -173,8 +156,6 @@ class LearnableSet:
             raise ValueError(f"{len(state['images'])} sets of images instead of {count}")
         images = [t.to(self.device).clone() for t in state["images"]]  # tensors of a file may share memory
         self._set_images(exp, images[0], images[1] if count == 2 else None)
-        if self.pool is not None:
-            self.pool.load_state_dict(state["pool"])
         for optimizer, saved in zip(self.optimizers, state.get("optimizers", [None] * count), strict=True):
             load_optimizer(optimizer, saved)
 

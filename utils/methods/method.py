@@ -16,8 +16,8 @@ from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet
 from utils.outliers.sources import OutlierSource
 from utils.settings.distillation import WITH_OUTLIERS, Distilling, ExpertSettings
-from utils.settings.fields import Need, Settings, flag
-from utils.settings.parser import count, number
+from utils.settings.fields import Settings, flag
+from utils.settings.parser import number
 
 
 class Method(Protocol):
@@ -91,9 +91,6 @@ class MethodEntry:
         return self.settings(**{f.name: getattr(settings, f.name) for f in fields(self.settings)})
 
 
-HAS_A_POOL = Need(lambda s: s.network_pool > 0, "--network_pool 0 has no networks to train; give their number")
-
-
 @dataclass(frozen=True)
 class Spread(Settings):
     """Outliers apart."""
@@ -109,12 +106,3 @@ class Spread(Settings):
 @dataclass(frozen=True)
 class MatchingSettings(Distilling, Spread):
     """Matching, class by class."""
-
-    network_pool: int = flag(
-        0,
-        "match on so many networks in turn, which train on the synthetic set; 0: on a fresh random network in every "
-        "iteration, as published",
-        count(0),
-    )
-    pool_epochs: int = flag(20, "epochs that a network of the pool trains before its turn", count(1), needs=HAS_A_POOL)
-    pool_last_epoch: int = flag(200, "epochs after which a network of the pool is replaced", count(1), needs=HAS_A_POOL)

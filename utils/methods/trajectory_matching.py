@@ -272,7 +272,6 @@ MTT_ENTRY = MethodEntry(
     _workload,
     TrajectorySettings,
     defaults={"Iteration": 5000, "lr_img": 1000.0, "init": "real", "eval_interval": 100},
-    derived=lambda s: {"expert_lambda_oe": 2.0} if s.outlier_recipe == "strong" else {},
     experts=OnExperts.to_train,
     unused=("batch_real", "batch_oe"),
 )

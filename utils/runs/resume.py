@@ -17,8 +17,6 @@ from utils.runs.run_folder import ARGS, read_args
 from utils.settings.fields import Settings, flag, flag_words, flags_of
 from utils.settings.reading import SettingsParser, flags_as_words
 
-DROPPED = {"matching": "separate", "moments_oe": 1}  # flags that are gone, with the value that did nothing
-
 
 @dataclass(frozen=True)
 class Checkpoints(Settings):
@@ -57,7 +55,7 @@ class Checkpoints(Settings):
             raise UserError(
                 f"--resume: {folder} is a run of {about['script']}, not of {parser.prog}; resume it with that"
             )
-        stored = {name: value for name, value in about["flags"].items() if value != DROPPED.get(name)}
+        stored = about["flags"]
         code = stored.get("method_file")
         if code is not None and "method_file" not in given:
             raise UserError(f"--resume: {folder} was started with --method_file {one_line(code)}; give that file again")

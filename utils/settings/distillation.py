@@ -34,15 +34,6 @@ class DistilledOutliers(Settings):
         names=("random", "kcenter"),
     )
     clamp_oe: bool = flag(False, "keep the outliers in the range of pixels, after each update")
-    outlier_recipe: str = flag(
-        "published",
-        "a set of flags; strong, for MTT: --expert_lambda_oe 2 (what it did: docs/results.md)",
-        names=("published", "strong"),
-        needs=Need(
-            lambda s: s.outlier_recipe == "published" or s.method == "MTT",
-            "--method {method} has no such; --method MTT has",
-        ),
-    )
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ from utils.compute.device import (
 )
 from utils.core.errors import UserError
 from utils.core.rng import generator
-from utils.data.augment import DSA
 from utils.data.synthetic import SyntheticSet
 from utils.methods import METHODS, MethodInputs
 from utils.methods.distribution_matching import DistributionMatching
@@ -315,15 +314,6 @@ def test_steps_of_stage_1_are_those_that_it_makes(flags, counted, in_process):
     reckoned, made = counted
     in_process("main_poe.py", *SMALL, *SHORT, *flags)
     assert reckoned == [sum(made)]
-
-
-def test_steps_of_a_pool_of_networks_by_hand(digits):
-    """Two epochs of two batches before each turn; in its first turn a network trains for longer, which is left out."""
-    parser = main_poe.get_args_parser()
-    for method, steps in (("DM", 1 + 2 * 2), ("DSA --dsa_strategy flip --outer_loop 1", 1 + 2 * 2)):
-        args = parser.parse_args([*map(str, SMALL), *f"--network_pool 2 --pool_epochs 2 --method {method}".split()])
-        inputs = MethodInputs(digits, PseudoOutliers(digits), args, DSA(("flip",)))
-        assert METHODS[args.method].workload(inputs).steps == steps
 
 
 def test_steps_of_trajectory_matching_are_those_that_it_makes(counted, in_process):

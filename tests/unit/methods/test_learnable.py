@@ -1,4 +1,4 @@
-"""What goes beyond the published method: how outliers start, where they are kept, and networks that are trained."""
+"""What goes beyond the published method: how outliers start, and where they are kept."""
 
 from dataclasses import replace
 
@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import made, named, whole_and_resumed
+from conftest import made, named
 
-from networks import get_network, initialize
-from utils.compute.device import Compute
+from networks import get_network
 from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.augment import DSA, parse_strategy
@@ -19,8 +18,6 @@ from utils.methods.gradient_matching import GradientMatching, GradientSettings
 from utils.outliers.corruptions import MixedCorruption, corrupt, draw_mixed
 from utils.outliers.sources import PseudoOutliers, k_center_outliers
 from utils.training.coresets import k_center
-from utils.training.network_pool import NetworkPool
-from utils.training.trainer import TrainSettings
 
 STRATEGY = DSA(parse_strategy("color_crop_cutout_flip_scale_rotate"))
 SETTINGS = GradientSettings(
@@ -117,6 +114,11 @@ def test_kcenter_starts_depend_on_seed_and_experiment(tiny_real, kind):
         assert not torch.equal(first.images_oe, other.images_oe)
 
 
+def images_of(real, ipc: int = 2) -> SyntheticSet:
+    index = torch.cat([i[:ipc] for i in real.class_indices])
+    return SyntheticSet(real.train_batch(index), real.labels_train[index], real.train_batch(index + 1))
+
+
 def test_a_distilled_set_is_a_start_of_its_own(tiny_real):
     start = images_of(tiny_real)
     settings = replace(SETTINGS, init_oe="kcenter")
@@ -143,91 +145,6 @@ def test_outliers_stay_in_the_range_of_pixels(tiny_real, kind):
     assert torch.equal(found[0].images, found[1].images)
 
 
-# --- the pool of networks --------------------------------------------------------------------------------------------
-
-
-def images_of(real, ipc: int = 2) -> SyntheticSet:
-    index = torch.cat([i[:ipc] for i in real.class_indices])
-    return SyntheticSet(real.train_batch(index), real.labels_train[index], real.train_batch(index + 1))
-
-
-def make_pool(real, size: int = 2, epochs: int = 2, last: int = 6) -> NetworkPool:
-    return NetworkPool(real, "ConvNetD1", size, epochs, last, TrainSettings(1, 0.05, batch=64), 3, Compute())
-
-
-def trained(state: dict, real, synthetic: SyntheticSet, epochs: int) -> dict:
-    """A network from `state`, trained by the slow way: whole batches, SGD with momentum by PyTorch."""
-    net = get_network("ConvNetD1", 3, 3, (16, 16), generator(0))
-    net.load_state_dict(state)
-    optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
-    for _ in range(epochs):
-        logits, rest = net(synthetic.images), net(synthetic.images_oe)
-        loss = F.cross_entropy(logits, synthetic.labels) - 0.5 * F.log_softmax(rest, 1).mean(1).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return net.state_dict()
-
-
-def fresh(real, exp: int, it: int) -> dict:
-    net = get_network("ConvNetD1", 3, 3, (16, 16), generator(0))
-    initialize(net, generator(3, "pool", exp, it))
-    return net.state_dict()
-
-
-def close(a: dict, b: dict) -> bool:
-    return all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
-
-
-def test_networks_take_turns_and_are_replaced(tiny_real):
-    """Turn 0 is trained by 2 epochs each time; turn 1 begins with 3 more; with 6 or more a network is replaced."""
-    synthetic, pool = images_of(tiny_real), make_pool(tiny_real)
-    expected, ages = [None, None], [0, 0]
-    for it in range(9):
-        turn = it % 2
-        head_start = 3 * turn if expected[turn] is None else 0
-        if expected[turn] is None or ages[turn] >= 6:
-            expected[turn], ages[turn] = fresh(tiny_real, 5, it), 0
-        expected[turn] = trained(expected[turn], tiny_real, synthetic, 2 + head_start)
-        ages[turn] += 2 + head_start
-        found = pool.next_network(5, it, synthetic)
-        assert close(found, expected[turn])
-        assert pool.ages == ages
-        expected[turn] = {name: t.clone() for name, t in found.items()}  # rounding does not add up
-    assert not close(pool.states[0], pool.states[1])
-
-
-@pytest.mark.parametrize("kind", METHODS)
-def test_a_pool_resumes_with_the_same_bits(tiny_real, kind):
-    settings = replace(SETTINGS, network_pool=2, pool_epochs=2, pool_last_epoch=4, clamp_oe=True)
-
-    def make():
-        return made(METHODS[kind], tiny_real, PseudoOutliers(tiny_real), settings)
-
-    whole, second = whole_and_resumed(make, stop=3, end=6)
-    for a, b in ((whole.image_syn, second.image_syn), (whole.image_oe, second.image_oe)):
-        assert torch.equal(a, b)
-    with pytest.raises(ValueError, match="1 networks instead of 2"):
-        second.load_state_dict(0, second.state_dict() | {"pool": {"networks": [None], "ages": [0]}})
-
-
-@pytest.mark.parametrize("kind", METHODS)
-def test_another_experiment_has_other_networks(tiny_real, kind):
-    method = made(
-        METHODS[kind],
-        tiny_real,
-        PseudoOutliers(tiny_real),
-        replace(SETTINGS, network_pool=2, pool_epochs=1, pool_last_epoch=4),
-    )
-    method.start(0)
-    method.iterate(0)
-    first = method.pool.states[0]
-    method.start(1)
-    assert method.pool.states == [None, None]
-    method.iterate(0)
-    assert not close(first, method.pool.states[0])
-
-
 # --- flags -----------------------------------------------------------------------------------------------------------
 
 SHORT = ["--dataset", "Digits", "--model", "ConvNetD1", "--ipc", 2, "--init", "real", "--batch_real", 16]
@@ -235,10 +152,10 @@ SHORT += ["--dsa_strategy", "crop_scale", "--Iteration", 2, "--num_exp", 1, "--n
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_recipe_through_stage_1(in_process, tmp_path, method):
-    recipe = ["--init_oe", "kcenter", "--clamp_oe", "--mix_corruptions", "--network_pool", 2, "--pool_epochs", 1]
-    recipe += [] if method == "DM" else ["--outer_loop", 1]
-    out = in_process("main_poe.py", *SHORT, "--batch_oe", 8, "--method", method, *recipe)
+def test_all_flags_of_outliers_through_stage_1(in_process, tmp_path, method):
+    flags = ["--init_oe", "kcenter", "--clamp_oe", "--mix_corruptions"]
+    flags += [] if method == "DM" else ["--outer_loop", 1]
+    out = in_process("main_poe.py", *SHORT, "--batch_oe", 8, "--method", method, *flags)
     assert "loss_oe" in out
     (path,) = tmp_path.glob("result-poe/*/Digits/ConvNetD1/2/*/res_*.pt")
     content = torch.load(path, weights_only=True)
@@ -251,13 +168,11 @@ def test_the_recipe_through_stage_1(in_process, tmp_path, method):
 @pytest.mark.parametrize(
     ("name", "flags", "message"),
     [
-        ("main.py", ["--method", "DM", "--pool_epochs", 3], "--pool_epochs: --network_pool 0 has no networks"),
-        ("main_poe.py", ["--method", "MTT", "--network_pool", 2], "--network_pool: --method MTT does not use it"),
         ("main_poe.py", ["--method", "DM", "--init_oe", "kcenter", "--init", "noise"], "--init_oe kcenter: its"),
         ("main_poe.py", ["--method", "DM", "--clamp_oe", "--zca"], "--clamp_oe: whitened images"),
     ],
 )  # fmt: skip
-def test_recipes_that_cannot_be_followed(refused, tmp_path, name, flags, message):
+def test_flags_that_contradict_each_other(refused, tmp_path, name, flags, message):
     short = [f for f in SHORT if f not in ("--batch_real", 16)]
     assert message in refused(name, *short, *flags)
     assert not list(tmp_path.iterdir())

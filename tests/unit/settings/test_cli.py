@@ -102,8 +102,7 @@ WRITTEN = {
     "main.py": ["", "--method DM --lr_img 0.1 --Iteration 1000", "--method MTT --lr_lr 3e-7 --max_experts 2"],
     "main_oe.py": ["--oe_data_path=-pool.npz --lambda_oe 2", "--eval_ood patches blob --ood_path a --zca"],
     "main_poe.py": [
-        "--method MTT --outlier_recipe strong",
-        "--method MTT --outlier_recipe strong --expert_lambda_oe 0.5",
+        "--method MTT --expert_lambda_oe 2",
         "--corruptions invert jigsaw --mix_corruptions --init_oe kcenter --init real --spread_oe 1e-5",
     ],
     "train_model_synthetic_oe.py": [
@@ -157,7 +156,6 @@ COMPANIONS = {  # without which a flag would have no effect; by flag, or by flag
     **{("ood_path", name): ["--eval_ood", "patches"] for name in MAINS},
     **{(flag, OTHERS): ["--outliers", "real"] for flag in ("oe_data_path", "mix_corruptions")},
     ("num_oe_per_class", OTHERS): ["--outliers", "real", "--oe_data_path", "pool.npz"],
-    **{flag: ["--network_pool", "1"] for flag in ("pool_epochs", "pool_last_epoch")},
 }
 VALID = {
     "fit_on": "real",
