@@ -79,7 +79,7 @@ class Bench:
         make_data(Path(self.folder.name), train=50_000, test=10_000)
         self.real: RealData = load_dataset("CIFAR10", self.folder.name).to(self.device)
         self.net = get_network(args.model, 3, 10, (32, 32), generator(0)).to(self.device)
-        long = Workload(math.inf, sys.maxsize, "matching")  # so `--compile auto` compiles whatever that speeds up
+        long = Workload(math.inf, "matching")  # so `--compile auto` compiles whatever that speeds up
         example = get_network(args.model, 3, 10, (32, 32), generator(0)).eval()
         self.compute = choose_compute(args.compile, args.precision, self.device, example, (3, 32, 32), long)
         shape = (10 * args.ipc, 3, 32, 32)

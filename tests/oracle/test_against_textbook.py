@@ -368,7 +368,7 @@ def processor(monkeypatch, tmp_path):
 def test_bf16_needs_a_processor_that_has_it(processor, flags, has):
     processor(flags)
     net = get_network("ConvNetD1", 1, 10, (8, 8))
-    compute = choose_compute("off", "bf16", torch.device("cpu"), net, (1, 8, 8), Workload(1, 1, "training"))
+    compute = choose_compute("off", "bf16", torch.device("cpu"), net, (1, 8, 8), Workload(1, "training"))
     assert compute.precision == ("bf16" if has else "fp32")
     assert ("AVX512-BF16" in str(compute)) == (not has)
 
@@ -387,7 +387,7 @@ def test_bf16_needs_a_processor_that_has_it(processor, flags, has):
 def test_a_long_run_is_told_that_bf16_would_be_faster(monkeypatch, processor, flags, precision, model, kind, told):
     processor(flags)
     net = get_network(model, 3, 10, (32, 32))
-    work = Workload(1e12, 1, kind)
+    work = Workload(1e12, kind)
     line = str(choose_compute("auto", precision, torch.device("cpu"), net, (3, 32, 32), work))
     assert ("--precision bf16 would be faster" in line) == told
 

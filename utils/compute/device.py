@@ -20,13 +20,12 @@ from utils.compute.cpu_batches import BatchSplitter, convolution_outputs, in_par
 from utils.core.errors import UserError, one_line, under_torchrun
 
 PRECISIONS = ("tf32", "fp32", "bf16")
-# On a GPU, `auto` compiles runs of at least this many steps. Measured on an H100 with DM (ConvNet, ipc 10): compiling
-# takes 21 s and saves 6 ms an iteration (a single measurement). Taken for all other work, too, which was not measured.
-CUDA_STEPS = 3500
 # Measured on two CPU cores: the seconds that compiling takes, and the thread-seconds that it saves for each output
 # element of a convolution in one forward and backward pass of an image.
 COMPILE_SECONDS = {"matching": 75.0, "features": 25.0, "training": 12.0, "testing": 3.0}
 SAVED_SECONDS = 2 * 2e-9
+# The same on an H100, where only DM was measured, once (ConvNet, ipc 10: 6 ms of each iteration of 1,380 passes).
+CUDA_COMPILE_SECONDS, CUDA_SAVED_SECONDS = 21.0, 2.5e-11
 
 
 @dataclass(frozen=True)
@@ -34,13 +33,7 @@ class Workload:
     """The length of a run in this process."""
 
     passes: float  # forward and backward passes of single images; a forward pass alone counts half
-    steps: int  # how often a batch goes through a network: matching steps, updates of networks, tested batches
     kind: str  # a key of `COMPILE_SECONDS`
-
-
-def batches(images: int, size: int) -> int:
-    """How many batches of `size` hold so many images; the last may hold fewer."""
-    return -(-images // size)
 
 
 def faster_on_cpu(net: nn.Module) -> bool:
@@ -58,11 +51,12 @@ def choose_compile(
     if flag != "auto":
         return flag == "on", ""
     if device.type == "cuda":
-        return workload.steps >= CUDA_STEPS, f"auto: {workload.steps} steps; compiles from {CUDA_STEPS} on"
-    if not faster_on_cpu(net):
+        costs, of_output = CUDA_COMPILE_SECONDS, CUDA_SAVED_SECONDS
+    elif faster_on_cpu(net):
+        costs, of_output = COMPILE_SECONDS[workload.kind], SAVED_SECONDS / torch.get_num_threads()
+    else:
         return False, "auto: it does not make this network faster on a CPU"
-    outputs = sum(convolution_outputs(net, image_shape))
-    saves, costs = workload.passes * outputs * SAVED_SECONDS / torch.get_num_threads(), COMPILE_SECONDS[workload.kind]
+    saves = workload.passes * sum(convolution_outputs(net, image_shape)) * of_output
     return saves > costs, f"auto: saves about {saves:.0f} s, costs {costs:.0f} s"
 
 

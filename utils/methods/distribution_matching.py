@@ -139,7 +139,7 @@ class DistributionMatching(FeatureMatching):
 def _workload(inputs: MethodInputs) -> Workload:
     """Real images only go forward, which counts as half a pass."""
     synthetic = inputs.kinds * inputs.real.num_classes * inputs.settings.decoded_ipc
-    return Workload((inputs.batch_images / 2 + synthetic) / distributed.world_size(), 1, "features")
+    return Workload((inputs.batch_images / 2 + synthetic) / distributed.world_size(), "features")
 
 
 DM_ENTRY = MethodEntry(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from networks import initialize
 from utils.compute import distributed
-from utils.compute.device import Workload, batches
+from utils.compute.device import Workload
 from utils.core.rng import generator
 from utils.data.augment import identity
 from utils.data.synthetic import decode_slots, on_stored
@@ -129,10 +129,9 @@ class GradientMatching(LearnableSet):
 def _workload(inputs: MethodInputs) -> Workload:
     """Matching, which the processes share, and the training of networks in between by rank 0."""
     s, (outer, inner) = inputs.settings, inputs.settings.loops
-    images = inputs.real.num_classes * s.decoded_ipc
-    epochs = (outer - 1) * inner
-    passes = outer * inputs.batch_images / distributed.world_size() + epochs * inputs.kinds * images
-    return Workload(passes, outer + epochs * batches(images, s.batch), "matching")
+    images = (outer - 1) * inner * inputs.kinds * inputs.real.num_classes * s.decoded_ipc
+    passes = outer * inputs.batch_images / distributed.world_size() + images
+    return Workload(passes, "matching")
 
 
 DC_ENTRY = MethodEntry("DC", "gradient matching", GradientMatching, _workload, GradientSettings, augmentation="unused")

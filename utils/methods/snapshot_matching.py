@@ -176,7 +176,7 @@ class SnapshotMatching(FeatureMatching):
 def _workload(inputs: MethodInputs) -> Workload:
     """Real images only go forward, which counts as half a pass; synthetic ones through two networks."""
     synthetic = 2 * inputs.kinds * inputs.real.num_classes * inputs.settings.decoded_ipc
-    return Workload((inputs.batch_images / 2 + synthetic) / distributed.world_size(), 2, "features")
+    return Workload((inputs.batch_images / 2 + synthetic) / distributed.world_size(), "features")
 
 
 TGDD_ENTRY = MethodEntry(

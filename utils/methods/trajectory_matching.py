@@ -262,7 +262,7 @@ def _workload(inputs: MethodInputs) -> Workload:
     """Each step goes forward and backward once, then twice more for the second derivative."""
     s, total = inputs.settings, inputs.real.num_classes * inputs.settings.decoded_ipc
     images = min(s.batch_syn or total, total) * inputs.kinds
-    return Workload(3.0 * s.syn_steps * images, s.syn_steps, "matching")
+    return Workload(3.0 * s.syn_steps * images, "matching")
 
 
 MTT_ENTRY = MethodEntry(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from networks import initialize
 from utils.compute import distributed
-from utils.compute.device import Compute, Workload, batches, choose_compute, choose_device
+from utils.compute.device import Compute, Workload, choose_compute, choose_device
 from utils.compute.transfer import send_draws
 from utils.core.errors import UserError, one_line, rank_errors
 from utils.core.files import read_json, save_pt, save_text
@@ -22,7 +22,7 @@ from utils.runs import signals
 from utils.runs.run_folder import RunFolder
 from utils.settings.common import read_data
 from utils.settings.distillation import ExpertSettings, source_of
-from utils.training.trainer import TEST_BATCH, Trainer, TrainSettings, accuracy_of
+from utils.training.trainer import Trainer, TrainSettings, accuracy_of
 
 
 def run_experts(settings: ExpertSettings) -> None:
@@ -65,8 +65,7 @@ def experts_workload(s: ExpertSettings, real: RealData) -> Workload:
     train, test = len(real.images_train), len(real.images_test)
     epochs = len(distributed.own_share(s.num_experts)) * s.train_epochs
     images = train * (1 if s.outliers == "none" else 1 + s.batch_oe / s.batch)
-    steps = epochs * (batches(train, s.batch) + batches(test, TEST_BATCH))
-    return Workload(epochs * (images + test / 2), steps, "training")
+    return Workload(epochs * (images + test / 2), "training")
 
 
 def open_expert_run(folder: Path, about: dict) -> RunFolder:

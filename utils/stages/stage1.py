@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from utils.compute import distributed
-from utils.compute.device import Workload, batches, choose_compute, choose_device
+from utils.compute.device import Workload, choose_compute, choose_device
 from utils.core.errors import blame
 from utils.core.rng import generator
 from utils.core.torch_files import fingerprint
@@ -30,7 +30,6 @@ from utils.settings.fields import as_dict
 from utils.stages.evaluation import EvalSettings, Evaluator, evaluation_models, training_of
 from utils.stages.expert_training import train_missing
 from utils.stages.loop import Distillation
-from utils.training.trainer import TEST_BATCH
 
 
 def run_stage1(settings: Stage1Settings) -> None:
@@ -88,16 +87,11 @@ def total_workload(iteration: Workload, evaluation: EvalSettings, inputs: Method
     """The work of a whole run in this process, from that of one iteration; a tested image counts half a pass."""
     s, real, trainings = inputs.settings, inputs.real, evaluation.training.values()
     iterations, images = s.num_exp * s.Iteration, real.num_classes * s.decoded_ipc
-    times = s.num_exp * (1 if s.evaluates_only_the_last else 1 + batches(s.Iteration, s.eval_interval))
-    sizes = [len(real.images_test), *map(len, evaluation.ood.values())]
-    passes = sum(t.epochs * inputs.kinds * images + sum(sizes) / 2 for t in trainings)
-    steps = sum(t.epochs * batches(images, t.batch) + sum(batches(n, TEST_BATCH) for n in sizes) for t in trainings)
-    most = batches(evaluation.num_networks, distributed.world_size())  # of a process, so that all of them decide alike
-    return Workload(
-        iterations * iteration.passes + times * evaluation.num_networks / distributed.world_size() * passes,
-        iterations * iteration.steps + times * most * steps,
-        iteration.kind,
-    )
+    networks = s.num_exp * (1 if s.evaluates_only_the_last else 1 - (-s.Iteration // s.eval_interval))
+    networks *= evaluation.num_networks / distributed.world_size()
+    tests = len(real.images_test) + sum(map(len, evaluation.ood.values()))
+    passes = networks * sum(t.epochs * inputs.kinds * images + tests / 2 for t in trainings)
+    return Workload(iterations * iteration.passes + passes, iteration.kind)
 
 
 def _ood_images(s: Stage1Settings, real: RealData) -> dict[str, Tensor]:

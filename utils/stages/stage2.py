@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from utils.compute import distributed
-from utils.compute.device import Workload, batches, choose_compute, choose_device
+from utils.compute.device import Workload, choose_compute, choose_device
 from utils.core.rng import generator
 from utils.core.torch_files import fingerprint
 from utils.data.augment import dc_augmentation
@@ -27,7 +27,7 @@ from utils.stages.evaluation import training_of
 from utils.stages.training_set import TrainingSet, labelled_images, resumed_set, with_outliers
 from utils.training.coresets import WHOLE_EPOCHS, FeatureNetworks
 from utils.training.network_training import TEST_INTERVAL, NetworkTraining
-from utils.training.trainer import LR_NET, TEST_BATCH, Trainer, TrainSettings
+from utils.training.trainer import LR_NET, Trainer, TrainSettings
 
 
 def run_stage2(settings: Stage2Settings) -> None:
@@ -97,11 +97,9 @@ def stage3_command(s: Stage2Settings, folder: Path, real: RealData) -> str | Non
 
 def stage2_workload(num_networks: int, settings: TrainSettings, real: RealData, synthetic: SyntheticSet) -> Workload:
     """The work of a run in this process; a tested image counts half a pass."""
-    epochs, images, tests = settings.epochs, len(synthetic.images), batches(settings.epochs, TEST_INTERVAL)
+    epochs, images, tests = settings.epochs, len(synthetic.images), -(-settings.epochs // TEST_INTERVAL)
     passes = epochs * images * (2 if synthetic.num_outliers else 1) + tests * len(real.images_test) / 2
-    steps = epochs * batches(images, settings.batch) + tests * batches(len(real.images_test), TEST_BATCH)
-    most = batches(num_networks, distributed.world_size())  # of a process, so that all of them decide alike
-    return Workload(num_networks * passes / distributed.world_size(), most * steps, "training")
+    return Workload(num_networks * passes / distributed.world_size(), "training")
 
 
 def _fingerprints(real: RealData, synthetic: SyntheticSet) -> dict[str, str]:

@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 
 from utils.compute import distributed
-from utils.compute.device import Compute, Workload, batches, choose_compute, choose_device
+from utils.compute.device import Compute, Workload, choose_compute, choose_device
 from utils.compute.version import versions, versions_line
 from utils.core.errors import UserError, rank_errors
 from utils.core.files import save_text
@@ -87,7 +87,7 @@ def _choose_compute(
     """Compilation and precision, by the images that the networks of this process look at."""
     tested, limit = len(real.images_test), len(real.images_test) // s.num_ood_ratio
     sizes = [tested, *[limit] * num_sets, 0 if fit is None else len(fit.labels)]
-    work = stage3_workload(num_networks, sizes, min(s.batch_test, tested))
+    work = Workload(num_networks * sum(sizes) / 2, "testing")
     return choose_compute(s.compile, s.precision, real.device, net, (real.channel, *real.im_size), work)
 
 
@@ -185,12 +185,6 @@ class Stage2Run:
             raise UserError(f"--fit_on distilled: {error}. Use --fit_on real") from None
         name = "distilled set" if images == "distilled" else f"real images chosen by {images}"
         return FitSet(name, synthetic.hard_labels, lambda index: synthetic.images[index], True)
-
-
-def stage3_workload(num_networks: int, sizes: Sequence[int], batch: int) -> Workload:
-    """The work of this process; `sizes`: how many images each set has (at most) that each network sees."""
-    steps = num_networks * sum(batches(size, batch) for size in sizes)
-    return Workload(num_networks * sum(sizes) / 2, steps, "testing")
 
 
 def _scores(given: Sequence[str] | None, use_xent: bool) -> tuple[str, ...]:

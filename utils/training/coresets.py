@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.compute.device import Workload, batches, choose_compute, kept_precision
+from utils.compute.device import Workload, choose_compute, kept_precision
 from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.datasets import RealData
@@ -119,7 +119,7 @@ class FeatureNetworks:
         real, key, count = self.real, ("feature network",), len(synthetic.images)
         epochs = SMALL_EPOCHS if count < len(real.images_train) else WHOLE_EPOCHS
         net = real.network(self.model, generator(self.seed, *key))
-        work = Workload(epochs * count, epochs * batches(count, self.settings.batch), "training")
+        work = Workload(epochs * count, "training")
         shape = (real.channel, *real.im_size)
         with kept_precision():
             compute = choose_compute(self.compile_flag, self.precision, real.device, net, shape, work)

@@ -121,7 +121,7 @@ from utils.settings.fields import flag
 class Both(MatchingSettings):
     power: float = flag(2.0, "an exponent", float)
 for name in ("A", "B"):
-    work = lambda inputs: Workload(0, 1, "matching")
+    work = lambda inputs: Workload(0, "matching")
     register(MethodEntry(name, "", DistributionMatching, work, Both, {"lr_img_oe": 0.5}))
 """
 
