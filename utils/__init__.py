@@ -1,4 +1,4 @@
-"""Everything that the scripts share; see the map of the code in README.md."""
+"""Everything that the scripts share; docs/extend.md is the map of the code."""
 
 import os
 

@@ -2,6 +2,7 @@
 
     python scripts/tables/figures.py            # all of them, into assets/
     python scripts/tables/figures.py outliers detectors
+    python scripts/tables/figures.py pipeline --pictures RUN/res_….pt data    # its pictures anew, of a set of CIFAR-10
 
 Each has a white ground, marks that differ in shape as well as in colour, and axes that need not start at zero: dots,
 not bars. Whiskers are one standard deviation over networks, or where it is said one standard error over seeds.
@@ -19,16 +20,23 @@ sys.path.insert(0, str(ROOT))
 import utils  # noqa: F401  # isort: skip (before torch: it tells OpenMP how to wait)
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from utils.core.files import atomic_write
+from utils.core.errors import require
+from utils.core.files import atomic_write, read_npz
+from utils.core.rng import generator
 from utils.core.run_script import run_script
+from utils.data.datasets import load_dataset
+from utils.data.distilled_file import DistilledFile
+from utils.outliers.sources import PseudoOutliers
 from utils.report.results import StudyResults, load_study_csv
 from utils.report.study import StudyColumn, StudyRow, paired, places_of_kinds, read_kind
 from utils.settings.parser import Parser, one_of
 
 RESULTS, OUT = ROOT / "assets" / "results", ROOT / "assets"
+PICTURES, PICTURE_NAMES = RESULTS / "pipeline.npz", ("real", "broken", "distilled", "outliers")
 # dark to light, so that they differ in black and white; of Okabe & Ito's palette for all kinds of colour vision
 BLACK, BLUE, RED, SKY, GREY = "#000000", "#0072b2", "#d55e00", "#56b4e9", "#8a8a8a"
 KINDS = {
@@ -47,6 +55,10 @@ def get_args_parser() -> Parser:
     """The flags of this script."""
     parser = Parser(description="Draw the figures of README and docs from the CSV files of assets/results.")
     parser.add_argument("figures", nargs="*", type=one_of("figure", FIGURES), help="which; left out: all")
+    parser.add_argument(
+        "--pictures", nargs=2, metavar=("RES", "DATA_PATH"),
+        help="first write the pictures of the pipeline: of a distilled set of CIFAR-10 with POE outliers, and its data",
+    )  # fmt: skip
     return parser
 
 
@@ -85,6 +97,54 @@ def dumbbells(axis: Axes, pairs: dict[str, Sequence[float]], labels: Sequence[st
     axis.grid(axis="x", linewidth=0.4, alpha=0.6)
     axis.spines[["top", "right"]].set_visible(False)
     return order
+
+
+def keep_pictures(distilled: str, data_path: str) -> None:
+    """Write the pictures of the pipeline, uint8 `[10, 32, 32, 3]` each: one of each class, or of each class slot."""
+    real = load_dataset("CIFAR10", data_path, download=False)
+    source, synthetic = PseudoOutliers(real), DistilledFile.open(distilled, "--pictures").set(0, real)
+    require(synthetic.images_oe is not None, f"--pictures: {distilled} holds no outliers; give a set of main_poe.py")
+    slots = range(real.num_classes)
+    rows = {
+        "real": real.train_batch(torch.cat([indices[:1] for indices in real.class_indices])),
+        "broken": torch.cat([source.draw(slot, 1, generator(1, "pipeline", slot)) for slot in slots]),
+        "distilled": synthetic.images[:: len(synthetic.images) // real.num_classes],
+        "outliers": synthetic.images_oe[:: len(synthetic.images_oe) // real.num_classes],
+    }
+    pixels = {
+        name: (255 * real.denormalize(images)).round().byte().permute(0, 2, 3, 1) for name, images in rows.items()
+    }
+    atomic_write(PICTURES, lambda file: np.savez_compressed(file, **{name: p.numpy() for name, p in pixels.items()}))
+
+
+def pipeline() -> Figure:
+    """What the three stages do: real and broken images, distilled ones, a network, and what is measured."""
+    pictures = dict(zip(("real", "broken", "distilled", "outliers"), read_npz(PICTURES, PICTURE_NAMES), strict=True))
+    figure = Figure(figsize=(8.6, 2.7))
+    places = {
+        "real": (0.005, 0.5, "50,000 real images"),
+        "broken": (0.005, 0.0, "broken on purpose (POE)"),
+        "distilled": (0.325, 0.5, "10 images per class, of four parts"),
+        "outliers": (0.325, 0.0, "as many outliers"),
+    }
+    for name, (left, bottom, title) in places.items():
+        axis = figure.add_axes((left, bottom, 0.245, 0.4))
+        axis.imshow(np.vstack([np.hstack([*half]) for half in (pictures[name][:5], pictures[name][5:])]))
+        axis.set_title(title, fontsize=9, pad=3)
+        axis.axis("off")
+    study = load_study_csv(RESULTS / "cifar10-tgdd-ipc10.csv")
+    measures = {"accuracy": ("accuracy",), "ECE": ("ece",), "AUROC": ("auroc", "msp")}
+    found = [f"{name} {values(study, 'convnet/poe', *what).mean():.0f} %" for name, what in measures.items()]
+    networks = ("networks,", "sure of classes,", "unsure of outliers")
+    for at, lines in ((0.715, networks), (0.935, found)):
+        figure.text(
+            at, 0.45, "\n".join(lines), ha="center", va="center", fontsize=9, linespacing=1.6,
+            bbox={"boxstyle": "round,pad=0.5", "facecolor": "white", "edgecolor": BLACK},
+        )  # fmt: skip
+    for at, text in ((0.287, "1 distil"), (0.606, "2 train"), (0.832, "3 test")):
+        figure.text(at, 0.56, text, ha="center", fontsize=9, fontweight="bold")
+        figure.text(at, 0.41, "→", ha="center", fontsize=18)
+    return figure
 
 
 def outliers() -> Figure:
@@ -272,6 +332,7 @@ def speed() -> Figure:
 
 
 FIGURES: dict[str, Callable[[], Figure]] = {
+    "pipeline": pipeline,
     "outliers": outliers,
     "detectors": detectors,
     "worth": worth,
@@ -284,6 +345,8 @@ FIGURES: dict[str, Callable[[], Figure]] = {
 
 def main(args: argparse.Namespace) -> None:
     """Draw them, and say where they are."""
+    if args.pictures:
+        keep_pictures(*args.pictures)
     for name in args.figures or FIGURES:
         figure, path = FIGURES[name](), OUT / f"{name}.png"
         atomic_write(path, lambda file, figure=figure: figure.savefig(file, format="png", dpi=130))

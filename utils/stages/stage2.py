@@ -125,7 +125,7 @@ def _resume(s: Stage2Settings, chosen: TrainingSet, real: RealData, training: Tr
 def _start(s: Stage2Settings, chosen: TrainingSet, real: RealData, training: TrainSettings) -> RunFolder:
     """A new run folder, named as that of stage 1 if there is one, so that one name leads through all stages.
 
-    A set that no file of stage 1 holds is saved in it, unless it is the whole training set.
+    If the set is not from a file of stage 1, it is saved in the run folder, unless it is the whole training set.
     """
     name = chosen.origin and chosen.origin.name
     kinds = (s.train_on, s.outliers, "again" if s.corrupt_again else "none")
