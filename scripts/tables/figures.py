@@ -36,7 +36,7 @@ from utils.report.study import StudyColumn, StudyRow, paired, places_of_kinds, r
 from utils.settings.parser import Parser, one_of
 
 RESULTS, OUT = ROOT / "assets" / "results", ROOT / "assets"
-PICTURES, PICTURE_NAMES = RESULTS / "pipeline.npz", ("real", "broken", "distilled", "outliers")
+PICTURES, PICTURE_NAMES = OUT / "pipeline.npz", ("real", "broken", "distilled", "outliers")
 # dark to light, so that they differ in black and white; of Okabe & Ito's palette for all kinds of colour vision
 BLACK, BLUE, RED, SKY, GREY = "#000000", "#0072b2", "#d55e00", "#56b4e9", "#8a8a8a"
 KINDS = {
@@ -118,12 +118,12 @@ def keep_pictures(distilled: str, data_path: str) -> None:
 
 
 def pipeline() -> Figure:
-    """What the three stages do: real and broken images, distilled ones, a network, and what is measured."""
+    """What the three stages do: real and corrupted images, distilled ones, a network, and what is measured."""
     pictures = dict(zip(("real", "broken", "distilled", "outliers"), read_npz(PICTURES, PICTURE_NAMES), strict=True))
     figure = Figure(figsize=(8.6, 2.7))
     places = {
         "real": (0.005, 0.5, "50,000 real images"),
-        "broken": (0.005, 0.0, "broken on purpose (POE)"),
+        "broken": (0.005, 0.0, "corrupted on purpose (POE)"),
         "distilled": (0.325, 0.5, "10 images per class, of four parts"),
         "outliers": (0.325, 0.0, "as many outliers"),
     }
@@ -159,7 +159,10 @@ def outliers() -> Figure:
     axes[0].set_yticks(-np.arange(len(kinds)), [KINDS[kind] for kind in kinds])
     for axis in axes:
         axis.axhline(-5.5, color=GREY, linewidth=0.8, linestyle="--")
-    figure.suptitle("CIFAR-10, ConvNet, ten distilled images per class (DM): which outliers", fontsize=11)
+    figure.suptitle(
+        "CIFAR-10, ConvNet, ten distilled images per class (DM): which outliers (bars: one deviation over networks)",
+        fontsize=11,
+    )
     return figure
 
 
@@ -177,7 +180,10 @@ def detectors() -> Figure:
         axis.axvline(means["msp"][1], color=GREY, linewidth=0.8, linestyle=":")
         axis.get_yticklabels()[order.index("msp")].set_fontweight("bold")
         axis.set_title(title, fontsize=10)
-    figure.suptitle("○ without outliers   ■ with distilled POE outliers   dotted: msp with outliers", fontsize=10)
+    figure.suptitle(
+        "CIFAR-10, ConvNet, DM   ○ without outliers   ■ with distilled POE outliers   dotted: msp with outliers",
+        fontsize=10,
+    )
     return figure
 
 
@@ -189,9 +195,9 @@ def worth() -> Figure:
         "digits-methods.csv/ipc10/DC": ("Digits, DC, ipc 10", "poe"),
         "digits-methods.csv/ipc10/MTT": ("Digits, MTT, ipc 10", "poe"),
         "cifar10-dm-ipc10-convnet-bf16.csv": ("CIFAR-10, DM, ipc 10", "poe"),
-        "digits-ipc10-dm-mixed-spread.csv": ("Digits, DM, ipc 10, spread", "poe"),
-        "cifar10-w32-ipc10-strong-5networks.csv": ("CIFAR-10, MTT strong, ipc 10, corrupted again", "poe-again"),
-        "fashion-mnist-w32-ipc10-strong.csv": ("FashionMNIST, MTT strong, ipc 10, corrupted again", "poe-again"),
+        "digits-ipc10-dm-mixed-spread.csv": ("Digits, DM, ipc 10, --spread_oe 100", "poe"),
+        "cifar10-w32-ipc10-strong-5networks.csv": ("CIFAR-10, MTT, --expert_lambda_oe 2, corrupted again", "poe-again"),
+        "fashion-mnist-w32-ipc10-strong.csv": ("FashionMNIST, MTT, --expert_lambda_oe 2, corrupted again", "poe-again"),
     }
     figure = Figure(figsize=(8.6, 3.8), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
@@ -221,7 +227,7 @@ def worth() -> Figure:
 
 
 def sets() -> Figure:
-    """Heat map: AUROC of each kind of outliers on each OOD set, near ones first (as OpenOOD sorts them)."""
+    """Heat map: AUROC of each kind of outliers on each OOD set, near ones first (similar, says OpenOOD)."""
     study = load_study_csv(RESULTS / "cifar10-dm-ipc10-convnet-bf16.csv")
     kinds = [kind for kind in KINDS if kind in study]
     names = {"CIFAR100": "CIFAR-100\n(near)", "TinyImageNet_resize": "TinyImageNet\n(near)"}
@@ -236,7 +242,9 @@ def sets() -> Figure:
     axis.set_yticks(range(len(kinds)), [KINDS[kind] for kind in kinds], fontsize=9)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-    figure.suptitle("AUROC (msp, %) by OOD set: CIFAR-10, ConvNet, DM, ten images per class", fontsize=10)
+    figure.suptitle(
+        "AUROC (msp, %) by OOD set (near: similar to CIFAR-10); ConvNet, DM, ten images per class", fontsize=10
+    )
     return figure
 
 
@@ -303,6 +311,9 @@ def weight() -> Figure:
         axis.set_xlabel("--lambda_oe (dotted: published)", fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(fontsize=8, frameon=False)
+    figure.suptitle(
+        "CIFAR-10, DM, ten images per class, distilled POE outliers (shaded: one deviation over networks)", fontsize=10
+    )
     return figure
 
 
@@ -322,7 +333,12 @@ def speed() -> Figure:
         rows |= {f"{title}, {network}": [results[work]["ratio"] for results in found] for work, title in works.items()}
     figure = Figure(figsize=(8.6, 3.4), layout="constrained")
     axis = figure.subplots()
-    dumbbells(axis, rows, ("float32", "bf16"), "times as fast as the textbook loop (two cores, compiled)")
+    dumbbells(
+        axis,
+        rows,
+        ("float32", "bf16"),
+        "times as fast as the textbook loop that ran beside it (CPU, two cores, compiled)",
+    )
     axis.set_xscale("log")
     axis.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
     axis.minorticks_off()

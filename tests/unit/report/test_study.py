@@ -115,7 +115,7 @@ def test_the_script(study, tmp_path, run):
     assert out.read_text() == shown
     lines = shown.splitlines()
     assert lines[0] == "Networks trained by protocol dc."
-    assert [line.split("|")[1].strip() for line in lines[4:7]] == ["DM, none", "DM, distilled", "DM, on the fly"]
+    assert [line.split("|")[1].strip() for line in lines[4:7]] == ["DM, none", "DM, distilled (POE)", "DM, on the fly"]
     assert sum("minus" in line for line in lines) == 2
     assert "AUROC mls uniform ↑" in shown
 
@@ -129,7 +129,7 @@ def test_a_row_for_each_score(study, run):
     status, shown, error = run(folder, "--kinds", "poe", "poe-corrupt", "--by_score", "fpr_in")
     assert status == 0, error
     header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines()[2:])
-    assert header == ["score, FPR95 ↓", "distilled images, distilled", "distilled images, on the fly"]
+    assert header == ["score, FPR95 ↓", "distilled images, distilled (POE)", "distilled images, on the fly"]
     assert [row[0] for row in rows] == ["msp", "mls", "knn"]
     mls = [100 * v for seed in (1, 2, 10) for v in expected(values["poe", seed], "mls", "fpr_in")]
     assert rows[1][1] == f"{np.mean(mls):.2f} ± {np.std(mls):.2f}"
@@ -187,8 +187,15 @@ def test_kinds_of_several_folders_and_one_beside_them(study, run):
     status, shown, error = run(folder, other, *words, "--against", "poe-corrupt")
     assert status == 0, error
     first = [line.split("|")[1].strip() for line in shown.splitlines() if line.startswith("| ")]
-    rows = ["A, none", "A, distilled", "A, on the fly", "whole training set, none", "B, distilled", "B, on the fly"]
-    pairs = ["A, distilled minus A, on the fly", "difference", "B, distilled minus B, on the fly"]
+    rows = [
+        "A, none",
+        "A, distilled (POE)",
+        "A, on the fly",
+        "whole training set, none",
+        "B, distilled (POE)",
+        "B, on the fly",
+    ]
+    pairs = ["A, distilled (POE) minus A, on the fly", "difference", "B, distilled (POE) minus B, on the fly"]
     assert first == ["images, outliers", *rows, "difference", *pairs]
 
 
@@ -329,7 +336,7 @@ def test_results_that_cannot_be_kept(study, run, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "prefix", "expected"),
     [
-        ("poe-again", "", "distilled images, distilled, corrupted again"),
+        ("poe-again", "", "distilled images, distilled (POE), corrupted again"),
         ("poe-kcenter-again", "DM", "DM, k-center, corrupted again"),
         ("oe-again", "", "distilled images, distilled (OE), corrupted again"),
         ("random-initial-again", "DM", "random, start, corrupted again"),
@@ -363,7 +370,7 @@ def test_other_ood_sets_are_not_compared(study, run):
     change(folder / "poe" / "seed2", without_blob)
     status, _, error = run(folder, "--base", "poe")
     assert status == 2
-    assert "distilled images, distilled, seed 2, was not measured on the same OOD sets" in error
+    assert "distilled images, distilled (POE), seed 2, was not measured on the same OOD sets" in error
     assert "as distilled images, none, seed 1: blob" in error
 
 
@@ -439,7 +446,7 @@ def test_the_head_names_the_protocols(study, tmp_path, run):
         path.write_text(json.dumps(content))
     status, shown, error = run(folder, "--kinds", "plain", "poe")
     assert status == 0, error
-    kinds = "dc: distilled images, none; ncfm, 300 epochs, mix none: distilled images, distilled"
+    kinds = "dc: distilled images, none; ncfm, 300 epochs, mix none: distilled images, distilled (POE)"
     assert shown.splitlines()[0] == f"Networks trained by protocol {kinds}."
     save_study_csv(tmp_path / "a.csv", {kind: read_kind(folder / kind, kind).seeds for kind in ("plain", "poe")})
     assert run(tmp_path / "a.csv", "--kinds", "plain", "poe")[1] == shown
