@@ -196,8 +196,14 @@ def worth() -> Figure:
         "digits-methods.csv/ipc10/MTT": ("Digits, MTT, ipc 10", "poe"),
         "cifar10-dm-ipc10-convnet-bf16.csv": ("CIFAR-10, DM, ipc 10", "poe"),
         "digits-ipc10-dm-mixed-spread.csv": ("Digits, DM, ipc 10, --spread_oe 100", "poe"),
-        "cifar10-w32-ipc10-strong-5networks.csv": ("CIFAR-10, MTT, --expert_lambda_oe 2, corrupted again", "poe-again"),
-        "fashion-mnist-w32-ipc10-strong.csv": ("FashionMNIST, MTT, --expert_lambda_oe 2, corrupted again", "poe-again"),
+        "cifar10-w32-ipc10-strong-5networks.csv": (
+            "CIFAR-10, MTT, ipc 10,\n--expert_lambda_oe 2, corrupted again",
+            "poe-again",
+        ),
+        "fashion-mnist-w32-ipc10-strong.csv": (
+            "FashionMNIST, MTT, ipc 10,\n--expert_lambda_oe 2, corrupted again",
+            "poe-again",
+        ),
     }
     figure = Figure(figsize=(8.6, 3.8), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
@@ -217,7 +223,7 @@ def worth() -> Figure:
             )  # fmt: skip
         axis.axvline(0, color=BLACK, linewidth=0.8)
         axis.axhline(0.5 - list(studies).index("digits-ipc10-dm-mixed-spread.csv"), color=GREY, linewidth=0.8, ls="--")
-        axis.set_title(f"{column.shown.title}, points: distilled minus others", fontsize=10)
+        axis.set_title(f"{column.shown.title}: distilled minus others, points", fontsize=9)
         axis.grid(axis="x", linewidth=0.4, alpha=0.6)
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params(axis="y", length=0)
@@ -243,7 +249,7 @@ def sets() -> Figure:
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     figure.suptitle(
-        "AUROC (msp, %) by OOD set (near: similar to CIFAR-10); ConvNet, DM, ten images per class", fontsize=10
+        "AUROC (msp, %) by OOD set (near: similar to CIFAR-10); ConvNet, DM, ten images per class", fontsize=9
     )
     return figure
 
