@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.kinds import KINDS
-from utils.core.errors import UserError
+from utils.core.errors import UserError, unknown_name
 from utils.core.files import save_output
 from utils.core.run_script import run_script
 from utils.report.results import protocol_line
@@ -64,9 +64,21 @@ def get_args_parser() -> Parser:
         "--by_set", type=one_of("measure", OF_OOD), default=None,
         help="instead of all measures this one: a column for each score and OOD set",
     )  # fmt: skip
+    parser.add_argument(
+        "--groups", nargs="+", metavar="NAME=SET,SET", type=group_of_sets, default=None,
+        help="with --by_set: means over groups of OOD sets, in the place of each set",
+    )  # fmt: skip
     parser.add_argument("--sets", action="store_true", help="show each OOD set, too, beside the mean")
     parser.add_argument("--out", default=None, help="markdown file to write")
     return parser
+
+
+def group_of_sets(text: str) -> tuple[str, list[str]]:
+    """A name and the OOD sets that it stands for; the check of `--groups`."""
+    name, _, sets = text.partition("=")
+    if not name or not all(sets.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is no group; write NAME=SET,SET")
+    return name, sets.split(",")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -112,8 +124,13 @@ def tables(
                 )
     names = next(iter(kinds[0].seeds.values())).ood_sets()
     columns = [*map(StudyColumn, args.of_networks), *columns_of(scores, args.measures, None)]
+    if args.groups and not args.by_set:
+        raise UserError("--groups: it needs --by_set MEASURE; give both")
+    groups = args.groups or [("", [name]) for name in names]
+    if odd := [name for _, sets in groups for name in sets if name not in names]:
+        raise UserError(f"--groups: {unknown_name('OOD set', odd[0], names)}")
     if args.by_set:
-        columns = [StudyColumn(args.by_set, score, [name]) for score in scores for name in names]
+        columns = [StudyColumn(args.by_set, score, sets, group) for score in scores for group, sets in groups]
     parts = [mean_rows(kinds, columns)]
     if args.base:
         parts += paired(studies, args.base, args.against, columns)

@@ -22,6 +22,7 @@ class StudyColumn:
     measure: str
     score: str = ""  # empty: `measure` is one of the networks
     sets: Sequence[str] | None = None  # the OOD sets of the mean; None: all
+    group: str = ""  # a name for these sets
 
     @property
     def shown(self) -> Measure:
@@ -32,8 +33,8 @@ class StudyColumn:
         """As the tables show it."""
         if not self.score:
             return self.shown.heading
-        alone = self.sets if self.sets and len(self.sets) == 1 else ()
-        return " ".join((self.shown.short_title, self.score, *alone, self.shown.better))
+        alone = self.sets[0] if self.sets and len(self.sets) == 1 else ""
+        return " ".join(filter(None, (self.shown.short_title, self.score, self.group or alone, self.shown.better)))
 
     def of(self, results: Results) -> list[float]:
         """One value per network."""

@@ -153,6 +153,46 @@ def test_a_column_for_each_set(study, run):
     assert run(folder, "--by_set", "auroc", "--by_score", "auroc")[0] != 0
 
 
+def test_means_over_groups_of_sets(study, run):
+    folder, values = study
+    words = [
+        "--kinds",
+        "poe",
+        "--scores",
+        "mls",
+        "--by_set",
+        "fpr_in",
+        "--groups",
+        f"both={','.join(SETS)}",
+        f"one={SETS[0]}",
+    ]
+    status, shown, error = run(folder, *words)
+    assert status == 0, error
+    header, _, row = ([cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines()[2:])
+    assert header == ["images, outliers", "FPR95 mls both ↓", "FPR95 mls one ↓"]
+    for names, cell in zip((SETS, SETS[:1]), row[1:], strict=True):
+        found = []
+        for seed in (1, 2, 10):
+            rows = [r for r in values["poe", seed]["rows"] if r["set"] in names and r["score"] == "mls"]
+            by_network = {r["network"] for r in rows}
+            found += [100 * np.mean([r["fpr_in"] for r in rows if r["network"] == n]) for n in by_network]
+        assert cell == f"{np.mean(found):.2f} ± {np.std(found):.2f}"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--groups", "near=uniform"], "--groups: it needs --by_set MEASURE"),
+        (["--by_set", "auroc", "--groups", "near=nothing"], "--groups: unknown OOD set 'nothing'"),
+        (["--by_set", "auroc", "--groups", "near"], "'near' is no group; write NAME=SET,SET"),
+    ],
+)
+def test_groups_that_are_none(study, run, words, message):
+    status, _, error = run(study[0], *words)
+    assert status == 2
+    assert message in error
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
