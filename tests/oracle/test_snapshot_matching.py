@@ -1,6 +1,7 @@
 """Distribution matching on trained networks against float64 numpy and plain autograd, its snapshots, and resuming."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -226,8 +227,10 @@ def test_three_stages_and_missing_experts(in_process, refused):
     error = refused("main_poe.py", *flags)
     assert "--buffer_path: no experts in buffers/Digits_NO_ZCA/ConvNetD1; make them: python train_experts.py" in error
     assert "--outliers poe" in error
-    in_process("train_experts.py", *short, "--num_experts", 1, "--train_epochs", 2, "--outliers", "poe", "--mom", 0.9)
+    experts = ["--num_experts", 1, "--train_epochs", 2, "--outliers", "poe", "--mom", 0.9]
+    (accuracy,) = re.findall(r"expert 0: test accuracy (\S+) %", in_process("train_experts.py", *short, *experts))
     out = in_process("main_poe.py", *flags)
+    assert f"experts: 1; the first reaches {accuracy} % on the test set after 2 epochs" in out
     assert "1 images of 4 parts per class: networks train on 4" in out
     assert "loss_ce" in out
     two = ["--method", "TGDD", "--ipc", 1, "--num_eval", 1, "--epoch_eval_train", 3, "--protocol", "ncfm"]

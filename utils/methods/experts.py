@@ -27,6 +27,7 @@ from utils.settings.common import Corrupted, Data, Network, OutlierTraining, Poo
 from utils.settings.distillation import WITH_OUTLIERS, Buffers, Distilling, ExpertSettings
 from utils.settings.fields import as_words, flag, flags_of
 from utils.settings.parser import count, number
+from utils.training.trainer import accuracy_of, predict
 
 ABOUT = "experts.json"
 Params = list[Tensor]
@@ -119,6 +120,13 @@ class ExpertBuffer:
             raise UserError(f"--buffer_path: {path} holds NaN or infinite numbers at epoch {epoch}; make it again")
         return [p.detach().to(device, torch.float32, copy=True) for p in trajectory[epoch]]
 
+    def accuracy(self, real: RealData, model: str) -> float:
+        """The test accuracy of the first expert after its last epoch, a fraction."""
+        net = without_running_statistics(real.network(model, generator(0))).to(real.device).requires_grad_(False)
+        for parameter, value in zip(net.parameters(), self.snapshot(0, -1, real.device), strict=True):
+            parameter.copy_(value)
+        return accuracy_of(predict(net, real.test_images), real.labels_test)
+
 
 @dataclass(frozen=True)
 class OnExperts(Distilling, Buffers):
@@ -180,10 +188,13 @@ def with_experts(kind: Callable[[MethodInputs, ExpertBuffer], Method]) -> Callab
             raise UserError(f"--buffer_path: {without}, so its experts have seen no outliers; make them with {make}")
         if s.last_epoch > experts.epochs:
             raise UserError(s.TOO_SHORT.format(s=s, experts=experts))
+        accuracy = experts.accuracy(real, s.model)
         method = kind(inputs, experts)
+        epochs, found = len(experts.trajectories[0][1]) - 1, f"{100 * accuracy:.2f} % on the test set"
+        method.notices.append(f"experts: {len(experts.trajectories)}; the first reaches {found} after {epochs} epochs")
         if not is_known:
             method.notices.append(f"{without}: experts are assumed to have seen images normalised as here")
-        method.about = {"num_experts": len(experts.trajectories)}
+        method.about = {"num_experts": len(experts.trajectories), "expert_accuracy": accuracy}
         method.fingerprints = {"buffer_path": experts.fingerprint()}
         return method
 

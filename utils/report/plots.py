@@ -1,7 +1,8 @@
 """Pictures: grids of synthetic images, the distilled images behind results, and plots."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -163,10 +164,11 @@ def save_roc_curves(
     _save(path, figure)
 
 
-def save_curves(path: Path, lines: Sequence[dict]) -> None:
+def save_curves(path: Path, lines: Sequence[dict], on_whole_set: float | None = None) -> None:
     """Losses, accuracies and AUROCs over the iterations of a distillation, from the lines of `metrics.jsonl`.
 
-    Thin lines are experiments, the thick one is their mean; networks of one evaluation are averaged.
+    Thin lines are experiments, the thick one is their mean; networks of one evaluation are averaged. `on_whole_set`:
+    the accuracy of a network that was trained on the whole training set, a fraction, if it is known.
     """
     loss, accuracy, auroc = "matching loss", "accuracy, %", "AUROC, %"
     panels: Panels = {loss: {}, accuracy: {}, auroc: {}}
@@ -180,16 +182,24 @@ def save_curves(path: Path, lines: Sequence[dict]) -> None:
                 curve = {"loss": "images", "loss_oe": "outliers"}.get(name, of_network)
                 points = panels[panel].setdefault(curve, {}).setdefault(line["experiment"], {})
                 points[line["iteration"]] = (1 if panel == loss else 100) * float(np.mean(values))
-    save_panels(path, {panel: curves for panel, curves in panels.items() if curves}, points=(accuracy, auroc))
+    shown = {panel: curves for panel, curves in panels.items() if curves}
+    references = {} if on_whole_set is None else {accuracy: (100 * on_whole_set, "an expert, on the whole set")}
+    save_panels(path, shown, points=(accuracy, auroc), references=references)
 
 
 def save_panels(
-    path: Path, panels: Panels, points: Sequence[str] = (), log: Sequence[str] = (), log_iterations: bool = False
+    path: Path,
+    panels: Panels,
+    points: Sequence[str] = (),
+    log: Sequence[str] = (),
+    log_iterations: bool = False,
+    references: Mapping[str, tuple[float, str]] = MappingProxyType({}),
 ) -> None:
     """Curves over iterations: thin lines are runs, the thick one is their mean at each iteration.
 
     `points`: titles of panels whose means are marked by points; `log`: of those with a logarithmic axis of values;
-    `log_iterations`: the axis of iterations is logarithmic from 1 on, and 0 stands to the left of it.
+    `log_iterations`: the axis of iterations is logarithmic from 1 on, and 0 stands to the left of it. `references`: by
+    the title of a panel, a value to compare with, and what it is.
     """
     figure, axes = _panels(len(panels), 3, 4.6, 3.4)
     for axis, (panel, curves) in zip(axes, panels.items(), strict=False):
@@ -202,6 +212,9 @@ def save_panels(
             axis.plot(steps, means, color=f"C{index}", linewidth=1.6, marker=marker, markersize=3, label=name)
             if marker and 0 in steps:
                 axis.axhline(means[0], color=f"C{index}", linewidth=0.8, linestyle=":")
+        if panel in references:
+            value, label = references[panel]
+            axis.axhline(value, color="black", linewidth=0.8, linestyle="--", label=label)
         axis.set(xlabel="iteration (dotted: before distilling)" if panel in points else "iteration", title=panel)
         axis.legend(fontsize=8)
         if log_iterations:

@@ -114,7 +114,7 @@ class Distillation:
             about = f"{counted(len(values), 'network')}, {counted(s.num_exp, 'experiment')}"
             self.run.log(f"{model}: accuracy {mean_std(values)} % ({about})")
         if distributed.is_main():
-            save_curves(self.run.path / "curves.png", self.run.metrics())
+            save_curves(self.run.path / "curves.png", self.run.metrics(), self.method.about.get("expert_accuracy"))
         self.run.log(f"distilled set: {self.path}")
 
     def _experiment(self) -> None:
