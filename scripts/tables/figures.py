@@ -134,7 +134,7 @@ def pipeline() -> Figure:
         axis.axis("off")
     study = load_study_csv(RESULTS / "cifar10-tgdd-ipc10.csv")
     measures = {"accuracy": ("accuracy",), "ECE": ("ece",), "AUROC": ("auroc", "msp")}
-    found = [f"{name} {values(study, 'convnet/poe', *what).mean():.0f} %" for name, what in measures.items()]
+    found = [f"{name} {values(study, 'convnet-1000-epochs/poe', *what).mean():.0f} %" for name, what in measures.items()]
     networks = ("networks,", "sure of classes,", "unsure of outliers")
     for at, lines in ((0.715, networks), (0.935, found)):
         figure.text(
@@ -262,6 +262,7 @@ def tradeoff() -> Figure:
         "cifar10-w32-ipc10-mtt-plain.csv": ("MTT", 10, False),
         "cifar10-dm-ipc10-convnet-bf16.csv": ("DM", 10, True),
         "cifar10-tgdd-ipc10.csv/convnet": ("TGDD", 10, True),
+        "cifar10-tgdd-ipc10.csv/convnet-1000-epochs": ("TGDD", 10, True),
         "cifar10-tgdd-ablation.csv/tgdd": ("TGDD", 10, False),
     }
     markers = {"DC": "v", "DSA": "^", "DM": "o", "MTT": "s", "TGDD": "D", "whole set": "*"}
