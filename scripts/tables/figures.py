@@ -134,7 +134,9 @@ def pipeline() -> Figure:
         axis.axis("off")
     study = load_study_csv(RESULTS / "cifar10-tgdd-ipc10.csv")
     measures = {"accuracy": ("accuracy",), "ECE": ("ece",), "AUROC": ("auroc", "msp")}
-    found = [f"{name} {values(study, 'convnet-1000-epochs/poe', *what).mean():.0f} %" for name, what in measures.items()]
+    found = [
+        f"{name} {values(study, 'convnet-1000-epochs/poe', *what).mean():.0f} %" for name, what in measures.items()
+    ]
     networks = ("networks,", "sure of classes,", "unsure of outliers")
     for at, lines in ((0.715, networks), (0.935, found)):
         figure.text(
@@ -184,6 +186,27 @@ def detectors() -> Figure:
         "CIFAR-10, ConvNet, DM   ○ without outliers   ■ with distilled POE outliers   dotted: msp with outliers",
         fontsize=10,
     )
+    return figure
+
+
+def calibration() -> Figure:
+    """Dumbbells: ECE as trained (hollow) and with a temperature fitted on the real training images (filled)."""
+    kinds = {
+        "DM, none": "cifar10-dm-ipc10-convnet-detectors.csv/fit-real/plain",
+        "DM, distilled (POE)": "cifar10-dm-ipc10-convnet-detectors.csv/fit-real/poe",
+        "TGDD, distilled (POE)": "cifar10-tgdd-detectors.csv/fit-real/poe",
+        "TGDD, on the fly": "cifar10-tgdd-detectors.csv/fit-real/poe-corrupt",
+    }
+    pairs = {}
+    for name, place in kinds.items():
+        row = read_kind(RESULTS / place, name)
+        pairs[name] = [
+            100 * np.mean([*row.by_seed(StudyColumn(measure)).values()]) for measure in ("ece", "scaled_ece")
+        ]
+    figure = Figure(figsize=(6.4, 2.4), layout="constrained")
+    axis = figure.subplots()
+    dumbbells(axis, pairs, ("as trained", "with a temperature"), "ECE (%), CIFAR-10, ConvNet, ten images per class")
+    axis.legend(fontsize=8, frameon=False, loc="lower right")
     return figure
 
 
@@ -358,6 +381,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "pipeline": pipeline,
     "outliers": outliers,
     "detectors": detectors,
+    "calibration": calibration,
     "worth": worth,
     "sets": sets,
     "tradeoff": tradeoff,
