@@ -92,6 +92,8 @@ def main(args: argparse.Namespace) -> None:
 def study_text(args: argparse.Namespace) -> str:
     """The tables in markdown."""
     folders = [Path(folder) for folder in args.folders]
+    if args.groups and not args.by_set:
+        raise UserError("--groups: it needs --by_set MEASURE; give both")
     if args.prefixes and len(args.prefixes) != len(folders):
         raise UserError(f"--prefixes: {len(args.prefixes)} words for {len(folders)} folders; give one each")
     studies = read_studies(folders, args.prefixes or [""] * len(folders), args.kinds)
@@ -124,8 +126,6 @@ def tables(
                 )
     names = next(iter(kinds[0].seeds.values())).ood_sets()
     columns = [*map(StudyColumn, args.of_networks), *columns_of(scores, args.measures, None)]
-    if args.groups and not args.by_set:
-        raise UserError("--groups: it needs --by_set MEASURE; give both")
     groups = args.groups or [("", [name]) for name in names]
     if odd := [name for _, sets in groups for name in sets if name not in names]:
         raise UserError(f"--groups: {unknown_name('OOD set', odd[0], names)}")

@@ -119,7 +119,7 @@ def keep_pictures(distilled: str, data_path: str) -> None:
 
 def pipeline() -> Figure:
     """What the three stages do: real and corrupted images, distilled ones, a network, and what is measured."""
-    pictures = dict(zip(("real", "broken", "distilled", "outliers"), read_npz(PICTURES, PICTURE_NAMES), strict=True))
+    pictures = dict(zip(PICTURE_NAMES, read_npz(PICTURES, PICTURE_NAMES), strict=True))
     figure = Figure(figsize=(8.6, 2.7))
     places = {
         "real": (0.005, 0.5, "50,000 real images"),

@@ -20,6 +20,7 @@ from utils.methods.experts import ExpertBuffer
 from utils.methods.snapshot_matching import CF_SCALE, TGDD_ENTRY, SnapshotMatching, SnapshotSettings, characteristic
 from utils.outliers.distilled import closeness
 from utils.outliers.sources import PseudoOutliers
+from utils.report import plots
 from utils.settings.arguments import Stage1Settings
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))
@@ -219,7 +220,19 @@ def test_experts_that_cannot_be(tiny_real, experts, tmp_path):
         make(tiny_real, damaged).iterate(0)
 
 
-def test_three_stages_and_missing_experts(in_process, refused):
+def test_the_accuracy_of_an_expert(tiny_real, experts):
+    """After its last epoch; there is none with BatchNorm, or where a parameter is not finite."""
+    net, last = tiny_real.network("ConvNetD1"), experts.trajectories[0][1][-1]
+    net.load_state_dict(dict(zip(dict(net.named_parameters()), last, strict=True)))
+    pairs = zip(tiny_real.test_images, tiny_real.labels_test, strict=True)
+    hits = [net(image[None]).argmax() == label for image, label in pairs]
+    assert experts.accuracy(tiny_real, "ConvNetD1") == pytest.approx(float(torch.stack(hits).float().mean()))
+    assert experts.accuracy(tiny_real, "ConvNetBN") is None
+    last[0].view(-1)[0] = float("nan")
+    assert experts.accuracy(tiny_real, "ConvNetD1") is None
+
+
+def test_three_stages_and_missing_experts(in_process, refused, monkeypatch):
     """Without experts the line that makes them; with them, all stages."""
     short = ["--dataset", "Digits", "--model", "ConvNetD1", "--dsa_strategy", "crop_scale"]
     flags = [*short, "--method", "TGDD", "--ipc", 1, "--Iteration", 3, "--num_exp", 1, "--num_eval", 1]
@@ -229,7 +242,10 @@ def test_three_stages_and_missing_experts(in_process, refused):
     assert "--outliers poe" in error
     experts = ["--num_experts", 1, "--train_epochs", 2, "--outliers", "poe", "--mom", 0.9]
     (accuracy,) = re.findall(r"expert 0: test accuracy (\S+) %", in_process("train_experts.py", *short, *experts))
+    drawn = []
+    monkeypatch.setattr(plots, "save_panels", lambda *args, references, **rest: drawn.append(references))
     out = in_process("main_poe.py", *flags)
+    assert drawn == [{"accuracy, %": (pytest.approx(float(accuracy), abs=0.005), "the first expert")}]
     assert f"experts: 1; the first reaches {accuracy} % on the test set after 2 epochs" in out
     assert "1 images of 4 parts per class: networks train on 4" in out
     assert "loss_ce" in out

@@ -15,6 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from networks import has_batchnorm
+from utils.compute.cpu_batches import BatchSplitter
 from utils.core.errors import UserError
 from utils.core.files import read_json
 from utils.core.rng import generator
@@ -27,7 +29,7 @@ from utils.settings.common import Corrupted, Data, Network, OutlierTraining, Poo
 from utils.settings.distillation import WITH_OUTLIERS, Buffers, Distilling, ExpertSettings
 from utils.settings.fields import as_words, flag, flags_of
 from utils.settings.parser import count, number
-from utils.training.trainer import accuracy_of, predict
+from utils.training.trainer import TEST_BATCH, accuracy_of, predict
 
 ABOUT = "experts.json"
 Params = list[Tensor]
@@ -120,12 +122,18 @@ class ExpertBuffer:
             raise UserError(f"--buffer_path: {path} holds NaN or infinite numbers at epoch {epoch}; make it again")
         return [p.detach().to(device, torch.float32, copy=True) for p in trajectory[epoch]]
 
-    def accuracy(self, real: RealData, model: str) -> float:
-        """The test accuracy of the first expert after its last epoch, a fraction."""
-        net = without_running_statistics(real.network(model, generator(0))).to(real.device).requires_grad_(False)
-        for parameter, value in zip(net.parameters(), self.snapshot(0, -1, real.device), strict=True):
+    def accuracy(self, real: RealData, model: str) -> float | None:
+        """The test accuracy of the first expert after its last epoch, a fraction.
+
+        None if its parameters are not finite, or with BatchNorm, whose statistics buffers lack.
+        """
+        net, last = real.network(model, generator(0)).requires_grad_(False), self.trajectories[0][1][-1]
+        if has_batchnorm(net) or not all(torch.isfinite(parameter).all() for parameter in last):
+            return None
+        for parameter, value in zip(net.parameters(), last, strict=True):
             parameter.copy_(value)
-        return accuracy_of(predict(net, real.test_images), real.labels_test)
+        batch = TEST_BATCH // BatchSplitter(net).count(real.test_images[:TEST_BATCH])
+        return accuracy_of(predict(net.to(real.device), real.test_images, batch), real.labels_test)
 
 
 @dataclass(frozen=True)
@@ -177,9 +185,8 @@ def with_experts(kind: Callable[[MethodInputs, ExpertBuffer], Method]) -> Callab
         s, real = inputs.settings, inputs.real
         folder = expert_folder(s.buffer_path, real, s.model)
         make = shlex.join(["python", "train_experts.py", *as_words(s.of_experts())])
-        most = s.max_experts
-        if s.resume:  # more may have been trained since the run began
-            most = args_or_nothing(Path(s.resume)).get("num_experts", most)
+        before = args_or_nothing(Path(s.resume)) if s.resume else {}
+        most = before.get("num_experts", s.max_experts)  # more may have been trained since the run began
         shapes = [p.shape for p in real.network(s.model, generator(0)).parameters()]
         experts = ExpertBuffer(folder, shapes, most, make)
         is_known = check_about(folder, describe(real, s.model, inputs.outliers, s.of_experts().lambda_oe))
@@ -188,10 +195,11 @@ def with_experts(kind: Callable[[MethodInputs, ExpertBuffer], Method]) -> Callab
             raise UserError(f"--buffer_path: {without}, so its experts have seen no outliers; make them with {make}")
         if s.last_epoch > experts.epochs:
             raise UserError(s.TOO_SHORT.format(s=s, experts=experts))
-        accuracy = experts.accuracy(real, s.model)
+        accuracy = before["expert_accuracy"] if "expert_accuracy" in before else experts.accuracy(real, s.model)
         method = kind(inputs, experts)
-        epochs, found = len(experts.trajectories[0][1]) - 1, f"{100 * accuracy:.2f} % on the test set"
-        method.notices.append(f"experts: {len(experts.trajectories)}; the first reaches {found} after {epochs} epochs")
+        if accuracy is not None:
+            found = f"{100 * accuracy:.2f} % on the test set after {len(experts.trajectories[0][1]) - 1} epochs"
+            method.notices.append(f"experts: {len(experts.trajectories)}; the first reaches {found}")
         if not is_known:
             method.notices.append(f"{without}: experts are assumed to have seen images normalised as here")
         method.about = {"num_experts": len(experts.trajectories), "expert_accuracy": accuracy}

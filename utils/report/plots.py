@@ -164,11 +164,11 @@ def save_roc_curves(
     _save(path, figure)
 
 
-def save_curves(path: Path, lines: Sequence[dict], on_whole_set: float | None = None) -> None:
+def save_curves(path: Path, lines: Sequence[dict], of_expert: float | None = None) -> None:
     """Losses, accuracies and AUROCs over the iterations of a distillation, from the lines of `metrics.jsonl`.
 
-    Thin lines are experiments, the thick one is their mean; networks of one evaluation are averaged. `on_whole_set`:
-    the accuracy of a network that was trained on the whole training set, a fraction, if it is known.
+    Thin lines are experiments, the thick one is their mean; networks of one evaluation are averaged. `of_expert`: the
+    accuracy of an expert, which was trained on the whole training set, a fraction, if it is known.
     """
     loss, accuracy, auroc = "matching loss", "accuracy, %", "AUROC, %"
     panels: Panels = {loss: {}, accuracy: {}, auroc: {}}
@@ -183,7 +183,7 @@ def save_curves(path: Path, lines: Sequence[dict], on_whole_set: float | None = 
                 points = panels[panel].setdefault(curve, {}).setdefault(line["experiment"], {})
                 points[line["iteration"]] = (1 if panel == loss else 100) * float(np.mean(values))
     shown = {panel: curves for panel, curves in panels.items() if curves}
-    references = {} if on_whole_set is None else {accuracy: (100 * on_whole_set, "an expert, on the whole set")}
+    references = {} if of_expert is None else {accuracy: (100 * of_expert, "the first expert")}
     save_panels(path, shown, points=(accuracy, auroc), references=references)
 
 

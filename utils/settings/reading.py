@@ -103,7 +103,8 @@ def flags_as_words(parser: SettingsParser, flags: Mapping[str, object], flag: st
     known = {f.name: takes_several(f) for f in flags_of(parser.settings)}
     found = []
     for name, value in flags.items():
-        if name in NOT_READ or value in (None, False) or value == DROPPED.get(name):
+        gone = name not in known and value == DROPPED.get(name)
+        if name in NOT_READ or value is None or value is False or gone:
             continue
         several = isinstance(value, list)
         words = flag_words(name, value)[1:] if several else []

@@ -99,8 +99,18 @@ def test_flags_of_a_file_are_those_of_the_command_line(name, tmp_path):
 
 
 WRITTEN = {
-    "main.py": ["", "--method DM --lr_img 0.1 --Iteration 1000", "--method MTT --lr_lr 3e-7 --max_experts 2"],
-    "main_oe.py": ["--oe_data_path=-pool.npz --lambda_oe 2", "--eval_ood patches blob --ood_path a --zca"],
+    "main.py": [
+        "",
+        "--seed 0 --Iteration 0",
+        "--method TGDD --ce_weight 0",
+        "--method DM --lr_img 0.1 --Iteration 1000",
+        "--method MTT --lr_lr 3e-7 --max_experts 2",
+    ],
+    "main_oe.py": [
+        "--lambda_oe 0",
+        "--oe_data_path=-pool.npz --lambda_oe 2",
+        "--eval_ood patches blob --ood_path a --zca",
+    ],
     "main_poe.py": [
         "--method MTT --expert_lambda_oe 2",
         "--corruptions invert jigsaw --mix_corruptions --init_oe kcenter --init real --spread_oe 1e-5",
