@@ -4,11 +4,8 @@ from dataclasses import dataclass
 
 from utils.core.errors import UserError, unknown_name
 
-DISTILLED = {
-    "plain": "none",
-    "oe": "distilled (OE)",
-    "poe": "distilled (POE)",
-}  # images; how their own outliers are shown
+# images; how their own outliers are shown
+DISTILLED = {"plain": "none", "oe": "distilled (OE)", "poe": "distilled (POE)"}
 REAL = {"random": "random", "herding": "herding", "kcenter": "k-center", "whole": "whole training set"}
 # outliers that were not distilled, as --outliers, and how they are shown
 OTHERS = {"initial": "start", "kcenter": "k-center", "corrupt": "on the fly", "real": "real", "none": "none"}

@@ -126,10 +126,10 @@ def tables(
                 )
     names = next(iter(kinds[0].seeds.values())).ood_sets()
     columns = [*map(StudyColumn, args.of_networks), *columns_of(scores, args.measures, None)]
-    groups = args.groups or [("", [name]) for name in names]
-    if odd := [name for _, sets in groups for name in sets if name not in names]:
-        raise UserError(f"--groups: {unknown_name('OOD set', odd[0], names)}")
     if args.by_set:
+        groups = args.groups or [("", [name]) for name in names]
+        if odd := [name for _, sets in groups for name in sets if name not in names]:
+            raise UserError(f"--groups: {unknown_name('OOD set', odd[0], names)}")
         columns = [StudyColumn(args.by_set, score, sets, group) for score in scores for group, sets in groups]
     parts = [mean_rows(kinds, columns)]
     if args.base:

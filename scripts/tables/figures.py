@@ -11,7 +11,7 @@ not bars. Whiskers are one standard deviation over networks, or where it is said
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,25 +20,17 @@ sys.path.insert(0, str(ROOT))
 import utils  # noqa: F401  # isort: skip (before torch: it tells OpenMP how to wait)
 
 import numpy as np
-import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from utils.core.errors import require
-from utils.core.files import atomic_write, read_npz
-from utils.core.rng import generator
+from scripts.tables.drawing import BLACK, BLUE, GREY, RED, RESULTS, dots, dumbbells, values
+from scripts.tables.pipeline import keep_pictures, pipeline
+from utils.core.files import atomic_write
 from utils.core.run_script import run_script
-from utils.data.datasets import load_dataset
-from utils.data.distilled_file import DistilledFile
-from utils.outliers.sources import PseudoOutliers
-from utils.report.results import StudyResults, load_study_csv
-from utils.report.study import StudyColumn, StudyRow, paired, places_of_kinds, read_kind
+from utils.report.results import load_study_csv
+from utils.report.study import StudyColumn, paired, places_of_kinds, read_kind
 from utils.settings.parser import Parser, one_of
 
-RESULTS, OUT = ROOT / "assets" / "results", ROOT / "assets"
-PICTURES, PICTURE_NAMES = OUT / "pipeline.npz", ("real", "broken", "distilled", "outliers")
-# dark to light, so that they differ in black and white; of Okabe & Ito's palette for all kinds of colour vision
-BLACK, BLUE, RED, SKY, GREY = "#000000", "#0072b2", "#d55e00", "#56b4e9", "#8a8a8a"
+OUT = ROOT / "assets"
 KINDS = {
     "plain": "none",
     "poe": "POE, distilled",
@@ -60,93 +52,6 @@ def get_args_parser() -> Parser:
         help="first write the pictures of the pipeline: of a distilled set of CIFAR-10 with POE outliers, and its data",
     )  # fmt: skip
     return parser
-
-
-def values(
-    study: StudyResults, kind: str, measure: str, score: str = "", sets: Sequence[str] | None = None
-) -> np.ndarray:
-    """A measure of every network of a kind, in its unit; of a score in the mean over `sets`, or (None) all."""
-    column = StudyColumn(measure, score, sets)
-    row = StudyRow(kind, study[kind])
-    return column.shown.factor * np.array([v for results in row.seeds.values() for v in column.of(results)])
-
-
-def dots(
-    axis: Axes, rows: Sequence[np.ndarray], title: str, marker: str = "o", color: str = BLUE, **style: object
-) -> None:
-    """The mean of each row, from the top, with one standard deviation."""
-    at = -np.arange(len(rows))
-    means, spread = ([of(row) for row in rows] for of in (np.mean, np.std))
-    axis.errorbar(means, at, xerr=spread, fmt=marker, color=color, capsize=2, markersize=6, **style)
-    axis.set_title(title, fontsize=10)
-    axis.grid(axis="x", linewidth=0.4, alpha=0.6)
-    axis.spines[["top", "right", "left"]].set_visible(False)
-    axis.tick_params(axis="y", length=0)
-
-
-def dumbbells(axis: Axes, pairs: dict[str, Sequence[float]], labels: Sequence[str], title: str) -> list[str]:
-    """Two values of each name, a hollow and a filled mark, the largest on top; returns the names from below."""
-    order = sorted(pairs, key=lambda name: max(pairs[name]))
-    places = range(len(order))
-    first, second = ([pairs[name][i] for name in order] for i in range(2))
-    axis.hlines(places, first, second, color=GREY, linewidth=1.2, zorder=1)
-    axis.scatter(first, places, s=36, facecolor="white", edgecolor=RED, label=labels[0], zorder=2)
-    axis.scatter(second, places, s=36, color=BLUE, marker="s", label=labels[1], zorder=3)
-    axis.set_yticks(places, order, fontsize=8)
-    axis.set_xlabel(title, fontsize=9)
-    axis.grid(axis="x", linewidth=0.4, alpha=0.6)
-    axis.spines[["top", "right"]].set_visible(False)
-    return order
-
-
-def keep_pictures(distilled: str, data_path: str) -> None:
-    """Write the pictures of the pipeline, uint8 `[10, 32, 32, 3]` each: one of each class, or of each class slot."""
-    real = load_dataset("CIFAR10", data_path, download=False)
-    source, synthetic = PseudoOutliers(real), DistilledFile.open(distilled, "--pictures").set(0, real)
-    require(synthetic.images_oe is not None, f"--pictures: {distilled} holds no outliers; give a set of main_poe.py")
-    slots = range(real.num_classes)
-    rows = {
-        "real": real.train_batch(torch.cat([indices[:1] for indices in real.class_indices])),
-        "broken": torch.cat([source.draw(slot, 1, generator(1, "pipeline", slot)) for slot in slots]),
-        "distilled": synthetic.images[:: len(synthetic.images) // real.num_classes],
-        "outliers": synthetic.images_oe[:: len(synthetic.images_oe) // real.num_classes],
-    }
-    pixels = {
-        name: (255 * real.denormalize(images)).round().byte().permute(0, 2, 3, 1) for name, images in rows.items()
-    }
-    atomic_write(PICTURES, lambda file: np.savez_compressed(file, **{name: p.numpy() for name, p in pixels.items()}))
-
-
-def pipeline() -> Figure:
-    """What the three stages do: real and corrupted images, distilled ones, a network, and what is measured."""
-    pictures = dict(zip(PICTURE_NAMES, read_npz(PICTURES, PICTURE_NAMES), strict=True))
-    figure = Figure(figsize=(8.6, 2.7))
-    places = {
-        "real": (0.005, 0.5, "50,000 real images"),
-        "broken": (0.005, 0.0, "corrupted on purpose (POE)"),
-        "distilled": (0.325, 0.5, "10 images per class, of four parts"),
-        "outliers": (0.325, 0.0, "as many outliers"),
-    }
-    for name, (left, bottom, title) in places.items():
-        axis = figure.add_axes((left, bottom, 0.245, 0.4))
-        axis.imshow(np.vstack([np.hstack([*half]) for half in (pictures[name][:5], pictures[name][5:])]))
-        axis.set_title(title, fontsize=9, pad=3)
-        axis.axis("off")
-    study = load_study_csv(RESULTS / "cifar10-tgdd-ipc10.csv")
-    measures = {"accuracy": ("accuracy",), "ECE": ("ece",), "AUROC": ("auroc", "msp")}
-    found = [
-        f"{name} {values(study, 'convnet-1000-epochs/poe', *what).mean():.0f} %" for name, what in measures.items()
-    ]
-    networks = ("networks,", "sure of classes,", "unsure of outliers")
-    for at, lines in ((0.715, networks), (0.935, found)):
-        figure.text(
-            at, 0.45, "\n".join(lines), ha="center", va="center", fontsize=9, linespacing=1.6,
-            bbox={"boxstyle": "round,pad=0.5", "facecolor": "white", "edgecolor": BLACK},
-        )  # fmt: skip
-    for at, text in ((0.287, "1 distil"), (0.606, "2 train"), (0.832, "3 test")):
-        figure.text(at, 0.56, text, ha="center", fontsize=9, fontweight="bold")
-        figure.text(at, 0.41, "→", ha="center", fontsize=18)
-    return figure
 
 
 def outliers() -> Figure:
@@ -192,17 +97,15 @@ def detectors() -> Figure:
 def calibration() -> Figure:
     """Dumbbells: ECE as trained (hollow) and with a temperature fitted on the real training images (filled)."""
     kinds = {
-        "DM, none": "cifar10-dm-ipc10-convnet-detectors.csv/fit-real/plain",
-        "DM, distilled (POE)": "cifar10-dm-ipc10-convnet-detectors.csv/fit-real/poe",
-        "TGDD, distilled (POE)": "cifar10-tgdd-detectors.csv/fit-real/poe",
-        "TGDD, on the fly": "cifar10-tgdd-detectors.csv/fit-real/poe-corrupt",
+        "DM, none": ("cifar10-dm-ipc10-convnet-detectors.csv", "plain"),
+        "DM, distilled (POE)": ("cifar10-dm-ipc10-convnet-detectors.csv", "poe"),
+        "TGDD, distilled (POE)": ("cifar10-tgdd-detectors.csv", "poe"),
+        "TGDD, on the fly": ("cifar10-tgdd-detectors.csv", "poe-corrupt"),
     }
     pairs = {}
-    for name, place in kinds.items():
-        row = read_kind(RESULTS / place, name)
-        pairs[name] = [
-            100 * np.mean([*row.by_seed(StudyColumn(measure)).values()]) for measure in ("ece", "scaled_ece")
-        ]
+    for name, (file, kind) in kinds.items():
+        study = load_study_csv(RESULTS / file)
+        pairs[name] = [values(study, f"fit-real/{kind}", measure).mean() for measure in ("ece", "scaled_ece")]
     figure = Figure(figsize=(6.4, 2.4), layout="constrained")
     axis = figure.subplots()
     dumbbells(axis, pairs, ("as trained", "with a temperature"), "ECE (%), CIFAR-10, ConvNet, ten images per class")

@@ -6,11 +6,17 @@ import re
 from fnmatch import fnmatch
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import main_poe
+from scripts.tables import pipeline
+from utils.core.errors import UserError
 from utils.core.rng import generator
+from utils.data.datasets import load_dataset
+from utils.data.distilled_file import DistilledFile
+from utils.data.synthetic import SyntheticSet
 from utils.outliers import corruptions
 from utils.outliers.sources import PseudoOutliers
 from utils.report.results import load_study_csv, save_study_csv
@@ -297,3 +303,24 @@ def test_figures_draw_what_their_files_hold(tmp_path, monkeypatch, capsys):
     assert drawn == sorted(f"{name}.png" for name in figures.FIGURES)
     assert capsys.readouterr().out.split() == [f"{name}.png" for name in figures.FIGURES]
     assert set(drawn) <= {path.name for path in (ROOT / "assets").iterdir()}
+
+
+def test_pictures_of_the_pipeline(tmp_path, monkeypatch):
+    """The first image of each class and each slot, in pixels; a set without outliers is refused."""
+    images = np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)
+    labels = np.arange(30) % 10
+    arrays = {"train_images": images, "train_labels": labels, "test_images": images, "test_labels": labels}
+    np.savez(tmp_path / "cifar10.npz", **arrays)
+    real = load_dataset("CIFAR10", tmp_path, download=False)
+    first, last = (real.train_batch(torch.arange(start, start + 10)) for start in (0, 20))
+    synthetic = SyntheticSet(last, torch.arange(10), first)
+    for name, one in (("poe.pt", synthetic), ("plain.pt", synthetic.without_outliers())):
+        DistilledFile.write(tmp_path / name, [one], {}, real, {})
+    monkeypatch.setattr(pipeline, "PICTURES", tmp_path / "pictures.npz")
+    pipeline.keep_pictures(str(tmp_path / "poe.pt"), str(tmp_path))
+    found = np.load(tmp_path / "pictures.npz")
+    for name, expected in (("real", images[:10]), ("distilled", images[20:]), ("outliers", images[:10])):
+        np.testing.assert_array_equal(found[name], expected)
+    assert found["corrupted"].shape == (10, 32, 32, 3)
+    with pytest.raises(UserError, match=r"--pictures: .*plain.pt holds no outliers; give a set of main_poe.py"):
+        pipeline.keep_pictures(str(tmp_path / "plain.pt"), str(tmp_path))

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from networks import has_batchnorm
-from utils.compute.cpu_batches import BatchSplitter
 from utils.core.errors import UserError
 from utils.core.files import read_json
 from utils.core.rng import generator
@@ -29,7 +28,7 @@ from utils.settings.common import Corrupted, Data, Network, OutlierTraining, Poo
 from utils.settings.distillation import WITH_OUTLIERS, Buffers, Distilling, ExpertSettings
 from utils.settings.fields import as_words, flag, flags_of
 from utils.settings.parser import count, number
-from utils.training.trainer import TEST_BATCH, accuracy_of, predict
+from utils.training.trainer import Trainer, TrainSettings, accuracy_of
 
 ABOUT = "experts.json"
 Params = list[Tensor]
@@ -127,13 +126,12 @@ class ExpertBuffer:
 
         None if its parameters are not finite, or with BatchNorm, whose statistics buffers lack.
         """
-        net, last = real.network(model, generator(0)).requires_grad_(False), self.trajectories[0][1][-1]
+        net, last = real.network(model, generator(0)), self.trajectories[0][1][-1]
         if has_batchnorm(net) or not all(torch.isfinite(parameter).all() for parameter in last):
             return None
-        for parameter, value in zip(net.parameters(), last, strict=True):
-            parameter.copy_(value)
-        batch = TEST_BATCH // BatchSplitter(net).count(real.test_images[:TEST_BATCH])
-        return accuracy_of(predict(net.to(real.device), real.test_images, batch), real.labels_test)
+        net.load_state_dict(dict(zip(dict(net.named_parameters()), last, strict=True)))
+        logits = Trainer(net.to(real.device), TrainSettings(1)).predict(real.test_images)
+        return accuracy_of(logits, real.labels_test)
 
 
 @dataclass(frozen=True)

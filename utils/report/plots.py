@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -193,7 +192,7 @@ def save_panels(
     points: Sequence[str] = (),
     log: Sequence[str] = (),
     log_iterations: bool = False,
-    references: Mapping[str, tuple[float, str]] = MappingProxyType({}),
+    references: Mapping[str, tuple[float, str]] | None = None,
 ) -> None:
     """Curves over iterations: thin lines are runs, the thick one is their mean at each iteration.
 
@@ -212,7 +211,7 @@ def save_panels(
             axis.plot(steps, means, color=f"C{index}", linewidth=1.6, marker=marker, markersize=3, label=name)
             if marker and 0 in steps:
                 axis.axhline(means[0], color=f"C{index}", linewidth=0.8, linestyle=":")
-        if panel in references:
+        if references and panel in references:
             value, label = references[panel]
             axis.axhline(value, color="black", linewidth=0.8, linestyle="--", label=label)
         axis.set(xlabel="iteration (dotted: before distilling)" if panel in points else "iteration", title=panel)

@@ -1,5 +1,6 @@
 """Stage 1, from flags to run: what the three main scripts share. They differ in their source of outliers."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -87,7 +88,7 @@ def total_workload(iteration: Workload, evaluation: EvalSettings, inputs: Method
     """The work of a whole run in this process, from that of one iteration; a tested image counts half a pass."""
     s, real, trainings = inputs.settings, inputs.real, evaluation.training.values()
     iterations, images = s.num_exp * s.Iteration, real.num_classes * s.decoded_ipc
-    networks = s.num_exp * (1 if s.evaluates_only_the_last else 1 - (-s.Iteration // s.eval_interval))
+    networks = s.num_exp * (1 if s.evaluates_only_the_last else 1 + math.ceil(s.Iteration / s.eval_interval))
     networks *= evaluation.num_networks / distributed.world_size()
     tests = len(real.images_test) + sum(map(len, evaluation.ood.values()))
     passes = networks * sum(t.epochs * inputs.kinds * images + tests / 2 for t in trainings)

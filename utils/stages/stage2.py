@@ -1,5 +1,6 @@
 """Stage 2 from its flags to its run: train networks on a distilled set and keep their checkpoints."""
 
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -97,7 +98,7 @@ def stage3_command(s: Stage2Settings, folder: Path, real: RealData) -> str | Non
 
 def stage2_workload(num_networks: int, settings: TrainSettings, real: RealData, synthetic: SyntheticSet) -> Workload:
     """The work of a run in this process; a tested image counts half a pass."""
-    epochs, images, tests = settings.epochs, len(synthetic.images), -(-settings.epochs // TEST_INTERVAL)
+    epochs, images, tests = settings.epochs, len(synthetic.images), math.ceil(settings.epochs / TEST_INTERVAL)
     passes = epochs * images * (2 if synthetic.num_outliers else 1) + tests * len(real.images_test) / 2
     return Workload(num_networks * passes / distributed.world_size(), "training")
 

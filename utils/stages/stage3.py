@@ -24,7 +24,7 @@ from utils.ood.sets import OODSet, OODSource, validation_sets
 from utils.report import plots
 from utils.report.results import Results, results_csv, results_json, results_of
 from utils.report.tables import report_text, summary
-from utils.runs.lineage import STAGE2_ROOTS, args_or_nothing, distilled_set_of, find_run_folder
+from utils.runs.lineage import STAGE2_ROOTS, Found, args_or_nothing, distilled_set_of, find_run_folder
 from utils.runs.run_folder import RunFolder
 from utils.settings.arguments import Stage3Settings
 from utils.settings.common import read_data
@@ -34,15 +34,8 @@ from utils.training.network_training import checkpoint_name, checkpoints_of, epo
 
 def run_stage3(settings: Stage3Settings) -> Results:
     """Everything that the stage-3 script does after parsing; under `torchrun` each process tests some networks."""
-    s, scores = settings, _scores(settings.score, settings.use_xent)
-    device = choose_device(s.device)
-    if s.T != 1.0 and "energy" not in scores:
-        raise UserError(f"--T {s.T:g}: only --score energy has a temperature; leave --T out or add energy")
-    require_library(scores)
-    parts = (s.method, s.dataset, s.model, s.ipc)
-    roots = [s.load_path] if s.load_path is not None else STAGE2_ROOTS[1:] if s.is_load_oe else STAGE2_ROOTS
-    pattern = checkpoint_name(s.dataset, s.model, 0, "*")
-    folder, note = find_run_folder(roots, parts, s.folder, pattern, s.is_load_oe)
+    s, device, scores = settings, choose_device(settings.device), _scores(settings)
+    folder, note = _find_networks(s)
     stage2 = Stage2Run(folder)
     s, which, chosen = stage2.checkpoints(s)
     stage2.check_whitening(s.zca)
@@ -59,7 +52,7 @@ def run_stage3(settings: Stage3Settings) -> Results:
         scorers = {index: Scorer(net, scores, s.T, deviation(real), embed) for index, net in nets.items()}
         for scorer in scorers.values():
             scorer.prepare(real.test_images[:2], fit, batch)
-    run = RunFolder.create(s.save_path, *parts, name=folder.name)
+    run = RunFolder.create(s.save_path, s.method, s.dataset, s.model, s.ipc, name=folder.name)
     run.save_args(as_dict(s), networks=str(folder.resolve()), device=str(device), fitted_on=fit and fit.name)
     training = stage2.training()
     tested = f"networks: {folder}, {s.num_exp} × {which}{chosen}, protocol {training['protocol']}"
@@ -187,10 +180,20 @@ class Stage2Run:
         return FitSet(name, synthetic.hard_labels, lambda index: synthetic.images[index], True)
 
 
-def _scores(given: Sequence[str] | None, use_xent: bool) -> tuple[str, ...]:
+def _scores(s: Stage3Settings) -> tuple[str, ...]:
     """The scores that were given, and xent with `--use_xent`; msp if there is none."""
-    names = [*(given or ()), *(["xent"] if use_xent else [])]
-    return tuple(dict.fromkeys(names or ["msp"]))
+    names = [*(s.score or ()), *(["xent"] if s.use_xent else [])] or ["msp"]
+    if s.T != 1.0 and "energy" not in names:
+        raise UserError(f"--T {s.T:g}: only --score energy has a temperature; leave --T out or add energy")
+    require_library(names)
+    return tuple(dict.fromkeys(names))
+
+
+def _find_networks(s: Stage3Settings) -> Found:
+    """The run folder of stage 2 whose networks are tested."""
+    roots = [s.load_path] if s.load_path is not None else STAGE2_ROOTS[1:] if s.is_load_oe else STAGE2_ROOTS
+    parts, pattern = (s.method, s.dataset, s.model, s.ipc), checkpoint_name(s.dataset, s.model, 0, "*")
+    return find_run_folder(roots, parts, s.folder, pattern, s.is_load_oe)
 
 
 def _find_sets(real: RealData, s: Stage3Settings) -> tuple[list[OODSet], dict[str, str]]:

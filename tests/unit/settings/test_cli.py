@@ -213,11 +213,12 @@ def test_the_documented_lines_parse(name):
 
 
 def test_given_scores_are_never_dropped():
+    from utils.settings.arguments import Stage3Settings
     from utils.stages.stage3 import _scores
 
-    assert _scores(None, False) == ("msp",)
-    assert _scores(None, True) == ("xent",)
-    assert _scores(["mls", "energy"], True) == ("mls", "energy", "xent")
+    assert _scores(Stage3Settings()) == ("msp",)
+    assert _scores(Stage3Settings(use_xent=True)) == ("xent",)
+    assert _scores(Stage3Settings(score=("mls", "energy"), use_xent=True)) == ("mls", "energy", "xent")
 
 
 def test_loops_by_ipc(digits):
