@@ -11,7 +11,7 @@ import re
 import shlex
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -106,6 +106,18 @@ def tables_of(table: Mapping) -> tuple[str, list[Rows]]:
     return trained, shown
 
 
+def told_once(trained: Iterable[str]) -> list[str]:
+    """The sentences that name a protocol which none before them named."""
+    told: set[str] = set()
+    sentences = []
+    for sentence in filter(None, trained):
+        protocols = {whose.partition(":")[0] for whose in sentence.removesuffix(".").split("protocol ")[1].split("; ")}
+        if not protocols <= told:
+            sentences.append(sentence)
+        told |= protocols
+    return sentences
+
+
 def wrapped(text: str, indent: str = "") -> str:
     """A paragraph in lines of 160 characters; words, links and commands stay whole."""
     pieces = re.findall(r"(?:`[^`]*`|\[[^]]*\]\([^)]*\)| ± |\S)+", text)
@@ -132,7 +144,7 @@ def page_text(name: str, about: Mapping) -> str:
     if about.get("notes"):
         parts += ["## Notes", "\n".join(wrapped(f"- {note}", "  ") for note in about["notes"])]
     measured = dict(about["measured"])
-    measured["what"] = " ".join([measured["what"], *dict.fromkeys(filter(None, trained))])
+    measured["what"] = " ".join([measured["what"], *told_once(trained)])
     links = [f"[{file.partition('#')[2] or file}](../../assets/results/{file})" for file in dict.fromkeys(files)]
     measured["files"] = f"{', '.join(links)}. Words, OOD sets and ±: [results](../results.md#how-it-was-measured)."
     parts += [

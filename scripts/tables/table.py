@@ -182,7 +182,8 @@ class Table:
             before = [self.distil(Cell(kind.images, cell.ipc, cell.seed))]
             flags.append({"load_path": [str(before[0].folder)]})
         else:
-            flags += [{"train_on": kind.images}, *(["whole"] if cell.whole else [])]
+            flags += [{"train_on": kind.images}]
+            flags = [*flags, "whole"] if cell.whole else [self._storage(cell), *flags]
         if kind.images in ("herding", "kcenter"):
             flags.append({"features": [str(self.shared / "features")]})
             shares = f"features {cell.seed}"
@@ -193,6 +194,11 @@ class Table:
         return self._stage(
             script, self._flags(cell, *flags), self.out / cell.folder / "2-networks", *before, shares=shares
         )
+
+    def _storage(self, cell: Cell) -> dict:
+        """The flag with which real images take the storage of distilled ones: those in parts hold more images."""
+        factor = _parsed("main.py", tuple(self._flags(cell, "dsa_strategy", "stage1"))).factor
+        return {"factor": str(factor)} if factor > 1 else {}
 
     def _outliers(self, kind: Kind, weight: str) -> list[dict | str]:
         """The flags of stage 2 that choose outliers."""

@@ -178,6 +178,18 @@ def test_other_methods(run, method):
             run(*CIFAR, "--method", method, "--set", *more, "experts.num_experts=4")
 
 
+@pytest.mark.parametrize(("changed", "factor"), [((), 2), (("stage1.factor=1",), 1)])
+def test_real_images_take_the_storage_of_distilled_ones(run, changed, factor):
+    """The images of TGDD hold four parts by default, and a coreset of a table as many."""
+    kinds = ("--kinds", "plain", "random", "kcenter-corrupt", "whole")
+    status, commands = run("cifar10-tgdd-ipc10", *kinds, *(("--set", *changed) if changed else ()))
+    assert status == 0
+    trained = args_of(commands, "train_model_synthetic_no_oe.py", "train_model_synthetic_oe.py")
+    found = {args.train_on: args.factor for args in trained}
+    assert found.pop("distilled") == found.pop("whole") == 1  # of their own
+    assert found == {"random": factor, "kcenter": factor}
+
+
 def test_each_corruption_alone(run):
     _, commands = run("digits corruptions", "--seeds", 1, 2)
     corruptions = [args.corruptions for args in args_of(commands, "main_poe.py")]

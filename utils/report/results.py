@@ -76,7 +76,7 @@ def protocol_line(named: Mapping[str, Sequence[str]]) -> str:
     names: dict[str, list[str]] = {}
     for name, protocols in named.items():
         for protocol in protocols:
-            names.setdefault(protocol, []).append(name)
+            names.setdefault(protocol, []).append(f'"{name}"' if ", " in name else name)
     whose = [protocol if len(names) == 1 else f"{protocol}: {', '.join(who)}" for protocol, who in names.items()]
     return f"Networks trained by protocol {'; '.join(whose)}."
 
