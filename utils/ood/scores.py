@@ -76,8 +76,8 @@ class Model:
         )
         return self.head_of_maps
 
-    def is_of_head(self, parameter: str) -> bool:
-        return parameter.rpartition(".")[0] == self.head_name
+    def is_weight_of_head(self, parameter: str) -> bool:
+        return parameter == f"{self.head_name}.weight"
 
     def weights(self) -> dict[str, Any]:
         return {"w": self.head.weight, "b": self.head.bias}
@@ -138,6 +138,19 @@ class TemperatureScaling(Score):
         return super().__call__(values.double())
 
 
+class Gaussian(Score):
+    """Distances by a covariance of the features, in float64: the library makes it in float32, and adds 1e-6 to its
+    diagonal, which rounding swallows where there are fewer images than features; its inverse is noise then."""
+
+    def fit(self, values: torch.Tensor, labels: torch.Tensor) -> None:
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            super().fit(values.double(), labels)
+        finally:
+            torch.set_default_dtype(default)
+
+
 class FittedOnCPU(Score):
     """KNN uses scikit-learn's neighbours, on the CPU."""
 
@@ -174,8 +187,8 @@ DETECTORS = {
     # the paper's 50 neighbours on CIFAR-10; fewer where the set is small
     "knn": Detector("KNN", "features", True, lambda m: {"k": m.neighbours(50)}, make=FittedOnCPU),
     "nnguide": Detector("NNGuide", "features", True, lambda m: {"head": m.head, "k": m.neighbours(10)}),
-    "mahalanobis": Detector("Mahalanobis", "features", True),
-    "rmd": Detector("RMD", "features", True),
+    "mahalanobis": Detector("Mahalanobis", "features", True, make=Gaussian),
+    "rmd": Detector("RMD", "features", True, make=Gaussian),
     "gmm": Detector("GMM", "features", True),
     "vim": Detector("ViM", "features", True, lambda m: m.weights() | {"d": m.half_of_spanned()}),
     "dice": Detector("DICE", "features", True, lambda m: m.weights() | {"p": 0.9}),  # OpenOOD's
@@ -192,11 +205,16 @@ DETECTORS = {
     "odin": Detector("ODIN", "images", False, lambda m: {"norm_std": list(m.std)}),
     # it differentiates the features, not the logits
     "mahalanobis_odin": Detector(
-        "MahalanobisODIN", "images", True, lambda m: {"norm_std": list(m.std), "encoder": m.embed}, needs_head=True
-    ),
-    # of its gradients only those of the last layer, as in the paper
+        "MahalanobisODIN",
+        "images",
+        True,
+        lambda m: {"norm_std": list(m.std), "encoder": m.embed},
+        make=Gaussian,
+        needs_head=True,
+    ),  # fmt: skip
+    # of its gradients only those of the last layer's weight, as in the paper
     "gradnorm": Detector(
-        "GradNorm", "images", False, lambda m: {"param_filter": m.is_of_head}, make=OfGradients, needs_head=True
+        "GradNorm", "images", False, lambda m: {"param_filter": m.is_weight_of_head}, make=OfGradients, needs_head=True
     ),
     "graduncertainty": Detector("GradUncertainty", "images", make=OfGradients),
 }
