@@ -211,7 +211,7 @@ DETECTORS = {
         lambda m: {"norm_std": list(m.std), "encoder": m.embed},
         make=Gaussian,
         needs_head=True,
-    ),  # fmt: skip
+    ),
     # of its gradients only those of the last layer's weight, as in the paper
     "gradnorm": Detector(
         "GradNorm", "images", False, lambda m: {"param_filter": m.is_weight_of_head}, make=OfGradients, needs_head=True
