@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,13 +60,12 @@ class Stage:
         now = "\n".join(self.lines()) + "\n"
         if text in ("", now):
             return bool(text)
-        old, new = (re.findall(r"--\w+(?: (?!--)\S+)*", lines) for lines in (text, now))
-        gone, come = (", ".join(dict.fromkeys(f for f in a if f not in b)) for a, b in ((old, new), (new, old)))
-        if not gone and not come:  # the same flags in another order
+        old, new = _flags(text), _flags(now)
+        if old == new:  # in another order
             return True
         raise UserError(
-            f"--out: {self.folder.parent} was made with other flags: {gone or 'none'}; now it has {come or 'none'}. "
-            "Give another --out, or remove it"
+            f"--out: {self.folder.parent} was made with other flags: {_shown(old - new)}; now it has "
+            f"{_shown(new - old)}. Give another --out, or remove it"
         )
 
     def words(self) -> list[str]:
@@ -76,6 +76,21 @@ class Stage:
             return [*self.command, "--buffer_path", str(self.folder)]
         resumes = self.command[0] != "test_ood_model_syn.py" and any(self.folder.rglob("args.json"))
         return [*self.command, "--save_path", str(self.folder), *(["--resume", "latest"] if resumes else [])]
+
+
+def _flags(commands: str) -> Counter[tuple[str, str]]:
+    """The scripts of commands and their flags, each beside its script: stages have flags of the same names."""
+    found = Counter()
+    for line in commands.splitlines():
+        script = line.split()[0]
+        found.update((script, word) for word in (script, *re.findall(r"--\w+(?: (?!--)\S+)*", line)))
+    return found
+
+
+def _shown(flags: Iterable[tuple[str, str]]) -> str:
+    """Flags in a message, or the scripts if these differ."""
+    words = [word for _, word in flags]
+    return ", ".join(dict.fromkeys([w for w in words if w.endswith(".py")] or words)) or "none"
 
 
 def to_run(stages: Iterable[Stage]) -> list[Stage]:

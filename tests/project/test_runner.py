@@ -3,6 +3,7 @@
 import pytest
 
 from scripts.runner import Stage, run_stages
+from utils.core.errors import UserError
 
 
 def test_stages_at_once(tmp_path, monkeypatch, capfd):
@@ -25,3 +26,25 @@ def test_stages_at_once(tmp_path, monkeypatch, capfd):
     assert failed.value.code == 3
     assert ((tmp_path / "1/done").exists(), (tmp_path / "2").exists()) == (True, False)
     assert f"exit status 3: see {tmp_path / '0'}.log" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        (["main.py --a 1 --b 2", "next.py --a 3"], None),
+        (["main.py --b 2 --a 1", "next.py --a 3"], None),
+        (["main.py --a 3 --b 2", "next.py --a 1"], "--a 3, --a 1; now it has --a 1, --a 3"),
+        (["main_poe.py --a 1 --b 2", "next.py --a 3"], "main_poe.py; now it has main.py"),
+        (["main.py --a 1", "next.py --a 3"], "none; now it has --b 2"),
+    ],
+)
+def test_only_the_same_commands_are_done(tmp_path, made, told):
+    """A flag counts for its own script: stages have flags of the same names."""
+    before = Stage(("main.py", "--a", "1", "--b", "2"), tmp_path / "before")
+    stage = Stage(("next.py", "--a", "3"), tmp_path, (before,))
+    (tmp_path / "done").write_text("".join(f"{line}\n" for line in made))
+    if told is None:
+        assert stage.is_done()
+    else:
+        with pytest.raises(UserError, match=f"made with other flags: {told}"):
+            stage.is_done()

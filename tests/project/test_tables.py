@@ -158,6 +158,14 @@ def test_what_was_made_with_other_settings_is_not_taken_for_done(run, tmp_path, 
         run(*flags, "--set", "stage1.Iteration=7")
 
 
+def test_a_setting_that_another_stage_still_has_is_missed(run):
+    """Stages 1 and 2 of the digits train for 300 epochs; a stage that does no longer is not taken for done."""
+    flags = ("digits", "--ipc", 1, "--seeds", 1, "--kinds", "plain")
+    assert run(*flags)[0] == 0
+    with pytest.raises(UserError, match=r"other flags: --epoch_eval_train 300; now it has none\."):
+        run(*flags, "--set", "stage2.epoch_eval_train=")
+
+
 @pytest.mark.parametrize("method", ["DM", "MTT"])
 def test_other_methods(run, method):
     more = ["experts.num_experts=3", "stage1.syn_steps=9", "all.precision=bf16"] if method == "MTT" else []
