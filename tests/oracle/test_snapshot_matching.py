@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from conftest import DEVICE, made, named
 
+import main
 from networks import get_network, initialize
 from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.augment import DSA, DSA_ENTRIES, identity
-from utils.data.synthetic import decode
+from utils.data.synthetic import decode, decode_slots
 from utils.methods import METHODS
 from utils.methods.experts import ExpertBuffer
 from utils.methods.snapshot_matching import CF_SCALE, TGDD_ENTRY, SnapshotMatching, SnapshotSettings, characteristic
@@ -30,11 +31,11 @@ SETTINGS = SnapshotSettings(
 
 
 @pytest.fixture
-def experts(tmp_path):
-    """A buffer of two trajectories of 20 epochs each, of random weights."""
+def experts(tmp_path, request):
+    """A buffer of two trajectories of 20 epochs each, of random weights; a parameter names another network."""
     trajectories = []
     for number in range(2):
-        net = get_network("ConvNetD1", 3, 3, (16, 16))
+        net = get_network(getattr(request, "param", "ConvNetD1"), 3, 3, (16, 16))
         trajectories.append([])
         for epoch in range(21):
             initialize(net, generator(number, epoch))
@@ -121,8 +122,7 @@ def test_the_gradient_is_that_of_the_sum_of_both_losses(tiny_real, experts, outl
             transform = draw.transform or identity
             target = net.embed(transform(read(draw.real).double())).mean(0)
             total = total + (net.embed(transform(decoded[slot])).mean(0) - target).square().sum()
-        seen = torch.cat(decoded)
-        logits = classifier(STRATEGY.draw(12, (16, 16), g)(seen))
+        logits = classifier(torch.cat([STRATEGY.draw(4, (16, 16), g)(of_slot) for of_slot in decoded]))
         if kind == 0:
             total = total + 3 * 2.5 * F.cross_entropy(logits, torch.arange(3).repeat_interleave(4))
         else:
@@ -132,6 +132,31 @@ def test_the_gradient_is_that_of_the_sum_of_both_losses(tiny_real, experts, outl
         assert (images.grad.double() - gradient).norm() < 1e-4 * gradient.norm()
     value = sum(loss.sum() for name, loss in losses.items() if name != "loss_ce") + 3 * 2.5 * losses["loss_ce"].sum()
     assert value.item() == pytest.approx(total.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("experts", ["ConvNetD1", "ConvNetBN"], indirect=True)
+def test_images_and_outliers_are_classified_together(tiny_real, experts, request):
+    """With BatchNorm in one pass, as experts were trained; without it the parts of a pass change nothing."""
+    model = request.node.callspec.params["experts"]
+    method = make(tiny_real, experts, replace(SETTINGS, model=model, dsa_strategy=named(STRATEGY)))
+    method.load_network(0)
+    kinds = [decode_slots(t.detach(), 2) for t in method._tensors()]
+    found, gradients = method._classification(kinds, generator(1))
+    g, net = generator(1), method.classifier.double()
+    leaves = [images.double().requires_grad_() for images in kinds]
+    seen = [STRATEGY.draw(4, (16, 16), g)(of_slot) for images in leaves for of_slot in images]
+    logits = net(torch.cat(seen)).log_softmax(1)
+    labels = torch.arange(3).repeat_interleave(4)
+    expected = F.nll_loss(logits[:12], labels) - 0.7 * logits[12:].mean(1).mean()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    for gradient, wanted in zip(gradients, torch.autograd.grad(expected, leaves), strict=True):
+        assert (gradient.double() - wanted).norm() < 1e-4 * wanted.norm()
+    if model == "ConvNetD1":
+        method.classifier.float()
+        method._slots_together = lambda slots, decoded: 2
+        in_parts = method._classification(kinds, generator(1))
+        torch.testing.assert_close(in_parts[0], found)
+        torch.testing.assert_close(in_parts[1], gradients)
 
 
 def test_images_stay_in_the_range_of_pixels_and_all_move_together(tiny_real, experts):
@@ -254,6 +279,27 @@ def test_three_stages_and_missing_experts(in_process, refused, monkeypatch):
     three = [*short[:4], "--method", "TGDD", "--ipc", 1, "--num_exp", 1, "--ood_sets", "patches"]
     assert "training: protocol ncfm, epochs 3" in in_process("test_ood_model_syn.py", *three)
     assert "--clamp_oe: --method TGDD does not use it" in refused("main_poe.py", *flags, "--clamp_oe")
+
+
+def test_whitened_images_have_no_range_of_pixels(in_process, tmp_path):
+    network = ["--dataset", "Digits", "--model", "ConvNetD1", "--zca"]
+    in_process("train_experts.py", *network, "--num_experts", 1, "--train_epochs", 1)
+    flags = ["--method", "TGDD", "--ipc", 1, "--num_exp", 1, "--num_eval", 1, "--epoch_eval_train", 1]
+    flags += ["--Iteration", 2, "--factor", 1, "--lr_img", 9]
+    in_process("main.py", *network, *flags)
+    (path,) = tmp_path.glob("result/**/res_*.pt")
+    images = torch.load(path)["data"][0][0]
+    assert torch.isfinite(images).all()
+    assert images.abs().max() > 9  # moved by 9 a step, which no pixel is kept from
+
+
+@pytest.mark.parametrize(("method", "usual"), [("MTT", 100), ("TGDD", 1)])
+def test_as_many_experts_as_are_used_are_trained(method, usual):
+    for given, expected in ((None, usual), (3, 3)):
+        words = ["--method", method, *(["--max_experts", str(given)] if given else [])]
+        parsed = main.get_args_parser().parse_args([*words, "--train_experts", "auto"])
+        settings = METHODS[method].own(parsed)
+        assert settings.of_experts().num_experts == settings.to_train().num_experts == expected
 
 
 def test_bad_input(in_process, refused, tmp_path):

@@ -172,6 +172,7 @@ class OnExperts(Distilling, Buffers):
             shared["lambda_oe"] = self.expert_lambda_oe
         epochs = max(self.last_epoch, ExpertSettings.train_epochs)
         own = {"outliers": self.outliers, "train_epochs": epochs, "dsa_strategy": self.dsa_strategy}
+        own |= {} if self.max_experts is None else {"num_experts": self.max_experts}
         return ExpertSettings(**shared | own)
 
 

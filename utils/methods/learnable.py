@@ -56,7 +56,7 @@ class LearnableSet:
     """
 
     MOMENTUM = 0.5
-    KEEPS_PIXELS = False  # whether images and outliers are kept in the range of pixels, whatever --clamp_oe says
+    KEEPS_PIXELS = False  # whether images and outliers stay pixels, whatever --clamp_oe says; whitened ones are none
     image_syn: Tensor  # [num_classes, ipc, C, H, W], normalised, on the device of `real`
     image_oe: Tensor | None  # likewise; None without outliers
 
@@ -128,7 +128,7 @@ class LearnableSet:
     def update(self, which: int) -> None:
         """Move the images (0) or the outliers (1) along their gradient; back into the range of pixels, if so wanted."""
         self.optimizers[which].step()
-        if self.KEEPS_PIXELS or (which == 1 and self.settings.clamp_oe):
+        if (self.KEEPS_PIXELS and self.real.zca is None) or (which == 1 and self.settings.clamp_oe):
             clamp_to_pixels(self._tensors()[which].detach(), self.real)
 
     def _tensors(self) -> list[Tensor]:

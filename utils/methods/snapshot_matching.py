@@ -6,6 +6,7 @@ images: its cross-entropy is added, and with outliers its joint loss. Experts ar
 outliers they have the joint loss, too. Images are updated together, and stay in the range of pixels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,15 +17,15 @@ from utils.compute import distributed
 from utils.compute.device import Workload
 from utils.compute.transfer import send, send_draws
 from utils.core.rng import generator
-from utils.data.augment import identity
+from utils.data.augment import apply_by_slot, identity
 from utils.data.synthetic import decode_slots, on_stored
-from utils.methods.distribution_matching import CHUNK_IMAGES, FeatureMatching
+from utils.methods.distribution_matching import FeatureMatching
 from utils.methods.experts import ExpertBuffer, OnExperts, with_experts, without_running_statistics
 from utils.methods.method import MethodEntry, MethodInputs, Spread
 from utils.settings.distillation import ExpertSettings
-from utils.settings.fields import flag
+from utils.settings.fields import flag, only
 from utils.settings.parser import count, number
-from utils.training.losses import uniform_cross_entropy
+from utils.training.losses import joint_loss
 
 CF_SCALE = 300.0  # of the distance of characteristic functions, as published
 
@@ -47,7 +48,12 @@ class SnapshotSettings(OnExperts, Spread):
         "mean: squared distance of mean features; cf: distance of their characteristic functions (NCFM)",
         names=("mean", "cf"),
     )
-    cf_frequencies: int = flag(1024, "frequencies of --feature_distance cf, others in each iteration", count(1))
+    cf_frequencies: int = flag(
+        1024,
+        "frequencies of --feature_distance cf, others in each iteration",
+        count(1),
+        needs=only("feature_distance", "cf"),
+    )
     published: bool = flag(
         False,
         "optimise the images as published: 10000 iterations of SGD with momentum 0.5, at 0.01 times --ipc on pixels "
@@ -56,7 +62,8 @@ class SnapshotSettings(OnExperts, Spread):
 
     def of_experts(self) -> ExpertSettings:
         """One expert with momentum is enough."""
-        return replace(super().of_experts(), num_experts=1, train_epochs=12, mom=0.9, lr_teacher=0.02)
+        enough = self.max_experts or 1
+        return replace(super().of_experts(), num_experts=enough, train_epochs=12, mom=0.9, lr_teacher=0.02)
 
     @property
     def alpha(self) -> float:
@@ -138,39 +145,42 @@ class SnapshotMatching(FeatureMatching):
 
         Rank 0 computes it; the other processes receive the gradients.
         """
-        s, loss = self.settings, torch.zeros(1, device=self.device)
-        labels = torch.arange(self.real.num_classes, device=self.device).repeat_interleave(s.decoded_ipc)
-        gradients = [torch.zeros_like(t) for t in self._tensors()]
+        s, loss, kinds = self.settings, torch.zeros(1, device=self.device), self._tensors()
+        gradients = [torch.zeros_like(images) for images in kinds]
         if distributed.is_main() and s.alpha:
-            g = self.draws.generator(self.exp, "classify", it)
-            for images, gradient, weight in zip(self._tensors(), gradients, (1.0, s.lambda_oe), strict=False):
-                decoded = decode_slots(images.detach(), s.factor)
-                of_kind = labels if images is self.image_syn else None
-                value, on_decoded = self._classification(decoded.flatten(0, 1), of_kind, g)
-                loss += weight * value
-                scaled = s.alpha * weight * len(images) * on_decoded
-                gradient.copy_(on_stored(images, s.factor, scaled.view(decoded.shape)))
+            decoded = [decode_slots(images.detach(), s.factor) for images in kinds]
+            value, found = self._classification(decoded, self.draws.generator(self.exp, "classify", it))
+            loss += value
+            for images, gradient, on_decoded in zip(kinds, gradients, found, strict=True):
+                gradient.copy_(on_stored(images, s.factor, s.alpha * len(images) * on_decoded))
         distributed.broadcast_(loss, *gradients)
-        for images, gradient in zip(self._tensors(), gradients, strict=True):
+        for images, gradient in zip(kinds, gradients, strict=True):
             images.grad += gradient
         return {"loss_ce": loss}
 
-    def _classification(self, images: Tensor, labels: Tensor | None, g: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The mean loss of augmented images, or without labels of outliers, and its gradient on the images."""
-        gradient, total, size = torch.zeros_like(images), images.new_zeros(()), len(images)
-        if not self.has_batchnorm:
-            size = min(CHUNK_IMAGES, size // self.splitter.count(images))
-        for first in range(0, len(images), size):
-            leaf, transform = images[first : first + size].detach().requires_grad_(), identity
-            if self.augmentation is not None:
-                transform = send_draws(self.augmentation.draw(len(leaf), self.real.im_size, g), self.device)
-            logits = self.logits(transform(leaf)).float()
-            of_part = None if labels is None else labels[first : first + size]
-            value = uniform_cross_entropy(logits) if of_part is None else F.cross_entropy(logits, of_part)
-            share = len(leaf) / len(images)
-            (gradient[first : first + size],) = torch.autograd.grad(share * value, leaf)
-            total += share * value.detach()
-        return total, gradient
+    def _classification(self, kinds: Sequence[Tensor], g: torch.Generator) -> tuple[Tensor, list[Tensor]]:
+        """The joint loss of images, and perhaps of outliers, each `[slots, n, C, H, W]`, and its gradient on each.
+
+        Every slot of each kind has an augmentation of its own, and every image parameters of its own.
+        """
+        slots, n, *_ = kinds[0].shape
+        total, gradients = kinds[0].new_zeros(()), [torch.zeros_like(images) for images in kinds]
+        transforms = [[identity] * slots for _ in kinds]
+        if self.augmentation is not None:
+            draws = [[self.augmentation.draw(n, self.real.im_size, g) for _ in range(slots)] for _ in kinds]
+            transforms = [send_draws(of_kind, self.device) for of_kind in draws]
+        labels = torch.arange(slots, device=self.device).repeat_interleave(n).view(slots, n)
+        size = self._slots_together(slots, torch.cat([*kinds], 1))
+        for first in range(0, slots, size):
+            part = slice(first, first + size)
+            leaves = [images[part].detach().requires_grad_() for images in kinds]
+            augmented = [apply_by_slot(leaf, t[part]).flatten(0, 1) for leaf, t in zip(leaves, transforms, strict=True)]
+            logits = self.logits(torch.cat(augmented)).float()
+            loss = joint_loss(logits, labels[part].flatten(), self.settings.lambda_oe) * (len(leaves[0]) / slots)
+            for gradient, found in zip(gradients, torch.autograd.grad(loss, leaves), strict=True):
+                gradient[part] = found
+            total += loss.detach()
+        return total, gradients
 
 
 def _workload(inputs: MethodInputs) -> Workload:
