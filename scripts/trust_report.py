@@ -115,11 +115,9 @@ def main(settings: ReportSettings) -> None:
     require_library(s.score)
     for line in found.lines:
         print(line)
-    # ipc counts stored images: one of IDC that holds four small images counts once
     ipc = max(1, found.stored // real.num_classes)
-    decoded = max(1, len(found.synthetic.images) // real.num_classes)
     out = Path(s.out)
-    columns = _columns(s, ipc, math.isqrt(decoded // ipc), found.synthetic.images_oe is not None)
+    columns = _columns(s, ipc, found.factor, found.synthetic.images_oe is not None)
     folders = {name: out / name.replace(" = ", " ").replace(" ", "-") for name in columns}
     stages = []
     for place, (name, train) in enumerate(columns.items(), 1):
@@ -127,7 +125,7 @@ def main(settings: ReportSettings) -> None:
         networks = Stage(
             tuple(train), folders[name] / "networks", shares="features" * ("--features" in train), title=title
         )
-        own = {"ipc": ipc if "--train_on" in train else decoded, "load_path": str(networks.folder)}
+        own = {"ipc": ipc, "load_path": str(networks.folder)}
         test = s.of_stage(Stage3Settings, num_exp=s.num_eval, is_load_best=True, **own)
         stages.append(Stage(("test_ood_model_syn.py", *test), folders[name] / "measures", (networks,)))
     run_stages(stages, s.jobs)

@@ -15,7 +15,7 @@ from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.augment import DSA, identity, parse_strategy
 from utils.methods.gradient_matching import GradientMatching, GradientSettings
-from utils.methods.matcher import METRICS, Matcher, match_loss
+from utils.methods.matcher import METRICS, NO_CLASS, Matcher, match_loss, slot_loss
 from utils.outliers.sources import PseudoOutliers
 from utils.training.losses import joint_loss, uniform_cross_entropy
 
@@ -61,6 +61,22 @@ def test_uniform_cross_entropy_identity():
     expected = F.cross_entropy(logits, torch.full((6, 9), 1 / 9, dtype=torch.float64))
     torch.testing.assert_close(uniform_cross_entropy(logits), expected)
     assert uniform_cross_entropy(torch.full((3, 9), 4.2)).item() == pytest.approx(np.log(9), rel=1e-6)
+
+
+def test_losses_of_bfloat16_networks_are_in_float32():
+    """Also of outliers, and on a CPU; float64 stays."""
+    net, images = torch.nn.Linear(4, 10), torch.randn(6, 4, generator=torch.Generator().manual_seed(0)) * 9
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = net(images)
+        joint = joint_loss(logits, torch.arange(3), 0.3)
+        of_slots = [slot_loss(logits, torch.tensor(slot)) for slot in (NO_CLASS, 2)]
+    z = logits.double()
+    assert logits.dtype == torch.bfloat16
+    expected = [-z.log_softmax(1).mean(), -z.log_softmax(1)[:, 2].mean()]
+    torch.testing.assert_close(of_slots, [e.float() for e in expected], rtol=1e-6, atol=0)
+    expected = F.nll_loss(z[:3].log_softmax(1), torch.arange(3)) - 0.3 * z[3:].log_softmax(1).mean()
+    torch.testing.assert_close(joint, expected.float(), rtol=1e-6, atol=0)
+    assert joint_loss(z, torch.arange(3), 0.3).dtype == torch.float64
 
 
 def test_joint_loss_parts():

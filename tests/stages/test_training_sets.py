@@ -742,7 +742,7 @@ def test_a_trust_report_of_images_in_parts(digits, in_process, monkeypatch, tmp_
     flags = [path, "--dataset", "Digits", "--model", "MLP", "--num_eval", 1, "--epoch_eval_train", 4]
     flags += ["--protocol", "ncfm", "--out", "report", "--outliers", "--baselines", "random"]
     printed = in_process("scripts.trust_report", *flags, "--ood_sets", "patches", "--score", "msp")
-    assert "Networks trained by protocol ncfm, 4 epochs." in printed
+    assert "Networks trained by protocol ncfm, 4 epochs, the best checkpoints on the test set." in printed
     trained = [words for words in commands if words[0].startswith("train_model")]
     assert [words[words.index("--factor") + 1] for words in trained if "--train_on" in words] == ["2"]
     assert len(trained) == 2
@@ -830,14 +830,15 @@ def test_a_set_in_parts_through_publishing_and_back(in_parts, in_process, refuse
     assert "has images of 2x2 parts; give --factor 2" in error
 
 
+@pytest.mark.parametrize("by_path", [False, True])
 @pytest.mark.parametrize("kind", ["initial", "kcenter", "corrupt", "none"])
-def test_outliers_beside_a_set_in_parts(in_parts, digits, kind):
-    """As many as the decoded set has, and shrunk like it where they are stored."""
+def test_outliers_beside_a_set_in_parts(in_parts, digits, kind, by_path):
+    """As many as the decoded set has, and shrunk like it where they are stored; the same for a set by its path."""
     path, stored = in_parts
-    settings = Stage2Settings(
-        method="DM", dataset="Digits", model="ConvNetD1", load_path=str(path.parents[5]), outliers=kind, is_load_oe=True
-    )
+    where = {"distilled": (str(path),), "ipc": None} if by_path else {"load_path": str(path.parents[5]), "ipc": 1}
+    settings = Stage2Settings(method="DM", dataset="Digits", model="ConvNetD1", outliers=kind, is_load_oe=True, **where)
     chosen = labelled_images(settings, digits, partial(find_distilled, settings), None)
+    assert chosen.ipc(10) == 1
     net = get_network("ConvNetD1", 1, 10, (8, 8), generator(0)).eval()
     found = with_outliers(settings, chosen, digits, lambda: net).synthetic
     assert torch.equal(found.images, stored.decoded().images)

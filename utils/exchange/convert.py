@@ -25,6 +25,7 @@ class Found:
     synthetic: SyntheticSet
     lines: tuple[str, ...]  # for the log: what was found and assumed
     stored: int  # images in the files, before decoding
+    factor: int  # each of them holds factor × factor of the set
 
 
 def read_distilled(
@@ -69,7 +70,7 @@ def read_distilled(
             images_oe = _in_training_space(decode(raw.images_oe, raw.factor or 1, fill), normalisation, real)
         synthetic = SyntheticSet(images, labels, images_oe, raw.lr_net)
         synthetic = in_classes_of(real, synthetic, raw.class_names, where)
-    return Found(synthetic, tuple(text for text in (line, raw.note, line_oe) if text), len(raw.images))
+    return Found(synthetic, tuple(text for text in (line, raw.note, line_oe) if text), len(raw.images), factor)
 
 
 def _normalisation(raw: RawSet, form: str, real: RealData, assumed: Assumptions, where: str) -> Normalisation:

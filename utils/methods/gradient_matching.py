@@ -71,6 +71,8 @@ class GradientMatching(LearnableSet):
         if s.ipc not in LOOPS and None in (s.outer_loop, s.inner_loop):
             loops = f"outer {self.outer_loop}, inner {self.inner_loop}"
             self.notices.append(f"ipc {s.ipc} has no published loops: {loops} by rule")
+        if s.lr_net and s.protocol != "dc" and self.outer_loop > 1:
+            self.notices.append(f"--lr_net {s.lr_net:g} is also the learning rate of the inner loop, by SGD")
         if s.inner_loop and self.outer_loop == 1:
             self.notices.append("--inner_loop is not used: with an outer loop of 1 no network is trained in between")
 

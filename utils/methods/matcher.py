@@ -22,6 +22,7 @@ from utils.compute.device import Compiled, Compute
 from utils.compute.transfer import send
 from utils.core.errors import UserError, one_line
 from utils.data.augment import apply_by_slot
+from utils.training.losses import in_float32
 
 BATCHED_PIXELS_CPU = 5 * 32 * 32  # most pixels of one slot's synthetic images for which batching slots is faster
 CHUNK_IMAGES = 128  # synthetic images differentiated twice together, to bound the memory
@@ -40,7 +41,7 @@ def slot_loss(logits: Tensor, slot: Tensor) -> Tensor:
     `slot`: int64 scalar, the class; or `NO_CLASS`, for the cross-entropy to the uniform distribution. One function
     serves both, so that it is compiled once.
     """
-    log = F.log_softmax(logits, dim=1)  # float32 under autocast
+    log = F.log_softmax(in_float32(logits), dim=1)
     classes = torch.arange(logits.shape[1], device=logits.device)
     target = torch.where(slot == NO_CLASS, 1 / logits.shape[1], (classes == slot).to(log.dtype))
     return -(log * target).sum(dim=1).mean()

@@ -175,7 +175,7 @@ class SnapshotMatching(FeatureMatching):
             part = slice(first, first + size)
             leaves = [images[part].detach().requires_grad_() for images in kinds]
             augmented = [apply_by_slot(leaf, t[part]).flatten(0, 1) for leaf, t in zip(leaves, transforms, strict=True)]
-            logits = self.logits(torch.cat(augmented)).float()
+            logits = self.logits(torch.cat(augmented))
             loss = joint_loss(logits, labels[part].flatten(), self.settings.lambda_oe) * (len(leaves[0]) / slots)
             for gradient, found in zip(gradients, torch.autograd.grad(loss, leaves), strict=True):
                 gradient[part] = found

@@ -120,16 +120,25 @@ def load_results(folder: Path) -> Results:
         )
         for row in rows:
             _ = row["set"], row["score"], [float(row[m]) for m in MEASURES], float(errors[row["network"]]["error"])
-        protocol = _protocol(content["about"].get("training", {"protocol": "dc"}))
+        about = content["about"]
+        protocol = _protocol(about.get("training", {"protocol": "dc"}), about.get("checkpoints"))
         return Results(errors, rows, list(content["missing"]), (protocol,))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise UserError(f"{path} is damaged, or is not what test_ood_model_syn.py writes; run it again") from None
 
 
-def _protocol(training: Mapping[str, object]) -> str:
-    """How networks were trained, in words; `training`: the protocol, the epochs, and flags that overrule it."""
+def _protocol(training: Mapping[str, object], checkpoints: str | None) -> str:
+    """How networks were trained, in words.
+
+    `training`: the protocol, the epochs, and flags that overrule it. `checkpoints`: those that were tested, `best` or
+    `epoch<e>`; the last ones are not named.
+    """
     more = [f"{name} {value}" for name, value in training.items() if name not in ("protocol", "epochs")]
     epochs = [f"{training['epochs']} epochs"] if training.get("epochs") else []
+    if checkpoints == "best":
+        more.append("the best checkpoints on the test set")
+    elif checkpoints and checkpoints != f"epoch{training.get('epochs')}":
+        more.append(f"checkpoints of {checkpoints.replace('epoch', 'epoch ')}")
     return ", ".join([str(training["protocol"]), *epochs, *more])
 
 

@@ -10,7 +10,15 @@ from utils.settings import common
 from utils.settings.fields import Need, Settings, flag, main_flag, only
 from utils.settings.parser import count, number
 
-EVAL_MODES = ("S", "SS", "M", "B", "W", "D", "A", "P", "N")
+EVAL_MODES = {  # the networks of --eval_mode, but for S and SS, which take that of --model
+    "M": ("MLP", "ConvNet", "LeNet", "AlexNet", "VGG11", "ResNet18"),
+    "B": ("ConvNetBN", "ConvNetASwishBN", "AlexNetBN", "VGG11BN", "ResNet18BN"),
+    "W": ("ConvNetW32", "ConvNetW64", "ConvNetW128", "ConvNetW256"),
+    "D": ("ConvNetD1", "ConvNetD2", "ConvNetD3", "ConvNetD4"),
+    "A": ("ConvNetAS", "ConvNetAR", "ConvNetAL", "ConvNetASwish"),
+    "P": ("ConvNetNP", "ConvNetMP", "ConvNetAP"),
+    "N": ("ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetIN", "ConvNetGN"),
+}
 WITH_OUTLIERS = Need(
     lambda s: s.outliers != "none",
     "main.py distils no outliers; leave it out, or use main_oe.py or main_poe.py",
@@ -65,11 +73,18 @@ class Distilling(
         "S",
         "which networks evaluate: S the same without BatchNorm, SS exactly the same, M several architectures, B "
         "BatchNorm ones, W widths, D depths, A activations, P poolings, N norms",
-        names=EVAL_MODES,
+        names=("S", "SS", *EVAL_MODES),
     )
     num_exp: int = main_flag(5, "independent distillations")
     Iteration: int = main_flag(1000, "updates of the synthetic images", count(0))
-    eval_interval: int = flag(500, "updates between two evaluations; the last update is always evaluated")
+    eval_interval: int = flag(
+        500,
+        "updates between two evaluations; the last update is always evaluated",
+        needs=Need(
+            lambda s: not s.evaluates_only_the_last,
+            "--eval_mode {eval_mode} evaluates only the last update; leave one of them out",
+        ),
+    )
     lr_img: float = flag(0.1, "learning rate of the synthetic images", number(0, exclusive=True))
     batch_real: int = flag(256, "real images per class and step; lower it when memory is short")
     init: str = main_flag("noise", "noise or real images; real converges faster", names=("noise", "real"))
@@ -92,7 +107,7 @@ class Distilling(
     @property
     def evaluates_only_the_last(self) -> bool:
         """Whether only the last update is evaluated, since the modes with several networks take long."""
-        return self.eval_mode not in ("S", "SS")
+        return self.eval_mode in EVAL_MODES
 
     @property
     def decoded_ipc(self) -> int:
@@ -153,7 +168,7 @@ class ExpertSettings(
             "lambda_oe": self.lambda_oe,
             "seed": self.seed,
             "augmentation": None if self.dsa_strategy is None else self.dsa_strategy.split("_"),
-        }
+        } | ({"num_oe_per_class": self.num_oe_per_class} if self.outliers == "oe" else {})
 
 
 def source_of(s: Distilling | ExpertSettings, real: RealData) -> OutlierSource | None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from utils.compute import distributed
@@ -14,26 +15,16 @@ from utils.core.rng import generator
 from utils.data.augment import DSA, dc_augmentation
 from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet
-from utils.ood.measures import ood_measures
 from utils.ood.scores import msp
 from utils.runs import signals
 from utils.runs.progress import Progress
 from utils.runs.run_folder import RunFolder
 from utils.settings.arguments import Stage1Settings, Stage2Settings
+from utils.settings.distillation import EVAL_MODES
 from utils.training.trainer import PROTOCOLS, WEIGHT_DECAYS, Trainer, TrainSettings, accuracy_of
 
 EVAL_LOG = 500
 EvalMeasures = dict[str, dict[int, dict[str, float]]]  # by model and network index: accuracy, AUROCs
-
-EVAL_MODES = {
-    "M": ("MLP", "ConvNet", "LeNet", "AlexNet", "VGG11", "ResNet18"),
-    "B": ("ConvNetBN", "ConvNetASwishBN", "AlexNetBN", "VGG11BN", "ResNet18BN"),
-    "W": ("ConvNetW32", "ConvNetW64", "ConvNetW128", "ConvNetW256"),
-    "D": ("ConvNetD1", "ConvNetD2", "ConvNetD3", "ConvNetD4"),
-    "A": ("ConvNetAS", "ConvNetAR", "ConvNetAL", "ConvNetASwish"),
-    "P": ("ConvNetNP", "ConvNetMP", "ConvNetAP"),
-    "N": ("ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetIN", "ConvNetGN"),
-}
 
 
 def evaluation_models(mode: str, model: str, real: RealData) -> tuple[str, ...]:
@@ -142,6 +133,6 @@ class Evaluator:
 
 def _auroc(logits: Tensor, logits_ood: Tensor) -> float:
     """AUROC of the score msp; NaN where a score is not finite."""
-    inside, outside = (msp(z.double(), 1.0).cpu().numpy() for z in (logits, logits_ood))
-    finite = np.isfinite(inside).all() and np.isfinite(outside).all()
-    return ood_measures(inside, outside)["auroc"] if finite else float("nan")
+    scores = msp(torch.cat([logits, logits_ood]).double()).cpu().numpy()
+    is_outside = np.arange(len(scores)) >= len(logits)
+    return float(roc_auc_score(is_outside, scores)) if np.isfinite(scores).all() else float("nan")

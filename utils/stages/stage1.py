@@ -96,9 +96,10 @@ def total_workload(iteration: Workload, evaluation: EvalSettings, inputs: Method
 
 
 def _ood_images(s: Stage1Settings, real: RealData) -> dict[str, Tensor]:
+    """The images of `--eval_ood`, made on the CPU: a run may be resumed on a GPU, which rounds in another way."""
     folders, download, limit = (Path(s.ood_path), Path(s.data_path)), s.download == "all", len(real.images_test)
-    source = OODSource(real, *folders, download, limit, s.seed, flag="--eval_ood")
-    return {ood.name: ood.load() for ood in source.find_all(s.eval_ood or ())}
+    source = OODSource(real.to("cpu"), *folders, download, limit, s.seed, flag="--eval_ood")
+    return {ood.name: ood.load().to(real.device) for ood in source.find_all(s.eval_ood or ())}
 
 
 def _start(s: Stage1Settings, real: RealData) -> list[SyntheticSet]:

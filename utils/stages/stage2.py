@@ -56,7 +56,7 @@ def run_stage2(settings: Stage2Settings) -> None:
     net = real.network(s.model, generator(0)).eval()
     compute = choose_compute(s.compile, s.precision, device, net, (real.channel, *real.im_size), work)
     net = real.network(s.model, generator(s.seed)).to(device)
-    run = (_resume if s.resume else _start)(s, chosen, real, training)
+    run = _resume(s, chosen, real) if s.resume else _start(s, chosen, real, training)
     run.log(f"computing: {compute}")
     trainer = Trainer(net, training, compute)
     of_run = NetworkTraining(s.model, real, chosen.synthetic.to(device), trainer, s.seed, run, bool(s.resume))
@@ -103,20 +103,19 @@ def stage2_workload(num_networks: int, settings: TrainSettings, real: RealData, 
     return Workload(num_networks * passes / distributed.world_size(), "training")
 
 
-def _fingerprints(real: RealData, synthetic: SyntheticSet) -> dict[str, str]:
-    """Fingerprints of all that a run reads, by flag."""
-    prints = {
-        "data_path": real.fingerprint(),
-        "load_path": fingerprint((synthetic.images, synthetic.labels, synthetic.images_oe)),
-    }
+def _fingerprints(s: Stage2Settings, real: RealData, synthetic: SyntheticSet) -> dict[str, str]:
+    """Fingerprints of all that a run reads, by flag; the whole training set is read from `--data_path` alone."""
+    prints = {"data_path": real.fingerprint()}
+    if s.train_on != "whole":
+        prints["load_path"] = fingerprint((synthetic.images, synthetic.labels, synthetic.images_oe))
     pool = synthetic.fresh_oe and synthetic.fresh_oe.source.fingerprint()
     return prints | ({"oe_data_path": pool} if pool else {})
 
 
-def _resume(s: Stage2Settings, chosen: TrainingSet, real: RealData, training: TrainSettings) -> RunFolder:
+def _resume(s: Stage2Settings, chosen: TrainingSet, real: RealData) -> RunFolder:
     """The run folder of `--resume`; a `UserError` tells that the data or the distilled set have changed since."""
     folder = Path(s.resume)
-    check_inputs(folder, _fingerprints(real, chosen.synthetic))
+    check_inputs(folder, _fingerprints(s, real, chosen.synthetic))
     run = RunFolder(folder)
     run.update_args(as_dict(s), **({"distilled_set": str(chosen.path.resolve())} if chosen.path else {}))
     run.log("resumed")
@@ -146,7 +145,7 @@ def _start(s: Stage2Settings, chosen: TrainingSet, real: RealData, training: Tra
         device=str(real.device),
         seed=s.seed,
         epochs=training.epochs,
-        inputs=_fingerprints(real, chosen.synthetic),
+        inputs=_fingerprints(s, real, chosen.synthetic),
         data=identity(real),
     )
     lines = [f"run folder: {run.path}"]

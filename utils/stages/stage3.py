@@ -133,7 +133,8 @@ class Stage2Run:
         """How the networks were trained: by which protocol, and for how many epochs, if it is known."""
         if not isinstance(self.about.get("flags"), dict):
             return {"protocol": "unknown"}
-        changed = {name: self.flags[name] for name in ("optimizer", "schedule", "mix") if self.flags.get(name)}
+        names = ("optimizer", "schedule", "mix", "lr_net", "batch_train")
+        changed = {name: self.flags[name] for name in names if self.flags.get(name)}
         return {"protocol": self.flags.get("protocol", "dc"), "epochs": self.about.get("epochs")} | changed
 
     def check_whitening(self, zca: bool) -> None:

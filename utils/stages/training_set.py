@@ -57,13 +57,12 @@ def labelled_images(
     """
     if s.distilled:
         found = read_distilled(s.distilled, real, s, s.exp_idx, s.distilled_oe or ())
-        count = len(found.synthetic.images)
-        if s.ipc is not None and s.ipc * real.num_classes not in (count, found.stored):
+        if s.ipc is not None and s.ipc * real.num_classes != found.stored:
             raise UserError(
-                f"--ipc {s.ipc}: {s.distilled[0]} has {count} images of {real.num_classes} classes once decoded; leave "
-                "--ipc out"
+                f"--ipc {s.ipc}: {s.distilled[0]} has {found.stored} images of {real.num_classes} classes; leave --ipc "
+                "out"
             )
-        return TrainingSet(found.synthetic, found.lines)
+        return TrainingSet(found.synthetic, found.lines, factor=found.factor)
     if s.train_on == "distilled":
         path, note = stage1()
         stored = DistilledFile.open(path).set(s.exp_idx, real)
@@ -76,7 +75,7 @@ def labelled_images(
         return TrainingSet(whole_set(real), (line,))
     check_factor(s.factor, real.im_size, "--factor")
     ipc = s.ipc * s.factor**2
-    check_ipc(real, ipc)
+    check_ipc(real, s.ipc, s.factor)
     if s.train_on == "random":
         images, how = random_images(real, ipc, s.seed, s.exp_idx), "at random"
     else:

@@ -64,11 +64,12 @@ def k_center(points: torch.Tensor, n: int, before: torch.Tensor | None = None) -
 CORESETS = {"herding": herding, "kcenter": k_center}
 
 
-def check_ipc(real: RealData, ipc: int) -> None:
-    """Raise `UserError` when a class has fewer than `ipc` training images."""
+def check_ipc(real: RealData, ipc: int, factor: int = 1) -> None:
+    """Raise `UserError` when a class has fewer training images than the parts of `ipc` images take."""
     smallest = min(map(len, real.class_indices))
-    if smallest < ipc:
-        raise UserError(f"--ipc {ipc}: the smallest class of {real.name} has {smallest} training images; lower --ipc")
+    if smallest < ipc * factor**2:
+        flags = f"--ipc {ipc}" if factor == 1 else f"--ipc {ipc} --factor {factor}, {ipc * factor**2} of each class"
+        raise UserError(f"{flags}: the smallest class of {real.name} has {smallest} training images; lower --ipc")
 
 
 def random_images(real: RealData, ipc: int, seed: int, exp: int) -> SyntheticSet:

@@ -7,6 +7,11 @@ from torch import Tensor
 from utils.compute.cpu_batches import BatchSplitter
 
 
+def in_float32(logits: Tensor) -> Tensor:
+    """Logits of autocast in float32; on a CPU it would leave the loss of outliers in bfloat16."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def uniform_cross_entropy(logits: Tensor) -> Tensor:
     """Cross-entropy from the uniform distribution to the softmax of `logits` `[N, num_classes]`, mean over the batch.
 
@@ -21,7 +26,7 @@ def joint_loss(logits: Tensor, labels: Tensor, lambda_oe: float) -> Tensor:
 
     Of logits `[N + M, num_classes]` the last M (may be none) are of outliers; labels are int64 `[N]` or probabilities.
     """
-    n = len(labels)
+    n, logits = len(labels), in_float32(logits)
     loss = F.cross_entropy(logits[:n], labels)
     return loss if len(logits) == n else loss + lambda_oe * uniform_cross_entropy(logits[n:])
 

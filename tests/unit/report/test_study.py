@@ -15,7 +15,7 @@ from utils.core.errors import UserError
 from utils.core.run_script import run_script
 from utils.ood.measures import MEASURES
 from utils.report.compare import Comparison, find_runs
-from utils.report.results import NETWORK_MEASURES, STUDY_COLUMNS, Results, load_study_csv, save_study_csv
+from utils.report.results import NETWORK_MEASURES, STUDY_COLUMNS, Results, load_results, load_study_csv, save_study_csv
 from utils.report.study import StudyColumn, StudyRow, differences, mean_rows, read_kind
 
 SETS, SCORES = ("blob", "uniform"), ("msp", "mls")
@@ -478,15 +478,16 @@ def test_the_whole_set_is_compared_in_every_folder(study, run):
 
 
 def test_the_head_names_the_protocols(study, tmp_path, run):
-    """Of each kind, where they differ; the CSV file keeps them."""
+    """Of each kind, where they differ, and which checkpoints were tested; the CSV file keeps them."""
     folder, _ = study
     for path in (folder / "poe").rglob("results.json"):
         content = json.loads(path.read_text())
-        content["about"]["training"] = {"protocol": "ncfm", "epochs": 300, "mix": "none"}
+        content["about"] |= {"training": {"protocol": "ncfm", "epochs": 300, "mix": "none"}, "checkpoints": "best"}
         path.write_text(json.dumps(content))
     status, shown, error = run(folder, "--kinds", "plain", "poe")
     assert status == 0, error
-    kinds = "dc: distilled images, none; ncfm, 300 epochs, mix none: distilled images, distilled (POE)"
+    ncfm = "ncfm, 300 epochs, mix none, the best checkpoints on the test set"
+    kinds = f'dc: "distilled images, none"; {ncfm}: "distilled images, distilled (POE)"'
     assert shown.splitlines()[0] == f"Networks trained by protocol {kinds}."
     save_study_csv(tmp_path / "a.csv", {kind: read_kind(folder / kind, kind).seeds for kind in ("plain", "poe")})
     assert run(tmp_path / "a.csv", "--kinds", "plain", "poe")[1] == shown
@@ -494,5 +495,11 @@ def test_the_head_names_the_protocols(study, tmp_path, run):
     assert (
         Comparison(columns, ["auroc"])
         .markdown()
-        .startswith("Networks trained by protocol dc: a; ncfm, 300 epochs, mix none: b.\n\n| OOD set")
+        .startswith(f"Networks trained by protocol dc: a; {ncfm}: b.\n\n| OOD set")
     )
+    content["about"]["checkpoints"] = "epoch300"  # the last ones need no word
+    path.write_text(json.dumps(content))
+    assert load_results(path.parent).protocols == ("ncfm, 300 epochs, mix none",)
+    content["about"]["checkpoints"] = "epoch200"
+    path.write_text(json.dumps(content))
+    assert load_results(path.parent).protocols == ("ncfm, 300 epochs, mix none, checkpoints of epoch 200",)

@@ -164,6 +164,7 @@ COMPANIONS = {  # without which a flag would have no effect; by flag, or by flag
     "distilled_mean": [*FOREIGN, "--distilled_std", "1"],
     "distilled_std": [*FOREIGN, "--distilled_mean", "1"],
     **{("ood_path", name): ["--eval_ood", "patches"] for name in MAINS},
+    "cf_frequencies": ["--feature_distance", "cf"],
     **{(flag, OTHERS): ["--outliers", "real"] for flag in ("oe_data_path", "mix_corruptions")},
     ("num_oe_per_class", OTHERS): ["--outliers", "real", "--oe_data_path", "pool.npz"],
 }
