@@ -18,13 +18,12 @@ from typing import Any, Self
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.runner import Stage, run_stages
+from utils.core.errors import UserError
 from utils.core.run_script import run_script
 from utils.data.datasets import RealData
 from utils.exchange.assumptions import Assumptions
 from utils.exchange.convert import read_distilled
 from utils.methods import METHODS
-from utils.ood.scores import require_library
-from utils.ood.sets import OODSource
 from utils.report.compare import ComparisonColumn, find_runs
 from utils.settings.arguments import Experiment, Stage2Settings, Stage2SettingsNoOE, Stage3Settings
 from utils.settings.common import (
@@ -41,6 +40,7 @@ from utils.settings.common import (
 from utils.settings.fields import Settings, as_words, flag, flags_of, with_default
 from utils.settings.parser import count, one_of
 from utils.settings.reading import SettingsParser
+from utils.stages.stage3 import find_sets, scores_of
 
 BASELINES = ("random", "herding", "kcenter", "whole")
 OUTLIERS = ("distilled", "again", "corrupt", "initial", "kcenter", "real")
@@ -110,9 +110,12 @@ def main(settings: ReportSettings) -> None:
     s = settings
     real = read_data(s)
     found = read_distilled(s.distilled, real, s, s.exp_idx, s.distilled_oe or (), flag="PATH")
-    source = OODSource(real, Path(s.ood_path), Path(s.data_path), s.download == "all", limit=1, seed=s.seed)
-    source.find_all(s.ood_sets or source.default_names())  # before hours of training
-    require_library(s.score)
+    find_sets(real, s)  # before hours of training
+    if "tscaling" in scores_of(s) and s.fit_on != "real":
+        raise UserError(
+            "--score tscaling: networks are right on the images that they were trained on, which fit no temperature; "
+            "give --fit_on real, or leave it out"
+        )
     for line in found.lines:
         print(line)
     ipc = max(1, found.stored // real.num_classes)
@@ -125,7 +128,7 @@ def main(settings: ReportSettings) -> None:
         networks = Stage(
             tuple(train), folders[name] / "networks", shares="features" * ("--features" in train), title=title
         )
-        own = {"ipc": ipc, "load_path": str(networks.folder)}
+        own = {"ipc": ipc, "load_path": str(networks.folder), "fit_on": None if name == "whole" else s.fit_on}
         test = s.of_stage(Stage3Settings, num_exp=s.num_eval, is_load_best=True, **own)
         stages.append(Stage(("test_ood_model_syn.py", *test), folders[name] / "measures", (networks,)))
     run_stages(stages, s.jobs)

@@ -28,7 +28,7 @@ from utils.core.rng import generator
 from utils.core.run_script import run_script
 from utils.data.datasets import RealData, load_dataset
 from utils.data.distilled_file import DistilledFile
-from utils.data.synthetic import SyntheticSet
+from utils.data.synthetic import SyntheticSet, decode, encode
 from utils.methods import augmentation_of
 from utils.outliers.sources import PseudoOutliers, initial_outliers
 from utils.report.plots import save_distilled, save_panels
@@ -174,9 +174,12 @@ def measure(flags: dict, synthetic: SyntheticSet, losses: list[float], networks:
 
 def start_of(flags: dict) -> tuple[RealData, torch.Tensor]:
     """The data of a run, and the outliers that it started from, normalised `[classes·ipc, C, H, W]`."""
-    real = load_dataset(flags["dataset"], flags["data_path"], flags["im_size"], False, flags["zca"])
+    dark, factor = flags.get("pixel_max"), flags.get("factor", 1)
+    real = load_dataset(flags["dataset"], flags["data_path"], flags["im_size"], False, flags["zca"], dark)
     source = PseudoOutliers(real, tuple(flags["corruptions"]), flags.get("mix_corruptions", False))
-    return real, initial_outliers(source, flags["ipc"], flags["seed"], 0)
+    per_slot = flags["ipc"] * factor**2
+    slots = initial_outliers(source, per_slot, flags["seed"], 0).split(per_slot)
+    return real, decode(torch.cat([encode(of_slot, factor) for of_slot in slots]), factor)
 
 
 def before_and_after(firsts: list[tuple[str, dict, SyntheticSet]]) -> list[tuple[str, torch.Tensor]]:

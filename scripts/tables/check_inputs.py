@@ -19,7 +19,7 @@ from utils.core.run_script import run_script
 from utils.data.datasets import DATASET_NAMES, SPECS, RealData, Spec, load_dataset
 from utils.ood.sets import OODSource
 from utils.outliers.sources import load_outlier_pool
-from utils.settings.parser import Parser, one_of
+from utils.settings.parser import Parser, count, one_of
 
 UNKNOWN = Spec(channel=3, side=64, num_classes=2, mean=None, std=None)
 
@@ -32,6 +32,8 @@ def get_args_parser() -> Parser:
     parser.add_argument("--oe_data_path", default=None, help="the pool of outliers for OE, if it is used")
     parser.add_argument("--ood_path", default="data/ood", help="folder of the OOD sets")
     parser.add_argument("--ood_sets", nargs="+", default=[], help="the OOD sets")
+    parser.add_argument("--skip_missing", action="store_true", help="OOD sets may be missing")
+    parser.add_argument("--pixel_max", type=count(1), default=None, help="the value of white, if it is not 255")
     parser.add_argument("--download", choices=("none", "data", "all"), default="data", help="what may be downloaded")
     return parser
 
@@ -51,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
     """Check each input; a `UserError` lists what is missing or damaged in one line."""
     problems = []
     try:
-        real = load_dataset(args.dataset, args.data_path, download=args.download != "none")
+        real = load_dataset(args.dataset, args.data_path, None, args.download != "none", pixel_max=args.pixel_max)
     except UserError as error:
         problems.append(str(error))
         real = stand_in(args.dataset)
@@ -66,7 +68,8 @@ def main(args: argparse.Namespace) -> None:
     )
     for name in dict.fromkeys(args.ood_sets):
         try:
-            problems += [f"--ood_sets {name}: {what}" for what in source.find([name])[1].values()]
+            missing = {} if args.skip_missing else source.find([name])[1]
+            problems += [f"--ood_sets {name}: {what}" for what in missing.values()]
         except UserError as error:  # unknown or damaged
             problems.append(str(error))
     if problems:

@@ -241,8 +241,8 @@ class Table:
     def inputs(self) -> list[str]:
         """The flags of `check_inputs.py`."""
         pool = self._some("oe", "oe_data_path") if self._needs_pool() else {}
-        sets = self._some("stage3", "ood_path", "ood_sets")
-        return self._words(self._some("all", "dataset", "data_path", "download"), sets, pool)
+        sets = self._some("stage3", "ood_path", "ood_sets", "skip_missing")
+        return self._words(self._some("all", "dataset", "data_path", "download", "pixel_max"), sets, pool)
 
     def _needs_pool(self) -> bool:
         return any(kind_named(kind).images == "oe" for kind in self["kinds"])

@@ -84,6 +84,14 @@ def test_the_values_of_a_run(in_process, moves, digits, tmp_path):
             assert values[f"confidence{name}"] == pytest.approx((1 / powers.sum(1)).mean(), rel=1e-4)
 
 
+def test_outliers_in_parts_start_as_the_run_did(in_process, moves, tmp_path):
+    in_process("main_poe.py", *FLAGS, "--seed", 3, "--factor", 2, "--Iteration", 0)
+    (path,) = tmp_path.glob("result-poe/*/Digits/ConvNetD1/2/*/args.json")
+    _, start = moves.start_of(json.loads(path.read_text())["flags"])
+    (file,) = path.parent.glob("res_*.pt")
+    assert torch.equal(start, DistilledFile.open(file).set().decoded().images_oe)
+
+
 def test_the_table(in_process, moves, tmp_path, capsys):
     for seed in (1, 2):
         in_process("main_poe.py", *FLAGS, "--lr_img_oe", 5, "--seed", seed)

@@ -246,6 +246,8 @@ def test_further_detectors(run):
 
 
 def test_inputs_are_checked_before_the_first_stage(run, monkeypatch):
+    seen = []
+
     def refuse(args):
         raise UserError(f"{args.dataset} {args.oe_data_path} {args.download} {' '.join(args.ood_sets)}")
 
@@ -255,6 +257,10 @@ def test_inputs_are_checked_before_the_first_stage(run, monkeypatch):
         run("cifar10", "--set", "all.download=all", "oe.oe_data_path=pool.npy")
     with pytest.raises(UserError, match=r"^CIFAR10 None data "):
         run("cifar10", "--kinds", "plain")
+    monkeypatch.setattr(check_inputs, "main", lambda args: seen.append((args.skip_missing, args.pixel_max)))
+    run(*CIFAR, "--kinds", "plain", out="bright")
+    run(*CIFAR, "--kinds", "plain", "--set", "stage3.skip_missing=true", "all.pixel_max=15", out="dark")
+    assert seen == [(False, None), (True, 15)]
     monkeypatch.setattr(check_inputs, "main", lambda args: None)
     assert {args.download for args in args_of(run(*CIFAR, "--set", "all.download=all")[1])} == {"all"}
 

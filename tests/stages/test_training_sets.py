@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from sklearn.metrics import pairwise_distances
 
 from networks import get_network
-from scripts import runner
+from scripts import runner, trust_report
 from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.distilled_file import DistilledFile
@@ -727,6 +727,28 @@ def test_a_trust_report_has_no_column_twice_and_names_those_at_chance(digits, in
         assert note in (tmp_path / "report" / page).read_text(encoding="utf-8")
 
 
+def test_what_stage_3_would_refuse_is_refused_before_training(made, in_process, refused, monkeypatch):
+    """A missing set is none of it with --skip_missing; and the whole training set is fitted on itself."""
+    asked = []
+    monkeypatch.setattr(trust_report, "run_stages", lambda stages, *_: asked.extend(stages))
+    monkeypatch.setattr(trust_report, "find_runs", lambda *args: [])
+    flags = [made, "--dataset", "Digits", "--model", "MLP", "--num_eval", 1, "--epoch_eval_train", 1, "--out", "report"]
+    for more, message in (
+        (["--ood_sets", "Textures", "patches"], "--ood_sets: Textures is missing"),
+        (["--ood_sets", "Textures", "--skip_missing"], "--ood_sets: none is there"),
+        (["--ood_sets", "patches", "--score", "tscaling"], "--score tscaling: networks are right on the images"),
+        (["--ood_sets", "patches", "--T", 2], "--T 2: only --score energy has a temperature"),
+    ):
+        assert message in refused("scripts.trust_report", *flags, *more)
+    assert not asked
+    more = ["--skip_missing", "--score", "knn", "--fit_on", "distilled", "--baselines", "random", "whole"]
+    in_process("scripts.trust_report", *flags, "--ood_sets", "Textures", "patches", *more)
+    tests = [stage for stage in asked if stage.command[0] == "test_ood_model_syn.py"]
+    fitted = {stage.folder.parent.name: "--fit_on" in stage.command for stage in tests}
+    assert len(fitted) == 5
+    assert [name for name, given in fitted.items() if not given] == ["whole"]
+
+
 def test_a_trust_report_of_images_in_parts(digits, in_process, monkeypatch, tmp_path):
     """All columns see as many images, at the storage of the set, and are trained by the protocol."""
     path, commands = tmp_path / "res_TGDD_Digits_MLP_2ipc.pt", []
@@ -784,6 +806,7 @@ def test_results_of_the_card_are_those_of_stage_3(made, in_process, refused, tmp
     assert math.isfinite(accuracy)
     assert f"| {accuracy:.2f} " in text
     assert f"| {auroc:.2f} " in text
+    assert "Networks trained by protocol dc, 3 epochs, the best checkpoints on the test set." in text
     assert re.search(rf"1 × ConvNetD1, {outliers}\b(?!, corrupted)", text)
 
 

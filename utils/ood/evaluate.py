@@ -70,8 +70,9 @@ def evaluate_ood(
     found = list(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
     wanted = [len(images), real.num_classes]
     require(found == wanted, f"net: gives {found} for {len(images)} images; it must give logits {wanted}")
-    same = last_layer is None or torch.allclose(scorer.inputs(images)["logits"], outputs, rtol=1e-3, atol=1e-3)
-    require(same, f"last_layer {last_layer}: its outputs are not those of the network; name the layer that gives them")
+    head = scorer.model.head_name
+    same = head is None or torch.allclose(scorer.inputs(images)["logits"], outputs, rtol=1e-3, atol=1e-3)
+    require(same, f"last_layer {head}: its outputs are not those of the network; name the layer that gives them")
     scorer.prepare(images, fit, batch)
     return score_networks({0: scorer}, real, sets, batch)[0]
 

@@ -48,8 +48,8 @@ class Scorer:
         plain = None  # images to what enters the last layer, in float32
         if last_layer is not None:
             self.embed = plain = partial(_entering, net, _linear(net, last_layer))
-        elif hasattr(net, "embed"):
-            last_layer, plain = last_layer_name(net), net.embed
+        elif hasattr(net, "embed") and (last_layer := last_layer_name(net)):
+            plain = net.embed
             self.embed = partial(embed or Compute().embedding(net, batch=0), net)
         self.model = Model(net, temperature, std, last_layer, plain)
         # what needs no library can be used at once
@@ -137,9 +137,9 @@ class Scorer:
         return logits, dict(zip(self.scores, scores, strict=True))
 
 
-def last_layer_name(net: nn.Module) -> str:
-    """The name of the linear layer that turns the features of a network of `networks/` into logits."""
-    return next(name for name in ("classifier", "fc", "fc_3") if hasattr(net, name))
+def last_layer_name(net: nn.Module) -> str | None:
+    """The name of the linear layer that turns the features of a network of `networks/` into logits; of others None."""
+    return next((n for n in ("classifier", "fc", "fc_3") if isinstance(getattr(net, n, None), nn.Linear)), None)
 
 
 def _linear(net: nn.Module, name: str) -> nn.Linear:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from utils.compute.version import versions, versions_line
 from utils.data.augment import dc_augmentation
-from utils.report.results import Results, shared_sets
+from utils.report.results import Results, protocol_line, shared_sets
 from utils.report.study import StudyColumn, StudyRow, mean_rows
 from utils.report.tables import markdown_table, render
 
@@ -108,4 +108,6 @@ def measured_table(results: dict[str, Results]) -> str:
     scores = dict.fromkeys(score for r in results.values() for score in r.scores()) if sets else ()
     columns = [StudyColumn("accuracy"), StudyColumn("ece")]
     columns += [StudyColumn(measure, score, sets) for score in scores for measure in ("auroc", "fpr_in")]
-    return mean_rows([StudyRow(f"{len(r.errors)} × {t}", {0: r}) for t, r in results.items()], columns, "networks")
+    rows = [StudyRow(f"{len(r.errors)} × {t}", {0: r}) for t, r in results.items()]
+    trained = protocol_line({row.name: row.protocols for row in rows})
+    return f"{mean_rows(rows, columns, 'networks')}\n\n{trained}"

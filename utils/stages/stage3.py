@@ -34,13 +34,13 @@ from utils.training.network_training import checkpoint_name, checkpoints_of, epo
 
 def run_stage3(settings: Stage3Settings) -> Results:
     """Everything that the stage-3 script does after parsing; under `torchrun` each process tests some networks."""
-    s, device, scores = settings, choose_device(settings.device), _scores(settings)
+    s, device, scores = settings, choose_device(settings.device), scores_of(settings)
     folder, note = _find_networks(s)
     stage2 = Stage2Run(folder)
     s, which, chosen = stage2.checkpoints(s)
     stage2.check_whitening(s.zca)
     real, changed = stage2.as_trained_on(read_data(s).to(device))
-    sets, missing = _find_sets(real, s)
+    sets, missing = find_sets(real, s)
     fit = stage2.fit_set(s.fit_on, real) if need_fitting(scores) else None
     batch = min(s.batch_test, len(real.images_test))  # no set is larger than the test set, nor need a batch be
     with rank_errors():
@@ -181,7 +181,7 @@ class Stage2Run:
         return FitSet(name, synthetic.hard_labels, lambda index: synthetic.images[index], True)
 
 
-def _scores(s: Stage3Settings) -> tuple[str, ...]:
+def scores_of(s: Stage3Settings) -> tuple[str, ...]:
     """The scores that were given, and xent with `--use_xent`; msp if there is none."""
     names = [*(s.score or ()), *(["xent"] if s.use_xent else [])] or ["msp"]
     if s.T != 1.0 and "energy" not in names:
@@ -197,7 +197,7 @@ def _find_networks(s: Stage3Settings) -> Found:
     return find_run_folder(roots, parts, s.folder, pattern, s.is_load_oe)
 
 
-def _find_sets(real: RealData, s: Stage3Settings) -> tuple[list[OODSet], dict[str, str]]:
+def find_sets(real: RealData, s: Stage3Settings) -> tuple[list[OODSet], dict[str, str]]:
     """The OOD sets that are there, those of the paper unless some are named, and what to do for each missing one."""
     if len(real.images_test) < s.num_ood_ratio:
         few = f"nothing is left of {len(real.images_test)} test images"

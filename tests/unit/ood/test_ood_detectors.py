@@ -444,6 +444,29 @@ def test_networks_that_do_not_fit(digits, trained, noise):
             evaluate_ood(more.pop("net", net), digits, sets, scores, fit_set(digits, 1), **more)
 
 
+class Scaled(torch.nn.Module):
+    """A network with an `embed` that does not lead to its logits by its last layer."""
+
+    def __init__(self, net, last):
+        super().__init__()
+        self.embed = net.embed
+        setattr(self, last, last_layer(net))
+        self.last = last
+
+    def forward(self, images):
+        return 3 * getattr(self, self.last)(self.embed(images))
+
+
+def test_an_embedding_that_is_not_what_the_last_layer_takes(digits, trained, noise):
+    """It is not used in the place of the network, whether it looks like ours or has another last layer."""
+    with pytest.raises(UserError, match="last_layer fc: its outputs are not those of the network"):
+        evaluate_ood(Scaled(trained[0], "fc"), digits, {"noise": noise})
+    net = Scaled(trained[0], "top")
+    found = evaluate_ood(net, digits, {"noise": noise})
+    expected = torch.nn.functional.cross_entropy(net(digits.test_images), digits.labels_test).item()
+    assert found.errors["nll"] == pytest.approx(expected, rel=1e-5)
+
+
 class Tuple(torch.nn.Module):
     """A network that gives more than logits."""
 

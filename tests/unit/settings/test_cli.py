@@ -215,11 +215,11 @@ def test_the_documented_lines_parse(name):
 
 def test_given_scores_are_never_dropped():
     from utils.settings.arguments import Stage3Settings
-    from utils.stages.stage3 import _scores
+    from utils.stages.stage3 import scores_of
 
-    assert _scores(Stage3Settings()) == ("msp",)
-    assert _scores(Stage3Settings(use_xent=True)) == ("xent",)
-    assert _scores(Stage3Settings(score=("mls", "energy"), use_xent=True)) == ("mls", "energy", "xent")
+    assert scores_of(Stage3Settings()) == ("msp",)
+    assert scores_of(Stage3Settings(use_xent=True)) == ("xent",)
+    assert scores_of(Stage3Settings(score=("mls", "energy"), use_xent=True)) == ("mls", "energy", "xent")
 
 
 def test_loops_by_ipc(digits):
