@@ -27,6 +27,7 @@ sys.path[0] = str(ROOT)
 
 import torch  # noqa: E402
 
+from utils.compute.version import git_commit  # noqa: E402
 from utils.data.datasets import load_dataset  # noqa: E402
 
 SCRIPTS = ("main", "main_oe", "main_poe", "train_model_synthetic_no_oe", "train_model_synthetic_oe", "train_experts")
@@ -174,6 +175,7 @@ def main() -> None:
     for name in (*SCRIPTS, *LATE):
         importlib.import_module(name)
     load_dataset("Digits", "nowhere")
+    git_commit()
     torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1)
     gc.freeze()  # what all share stays shared
     asked = Server(sys.argv[1]).serve()

@@ -3,6 +3,7 @@
 import platform
 import subprocess
 import sys
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def require_pytorch_ood(what: str) -> None:
         raise UserError(f"{what}: needs the package pytorch-ood: pip install pytorch-ood") from None
 
 
+@cache
 def git_commit() -> str | None:
     """The git commit of this code, with `+changes` if tracked files differ from it; None if it is unknown."""
     here, answer = Path(__file__), ""
