@@ -8,7 +8,7 @@ import torch
 
 from utils.core.errors import blame, require
 from utils.core.torch_files import PLAIN_INTEGERS, read_pt
-from utils.data.datasets import SPECS, RealData
+from utils.data.datasets import RealData
 from utils.data.distilled_file import Normalisation
 from utils.data.synthetic import SyntheticSet, check_factor, decode, in_classes_of, is_probabilities
 from utils.exchange.assumptions import Assumptions
@@ -60,7 +60,7 @@ def read_distilled(
         labels = labels.repeat(factor**2, *[1] * (labels.ndim - 1))
         line = (
             f"distilled set: {where}, format {files.format}: {len(images)} images, {real.num_classes} classes, "
-            f"labels {kind}, {_in_words(normalisation, real)}, decoding factor {factor}, learning rate "
+            f"labels {kind}, {_in_words(normalisation)}, decoding factor {factor}, learning rate "
             f"{'not stored' if raw.lr_net is None else f'{raw.lr_net:g}'}"
         )
         images_oe, line_oe = None, ""
@@ -178,15 +178,14 @@ def _outliers(
         images = checked_images(content, real, Path(paths[0]))
         if not (assumed.distilled_space or assumed.statistics):
             check_guess(images, of_images.space, real, paths[0])
-    line = f"outliers: {paths[0]}, {len(images)} images, {_in_words(of_images, real)}"
+    line = f"outliers: {paths[0]}, {len(images)} images, {_in_words(of_images)}"
     return _in_training_space(images, of_images, real), line
 
 
-def _in_words(normalisation: Normalisation, real: RealData) -> str:
+def _in_words(normalisation: Normalisation) -> str:
     if normalisation.space == "zca":
         return "whitened (ZCA)"
     if normalisation.space == "unit":
         return "pixels from 0 to 1"
     mean, std = (" ".join(f"{v:.4g}" for v in values) for values in normalisation.statistics)
-    of = next((n for n, s in SPECS.items() if s.mean and s.mean == normalisation.statistics[0]), None)
-    return f"normalised with mean {mean} and deviation {std}{f' ({of})' if of and of != real.name else ''}"
+    return f"normalised with mean {mean} and deviation {std}"

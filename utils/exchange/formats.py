@@ -17,7 +17,7 @@ from utils.core.files import read_npz
 from utils.core.images import ImageReader, image_suffixes, is_content
 from utils.core.pixels import in_full_range, unit_images
 from utils.core.torch_files import PLAIN_TENSORS, read_pt
-from utils.data.datasets import SPECS, RealData
+from utils.data.datasets import RealData
 from utils.data.distilled_file import NOT_STATED, DistilledFile, Normalisation
 
 SPACES = ("normalised", "unit", "zca")
@@ -33,6 +33,7 @@ FORMATS = {
 ACCEPTED = "Accepted: " + "; ".join(f"{name}: {what}" for name, what in FORMATS.items())
 BY_SUFFIX = {".safetensors": "published", ".npz": "kip"}
 SAFETENSORS = "distilled.safetensors"
+MTT_STATISTICS = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # MTT's for CIFAR-10, and for CIFAR-100, too
 STATED = ("res", "published")  # formats whose files say themselves what the images are
 
 
@@ -196,7 +197,7 @@ def checked_images(images: object, real: RealData, path: Path) -> torch.Tensor:
 
 
 def _read_tensors(files: SetFiles, real: RealData) -> RawSet:
-    """MTT and its descendants. CIFAR-100 was normalised with the statistics of CIFAR-10 there."""
+    """MTT and its descendants."""
     images, labels = checked_images(files.content, real, files.images), read_pt(files.labels)
     require(isinstance(labels, torch.Tensor), f"{files.labels} is no tensor of labels; write it again")
     lr = read_pt(files.lr) if files.lr else None
@@ -209,8 +210,10 @@ def _read_tensors(files: SetFiles, real: RealData) -> RawSet:
         space = "unit"
     elif any(files.images.parent.glob("images_zca_*.pt")):  # MTT writes it for some iterations only
         space = "zca"
-    statistics = (SPECS["CIFAR10"].mean, SPECS["CIFAR10"].std) if real.name == "CIFAR100" else None
-    return RawSet(images, labels.detach(), None, lr, Normalisation(space, statistics))
+    statistics = MTT_STATISTICS if real.name in ("CIFAR10", "CIFAR100") else None
+    note = "the statistics are those of MTT's code; of others, give --distilled_mean and --distilled_std"
+    is_assumed = statistics is not None and files.format == "mtt" and space is None
+    return RawSet(images, labels.detach(), None, lr, Normalisation(space, statistics), note if is_assumed else "")
 
 
 def _read_pair(files: SetFiles, real: RealData) -> RawSet:

@@ -105,19 +105,26 @@ def test_the_last_iteration_is_read(real, pixels, tmp_path):
     assert torch.equal(read(real, tmp_path).images, real.normalize(pixels))
 
 
-def test_mtt_normalises_cifar100_as_cifar10(tmp_path):
+@pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
+def test_mtt_has_statistics_of_its_own(tmp_path, name):
+    """Those of CIFAR-10, for CIFAR-100, too; they are not ours, and the user is told."""
     g = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (100, 3, 32, 32), dtype=torch.uint8, generator=g)
-    spec, labels = SPECS["CIFAR100"], torch.arange(100)
-    cifar100 = RealData("CIFAR100", 100, spec.mean, spec.std, images, labels, images, labels)
-    ten = SPECS["CIFAR10"]
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (ten.mean, ten.std))
+    spec = SPECS[name]
+    labels = torch.arange(100) % spec.num_classes
+    real = RealData(name, spec.num_classes, spec.mean, spec.std, images, labels, images, labels)
+    statistics = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in statistics)
     save_all(tmp_path, images_best=(images / 255 - mean) / std, labels_best=labels)
     torch.save((images / 255 - mean) / std, tmp_path / "oe.pt")
-    found = read_distilled([str(tmp_path)], cifar100, Assumptions(), outliers=[str(tmp_path / "oe.pt")])
+    found = read_distilled([str(tmp_path)], real, Assumptions(), outliers=[str(tmp_path / "oe.pt")])
     for tensor in (found.synthetic.images, found.synthetic.images_oe):
-        assert torch.allclose(tensor, cifar100.normalize(images / 255), atol=1e-5)
-    assert all("(CIFAR10)" in line for line in found.lines)
+        assert torch.allclose(tensor, real.normalize(images / 255), atol=1e-5)
+    told = "\n".join(found.lines)
+    assert told.count("normalised with mean 0.4914 0.4822 0.4465 and deviation 0.2023 0.1994 0.201") == 2
+    assert "the statistics are those of MTT's code; of others, give --distilled_mean and --distilled_std" in told
+    given = Assumptions(distilled_mean=spec.mean, distilled_std=spec.std)
+    assert torch.equal(read_distilled([str(tmp_path)], real, given).synthetic.images, (images / 255 - mean) / std)
 
 
 def test_mtt_with_zca(real, pixels, tmp_path):
