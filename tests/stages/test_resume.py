@@ -171,21 +171,10 @@ SMALL = "--dataset Digits --model MLP --seed 3 --dsa_strategy color_crop_cutout_
 EXPERTS = f"{SMALL} --num_experts 2 --train_epochs 8 --batch_train 32 --batch_oe 8 --outliers poe".split()
 OTHERS = f"{SMALL} --ipc 1 --num_exp 1 --num_eval 1 --epoch_eval_train 30 --Iteration 40 --eval_interval 10".split()
 OTHERS += ["--checkpoint_interval", 3]
-BUFFERS = ["--buffer_path", "../buffers"]
 OF_METHOD = {
     "DM": ["--method", "DM", "--batch_real", 64, "--batch_oe", 64],
-    "MTT": [
-        "--method",
-        "MTT",
-        "--syn_steps",
-        10,
-        "--max_start_epoch",
-        4,
-        "--lr_img",
-        10,
-        *BUFFERS,
-    ],
-    "TGDD": ["--method", "TGDD", "--feature_distance", "cf", "--batch_real", 32, "--batch_oe", 8, *BUFFERS],
+    "MTT": ["--method", "MTT", "--syn_steps", 10, "--max_start_epoch", 4, "--lr_img", 10],
+    "TGDD": ["--method", "TGDD", "--feature_distance", "cf", "--batch_real", 32, "--batch_oe", 8],
 }
 
 
@@ -200,21 +189,24 @@ def kill_often(processes, cwd, script, flags, times=3):
     processes.run(cwd, script, [*flags, *resumed])
 
 
-def test_killed_experts_end_with_the_same_bits(processes, tmp_path):
-    for name in ("whole", "cut"):
-        (tmp_path / name).mkdir()
-    processes.run(tmp_path / "whole", "train_experts.py", EXPERTS)
-    kill_often(processes, tmp_path / "cut", "train_experts.py", EXPERTS)
-    a, b = (sorted((tmp_path / name).rglob("replay_buffer_*.pt")) for name in ("whole", "cut"))
+@pytest.fixture(scope="module")
+def experts(processes, tmp_path_factory):
+    """The folder where experts were trained without interruption."""
+    folder = tmp_path_factory.mktemp("experts")
+    processes.run(folder, "train_experts.py", EXPERTS)
+    return folder
+
+
+def test_killed_experts_end_with_the_same_bits(processes, experts, tmp_path):
+    kill_often(processes, tmp_path, "train_experts.py", EXPERTS)
+    a, b = (sorted(folder.rglob("replay_buffer_*.pt")) for folder in (experts, tmp_path))
     assert len(a) == len(b) == 2
     assert all(same_tensors(load(x), load(y)) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("method", OF_METHOD)
-def test_killed_distillation_of_other_methods_ends_with_the_same_bits(processes, tmp_path, method):
-    if method in ("MTT", "TGDD"):
-        processes.run(tmp_path, "train_experts.py", EXPERTS)
-    flags = [*OTHERS, *OF_METHOD[method]]
+def test_killed_distillation_of_other_methods_ends_with_the_same_bits(processes, experts, tmp_path, method):
+    flags = [*OTHERS, *OF_METHOD[method], *([] if method == "DM" else ["--buffer_path", experts / "buffers"])]
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     processes.run(tmp_path / "whole", "main_poe.py", flags)
