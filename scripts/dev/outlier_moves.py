@@ -173,7 +173,7 @@ def measure(flags: dict, synthetic: SyntheticSet, losses: list[float], networks:
 
 
 def start_of(flags: dict) -> tuple[RealData, torch.Tensor]:
-    """The data of a run, and the outliers that it started from, normalised `[classes·ipc, C, H, W]`."""
+    """The data of a run, and the outliers that it started from, normalised and decoded `[M, C, H, W]`."""
     dark, factor = flags.get("pixel_max"), flags.get("factor", 1)
     real = load_dataset(flags["dataset"], flags["data_path"], flags["im_size"], False, flags["zca"], dark)
     source = PseudoOutliers(real, tuple(flags["corruptions"]), flags.get("mix_corruptions", False))
@@ -193,8 +193,10 @@ def before_and_after(firsts: list[tuple[str, dict, SyntheticSet]]) -> list[tuple
     before, after = [], []
     for name, flags, synthetic in firsts:
         real, start = start_of(flags)
+        parts = (flags.get("factor", 1) ** 2, real.num_classes, -1)  # part by part, as decoding leaves them
         first, last = (
-            real.denormalize(images).unflatten(0, (real.num_classes, -1)) for images in (start, synthetic.images_oe)
+            real.denormalize(images).unflatten(0, parts).transpose(0, 1).flatten(1, 2)
+            for images in (start, synthetic.images_oe)
         )
         if not any(torch.equal(first, shown) for _, shown in before):
             before.append((f"{name}: before", first))

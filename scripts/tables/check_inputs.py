@@ -68,8 +68,8 @@ def main(args: argparse.Namespace) -> None:
     )
     for name in dict.fromkeys(args.ood_sets):
         try:
-            missing = {} if args.skip_missing else source.find([name])[1]
-            problems += [f"--ood_sets {name}: {what}" for what in missing.values()]
+            missing = source.find([name])[1].values()
+            problems += [] if args.skip_missing else [f"--ood_sets {name}: {what}" for what in missing]
         except UserError as error:  # unknown or damaged
             problems.append(str(error))
     if problems:

@@ -135,7 +135,7 @@ def test_the_gradient_is_that_of_the_sum_of_both_losses(tiny_real, experts, outl
 
 
 @pytest.mark.parametrize("experts", ["ConvNetD1", "ConvNetBN"], indirect=True)
-def test_images_and_outliers_are_classified_together(tiny_real, experts, request):
+def test_images_and_outliers_are_classified_together(tiny_real, experts, request, monkeypatch):
     """With BatchNorm in one pass, as experts were trained; without it the parts of a pass change nothing."""
     model = request.node.callspec.params["experts"]
     method = make(tiny_real, experts, replace(SETTINGS, model=model, dsa_strategy=named(STRATEGY)))
@@ -153,7 +153,8 @@ def test_images_and_outliers_are_classified_together(tiny_real, experts, request
         assert (gradient.double() - wanted).norm() < 1e-4 * wanted.norm()
     if model == "ConvNetD1":
         method.classifier.float()
-        method._slots_together = lambda slots, decoded: 2
+        monkeypatch.setattr("utils.methods.snapshot_matching.CHUNK_IMAGES", 16)  # two of the three slots
+        method.splitter.count = lambda images, *lengths: 4
         in_parts = method._classification(kinds, generator(1))
         torch.testing.assert_close(in_parts[0], found)
         torch.testing.assert_close(in_parts[1], gradients)

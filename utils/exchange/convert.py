@@ -12,7 +12,7 @@ from utils.data.datasets import RealData
 from utils.data.distilled_file import Normalisation
 from utils.data.synthetic import SyntheticSet, check_factor, decode, in_classes_of, is_probabilities
 from utils.exchange.assumptions import Assumptions
-from utils.exchange.formats import STATED, RawSet, checked_images, find_files, read_raw
+from utils.exchange.formats import MTT_STATISTICS, STATED, RawSet, checked_images, find_files, read_raw
 
 DEFAULT_SPACE = {"datm": "zca", "idc": "unit", "folders": "unit"}  # others: normalised
 DEFAULT_FACTOR = {"idc": 2}
@@ -63,6 +63,9 @@ def read_distilled(
             f"labels {kind}, {_in_words(normalisation)}, decoding factor {factor}, learning rate "
             f"{'not stored' if raw.lr_net is None else f'{raw.lr_net:g}'}"
         )
+        note = raw.note
+        if normalisation.space == "normalised" and normalisation.statistics is MTT_STATISTICS:
+            note = "the statistics are those of MTT's code; of others, give --distilled_mean and --distilled_std"
         images_oe, line_oe = None, ""
         if outliers:
             images_oe, line_oe = _outliers(outliers, real, assumed, exp_idx, normalisation)
@@ -70,7 +73,7 @@ def read_distilled(
             images_oe = _in_training_space(decode(raw.images_oe, raw.factor or 1, fill), normalisation, real)
         synthetic = SyntheticSet(images, labels, images_oe, raw.lr_net)
         synthetic = in_classes_of(real, synthetic, raw.class_names, where)
-    return Found(synthetic, tuple(text for text in (line, raw.note, line_oe) if text), len(raw.images), factor)
+    return Found(synthetic, tuple(text for text in (line, note, line_oe) if text), len(raw.images), factor)
 
 
 def _normalisation(raw: RawSet, form: str, real: RealData, assumed: Assumptions, where: str) -> Normalisation:

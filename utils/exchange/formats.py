@@ -211,9 +211,7 @@ def _read_tensors(files: SetFiles, real: RealData) -> RawSet:
     elif any(files.images.parent.glob("images_zca_*.pt")):  # MTT writes it for some iterations only
         space = "zca"
     statistics = MTT_STATISTICS if real.name in ("CIFAR10", "CIFAR100") else None
-    note = "the statistics are those of MTT's code; of others, give --distilled_mean and --distilled_std"
-    is_assumed = statistics is not None and files.format == "mtt" and space is None
-    return RawSet(images, labels.detach(), None, lr, Normalisation(space, statistics), note if is_assumed else "")
+    return RawSet(images, labels.detach(), None, lr, Normalisation(space, statistics))
 
 
 def _read_pair(files: SetFiles, real: RealData) -> RawSet:

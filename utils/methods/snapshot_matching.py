@@ -19,13 +19,13 @@ from utils.compute.transfer import send, send_draws
 from utils.core.rng import generator
 from utils.data.augment import apply_by_slot, identity
 from utils.data.synthetic import decode_slots, on_stored
-from utils.methods.distribution_matching import FeatureMatching
+from utils.methods.distribution_matching import CHUNK_IMAGES, FeatureMatching
 from utils.methods.experts import ExpertBuffer, OnExperts, with_experts, without_running_statistics
 from utils.methods.method import MethodEntry, MethodInputs, Spread
 from utils.settings.distillation import ExpertSettings
 from utils.settings.fields import flag, only
 from utils.settings.parser import count, number
-from utils.training.losses import joint_loss
+from utils.training.losses import joint_loss, joint_parts
 
 CF_SCALE = 300.0  # of the distance of characteristic functions, as published
 
@@ -100,7 +100,7 @@ class SnapshotMatching(FeatureMatching):
         """AdamW without decay: gradients of snapshots differ in size by orders of magnitude. Or SGD, as published, with
         a learning rate for pixels in [0, 1]."""
         if self.settings.published:
-            std = sum(self.real.std) / len(self.real.std)
+            std = sum(self.real.std) / len(self.real.std) if self.real.zca is None else 1.0
             return super().optimizer(images, lr / std**2)
         return torch.optim.AdamW(images, lr=lr, weight_decay=0.0)
 
@@ -170,17 +170,28 @@ class SnapshotMatching(FeatureMatching):
             draws = [[self.augmentation.draw(n, self.real.im_size, g) for _ in range(slots)] for _ in kinds]
             transforms = [send_draws(of_kind, self.device) for of_kind in draws]
         labels = torch.arange(slots, device=self.device).repeat_interleave(n).view(slots, n)
-        size = self._slots_together(slots, torch.cat([*kinds], 1))
+        size = slots if self.has_batchnorm else max(1, CHUNK_IMAGES // (n * len(kinds)))
         for first in range(0, slots, size):
             part = slice(first, first + size)
             leaves = [images[part].detach().requires_grad_() for images in kinds]
             augmented = [apply_by_slot(leaf, t[part]).flatten(0, 1) for leaf, t in zip(leaves, transforms, strict=True)]
-            logits = self.logits(torch.cat(augmented))
-            loss = joint_loss(logits, labels[part].flatten(), self.settings.lambda_oe) * (len(leaves[0]) / slots)
-            for gradient, found in zip(gradients, torch.autograd.grad(loss, leaves), strict=True):
-                gradient[part] = found
-            total += loss.detach()
+            value, on_augmented = self._joint_loss(torch.cat(augmented), labels[part].flatten())
+            share = len(leaves[0]) / slots
+            found = torch.autograd.grad(torch.cat(augmented), leaves, share * on_augmented)
+            for gradient, of_part in zip(gradients, found, strict=True):
+                gradient[part] = of_part
+            total += share * value
         return total, gradients
+
+    def _joint_loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The joint loss of images followed by outliers, and its gradient on them; on a CPU, in parts."""
+        seen, total = images.detach().requires_grad_(), images.new_zeros(())
+        parts = joint_parts(seen, labels, None if self.has_batchnorm else self.splitter)
+        for some, of_some in parts:
+            loss = joint_loss(self.logits(some), of_some, self.settings.lambda_oe) / len(parts)
+            loss.backward(inputs=[seen])
+            total += loss.detach()
+        return total, seen.grad
 
 
 def _workload(inputs: MethodInputs) -> Workload:

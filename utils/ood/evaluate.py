@@ -70,9 +70,10 @@ def evaluate_ood(
     found = list(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
     wanted = [len(images), real.num_classes]
     require(found == wanted, f"net: gives {found} for {len(images)} images; it must give logits {wanted}")
-    head = scorer.model.head_name
-    same = head is None or torch.allclose(scorer.inputs(images)["logits"], outputs, rtol=1e-3, atol=1e-3)
-    require(same, f"last_layer {head}: its outputs are not those of the network; name the layer that gives them")
+    if not scorer.leads_to(outputs, images):
+        told = f"last_layer {last_layer}: its outputs are not those of the network; name the layer that gives them"
+        require(last_layer is None, told)
+        scorer.model.head_name = None  # the network's `embed` is something else than in `networks/`
     scorer.prepare(images, fit, batch)
     return score_networks({0: scorer}, real, sets, batch)[0]
 

@@ -114,6 +114,14 @@ class Scorer:
                 f"--score {name}: {what}: {one_line(error)}. Fit it on more images (--fit_on real), or leave it out"
             ) from None
 
+    def leads_to(self, outputs: torch.Tensor, images: torch.Tensor) -> bool:
+        """Whether the logits that scores take of images are the network's outputs for them."""
+        try:
+            logits = self.inputs(images)["logits"]
+        except (RuntimeError, TypeError, AttributeError, IndexError):  # no features, or others than the layer takes
+            return False
+        return logits.shape == outputs.shape and torch.allclose(logits, outputs, rtol=1e-3, atol=1e-3)
+
     @torch.no_grad()
     def inputs(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """What scores take: images and logits, and if the last layer is known, features and perhaps maps."""

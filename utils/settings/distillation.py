@@ -77,14 +77,7 @@ class Distilling(
     )
     num_exp: int = main_flag(5, "independent distillations")
     Iteration: int = main_flag(1000, "updates of the synthetic images", count(0))
-    eval_interval: int = flag(
-        500,
-        "updates between two evaluations; the last update is always evaluated",
-        needs=Need(
-            lambda s: not s.evaluates_only_the_last,
-            "--eval_mode {eval_mode} evaluates only the last update; leave one of them out",
-        ),
-    )
+    eval_interval: int = flag(500, "updates between two evaluations; the last update is always evaluated")
     lr_img: float = flag(0.1, "learning rate of the synthetic images", number(0, exclusive=True))
     batch_real: int = flag(256, "real images per class and step; lower it when memory is short")
     init: str = main_flag("noise", "noise or real images; real converges faster", names=("noise", "real"))
@@ -168,7 +161,7 @@ class ExpertSettings(
             "lambda_oe": self.lambda_oe,
             "seed": self.seed,
             "augmentation": None if self.dsa_strategy is None else self.dsa_strategy.split("_"),
-        } | ({"num_oe_per_class": self.num_oe_per_class} if self.outliers == "oe" else {})
+        }
 
 
 def source_of(s: Distilling | ExpertSettings, real: RealData) -> OutlierSource | None:

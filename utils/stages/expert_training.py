@@ -45,6 +45,7 @@ def _train_in_folder(settings: ExpertSettings, real: RealData) -> None:
     net, shape = real.network(s.model, generator(s.seed)), (real.channel, *real.im_size)
     compute = choose_compute(s.compile, s.precision, real.device, net, shape, experts_workload(s, real))
     about = describe(real, s.model, outliers, s.lambda_oe) | {"training": s.about()}
+    about |= {"num_oe_per_class": s.num_oe_per_class} if s.outliers == "oe" else {}
     folder = expert_folder(s.buffer_path, real, s.model)
     done = f"{s.num_experts} experts of {s.train_epochs} epochs: {folder}"
     files = [folder / f"replay_buffer_{index}.pt" for index in range(s.num_experts)]

@@ -104,10 +104,11 @@ def stage2_workload(num_networks: int, settings: TrainSettings, real: RealData, 
 
 
 def _fingerprints(s: Stage2Settings, real: RealData, synthetic: SyntheticSet) -> dict[str, str]:
-    """Fingerprints of all that a run reads, by flag; the whole training set is read from `--data_path` alone."""
-    prints = {"data_path": real.fingerprint()}
-    if s.train_on != "whole":
-        prints["load_path"] = fingerprint((synthetic.images, synthetic.labels, synthetic.images_oe))
+    """Fingerprints of all that a run reads, by flag. The images of the whole training set are those of `--data_path`;
+    normalised, they differ from device to device."""
+    prints, images = {"data_path": real.fingerprint()}, None if s.train_on == "whole" else synthetic.images
+    if images is not None or synthetic.images_oe is not None:
+        prints["load_path"] = fingerprint((images, synthetic.labels, synthetic.images_oe))
     pool = synthetic.fresh_oe and synthetic.fresh_oe.source.fingerprint()
     return prints | ({"oe_data_path": pool} if pool else {})
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from utils.compute import distributed
 from utils.core.errors import UserError
@@ -81,9 +81,16 @@ def labelled_images(
     else:
         made = coreset(s.train_on, real, ipc, feature_network()) if distributed.is_main() else None
         images, how = distributed.from_main(made), f"by {s.train_on}"
-    shrunk = replace(images, images=as_parts(images.images, s.factor))
+    shrunk = replace(images, images=_as_stored(images.images, s.factor, real))
     parts = f", shrunk to the parts of {s.ipc}" if s.factor > 1 else ""
     return TrainingSet(shrunk, (f"baseline: {ipc} real images per class{parts}, chosen {how}",), factor=s.factor)
+
+
+def _as_stored(images: Tensor, factor: int, real: RealData) -> Tensor:
+    """Images as they look once they were stored in parts; whitened ones are shrunk as pixels."""
+    if factor == 1 or real.zca is None:
+        return as_parts(images, factor)
+    return real.normalize(as_parts(real.denormalize(images.to(real.device)), factor)).to(images.device)
 
 
 def with_outliers(
@@ -108,7 +115,7 @@ def with_outliers(
             net, how = feature_network() if distributed.is_main() else None, "chosen by k-center"
             found = net and k_center_outliers(source, per_slot, net, s.seed, together=True).cpu()
             images = distributed.from_main(found)
-        made = replace(synthetic, images_oe=as_parts(images, chosen.factor))
+        made = replace(synthetic, images_oe=_as_stored(images, chosen.factor, real))
         chosen = chosen.changed(made, f"outliers, not distilled: {len(made.images_oe)} {_named(s)}, {how}")
     return with_new_outliers(s, chosen, real)
 

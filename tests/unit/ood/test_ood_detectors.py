@@ -458,13 +458,19 @@ class Scaled(torch.nn.Module):
 
 
 def test_an_embedding_that_is_not_what_the_last_layer_takes(digits, trained, noise):
-    """It is not used in the place of the network, whether it looks like ours or has another last layer."""
+    """It is not used in the place of the network, whether it looks like ours, gives a wrong size, or has another last
+    layer."""
+    narrow = Scaled(trained[0], "fc")
+    narrow.forward = lambda images: 2 * trained[0](images)
+    narrow.embed = lambda images: trained[0].embed(images)[:, :3]
+    for net in (Scaled(trained[0], "fc"), Scaled(trained[0], "top"), narrow):
+        found = evaluate_ood(net, digits, {"noise": noise})
+        expected = torch.nn.functional.cross_entropy(net(digits.test_images), digits.labels_test).item()
+        assert found.errors["nll"] == pytest.approx(expected, rel=1e-5)
+        with pytest.raises(UserError, match="--score knn: needs the last layer of the network: give last_layer"):
+            evaluate_ood(net, digits, {"noise": noise}, ["knn"], fit_set(digits, 1))
     with pytest.raises(UserError, match="last_layer fc: its outputs are not those of the network"):
-        evaluate_ood(Scaled(trained[0], "fc"), digits, {"noise": noise})
-    net = Scaled(trained[0], "top")
-    found = evaluate_ood(net, digits, {"noise": noise})
-    expected = torch.nn.functional.cross_entropy(net(digits.test_images), digits.labels_test).item()
-    assert found.errors["nll"] == pytest.approx(expected, rel=1e-5)
+        evaluate_ood(narrow, digits, {"noise": noise}, last_layer="fc")
 
 
 class Tuple(torch.nn.Module):

@@ -105,6 +105,7 @@ WRITTEN = {
         "--method TGDD --ce_weight 0",
         "--method DM --lr_img 0.1 --Iteration 1000",
         "--method MTT --lr_lr 3e-7 --max_experts 2",
+        "--method TGDD --feature_distance cf --cf_frequencies 9 --eval_mode M",
     ],
     "main_oe.py": [
         "--lambda_oe 0",
