@@ -364,6 +364,16 @@ def test_inputs_that_changed_are_noticed(whole, copied, refused):
     assert "--data_path: the data differ from those" in refused("main_poe.py", "--resume", folder)
 
 
+@pytest.mark.parametrize(
+    ("outliers", "expected"), [("corrupt", {"data_path"}), ("initial", {"data_path", "load_path"})]
+)
+def test_the_whole_set_is_known_by_its_data(in_process, tmp_path, outliers, expected):
+    """Its normalised images differ from device to device, and a run may be resumed on another; outliers are stored."""
+    flags = [*SMALL.split(), "--train_on", "whole", "--outliers", outliers, "--num_eval", 1, "--epoch_eval_train", 1]
+    in_process("train_model_synthetic_oe.py", *flags, *(["--ipc", 1] if outliers == "initial" else []))
+    assert set(json.loads((run_folder(tmp_path) / "args.json").read_text())["inputs"]) == expected
+
+
 def test_a_distilled_set_that_changed_or_moved(whole, copied, in_process, refused, tmp_path):
     script = "train_model_synthetic_oe.py"
     (made,) = (whole / "one").rglob("res_*.pt")

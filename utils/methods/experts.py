@@ -153,7 +153,9 @@ class OnExperts(Distilling, Buffers):
         names=("never", "auto"),
         may_change=True,
     )
-    max_experts: int | None = flag(None, "use only this many experts, the first ones; left out: all", count(1))
+    max_experts: int | None = flag(
+        None, "use only this many experts, the first ones, and train no more; left out: all", count(1)
+    )
 
     @property
     def last_epoch(self) -> int:

@@ -280,7 +280,7 @@ class Scores(Settings):
     fit_on: str | None = flag(
         None,
         "what detectors are fitted on: the distilled set of these networks, or the real training set; left out: the "
-        "set that they were trained on. knn, mahalanobis and the like need more images than a small ipc has",
+        "set that they were trained on. knn, mahalanobis and the like gain from the many images of the real one",
         names=("distilled", "real"),
     )
     T: float = flag(1.0, "temperature of --score energy", number(0, exclusive=True))
