@@ -262,7 +262,7 @@ def _read_tinyimagenet(data_path: Path, reader: ImageReader) -> tuple[Arrays, Se
         )
         return parts
     missing = f"{path} is not there, nor {inner / 'train'}; TinyImageNet is read from that file or that folder"
-    require(path.is_file(), f"{missing} (see README, Data)")
+    require(path.is_file(), f"{missing} (see docs/your-data.md)")
     data, keys = read_pt(path), ("images_train", "labels_train", "images_val", "labels_val")
     arrays = [data.get(key) if isinstance(data, dict) else None for key in keys]
     accepted = f"it must hold the keys classes, {', '.join(keys)}: images uint8 [N, 3, 64, 64], labels integers [N]"
