@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from utils.core.files import save_text
 from utils.core.run_script import run_script
 
 DONE = "done"
+BEGUN = "begun"  # a file in the folder of a stage that is not resumed but made anew
 POLL = 0.05  # seconds between two looks at the processes
 
 
@@ -56,15 +57,21 @@ class Stage:
             UserError: when the folder was made by other commands.
         """
         path = self.folder / DONE if self.folder else None
-        text = path.read_text(encoding="utf-8") if path and path.is_file() else ""
-        now = "\n".join(self.lines()) + "\n"
-        if text in ("", now):
+        return path is not None and path.is_file() and self.check_same(path)
+
+    def check_same(self, path: Path, neutral: Callable[[str], str] = str) -> bool:
+        """Compare the commands in a file `done` with those of this stage, in any order of the flags; False if it is
+        empty. `neutral` takes out of commands what may differ.
+
+        Raises:
+            UserError: when they differ.
+        """
+        text = path.read_text(encoding="utf-8")
+        old, new = _flags(neutral(text)), _flags(neutral("\n".join(self.lines())))
+        if not text or old == new:
             return bool(text)
-        old, new = _flags(text), _flags(now)
-        if old == new:  # in another order
-            return True
         raise UserError(
-            f"--out: {self.folder.parent} was made with other flags: {_shown(old - new)}; now it has "
+            f"--out: {path.parents[1]} was made with other flags: {_shown(old - new)}; now it has "
             f"{_shown(new - old)}. Give another --out, or remove it"
         )
 
@@ -162,7 +169,7 @@ class _Pool:
                 words = stage.words()
                 print(*[stage.title] if stage.title else [], f"$ python {shlex.join(words)}", sep="\n", flush=True)
                 if stage.folder is not None and words[0] == "test_ood_model_syn.py":
-                    shutil.rmtree(stage.folder, ignore_errors=True)  # it is quick, and does not resume
+                    _empty(stage.folder)  # it is quick, and does not resume
                 self.running[place] = stage, start(words, stage.folder, place, self.jobs)
 
     def _collect(self) -> None:
@@ -178,6 +185,19 @@ class _Pool:
                 self.status = self.status or (status if status > 0 else 128 - status)
             elif stage.folder is not None:
                 save_text(stage.folder / DONE, "\n".join(stage.lines()) + "\n")
+
+
+def _empty(folder: Path) -> None:
+    """Remove what a stopped stage left in a folder that this script made, and make it.
+
+    Raises:
+        UserError: when the folder holds anything that this script has not begun.
+    """
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / BEGUN).exists():
+        raise UserError(f"--out: {folder} holds files that this script did not write; give another folder")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / BEGUN).touch()
 
 
 def start(words: Sequence[str], folder: Path | None, place: int, jobs: int) -> subprocess.Popen:

@@ -107,14 +107,15 @@ def tables_of(table: Mapping) -> tuple[str, list[Rows]]:
 
 
 def told_once(trained: Iterable[str]) -> list[str]:
-    """The sentences that name a protocol which none before them named."""
-    told: set[str] = set()
+    """The sentences that say more than those before them: a protocol, or a row that was trained by it."""
+    told: dict[str, str] = {}  # whose networks, by protocol
     sentences = []
     for sentence in filter(None, trained):
-        protocols = {whose.partition(":")[0] for whose in sentence.removesuffix(".").split("protocol ")[1].split("; ")}
-        if not protocols <= told:
+        parts = sentence.removesuffix(".").split("protocol ")[1].split("; ")
+        found = {protocol: whose for protocol, _, whose in (part.partition(": ") for part in parts)}
+        if any(protocol not in told or whose not in told[protocol] for protocol, whose in found.items()):
             sentences.append(sentence)
-        told |= protocols
+        told |= {protocol: told.get(protocol, "") + whose for protocol, whose in found.items()}
     return sentences
 
 

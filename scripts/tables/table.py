@@ -11,6 +11,7 @@ Results: OUT/ipc<n>/<kind>/seed<s>/{1-distilled,2-networks,3-ood}, and for each 
 import argparse
 import hashlib
 import importlib
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ import utils  # noqa: F401  # isort: skip (before torch: it tells OpenMP how to 
 import yaml
 
 from scripts.kinds import DISTILLED, Kind, kind_named
-from scripts.runner import Stage, run_stages, to_run
+from scripts.runner import DONE, Stage, run_stages, to_run
 from scripts.tables import check_inputs
 from utils.core.errors import UserError, one_line, unknown_name
 from utils.core.run_script import run_script
@@ -167,11 +168,14 @@ class Table:
         return [score for score in self["detectors"] if (score, fit) != ("tscaling", "distilled")]
 
     def measure(self, cell: Cell) -> Stage:
-        """Stage 3 of a cell."""
+        """Stage 3 of a cell; a `UserError` tells that other seeds of its kind were measured in another way."""
         trained = self.train(replace(cell, fit=""))
         own = {"score": self._detectors(cell.fit), "fit_on": cell.fit} if cell.fit else {}
         flags = self._flags(cell, {"num_exp": self["networks"], "load_path": [str(trained.folder)]}, "stage3", own)
-        return self._stage("test_ood_model_syn.py", flags, self.out / cell.folder / "3-ood", trained)
+        stage = self._stage("test_ood_model_syn.py", flags, self.out / cell.folder / "3-ood", trained)
+        for done in sorted((self.out / cell.folder).parent.glob(f"seed*/3-ood/{DONE}")):
+            stage.check_same(done, lambda text: re.sub(r"/seed\d+/|--seed \d+", "", text))
+        return stage
 
     def train(self, cell: Cell) -> Stage:
         """Stage 2 of a cell."""

@@ -1,7 +1,10 @@
 """The runner of stages: several at once."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from scripts import runner
 from scripts.runner import Stage, run_stages
 from utils.core.errors import UserError
 
@@ -48,3 +51,19 @@ def test_only_the_same_commands_are_done(tmp_path, made, told):
     else:
         with pytest.raises(UserError, match=f"made with other flags: {told}"):
             stage.is_done()
+
+
+def test_results_that_were_there_are_not_removed(tmp_path, monkeypatch):
+    """Stage 3 is made anew in a folder of the runner's own alone."""
+    monkeypatch.setattr(runner, "start", lambda *_: SimpleNamespace(poll=lambda: 1))
+    (tmp_path / "others" / "run").mkdir(parents=True)
+    (tmp_path / "others" / "run" / "results.json").write_text("{}")
+    with pytest.raises(UserError, match="others holds files that this script did not write; give another folder"):
+        run_stages([Stage(("test_ood_model_syn.py",), tmp_path / "others")])
+    assert (tmp_path / "others" / "run" / "results.json").exists()
+    with pytest.raises(SystemExit):  # it fails, and is begun again
+        run_stages([Stage(("test_ood_model_syn.py",), tmp_path / "own")])
+    (tmp_path / "own" / "unfinished").touch()
+    with pytest.raises(SystemExit):
+        run_stages([Stage(("test_ood_model_syn.py",), tmp_path / "own")])
+    assert [path.name for path in (tmp_path / "own").iterdir()] == ["begun"]

@@ -166,6 +166,17 @@ def test_a_setting_that_another_stage_still_has_is_missed(run):
         run(*flags, "--set", "stage2.epoch_eval_train=")
 
 
+def test_seeds_of_one_table_are_measured_alike(run):
+    """A later seed with another setting would be averaged with the earlier one."""
+    flags = ("digits", "--ipc", 1, "--kinds", "plain")
+    assert run(*flags, "--seeds", 1)[0] == 0
+    assert run(*flags, "--seeds", 2)[0] == 0
+    with pytest.raises(
+        UserError, match=r"plain/seed1 was made with other flags: --Iteration \d+; now .*--Iteration 7\."
+    ):
+        run(*flags, "--seeds", 3, "--set", "stage1.Iteration=7")
+
+
 @pytest.mark.parametrize("method", ["DM", "MTT"])
 def test_other_methods(run, method):
     more = ["experts.num_experts=3", "stage1.syn_steps=9", "all.precision=bf16"] if method == "MTT" else []

@@ -40,7 +40,7 @@ from utils.outliers.sources import (
 )
 from utils.settings.arguments import Stage2Settings
 from utils.stages.stage2 import find_distilled
-from utils.stages.training_set import labelled_images, with_outliers
+from utils.stages.training_set import _start_of, labelled_images, with_outliers
 from utils.training.coresets import FeatureNetworks, coreset, herding, k_center, random_images
 from utils.training.draws import draw_epoch, with_fresh_outliers
 from utils.training.losses import joint_loss
@@ -855,7 +855,7 @@ def test_a_set_in_parts_through_publishing_and_back(in_parts, in_process, refuse
 
 @pytest.mark.parametrize("by_path", [False, True])
 @pytest.mark.parametrize("kind", ["initial", "kcenter", "corrupt", "none"])
-def test_outliers_beside_a_set_in_parts(in_parts, digits, kind, by_path):
+def test_outliers_beside_a_set_in_parts(in_parts, digits, kind, by_path, tmp_path):
     """As many as the decoded set has, and shrunk like it where they are stored; the same for a set by its path."""
     path, stored = in_parts
     where = {"distilled": (str(path),), "ipc": None} if by_path else {"load_path": str(path.parents[5]), "ipc": 1}
@@ -867,6 +867,11 @@ def test_outliers_beside_a_set_in_parts(in_parts, digits, kind, by_path):
     assert torch.equal(found.images, stored.decoded().images)
     assert found.num_outliers == (0 if kind == "none" else 40)
     if kind == "initial":
+        assert _start_of(settings, chosen) == "as distillation begins"
+        began = {"script": "main_poe.py", "flags": {"method": "DM", "init_oe": "kcenter"}}
+        (tmp_path / "args.json").write_text(json.dumps(began))
+        other = "random; the distillation began with others (--init_oe kcenter)"
+        assert _start_of(settings, replace(chosen, origin=tmp_path)) == other
         whole = initial_outliers(PseudoOutliers(digits), 4, 1, 0)
         assert torch.equal(found.images_oe, as_parts(whole, 2))
 

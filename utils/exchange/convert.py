@@ -70,7 +70,7 @@ def read_distilled(
         if outliers:
             images_oe, line_oe = _outliers(outliers, real, assumed, exp_idx, normalisation)
         elif raw.images_oe is not None:
-            images_oe = _in_training_space(decode(raw.images_oe, raw.factor or 1, fill), normalisation, real)
+            images_oe = _in_training_space(decode(raw.images_oe, factor, fill), normalisation, real)
         synthetic = SyntheticSet(images, labels, images_oe, raw.lr_net)
         synthetic = in_classes_of(real, synthetic, raw.class_names, where)
     return Found(synthetic, tuple(text for text in (line, note, line_oe) if text), len(raw.images), factor)

@@ -35,6 +35,13 @@ class ComparisonColumn:
     name: str
     folders: tuple[Path, ...]  # of the runs
     results: Results  # of all of them
+    sizes: tuple[int, ...] = ()  # networks of each run
+
+    def means(self, values: Sequence[float]) -> list[float]:
+        """The mean of each run, of one value per network; empty where there is one run, or a network lacks a value."""
+        if len(self.sizes) < 2 or sum(self.sizes) != len(values):
+            return []
+        return [float(part.mean()) for part in np.split(np.array(values), np.cumsum(self.sizes)[:-1])]
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,7 @@ class ComparisonRow:
     measure: Measure
     values: tuple[list[float], ...]  # for each column one value per network, without NaN
     is_mean: bool = True  # of the networks, or over OOD sets, and not on one of them
+    means: tuple[list[float], ...] = ()  # for each column the mean of each run, if it has several
 
     def shown(self) -> list[tuple[str, bool]]:
         """For each column `mean ± std`, and whether it is better than all others by more than two standard errors."""
@@ -66,14 +74,19 @@ class ComparisonRow:
         return f"{title} {change} ± {error:.1f} ({'better' if gain > 0 else 'worse'})"
 
     def gain(self, base: int, other: int) -> tuple[float, float] | None:
-        """By how much a column is better than another, and the standard error: infinite for a single network."""
+        """By how much a column is better than another, and the standard error: infinite for a single network.
+
+        The error is over runs, as networks on one distilled set are alike; over networks only where a column has one.
+        """
         first, second = (np.array(self.values[column]) * self.measure.factor for column in (base, other))
         if not len(first) or not len(second):
             return None
-        sign = -1 if self.measure.better == "↓" else 1
+        sign, gain = -1 if self.measure.better == "↓" else 1, second.mean() - first.mean()
+        if self.means and self.means[base] and self.means[other]:
+            first, second = (np.array(self.means[column]) * self.measure.factor for column in (base, other))
         several = min(len(first), len(second)) > 1
         error = math.sqrt(sum(v.var(ddof=1) / len(v) for v in (first, second))) if several else math.inf
-        return sign * (second.mean() - first.mean()), error
+        return sign * gain, error
 
 
 def find_runs(folders: Sequence[Path], names: Sequence[str] | None, search: Sequence[Path]) -> list[ComparisonColumn]:
@@ -86,7 +99,11 @@ def find_runs(folders: Sequence[Path], names: Sequence[str] | None, search: Sequ
     for folder, name in zip(folders, names or [None] * len(folders), strict=True):
         for path in _stage3_folders(folder, search):
             found.setdefault(name or str(path), {})[path] = None
-    return [ComparisonColumn(name, tuple(paths), pooled(map(load_results, paths))) for name, paths in found.items()]
+    columns = []
+    for name, paths in found.items():
+        runs = [load_results(path) for path in paths]
+        columns.append(ComparisonColumn(name, tuple(paths), pooled(runs), tuple(len(run.errors) for run in runs)))
+    return columns
 
 
 def _stage3_folders(folder: Path, search: Sequence[Path]) -> list[Path]:
@@ -151,11 +168,14 @@ class Comparison:
             for title, names, is_mean in sets
             for m in measures
         ]
-        self.rows = [row for row in rows if any(row.values)]
+        self.rows = [replace(row, means=self._means(row.values)) for row in rows if any(row.values)]
 
     def values(self, score: str, measure: str, sets: Sequence[str]) -> tuple[list[float], ...]:
         """For each column one value per network, the mean over `sets`, without NaN."""
         return _defined(r.per_network(score, measure, sets) for r in self.results)
+
+    def _means(self, values: Sequence[Sequence[float]]) -> tuple[list[float], ...]:
+        return tuple(column.means(of_column) for column, of_column in zip(self.columns, values, strict=True))
 
     @property
     def trained(self) -> str:

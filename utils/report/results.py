@@ -122,6 +122,9 @@ def load_results(folder: Path) -> Results:
             _ = row["set"], row["score"], [float(row[m]) for m in MEASURES], float(errors[row["network"]]["error"])
         about = content["about"]
         protocol = _protocol(about.get("training", {"protocol": "dc"}), about.get("checkpoints"))
+        flags = about.get("flags", {})
+        protocol += f", 1/{flags['num_ood_ratio']} of the OOD images" if flags.get("num_ood_ratio", 1) != 1 else ""
+        protocol += f", energy at a temperature of {flags['T']:g}" if flags.get("T", 1.0) != 1 else ""
         return Results(errors, rows, list(content["missing"]), (protocol,))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise UserError(f"{path} is damaged, or is not what test_ood_model_syn.py writes; run it again") from None

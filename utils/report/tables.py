@@ -12,12 +12,16 @@ from utils.report.results import Results
 
 
 def mean_std(values: Sequence[float], scale: float = 100, digits: int = 2) -> str:
-    """`mean ± std` of `scale` times the values (default: percent) but NaN; the mean alone of one, a dash of none."""
+    """`mean ± std` of `scale` times the values (default: percent) but NaN; the mean alone of one, a dash of none.
+
+    Where some are NaN, it says how many are not.
+    """
     defined = [v for v in values if not math.isnan(v)]
     if not defined:
         return "-"
     mean = f"{scale * np.mean(defined):.{digits}f}"
-    return mean if len(defined) == 1 else f"{mean} ± {scale * np.std(defined):.{digits}f}"
+    mean += "" if len(defined) == 1 else f" ± {scale * np.std(defined):.{digits}f}"
+    return mean if len(defined) == len(values) else f"{mean} ({len(defined)} of {len(values)})"
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,7 @@ def _start(s: Stage2Settings, chosen: TrainingSet, real: RealData, training: Tra
         device=str(real.device),
         seed=s.seed,
         epochs=training.epochs,
+        lr=training.lr,
         inputs=_fingerprints(s, real, chosen.synthetic),
         data=identity(real),
     )

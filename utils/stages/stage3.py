@@ -30,6 +30,7 @@ from utils.settings.arguments import Stage3Settings
 from utils.settings.common import read_data
 from utils.settings.fields import as_dict
 from utils.training.network_training import checkpoint_name, checkpoints_of, epochs_of, load_trained
+from utils.training.trainer import LEARNING_RATES, PROTOCOLS
 
 
 def run_stage3(settings: Stage3Settings) -> Results:
@@ -133,9 +134,12 @@ class Stage2Run:
         """How the networks were trained: by which protocol, and for how many epochs, if it is known."""
         if not isinstance(self.about.get("flags"), dict):
             return {"protocol": "unknown"}
-        names = ("optimizer", "schedule", "mix", "lr_net", "batch_train")
+        names = ("optimizer", "schedule", "mix", "batch_train")
         changed = {name: self.flags[name] for name in names if self.flags.get(name)}
-        return {"protocol": self.flags.get("protocol", "dc"), "epochs": self.about.get("epochs")} | changed
+        protocol, rate = self.flags.get("protocol", "dc"), self.about.get("lr", self.flags.get("lr_net"))
+        usual = PROTOCOLS.get(protocol) and LEARNING_RATES[changed.get("optimizer", PROTOCOLS[protocol].optimizer)]
+        changed |= {"learning rate": f"{rate:g}"} if isinstance(rate, float) and rate != usual else {}
+        return {"protocol": protocol, "epochs": self.about.get("epochs")} | changed
 
     def check_whitening(self, zca: bool) -> None:
         """Networks must be tested on images as they were trained on."""
@@ -148,7 +152,11 @@ class Stage2Run:
         """The data in the form in which the networks know it, and lines for the log."""
         what, stored, size = f"the networks in {self.folder}", self.about.get("data"), self.flags.get("im_size")
         if isinstance(stored, dict):
-            return as_trained_on(real, stored, what, self._whitening)
+            known, lines = as_trained_on(real, stored, what, self._whitening)
+            read = (self.about.get("inputs") or {}).get("data_path")
+            if read and read != real.fingerprint():
+                lines = (f"{what} were trained on other data than those of --data_path", *lines)
+            return known, lines
         if self.flags and real.name == "ImageFolder" and (size or 64) != real.im_size[0]:
             raise UserError(f"--im_size {real.im_size[0]}: {what} were trained on {size or 64}; give that")
         line = f"{what} do not say what they were trained on: images are normalised by --data_path's statistics"

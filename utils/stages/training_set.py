@@ -23,7 +23,7 @@ from utils.outliers.sources import (
     with_corrupted_again,
     with_fresh,
 )
-from utils.runs.lineage import TRAINED_ON, Found, stored_set_path
+from utils.runs.lineage import TRAINED_ON, Found, args_or_nothing, stored_set_path
 from utils.runs.run_folder import read_args
 from utils.settings.arguments import Stage2Settings
 from utils.training.coresets import check_ipc, coreset, random_images, whole_set
@@ -65,8 +65,11 @@ def labelled_images(
         return TrainingSet(found.synthetic, found.lines, factor=found.factor)
     if s.train_on == "distilled":
         path, note = stage1()
-        stored = DistilledFile.open(path).set(s.exp_idx, real)
+        file = DistilledFile.open(path)
+        stored = file.set(s.exp_idx, real)
         lines, parts = [f"distilled set: {path}, experiment {s.exp_idx}", note], stored.factor**2
+        if file.normalisation().space is None:
+            lines.append("it does not say how its images are normalised: by the statistics of --dataset, it is assumed")
         if parts > 1:
             lines.append(f"images of {parts} parts: networks train on {parts * len(stored.images)}")
         return TrainingSet(stored.decoded(), tuple(filter(None, lines)), path, path.parent, stored.factor)
@@ -110,7 +113,7 @@ def with_outliers(
     if s.outliers in ("initial", "kcenter"):
         source, per_slot = outlier_source(s, real), (s.ipc or chosen.ipc(real.num_classes)) * chosen.factor**2
         if s.outliers == "initial":
-            images, how = initial_outliers(source, per_slot, s.seed, s.exp_idx).cpu(), "as distillation begins"
+            images, how = initial_outliers(source, per_slot, s.seed, s.exp_idx).cpu(), _start_of(s, chosen)
         else:
             net, how = feature_network() if distributed.is_main() else None, "chosen by k-center"
             found = net and k_center_outliers(source, per_slot, net, s.seed, together=True).cpu()
@@ -118,6 +121,16 @@ def with_outliers(
         made = replace(synthetic, images_oe=_as_stored(images, chosen.factor, real))
         chosen = chosen.changed(made, f"outliers, not distilled: {len(made.images_oe)} {_named(s)}, {how}")
     return with_new_outliers(s, chosen, real)
+
+
+def _start_of(s: Stage2Settings, chosen: TrainingSet) -> str:
+    """What random outliers are to a set: what its distillation began with, if its run says so."""
+    flags = args_or_nothing(chosen.origin).get("flags", {}) if chosen.origin else {}
+    usual = {"init": "real", "init_oe": "random", "load_path": None, "seed": s.seed}
+    other = [f"--{name} {flags[name]}" for name, value in usual.items() if flags.get(name, value) != value]
+    if other:
+        return f"random; the distillation began with others ({', '.join(other)})"
+    return "as distillation begins"
 
 
 def with_new_outliers(s: Stage2Settings, chosen: TrainingSet, real: RealData) -> TrainingSet:

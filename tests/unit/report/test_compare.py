@@ -100,6 +100,26 @@ def test_a_lead_is_more_than_two_standard_errors():
     assert Comparison(alone, ["auroc"]).verdicts()[0].endswith("AUROC (msp) +25.0 (one network).")
 
 
+def test_networks_on_one_set_are_no_replicates(tmp_path):
+    """With several runs in both columns, the standard error is over the means of the runs."""
+    values = {"a": [[0.60, 0.61], [0.70, 0.71], [0.80, 0.81]], "b": [[0.70, 0.71], [0.80, 0.81], [0.90, 0.91]]}
+    for name, runs in values.items():
+        for number, of_run in enumerate(runs):
+            rows = [
+                {"network": i, "set": "blob", "score": "msp", **dict.fromkeys(MEASURES, value)}
+                for i, value in enumerate(of_run)
+            ]
+            content = {"about": {}, "missing": [], "errors": [{"error": 0.5}] * 2, "rows": rows}
+            (folder := tmp_path / name / str(number)).mkdir(parents=True)
+            (folder / "results.json").write_text(json.dumps(content))
+    columns = find_runs([tmp_path / "a", tmp_path / "b"], ["a", "b"], [])
+    (auroc,) = [row for row in Comparison(columns, ["auroc"]).rows if row.set == "blob"]
+    means = [100 * np.mean(values[name], axis=1) for name in "ab"]
+    error = np.sqrt(sum(np.var(of_column, ddof=1) / 3 for of_column in means))
+    assert auroc.gain(0, 1) == pytest.approx((10.0, error))
+    assert auroc.change(1) == f"AUROC (msp) equal (+10.0 ± {error:.1f})"
+
+
 def test_what_a_run_lacks_is_a_dash():
     nan = float("nan")
     other = run("other", [[0.9], [0.9]], sets=("blob",), score="knn")

@@ -46,7 +46,7 @@ def test_which_way_is_better_for_detection(name):
 
 def test_values_are_shown_in_their_unit():
     assert OF_OOD["auroc"].cell([0.25, 0.75]) == "50.00 ± 25.00"
-    assert OF_NETWORKS["nll"].cell([0.25, 0.75, np.nan]) == "0.500 ± 0.250"
+    assert OF_NETWORKS["nll"].cell([0.25, 0.75, np.nan]) == "0.500 ± 0.250 (2 of 3)"
     assert OF_NETWORKS["temperature"].cell([1.5]) == "1.50"
     assert [OF_NETWORKS[n].heading for n in ("ece", "temperature", "auroc")] == [
         "ECE ↓",
