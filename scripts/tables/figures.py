@@ -133,7 +133,10 @@ def worth() -> Figure:
     }
     figure = Figure(figsize=(8.6, 3.8), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    others = {"poe-initial": ("minus random ones (mostly the start)", "o"), "poe-corrupt": ("minus those made on the fly", "s")}
+    others = {
+        "poe-initial": ("minus random ones (mostly the start)", "o"),
+        "poe-corrupt": ("minus those made on the fly", "s"),
+    }
     for axis, (measure, score) in zip(axes, (("auroc", "msp"), ("accuracy", "")), strict=True):
         column = StudyColumn(measure, score)
         for shift, (other, (label, marker)) in zip((0.14, -0.14), others.items(), strict=True):

@@ -1,5 +1,6 @@
 """Networks on the test images and on OOD sets: their scores, and the measures of them."""
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -94,11 +95,17 @@ def score_networks(
     """Score the networks of this process, by index; returns those of all processes, in order.
 
     A score that is not finite has measures of NaN and a line in the log: it must not end a long run. A `UserError`
-    tells of a network whose outputs are not finite.
+    tells of a network whose outputs are not finite, and of a set most of whose images are test images.
     """
     own = {index: _on_test_images(index, scorer, real, batch) for index, scorer in scorers.items()}
+    known = set(map(_digest, real.test_images.cpu())) if sets else set()
     for ood in sets:
         images = ood.load()
+        same = sum(_digest(image) in known for image in images.cpu())
+        told = f"--ood_sets {ood.name}: {same} of its {len(images)} images are test images of {real.name}"
+        require(2 * same <= len(images), f"{told}; leave it out")
+        if same:
+            log(told)
         for index, scorer in scorers.items():
             network, found = own[index], scorer(images, batch)[1]
             network.out_scores[ood.name], network.measures[ood.name] = found, {}
@@ -111,6 +118,10 @@ def score_networks(
                 network.measures[ood.name][name] = measures
         after_set()
     return list(distributed.gather(own).values())
+
+
+def _digest(image: torch.Tensor) -> bytes:
+    return hashlib.sha256(image.numpy().tobytes()).digest()
 
 
 def _on_test_images(index: int, scorer: Scorer, real: RealData, batch: int) -> NetworkScores:

@@ -405,6 +405,15 @@ def test_a_network_from_anywhere(digits, trained, noise):
     assert set(found.measures["noise"]) == {"msp", "energy", "entropy"}
 
 
+def test_test_images_are_no_ood_set(digits, trained, noise, capsys):
+    """Whatever its name; a few of them are told."""
+    some = torch.cat([noise[:30], digits.test_images[:3]])
+    evaluate_ood(trained[0], digits, {"photos": some})
+    assert "--ood_sets photos: 3 of its 33 images are test images of Digits" in capsys.readouterr().out
+    with pytest.raises(UserError, match="photos: 3 of its 5 images are test images of Digits; leave it out"):
+        evaluate_ood(trained[0], digits, {"photos": some[-5:]})
+
+
 def test_features_of_a_named_layer(digits, trained, noise):
     """What enters the last layer, wherever it stands: the same scores as through `embed`, also of fitted detectors."""
     scores = ("msp", "tscaling", "knn", "vim", "ash", "gradnorm", "mahalanobis_odin")
