@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from utils.compute import distributed
@@ -133,6 +132,8 @@ class Evaluator:
 
 def _auroc(logits: Tensor, logits_ood: Tensor) -> float:
     """AUROC of the score msp; NaN where a score is not finite."""
+    from sklearn.metrics import roc_auc_score
+
     scores = msp(torch.cat([logits, logits_ood]).double()).cpu().numpy()
     is_outside = np.arange(len(scores)) >= len(logits)
     return float(roc_auc_score(is_outside, scores)) if np.isfinite(scores).all() else float("nan")
