@@ -71,9 +71,14 @@ class Stage:
         if not text or old == new:
             return bool(text)
         raise UserError(
-            f"--out: {path.parents[1]} was made with other flags: {_shown(old - new)}; now it has "
+            f"--out: {path.parent.parent} was made with other flags: {_shown(old - new)}; now it has "
             f"{_shown(new - old)}. Give another --out, or remove it"
         )
+
+    @property
+    def is_made_anew(self) -> bool:
+        """Whether it starts from nothing after it was stopped: it is quick, and does not resume."""
+        return self.folder is not None and self.command[0] == "test_ood_model_syn.py"
 
     def words(self) -> list[str]:
         """The whole command as it is to be run now: with its folder, and `--resume latest` if it was stopped."""
@@ -81,7 +86,7 @@ class Stage:
             return [*self.command]
         if self.command[0] == "train_experts.py":  # it resumes by itself
             return [*self.command, "--buffer_path", str(self.folder)]
-        resumes = self.command[0] != "test_ood_model_syn.py" and any(self.folder.rglob("args.json"))
+        resumes = not self.is_made_anew and any(self.folder.rglob("args.json"))
         return [*self.command, "--save_path", str(self.folder), *(["--resume", "latest"] if resumes else [])]
 
 
@@ -122,7 +127,10 @@ def run_stages(stages: Iterable[Stage], jobs: int = 1) -> None:
     Several at once write what they print to `<folder>.log`. A signal to this process goes to them. After one that
     failed no other starts, and this process ends with its exit status.
     """
-    pool = _Pool(to_run(stages), jobs)
+    wanted = to_run(stages)
+    for stage in wanted:
+        _check_own(stage)
+    pool = _Pool(wanted, jobs)
     before = {number: signal.signal(number, pool.forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         pool.run()
@@ -168,8 +176,10 @@ class _Pool:
                 self.waiting.remove(stage)
                 words = stage.words()
                 print(*[stage.title] if stage.title else [], f"$ python {shlex.join(words)}", sep="\n", flush=True)
-                if stage.folder is not None and words[0] == "test_ood_model_syn.py":
-                    _empty(stage.folder)  # it is quick, and does not resume
+                if stage.is_made_anew:
+                    shutil.rmtree(stage.folder, ignore_errors=True)
+                    stage.folder.mkdir(parents=True, exist_ok=True)
+                    (stage.folder / BEGUN).touch()
                 self.running[place] = stage, start(words, stage.folder, place, self.jobs)
 
     def _collect(self) -> None:
@@ -187,17 +197,14 @@ class _Pool:
                 save_text(stage.folder / DONE, "\n".join(stage.lines()) + "\n")
 
 
-def _empty(folder: Path) -> None:
-    """Remove what a stopped stage left in a folder that this script made, and make it.
-
-    Raises:
-        UserError: when the folder holds anything that this script has not begun.
-    """
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / BEGUN).exists():
-        raise UserError(f"--out: {folder} holds files that this script did not write; give another folder")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    (folder / BEGUN).touch()
+def _check_own(stage: Stage) -> None:
+    """Raise a `UserError` where a stage that is made anew would remove what this script may not have written."""
+    folder = stage.folder
+    if stage.is_made_anew and folder.is_dir() and any(folder.iterdir()) and not (folder / BEGUN).exists():
+        raise UserError(
+            f"--out: {folder} holds results that this script may not have written. Give another folder, or remove it "
+            "if a table of an older version was stopped there"
+        )
 
 
 def start(words: Sequence[str], folder: Path | None, place: int, jobs: int) -> subprocess.Popen:

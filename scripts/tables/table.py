@@ -36,6 +36,9 @@ from utils.settings.parser import Parser, count
 
 HERE = Path(__file__).resolve().parent
 LISTS = ("kinds", "ipc", "seeds", "lambdas", "detectors")
+PLACES = (
+    r"--seed \S+|--(load|buffer|data|oe_data|ood)_path \S+|--features \S+|--device \S+"  # seeds may differ in these
+)
 AT_TOP = dict.fromkeys(LISTS, "*") | dict.fromkeys(("networks", "method", "lambda_oe"))  # flags: their `nargs`
 SCRIPTS = {"plain": "main.py", "oe": "main_oe.py", "poe": "main_poe.py"}  # of stage 1
 
@@ -174,7 +177,7 @@ class Table:
         flags = self._flags(cell, {"num_exp": self["networks"], "load_path": [str(trained.folder)]}, "stage3", own)
         stage = self._stage("test_ood_model_syn.py", flags, self.out / cell.folder / "3-ood", trained)
         for done in sorted((self.out / cell.folder).parent.glob(f"seed*/3-ood/{DONE}")):
-            stage.check_same(done, lambda text: re.sub(r"/seed\d+/|--seed \d+", "", text))
+            stage.check_same(done, lambda text: re.sub(PLACES, "", text))
         return stage
 
     def train(self, cell: Cell) -> Stage:

@@ -58,7 +58,7 @@ def test_results_that_were_there_are_not_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "start", lambda *_: SimpleNamespace(poll=lambda: 1))
     (tmp_path / "others" / "run").mkdir(parents=True)
     (tmp_path / "others" / "run" / "results.json").write_text("{}")
-    with pytest.raises(UserError, match="others holds files that this script did not write; give another folder"):
+    with pytest.raises(UserError, match="others holds results that this script may not have written"):
         run_stages([Stage(("test_ood_model_syn.py",), tmp_path / "others")])
     assert (tmp_path / "others" / "run" / "results.json").exists()
     with pytest.raises(SystemExit):  # it fails, and is begun again

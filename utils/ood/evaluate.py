@@ -121,7 +121,7 @@ def score_networks(
 
 
 def _digest(image: torch.Tensor) -> bytes:
-    return hashlib.sha256(image.numpy().tobytes()).digest()
+    return hashlib.sha256(image.detach().numpy().tobytes()).digest()
 
 
 def _on_test_images(index: int, scorer: Scorer, real: RealData, batch: int) -> NetworkScores:

@@ -134,11 +134,12 @@ class Stage2Run:
         """How the networks were trained: by which protocol, and for how many epochs, if it is known."""
         if not isinstance(self.about.get("flags"), dict):
             return {"protocol": "unknown"}
-        names = ("optimizer", "schedule", "mix", "batch_train")
+        names = ("optimizer", "schedule", "mix", "lr_net", "batch_train")
         changed = {name: self.flags[name] for name in names if self.flags.get(name)}
-        protocol, rate = self.flags.get("protocol", "dc"), self.about.get("lr", self.flags.get("lr_net"))
-        usual = PROTOCOLS.get(protocol) and LEARNING_RATES[changed.get("optimizer", PROTOCOLS[protocol].optimizer)]
-        changed |= {"learning rate": f"{rate:g}"} if isinstance(rate, float) and rate != usual else {}
+        protocol, rate = self.flags.get("protocol", "dc"), self.about.get("lr")
+        if protocol in PROTOCOLS and rate and "lr_net" not in changed:
+            usual = LEARNING_RATES[changed.get("optimizer", PROTOCOLS[protocol].optimizer)]
+            changed |= {} if rate == usual else {"learning rate": "learned"}
         return {"protocol": protocol, "epochs": self.about.get("epochs")} | changed
 
     def check_whitening(self, zca: bool) -> None:
