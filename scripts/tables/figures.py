@@ -113,6 +113,12 @@ def calibration() -> Figure:
     return figure
 
 
+MINUS = {  # what distilled outliers are compared with, and its mark
+    "poe-initial": ("minus random ones (mostly the start)", "o"),
+    "poe-corrupt": ("minus those made on the fly", "s"),
+}
+
+
 def worth() -> Figure:
     """Forest plot: distilled outliers minus others on the same images, paired by seed, two standard errors."""
     studies = {  # group of kinds in a CSV file: label, kind of the distilled outliers
@@ -133,13 +139,9 @@ def worth() -> Figure:
     }
     figure = Figure(figsize=(8.6, 3.8), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    others = {
-        "poe-initial": ("minus random ones (mostly the start)", "o"),
-        "poe-corrupt": ("minus those made on the fly", "s"),
-    }
     for axis, (measure, score) in zip(axes, (("auroc", "msp"), ("accuracy", "")), strict=True):
         column = StudyColumn(measure, score)
-        for shift, (other, (label, marker)) in zip((0.14, -0.14), others.items(), strict=True):
+        for shift, (other, (label, marker)) in zip((0.14, -0.14), MINUS.items(), strict=True):
             rows = [
                 (read_kind(RESULTS / group / kind, kind), read_kind(RESULTS / group / other, other))
                 for group, (_, kind) in studies.items()

@@ -441,7 +441,10 @@ def test_from_experts_to_the_report(in_process, refused, tmp_path):
     assert f"learning rate {rates[1]:g}" in in_process("train_model_synthetic_oe.py", *TWO, "--exp_idx", 1)
     assert "learning rate 0.02" in in_process("train_model_synthetic_oe.py", *TWO, "--lr_net", 0.02)
     flags = [*DIGITS[:4], "--method", "MTT", "--ipc", 1, "--num_exp", 1, "--is_load_best", "--ood_sets", "patches"]
-    assert "AUROC" in in_process("test_ood_model_syn.py", *flags)
+    out = in_process("test_ood_model_syn.py", *flags)
+    assert "AUROC" in out
+    assert "lr_net 0.02" in out
+    assert "learning rate learned" in in_process("test_ood_model_syn.py", *flags, "--folder", path.parent.name)
 
 
 def test_an_interrupted_distillation_ends_with_the_same_bits(in_process, tmp_path, monkeypatch):

@@ -786,6 +786,12 @@ def test_results_of_the_card_are_those_of_stage_3(made, in_process, refused, tmp
     test = [*COMMON[:6], "--ipc", 2, "--num_exp", 1, "--is_load_best", "--load_path", "two", "--ood_sets", "patches"]
     in_process("test_ood_model_syn.py", *test, "--save_path", "three")
     in_process("scripts.publish", made, "--out", "published", "--results", run_folder(tmp_path / "three"))
+    about = json.loads((run_folder(tmp_path / "two") / "args.json").read_text())
+    for found, is_told in ((about["inputs"]["data_path"], False), ("0" * 64, True)):
+        about["inputs"]["data_path"] = found
+        (run_folder(tmp_path / "two") / "args.json").write_text(json.dumps(about))
+        told = "were trained on other data than those of --data_path"
+        assert (told in in_process("test_ood_model_syn.py", *test, "--save_path", "again")) == is_told
     in_process(PLAIN, *QUICK, "--ipc", 2, "--train_on", "random", "--save_path", "random")
     test[test.index("two")] = "random"
     in_process("test_ood_model_syn.py", *test, "--save_path", "four")

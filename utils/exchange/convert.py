@@ -63,9 +63,6 @@ def read_distilled(
             f"labels {kind}, {_in_words(normalisation)}, decoding factor {factor}, learning rate "
             f"{'not stored' if raw.lr_net is None else f'{raw.lr_net:g}'}"
         )
-        note = raw.note
-        if normalisation.space == "normalised" and normalisation.statistics is MTT_STATISTICS:
-            note = "the statistics are those of MTT's code; of others, give --distilled_mean and --distilled_std"
         images_oe, line_oe = None, ""
         if outliers:
             images_oe, line_oe = _outliers(outliers, real, assumed, exp_idx, normalisation)
@@ -73,7 +70,7 @@ def read_distilled(
             images_oe = _in_training_space(decode(raw.images_oe, factor, fill), normalisation, real)
         synthetic = SyntheticSet(images, labels, images_oe, raw.lr_net)
         synthetic = in_classes_of(real, synthetic, raw.class_names, where)
-    return Found(synthetic, tuple(text for text in (line, note, line_oe) if text), len(raw.images), factor)
+    return Found(synthetic, tuple(text for text in (line, raw.note, line_oe) if text), len(raw.images), factor)
 
 
 def _normalisation(raw: RawSet, form: str, real: RealData, assumed: Assumptions, where: str) -> Normalisation:
@@ -191,4 +188,5 @@ def _in_words(normalisation: Normalisation) -> str:
     if normalisation.space == "unit":
         return "pixels from 0 to 1"
     mean, std = (" ".join(f"{v:.4g}" for v in values) for values in normalisation.statistics)
-    return f"normalised with mean {mean} and deviation {std}"
+    of_mtt = " (those of MTT's code; of others, give --distilled_mean and --distilled_std)"
+    return f"normalised with mean {mean} and deviation {std}{of_mtt * (normalisation.statistics is MTT_STATISTICS)}"

@@ -165,19 +165,19 @@ class SnapshotMatching(FeatureMatching):
         """
         slots, n, *_ = kinds[0].shape
         total, gradients = kinds[0].new_zeros(()), [torch.zeros_like(images) for images in kinds]
-        transforms = [[identity] * slots for _ in kinds]
+        drawn = [identity] * (slots * len(kinds))
         if self.augmentation is not None:
-            draws = [[self.augmentation.draw(n, self.real.im_size, g) for _ in range(slots)] for _ in kinds]
-            transforms = [send_draws(of_kind, self.device) for of_kind in draws]
+            drawn = send_draws([self.augmentation.draw(n, self.real.im_size, g) for _ in drawn], self.device)
+        transforms = [drawn[first : first + slots] for first in range(0, len(drawn), slots)]
         labels = torch.arange(slots, device=self.device).repeat_interleave(n).view(slots, n)
         size = slots if self.has_batchnorm else max(1, CHUNK_IMAGES // (n * len(kinds)))
         for first in range(0, slots, size):
             part = slice(first, first + size)
             leaves = [images[part].detach().requires_grad_() for images in kinds]
-            augmented = [apply_by_slot(leaf, t[part]).flatten(0, 1) for leaf, t in zip(leaves, transforms, strict=True)]
-            value, on_augmented = self._joint_loss(torch.cat(augmented), labels[part].flatten())
-            share = len(leaves[0]) / slots
-            found = torch.autograd.grad(torch.cat(augmented), leaves, share * on_augmented)
+            by_kind = [apply_by_slot(leaf, t[part]).flatten(0, 1) for leaf, t in zip(leaves, transforms, strict=True)]
+            augmented, share = torch.cat(by_kind), len(leaves[0]) / slots
+            value, on_augmented = self._joint_loss(augmented, labels[part].flatten())
+            found = torch.autograd.grad(augmented, leaves, share * on_augmented)
             for gradient, of_part in zip(gradients, found, strict=True):
                 gradient[part] = of_part
             total += share * value

@@ -143,6 +143,7 @@ class Gaussian(Score):
     diagonal, which rounding swallows where there are fewer images than features; its inverse is noise then."""
 
     def fit(self, values: torch.Tensor, labels: torch.Tensor) -> None:
+        """Let the library compute with tensors of float64, which are those of its default type."""
         default = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
         try:

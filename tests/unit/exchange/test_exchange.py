@@ -121,8 +121,9 @@ def test_mtt_has_statistics_of_its_own(tmp_path, name):
     for tensor in (found.synthetic.images, found.synthetic.images_oe):
         assert torch.allclose(tensor, real.normalize(images / 255), atol=1e-5)
     told = "\n".join(found.lines)
-    assert told.count("normalised with mean 0.4914 0.4822 0.4465 and deviation 0.2023 0.1994 0.201") == 2
-    assert "the statistics are those of MTT's code; of others, give --distilled_mean and --distilled_std" in told
+    assumed = "normalised with mean 0.4914 0.4822 0.4465 and deviation 0.2023 0.1994 0.201"
+    more = " (those of MTT's code; of others, give --distilled_mean and --distilled_std)"
+    assert told.count(assumed + more) == 2  # of images and of outliers
     given = Assumptions(distilled_mean=spec.mean, distilled_std=spec.std)
     found = read_distilled([str(tmp_path)], real, given)
     assert torch.equal(found.synthetic.images, (images / 255 - mean) / std)

@@ -500,6 +500,11 @@ def test_the_head_names_the_protocols(study, tmp_path, run):
     content["about"]["checkpoints"] = "epoch300"  # the last ones need no word
     path.write_text(json.dumps(content))
     assert load_results(path.parent).protocols == ("ncfm, 300 epochs, mix none",)
+    content["about"]["flags"] = {"num_ood_ratio": 10, "T": 2.0}
+    path.write_text(json.dumps(content))
+    (told,) = load_results(path.parent).protocols
+    assert told == "ncfm, 300 epochs, mix none, 1/10 of the OOD images, energy at a temperature of 2"
+    del content["about"]["flags"]
     content["about"]["checkpoints"] = "epoch200"
     path.write_text(json.dumps(content))
     assert load_results(path.parent).protocols == ("ncfm, 300 epochs, mix none, checkpoints of epoch 200",)
