@@ -27,7 +27,7 @@ from utils.core.rng import generator
 from utils.data.augment import DSA, Transform, identity
 from utils.data.datasets import RealData, load_dataset
 from utils.data.synthetic import SyntheticSet
-from utils.methods.matcher import match_loss
+from utils.methods.distances import match_loss
 from utils.ood.generated import patches
 from utils.ood.measures import ood_measures
 from utils.ood.scores import msp

@@ -29,7 +29,7 @@ from torchvision.transforms import Compose, Lambda, Normalize, ToTensor
 
 from networks import get_network
 from utils.data.synthetic import SyntheticSet
-from utils.methods.matcher import match_loss
+from utils.methods.distances import match_loss
 from utils.outliers.corruptions import DEFAULT_CORRUPTIONS, corrupt
 
 BATCH = 256

@@ -38,7 +38,6 @@ from utils.core.rng import generator
 from utils.data.datasets import RealData, load_dataset
 from utils.data.distilled_file import DistilledFile
 from utils.data.synthetic import SyntheticSet
-from utils.methods.experts import ExpertBuffer
 from utils.methods.gradient_matching import GradientMatching
 from utils.outliers.sources import PseudoOutliers
 from utils.runs.run_folder import RunFolder
@@ -46,6 +45,7 @@ from utils.settings.arguments import Stage1Settings
 from utils.settings.fields import as_dict
 from utils.stages.evaluation import EvalSettings, Evaluator
 from utils.stages.loop import Distillation
+from utils.training.experts import ExpertBuffer
 from utils.training.network_training import load_trained
 from utils.training.trainer import TrainSettings
 

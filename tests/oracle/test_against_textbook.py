@@ -23,8 +23,9 @@ from utils.data import augment, datasets
 from utils.data.augment import DC, DSA, DSA_ENTRIES, identity
 from utils.data.synthetic import SyntheticSet
 from utils.methods import matcher
+from utils.methods.distances import METRICS
 from utils.methods.gradient_matching import GradientMatching, GradientSettings
-from utils.methods.matcher import METRICS, Matcher, Way, chunks, slot_loss
+from utils.methods.matcher import Matcher, Way, chunks, slot_loss
 from utils.ood.scorer import Scorer
 from utils.outliers import corruptions, sources
 from utils.outliers.sources import OutlierPool, PseudoOutliers

@@ -14,8 +14,9 @@ from utils.compute.device import Compute
 from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.augment import DSA, identity, parse_strategy
+from utils.methods.distances import METRICS, match_loss
 from utils.methods.gradient_matching import GradientMatching, GradientSettings
-from utils.methods.matcher import METRICS, NO_CLASS, Matcher, match_loss, slot_loss
+from utils.methods.matcher import NO_CLASS, Matcher, slot_loss
 from utils.outliers.sources import PseudoOutliers
 from utils.training.losses import joint_loss, uniform_cross_entropy
 

@@ -23,13 +23,13 @@ from utils.core.errors import Interrupted, UserError
 from utils.core.rng import generator
 from utils.data.augment import DSA, DSA_ENTRIES
 from utils.data.distilled_file import DistilledFile
-from utils.methods.experts import ExpertBuffer, describe
 from utils.methods.trajectory_matching import SMALLEST_LR, TrajectoryMatching, TrajectorySettings
 from utils.outliers.sources import PseudoOutliers
 from utils.runs import signals
 from utils.settings.distillation import ExpertSettings
 from utils.stages import expert_training
 from utils.stages.expert_training import ExpertTraining, open_expert_run
+from utils.training.experts import ExpertBuffer, describe
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))
 SETTINGS = TrajectorySettings(
@@ -242,7 +242,7 @@ def plain_sgd(real, settings, index, outliers):
 def train(real, folder, settings, outliers, num=1):
     dtype = real.images_train.dtype
     net = get_network("ConvNetD1", 3, 3, (16, 16)).to(dtype if dtype.is_floating_point else torch.float32)
-    run = open_expert_run(folder, describe(real, "ConvNetD1", outliers))
+    run = open_expert_run(folder, describe(real, "ConvNetD1", outliers and outliers.describe()))
     ExpertTraining(net, real, outliers, replace(settings, num_experts=num), Compute(), run).train_all()
     run.lock.close()
 

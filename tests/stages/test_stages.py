@@ -28,7 +28,6 @@ from utils.data.distilled_file import DistilledFile
 from utils.data.download import FROM_PYTORCH_OOD
 from utils.data.synthetic import SyntheticSet
 from utils.methods.distribution_matching import DistributionMatching
-from utils.methods.experts import ExpertBuffer, ExpertSettings, describe
 from utils.methods.gradient_matching import GradientMatching, GradientSettings
 from utils.methods.trajectory_matching import TrajectoryMatching, TrajectorySettings
 from utils.ood.generated import DRAWN
@@ -41,9 +40,11 @@ from utils.runs import progress
 from utils.runs.progress import Progress
 from utils.runs.run_folder import RunFolder
 from utils.settings.arguments import Stage2Settings, command_of
+from utils.settings.distillation import ExpertSettings
 from utils.stages.evaluation import EvalSettings, Evaluator
 from utils.stages.expert_training import ExpertTraining, open_expert_run
 from utils.stages.stage2 import stage3_command
+from utils.training.experts import ExpertBuffer, describe
 from utils.training.network_training import is_checkpoint_epoch, load_trained
 from utils.training.trainer import Trainer, TrainSettings, accuracy_of, predict
 
@@ -357,7 +358,7 @@ def experts(digits, tmp_path_factory):
         outliers = PseudoOutliers(digits) if with_outliers else None
         folder = tmp_path_factory.mktemp("experts") / "b"
         net = get_network("ConvNetD1", 1, 10, (8, 8))
-        run = open_expert_run(folder, describe(digits, "ConvNetD1", outliers))
+        run = open_expert_run(folder, describe(digits, "ConvNetD1", outliers and outliers.describe()))
         settings = ExpertSettings(
             num_experts=2, train_epochs=7, lr_teacher=0.05, batch_train=64, batch_oe=64, dsa_strategy=STRATEGY
         )

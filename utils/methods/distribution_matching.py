@@ -18,6 +18,7 @@ from utils.compute.device import Workload
 from utils.core.rng import generator
 from utils.data.augment import apply_by_part, apply_by_slot, identity
 from utils.data.synthetic import decode_slots, on_stored
+from utils.methods.distances import mean_distance
 from utils.methods.learnable import IterationDraws, LearnableSet, SlotDraw
 from utils.methods.method import MatchingSettings, MethodEntry, MethodInputs
 from utils.outliers.distilled import push_apart
@@ -122,7 +123,7 @@ class FeatureMatching(LearnableSet):
 
     def distance(self, features: Tensor, targets: Tensor) -> Tensor:
         """The distance `[slots]` of synthetic features `[slots, n, D]` to the targets of the slots."""
-        return (features.mean(1) - targets).square().sum(1)
+        return mean_distance(features, targets)
 
 
 class DistributionMatching(FeatureMatching):

@@ -22,13 +22,12 @@ from utils.compute.device import Compiled, Compute
 from utils.compute.transfer import send
 from utils.core.errors import UserError, one_line
 from utils.data.augment import apply_by_slot
+from utils.methods.distances import match_loss
 from utils.training.losses import in_float32
 
 BATCHED_PIXELS_CPU = 5 * 32 * 32  # most pixels of one slot's synthetic images for which batching slots is faster
 CHUNK_IMAGES = 128  # synthetic images differentiated twice together, to bound the memory
 NO_CLASS = -1  # the label of outliers
-EPSILON = 1e-6
-METRICS = ("ours", "mse", "cos")
 
 Augmentation = Callable[[Tensor], Tensor]
 BySlot = Sequence[Augmentation] | Mapping[int, Augmentation]
@@ -191,28 +190,3 @@ def chunks(slots: list[int], size: int, pad: bool) -> list[list[int]]:
     length = -(-len(slots) // -(-len(slots) // size))
     parts = [slots[i : i + length] for i in range(0, len(slots), length)]
     return [part + part[:1] * (length - len(part)) for part in parts] if pad else parts
-
-
-def match_loss(grads_syn: Sequence[Tensor], grads_real: Sequence[Tensor], metric: str = "ours") -> Tensor:
-    """Distance between two gradients of the same network.
-
-    Args:
-        grads_syn, grads_real: the gradients of all parameters, in parameter order.
-        metric: `ours`: over parameters of two or more dimensions, rows = output units,
-            `Σ_rows (1 - <a,b> / (|a||b| + 1e-6))` (DC, eq. 9 and appendix); `mse`: squared distance, and `cos`: one
-            minus the cosine, of the concatenation of all parameters.
-    Returns:
-        A scalar, differentiable in both.
-    """
-    if metric == "ours":
-        terms = [_row_distance(a, b) for a, b in zip(grads_syn, grads_real, strict=True) if a.ndim > 1]
-        return torch.stack(terms).sum()
-    a, b = (torch.cat([g.flatten() for g in grads]) for grads in (grads_syn, grads_real))
-    if metric == "mse":
-        return (a - b).square().sum()
-    return 1 - (a * b).sum() / (a.norm() * b.norm() + EPSILON)
-
-
-def _row_distance(a: Tensor, b: Tensor) -> Tensor:
-    a, b = a.flatten(1), b.flatten(1)
-    return (1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + EPSILON)).sum()

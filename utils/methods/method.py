@@ -1,23 +1,30 @@
 """What a distillation method is: its interface to the stages, its settings, and its entry in the registry.
 
 A method is a class with the members of `Method`, and a `MethodEntry` that says how it is built and which settings it
-has. The stages use nothing else. The registry is in `utils/methods/__init__.py`.
+has; `with_experts` builds one that needs trained networks. The stages use nothing else. The registry is in
+`utils/methods/__init__.py`.
 """
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
 from utils.compute.device import Compute, Workload
+from utils.core.errors import UserError
+from utils.core.rng import generator
 from utils.data.augment import DSA
 from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet
 from utils.outliers.sources import OutlierSource
+from utils.runs.lineage import args_or_nothing
 from utils.settings.distillation import WITH_OUTLIERS, Distilling, ExpertSettings
-from utils.settings.fields import Settings, flag
+from utils.settings.fields import Settings, as_words, flag
 from utils.settings.parser import number
+from utils.training.experts import ABOUT, ExpertBuffer, check_about, describe, expert_folder
 
 
 class Method(Protocol):
@@ -106,3 +113,36 @@ class Spread(Settings):
 @dataclass(frozen=True)
 class MatchingSettings(Distilling, Spread):
     """Matching, class by class."""
+
+
+def with_experts(kind: Callable[[MethodInputs, ExpertBuffer], Method]) -> Callable[[MethodInputs], Method]:
+    """What builds a method for the registry whose class takes the experts that its settings name, too."""
+
+    def build(inputs: MethodInputs) -> Method:
+        """The method with its experts; a `UserError` tells that they are missing or of another kind."""
+        s, real = inputs.settings, inputs.real
+        folder = expert_folder(s.buffer_path, real, s.model)
+        make = shlex.join(["python", "train_experts.py", *as_words(s.of_experts())])
+        before = args_or_nothing(Path(s.resume)) if s.resume else {}
+        most = before.get("num_experts", s.max_experts)  # more may have been trained since the run began
+        shapes = [p.shape for p in real.network(s.model, generator(0)).parameters()]
+        experts = ExpertBuffer(folder, shapes, most, make)
+        about = inputs.outliers and inputs.outliers.describe()
+        is_known = check_about(folder, describe(real, s.model, about, s.of_experts().lambda_oe))
+        without = f"{folder} has no {ABOUT}"  # as published buffers
+        if not is_known and inputs.outliers is not None:
+            raise UserError(f"--buffer_path: {without}, so its experts have seen no outliers; make them with {make}")
+        if s.last_epoch > experts.epochs:
+            raise UserError(s.TOO_SHORT.format(s=s, experts=experts))
+        accuracy = before["expert_accuracy"] if "expert_accuracy" in before else experts.accuracy(real, s.model)
+        method = kind(inputs, experts)
+        if accuracy is not None:
+            found = f"{100 * accuracy:.2f} % on the test set after {len(experts.trajectories[0][1]) - 1} epochs"
+            method.notices.append(f"experts: {len(experts.trajectories)}; the first reaches {found}")
+        if not is_known:
+            method.notices.append(f"{without}: experts are assumed to have seen images normalised as here")
+        method.about = {"num_experts": len(experts.trajectories), "expert_accuracy": accuracy}
+        method.fingerprints = {"buffer_path": experts.fingerprint()}
+        return method
+
+    return build

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from utils.compute import distributed
@@ -19,15 +18,14 @@ from utils.compute.transfer import send, send_draws
 from utils.core.rng import generator
 from utils.data.augment import apply_by_slot, identity
 from utils.data.synthetic import decode_slots, on_stored
+from utils.methods.distances import characteristic, characteristic_distance
 from utils.methods.distribution_matching import CHUNK_IMAGES, FeatureMatching
-from utils.methods.experts import ExpertBuffer, OnExperts, with_experts, without_running_statistics
-from utils.methods.method import MethodEntry, MethodInputs, Spread
-from utils.settings.distillation import ExpertSettings
+from utils.methods.method import MethodEntry, MethodInputs, Spread, with_experts
+from utils.settings.distillation import ExpertSettings, OnExperts
 from utils.settings.fields import flag, only
 from utils.settings.parser import count, number
+from utils.training.experts import ExpertBuffer, without_running_statistics
 from utils.training.losses import joint_loss, joint_parts
-
-CF_SCALE = 300.0  # of the distance of characteristic functions, as published
 
 
 @dataclass(frozen=True)
@@ -69,13 +67,6 @@ class SnapshotSettings(OnExperts, Spread):
     def alpha(self) -> float:
         """The weight of the classification loss."""
         return self.ce_weight if self.ce_weight is not None else 0.5 if self.ipc >= 50 else 2.5
-
-
-def characteristic(features: Tensor, frequencies: Tensor) -> Tensor:
-    """The characteristic function of unit features `[…, n, D]` at frequencies `[T, D]`: `[…, 2, T]`, real and imaginary
-    part of `mean_n exp(i t·f_n)`."""
-    phases = F.normalize(features, dim=-1) @ frequencies.T
-    return torch.stack([phases.cos().mean(-2), phases.sin().mean(-2)], dim=-2)
 
 
 class SnapshotMatching(FeatureMatching):
@@ -133,11 +124,10 @@ class SnapshotMatching(FeatureMatching):
         return characteristic(features, self.frequencies)
 
     def distance(self, features: Tensor, targets: Tensor) -> Tensor:
-        """DM's distance, or `300 mean_t sqrt(½ |Φ_r - Φ_s|²)`, which is NCFM's loss (section 3.3) written shorter."""
+        """DM's distance, or NCFM's."""
         if self.settings.feature_distance == "mean":
             return super().distance(features, targets)
-        difference = characteristic(features, self.frequencies) - targets
-        return CF_SCALE * (difference.square().sum(-2) / 2 + 1e-12).sqrt().mean(-1)
+        return characteristic_distance(features, targets, self.frequencies)
 
     def more_losses(self, it: int) -> dict[str, Tensor]:
         """Add the gradient of the weighted classification loss, summed over the slots as the losses of matching are, to

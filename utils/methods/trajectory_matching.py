@@ -26,12 +26,13 @@ from utils.compute.transfer import Draw, send_draws
 from utils.core.rng import generator
 from utils.data.augment import identity
 from utils.data.synthetic import SyntheticSet, decode_slots, on_stored
-from utils.methods.experts import ExpertBuffer, OnExperts, with_experts, without_running_statistics
 from utils.methods.learnable import LearnableSet
-from utils.methods.method import MethodEntry, MethodInputs
+from utils.methods.method import MethodEntry, MethodInputs, with_experts
+from utils.settings.distillation import OnExperts
 from utils.settings.fields import flag
 from utils.settings.parser import count, number
 from utils.training.draws import Batch
+from utils.training.experts import ExpertBuffer, without_running_statistics
 from utils.training.losses import joint_loss, joint_parts
 from utils.training.trainer import load_optimizer
 

@@ -7,7 +7,7 @@ from utils.data.datasets import RealData
 from utils.outliers.sources import OutlierSource, PseudoOutliers, load_outlier_pool
 from utils.runs.resume import Checkpoints
 from utils.settings import common
-from utils.settings.fields import Need, Settings, flag, main_flag, only
+from utils.settings.fields import Need, Settings, flag, flags_of, main_flag, only
 from utils.settings.parser import count, number
 
 EVAL_MODES = {  # the networks of --eval_mode, but for S and SS, which take that of --model
@@ -162,6 +162,51 @@ class ExpertSettings(
             "seed": self.seed,
             "augmentation": None if self.dsa_strategy is None else self.dsa_strategy.split("_"),
         }
+
+
+@dataclass(frozen=True)
+class OnExperts(Distilling, Buffers):
+    """Matching with experts."""
+
+    TOO_SHORT: ClassVar = "--buffer_path: the experts in {experts.folder} have a single snapshot; train them again"
+
+    expert_lambda_oe: float | None = flag(
+        None,
+        "weight of the outlier loss when the experts were trained; left out: --lambda_oe. With a larger one, training "
+        "on the distilled outliers at --lambda_oe acts like training at this weight",
+        number(0),
+        needs=WITH_OUTLIERS,
+    )
+    train_experts: str = flag(
+        "never",
+        "auto: first train the experts that are missing, as train_experts.py would with its defaults for this method",
+        names=("never", "auto"),
+        may_change=True,
+    )
+    max_experts: int | None = flag(
+        None, "use only this many experts, the first ones, and train no more; left out: all", count(1)
+    )
+
+    @property
+    def last_epoch(self) -> int:
+        """The last epoch of the experts that is needed; `TOO_SHORT` is the message if they end before."""
+        return 1
+
+    def to_train(self) -> ExpertSettings | None:
+        """The experts that stage 1 is to train first, if the settings say so."""
+        return self.of_experts() if self.train_experts == "auto" else None
+
+    def of_experts(self) -> ExpertSettings:
+        """The settings of `train_experts.py` for experts that fit."""
+        c = common
+        groups = (c.Data, c.Network, Buffers, c.OutlierTraining, c.Pool, c.Corrupted, c.Speed)
+        shared = {f.name: getattr(self, f.name) for group in groups for f in flags_of(group)}
+        if self.expert_lambda_oe is not None:
+            shared["lambda_oe"] = self.expert_lambda_oe
+        epochs = max(self.last_epoch, ExpertSettings.train_epochs)
+        own = {"outliers": self.outliers, "train_epochs": epochs, "dsa_strategy": self.dsa_strategy}
+        own |= {} if self.max_experts is None else {"num_experts": self.max_experts}
+        return ExpertSettings(**shared | own)
 
 
 def source_of(s: Distilling | ExpertSettings, real: RealData) -> OutlierSource | None:

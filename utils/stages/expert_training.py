@@ -16,12 +16,12 @@ from utils.core.files import read_json, save_pt, save_text
 from utils.core.rng import generator
 from utils.core.torch_files import read_pt
 from utils.data.datasets import RealData
-from utils.methods.experts import ABOUT, check_about, describe, expert_folder
 from utils.outliers.sources import OutlierSource
 from utils.runs import signals
 from utils.runs.run_folder import RunFolder
 from utils.settings.common import read_data
 from utils.settings.distillation import ExpertSettings, source_of
+from utils.training.experts import ABOUT, check_about, describe, expert_folder
 from utils.training.trainer import Trainer, TrainSettings, accuracy_of
 
 
@@ -44,7 +44,7 @@ def _train_in_folder(settings: ExpertSettings, real: RealData) -> None:
     s, outliers = settings, source_of(settings, real)
     net, shape = real.network(s.model, generator(s.seed)), (real.channel, *real.im_size)
     compute = choose_compute(s.compile, s.precision, real.device, net, shape, experts_workload(s, real))
-    about = describe(real, s.model, outliers, s.lambda_oe) | {"training": s.about()}
+    about = describe(real, s.model, outliers and outliers.describe(), s.lambda_oe) | {"training": s.about()}
     about |= {"num_oe_per_class": s.num_oe_per_class} if s.outliers == "oe" else {}
     folder = expert_folder(s.buffer_path, real, s.model)
     done = f"{s.num_experts} experts of {s.train_epochs} epochs: {folder}"

@@ -1,4 +1,4 @@
-"""Expert trajectories for trajectory matching (Cazenavette et al., CVPR 2022): training them, and their files.
+"""Expert trajectories for trajectory matching (Cazenavette et al., CVPR 2022): their files.
 
 An expert is a network trained on the real set; its trajectory is its parameters before the first epoch and after each.
 The files have the published layout: `<buffer_path>/<dataset>[_NO_ZCA]/<model>/replay_buffer_<n>.pt` is a list of
@@ -6,11 +6,8 @@ trajectories, each a list of epochs, each a list of parameter tensors in paramet
 """
 
 import json
-import shlex
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +18,6 @@ from utils.core.files import read_json
 from utils.core.rng import generator
 from utils.core.torch_files import fingerprint, read_pt
 from utils.data.datasets import RealData
-from utils.methods.method import Method, MethodInputs
-from utils.outliers.sources import OutlierSource
-from utils.runs.lineage import args_or_nothing
-from utils.settings.common import Corrupted, Data, Network, OutlierTraining, Pool, Speed
-from utils.settings.distillation import WITH_OUTLIERS, Buffers, Distilling, ExpertSettings
-from utils.settings.fields import as_words, flag, flags_of
-from utils.settings.parser import count, number
 from utils.training.trainer import Trainer, TrainSettings, accuracy_of
 
 ABOUT = "experts.json"
@@ -40,8 +30,11 @@ def expert_folder(buffer_path: str | Path, real: RealData, model: str) -> Path:
     return Path(buffer_path) / f"{real.name}{zca}" / model
 
 
-def describe(real: RealData, model: str, outliers: OutlierSource | None, lambda_oe: float | None = None) -> dict:
-    """What experts and a distillation must have in common, stored in `experts.json`; `lambda_oe`: outlier weight."""
+def describe(real: RealData, model: str, outliers: Mapping | None, lambda_oe: float | None = None) -> dict:
+    """What experts and a distillation must have in common, stored in `experts.json`.
+
+    `outliers`: what their source says of itself; `lambda_oe`: their weight.
+    """
     return {
         "dataset": real.name,
         "model": model,
@@ -49,7 +42,7 @@ def describe(real: RealData, model: str, outliers: OutlierSource | None, lambda_
         "std": list(real.std),
         "class_names": list(real.class_names),
         "zca": real.zca is not None,
-        "outliers": {"kind": "none"} if outliers is None else outliers.describe() | {"lambda_oe": lambda_oe},
+        "outliers": {"kind": "none"} if outliers is None else {**outliers, "lambda_oe": lambda_oe},
     }
 
 
@@ -132,82 +125,6 @@ class ExpertBuffer:
         net.load_state_dict(dict(zip(dict(net.named_parameters()), last, strict=True)))
         logits = Trainer(net.to(real.device), TrainSettings(1)).predict(real.test_images)
         return accuracy_of(logits, real.labels_test)
-
-
-@dataclass(frozen=True)
-class OnExperts(Distilling, Buffers):
-    """Matching with experts."""
-
-    TOO_SHORT: ClassVar = "--buffer_path: the experts in {experts.folder} have a single snapshot; train them again"
-
-    expert_lambda_oe: float | None = flag(
-        None,
-        "weight of the outlier loss when the experts were trained; left out: --lambda_oe. With a larger one, training "
-        "on the distilled outliers at --lambda_oe acts like training at this weight",
-        number(0),
-        needs=WITH_OUTLIERS,
-    )
-    train_experts: str = flag(
-        "never",
-        "auto: first train the experts that are missing, as train_experts.py would with its defaults for this method",
-        names=("never", "auto"),
-        may_change=True,
-    )
-    max_experts: int | None = flag(
-        None, "use only this many experts, the first ones, and train no more; left out: all", count(1)
-    )
-
-    @property
-    def last_epoch(self) -> int:
-        """The last epoch of the experts that is needed; `TOO_SHORT` is the message if they end before."""
-        return 1
-
-    def to_train(self) -> ExpertSettings | None:
-        """The experts that stage 1 is to train first, if the settings say so."""
-        return self.of_experts() if self.train_experts == "auto" else None
-
-    def of_experts(self) -> ExpertSettings:
-        """The settings of `train_experts.py` for experts that fit."""
-        groups = (Data, Network, Buffers, OutlierTraining, Pool, Corrupted, Speed)
-        shared = {f.name: getattr(self, f.name) for group in groups for f in flags_of(group)}
-        if self.expert_lambda_oe is not None:
-            shared["lambda_oe"] = self.expert_lambda_oe
-        epochs = max(self.last_epoch, ExpertSettings.train_epochs)
-        own = {"outliers": self.outliers, "train_epochs": epochs, "dsa_strategy": self.dsa_strategy}
-        own |= {} if self.max_experts is None else {"num_experts": self.max_experts}
-        return ExpertSettings(**shared | own)
-
-
-def with_experts(kind: Callable[[MethodInputs, ExpertBuffer], Method]) -> Callable[[MethodInputs], Method]:
-    """What builds a method for the registry whose class takes the experts that its settings name, too."""
-
-    def build(inputs: MethodInputs) -> Method:
-        """The method with its experts; a `UserError` tells that they are missing or of another kind."""
-        s, real = inputs.settings, inputs.real
-        folder = expert_folder(s.buffer_path, real, s.model)
-        make = shlex.join(["python", "train_experts.py", *as_words(s.of_experts())])
-        before = args_or_nothing(Path(s.resume)) if s.resume else {}
-        most = before.get("num_experts", s.max_experts)  # more may have been trained since the run began
-        shapes = [p.shape for p in real.network(s.model, generator(0)).parameters()]
-        experts = ExpertBuffer(folder, shapes, most, make)
-        is_known = check_about(folder, describe(real, s.model, inputs.outliers, s.of_experts().lambda_oe))
-        without = f"{folder} has no {ABOUT}"  # as published buffers
-        if not is_known and inputs.outliers is not None:
-            raise UserError(f"--buffer_path: {without}, so its experts have seen no outliers; make them with {make}")
-        if s.last_epoch > experts.epochs:
-            raise UserError(s.TOO_SHORT.format(s=s, experts=experts))
-        accuracy = before["expert_accuracy"] if "expert_accuracy" in before else experts.accuracy(real, s.model)
-        method = kind(inputs, experts)
-        if accuracy is not None:
-            found = f"{100 * accuracy:.2f} % on the test set after {len(experts.trajectories[0][1]) - 1} epochs"
-            method.notices.append(f"experts: {len(experts.trajectories)}; the first reaches {found}")
-        if not is_known:
-            method.notices.append(f"{without}: experts are assumed to have seen images normalised as here")
-        method.about = {"num_experts": len(experts.trajectories), "expert_accuracy": accuracy}
-        method.fingerprints = {"buffer_path": experts.fingerprint()}
-        return method
-
-    return build
 
 
 def without_running_statistics(net: nn.Module) -> nn.Module:
