@@ -2,10 +2,11 @@
 
     python scripts/runner.py FOLDER main_poe.py --dataset Digits …    # one stage
 
-A folder is done when it holds the file `done`: all commands that led to it. If other flags lead to other commands, the
-runner says so and stops before anything runs, as a resumed stage does.
+A folder is done when it holds the file `done`: all commands that led to it. A stage that has begun has them in `begun`.
+If other flags lead to other commands, the runner says so and stops before anything runs.
 """
 
+import argparse
 import os
 import re
 import shlex
@@ -23,11 +24,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from utils.core.errors import UserError
-from utils.core.files import save_text
+from utils.core.files import save_output, save_text
 from utils.core.run_script import run_script
+from utils.settings.parser import Parser
 
 DONE = "done"
-BEGUN = "begun"  # a file in the folder of a stage that is not resumed but made anew
+BEGUN = "begun"
 POLL = 0.05  # seconds between two looks at the processes
 
 
@@ -50,18 +52,27 @@ class Stage:
         """The commands that lead to its folder, its own last."""
         return [*dict.fromkeys(line for stage in self.before for line in stage.lines()), shlex.join(self.command)]
 
+    @property
+    def text(self) -> str:
+        """These commands, as a file holds them."""
+        return "\n".join(self.lines()) + "\n"
+
     def is_done(self) -> bool:
         """Whether its folder is done.
 
         Raises:
-            UserError: when the folder was made by other commands.
+            UserError: when the folder was made, or is to be resumed, by other commands.
         """
-        path = self.folder / DONE if self.folder else None
-        return path is not None and path.is_file() and self.check_same(path)
+        if self.folder is None:
+            return False
+        begun = self.folder / BEGUN
+        if self.resumes and begun.is_file():
+            self.check_same(begun)
+        return (self.folder / DONE).is_file() and self.check_same(self.folder / DONE)
 
     def check_same(self, path: Path, neutral: Callable[[str], str] = str) -> bool:
-        """Compare the commands in a file `done` with those of this stage, in any order of the flags; False if it is
-        empty. `neutral` takes out of commands what may differ.
+        """Compare the commands in a file `done` or `begun` with those of this stage, in any order of the flags; False
+        if it is empty. `neutral` takes out of commands what may differ.
 
         Raises:
             UserError: when they differ.
@@ -80,14 +91,18 @@ class Stage:
         """Whether it starts from nothing after it was stopped: it is quick, and does not resume."""
         return self.folder is not None and self.command[0] == "test_ood_model_syn.py"
 
+    @property
+    def resumes(self) -> bool:
+        """Whether it was stopped in its folder, and continues there."""
+        return self.folder is not None and not self.is_made_anew and any(self.folder.rglob("args.json"))
+
     def words(self) -> list[str]:
         """The whole command as it is to be run now: with its folder, and `--resume latest` if it was stopped."""
         if self.folder is None:
             return [*self.command]
         if self.command[0] == "train_experts.py":  # it resumes by itself
             return [*self.command, "--buffer_path", str(self.folder)]
-        resumes = not self.is_made_anew and any(self.folder.rglob("args.json"))
-        return [*self.command, "--save_path", str(self.folder), *(["--resume", "latest"] if resumes else [])]
+        return [*self.command, "--save_path", str(self.folder), *(["--resume", "latest"] if self.resumes else [])]
 
 
 def _flags(commands: str) -> Counter[tuple[str, str]]:
@@ -178,8 +193,8 @@ class _Pool:
                 print(*[stage.title] if stage.title else [], f"$ python {shlex.join(words)}", sep="\n", flush=True)
                 if stage.is_made_anew:
                     shutil.rmtree(stage.folder, ignore_errors=True)
-                    stage.folder.mkdir(parents=True, exist_ok=True)
-                    (stage.folder / BEGUN).touch()
+                if stage.folder is not None:
+                    save_output(str(stage.folder / BEGUN), stage.text)
                 self.running[place] = stage, start(words, stage.folder, place, self.jobs)
 
     def _collect(self) -> None:
@@ -191,10 +206,11 @@ class _Pool:
             del self.running[place]
             if status:
                 if self.jobs > 1:
-                    print(f"exit status {status}: see {stage.folder or stage.command[0]}.log", file=sys.stderr)
+                    where = f"see {stage.folder}.log" if stage.folder else f"{stage.command[0]} says why above"
+                    print(f"exit status {status}: {where}", file=sys.stderr)
                 self.status = self.status or (status if status > 0 else 128 - status)
             elif stage.folder is not None:
-                save_text(stage.folder / DONE, "\n".join(stage.lines()) + "\n")
+                save_text(stage.folder / DONE, stage.text)
 
 
 def _check_own(stage: Stage) -> None:
@@ -228,5 +244,19 @@ def _gpus() -> list[str]:
     return [str(k) for k in range(torch.cuda.device_count())] if given is None else [w for w in given.split(",") if w]
 
 
+def get_args_parser() -> Parser:
+    """The flags of this script."""
+    parser = Parser(description="Run a stage once; the same command again does nothing, or resumes a stopped one.")
+    parser.add_argument("folder", type=Path, help="what the stage writes into, in the place of its --save_path")
+    parser.add_argument("script", help="a script of this project, e.g. main_poe.py")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="its flags")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run one stage."""
+    run_stages([Stage((args.script, *args.flags), args.folder)])
+
+
 if __name__ == "__main__":
-    run_script(lambda: run_stages([Stage(tuple(sys.argv[2:]), Path(sys.argv[1]))]), "runner.py")
+    run_script(lambda: main(get_args_parser().parse_args()), "runner.py")

@@ -19,8 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.runner import Stage, run_stages
 from utils.core.errors import UserError
+from utils.core.files import save_output
 from utils.core.run_script import run_script
+from utils.core.torch_files import fingerprint
 from utils.data.datasets import RealData
+from utils.data.synthetic import SyntheticSet
 from utils.exchange.assumptions import Assumptions
 from utils.exchange.convert import read_distilled
 from utils.methods import METHODS
@@ -37,7 +40,7 @@ from utils.settings.common import (
     Training,
     read_data,
 )
-from utils.settings.fields import Settings, as_words, flag, flags_of, with_default
+from utils.settings.fields import Need, Settings, as_words, flag, flags_of, with_default
 from utils.settings.parser import count, one_of
 from utils.settings.reading import SettingsParser
 from utils.stages.stage3 import find_sets, scores_of
@@ -55,7 +58,15 @@ class Report(Settings):
     )
     out: str = flag("", "folder of the report; the same one again resumes it", required=True)
     method: str | None = flag(None, "left out: DSA with --dsa_strategy, else DC", one_of("method", METHODS))
-    distilled_oe: tuple[str, ...] | None = flag(None, "its outliers, if they are apart", metavar="PATH")
+    distilled_oe: tuple[str, ...] | None = flag(
+        None,
+        "its outliers, if they are apart",
+        metavar="PATH",
+        needs=Need(
+            lambda s: not {"distilled", "again"}.isdisjoint(s.outliers),
+            "no column has them; add distilled or again to --outliers",
+        ),
+    )
     outliers: tuple[str, ...] = flag(
         ("distilled", "corrupt"),
         "columns of the set with outliers, as in stage 2; again: its own, corrupted again in every epoch; distilled "
@@ -64,7 +75,12 @@ class Report(Settings):
         nargs="*",
     )
     baselines: tuple[str, ...] = flag(BASELINES, "columns of real images", one_of("baseline", BASELINES), nargs="*")
-    whole_epochs: int | None = flag(None, "epochs on the whole set; left out: 30", count(1))
+    whole_epochs: int | None = flag(
+        None,
+        "epochs on the whole set; left out: 30",
+        count(1),
+        needs=Need(lambda s: "whole" in s.baselines, "there is no column of the whole set; add whole to --baselines"),
+    )
     jobs: int = flag(1, "stages at once, each on a GPU of its own if there are", count(1))
 
 
@@ -97,6 +113,7 @@ class ReportSettings(
         names = {f.name for f in flags_of(stage)} & {f.name for f in flags_of(ReportSettings)} - {
             f.name for f in flags_of(Report)
         }
+        names -= {"precision"} if self.precision == Speed.precision else set()  # stage 3 has a default of its own
         return as_words(stage(**{name: getattr(self, name) for name in names} | {"method": self.method} | own))
 
 
@@ -120,6 +137,7 @@ def main(settings: ReportSettings) -> None:
         print(line)
     ipc = max(1, found.stored // real.num_classes)
     out = Path(s.out)
+    _check_same(out, found.synthetic)
     columns = _columns(s, ipc, found.factor, found.synthetic.images_oe is not None)
     folders = {name: out / name.replace(" = ", " ").replace(" ", "-") for name in columns}
     stages = []
@@ -136,6 +154,14 @@ def main(settings: ReportSettings) -> None:
     notes = at_chance(find_runs(measures, list(columns), []), real)
     command = ["scripts/compare.py", *map(str, measures), "--names", *columns, "--out", str(out), "--html"]
     run_stages([Stage((*command, *(["--notes", *notes] if notes else [])))])
+
+
+def _check_same(out: Path, synthetic: SyntheticSet) -> None:
+    """Note which set the report in `out` is of; a `UserError` tells that it is of another one."""
+    path, found = out / "set.sha256", fingerprint((synthetic.images, synthetic.labels, synthetic.images_oe))
+    if path.is_file() and path.read_text(encoding="utf-8").strip() != found:
+        raise UserError(f"--out: the report in {out} is of other images than PATH holds now; give another --out")
+    save_output(str(path), found + "\n")
 
 
 def at_chance(columns: Sequence[ComparisonColumn], real: RealData) -> list[str]:
@@ -171,7 +197,7 @@ def _columns(s: ReportSettings, ipc: int, factor: int, has_outliers: bool) -> di
         name = "with outliers corrupted again" if kind == "again" else f"with {kind} outliers"
         columns[name] = [with_oe, *s.of_stage(Stage2Settings, **given, **apart, **outliers)]
     foreign = dict.fromkeys((f.name for f in flags_of(Assumptions)), None)
-    for name, kind in _baselines(s.baselines, ipc).items():
+    for name, kind in _baselines(s.baselines, ipc * factor**2).items():
         own = {"train_on": kind, "ipc": ipc, "exp_idx": 0, **foreign}
         if kind in ("herding", "kcenter"):
             own["features"] = str(Path(s.out) / "features")
@@ -183,12 +209,12 @@ def _columns(s: ReportSettings, ipc: int, factor: int, has_outliers: bool) -> di
     return columns
 
 
-def _baselines(kinds: Sequence[str], ipc: int) -> dict[str, str]:
-    """The name of each column of real images, and what `--train_on` calls it.
+def _baselines(kinds: Sequence[str], images: int) -> dict[str, str]:
+    """The name of each column of real images, so many of each class, and what `--train_on` calls it.
 
-    Herding and k-center begin with the same image, the one nearest to the mean, so at ipc 1 they are one column.
+    Herding and k-center begin with the same image, the one nearest to the mean, so with one image they are one column.
     """
-    if ipc > 1 or not {"herding", "kcenter"} <= set(kinds):
+    if images > 1 or not {"herding", "kcenter"} <= set(kinds):
         return {kind: kind for kind in kinds}
     return {"herding = kcenter" if kind == "herding" else kind: kind for kind in kinds if kind != "kcenter"}
 

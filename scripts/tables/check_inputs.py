@@ -17,7 +17,7 @@ import torch
 from utils.core.errors import UserError
 from utils.core.run_script import run_script
 from utils.data.datasets import DATASET_NAMES, SPECS, RealData, Spec, load_dataset
-from utils.ood.sets import OODSource
+from utils.ood.sets import OODSource, validation_sets
 from utils.outliers.sources import load_outlier_pool
 from utils.settings.parser import Parser, count, one_of
 
@@ -33,6 +33,7 @@ def get_args_parser() -> Parser:
     parser.add_argument("--ood_path", default="data/ood", help="folder of the OOD sets")
     parser.add_argument("--ood_sets", nargs="+", default=[], help="the OOD sets")
     parser.add_argument("--skip_missing", action="store_true", help="OOD sets may be missing")
+    parser.add_argument("--validate", action="store_true", help="validation outliers are needed, too")
     parser.add_argument("--pixel_max", type=count(1), default=None, help="the value of white, if it is not 255")
     parser.add_argument("--download", choices=("none", "data", "all"), default="data", help="what may be downloaded")
     return parser
@@ -71,6 +72,11 @@ def main(args: argparse.Namespace) -> None:
             missing = source.find([name])[1].values()
             problems += [] if args.skip_missing else [f"--ood_sets {name}: {what}" for what in missing]
         except UserError as error:  # unknown or damaged
+            problems.append(str(error))
+    if args.validate and not args.skip_missing and not problems:
+        try:
+            validation_sets(source)
+        except UserError as error:
             problems.append(str(error))
     if problems:
         what = "1 input is" if len(problems) == 1 else f"{len(problems)} inputs are"

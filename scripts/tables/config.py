@@ -15,22 +15,34 @@ def words_of(value: str | list[str]) -> list[str]:
     return value if isinstance(value, list) else shlex.split(value)
 
 
-def merged(files: Sequence[Path], given: dict) -> dict:
-    """The values of all files and then those `given`; each has, after its own, those for the method that counts."""
-    layers = [*map(read_config, files), given]
+def merged(layers: Sequence[dict]) -> dict:
+    """The values of all layers; each has, after its own, those for the method that counts. The first knows all names.
+
+    Raises:
+        UserError: for an unknown name, also in a recipe or in the values for a method, or an unknown kind.
+    """
     method = next(layer["method"] for layer in reversed(layers) if layer.get("method"))
     settings = layers[0]
     for layer in layers:
-        if unknown := [name for name in layer if name not in layers[0]]:
-            raise UserError(
-                f"{unknown_name('value', unknown[0], layers[0])}; scripts/tables/defaults.yaml explains them"
-            )
+        _check_names(layer, layers[0])
         settings = merge(settings, layer)
-        for names, own in layer.get("methods", {}).items():
+        for names, own in (layer.get("methods") or {}).items():
             settings = merge(settings, own) if method in names.split() else settings
     for kind in words_of(settings["kinds"]):
         kind_named(kind)
     return settings
+
+
+def _check_names(layer: dict, known: dict, place: str = "") -> None:
+    """Raise a `UserError` for a name that is not `known`, also in the parts that have values of their own."""
+    if unknown := [name for name in layer if name not in known]:
+        what = unknown_name(f"value{place}", unknown[0], known)
+        raise UserError(f"{what}; scripts/tables/defaults.yaml explains them")
+    for part in ("methods", "recipes"):
+        for name, own in (layer.get(part) or {}).items():
+            if own and not isinstance(own, dict):
+                raise UserError(f"{part}.{name}: {one_line(own)} is no section; give names and values")
+            _check_names(own or {}, known, f" in {part}.{name}")
 
 
 def merge(old: dict, new: dict, place: str = "") -> dict:

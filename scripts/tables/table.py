@@ -27,12 +27,14 @@ import utils  # noqa: F401  # isort: skip (before torch: it tells OpenMP how to 
 from scripts.kinds import DISTILLED, Kind, kind_named
 from scripts.runner import DONE, Stage, run_stages, to_run
 from scripts.tables import check_inputs
-from scripts.tables.config import merge, merged, words_of
+from scripts.tables.config import merge, merged, read_config, words_of
 from utils.core.errors import UserError, unknown_name
 from utils.core.run_script import run_script
 from utils.settings.arguments import Stage1Settings
+from utils.settings.distillation import ExpertSettings
 from utils.settings.fields import Settings
 from utils.settings.parser import Parser, count
+from utils.stages.stage3 import scores_of
 
 HERE = Path(__file__).resolve().parent
 LISTS = ("kinds", "ipc", "seeds", "lambdas", "detectors")
@@ -40,6 +42,8 @@ LISTS = ("kinds", "ipc", "seeds", "lambdas", "detectors")
 PLACES = r"--seed \S+|--(load|buffer|data|oe_data|ood)_path \S+|--features \S+|--device \S+"
 AT_TOP = dict.fromkeys(LISTS, "*") | dict.fromkeys(("networks", "method", "lambda_oe"))  # flags: their `nargs`
 SCRIPTS = {"plain": "main.py", "oe": "main_oe.py", "poe": "main_poe.py"}  # of stage 1
+STAGE3 = "test_ood_model_syn.py"
+OF_EXPERTS = ("num_experts", "train_epochs", "mom", "lr_teacher")  # flags that a method may choose
 
 
 def get_args_parser() -> Parser:
@@ -71,14 +75,19 @@ def main(args: argparse.Namespace) -> None:
             print(f"$ python {shlex.join(stage.words())}")
         return
     run_stages(made)
-    check_inputs.main(check_inputs.get_args_parser().parse_args(tables[0].inputs()))
+    for inputs in dict.fromkeys(tuple(table.inputs()) for table in tables):
+        check_inputs.main(check_inputs.get_args_parser().parse_args(inputs))
+    for test in to_run(stages):
+        if test.command[0] == STAGE3:
+            scores_of(_parsed(STAGE3, test.command[1:]))  # what they need is installed
     run_stages(stages, args.jobs)
 
 
 def plan(args: argparse.Namespace, out: Path) -> tuple[list["Table"], list[Stage]]:
     """The table of each recipe, or the only one, and all stages; their flags are checked by the scripts' parsers."""
     given = _given(args)
-    settings = merged([HERE / "defaults.yaml", *map(Path, args.configs)], given)
+    layers = [read_config(path) for path in (HERE / "defaults.yaml", *map(Path, args.configs))]
+    settings = merged([*layers, given])
     recipes = settings["recipes"]
     if not recipes:
         table = Table(out, out, settings)
@@ -87,13 +96,14 @@ def plan(args: argparse.Namespace, out: Path) -> tuple[list["Table"], list[Stage
     for name in chosen:
         if name not in recipes:
             raise UserError(f"--recipes: with --method {settings['method']}, {unknown_name('recipe', name, recipes)}")
-    tables = {name: Table(out / name, out, merge(merge(settings, recipes[name]), given)) for name in chosen}
+    tables = {name: Table(out / name, out, merged([*layers, recipes[name] or {}, given])) for name in chosen}
     stages = [stage for table in tables.values() for stage in table.stages()]
-    return [*tables.values()], [*stages, *_studies(out, tables, stages)]
+    measured = {(*table["all.dataset"], *sorted(table["stage3.ood_sets"])) for table in tables.values()}
+    return [*tables.values()], [*stages, *(_studies(out, tables, stages) if len(measured) == 1 else [])]
 
 
 def _studies(out: Path, tables: dict[str, "Table"], stages: Sequence[Stage]) -> Iterator[Stage]:
-    """For each ipc, the tables of all recipes side by side."""
+    """For each ipc, the tables of all recipes side by side, if they are measured on the same sets."""
     first = next(iter(tables.values()))
     kinds, goals = first["kinds"], tuple(stage for stage in stages if stage.folder)
     flags = ["--prefixes", *tables, "--kinds", *kinds, "--scores", *first["stage3.score"]]
@@ -174,7 +184,7 @@ class Table:
         trained = self.train(replace(cell, fit=""))
         own = {"score": self._detectors(cell.fit), "fit_on": cell.fit} if cell.fit else {}
         flags = self._flags(cell, {"num_exp": self["networks"], "load_path": [str(trained.folder)]}, "stage3", own)
-        stage = self._stage("test_ood_model_syn.py", flags, self.out / cell.folder / "3-ood", trained)
+        stage = self._stage(STAGE3, flags, self.out / cell.folder / "3-ood", trained)
         for done in sorted((self.out / cell.folder).parent.glob(f"seed*/3-ood/{DONE}")):
             stage.check_same(done, lambda text: re.sub(PLACES, "", text))
         return stage
@@ -215,7 +225,7 @@ class Table:
         return chosen + (["oe"] if kind.images == "oe" and kind.outliers in ("initial", "kcenter", "real") else [])
 
     def distil(self, cell: Cell) -> Stage:
-        """Stage 1; with MTT its experts before it."""
+        """Stage 1; if the method needs experts, those before it."""
         script = SCRIPTS[cell.kind]
         own = [] if cell.kind == "plain" else ["lambda_oe", "outliers", cell.kind]
         flags, before = self._flags(cell, "dsa_strategy", "stage1", *own), []
@@ -225,21 +235,23 @@ class Table:
         return self._stage(script, flags, self.out / cell.folder / "1-distilled", *before)
 
     def experts(self, images: str, distils: Stage1Settings) -> Stage:
-        """The experts of MTT, with the weight of the outliers that the flags of stage 1 lead to.
+        """The experts of a method, as the flags of stage 1 lead to them, but for those of the section `experts`.
 
         Equal flags share a folder.
         """
+        own = distils.of_experts()
         flags: list[dict | str] = ["all", "dsa_strategy", {"outliers": "none"}]
         if images != "plain":
-            flags += [{"outliers": images, "lambda_oe": str(distils.of_experts().lambda_oe)}, images]
-        words = self._words(*flags, "experts")
+            flags += [{"outliers": images, "lambda_oe": str(own.lambda_oe)}, images]
+        usual = {n: str(v) for n in OF_EXPERTS if (v := getattr(own, n)) != getattr(ExpertSettings, n)}
+        words = self._words(*flags, usual, "experts")
         name = f"{images}-{hashlib.sha256(shlex.join(words).encode()).hexdigest()[:8]}"
         return self._stage("train_experts.py", words, self.shared / "buffers" / name)
 
     def files(self) -> list[Stage]:
         """The commands that make files which are needed and not there."""
         wanted = [Path(*self["stage3.ood_path"], name) for name in self["stage3.ood_sets"]]
-        wanted += [Path(*self["oe.oe_data_path"]).with_suffix("")] if self._needs_pool() else []
+        wanted += [Path(path).with_suffix("") for path in self["oe.oe_data_path"] if self._needs_pool()]
         source = self._words(self._some("all", "data_path", "download"))
         missing = [f for f in self.settings["files"] if not Path(f).exists() and Path(f).with_suffix("") in wanted]
         return [Stage((*words_of(self.settings["files"][file]), *source)) for file in missing]
@@ -247,7 +259,7 @@ class Table:
     def inputs(self) -> list[str]:
         """The flags of `check_inputs.py`."""
         pool = self._some("oe", "oe_data_path") if self._needs_pool() else {}
-        sets = self._some("stage3", "ood_path", "ood_sets", "skip_missing")
+        sets = self._some("stage3", "ood_path", "ood_sets", "skip_missing", "validate")
         return self._words(self._some("all", "dataset", "data_path", "download", "pixel_max"), sets, pool)
 
     def _needs_pool(self) -> bool:

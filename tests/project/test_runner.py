@@ -13,7 +13,7 @@ def test_stages_at_once(tmp_path, monkeypatch, capfd):
     """Each has a GPU of its own; what is shared is not at once; one that fails lets others end, but none start."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     look = (
-        "import os, sys, time; from pathlib import Path; time.sleep(.2); d = Path(sys.argv[-1]); d.mkdir(parents=True)"
+        "import os, sys, time; from pathlib import Path; time.sleep(.2); d = Path(sys.argv[-1]); d.mkdir(exist_ok=True)"
     )
     look += "; (d / 'gpu').write_text(os.environ['CUDA_VISIBLE_DEVICES']); print(time.time())"
     stages = [Stage(("-c", look), tmp_path / name, shares="x" * (name in "ac")) for name in "abc"]
@@ -51,6 +51,27 @@ def test_only_the_same_commands_are_done(tmp_path, made, told):
     else:
         with pytest.raises(UserError, match=f"made with other flags: {told}"):
             stage.is_done()
+
+
+def test_a_stopped_stage_goes_on_by_the_same_commands_alone(tmp_path, monkeypatch):
+    """A flag that is gone would come back from the folder; one that failed before it began is free."""
+    started = []
+    monkeypatch.setattr(runner, "start", lambda words, *_: started.append(words) or SimpleNamespace(poll=lambda: 1))
+    first, other = (Stage(("main.py", *flags), tmp_path / "s") for flags in (("--precision", "bf16"), ()))
+    for stage in (first, other, first):
+        with pytest.raises(SystemExit):
+            run_stages([stage])
+    (tmp_path / "s" / "run").mkdir()
+    (tmp_path / "s" / "run" / "args.json").touch()
+    with pytest.raises(UserError, match="made with other flags: --precision bf16; now it has none"):
+        run_stages([other])
+    with pytest.raises(SystemExit):
+        run_stages([first])
+    assert [words[-2:] == ["--resume", "latest"] for words in started] == [False, False, False, True]
+
+
+def test_the_runner_says_what_it_needs(refused):
+    assert "error: the following arguments are required: folder, script" in refused("scripts.runner")
 
 
 def test_results_that_were_there_are_not_removed(tmp_path, monkeypatch):

@@ -6,7 +6,9 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -127,9 +129,9 @@ def test_what_is_done_is_skipped_and_what_was_stopped_goes_on(run, tmp_path):
     flags = (*CIFAR, "--kinds", "plain", "poe")
     status, commands = run(*flags, fail_at=2)
     assert (status, [w[0] for w in commands]) == (130, THREE[:2])
-    changed = ("--set", "stage2.epoch_eval_train=7")  # the script compares it with what the run was started with
-    status, commands = run(*flags, *changed, "--dry_run")
-    assert (status, commands) == (0, [])
+    for changed in ("stage2.epoch_eval_train=7", "stage2.epoch_eval_train="):  # the stopped stage would go on as it was
+        with pytest.raises(UserError, match=r"seed1 was made with other flags: --epoch_eval_train 1000; now it has"):
+            run(*flags, "--set", changed)
     status, commands = run(*flags)
     assert status == 0
     assert commands[0][0] == THREE[1]
@@ -286,11 +288,50 @@ def test_inputs_are_checked_before_the_first_stage(run, monkeypatch):
         (["--set", "stage=1"], "unknown value 'stage'; did you mean stage"),
         (["--set", "stage1=1"], "stage1: 1 is no section"),
         (["--set", "stage1.Iteration"], "--set: 'stage1.Iteration' has no value"),
+        (["--set", "recipes.a.stag1.Iteration=1"], "unknown value in recipes.a 'stag1'; did you mean stage1"),
+        (["--set", "methods.DM.stag1.Iteration=1"], "unknown value in methods.DM 'stag1'; did you mean stage1"),
+        (["--set", "recipes.a=1"], "recipes.a: 1 is no section"),
     ],
 )  # fmt: skip
 def test_a_wrong_value(run, flags, message):
     with pytest.raises(UserError, match=message):
         run("cifar10", *flags)
+
+
+def test_a_recipe_has_what_its_method_has(run, tmp_path):
+    (tmp_path / "own.yaml").write_text(
+        "methods: {DM: {stage1: {Iteration: 70}}, MTT: }\nrecipes:\n  dm: {method: DM}\n  usual:\n"
+    )
+    flags = (*CIFAR[1:], "--kinds", "plain")
+    _, commands = run(f"cifar10 {tmp_path / 'own'}", *flags)
+    assert [(a.method, a.Iteration) for a in args_of(commands, "main.py")] == [("DM", 70), ("DSA", 1000)]
+    (study,) = [words for words in commands if words[0] == "scripts/study.py"]
+    assert study[1:3] == ["out/dm/ipc1", "out/usual/ipc1"]
+    # recipes with other OOD sets have no means that compare
+    _, commands = run(f"cifar10 {tmp_path / 'own'}", *flags, "--set", "recipes.dm.stage3.ood_sets=blob", out="other")
+    assert not [words for words in commands if words[0] == "scripts/study.py"]
+
+
+@pytest.mark.parametrize("method", ["TGDD", "MTT"])
+def test_experts_are_those_that_the_method_would_train(run, method):
+    _, commands = run(*CIFAR, "--method", method, "--kinds", "poe", "--set", "stage1.max_experts=3")
+    (distils,), (experts,) = args_of(commands, "main_poe.py"), args_of(commands, "train_experts.py")
+    wanted = distils.of_experts()
+    assert wanted.num_experts == 3
+    if method == "TGDD":
+        assert (wanted.mom, wanted.lr_teacher, wanted.train_epochs) == (0.9, 0.02, 12)
+    assert replace(experts, buffer_path="") == replace(wanted, buffer_path="")
+
+
+def test_what_is_missing_in_any_recipe_is_told_first(run, monkeypatch, tmp_path):
+    """Inputs of each, and the library of a score."""
+    (tmp_path / "own.yaml").write_text("recipes: {a: {}, b: {all: {dataset: CIFAR100}, stage3: {score: vim}}}")
+    looked = []
+    monkeypatch.setattr(check_inputs, "main", looked.append)
+    monkeypatch.setitem(sys.modules, "pytorch_ood", None)
+    with pytest.raises(UserError, match="--score vim: needs the package pytorch-ood"):
+        run(f"cifar10 {tmp_path / 'own'}", *CIFAR[1:], "--kinds", "plain")
+    assert [args.dataset for args in looked] == ["CIFAR10", "CIFAR100"]
 
 
 def test_a_flag_that_a_script_does_not_know(run, capsys):

@@ -674,6 +674,7 @@ def test_trust_report_of_one_line(made, forks, tmp_path):
     missing = [*command[:-4], "--ood_sets", "Textures", "--out", "another"]
     early = subprocess.run(missing, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert (early.returncode, "Textures" in early.stderr, "$ python" in early.stdout) == (2, True, False)
+    assert "--precision" not in first  # stages 2 and 3 have defaults of their own
     other = subprocess.run([*command, "--seed", "2"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert other.returncode == 2
     assert len(other.stderr.strip().splitlines()) == 1
@@ -727,7 +728,7 @@ def test_a_trust_report_has_no_column_twice_and_names_those_at_chance(digits, in
         assert note in (tmp_path / "report" / page).read_text(encoding="utf-8")
 
 
-def test_what_stage_3_would_refuse_is_refused_before_training(made, in_process, refused, monkeypatch):
+def test_what_stage_3_would_refuse_is_refused_before_training(made, in_process, refused, monkeypatch, tmp_path):
     """A missing set is none of it with --skip_missing; and the whole training set is fitted on itself."""
     asked = []
     monkeypatch.setattr(trust_report, "run_stages", lambda stages, *_: asked.extend(stages))
@@ -738,12 +739,22 @@ def test_what_stage_3_would_refuse_is_refused_before_training(made, in_process, 
         (["--ood_sets", "Textures", "--skip_missing"], "--ood_sets: none is there"),
         (["--ood_sets", "patches", "--score", "tscaling"], "--score tscaling: networks are right on the images"),
         (["--ood_sets", "patches", "--T", 2], "--T 2: only --score energy has a temperature"),
+        (["--baselines", "random", "--whole_epochs", 5], "--whole_epochs: there is no column of the whole set"),
+        (["--distilled_oe", made, "--outliers", "corrupt"], "--distilled_oe: no column has them"),
     ):
         assert message in refused("scripts.trust_report", *flags, *more)
     assert not asked
     more = ["--skip_missing", "--score", "knn", "--fit_on", "distilled", "--baselines", "random", "whole"]
     in_process("scripts.trust_report", *flags, "--ood_sets", "Textures", "patches", *more)
     tests = [stage for stage in asked if stage.command[0] == "test_ood_model_syn.py"]
+    (tmp_path / "other").mkdir()
+    content = torch.load(made, weights_only=True)
+    content["data"][0][0] += 0.5
+    torch.save(content, tmp_path / "other" / made.name)
+    other = ["other/" + made.name, *flags[1:], "--ood_sets", "patches"]
+    assert "--out: the report in report is of other images than PATH holds now" in refused(
+        "scripts.trust_report", *other
+    )
     fitted = {stage.folder.parent.name: "--fit_on" in stage.command for stage in tests}
     assert len(fitted) == 5
     assert [name for name, given in fitted.items() if not given] == ["whole"]

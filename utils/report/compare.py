@@ -12,7 +12,7 @@ from utils.core.errors import require
 from utils.core.files import csv_text
 from utils.report.plots import distilled_pictures, save_comparison
 from utils.report.results import Results, load_results, protocol_line, shared_sets
-from utils.report.tables import OF_NETWORKS, OF_OOD, Measure, markdown_table, render
+from utils.report.tables import OF_NETWORKS, OF_OOD, Measure, defined, markdown_table, render
 from utils.runs.lineage import args_or_nothing, sources_of
 
 STRIP = 20
@@ -39,7 +39,7 @@ class ComparisonColumn:
 
     def means(self, values: Sequence[float]) -> list[float]:
         """The mean of each run, of one value per network; empty where there is one run, or a network lacks a value."""
-        if len(self.sizes) < 2 or sum(self.sizes) != len(values):
+        if len(self.sizes) < 2 or sum(self.sizes) != len(defined(values)):
             return []
         return [float(part.mean()) for part in np.split(np.array(values), np.cumsum(self.sizes)[:-1])]
 
@@ -51,7 +51,7 @@ class ComparisonRow:
     score: str  # empty: a measure of the networks
     set: str
     measure: Measure
-    values: tuple[list[float], ...]  # for each column one value per network, without NaN
+    values: tuple[list[float], ...]  # for each column one value per network; NaN: it has none
     is_mean: bool = True  # of the networks, or over OOD sets, and not on one of them
     means: tuple[list[float], ...] = ()  # for each column the mean of each run, if it has several
 
@@ -78,7 +78,7 @@ class ComparisonRow:
 
         The error is over runs, as networks on one distilled set are alike; over networks only where a column has one.
         """
-        first, second = (np.array(self.values[column]) * self.measure.factor for column in (base, other))
+        first, second = (np.array(defined(self.values[column])) * self.measure.factor for column in (base, other))
         if not len(first) or not len(second):
             return None
         sign, gain = -1 if self.measure.better == "↓" else 1, second.mean() - first.mean()
@@ -97,7 +97,7 @@ def find_runs(folders: Sequence[Path], names: Sequence[str] | None, search: Sequ
     """
     found: dict[str, dict[Path, None]] = {}
     for folder, name in zip(folders, names or [None] * len(folders), strict=True):
-        for path in _stage3_folders(folder, search):
+        for path in _stage3_folders(folder, search, one=name is not None):
             found.setdefault(name or str(path), {})[path] = None
     columns = []
     for name, paths in found.items():
@@ -106,8 +106,8 @@ def find_runs(folders: Sequence[Path], names: Sequence[str] | None, search: Sequ
     return columns
 
 
-def _stage3_folders(folder: Path, search: Sequence[Path]) -> list[Path]:
-    """The stage-3 folders in or below `folder`; if there are none, those made from what is in or below it."""
+def _stage3_folders(folder: Path, search: Sequence[Path], one: bool) -> list[Path]:
+    """The stage-3 folders in or below `folder`; if there are none, those (or the `one`) made from what is there."""
     require(folder.is_dir(), f"{folder} is no folder; give run folders of test_ood_model_syn.py, or of stage 1 or 2")
     if below := sorted(path.parent for path in folder.rglob(RESULTS)):
         return below
@@ -117,6 +117,11 @@ def _stage3_folders(folder: Path, search: Sequence[Path]) -> list[Path]:
         made,
         f"{folder}: no {RESULTS}, and none of the {len(known)} under {', '.join(map(str, search)) or 'nothing'} was "
         "made from it; run test_ood_model_syn.py, or name the root of its results with --results",
+    )
+    require(
+        not one or len(made) == 1,
+        f"--names: {folder} leads to {len(made)} results, which would be one column: {', '.join(map(str, made))}. Give "
+        "those that are to be compared",
     )
     return made
 
@@ -159,7 +164,7 @@ class Comparison:
         sets = [(name, [name], False) for name in _distinct(r.sets() for r in self.results)]
         sets = [(mean, self.shared, True), *sets] if self.shared else sets
         rows = [
-            ComparisonRow("", "", OF_NETWORKS[name], _defined(r.of_networks(name) for r in self.results))
+            ComparisonRow("", "", OF_NETWORKS[name], tuple(r.of_networks(name) for r in self.results))
             for name in ("accuracy", "aurc", "ece", "nll", "brier")
         ]
         rows += [
@@ -168,11 +173,11 @@ class Comparison:
             for title, names, is_mean in sets
             for m in measures
         ]
-        self.rows = [replace(row, means=self._means(row.values)) for row in rows if any(row.values)]
+        self.rows = [replace(row, means=self._means(row.values)) for row in rows if any(map(defined, row.values))]
 
     def values(self, score: str, measure: str, sets: Sequence[str]) -> tuple[list[float], ...]:
-        """For each column one value per network, the mean over `sets`, without NaN."""
-        return _defined(r.per_network(score, measure, sets) for r in self.results)
+        """For each column one value per network, the mean over `sets`."""
+        return tuple(r.per_network(score, measure, sets) for r in self.results)
 
     def _means(self, values: Sequence[Sequence[float]]) -> tuple[list[float], ...]:
         return tuple(column.means(of_column) for column, of_column in zip(self.columns, values, strict=True))
@@ -208,7 +213,7 @@ class Comparison:
         lines = [["score", "set", "measure", "unit", *titles]]
         for row in self.rows:
             cells: list[float | str | int] = []
-            for values in row.values:
+            for values in map(defined, row.values):
                 scaled = np.array(values) * row.measure.factor
                 cells += [float(scaled.mean()), float(scaled.std()), len(values)] if values else ["", "", 0]
             lines.append([row.score, row.set, row.measure.title, row.measure.unit, *cells])
@@ -223,7 +228,10 @@ class Comparison:
         sets = {name: [name] for name in self.ood_sets}
         if len(sets) > 1 and self.shared:
             sets["mean" if self.shared == self.ood_sets else f"mean of {len(self.shared)}"] = self.shared
-        panels = {s: {title: self.values(s, "auroc", names) for title, names in sets.items()} for s in self.scores}
+        panels = {
+            s: {title: tuple(map(defined, self.values(s, "auroc", names))) for title, names in sets.items()}
+            for s in self.scores
+        }
         strips = []  # one image per class, and one outlier per slot, where the set is still there
         for column in self.columns:
             networks = args_or_nothing(column.folders[0]).get("networks")
@@ -261,7 +269,3 @@ class Comparison:
             stored=args_or_nothing,
             data_of=lambda path: base64.b64encode(path.read_bytes()).decode(),
         )
-
-
-def _defined(values: Iterable[Sequence[float]]) -> tuple[list[float], ...]:
-    return tuple([v for v in of_column if not math.isnan(v)] for of_column in values)

@@ -4,6 +4,7 @@ They lie in a folder of a table script, or in a CSV file of scripts/tables/keep_
 `digits.csv/ipc1/DC` names the kinds in that file that begin with `ipc1/DC/`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 
 from utils.core.errors import UserError, require
 from utils.report.results import Results, load_results, load_study_csv
-from utils.report.tables import OF_NETWORKS, OF_OOD, Measure, markdown_table
+from utils.report.tables import OF_NETWORKS, OF_OOD, Measure, defined, markdown_table
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,17 @@ class StudyRow:
         return list(dict.fromkeys(p for results in self.seeds.values() for p in results.protocols))
 
     def cell(self, column: StudyColumn) -> str:
-        """`mean ± std` over the networks of all seeds, or a dash where nothing was measured."""
-        return column.shown.cell([v for results in self.seeds.values() for v in column.of(results)])
+        """`mean ± std` over the networks of all seeds, or a dash where nothing was measured.
+
+        Where some networks, or all of a seed, lack the measure, it says how many have it.
+        """
+        of_seeds = (column.of(results) or [math.nan] * len(results.errors) for results in self.seeds.values())
+        return column.shown.cell([v for of_seed in of_seeds for v in of_seed])
 
     def by_seed(self, column: StudyColumn) -> dict[int, float]:
         """The mean over the networks of each seed; networks and seeds without a value are left out."""
-        values = {seed: np.array(column.of(results)) for seed, results in self.seeds.items()}
-        defined = {seed: v[~np.isnan(v)] for seed, v in values.items()}
-        return {seed: float(v.mean()) for seed, v in defined.items() if len(v)}
+        values = {seed: defined(column.of(results)) for seed, results in self.seeds.items()}
+        return {seed: float(np.mean(of_seed)) for seed, of_seed in values.items() if of_seed}
 
 
 def csv_part(place: Path) -> tuple[Path, str] | None:

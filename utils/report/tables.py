@@ -11,17 +11,22 @@ from utils.ood.measures import CALIBRATION_MEASURES, ERROR_MEASURES, SCALED_MEAS
 from utils.report.results import Results
 
 
+def defined(values: Sequence[float]) -> list[float]:
+    """The values without NaN."""
+    return [v for v in values if not math.isnan(v)]
+
+
 def mean_std(values: Sequence[float], scale: float = 100, digits: int = 2) -> str:
     """`mean ± std` of `scale` times the values (default: percent) but NaN; the mean alone of one, a dash of none.
 
     Where some are NaN, it says how many are not.
     """
-    defined = [v for v in values if not math.isnan(v)]
-    if not defined:
+    known = defined(values)
+    if not known:
         return "-"
-    mean = f"{scale * np.mean(defined):.{digits}f}"
-    mean += "" if len(defined) == 1 else f" ± {scale * np.std(defined):.{digits}f}"
-    return mean if len(defined) == len(values) else f"{mean} ({len(defined)} of {len(values)})"
+    mean = f"{scale * np.mean(known):.{digits}f}"
+    mean += "" if len(known) == 1 else f" ± {scale * np.std(known):.{digits}f}"
+    return mean if len(known) == len(values) else f"{mean} ({len(known)} of {len(values)})"
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def _words_of_config(parser: SettingsParser, words: Sequence[str]) -> list[str]:
     """
     given = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
     name = value_in(words, "config")
-    if name is None or "resume" in given:
+    if name is None:
         return []
     with blame("--config"):
         path = check_file(Path(name))
@@ -142,11 +142,20 @@ def _words_of_config(parser: SettingsParser, words: Sequence[str]) -> list[str]:
     return flags_as_words(parser, changed, "--config", path)
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads `on` and `off`, which are values of `--compile`, as words, as YAML 1.2 does."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML has it
+        first: [(tag, form) for tag, form in known if first in "tTfF" or not tag.endswith(":bool")]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 def _content(path: Path) -> object:
     """What a JSON or YAML file holds."""
     if path.suffix not in (".yaml", ".yml"):
         return read_json(path, "--config")
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config: cannot read {path}: {one_line(error)}. Mend it") from None

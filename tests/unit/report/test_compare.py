@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -127,7 +128,7 @@ def test_what_a_run_lacks_is_a_dash():
     runs = [run("one", [[nan, 0.8], [0.5, 0.8]]), other, old]
     table = Comparison(runs, ["auroc"])
     found = {(row.score, row.set): cells(row) for row in table.rows if row.measure.title == "AUROC"}
-    assert found["msp", "patches"] == ["50.00", "-", "-"]
+    assert found["msp", "patches"] == ["50.00 (1 of 2)", "-", "-"]
     assert found["knn", "blob"] == ["-", "90.00 ± 0.00", "-"]
     assert ("knn", "patches") not in found
     is_best = {(row.score, row.set): best(row) for row in table.rows}
@@ -244,6 +245,11 @@ def test_from_stage_1_to_the_page(chain, script, in_process, refused, monkeypatc
     assert titles == [f"{name} ({score})" for score in ("odin", "msp") for name in ("mean", "patches", "uniform")]
     with pytest.raises(UserError, match=r"none of the 0 under .* was made from it"):
         find_runs([stage2], None, [tmp_path / "out"])
+    shutil.copytree(stage3, stage3.with_name("again"))  # results of the same networks would count twice in one column
+    search = [tmp_path / "result-test-ood-synthetic"]
+    with pytest.raises(UserError, match=r"--names: .*result-poe.* leads to 2 results, which would be one column: "):
+        find_runs([stage1], ["one"], search)
+    assert len(find_runs([stage1], None, search)) == 2
 
 
 def check_page(text, pictures):

@@ -146,6 +146,12 @@ def test_of_a_flag_that_is_given_twice_the_last_one_counts():
     assert both.distilled == ("a.pt", "b.pt")
 
 
+def test_yaml_knows_on_and_off(tmp_path):
+    (tmp_path / "a.yaml").write_text("compile: off\nipc: 3\nzca: true\nclamp_oe: false\n")
+    found = SCRIPTS["main_poe.py"].get_args_parser().parse_args(["--config", str(tmp_path / "a.yaml")])
+    assert (found.compile, found.ipc, found.zca, found.clamp_oe) == ("off", 3, True, False)
+
+
 def test_a_file_of_flags_that_cannot_be(tmp_path, refused):
     (tmp_path / "a.json").write_text('{"ipcs": 3}')
     assert "--config: a.json has a flag that main.py does not know: --ipcs=3" in refused(
