@@ -25,7 +25,7 @@ from utils.core.pixels import conform
 from utils.core.rng import generator
 from utils.data.augment import DSA, parse_strategy
 from utils.data.distilled_file import DistilledFile
-from utils.data.download import FROM_PYTORCH_OOD
+from utils.data.download import FROM_PYTORCH_OOD, NotThere
 from utils.data.synthetic import SyntheticSet
 from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.gradient_matching import GradientMatching, GradientSettings
@@ -557,6 +557,19 @@ def test_validation_outliers_of_the_test_images(digits, tmp_path):
     }
     expected = digits.normalize(1 - digits.images_test)
     assert torch.allclose(sets["val:invert"].flatten().sort().values, expected.flatten().sort().values, atol=1e-5)
+
+
+def test_the_other_cifar_is_found_where_ood_sets_are(digits, tmp_path, monkeypatch):
+    def load(name, root, *_):
+        """As torchvision stores it, in one of two places."""
+        if root != tmp_path / "ood":
+            raise NotThere("it is not there")
+        return torch.full((9, 1, 8, 8), 255, dtype=torch.uint8)
+
+    monkeypatch.setattr("utils.ood.sets.load_test_images", load)
+    source = OODSource(replace(digits, name="CIFAR10"), tmp_path / "ood", tmp_path / "data", False, 5, 1)
+    sets = {ood.name: ood.load() for ood in validation_sets(source)}
+    assert torch.equal(sets["val:invert"], digits.normalize(torch.zeros(5, 1, 8, 8)))
 
 
 def test_a_single_validation_outlier_is_a_mean_of_two_images(digits, tmp_path):

@@ -28,7 +28,7 @@ from utils.data.distilled_file import DistilledFile
 from utils.data.synthetic import as_parts
 from utils.exchange.assumptions import Assumptions
 from utils.exchange.convert import read_distilled
-from utils.outliers.corruptions import corrupt
+from utils.outliers.corruptions import DEFAULT_CORRUPTIONS, corrupt
 from utils.outliers.sources import (
     FreshOutliers,
     PseudoOutliers,
@@ -40,7 +40,7 @@ from utils.outliers.sources import (
 )
 from utils.settings.arguments import Stage2Settings
 from utils.stages.stage2 import find_distilled
-from utils.stages.training_set import _start_of, labelled_images, with_outliers
+from utils.stages.training_set import _start_of, labelled_images, outlier_source, with_outliers
 from utils.training.coresets import FeatureNetworks, coreset, herding, k_center, random_images
 from utils.training.draws import draw_epoch, with_fresh_outliers
 from utils.training.losses import joint_loss
@@ -884,11 +884,25 @@ def test_outliers_beside_a_set_in_parts(in_parts, digits, kind, by_path, tmp_pat
     assert torch.equal(found.images, stored.decoded().images)
     assert found.num_outliers == (0 if kind == "none" else 40)
     if kind == "initial":
-        assert _start_of(settings, chosen) == "as distillation begins"
-        began = {"script": "main_poe.py", "flags": {"method": "DM", "init_oe": "kcenter"}}
+        source = PseudoOutliers(digits)
+        assert _start_of(settings, chosen, source) == "as distillation begins"
+        for script, flags, why in (
+            ("main_poe.py", {"corruptions": list(DEFAULT_CORRUPTIONS)}, None),
+            ("main_poe.py", {"init_oe": "kcenter"}, "--init_oe kcenter"),
+            ("main_poe.py", {"corruptions": ["invert", "jigsaw"]}, "--corruptions invert jigsaw"),
+            ("main_poe.py", {"mix_corruptions": True}, "--mix_corruptions"),
+            ("main_oe.py", {}, "main_oe.py"),
+            ("main.py", {}, "main.py"),
+        ):
+            (tmp_path / "args.json").write_text(json.dumps({"script": script, "flags": flags}))
+            told = f"random; the distillation began with others ({why})" if why else "as distillation begins"
+            assert _start_of(settings, replace(chosen, origin=tmp_path), source) == told
+        began = {"script": "main_oe.py", "flags": {}, "inputs": {"oe_data_path": "0" * 64}}
         (tmp_path / "args.json").write_text(json.dumps(began))
-        other = "random; the distillation began with others (--init_oe kcenter)"
-        assert _start_of(settings, replace(chosen, origin=tmp_path)) == other
+        np.savez(tmp_path / "pool.npz", images=np.zeros((50, 8, 8), np.uint8))
+        of_pool = replace(settings, oe_data_path=str(tmp_path / "pool.npz"), num_oe_per_class=5)
+        told = _start_of(of_pool, replace(chosen, origin=tmp_path), outlier_source(of_pool, digits))
+        assert told == "random; the distillation began with others (another pool)"
         whole = initial_outliers(PseudoOutliers(digits), 4, 1, 0)
         assert torch.equal(found.images_oe, as_parts(whole, 2))
 

@@ -218,12 +218,15 @@ def _checked(arrays: Arrays, name: str, spec: Spec | None, source: Path) -> Arra
 
 
 def _moments(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel of the pixels in [0, 1], in float64, chunk by chunk."""
+    """Mean and standard deviation per channel of the pixels in [0, 1], in float64, chunk by chunk.
+
+    A deviation is at least 1/255: other images may well have something in a channel that is empty here.
+    """
     total = sum(unit_images(part).double().sum((0, 2, 3)) for part in images.split(1000))
     count = images.numel() // images.shape[1]
     mean = (total / count).view(1, -1, 1, 1)
     squares = sum(((unit_images(part).double() - mean) ** 2).sum((0, 2, 3)) for part in images.split(1000))
-    std = (squares / count).sqrt().clamp_min(1e-6)
+    std = (squares / count).sqrt().clamp_min(1 / 255)
     return tuple(mean.flatten().tolist()), tuple(std.tolist())
 
 

@@ -39,6 +39,11 @@ class Normalisation(NamedTuple):
     statistics: Statistics | None = None  # of normalised images
     zca: ZCA | None = None  # of whitened images
 
+    @property
+    def fill(self) -> float:
+        """The grey that pads a side of an image which its parts do not divide."""
+        return 0.5 if self.space == "unit" else 0.0
+
     @classmethod
     def read(cls, stored: object, path: Path) -> "Normalisation":
         """Check what the file `path` stores, mean and std, or zca; a `UserError` tells that it is damaged."""

@@ -44,8 +44,8 @@ def read_distilled(
         paths: a file, a folder, or files of images and labels.
         real: the data set that networks are tested on; classes and image shape must be its.
         exp_idx: which experiment of a `res_….pt`.
-        outliers: paths of its outliers, if they are in files of their own: a tensor `[M, C, H, W]` in the space of the
-            images, or a set of any format, whose outliers are taken, or else its images.
+        outliers: paths of its outliers, if they are in files of their own: a tensor `[M, C, H, W]` in the space and the
+            parts of the images, or a set of any format, whose outliers are taken, or else its images.
     """
     with blame(flag):
         files = find_files(paths, assumed.distilled_format)
@@ -53,8 +53,9 @@ def read_distilled(
         normalisation = _normalisation(raw, files.format, real, assumed, where)
         factor = assumed.distilled_factor or raw.factor or DEFAULT_FACTOR.get(files.format, 1)
         check_factor(factor, real.im_size, "--distilled_factor")
-        fill = 0.5 if normalisation.space == "unit" else 0.0
-        images = _in_training_space(decode(raw.images, factor, fill), normalisation, real)
+        is_whole = factor == 1 or normalisation.space != "zca"
+        require(is_whole, f"{where} is whitened (ZCA), so a part of it is no image; --distilled_factor 1 is accepted")
+        images = _in_training_space(decode(raw.images, factor, normalisation.fill), normalisation, real)
         guess = "logits" if files.format in ("mtt", "datm") else None
         labels, kind = training_labels(raw.labels, assumed, guess, real.num_classes, where)
         labels = labels.repeat(factor**2, *[1] * (labels.ndim - 1))
@@ -65,9 +66,9 @@ def read_distilled(
         )
         images_oe, line_oe = None, ""
         if outliers:
-            images_oe, line_oe = _outliers(outliers, real, assumed, exp_idx, normalisation)
+            images_oe, line_oe = _outliers(outliers, real, assumed, exp_idx, normalisation, factor)
         elif raw.images_oe is not None:
-            images_oe = _in_training_space(decode(raw.images_oe, factor, fill), normalisation, real)
+            images_oe = _in_training_space(decode(raw.images_oe, factor, normalisation.fill), normalisation, real)
         synthetic = SyntheticSet(images, labels, images_oe, raw.lr_net)
         synthetic = in_classes_of(real, synthetic, raw.class_names, where)
     return Found(synthetic, tuple(text for text in (line, raw.note, line_oe) if text), len(raw.images), factor)
@@ -165,7 +166,7 @@ def training_labels(
 
 
 def _outliers(
-    paths: Sequence[str], real: RealData, assumed: Assumptions, exp_idx: int, of_images: Normalisation
+    paths: Sequence[str], real: RealData, assumed: Assumptions, exp_idx: int, of_images: Normalisation, factor: int
 ) -> tuple[torch.Tensor, str]:
     """The outliers of `--distilled_oe`, and a line that says what they are."""
     with blame("--distilled_oe"):
@@ -178,7 +179,8 @@ def _outliers(
         images = checked_images(content, real, Path(paths[0]))
         if not (assumed.distilled_space or assumed.statistics):
             check_guess(images, of_images.space, real, paths[0])
-    line = f"outliers: {paths[0]}, {len(images)} images, {_in_words(of_images)}"
+    images = decode(images, factor, of_images.fill)
+    line = f"outliers: {paths[0]}, {len(images)} images, {_in_words(of_images)}, decoding factor {factor}"
     return _in_training_space(images, of_images, real), line
 
 

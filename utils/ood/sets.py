@@ -201,15 +201,22 @@ class OODSource:
         return OODSet(name, str(path), len(chosen), lambda: self._prepared(chosen), reader.notes())
 
     def _of_torchvision(self, name: str, download: bool) -> OODSet:
-        """A set as torchvision stores it, in `data_path` or `ood_path`; `download`: into the first of them."""
+        """A set as torchvision stores it; `NotThere` if it does not."""
+        source, images = self.torchvision_images(name, download)
+        return self._of_library(name, source, images)
+
+    def torchvision_images(self, name: str, download: bool) -> tuple[str, torch.Tensor | Sequence[tuple]]:
+        """Where torchvision stores a set, `data_path` or `ood_path`, and its test images; `download`: into the first.
+
+        `NotThere` tells that it is in neither.
+        """
         places = [("--data_path", self.data_path), ("--ood_path", self.ood_path)]
         if self.real.name in ("npz", "ImageFolder"):  # --data_path then holds only that data set
             places = places[1:]
         errors = []
         for flag, root in places[: 1 if download else 2]:
             try:
-                images = load_test_images(name, root, download, flag, self.real.pixel_max)
-                return self._of_library(name, str(root), images)
+                return str(root), load_test_images(name, root, download, flag, self.real.pixel_max)
             except NotThere as error:
                 errors.append(error)
         raise errors[0]
@@ -270,6 +277,6 @@ def _other_cifar(source: OODSource, name: str) -> torch.Tensor:
         reader = ImageReader("--ood_path", source.real.pixel_max)
         return reader.folder_or_array(local, source.real.channel, source.real.im_size)
     try:
-        return load_test_images(name, source.data_path, source.download)
+        return source.torchvision_images(name, source.download)[1]
     except UserError as error:
         raise UserError(f"--validate needs {name}: {error}; or put {name}.npz into {source.ood_path}") from None

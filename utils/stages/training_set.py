@@ -1,6 +1,7 @@
 """From what the flags of stage 2 choose to the set that networks are trained on."""
 
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from utils.outliers.sources import (
 from utils.runs.lineage import TRAINED_ON, Found, args_or_nothing, stored_set_path
 from utils.runs.run_folder import read_args
 from utils.settings.arguments import Stage2Settings
+from utils.settings.fields import flag_words
 from utils.training.coresets import check_ipc, coreset, random_images, whole_set
 
 
@@ -113,7 +115,7 @@ def with_outliers(
     if s.outliers in ("initial", "kcenter"):
         source, per_slot = outlier_source(s, real), (s.ipc or chosen.ipc(real.num_classes)) * chosen.factor**2
         if s.outliers == "initial":
-            images, how = initial_outliers(source, per_slot, s.seed, s.exp_idx).cpu(), _start_of(s, chosen)
+            images, how = initial_outliers(source, per_slot, s.seed, s.exp_idx).cpu(), _start_of(s, chosen, source)
         else:
             net, how = feature_network() if distributed.is_main() else None, "chosen by k-center"
             found = net and k_center_outliers(source, per_slot, net, s.seed, together=True).cpu()
@@ -123,14 +125,25 @@ def with_outliers(
     return with_new_outliers(s, chosen, real)
 
 
-def _start_of(s: Stage2Settings, chosen: TrainingSet) -> str:
-    """What random outliers are to a set: what its distillation began with, if its run says so."""
-    flags = args_or_nothing(chosen.origin).get("flags", {}) if chosen.origin else {}
+def _start_of(s: Stage2Settings, chosen: TrainingSet, source: OutlierSource) -> str:
+    """What random outliers of `source` are to a set: what its distillation began with, if its run says so."""
+    about = args_or_nothing(chosen.origin) if chosen.origin else {}
+    flags, script = about.get("flags", {}), about.get("script")
     usual = {"init": "real", "init_oe": "random", "load_path": None, "seed": s.seed}
-    other = [f"--{name} {flags[name]}" for name, value in usual.items() if flags.get(name, value) != value]
-    if other:
-        return f"random; the distillation began with others ({', '.join(other)})"
-    return "as distillation begins"
+    if s.oe_data_path is None:
+        usual |= {"corruptions": list(s.corruptions), "mix_corruptions": s.mix_corruptions}
+    of_kind = "main_poe.py" if s.oe_data_path is None else "main_oe.py"
+    other = [
+        shlex.join(flag_words(name, flags[name]) or [f"no --{name}"])
+        for name, value in usual.items()
+        if flags.get(name, value) != value
+    ]
+    pool = (about.get("inputs") or {}).get("oe_data_path")
+    if script not in (None, of_kind):
+        other = [script]
+    elif pool and not other and pool != source.fingerprint():
+        other = ["another pool"]
+    return f"random; the distillation began with others ({', '.join(other)})" if other else "as distillation begins"
 
 
 def with_new_outliers(s: Stage2Settings, chosen: TrainingSet, real: RealData) -> TrainingSet:

@@ -143,6 +143,16 @@ def test_grey_npz_has_one_channel(tmp_path):
     assert load_dataset("npz", tmp_path / "grey.npz").images_train.shape == (12, 1, 9, 9)
 
 
+def test_an_empty_channel_is_not_blown_up(tmp_path):
+    """POE inverts it, and OOD images have something in it."""
+    images = np.zeros((12, 9, 9, 3), np.uint8)
+    images[..., 0] = np.arange(12)[:, None, None]
+    npz(tmp_path / "two.npz", train_images=images)
+    real = load_dataset("npz", tmp_path / "two.npz")
+    assert real.std == pytest.approx(((images[..., 0] / 255).std(), 1 / 255, 1 / 255))
+    assert real.normalize(torch.ones(1, 3, 1, 1)).max() == pytest.approx(255, rel=0.3)
+
+
 def test_named_npz_replaces_the_download(tmp_path):
     images = G.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
     labels = np.arange(20) % 10

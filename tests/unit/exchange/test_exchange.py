@@ -256,6 +256,23 @@ def test_outliers_in_files_of_their_own(real, pixels, tmp_path):
         assert place in found.lines[1]
 
 
+def test_outliers_of_their_own_are_in_parts_like_the_images(real, pixels, tmp_path):
+    torch.save(real.normalize(1 - pixels), tmp_path / "oe.pt")
+    save_all(tmp_path, images_best=real.normalize(pixels), labels_best=LABELS)
+    assumed = Assumptions(distilled_factor=2)
+    found = read_distilled([str(tmp_path / "images_best.pt")], real, assumed, outliers=[str(tmp_path / "oe.pt")])
+    assert torch.equal(found.synthetic.images_oe, decode(real.normalize(1 - pixels), 2, 0.0))
+    assert len(found.synthetic.images_oe) == len(found.synthetic.images) == 4 * N
+    assert found.lines[1].endswith("decoding factor 2")
+
+
+def test_whitened_images_have_no_parts(real, pixels, tmp_path):
+    white = real.whitened()
+    save_all(tmp_path, images_best=white.normalize(pixels), labels_best=LABELS)
+    with pytest.raises(UserError, match=r"is whitened .*; --distilled_factor 1 is accepted"):
+        read(white, tmp_path / "images_best.pt", distilled_space="zca", distilled_factor=2)
+
+
 def test_soft_labels_survive_a_file(real, pixels, tmp_path):
     soft = F.softmax(torch.randn(N, K, generator=torch.Generator().manual_seed(0)), 1)
     DistilledFile.write(tmp_path / "res_x.pt", [SyntheticSet(real.normalize(pixels), soft)], {}, real, {})

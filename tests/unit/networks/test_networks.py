@@ -126,7 +126,14 @@ def test_pooled_block_by_hand():
     torch.testing.assert_close(block(x), F.relu(out + short))
 
 
-@pytest.mark.parametrize(("name", "side"), [("LeNet", 16), ("VGG11", 32), ("ResNet18", 25), ("ConvNetD4", 16)])
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        ("LeNet", 16), ("VGG11", 32), ("ResNet18", 25), ("ConvNetD4", 16),
+        ("ResNet18_AP", 16),  # InstanceNorm of one value is a constant
+        ("ResNet18BN_AP", 8),
+    ],
+)  # fmt: skip
 def test_smallest_size_is_named_and_works(name, side):
     with pytest.raises(UserError, match=f"smallest size it takes is {side}x{side}"):
         get_network(name, 3, 10, (side - 1, side - 1))
