@@ -15,11 +15,12 @@ from utils.core.pixels import conform
 from utils.core.rng import generator as keyed_generator
 from utils.core.torch_files import fingerprint
 from utils.data.datasets import RealData
-from utils.data.download import TINYIMAGES, fetch_tinyimages
+from utils.data.download import fetch_pytorch_ood
 from utils.data.synthetic import SyntheticSet
 from utils.outliers.corruptions import DEFAULT_CORRUPTIONS, MEANS, draw_corruption, draw_mixed
 from utils.training.coresets import k_center, unit_features
 
+TINYIMAGES = "300K_random_images.npy"  # 300K Random Images (Hendrycks et al.), as pytorch-ood names the file
 CANDIDATES = 10_000  # out of which k-center chooses
 
 
@@ -130,7 +131,7 @@ def load_outlier_pool(
     path = Path(path)
     with blame("--oe_data_path"):
         if download and path.name == TINYIMAGES and distributed.anywhere(not path.exists()):
-            fetch_tinyimages(path)
+            fetch_pytorch_ood("TinyImages300k", path.parent, str(path))
         accepted = "give a .npy (uint8 NHWC), an .npz (key images) or a folder of images"
         if path.name == TINYIMAGES:
             accepted += f", or let --download all fetch {TINYIMAGES} (pip install pytorch-ood)"
