@@ -25,12 +25,13 @@ from utils.methods.method import MatchingSettings, MethodEntry, MethodInputs
 CHUNK_IMAGES = 512  # synthetic images embedded together, to bound the memory
 
 
-class FeatureMatching(LearnableSet):
-    """Synthetic images whose features on a network are matched to those of real ones, slot by slot.
+class DistributionMatching(LearnableSet):
+    """The synthetic images of one experiment; the sum of the losses of an iteration is eq. 6.
 
-    A method says which network an iteration takes (`load_network`), and may add losses and another distance.
+    A subclass may match the features of other networks (`load_network`), add losses, and have another distance.
     """
 
+    settings: MatchingSettings
     GRADIENT_IN_BF16 = False  # whether `--precision bf16` holds for the gradient of the synthetic images, too
 
     def __init__(self, inputs: MethodInputs):
@@ -47,8 +48,9 @@ class FeatureMatching(LearnableSet):
         self.draws = IterationDraws(inputs, has_batchnorm=False, all_slots=self.has_batchnorm)
 
     def load_network(self, it: int) -> None:
-        """Give `net` the parameters of iteration `it`, in training mode."""
-        raise NotImplementedError
+        """Give `net` the parameters of iteration `it`, those of a fresh random network, in training mode."""
+        initialize(self.net, self.draws.generator(self.exp, "network", it))
+        self.net.train()
 
     def more_losses(self, it: int) -> dict[str, Tensor]:
         """Add the gradients of further losses to those of matching; returns the losses by name."""
@@ -123,17 +125,6 @@ class FeatureMatching(LearnableSet):
     def distance(self, features: Tensor, targets: Tensor) -> Tensor:
         """The distance `[slots]` of synthetic features `[slots, n, D]` to the targets of the slots."""
         return mean_distance(features, targets)
-
-
-class DistributionMatching(FeatureMatching):
-    """The synthetic images of one experiment; the sum of the losses of an iteration is eq. 6."""
-
-    settings: MatchingSettings
-
-    def load_network(self, it: int) -> None:
-        """A fresh random network."""
-        initialize(self.net, self.draws.generator(self.exp, "network", it))
-        self.net.train()
 
 
 def _workload(inputs: MethodInputs) -> Workload:

@@ -19,7 +19,7 @@ from utils.core.rng import generator
 from utils.data.augment import apply_by_slot, identity
 from utils.data.synthetic import decode_slots, on_stored
 from utils.methods.distances import characteristic, characteristic_distance
-from utils.methods.distribution_matching import CHUNK_IMAGES, FeatureMatching
+from utils.methods.distribution_matching import CHUNK_IMAGES, DistributionMatching
 from utils.methods.method import MethodEntry, MethodInputs, Spread, with_experts
 from utils.settings.distillation import ExpertSettings, OnExperts
 from utils.settings.fields import flag, only
@@ -69,7 +69,7 @@ class SnapshotSettings(OnExperts, Spread):
         return self.ce_weight if self.ce_weight is not None else 0.5 if self.ipc >= 50 else 2.5
 
 
-class SnapshotMatching(FeatureMatching):
+class SnapshotMatching(DistributionMatching):
     """The synthetic images of one experiment, and the iterations that match them on snapshots of experts."""
 
     GRADIENT_IN_BF16 = True  # AdamW takes little of a gradient but its sign
