@@ -127,9 +127,9 @@ class DistributionMatching(LearnableSet):
         return mean_distance(features, targets)
 
 
-def _workload(inputs: MethodInputs) -> Workload:
-    """Real images only go forward, which counts as half a pass."""
-    synthetic = inputs.kinds * inputs.real.num_classes * inputs.settings.decoded_ipc
+def feature_workload(inputs: MethodInputs, networks: int = 1) -> Workload:
+    """The work of an iteration: real images only go forward, half a pass; synthetic ones through `networks`."""
+    synthetic = networks * inputs.kinds * inputs.real.num_classes * inputs.settings.decoded_ipc
     return Workload((inputs.batch_images / 2 + synthetic) / distributed.world_size(), "features")
 
 
@@ -137,7 +137,7 @@ DM_ENTRY = MethodEntry(
     "DM",
     "distribution matching, the fastest per iteration",
     DistributionMatching,
-    _workload,
+    feature_workload,
     MatchingSettings,
     defaults={"Iteration": 20000, "lr_img": 1.0, "init": "real", "eval_interval": 2000},
 )
