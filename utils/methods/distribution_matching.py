@@ -60,11 +60,9 @@ class DistributionMatching(LearnableSet):
         """One iteration; returns losses `[slots]` by name. With `--spread_oe` outliers are kept apart, too."""
         self.load_network(it)
         (drawn,) = self.draws.steps(self.exp, it, self.synthetic())
-        batches = (self.real.train_batch(draw.real) for draw in drawn.images.values())
-        losses = {"loss": self._update(self.image_syn, batches, drawn.images)}
+        losses = {"loss": self._update(0, drawn.images)}
         if self.outliers is not None:
-            batches = (self.outliers.batch(draw.real) for draw in drawn.outliers.values())
-            losses["loss_oe"] = self._update(self.image_oe, batches, drawn.outliers)
+            losses["loss_oe"] = self._update(1, drawn.outliers)
         losses |= self.more_losses(it)
         self.update(0)
         if self.outliers is not None:
@@ -73,11 +71,9 @@ class DistributionMatching(LearnableSet):
         self.draws.look_ahead(self.exp, it + 1, self.synthetic())
         return losses
 
-    def _update(self, images: Tensor, batches: Iterable[Tensor], drawn: dict[int, SlotDraw]) -> Tensor:
-        """Set the gradient of the images or of the outliers; returns the losses of the slots.
-
-        `batches`: the real batch of each slot in `drawn`.
-        """
+    def _update(self, which: int, drawn: dict[int, SlotDraw]) -> Tensor:
+        """Set the gradient of the images (0) or of the outliers (1); returns the losses of the slots."""
+        images, batches = self._tensors()[which], self.draws.batches(which, drawn)
         slots, transforms = list(drawn), [draw.transform or identity for draw in drawn.values()]
         decoded = decode_slots(images.detach(), self.settings.factor)
         losses, gradient = images.new_zeros(len(images)), torch.zeros_like(decoded)

@@ -242,6 +242,11 @@ class IterationDraws:
         if self.together:
             self.ahead = ((exp, it), list(self.steps(exp, it, synthetic)))
 
+    def batches(self, which: int, drawn: dict[int, SlotDraw]) -> Iterator[Tensor]:
+        """The real images (0) or outliers (1) `[n, C, H, W]` of each slot, made one by one."""
+        read = self.inputs.outliers.batch if which else self.inputs.real.train_batch
+        return (read(draw.real) for draw in drawn.values())
+
     def _step(self, exp: int, it: int, outer: int, synthetic: SyntheticSet) -> StepDraw:
         """The draws of an outer step; the network is trained after all steps but the last, and by rank 0."""
         s, real, dsa = self.inputs.settings, self.inputs.real, self.inputs.augmentation
