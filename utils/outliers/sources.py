@@ -208,19 +208,14 @@ class FreshOutliers:
         return torch.cat([draw_repeated(self.source, slot, self.per_slot, g) for slot in slots])
 
 
-def with_fresh(synthetic: SyntheticSet, source: OutlierSource) -> SyntheticSet:
-    """The set with other outliers of `source` in every epoch, as many as it has images."""
-    per_slot = -(-len(synthetic.images) // source.real.num_classes)
-    return replace(synthetic, images_oe=None, fresh_oe=FreshOutliers(source, per_slot))
+def with_fresh(synthetic: SyntheticSet, source: OutlierSource, keeps: bool = False) -> SyntheticSet:
+    """The set with other outliers of `source` in every epoch: as many as it has images.
 
-
-def with_corrupted_again(
-    synthetic: SyntheticSet, real: RealData, corruptions: tuple[str, ...], mixed: bool = False
-) -> SyntheticSet:
-    """The set, trained in each epoch on a fresh corruption of its outliers; the originals stay in `images_oe`."""
-    source = corrupted(synthetic.images_oe, real, corruptions, mixed)
-    per_slot = -(-len(synthetic.images_oe) // real.num_classes)
-    return replace(synthetic, fresh_oe=FreshOutliers(source, per_slot))
+    `keeps`: as many as it has outliers, which stay in `images_oe`.
+    """
+    kept = synthetic.images_oe if keeps else None
+    per_slot = -(-len(synthetic.images if kept is None else kept) // source.real.num_classes)
+    return replace(synthetic, images_oe=kept, fresh_oe=FreshOutliers(source, per_slot))
 
 
 def corrupted(images: Tensor, real: RealData, corruptions: tuple[str, ...], mixed: bool = False) -> PseudoOutliers:
