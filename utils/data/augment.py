@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 
 from utils.compute.transfer import Draw, send
-from utils.core.errors import require, unknown_name
 from utils.core.rng import draw_seed, noise
 
 Size = tuple[int, int]
@@ -130,14 +129,6 @@ def _draw_parameters(entry: str, n: int, size: Size, g: torch.Generator) -> torc
 
 
 DSA_ENTRIES = {"color": color, "crop": shift, "cutout": cutout, "flip": flip, "scale": affine, "rotate": affine}
-
-
-def parse_strategy(text: str) -> tuple[str, ...]:
-    """Split a `_`-joined strategy; raise a `UserError` for an entry that is not among `DSA_ENTRIES`."""
-    parts = tuple(text.split("_"))
-    for part in parts:
-        require(part in DSA_ENTRIES, f"--dsa_strategy {text}: {unknown_name('entry', part, DSA_ENTRIES)}")
-    return parts
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,17 @@
 """Augmentation against formulas, slow loops, `affine_grid` by hand and finite differences."""
 
 import math
+from argparse import ArgumentTypeError
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data import augment
-from utils.data.augment import DC, DSA, DSA_ENTRIES, apply_by_slot, bilinear, parse_strategy
+from utils.data.augment import DC, DSA, DSA_ENTRIES, apply_by_slot, bilinear
+from utils.settings.common import strategy
 
 FULL = tuple(DSA_ENTRIES)
 DC_ENTRIES = ("crop", "scale", "rotate", "noise")
@@ -183,8 +184,8 @@ def test_dc_strategy_by_data_set():
 
 
 def test_unknown_entry():
-    with pytest.raises(UserError, match="did you mean cutout"):
-        parse_strategy("color_cutot")
+    with pytest.raises(ArgumentTypeError, match="unknown entry 'cutot'; did you mean cutout"):
+        strategy("color_cutot")
 
 
 @pytest.mark.parametrize("entry", ["scale", "rotate"])
