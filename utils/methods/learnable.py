@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from utils.compute import distributed
 from utils.compute.transfer import Draw, send_draws
-from utils.core.errors import UserError, require
+from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.augment import Transform
 from utils.data.datasets import RealData
@@ -22,7 +22,7 @@ from utils.data.synthetic import SyntheticSet, check_factor, decode_slots, encod
 from utils.methods.distances import closeness
 from utils.methods.method import MethodInputs
 from utils.outliers.sources import OutlierBatch, OutlierSource, draw_repeated, k_center_outliers
-from utils.training.coresets import FeatureNetworks
+from utils.training.coresets import FeatureNetworks, check_ipc
 from utils.training.draws import Batch, draw_epoch
 from utils.training.trainer import TrainSettings, load_optimizer
 
@@ -34,19 +34,13 @@ def check_class_sizes(real: RealData, outliers: OutlierSource | None, ipc: int, 
 
     Copies would stay copies in DC, DSA and DM: they are augmented alike and so get the same gradients.
     """
-    needed, smallest = ipc * factor**2, min(map(len, real.class_indices))
-    flags = f"--ipc {ipc}" if factor == 1 else f"--ipc {ipc} --factor {factor}"
-    takes = f"and --init real takes {'that many' if factor == 1 else needed}"
-    require(
-        smallest >= needed,
-        f"{flags}: the smallest class of {real.name} has {smallest} training images, {takes} of each; lower --ipc or "
-        "use --init noise",
-    )
-    require(
-        outliers is None or outliers.per_slot() >= needed,
-        f"{flags}: the outlier source has {outliers and outliers.per_slot()} outliers for each class, {takes}; give "
-        "more (--oe_data_path, --num_oe_per_class), lower --ipc or use --init noise",
-    )
+    cure, needed = "lower --ipc or use --init noise", ipc * factor**2
+    check_ipc(real, ipc, factor, cure)
+    if outliers is not None and outliers.per_slot() < needed:
+        raise UserError(
+            f"--ipc {ipc}: the outlier source has {outliers.per_slot()} outliers for each class, and "
+            f"with --factor {factor} it takes {needed}; give more (--oe_data_path, --num_oe_per_class), {cure}"
+        )
 
 
 def check_start(init_oe: str, init: str, clamp_oe: bool, real: RealData, from_file: bool) -> None:
