@@ -1,6 +1,6 @@
 """The engine's methods with the same draws by the plain loops of `scripts/textbook.py`, for tests and benchmarks."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,22 +13,20 @@ from utils.data.augment import DSA, identity
 from utils.data.synthetic import decode
 from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.gradient_matching import GradientMatching
-from utils.methods.learnable import SlotDraw
+from utils.methods.learnable import SlotDraw, clamp_to_pixels
 from utils.methods.snapshot_matching import SnapshotMatching
 from utils.methods.trajectory_matching import TrajectoryMatching
-from utils.outliers.distilled import clamp_to_pixels
 from utils.training.draws import Batch
 
 
 class PlainMatching(GradientMatching):
     """Gradient matching with the same draws, by the textbook's loops."""
 
-    def _update(
-        self, images: torch.Tensor, batches: Iterable, drawn: dict[int, SlotDraw], outliers: bool = False
-    ) -> torch.Tensor:
-        transforms, real = [draw.transform or identity for draw in drawn.values()], list(batches)
+    def _update(self, which: int, drawn: dict[int, SlotDraw]) -> torch.Tensor:
+        images, real = self._tensors()[which], list(self.draws.batches(which, drawn))
+        transforms = [draw.transform or identity for draw in drawn.values()]
         losses, images.grad = match_slots(
-            self.net, images, real.__getitem__, transforms, outliers, self.settings.dis_metric
+            self.net, images, real.__getitem__, transforms, which == 1, self.settings.dis_metric
         )
         return torch.tensor(losses, device=images.device)
 
@@ -41,10 +39,11 @@ class PlainMatching(GradientMatching):
 class PlainDistributionMatching(DistributionMatching):
     """Distribution matching with the same draws, one class after another; batches are augmented as published."""
 
-    def _update(self, images: torch.Tensor, batches: Iterable, drawn: dict[int, SlotDraw]) -> torch.Tensor:
+    def _update(self, which: int, drawn: dict[int, SlotDraw]) -> torch.Tensor:
+        images = self._tensors()[which]
         leaf = images.detach().clone().requires_grad_()
         total, losses = torch.zeros(()), []
-        for (slot, draw), batch in zip(drawn.items(), batches, strict=True):
+        for (slot, draw), batch in zip(drawn.items(), self.draws.batches(which, drawn), strict=True):
             transform = draw.transform or identity
             with torch.no_grad():
                 target = self.net.embed(transform(batch)).mean(0)

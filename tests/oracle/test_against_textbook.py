@@ -25,7 +25,7 @@ from utils.data.synthetic import SyntheticSet
 from utils.methods import matcher
 from utils.methods.distances import METRICS
 from utils.methods.gradient_matching import GradientMatching, GradientSettings
-from utils.methods.matcher import Matcher, Way, chunks, slot_loss
+from utils.methods.matcher import Matcher, chunks, slot_loss
 from utils.ood.scorer import Scorer
 from utils.outliers import corruptions, sources
 from utils.outliers.sources import OutlierPool, PseudoOutliers
@@ -89,7 +89,7 @@ def compare(name, dtype, outliers, metric, tolerance, dsa=True, batched=(True, F
 @pytest.mark.parametrize("dsa", [False, True])
 def test_engine_equals_the_textbook_in_float64(name, metric, outliers, dsa):
     ways = compare(name, torch.float64, outliers, metric, 1e-9, dsa)
-    assert ways == [Way.BY_SLOT if name == "ConvNetLN" else Way.BATCHED, Way.BY_SLOT]
+    assert ways == ["slot by slot" if name == "ConvNetLN" else "batched", "slot by slot"]
 
 
 @pytest.mark.parametrize("name", NORMS)
@@ -131,7 +131,7 @@ def test_a_network_that_cannot_be_batched_falls_back(monkeypatch):
     matcher = Matcher(net, "ours", Compute(), True)
     with pytest.warns(UserWarning, match="more slowly: not batched"):
         _, gradient = matcher(synthetic, real, transforms)
-    assert matcher.way(synthetic) is Way.BY_SLOT
+    assert matcher.way(synthetic) == "slot by slot"
     expected = textbook.match_slots(net, synthetic, real.__getitem__, transforms, False, "ours")
     assert relative(gradient, expected[1]) < 1e-9
 
@@ -154,7 +154,7 @@ def test_compiled_engine_equals_the_textbook(norm, outliers, metric, dtype, tole
     monkeypatch.setitem(networks._NETWORKS, "narrow", narrow)
     monkeypatch.setattr("utils.methods.matcher.CHUNK_IMAGES", 4)
     ways = compare("narrow", dtype, outliers, metric, tolerance, dsa, batched=[None], compute=COMPILED)
-    assert ways == [Way.BY_SLOT if norm == "layer" else Way.COMPILED]
+    assert ways == ["slot by slot" if norm == "layer" else "compiled"]
 
 
 @needs_compiler
@@ -167,7 +167,7 @@ def test_images_and_outliers_are_compiled_once(monkeypatch):
     for of_outliers in (False, True):
         matcher(synthetic, real, transforms, of_outliers)
         counted.append(graphs["unique_graphs"])
-    assert matcher.way(synthetic) is Way.COMPILED
+    assert matcher.way(synthetic) == "compiled"
     assert counted[0] < counted[1] == counted[2]
 
 
@@ -179,7 +179,7 @@ def test_what_is_compiled_equals_the_textbook(name, metric, monkeypatch):
     monkeypatch.setattr("utils.methods.matcher.CHUNK_IMAGES", 4)
     for with_outliers, dsa in product((False, True), (False, True)):
         ways = compare(name, torch.float64, with_outliers, metric, 1e-9, dsa, [None], Compute(compiled=True))
-        assert ways == [Way.COMPILED]
+        assert ways == ["compiled"]
 
 
 def test_what_cannot_be_compiled_goes_on_eagerly(monkeypatch):
@@ -192,7 +192,7 @@ def test_what_cannot_be_compiled_goes_on_eagerly(monkeypatch):
     monkeypatch.setattr(matcher, "real_loss", lambda images, slot: slot_loss(net(images), slot))
     with pytest.warns(UserWarning, match="more slowly: not compiled: no such kernel"):
         _, gradient = matcher(synthetic, real, transforms)
-    assert matcher.way(synthetic) is Way.BATCHED
+    assert matcher.way(synthetic) == "batched"
     expected = textbook.match_slots(net, synthetic, real.__getitem__, transforms, False, "ours")
     assert relative(gradient, expected[1]) < 1e-9
 

@@ -13,14 +13,14 @@ from networks import get_network
 from utils.compute.device import Compute
 from utils.core.errors import UserError
 from utils.core.rng import generator
-from utils.data.augment import DSA, identity, parse_strategy
+from utils.data.augment import DSA, DSA_ENTRIES, identity
 from utils.methods.distances import METRICS, match_loss
 from utils.methods.gradient_matching import GradientMatching, GradientSettings
 from utils.methods.matcher import NO_CLASS, Matcher, slot_loss
 from utils.outliers.sources import PseudoOutliers
 from utils.training.losses import joint_loss, uniform_cross_entropy
 
-STRATEGY = DSA(parse_strategy("color_crop_cutout_flip_scale_rotate"))
+STRATEGY = DSA(tuple(DSA_ENTRIES))
 
 
 def gradients(seed: int) -> list[torch.Tensor]:

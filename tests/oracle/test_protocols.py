@@ -10,7 +10,7 @@ from conftest import Compute
 
 from networks import get_network
 from utils.core.rng import generator
-from utils.data.augment import DSA, parse_strategy
+from utils.data.augment import DSA
 from utils.data.synthetic import SyntheticSet
 from utils.settings.arguments import Stage2Settings
 from utils.stages.evaluation import training_of
@@ -37,7 +37,7 @@ def a_set(n=12, classes=3, outliers=True) -> SyntheticSet:
     ],
 )  # fmt: skip
 def test_what_a_protocol_sets(flags, expected):
-    dsa = DSA(parse_strategy(STRATEGY))
+    dsa = DSA(tuple(STRATEGY.split("_")))
     found = training_of(Stage2Settings(dsa_strategy=STRATEGY, **flags), "ConvNet", dsa)
     values = (found.epochs, found.batch, found.optimizer, found.weight_decay, found.schedule, found.mix, found.lr)
     assert values == expected

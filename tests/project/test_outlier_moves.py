@@ -11,7 +11,7 @@ from scipy.spatial.distance import pdist
 from networks import get_network
 from utils.core.rng import generator
 from utils.core.run_script import run_script
-from utils.data.augment import DSA, parse_strategy
+from utils.data.augment import DSA
 from utils.data.distilled_file import DistilledFile
 from utils.data.synthetic import SyntheticSet
 from utils.methods.distribution_matching import DistributionMatching
@@ -72,7 +72,7 @@ def test_the_values_of_a_run(in_process, moves, digits, tmp_path):
     assert values["loss_last"] == pytest.approx(np.mean(losses[-2:]))
 
     net = get_network("ConvNetD1", 1, 10, (8, 8), generator(0))
-    trainer = Trainer(net, TrainSettings(3, augmentation=DSA(parse_strategy("crop_scale"))))
+    trainer = Trainer(net, TrainSettings(3, augmentation=DSA(("crop", "scale"))))
     trainer.train_fresh(SyntheticSet(images, labels), 3, ("moves", 0))
     with torch.no_grad():
         for name, shown in (("_start", start), ("", outliers)):

@@ -23,7 +23,7 @@ from utils.compute.device import Compute
 from utils.core.errors import UserError
 from utils.core.pixels import conform
 from utils.core.rng import generator
-from utils.data.augment import DSA, parse_strategy
+from utils.data.augment import DSA
 from utils.data.distilled_file import DistilledFile
 from utils.data.download import FROM_PYTORCH_OOD, NotThere
 from utils.data.synthetic import SyntheticSet
@@ -347,7 +347,7 @@ def test_networks_without_a_checkpoint_of_an_epoch(networks_of, refused):
     assert "have no checkpoint of an epoch; give --is_load_best" in refused(*TEST, 1)
 
 
-DSA_SETTINGS = DSA(parse_strategy(STRATEGY))
+DSA_SETTINGS = DSA(tuple(STRATEGY.split("_")))
 
 
 @pytest.fixture(scope="module")

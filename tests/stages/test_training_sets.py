@@ -35,7 +35,6 @@ from utils.outliers.sources import (
     corrupted,
     initial_outliers,
     k_center_outliers,
-    with_corrupted_again,
     with_fresh,
 )
 from utils.settings.arguments import Stage2Settings
@@ -267,7 +266,7 @@ def test_outliers_that_are_corrupted_again(digits):
     images = random_images(digits, 4, 1, 0)
     outliers = random_images(digits, 2, 5, 0).images
     outliers[0] *= 9  # far outside the range
-    again = with_corrupted_again(replace(images, images_oe=outliers), digits, ("invert",))
+    again = with_fresh(replace(images, images_oe=outliers), corrupted(outliers, digits, ("invert",)), keeps=True)
     assert again.num_outliers == len(outliers) == 20
     assert torch.equal(again.images_oe, outliers)  # they are kept, so that a resumed run finds them
     assert torch.equal(again.images, images.images)
@@ -287,7 +286,7 @@ def test_fresh_outliers_by_a_slow_loop(digits, kind):
         fresh = with_fresh(images, PseudoOutliers(digits))
     else:
         stored = replace(images, images_oe=random_images(digits, 2, 7, 0).images)
-        fresh = with_corrupted_again(stored, digits, ("invert", "jigsaw"))
+        fresh = with_fresh(stored, corrupted(stored.images_oe, digits, ("invert", "jigsaw")), keeps=True)
     settings = TrainSettings(epochs=7, batch=8)
     nets = [get_network("ConvNetD1", 1, 10, (8, 8), generator(0)) for _ in range(2)]
     Trainer(nets[0], settings).train(fresh, 3, ("a",))

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 
 from utils.compute.transfer import Draw, send
-from utils.core.errors import require, unknown_name
 from utils.core.rng import draw_seed, noise
 
 Size = tuple[int, int]
@@ -132,14 +131,6 @@ def _draw_parameters(entry: str, n: int, size: Size, g: torch.Generator) -> torc
 DSA_ENTRIES = {"color": color, "crop": shift, "cutout": cutout, "flip": flip, "scale": affine, "rotate": affine}
 
 
-def parse_strategy(text: str) -> tuple[str, ...]:
-    """Split a `_`-joined strategy; raise a `UserError` for an entry that is not among `DSA_ENTRIES`."""
-    parts = tuple(text.split("_"))
-    for part in parts:
-        require(part in DSA_ENTRIES, f"--dsa_strategy {text}: {unknown_name('entry', part, DSA_ENTRIES)}")
-    return parts
-
-
 @dataclass(frozen=True)
 class Transform(Draw):
     """One draw of DSA: an entry and its parameters, `[1, …]` (Siamese) or `[N, …]` (one set per image)."""
@@ -198,27 +189,22 @@ DC_CROP, DC_SCALE, DC_ROTATE_DEGREES, DC_NOISE = 4, 0.2, 45.0, 0.001
 
 @dataclass(frozen=True)
 class DCTransform(Draw):
-    """One draw of DC's augmentation for N images: the entry of each image (`[N]`) and the parameters of all entries."""
+    """One draw of DC's augmentation for N images: which entry each has (`[N]`), and the parameters of every entry."""
 
-    strategy: tuple[str, ...]
     choice: torch.Tensor
-    offset: torch.Tensor
-    theta_scale: torch.Tensor
-    theta_rotate: torch.Tensor
-    noise_seed: int
+    params: dict[str, torch.Tensor | int]  # by entry, in order; those of noise are a seed
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         mean = images.mean((2, 3), keepdim=True)
         out, choice = images, _per_image(self.choice, images)
-        for index, entry in enumerate(self.strategy):
+        for index, (entry, params) in enumerate(self.params.items()):
             if entry == "crop":
-                changed = shift(images, self.offset, mean)
+                changed = shift(images, params, mean)
             elif entry == "noise":
-                drawn = noise(torch.randn, images.shape, self.noise_seed, images.device)
+                drawn = noise(torch.randn, images.shape, params, images.device)
                 changed = images + DC_NOISE * drawn.to(images.dtype)
             else:
-                theta = self.theta_scale if entry == "scale" else self.theta_rotate
-                changed = affine(images - mean, theta) + mean
+                changed = affine(images - mean, params) + mean
             out = torch.where(choice == index, changed, out)
         return out
 
@@ -235,8 +221,9 @@ class DC:
         angle = math.radians(DC_ROTATE_DEGREES) * (2 * torch.rand(n, generator=generator) - 1)
         choice = torch.randint(len(self.strategy), (n,), generator=generator)
         offset = torch.randint(-DC_CROP, DC_CROP + 1, (n, 2), generator=generator)
-        thetas = _scale_theta(1 / factors), _rotate_theta(angle)
-        return DCTransform(self.strategy, choice, offset, *thetas, draw_seed(generator))
+        params = {"crop": offset, "scale": _scale_theta(1 / factors), "rotate": _rotate_theta(angle)}
+        params["noise"] = draw_seed(generator)
+        return DCTransform(choice, {entry: params[entry] for entry in self.strategy})
 
 
 def dc_augmentation(dataset: str, model_eval: str) -> DC | None:

@@ -15,12 +15,11 @@ import torch
 
 from utils.compute import distributed
 from utils.compute.version import require_pytorch_ood
-from utils.core.errors import UserError, blame, one_line, print_line
+from utils.core.errors import UserError, blame, one_line, print_line, require
 from utils.core.files import read_npz
 from utils.core.pixels import images_to_nchw, in_full_range
 
 NPZ_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
-TINYIMAGES = "300K_random_images.npy"
 FROM_PYTORCH_OOD = {  # class in pytorch_ood.dataset.img
     "Textures": "Textures",
     "Places365": "Places365",
@@ -151,32 +150,20 @@ def _whole_tensors(part: object) -> tuple[torch.Tensor, torch.Tensor]:
     return images, labels
 
 
-def fetch_tinyimages(path: Path) -> None:
-    """Download 300K Random Images (Hendrycks et al.) to `path` through pytorch-ood, which checks the MD5 sum."""
-    with distributed.main_first():
-        if not path.exists():  # rank 0 may have downloaded it
-            require_pytorch_ood(f"--oe_data_path: fetching {path}")
-            from pytorch_ood.dataset.img import TinyImages300k
+def fetch_pytorch_ood(name: str, root: Path, what: str | None = None) -> Sequence:
+    """A data set of pytorch-ood, by a name of `FROM_PYTORCH_OOD` or its class, downloaded to `root` if it is missing.
 
-            _fetch_by_pytorch_ood(TinyImages300k, path.parent, f"--oe_data_path: {path}")
-
-
-def fetch_pytorch_ood(name: str, root: Path) -> Sequence:
-    """The OOD set `name` of `FROM_PYTORCH_OOD` as a pytorch-ood data set, downloaded to `root` if it is missing."""
-    require_pytorch_ood(f"fetching {name}")
+    pytorch-ood checks MD5 sums. A `UserError` tells why it cannot be fetched; `what` names it there, else `name` does.
+    """
+    what = what or name
+    require_pytorch_ood(f"fetching {what}")
     from pytorch_ood.dataset import img
 
-    make = getattr(img, FROM_PYTORCH_OOD[name])
+    make = getattr(img, FROM_PYTORCH_OOD.get(name, name))
     with distributed.main_first():
         found, why = _try(lambda: make(root=str(root), download=False))
         if why:
-            _fetch_by_pytorch_ood(make, root, name)
+            _, why = _try(lambda: _fetch_into(root, lambda folder: make(root=str(folder), download=True)))
+            require(not why, f"{what} could not be fetched by pytorch-ood: {why}")
             found = make(root=str(root), download=False)
         return found
-
-
-def _fetch_by_pytorch_ood(make: Callable, root: Path, what: str) -> None:
-    """Download the data set that `make` opens; a `UserError`, which `what` begins, tells why it failed."""
-    _, why = _try(lambda: _fetch_into(root, lambda folder: make(root=str(folder), download=True)))
-    if why:
-        raise UserError(f"{what} could not be fetched by pytorch-ood: {why}")

@@ -4,7 +4,7 @@ To add a method, write a file as docs/extend.md shows and give it with `--method
 """
 
 from utils.core.errors import UserError
-from utils.data.augment import DSA, parse_strategy
+from utils.data.augment import DSA
 from utils.methods.distribution_matching import DM_ENTRY
 from utils.methods.gradient_matching import DC_ENTRY, DSA_ENTRY
 from utils.methods.method import Method, MethodEntry, MethodInputs
@@ -31,4 +31,4 @@ def augmentation_of(method: str, dsa_strategy: str | None) -> DSA | None:
     use = METHODS[method].augmentation
     if use == "required" and dsa_strategy is None:
         raise UserError(f"--method {method} needs --dsa_strategy, e.g. color_crop_cutout_flip_scale_rotate")
-    return None if use == "unused" or dsa_strategy is None else DSA(parse_strategy(dsa_strategy))
+    return None if use == "unused" or dsa_strategy is None else DSA(tuple(dsa_strategy.split("_")))

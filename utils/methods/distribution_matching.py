@@ -19,19 +19,19 @@ from utils.core.rng import generator
 from utils.data.augment import apply_by_part, apply_by_slot, identity
 from utils.data.synthetic import decode_slots, on_stored
 from utils.methods.distances import mean_distance
-from utils.methods.learnable import IterationDraws, LearnableSet, SlotDraw
+from utils.methods.learnable import IterationDraws, LearnableSet, SlotDraw, push_apart
 from utils.methods.method import MatchingSettings, MethodEntry, MethodInputs
-from utils.outliers.distilled import push_apart
 
 CHUNK_IMAGES = 512  # synthetic images embedded together, to bound the memory
 
 
-class FeatureMatching(LearnableSet):
-    """Synthetic images whose features on a network are matched to those of real ones, slot by slot.
+class DistributionMatching(LearnableSet):
+    """The synthetic images of one experiment; the sum of the losses of an iteration is eq. 6.
 
-    A method says which network an iteration takes (`load_network`), and may add losses and another distance.
+    A subclass may match the features of other networks (`load_network`), add losses, and have another distance.
     """
 
+    settings: MatchingSettings
     GRADIENT_IN_BF16 = False  # whether `--precision bf16` holds for the gradient of the synthetic images, too
 
     def __init__(self, inputs: MethodInputs):
@@ -48,8 +48,9 @@ class FeatureMatching(LearnableSet):
         self.draws = IterationDraws(inputs, has_batchnorm=False, all_slots=self.has_batchnorm)
 
     def load_network(self, it: int) -> None:
-        """Give `net` the parameters of iteration `it`, in training mode."""
-        raise NotImplementedError
+        """Give `net` the parameters of iteration `it`, those of a fresh random network, in training mode."""
+        initialize(self.net, self.draws.generator(self.exp, "network", it))
+        self.net.train()
 
     def more_losses(self, it: int) -> dict[str, Tensor]:
         """Add the gradients of further losses to those of matching; returns the losses by name."""
@@ -59,11 +60,9 @@ class FeatureMatching(LearnableSet):
         """One iteration; returns losses `[slots]` by name. With `--spread_oe` outliers are kept apart, too."""
         self.load_network(it)
         (drawn,) = self.draws.steps(self.exp, it, self.synthetic())
-        batches = (self.real.train_batch(draw.real) for draw in drawn.images.values())
-        losses = {"loss": self._update(self.image_syn, batches, drawn.images)}
+        losses = {"loss": self._update(0, drawn.images)}
         if self.outliers is not None:
-            batches = (self.outliers.batch(draw.real) for draw in drawn.outliers.values())
-            losses["loss_oe"] = self._update(self.image_oe, batches, drawn.outliers)
+            losses["loss_oe"] = self._update(1, drawn.outliers)
         losses |= self.more_losses(it)
         self.update(0)
         if self.outliers is not None:
@@ -72,11 +71,9 @@ class FeatureMatching(LearnableSet):
         self.draws.look_ahead(self.exp, it + 1, self.synthetic())
         return losses
 
-    def _update(self, images: Tensor, batches: Iterable[Tensor], drawn: dict[int, SlotDraw]) -> Tensor:
-        """Set the gradient of the images or of the outliers; returns the losses of the slots.
-
-        `batches`: the real batch of each slot in `drawn`.
-        """
+    def _update(self, which: int, drawn: dict[int, SlotDraw]) -> Tensor:
+        """Set the gradient of the images (0) or of the outliers (1); returns the losses of the slots."""
+        images, batches = self._tensors()[which], self.draws.batches(which, drawn)
         slots, transforms = list(drawn), [draw.transform or identity for draw in drawn.values()]
         decoded = decode_slots(images.detach(), self.settings.factor)
         losses, gradient = images.new_zeros(len(images)), torch.zeros_like(decoded)
@@ -126,20 +123,9 @@ class FeatureMatching(LearnableSet):
         return mean_distance(features, targets)
 
 
-class DistributionMatching(FeatureMatching):
-    """The synthetic images of one experiment; the sum of the losses of an iteration is eq. 6."""
-
-    settings: MatchingSettings
-
-    def load_network(self, it: int) -> None:
-        """A fresh random network."""
-        initialize(self.net, self.draws.generator(self.exp, "network", it))
-        self.net.train()
-
-
-def _workload(inputs: MethodInputs) -> Workload:
-    """Real images only go forward, which counts as half a pass."""
-    synthetic = inputs.kinds * inputs.real.num_classes * inputs.settings.decoded_ipc
+def feature_workload(inputs: MethodInputs, networks: int = 1) -> Workload:
+    """The work of an iteration: real images only go forward, half a pass; synthetic ones through `networks`."""
+    synthetic = networks * inputs.kinds * inputs.real.num_classes * inputs.settings.decoded_ipc
     return Workload((inputs.batch_images / 2 + synthetic) / distributed.world_size(), "features")
 
 
@@ -147,7 +133,7 @@ DM_ENTRY = MethodEntry(
     "DM",
     "distribution matching, the fastest per iteration",
     DistributionMatching,
-    _workload,
+    feature_workload,
     MatchingSettings,
     defaults={"Iteration": 20000, "lr_img": 1.0, "init": "real", "eval_interval": 2000},
 )

@@ -5,7 +5,6 @@ gradient of their loss on the network's weights comes closer to that of real ima
 likewise. Between two steps the network is trained on the synthetic set.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,10 +17,9 @@ from utils.core.rng import generator
 from utils.data.augment import identity
 from utils.data.synthetic import decode_slots, on_stored
 from utils.methods.distances import METRICS
-from utils.methods.learnable import IterationDraws, LearnableSet, SlotDraw, StepDraw
+from utils.methods.learnable import IterationDraws, LearnableSet, SlotDraw, StepDraw, push_apart
 from utils.methods.matcher import Matcher
 from utils.methods.method import MatchingSettings, MethodEntry, MethodInputs
-from utils.outliers.distilled import push_apart
 from utils.settings.fields import flag
 from utils.settings.parser import count
 from utils.training.draws import Batch
@@ -105,26 +103,20 @@ class GradientMatching(LearnableSet):
             for module in self.net.modules():
                 if isinstance(module, nn.BatchNorm2d):
                     module.eval()
-        batches = (self.real.train_batch(draw.real) for draw in drawn.images.values())
-        losses = [self._update(self.image_syn, batches, drawn.images)]
+        losses = [self._update(0, drawn.images)]
         self.update(0)
         if self.outliers is not None:
-            batches = (self.outliers.batch(draw.real) for draw in drawn.outliers.values())
-            losses.append(self._update(self.image_oe, batches, drawn.outliers, outliers=True))
+            losses.append(self._update(1, drawn.outliers))
             push_apart(self.net, self.image_oe, self.settings.spread_oe, self.settings.factor)
             self.update(1)
         return torch.stack(losses)
 
-    def _update(
-        self, images: Tensor, batches: Iterable[Tensor], drawn: dict[int, SlotDraw], outliers: bool = False
-    ) -> Tensor:
-        """Set the gradient of the images or of the outliers; returns the losses of the slots.
-
-        `batches`: the real batch of each slot in `drawn`.
-        """
+    def _update(self, which: int, drawn: dict[int, SlotDraw]) -> Tensor:
+        """Set the gradient of the images (0) or of the outliers (1); returns the losses of the slots."""
+        images, batches = self._tensors()[which], self.draws.batches(which, drawn)
         transforms = {slot: draw.transform or identity for slot, draw in drawn.items()}
         decoded = decode_slots(images.detach(), self.settings.factor)
-        losses, gradient = self.matcher(decoded, batches, transforms, outliers)
+        losses, gradient = self.matcher(decoded, batches, transforms, outliers=which == 1)
         images.grad = on_stored(images, self.settings.factor, gradient)
         return losses
 

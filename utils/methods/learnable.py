@@ -10,19 +10,19 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from utils.compute import distributed
 from utils.compute.transfer import Draw, send_draws
-from utils.core.errors import UserError, require
+from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.augment import Transform
 from utils.data.datasets import RealData
-from utils.data.synthetic import SyntheticSet, check_factor, encode
+from utils.data.synthetic import SyntheticSet, check_factor, decode_slots, encode
+from utils.methods.distances import closeness
 from utils.methods.method import MethodInputs
-from utils.outliers.distilled import check_start, clamp_to_pixels
 from utils.outliers.sources import OutlierBatch, OutlierSource, draw_repeated, k_center_outliers
-from utils.training.coresets import FeatureNetworks
+from utils.training.coresets import FeatureNetworks, check_ipc
 from utils.training.draws import Batch, draw_epoch
 from utils.training.trainer import TrainSettings, load_optimizer
 
@@ -34,19 +34,42 @@ def check_class_sizes(real: RealData, outliers: OutlierSource | None, ipc: int, 
 
     Copies would stay copies in DC, DSA and DM: they are augmented alike and so get the same gradients.
     """
-    needed, smallest = ipc * factor**2, min(map(len, real.class_indices))
-    flags = f"--ipc {ipc}" if factor == 1 else f"--ipc {ipc} --factor {factor}"
-    takes = f"and --init real takes {'that many' if factor == 1 else needed}"
-    require(
-        smallest >= needed,
-        f"{flags}: the smallest class of {real.name} has {smallest} training images, {takes} of each; lower --ipc or "
-        "use --init noise",
-    )
-    require(
-        outliers is None or outliers.per_slot() >= needed,
-        f"{flags}: the outlier source has {outliers and outliers.per_slot()} outliers for each class, {takes}; give "
-        "more (--oe_data_path, --num_oe_per_class), lower --ipc or use --init noise",
-    )
+    cure, needed = "lower --ipc or use --init noise", ipc * factor**2
+    check_ipc(real, ipc, factor, cure)
+    if outliers is not None and outliers.per_slot() < needed:
+        raise UserError(
+            f"--ipc {ipc}: the outlier source has {outliers.per_slot()} outliers for each class, and "
+            f"with --factor {factor} it takes {needed}; give more (--oe_data_path, --num_oe_per_class), {cure}"
+        )
+
+
+def check_start(init_oe: str, init: str, clamp_oe: bool, real: RealData, from_file: bool) -> None:
+    """Raise `UserError` for flags that contradict each other; `from_file`: whether a distilled set is the start."""
+    if init_oe == "kcenter" and from_file:
+        raise UserError("--init_oe kcenter: the outliers start as those of --load_path; leave one of them out")
+    if init_oe == "kcenter" and init != "real":
+        raise UserError(f"--init_oe kcenter: its network needs images to train on; give --init real, not {init}")
+    if clamp_oe and real.zca is not None:
+        raise UserError("--clamp_oe: whitened images (--zca) have no range of pixels; leave one of them out")
+
+
+def clamp_to_pixels(images: Tensor, real: RealData) -> None:
+    """Clamp images or outliers `[…, C, H, W]` in place to pixels in [0, 1]."""
+    low, high = (real.normalize(torch.full((1, real.channel, 1, 1), v, device=real.device)) for v in (0.0, 1.0))
+    images.clamp_(low[0], high[0])
+
+
+def push_apart(net: nn.Module, outliers: Tensor, weight: float, factor: int = 1) -> None:
+    """Add `weight` times the gradient of `closeness` of all outliers, in the features of `net`, to `outliers.grad`.
+
+    The outliers are `[slots, ipc, C, H, W]`; of outliers in parts the parts are kept apart.
+    """
+    if not weight:
+        return
+    some = outliers.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(closeness(net.embed(decode_slots(some, factor).flatten(0, 1)).flatten(1)), some)
+    distributed.broadcast_(gradient)  # every process computed it, but may have rounded differently
+    outliers.grad.add_(gradient, alpha=weight)
 
 
 class LearnableSet:
@@ -212,6 +235,11 @@ class IterationDraws:
         """Draw for a later iteration while a GPU computes the current one; on a CPU, do nothing."""
         if self.together:
             self.ahead = ((exp, it), list(self.steps(exp, it, synthetic)))
+
+    def batches(self, which: int, drawn: dict[int, SlotDraw]) -> Iterator[Tensor]:
+        """The real images (0) or outliers (1) `[n, C, H, W]` of each slot, made one by one."""
+        read = self.inputs.outliers.batch if which else self.inputs.real.train_batch
+        return (read(draw.real) for draw in drawn.values())
 
     def _step(self, exp: int, it: int, outer: int, synthetic: SyntheticSet) -> StepDraw:
         """The draws of an outer step; the network is trained after all steps but the last, and by rank 0."""

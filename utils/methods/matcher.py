@@ -9,7 +9,7 @@ of `scripts/textbook.py`.
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from enum import Enum
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ NO_CLASS = -1  # the label of outliers
 Augmentation = Callable[[Tensor], Tensor]
 BySlot = Sequence[Augmentation] | Mapping[int, Augmentation]
 Params = dict[str, Tensor]
+Way = Literal["compiled", "batched", "slot by slot"]  # how the synthetic side is computed, the fastest first
 
 
 def slot_loss(logits: Tensor, slot: Tensor) -> Tensor:
@@ -44,14 +45,6 @@ def slot_loss(logits: Tensor, slot: Tensor) -> Tensor:
     classes = torch.arange(logits.shape[1], device=logits.device)
     target = torch.where(slot == NO_CLASS, 1 / logits.shape[1], (classes == slot).to(log.dtype))
     return -(log * target).sum(dim=1).mean()
-
-
-class Way(Enum):
-    """How the synthetic side is computed, the fastest first."""
-
-    COMPILED = "compiled"
-    BATCHED = "batched"
-    BY_SLOT = "slot by slot"
 
 
 class Matcher:
@@ -86,7 +79,7 @@ class Matcher:
         gradient = torch.zeros_like(images_syn)
         slots, size = list(distributed.own_share(len(images_syn))), max(1, CHUNK_IMAGES // images_syn.shape[1])
         batches = iter(batches)
-        for chunk in chunks(slots, size, pad=self.way(images_syn) is Way.COMPILED):
+        for chunk in chunks(slots, size, pad=self.way(images_syn) == "compiled"):
             own = list(dict.fromkeys(chunk))  # without the repeated slots that pad a chunk
             index = send(torch.tensor(chunk), images_syn.device)
             labels = torch.full_like(index, NO_CLASS) if outliers else index
@@ -105,10 +98,10 @@ class Matcher:
         they are few or small: else grouped convolutions are slower (by a tenth for ConvNet at ipc 10).
         """
         if self.compiles and not (Compiled.failed and isinstance(self.compiled_side, Compiled)):
-            return Way.COMPILED
+            return "compiled"
         pixels = images.shape[1] * images.shape[3] * images.shape[4]
         faster = images.device.type == "cuda" or pixels <= BATCHED_PIXELS_CPU
-        return Way.BATCHED if (faster if self.batched is None else self.batched) else Way.BY_SLOT
+        return "batched" if (faster if self.batched is None else self.batched) else "slot by slot"
 
     def real_gradient(self, images: Tensor, slot: Tensor) -> list[Tensor]:
         """Gradient of `slot_loss` on real images with respect to all parameters, in parameter order.
@@ -131,21 +124,21 @@ class Matcher:
         """
         images, way = images.detach().requires_grad_(), self.way(images)
         try:
-            if way is Way.COMPILED:
+            if way == "compiled":
                 augmented = apply_by_slot(images, transforms)
                 direction, losses = self.compiled_side(augmented.detach(), labels, self._params(), targets)
                 return losses, torch.autograd.grad(augmented, images, direction)[0]
-            if way is Way.BATCHED:
+            if way == "batched":
                 losses = self._losses(apply_by_slot(images, transforms), labels, self._params(), targets)
             else:
                 slots = zip(transforms, images, labels, *targets, strict=True)
                 losses = torch.stack([self._slot_loss(t(x), slot, target) for t, x, slot, *target in slots])
             return losses.detach(), torch.autograd.grad(losses.sum(), images)[0]
         except (RuntimeError, NotImplementedError, UserError) as error:
-            if way is Way.BY_SLOT:
+            if way == "slot by slot":
                 raise
-            warnings.warn(f"matching continues, but more slowly: not {way.value}: {one_line(error)}", stacklevel=2)
-        if way is Way.COMPILED:
+            warnings.warn(f"matching continues, but more slowly: not {way}: {one_line(error)}", stacklevel=2)
+        if way == "compiled":
             self.compiles = False
         else:
             self.batched = False

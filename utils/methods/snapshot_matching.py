@@ -8,18 +8,18 @@ outliers they have the joint loss, too. Images are updated together, and stay in
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from utils.compute import distributed
-from utils.compute.device import Workload
 from utils.compute.transfer import send, send_draws
 from utils.core.rng import generator
 from utils.data.augment import apply_by_slot, identity
 from utils.data.synthetic import decode_slots, on_stored
 from utils.methods.distances import characteristic, characteristic_distance
-from utils.methods.distribution_matching import CHUNK_IMAGES, FeatureMatching
+from utils.methods.distribution_matching import CHUNK_IMAGES, DistributionMatching, feature_workload
 from utils.methods.method import MethodEntry, MethodInputs, Spread, with_experts
 from utils.settings.distillation import ExpertSettings, OnExperts
 from utils.settings.fields import flag, only
@@ -69,7 +69,7 @@ class SnapshotSettings(OnExperts, Spread):
         return self.ce_weight if self.ce_weight is not None else 0.5 if self.ipc >= 50 else 2.5
 
 
-class SnapshotMatching(FeatureMatching):
+class SnapshotMatching(DistributionMatching):
     """The synthetic images of one experiment, and the iterations that match them on snapshots of experts."""
 
     GRADIENT_IN_BF16 = True  # AdamW takes little of a gradient but its sign
@@ -184,17 +184,11 @@ class SnapshotMatching(FeatureMatching):
         return total, seen.grad
 
 
-def _workload(inputs: MethodInputs) -> Workload:
-    """Real images only go forward, which counts as half a pass; synthetic ones through two networks."""
-    synthetic = 2 * inputs.kinds * inputs.real.num_classes * inputs.settings.decoded_ipc
-    return Workload((inputs.batch_images / 2 + synthetic) / distributed.world_size(), "features")
-
-
 TGDD_ENTRY = MethodEntry(
     "TGDD",
     "DM on experts (train_experts.py)",
     with_experts(SnapshotMatching),
-    _workload,
+    partial(feature_workload, networks=2),
     SnapshotSettings,
     defaults={
         "Iteration": 2000, "lr_img": 0.02, "init": "real", "eval_interval": 1000, "factor": 2, "batch_real": 128,

@@ -15,11 +15,12 @@ from utils.core.pixels import conform
 from utils.core.rng import generator as keyed_generator
 from utils.core.torch_files import fingerprint
 from utils.data.datasets import RealData
-from utils.data.download import TINYIMAGES, fetch_tinyimages
+from utils.data.download import fetch_pytorch_ood
 from utils.data.synthetic import SyntheticSet
 from utils.outliers.corruptions import DEFAULT_CORRUPTIONS, MEANS, draw_corruption, draw_mixed
 from utils.training.coresets import k_center, unit_features
 
+TINYIMAGES = "300K_random_images.npy"  # 300K Random Images (Hendrycks et al.), as pytorch-ood names the file
 CANDIDATES = 10_000  # out of which k-center chooses
 
 
@@ -130,7 +131,7 @@ def load_outlier_pool(
     path = Path(path)
     with blame("--oe_data_path"):
         if download and path.name == TINYIMAGES and distributed.anywhere(not path.exists()):
-            fetch_tinyimages(path)
+            fetch_pytorch_ood("TinyImages300k", path.parent, str(path))
         accepted = "give a .npy (uint8 NHWC), an .npz (key images) or a folder of images"
         if path.name == TINYIMAGES:
             accepted += f", or let --download all fetch {TINYIMAGES} (pip install pytorch-ood)"
@@ -207,19 +208,14 @@ class FreshOutliers:
         return torch.cat([draw_repeated(self.source, slot, self.per_slot, g) for slot in slots])
 
 
-def with_fresh(synthetic: SyntheticSet, source: OutlierSource) -> SyntheticSet:
-    """The set with other outliers of `source` in every epoch, as many as it has images."""
-    per_slot = -(-len(synthetic.images) // source.real.num_classes)
-    return replace(synthetic, images_oe=None, fresh_oe=FreshOutliers(source, per_slot))
+def with_fresh(synthetic: SyntheticSet, source: OutlierSource, keeps: bool = False) -> SyntheticSet:
+    """The set with other outliers of `source` in every epoch: as many as it has images.
 
-
-def with_corrupted_again(
-    synthetic: SyntheticSet, real: RealData, corruptions: tuple[str, ...], mixed: bool = False
-) -> SyntheticSet:
-    """The set, trained in each epoch on a fresh corruption of its outliers; the originals stay in `images_oe`."""
-    source = corrupted(synthetic.images_oe, real, corruptions, mixed)
-    per_slot = -(-len(synthetic.images_oe) // real.num_classes)
-    return replace(synthetic, fresh_oe=FreshOutliers(source, per_slot))
+    `keeps`: as many as it has outliers, which stay in `images_oe`.
+    """
+    kept = synthetic.images_oe if keeps else None
+    per_slot = -(-len(synthetic.images if kept is None else kept) // source.real.num_classes)
+    return replace(synthetic, images_oe=kept, fresh_oe=FreshOutliers(source, per_slot))
 
 
 def corrupted(images: Tensor, real: RealData, corruptions: tuple[str, ...], mixed: bool = False) -> PseudoOutliers:

@@ -1,12 +1,10 @@
 """Settings that several scripts have: the data, the network, how it computes, network training, OOD sets."""
 
-import argparse
 from dataclasses import dataclass
 
 from networks import MODEL_NAMES
 from utils.compute.device import PRECISIONS
-from utils.core.errors import UserError
-from utils.data.augment import DSA, DSA_ENTRIES, parse_strategy
+from utils.data.augment import DSA, DSA_ENTRIES
 from utils.data.datasets import DATASET_NAMES, RealData, load_dataset
 from utils.ood.scores import ALL_SCORES, DETECTORS, SCORES
 from utils.outliers.corruptions import CORRUPTIONS, DEFAULT_CORRUPTIONS
@@ -21,11 +19,7 @@ def strategy(text: str) -> str | None:
     """A DSA strategy, or None for `None`; the check of `--dsa_strategy`."""
     if text in ("None", "none", ""):
         return None
-    try:
-        parse_strategy(text)
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error).split(": ", 1)[1]) from None
-    return text
+    return "_".join(map(one_of("entry", DSA_ENTRIES), text.split("_")))
 
 
 @dataclass(frozen=True)
@@ -136,7 +130,7 @@ class Batches(Settings):
     @property
     def augmentation(self) -> DSA | None:
         """The augmentation of the strategy, if there is one."""
-        return None if self.dsa_strategy is None else DSA(parse_strategy(self.dsa_strategy))
+        return None if self.dsa_strategy is None else DSA(tuple(self.dsa_strategy.split("_")))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Evaluation during distillation: fresh networks are trained on the synthetic set and tested."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -46,20 +46,18 @@ def training_of(s: Stage1Settings | Stage2Settings, model: str, dsa: DSA | None)
 
     CutMix takes the place of cutout. `--epoch_eval_train` left out: 300 epochs without augmentation.
     """
-    protocol, augmentation = PROTOCOLS[s.protocol], dsa or dc_augmentation(s.dataset, model)
-    optimizer, mix = s.optimizer or protocol.optimizer, s.mix or protocol.mix
-    if mix == "cutmix" and dsa is not None:
+    given = {name: getattr(s, name) for name in ("optimizer", "schedule", "mix") if getattr(s, name)}
+    how, augmentation = replace(PROTOCOLS[s.protocol], **given), dsa or dc_augmentation(s.dataset, model)
+    if how.mix == "cutmix" and dsa is not None:
         augmentation = DSA(tuple(entry for entry in dsa.strategy if entry != "cutout") or dsa.strategy)
-    return TrainSettings(
-        epochs=s.epoch_eval_train or (protocol.epochs if augmentation else 300),
+    return replace(
+        how,
+        epochs=s.epoch_eval_train or (how.epochs if augmentation else 300),
         lr=s.lr_net,
-        batch=s.batch_train or protocol.batch,
+        batch=s.batch_train or how.batch,
         lambda_oe=s.lambda_oe,
         augmentation=augmentation,
-        weight_decay=WEIGHT_DECAYS[optimizer],
-        optimizer=optimizer,
-        schedule=s.schedule or protocol.schedule,
-        mix=mix,
+        weight_decay=WEIGHT_DECAYS[how.optimizer],
     )
 
 

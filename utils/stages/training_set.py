@@ -21,7 +21,6 @@ from utils.outliers.sources import (
     initial_outliers,
     k_center_outliers,
     load_outlier_pool,
-    with_corrupted_again,
     with_fresh,
 )
 from utils.runs.lineage import TRAINED_ON, Found, args_or_nothing, stored_set_path
@@ -158,8 +157,8 @@ def with_new_outliers(s: Stage2Settings, chosen: TrainingSet, real: RealData) ->
         made = with_fresh(synthetic, outlier_source(s, real))
         line = f"{new} {_named(s)}; no distilled set, but an upper bound"
     elif s.corrupt_again:
-        made = with_corrupted_again(synthetic, real, s.corruptions, s.mix_corruptions)
-        line = f"{new} these, corrupted again"
+        source = corrupted(synthetic.images_oe, real, s.corruptions, s.mix_corruptions)
+        made, line = with_fresh(synthetic, source, keeps=True), f"{new} these, corrupted again"
     else:
         return chosen
     return chosen.changed(made, line, chosen.path)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.compute.device import Workload, choose_compute, kept_precision
-from utils.core.errors import UserError
+from utils.core.errors import UserError, require
 from utils.core.rng import generator
 from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet
@@ -64,12 +64,12 @@ def k_center(points: torch.Tensor, n: int, before: torch.Tensor | None = None) -
 CORESETS = {"herding": herding, "kcenter": k_center}
 
 
-def check_ipc(real: RealData, ipc: int, factor: int = 1) -> None:
+def check_ipc(real: RealData, ipc: int, factor: int = 1, cure: str = "lower --ipc") -> None:
     """Raise `UserError` when a class has fewer training images than the parts of `ipc` images take."""
-    smallest = min(map(len, real.class_indices))
-    if smallest < ipc * factor**2:
-        flags = f"--ipc {ipc}" if factor == 1 else f"--ipc {ipc} --factor {factor}, {ipc * factor**2} of each class"
-        raise UserError(f"{flags}: the smallest class of {real.name} has {smallest} training images; lower --ipc")
+    needed, smallest = ipc * factor**2, min(map(len, real.class_indices))
+    flags = f"--ipc {ipc}" if factor == 1 else f"--ipc {ipc} --factor {factor}"
+    has = f"the smallest class of {real.name} has {smallest} training images"
+    require(smallest >= needed, f"{flags}: {has}, and it takes {needed} of each; {cure}")
 
 
 def random_images(real: RealData, ipc: int, seed: int, exp: int) -> SyntheticSet:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,23 +22,6 @@ DRAWN_EPOCHS, DRAWN_IMAGES = 50, 2**18  # the most epochs that are drawn togethe
 FRESH_NUMBERS = 2**26  # the most numbers in the new outliers of the epochs that are drawn together
 LR_NET = 0.01
 AfterEpoch = Callable[[int, Tensor], None] | None  # called with the number of epochs done and the mean loss
-
-
-class Protocol(NamedTuple):
-    """How the networks of a publication are trained on a synthetic set."""
-
-    epochs: int
-    batch: int
-    optimizer: str = "sgd"
-    schedule: str = "half"
-    mix: str = "none"
-
-
-PROTOCOLS = {
-    "dc": Protocol(1000, 256),  # DC, DSA, DM, MTT
-    "idc": Protocol(1000, 64, schedule="late", mix="cutmix"),  # IDC, DREAM
-    "ncfm": Protocol(2000, 128, "adamw", "fifths", "cutmix"),  # NCFM
-}
 LEARNING_RATES = {"sgd": LR_NET, "adamw": 0.001}
 WEIGHT_DECAYS = {"sgd": 5e-4, "adamw": 0.01}
 # the learning rate is multiplied by a factor after these shares of the epochs; with `half` the momentum starts anew
@@ -66,6 +48,13 @@ class TrainSettings:
         """The learning rate on a set: the one given, that of the set for SGD, or the usual one."""
         of_set = synthetic.lr_net if synthetic is not None and self.optimizer == "sgd" else None
         return self.lr or of_set or LEARNING_RATES[self.optimizer]
+
+
+PROTOCOLS = {  # of publications; the learning rate and the decay follow from the optimiser
+    "dc": TrainSettings(1000, batch=256),  # DC, DSA, DM, MTT
+    "idc": TrainSettings(1000, batch=64, schedule="late", mix="cutmix"),  # IDC, DREAM
+    "ncfm": TrainSettings(2000, batch=128, optimizer="adamw", schedule="fifths", mix="cutmix"),  # NCFM
+}
 
 
 class Trainer:

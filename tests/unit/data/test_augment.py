@@ -1,16 +1,17 @@
 """Augmentation against formulas, slow loops, `affine_grid` by hand and finite differences."""
 
 import math
+from argparse import ArgumentTypeError
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data import augment
-from utils.data.augment import DC, DSA, DSA_ENTRIES, apply_by_slot, bilinear, parse_strategy
+from utils.data.augment import DC, DSA, DSA_ENTRIES, apply_by_slot, bilinear
+from utils.settings.common import strategy
 
 FULL = tuple(DSA_ENTRIES)
 DC_ENTRIES = ("crop", "scale", "rotate", "noise")
@@ -158,7 +159,7 @@ def test_dc_entries_one_per_image():
     for i, choice in enumerate(draw.choice.tolist()):
         entry = DC_ENTRIES[choice]
         if entry == "crop":
-            dr, dc = draw.offset[i].tolist()
+            dr, dc = draw.params["crop"][i].tolist()
             expected = mean[i].expand_as(x[i]).clone()
             rows = [r for r in range(SIZE[0]) if 0 <= r + dr < SIZE[0]]
             cols = [c for c in range(SIZE[1]) if 0 <= c + dc < SIZE[1]]
@@ -169,8 +170,7 @@ def test_dc_entries_one_per_image():
             assert 0 < (out[i] - x[i]).std() < 0.002
             continue
         else:
-            theta = draw.theta_scale[i] if entry == "scale" else draw.theta_rotate[i]
-            grid = F.affine_grid(theta[None].double(), (1, 3, *SIZE), align_corners=True)
+            grid = F.affine_grid(draw.params[entry][i][None].double(), (1, 3, *SIZE), align_corners=True)
             expected = (F.grid_sample((x[i] - mean[i])[None], grid, align_corners=True) + mean[i])[0]
         torch.testing.assert_close(out[i], expected)
     assert len(set(draw.choice.tolist())) > 1
@@ -184,8 +184,8 @@ def test_dc_strategy_by_data_set():
 
 
 def test_unknown_entry():
-    with pytest.raises(UserError, match="did you mean cutout"):
-        parse_strategy("color_cutot")
+    with pytest.raises(ArgumentTypeError, match="unknown entry 'cutot'; did you mean cutout"):
+        strategy("color_cutot")
 
 
 @pytest.mark.parametrize("entry", ["scale", "rotate"])

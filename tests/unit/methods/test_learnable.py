@@ -11,7 +11,7 @@ from conftest import made, named
 from networks import get_network
 from utils.core.errors import UserError
 from utils.core.rng import generator
-from utils.data.augment import DSA, parse_strategy
+from utils.data.augment import DSA, DSA_ENTRIES
 from utils.data.synthetic import SyntheticSet
 from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.gradient_matching import GradientMatching, GradientSettings
@@ -19,7 +19,7 @@ from utils.outliers.corruptions import MixedCorruption, corrupt, draw_mixed
 from utils.outliers.sources import PseudoOutliers, k_center_outliers
 from utils.training.coresets import k_center
 
-STRATEGY = DSA(parse_strategy("color_crop_cutout_flip_scale_rotate"))
+STRATEGY = DSA(tuple(DSA_ENTRIES))
 SETTINGS = GradientSettings(
     model="ConvNetD1", ipc=2, seed=4, batch_real=6, batch_oe=5, init="real", dsa_strategy=named(STRATEGY)
 )

@@ -25,13 +25,14 @@ from utils.compute.device import Compute
 from utils.compute.version import versions, versions_line
 from utils.core.errors import UserError
 from utils.core.rng import generator
-from utils.data.download import fetch_pytorch_ood, fetch_tinyimages
+from utils.data.download import fetch_pytorch_ood
 from utils.data.synthetic import SyntheticSet
 from utils.ood.evaluate import evaluate_ood, score_networks
 from utils.ood.measures import best_temperature, calibration, ood_measures
 from utils.ood.scorer import FitSet, Scorer, feature_map_shape, last_layer_name
 from utils.ood.scores import ALL_SCORES, DETECTORS, SCORES, Model, require_library
 from utils.ood.sets import OODSet
+from utils.outliers.sources import TINYIMAGES, load_outlier_pool
 from utils.report.results import results_of
 from utils.report.tables import report_text
 from utils.training.trainer import Trainer, TrainSettings, predict
@@ -260,7 +261,7 @@ def test_an_older_version_is_refused_wherever_it_is_used(version, refused, monke
     uses = {
         "--score knn vim": lambda: require_library(("msp", "knn", "vim")),
         "fetching Textures": lambda: fetch_pytorch_ood("Textures", tmp_path),
-        "--oe_data_path: fetching": lambda: fetch_tinyimages(tmp_path / "300K_random_images.npy"),
+        "--oe_data_path: fetching": lambda: load_outlier_pool(tmp_path / TINYIMAGES, None, 1, 0, download=True),
     }
     require_library(("msp", "energy"))
     for what, use in uses.items():
