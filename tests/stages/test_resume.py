@@ -24,7 +24,7 @@ from utils.data.datasets import load_dataset
 from utils.outliers.sources import load_outlier_pool
 from utils.runs.checkpoints import Checkpointer
 from utils.runs.resume import _latest, resume_command
-from utils.runs.run_folder import RunFolder
+from utils.runs.run_folder import RunFolder, read_metrics
 from utils.settings.fields import flag_words
 from utils.settings.parser import Parser
 
@@ -430,7 +430,7 @@ def test_metrics_with_damaged_lines(tmp_path):
     good = [{"experiment": 0, "iteration": i} for i in range(3)]
     lines = [json.dumps(good[0]), '{"experiment": 0, "iter', json.dumps(good[1]), json.dumps(good[2])]
     (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff{")
-    assert run.metrics() == good
+    assert read_metrics(run.path) == good
     run.keep_metrics(lambda line: line["iteration"] < 2)
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == good[:2]
 

@@ -18,7 +18,7 @@ from utils.runs import signals
 from utils.runs.checkpoints import Checkpointer
 from utils.runs.progress import Progress
 from utils.runs.resume import resume_command
-from utils.runs.run_folder import RunFolder
+from utils.runs.run_folder import RunFolder, read_metrics
 from utils.settings.arguments import Stage1Settings
 from utils.settings.fields import as_dict
 from utils.stages.evaluation import EvalMeasures, Evaluator
@@ -114,7 +114,9 @@ class Distillation:
             about = f"{counted(len(values), 'network')}, {counted(s.num_exp, 'experiment')}"
             self.run.log(f"{model}: accuracy {mean_std(values)} % ({about})")
         if distributed.is_main():
-            save_curves(self.run.path / "curves.png", self.run.metrics(), self.method.about.get("expert_accuracy"))
+            save_curves(
+                self.run.path / "curves.png", read_metrics(self.run.path), self.method.about.get("expert_accuracy")
+            )
         self.run.log(f"distilled set: {self.path}")
 
     def _experiment(self) -> None:
