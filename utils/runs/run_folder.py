@@ -53,10 +53,11 @@ class RunFolder:
         path = _new_folder(Path(root).joinpath(*map(str, parts)), name) if distributed.is_main() else None
         return cls(distributed.from_main(path))
 
-    def log(self, message: str, show: bool = True) -> None:
-        """Append a line with the time to `logs.txt`, and print it if `show`. Only rank 0 does so."""
+    def log(self, *messages: str, show: bool = True) -> None:
+        """Append each message with the time to `logs.txt`, and print it if `show`. Only rank 0 does so."""
         if self.is_main:
-            self._log(message, show)
+            for message in messages:
+                self._log(message, show)
 
     def log_own(self, message: str) -> None:
         """Like `log`, but on every rank, for messages about this process alone."""

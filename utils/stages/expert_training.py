@@ -55,8 +55,7 @@ def _train_in_folder(settings: ExpertSettings, real: RealData) -> None:
             print(f"{done}, trained before")
         return
     run = open_expert_run(folder, about)
-    for line in (f"experts: {run.path}", *real.lines(), f"computing: {compute}"):
-        run.log(line)
+    run.log(f"experts: {run.path}", *real.lines(), f"computing: {compute}")
     ExpertTraining(net.to(real.device), real, outliers, s, compute, run).train_all()
     run.log(done)
 

@@ -59,8 +59,7 @@ def run_stage1(settings: Stage1Settings) -> None:
     run = _run_folder(s, inputs, method, evaluation.ood)
     distillation = Distillation(method, Evaluator(real, evaluation, run, compute), s, run)
     if not (s.resume and _restore(distillation)):
-        for line in _notices(s, method, real, next(iter(training))):
-            run.log(line)
+        run.log(*_notices(s, method, real, next(iter(training))))
     if s.tensorboard and run.is_main:
         run.start_tensorboard()
     processes = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""

@@ -160,6 +160,5 @@ def _start(s: Stage2Settings, chosen: TrainingSet, real: RealData, training: Tra
         f"the best checkpoint is chosen on the test set, by tests every {TEST_INTERVAL} epochs and after the last",
         f"{training.epochs} epochs, batch {training.batch}, learning rate {training.lr:g}",
     ]
-    for line in lines:
-        run.log(line)
+    run.log(*lines)
     return run

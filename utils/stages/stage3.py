@@ -57,10 +57,8 @@ def run_stage3(settings: Stage3Settings) -> Results:
     run.save_args(as_dict(s), networks=str(folder.resolve()), device=str(device), fitted_on=fit and fit.name)
     training = stage2.training()
     tested = f"networks: {folder}, {s.num_exp} × {which}{chosen}, protocol {training['protocol']}"
-    lines = [note, *real.lines(), *changed, *(line for ood in sets for line in ood.lines()), tested]
-    lines += [f"computing: {compute}", *_about_fitting(fit, scores, s.fit_on)]
-    for line in filter(None, [f"run folder: {run.path}", *lines]):
-        run.log(line)
+    lines = [*real.lines(), *changed, *(line for ood in sets for line in ood.lines()), tested, f"computing: {compute}"]
+    run.log(f"run folder: {run.path}", *filter(None, [note]), *lines, *_about_fitting(fit, scores, s.fit_on))
     with rank_errors(), run.progress(len(sets), "OOD sets") as progress:
         networks = score_networks(scorers, real, sets, batch, run.log_own, progress.step)
     results = results_of(networks)
@@ -268,8 +266,7 @@ def _write_report(results: Results, scores: Sequence[str], run: RunFolder, about
     how = ", ".join(f"{name} {value}" for name, value in about["training"].items() if value is not None)
     text = report_text(results, scores) + f"\nNetworks: checkpoints {about['checkpoints']}; training: {how}.\n"
     text += f"\nVersions: {versions_line(versions())}.\n"
-    for line in text.splitlines():
-        run.log(line)
+    run.log(*text.splitlines())
     save_text(run.path / "report.md", text)
     save_text(run.path / "results.json", results_json(results, about))
     save_text(run.path / "results.csv", results_csv(results))
