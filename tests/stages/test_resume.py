@@ -401,8 +401,8 @@ def test_start_images_from_a_folder_elsewhere(whole, in_process, refused, tmp_pa
     (tmp_path / "start.pt").rename(tmp_path / "moved.pt")
     assert "is finished" in in_process("main_poe.py", "--resume", folder)
     for name in ("checkpoint.pt", "checkpoint-previous.pt"):
-        state = load(folder / name) | {"exp": 0, "iteration": 0, "started": False, "evaluated": False}
-        torch.save(state | {"found": {}, "finished": [], "accs": {}, "method": {}}, folder / name)
+        state = load(folder / name) | {"exp": 0, "iteration": 0, "evaluated": False}
+        torch.save(state | {"measures": {}, "finished": [], "accs": {}, "method": None}, folder / name)
     expected = load(next(folder.glob("res_*.pt")))["data"]
     assert f"--load_path: {tmp_path / 'start.pt'} is not there" in refused("main_poe.py", "--resume", folder)
     monkeypatch.chdir("/")
@@ -464,8 +464,8 @@ def test_a_start_set_that_the_run_did_not_have(whole, in_process, refused, tmp_p
     (made,) = (whole / "one").rglob("res_*.pt")
     in_process("main_poe.py", *STAGE1, "--save_path", tmp_path / "one", "--Iteration", 1, "--num_eval", 1)
     folder = run_folder(tmp_path / "one")
-    state = load(folder / "checkpoint.pt") | {"exp": 0, "iteration": 0, "started": False, "evaluated": False}
-    torch.save(state | {"found": {}, "finished": [], "accs": {}, "method": {}}, folder / "checkpoint.pt")
+    state = load(folder / "checkpoint.pt") | {"exp": 0, "iteration": 0, "evaluated": False}
+    torch.save(state | {"measures": {}, "finished": [], "accs": {}, "method": None}, folder / "checkpoint.pt")
     error = refused("main_poe.py", "--resume", folder, "--load_path", made)
     assert "--load_path: the data differ from those" in error
     assert json.loads((folder / "args.json").read_text())["flags"]["load_path"] is None
@@ -542,12 +542,13 @@ def test_a_checkpoint_of_another_run(whole, refused, tmp_path):
     (tmp_path / "args.json").write_bytes((folder / "args.json").read_bytes())
     for change in (
         {"exp": 7},
-        {"started": True, "method": {"images": [torch.zeros(10, 1, 1, 9, 9)] * 2, "optimizers": []}},
-        {"started": True, "method": {"images": [torch.zeros(10, 1, 1, 8, 8)], "optimizers": []}},
-        {"found": 3},
+        {"method": {"images": [torch.zeros(10, 1, 1, 9, 9)] * 2, "optimizers": []}},
+        {"method": {"images": [torch.zeros(10, 1, 1, 8, 8)], "optimizers": []}},
+        {"measures": 3},
+        {"found": {}},
         {"finished": [1, 2]},
-        {"exp": 1, "started": False, "finished": [[None, None]]},
-        {"exp": 1, "started": False, "finished": [[torch.full((10, 1, 8, 8), float("nan"))] * 2]},
+        {"exp": 1, "method": None, "finished": [[None, None]]},
+        {"exp": 1, "method": None, "finished": [[torch.full((10, 1, 8, 8), float("nan"))] * 2]},
         {"iteration": "many"},
     ):
         torch.save(load(folder / "checkpoint.pt") | change, tmp_path / "checkpoint.pt")
@@ -577,7 +578,7 @@ def test_checkpoints_of_older_code(whole, refused, tmp_path):
     folder = run_folder(whole / "one")
     (tmp_path / "args.json").write_bytes((folder / "args.json").read_bytes())
     images = [torch.zeros(10, 1, 1, 8, 8)] * 2
-    old = {"exp": 0, "started": True, "finished": [], "method": {"images": images, "momentum": [None] * 2}}
+    old = {"exp": 0, "finished": [], "method": {"images": images, "momentum": [None] * 2}}
     torch.save(load(folder / "checkpoint.pt") | old, tmp_path / "checkpoint.pt")
     assert "older code wrote it; resume it with that, or start a new run" in refused(
         "main_poe.py", "--resume", tmp_path
