@@ -139,8 +139,7 @@ def distilled_set_of(networks: Path) -> tuple[DistilledFile, int]:
         raise UserError(f"{networks} does not say which distilled set its networks were trained on")
     if not os.path.isfile(path):
         raise UserError(f"{networks} was trained on {path}, which is gone")
-    flags = about.get("flags") or {}
-    return DistilledFile.open(path), about.get("experiment", flags.get("exp_idx", 0))
+    return DistilledFile.open(path), about.get("experiment", 0)
 
 
 def stored_set_path(networks: Path, about: dict) -> str | None:

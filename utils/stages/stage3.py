@@ -149,17 +149,15 @@ class Stage2Run:
 
     def as_trained_on(self, real: RealData) -> tuple[RealData, tuple[str, ...]]:
         """The data in the form in which the networks know it, and lines for the log."""
-        what, stored, size = f"the networks in {self.folder}", self.about.get("data"), self.flags.get("im_size")
-        if isinstance(stored, dict):
-            known, lines = as_trained_on(real, stored, what, self._whitening)
-            read = (self.about.get("inputs") or {}).get("data_path")
-            if read and read != real.fingerprint():
-                lines = (f"{what} were trained on other data than those of --data_path", *lines)
-            return known, lines
-        if self.flags and real.name == "ImageFolder" and (size or 64) != real.im_size[0]:
-            raise UserError(f"--im_size {real.im_size[0]}: {what} were trained on {size or 64}; give that")
-        line = f"{what} do not say what they were trained on: images are normalised by --data_path's statistics"
-        return real, (line,)
+        what, stored = f"the networks in {self.folder}", self.about.get("data")
+        if not isinstance(stored, dict):
+            line = f"{what} do not say what they were trained on: images are normalised by --data_path's statistics"
+            return real, (line,)
+        known, lines = as_trained_on(real, stored, what, self._whitening)
+        read = (self.about.get("inputs") or {}).get("data_path")
+        if read and read != real.fingerprint():
+            lines = (f"{what} were trained on other data than those of --data_path", *lines)
+        return known, lines
 
     def _whitening(self) -> ZCA | None:
         """The whitening of the set that the networks were trained on, if that is there and holds it."""

@@ -165,7 +165,7 @@ def chain(tmp_path, digits):
     images = digits.train_batch(torch.stack([digits.class_indices[c][0] for c in range(10)]))
     distilled = stage1 / "res_DSA_Digits_ConvNetD1_1ipc.pt"
     DistilledFile.write(distilled, [SyntheticSet(images, torch.arange(10), images.flip(0))], {}, digits, {})
-    (stage2 / "args.json").write_text(json.dumps({"flags": {"exp_idx": 0}, "distilled_set": str(distilled)}))
+    (stage2 / "args.json").write_text(json.dumps({"flags": {}, "experiment": 0, "distilled_set": str(distilled)}))
     for index in range(2):
         state = get_network("ConvNetD1", 1, 10, (8, 8), generator(index)).state_dict()
         torch.save(state, stage2 / f"syn_trained_Digits_ConvNetD1_exp{index}_best.pt")
