@@ -241,22 +241,17 @@ def _draw_plots(run: RunFolder, networks: Sequence[NetworkScores], folder: Path)
 
     A score is drawn for the sets on which it is finite for every network.
     """
-    for score in networks[0].in_scores:
-        inside = [network.in_scores[score] for network in networks]
-        outside = {name: [n.out_scores[name][score] for n in networks] for name in networks[0].out_scores}
-        finite = {name: out for name, out in outside.items() if _finite(inside) and _finite(out)}
-        if finite:
-            first = {name: values[0] for name, values in finite.items()}
-            plots.save_score_histograms(run.path / f"scores_{score}.png", score, inside[0], first)
-            plots.save_roc_curves(run.path / f"roc_{score}.png", score, inside, finite)
+    first = networks[0]
+    for score, inside in first.in_scores.items():
+        areas = {name: [n.measures[name][score]["auroc"] for n in networks] for name in first.measures}
+        if finite := [name for name, of_networks in areas.items() if np.isfinite(of_networks).all()]:
+            outside = {name: first.out_scores[name][score] for name in finite}
+            plots.save_score_histograms(run.path / f"scores_{score}.png", score, inside, outside)
+            plots.save_roc_curves(run.path / f"roc_{score}.png", score, networks, finite)
     plots.save_reliability(run.path / "reliability.png", networks)
     if pictures := plots.distilled_pictures(folder):
         plots.save_distilled(run.path / "distilled.png", pictures)
     run.log("plots: " + ", ".join(sorted(path.name for path in run.path.glob("*.png"))))
-
-
-def _finite(scores: Sequence[np.ndarray]) -> bool:
-    return all(np.isfinite(values).all() for values in scores)
 
 
 def _write_report(results: Results, scores: Sequence[str], run: RunFolder, about: dict) -> None:
