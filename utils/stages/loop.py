@@ -21,6 +21,7 @@ from utils.runs.resume import resume_command
 from utils.runs.run_folder import RunFolder, read_metrics
 from utils.settings.arguments import Stage1Settings
 from utils.settings.fields import as_dict
+from utils.settings.method_choice import users_of_flags
 from utils.stages.evaluation import EvalMeasures, Evaluator
 
 
@@ -154,8 +155,8 @@ class Distillation:
         self.method.load_state_dict(state.exp, state.method)
         path = self.path.with_name(f"{self.path.stem}_last_finite.pt")
         self._write(path, [replace(self.method.synthetic().detached_cpu(), lr_net=None)], {})
-        names = [name for name in ("lr_img", "lr_img_oe", "lr_lr", "lr_net") if name in s.used()]
-        rates = [f"--{name}" for name in names if getattr(s, name) is not None]
+        users, names = users_of_flags(), ("lr_img", "lr_img_oe", "lr_lr", "lr_net")
+        rates = [f"--{n}" for n in names if s.method in users[n] and getattr(s, n) is not None]
         raise UserError(
             f"--lr_img {s.lr_img:g}: experiment {state.exp} diverged in iteration {state.iteration}: {problem} not "
             f"finite. Lower {' or '.join(rates)}; --load_path {path} starts from the last finite images"
