@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from utils.compute import distributed
-from utils.core.errors import UserError, named
+from utils.core.errors import UserError, named, require
 from utils.core.files import read_json
 from utils.data.distilled_file import DistilledFile
 from utils.runs.run_folder import ARGS, is_live
@@ -135,10 +135,8 @@ def distilled_set_of(networks: Path) -> tuple[DistilledFile, int]:
     """
     about = args_or_nothing(networks)
     path = stored_set_path(networks, about)
-    if path is None:
-        raise UserError(f"{networks} does not say which distilled set its networks were trained on")
-    if not os.path.isfile(path):
-        raise UserError(f"{networks} was trained on {path}, which is gone")
+    require(path is not None, f"{networks} does not say which distilled set its networks were trained on")
+    require(os.path.isfile(path), f"{networks} was trained on {path}, which is gone")
     return DistilledFile.open(path), about.get("experiment", 0)
 
 

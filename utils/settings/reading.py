@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from utils.core.errors import UserError, blame, one_line
+from utils.core.errors import UserError, blame, one_line, require
 from utils.core.files import check_file, read_json
 from utils.settings.fields import OF_RUN, Settings, add_flag, flag_words, flags_of, groups_of, takes_several
 from utils.settings.parser import Parser, underscored, value_in
@@ -103,12 +103,9 @@ def flags_as_words(parser: SettingsParser, flags: Mapping[str, object], flag: st
             continue
         several = isinstance(value, list)
         words = flag_words(name, value)[1:] if several else []
-        if known.get(name) != several or any(word.startswith("-") and not word[1:2].isdigit() for word in words):
-            wrong = one_line(f"--{name}={value}")
-            raise UserError(
-                f"{flag}: {path} has a flag that {parser.prog} does not know: {wrong}. Leave it out, or use the commit "
-                "that knew it"
-            )
+        is_known = known.get(name) == several and not any(w.startswith("-") and not w[1:2].isdigit() for w in words)
+        told = f"{flag}: {path} has a flag that {parser.prog} does not know: {one_line(f'--{name}={value}')}"
+        require(is_known, f"{told}. Leave it out, or use the commit that knew it")
         found += flag_words(name, value) if several or value is True else [f"--{name}={value}"]
     return found
 

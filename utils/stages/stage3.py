@@ -11,7 +11,7 @@ from torch import nn
 from utils.compute import distributed
 from utils.compute.device import Compute, Workload, choose_compute, choose_device
 from utils.compute.version import versions, versions_line
-from utils.core.errors import UserError, rank_errors
+from utils.core.errors import UserError, rank_errors, require
 from utils.core.files import save_text
 from utils.data.datasets import RealData
 from utils.data.distilled_file import DistilledFile
@@ -109,9 +109,8 @@ class Stage2Run:
         if not s.is_load_best:
             if s.epoch_train is None:
                 stored, epochs = self.about.get("epochs"), epochs_of(of_all or first)
-                if not epochs:
-                    what = f"the networks in {self.folder} have no checkpoint of an epoch"
-                    raise UserError(f"--epoch_train: {what}; give --is_load_best")
+                what = f"the networks in {self.folder} have no checkpoint of an epoch"
+                require(epochs, f"--epoch_train: {what}; give --is_load_best")
                 s = replace(s, epoch_train=stored if isinstance(stored, int) else epochs[-1])
                 how = f" (--epoch_train is left out: {s.epoch_train} is the last epoch)"
             which = f"epoch{s.epoch_train}"
@@ -171,10 +170,8 @@ class Stage2Run:
         `which`: the value of `--fit_on`; None: the latter."""
         images = self.flags.get("train_on", "distilled")
         on_whole = images == "whole"
-        if which == "distilled" and on_whole:
-            raise UserError(
-                f"--fit_on distilled: the networks in {self.folder} were trained on the whole real set; leave it out"
-            )
+        told = f"--fit_on distilled: the networks in {self.folder} were trained on the whole real set; leave it out"
+        require(which != "distilled" or not on_whole, told)
         if which == "real" or on_whole:
             return FitSet("real training set", real.labels_train, real.train_batch, on_whole)
         try:
@@ -204,10 +201,9 @@ def _find_networks(s: Stage3Settings) -> Found:
 
 def find_sets(real: RealData, s: Stage3Settings) -> tuple[list[OODSet], dict[str, str]]:
     """The OOD sets that are there, those of the paper unless some are named, and what to do for each missing one."""
-    if len(real.images_test) < s.num_ood_ratio:
-        few = f"nothing is left of {len(real.images_test)} test images"
-        raise UserError(f"--num_ood_ratio {s.num_ood_ratio}: {few}; lower it")
     limit = len(real.images_test) // s.num_ood_ratio
+    few = f"nothing is left of {len(real.images_test)} test images"
+    require(limit, f"--num_ood_ratio {s.num_ood_ratio}: {few}; lower it")
     source = OODSource(real, Path(s.ood_path), Path(s.data_path), s.download == "all", limit, s.seed)
     names, missing = s.ood_sets or source.default_names(), {}
     if s.skip_missing:
@@ -221,8 +217,7 @@ def find_sets(real: RealData, s: Stage3Settings) -> tuple[list[OODSet], dict[str
             if not s.skip_missing:
                 raise
             missing["validation outliers"] = str(error)
-    if not sets:
-        raise UserError("--ood_sets: none is there. Sets that need no files: gaussian uniform rademacher blob patches")
+    require(sets, "--ood_sets: none is there. Sets that need no files: gaussian uniform rademacher blob patches")
     return sets, missing
 
 
