@@ -170,7 +170,7 @@ def at_chance(columns: Sequence[ComparisonColumn], real: RealData) -> list[str]:
     error = math.sqrt(chance * (1 - chance) / len(real.images_test))
     lines = []
     for column in columns:
-        accuracy = fmean(column.results.of_networks("accuracy"))
+        accuracy = fmean(value for run in column.runs.values() for value in run.of_networks("accuracy"))
         if accuracy <= chance + 2 * error:
             lines.append(
                 f"{column.name}: its accuracy, {100 * accuracy:.1f} %, is at chance level: guessing among "

@@ -24,7 +24,7 @@ from utils.data.datasets import load_dataset
 from utils.outliers.sources import load_outlier_pool
 from utils.runs.checkpoints import Checkpointer
 from utils.runs.resume import _latest, resume_command
-from utils.runs.run_folder import RunFolder
+from utils.runs.run_folder import RunFolder, read_metrics
 from utils.settings.fields import flag_words
 from utils.settings.parser import Parser
 
@@ -401,8 +401,8 @@ def test_start_images_from_a_folder_elsewhere(whole, in_process, refused, tmp_pa
     (tmp_path / "start.pt").rename(tmp_path / "moved.pt")
     assert "is finished" in in_process("main_poe.py", "--resume", folder)
     for name in ("checkpoint.pt", "checkpoint-previous.pt"):
-        state = load(folder / name) | {"exp": 0, "iteration": 0, "started": False, "evaluated": False}
-        torch.save(state | {"found": {}, "finished": [], "accs": {}, "method": {}}, folder / name)
+        state = load(folder / name) | {"exp": 0, "iteration": 0, "evaluated": False}
+        torch.save(state | {"measures": {}, "finished": [], "accs": {}, "method": None}, folder / name)
     expected = load(next(folder.glob("res_*.pt")))["data"]
     assert f"--load_path: {tmp_path / 'start.pt'} is not there" in refused("main_poe.py", "--resume", folder)
     monkeypatch.chdir("/")
@@ -430,7 +430,7 @@ def test_metrics_with_damaged_lines(tmp_path):
     good = [{"experiment": 0, "iteration": i} for i in range(3)]
     lines = [json.dumps(good[0]), '{"experiment": 0, "iter', json.dumps(good[1]), json.dumps(good[2])]
     (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff{")
-    assert run.metrics() == good
+    assert read_metrics(run.path) == good
     run.keep_metrics(lambda line: line["iteration"] < 2)
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == good[:2]
 
@@ -464,8 +464,8 @@ def test_a_start_set_that_the_run_did_not_have(whole, in_process, refused, tmp_p
     (made,) = (whole / "one").rglob("res_*.pt")
     in_process("main_poe.py", *STAGE1, "--save_path", tmp_path / "one", "--Iteration", 1, "--num_eval", 1)
     folder = run_folder(tmp_path / "one")
-    state = load(folder / "checkpoint.pt") | {"exp": 0, "iteration": 0, "started": False, "evaluated": False}
-    torch.save(state | {"found": {}, "finished": [], "accs": {}, "method": {}}, folder / "checkpoint.pt")
+    state = load(folder / "checkpoint.pt") | {"exp": 0, "iteration": 0, "evaluated": False}
+    torch.save(state | {"measures": {}, "finished": [], "accs": {}, "method": None}, folder / "checkpoint.pt")
     error = refused("main_poe.py", "--resume", folder, "--load_path", made)
     assert "--load_path: the data differ from those" in error
     assert json.loads((folder / "args.json").read_text())["flags"]["load_path"] is None
@@ -542,12 +542,13 @@ def test_a_checkpoint_of_another_run(whole, refused, tmp_path):
     (tmp_path / "args.json").write_bytes((folder / "args.json").read_bytes())
     for change in (
         {"exp": 7},
-        {"started": True, "method": {"images": [torch.zeros(10, 1, 1, 9, 9)] * 2, "optimizers": []}},
-        {"started": True, "method": {"images": [torch.zeros(10, 1, 1, 8, 8)], "optimizers": []}},
-        {"found": 3},
+        {"method": {"images": [torch.zeros(10, 1, 1, 9, 9)] * 2, "optimizers": []}},
+        {"method": {"images": [torch.zeros(10, 1, 1, 8, 8)], "optimizers": []}},
+        {"measures": 3},
+        {"found": {}},
         {"finished": [1, 2]},
-        {"exp": 1, "started": False, "finished": [[None, None]]},
-        {"exp": 1, "started": False, "finished": [[torch.full((10, 1, 8, 8), float("nan"))] * 2]},
+        {"exp": 1, "method": None, "finished": [[None, None]]},
+        {"exp": 1, "method": None, "finished": [[torch.full((10, 1, 8, 8), float("nan"))] * 2]},
         {"iteration": "many"},
     ):
         torch.save(load(folder / "checkpoint.pt") | change, tmp_path / "checkpoint.pt")
@@ -556,15 +557,7 @@ def test_a_checkpoint_of_another_run(whole, refused, tmp_path):
     assert "can be read" in refused("main_poe.py", "--resume", tmp_path)
 
 
-@pytest.mark.parametrize("flags", [{"matching": None, "moments_oe": 1}, {"matching": "separate", "network_pool": 0}])
-def test_a_flag_that_is_gone_and_did_nothing(copied, in_process, flags):
-    folder = copied("one")
-    about = json.loads((folder / "args.json").read_text())
-    (folder / "args.json").write_text(json.dumps(about | {"flags": about["flags"] | flags}))
-    assert "is finished" in in_process("main_poe.py", "--resume", folder)
-
-
-@pytest.mark.parametrize(("name", "value"), [("matching", "joint"), ("moments_oe", 2), ("outlier_recipe", "strong")])
+@pytest.mark.parametrize(("name", "value"), [("matching", "joint"), ("moments_oe", 1)])
 def test_a_flag_that_is_gone(whole, refused, tmp_path, name, value):
     stored = json.loads((run_folder(whole / "one") / "args.json").read_text())
     (tmp_path / "args.json").write_text(json.dumps(stored | {"flags": stored["flags"] | {name: value}}))
@@ -577,7 +570,7 @@ def test_checkpoints_of_older_code(whole, refused, tmp_path):
     folder = run_folder(whole / "one")
     (tmp_path / "args.json").write_bytes((folder / "args.json").read_bytes())
     images = [torch.zeros(10, 1, 1, 8, 8)] * 2
-    old = {"exp": 0, "started": True, "finished": [], "method": {"images": images, "momentum": [None] * 2}}
+    old = {"exp": 0, "finished": [], "method": {"images": images, "momentum": [None] * 2}}
     torch.save(load(folder / "checkpoint.pt") | old, tmp_path / "checkpoint.pt")
     assert "older code wrote it; resume it with that, or start a new run" in refused(
         "main_poe.py", "--resume", tmp_path

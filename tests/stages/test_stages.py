@@ -644,7 +644,7 @@ def progress_lines(monkeypatch, total, first, other, **more):
     """The lines of a loop whose first step takes `first` seconds and all others `other`: those shown, those logged."""
     shown, logged, now = [], [], [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    loop = Progress(lambda line, show: (shown if show else logged).append(line), total, "exp 0", **more)
+    loop = Progress(lambda line, *, show: (shown if show else logged).append(line), total, "exp 0", **more)
     for step in range(loop.count, total):
         now[0] += other if step > loop.first else first
         loop.step(loss=step)

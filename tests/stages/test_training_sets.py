@@ -560,7 +560,7 @@ def test_the_cards_own_code_runs(made, published, tmp_path, monkeypatch, digits)
     assert torch.equal(names["outliers"], expected.images_oe)
     pixels = digits.images_test[:5]
     assert torch.allclose(names["normalise"](pixels), digits.normalize(pixels), atol=1e-6)
-    for part in ("license: mit", "dataset-distillation", "n<1K", "What it is not for", "--dsa_strategy crop_scale"):
+    for part in ('license: "mit"', "dataset-distillation", "n<1K", "What it is not for", "--dsa_strategy crop_scale"):
         assert part in text
     assert str(tmp_path) not in text
 

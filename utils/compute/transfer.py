@@ -1,7 +1,7 @@
 """Moving random draws from the CPU to the device, in as few transfers as possible."""
 
 from dataclasses import fields
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch.utils._pytree import register_pytree_node, tree_flatten, tree_unflatten
@@ -25,20 +25,12 @@ class Draw:
         )
 
 
-AnyDraws = TypeVar("AnyDraws")
-
-
-def tensors_of(draws: object) -> list[torch.Tensor]:
-    """The tensors in a `Draw`, and in lists, tuples and dicts of draws, in order."""
-    return [leaf for leaf in tree_flatten(draws)[0] if isinstance(leaf, torch.Tensor)]
-
-
-def send_draws(draws: AnyDraws, device: torch.device) -> AnyDraws:
-    """`draws` with their tensors (those that `tensors_of` finds) on `device`, in one transfer per dtype."""
+def send_draws(draws: Any, device: torch.device) -> Any:
+    """A `Draw`, or lists, tuples and dicts of draws, with their tensors on `device`, in one transfer per dtype."""
     if device.type == "cpu":  # where they were drawn
         return draws
     leaves, structure = tree_flatten(draws)
-    for dtype in dict.fromkeys(t.dtype for t in tensors_of(draws)):
+    for dtype in dict.fromkeys(leaf.dtype for leaf in leaves if isinstance(leaf, torch.Tensor)):
         indices = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.dtype == dtype]
         tensors = [leaves[i] for i in indices]
         flat = send(torch.cat([t.flatten() for t in tensors]), device)

@@ -17,7 +17,7 @@ import torch
 
 from utils.core.errors import UserError, blame, one_line, require
 
-_UNFINISHED = ".unfinished"
+UNFINISHED = ".unfinished"  # ends the names of the temporary files of `atomic_write`
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None], keep: Path | Non
     A `UserError` tells of a full disk or a read-only folder; `path` is then unchanged.
     """
     path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{_UNFINISHED}")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{UNFINISHED}")
     with _writing(path):
         try:
             with open(unfinished, "wb") as file:
@@ -98,11 +98,6 @@ def remove_files(folder: Path, pattern: str) -> None:
         if path.is_file():
             with _writing(path):
                 path.unlink(missing_ok=True)
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Remove temporary files that a killed `atomic_write` left in `folder`; call it only with the folder locked."""
-    remove_files(folder, f".*{_UNFINISHED}")
 
 
 def open_no_link(path: str, flags: int) -> int:

@@ -1,7 +1,5 @@
 """The README.md of a published distilled set: a dataset card of the Hugging Face hub that says how to use the set."""
 
-import json
-import re
 import shlex
 from dataclasses import dataclass, field
 
@@ -58,20 +56,13 @@ def card(f: CardFacts) -> str:
         images=images,
         outliers=outliers,
         title=title,
-        license=_yaml(f.license),
-        yaml_title=_yaml(title),
-        tags=map(_yaml, tags),
+        tags=tags,
         size=next((name for most, name in SIZES if sum(f.counts) < most), "100K<n<1M"),
         epochs=1000 if augmented else 300,
         origin=_origin(f),
         measured=measured_table(f.results),
         measured_sets=", ".join(shared_sets(list(f.results.values()))),
     )
-
-
-def _yaml(text: str) -> str:
-    """A string of YAML: plain if it is one word, else quoted."""
-    return text if re.fullmatch(r"[A-Za-z][\w.-]*", text) else json.dumps(text)
 
 
 def _origin(f: CardFacts) -> str:

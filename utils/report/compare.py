@@ -4,6 +4,7 @@ import base64
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from utils.core.errors import require
 from utils.core.files import csv_text
 from utils.report.plots import distilled_pictures, save_comparison
 from utils.report.results import Results, load_results, protocol_line, shared_sets
+from utils.report.study import StudyColumn
 from utils.report.tables import OF_NETWORKS, OF_OOD, Measure, defined, markdown_table, render
 from utils.runs.lineage import args_or_nothing, sources_of
 
@@ -33,15 +35,12 @@ class ComparisonColumn:
     """One column of the table: some stage-3 runs under one name."""
 
     name: str
-    folders: tuple[Path, ...]  # of the runs
-    results: Results  # of all of them
-    sizes: tuple[int, ...] = ()  # networks of each run
+    runs: dict[Path, Results]  # by folder
 
-    def means(self, values: Sequence[float]) -> list[float]:
-        """The mean of each run, of one value per network; empty where there is one run, or a network lacks a value."""
-        if len(self.sizes) < 2 or sum(self.sizes) != len(defined(values)):
-            return []
-        return [float(part.mean()) for part in np.split(np.array(values), np.cumsum(self.sizes)[:-1])]
+    @property
+    def protocols(self) -> list[str]:
+        """How the networks were trained."""
+        return _distinct(run.protocols for run in self.runs.values())
 
 
 @dataclass(frozen=True)
@@ -51,13 +50,17 @@ class ComparisonRow:
     score: str  # empty: a measure of the networks
     set: str
     measure: Measure
-    values: tuple[list[float], ...]  # for each column one value per network; NaN: it has none
+    runs: tuple[list[list[float]], ...]  # for each column and each of its runs one value per network; NaN: it has none
     is_mean: bool = True  # of the networks, or over OOD sets, and not on one of them
-    means: tuple[list[float], ...] = ()  # for each column the mean of each run, if it has several
+
+    @property
+    def values(self) -> list[list[float]]:
+        """For each column one value per network."""
+        return [list(chain(*runs)) for runs in self.runs]
 
     def shown(self) -> list[tuple[str, bool]]:
         """For each column `mean ± std`, and whether it is better than all others by more than two standard errors."""
-        places = range(len(self.values))
+        places = range(len(self.runs))
         gains = [[g for b in places if b != a and (g := self.gain(b, a))] for a in places]
         leads = [bool(of_column) and all(gain > 2 * error for gain, error in of_column) for of_column in gains]
         return [(self.measure.cell(values), lead) for values, lead in zip(self.values, leads, strict=True)]
@@ -76,14 +79,16 @@ class ComparisonRow:
     def gain(self, base: int, other: int) -> tuple[float, float] | None:
         """By how much a column is better than another, and the standard error: infinite for a single network.
 
-        The error is over runs, as networks on one distilled set are alike; over networks only where a column has one.
+        The error is over the means of runs, as networks on one distilled set are alike; over networks only where a
+        column has one run with a value.
         """
         first, second = (np.array(defined(self.values[column])) * self.measure.factor for column in (base, other))
         if not len(first) or not len(second):
             return None
         sign, gain = -1 if self.measure.better == "↓" else 1, second.mean() - first.mean()
-        if self.means and self.means[base] and self.means[other]:
-            first, second = (np.array(self.means[column]) * self.measure.factor for column in (base, other))
+        means = [[np.mean(known) for run in self.runs[c] if (known := defined(run))] for c in (base, other)]
+        if min(map(len, means)) > 1:
+            first, second = (np.array(of_column) * self.measure.factor for of_column in means)
         several = min(len(first), len(second)) > 1
         error = math.sqrt(sum(v.var(ddof=1) / len(v) for v in (first, second))) if several else math.inf
         return sign * gain, error
@@ -99,11 +104,7 @@ def find_runs(folders: Sequence[Path], names: Sequence[str] | None, search: Sequ
     for folder, name in zip(folders, names or [None] * len(folders), strict=True):
         for path in _stage3_folders(folder, search, one=name is not None):
             found.setdefault(name or str(path), {})[path] = None
-    columns = []
-    for name, paths in found.items():
-        runs = [load_results(path) for path in paths]
-        columns.append(ComparisonColumn(name, tuple(paths), pooled(runs), tuple(len(run.errors) for run in runs)))
-    return columns
+    return [ComparisonColumn(name, {path: load_results(path) for path in paths}) for name, paths in found.items()]
 
 
 def _stage3_folders(folder: Path, search: Sequence[Path], one: bool) -> list[Path]:
@@ -128,22 +129,14 @@ def _stage3_folders(folder: Path, search: Sequence[Path], one: bool) -> list[Pat
 
 def of_scores(column: ComparisonColumn, scores: Sequence[str]) -> ComparisonColumn:
     """The column with these scores alone, in this order; a `UserError` names a score that it does not have."""
-    results, known = column.results, column.results.scores()
+    known = _distinct(run.scores() for run in column.runs.values())
     for score in scores:
         require(score in known, f"--scores: {column.name} was not measured by {score}, only by {', '.join(known)}")
-    rows = [row for score in dict.fromkeys(scores) for row in results.rows if row["score"] == score]
-    return replace(column, results=replace(results, rows=rows))
-
-
-def pooled(results: Iterable[Results]) -> Results:
-    """Join several results into one; networks are numbered consecutively."""
-    parts, together = list(results), Results()
-    for part in parts:
-        first = len(together.errors)
-        together.errors += part.errors
-        together.rows += [row | {"network": first + row["network"]} for row in part.rows]
-    together.protocols = tuple(_distinct(part.protocols for part in parts))
-    return together
+    runs = {}
+    for folder, run in column.runs.items():
+        rows = [row for score in dict.fromkeys(scores) for row in run.rows if row["score"] == score]
+        runs[folder] = replace(run, rows=rows)
+    return replace(column, runs=runs)
 
 
 def _distinct(names: Iterable[Sequence[str]]) -> list[str]:
@@ -157,35 +150,30 @@ class Comparison:
     """
 
     def __init__(self, columns: Sequence[ComparisonColumn], measures: Sequence[str]):
-        self.columns, self.results = columns, [column.results for column in columns]
-        self.shared, self.ood_sets = shared_sets(self.results), _distinct(r.ood_sets() for r in self.results)
-        self.scores = _distinct(r.scores() for r in self.results)
+        self.columns, runs = columns, [run for column in columns for run in column.runs.values()]
+        self.shared, self.ood_sets = shared_sets(runs), _distinct(run.ood_sets() for run in runs)
+        self.scores = _distinct(run.scores() for run in runs)
         mean = "mean" if {*self.ood_sets} == {*self.shared} else f"mean of {', '.join(self.shared)}"
-        sets = [(name, [name], False) for name in _distinct(r.sets() for r in self.results)]
+        sets = [(name, [name], False) for name in _distinct(run.sets() for run in runs)]
         sets = [(mean, self.shared, True), *sets] if self.shared else sets
-        rows = [
-            ComparisonRow("", "", OF_NETWORKS[name], tuple(r.of_networks(name) for r in self.results))
-            for name in ("accuracy", "aurc", "ece", "nll", "brier")
-        ]
-        rows += [
-            ComparisonRow(score, title, OF_OOD[m], self.values(score, m, names), is_mean)
+        shown = [(StudyColumn(name), "", True) for name in ("accuracy", "aurc", "ece", "nll", "brier")]
+        shown += [
+            (StudyColumn(measure, score, names), title, is_mean)
             for score in self.scores
             for title, names, is_mean in sets
-            for m in measures
+            for measure in measures
         ]
-        self.rows = [replace(row, means=self._means(row.values)) for row in rows if any(map(defined, row.values))]
+        rows = (ComparisonRow(of.score, title, of.shown, self.measured(of), is_mean) for of, title, is_mean in shown)
+        self.rows = [row for row in rows if any(map(defined, row.values))]
 
-    def values(self, score: str, measure: str, sets: Sequence[str]) -> tuple[list[float], ...]:
-        """For each column one value per network, the mean over `sets`."""
-        return tuple(r.per_network(score, measure, sets) for r in self.results)
-
-    def _means(self, values: Sequence[Sequence[float]]) -> tuple[list[float], ...]:
-        return tuple(column.means(of_column) for column, of_column in zip(self.columns, values, strict=True))
+    def measured(self, measure: StudyColumn) -> tuple[list[list[float]], ...]:
+        """For each column and each of its runs one value per network."""
+        return tuple([measure.of(run) for run in column.runs.values()] for column in self.columns)
 
     @property
     def trained(self) -> str:
         """How the networks of the columns were trained, a sentence."""
-        return protocol_line({column.name: column.results.protocols for column in self.columns})
+        return protocol_line({column.name: column.protocols for column in self.columns})
 
     def verdicts(self) -> list[str]:
         """A sentence for each column but the first, which it is compared with: accuracy, ECE and mean AUROC."""
@@ -229,12 +217,15 @@ class Comparison:
         if len(sets) > 1 and self.shared:
             sets["mean" if self.shared == self.ood_sets else f"mean of {len(self.shared)}"] = self.shared
         panels = {
-            s: {title: tuple(map(defined, self.values(s, "auroc", names))) for title, names in sets.items()}
-            for s in self.scores
+            score: {
+                title: [defined(list(chain(*runs))) for runs in self.measured(StudyColumn("auroc", score, names))]
+                for title, names in sets.items()
+            }
+            for score in self.scores
         }
         strips = []  # one image per class, and one outlier per slot, where the set is still there
         for column in self.columns:
-            networks = args_or_nothing(column.folders[0]).get("networks")
+            networks = args_or_nothing(next(iter(column.runs))).get("networks")
             pictures = distilled_pictures(Path(networks)) if isinstance(networks, str) else []
             strips += [(f"{column.name}: {title}, one per class", images[:STRIP, 0]) for title, images in pictures]
         save_comparison(path, [column.name for column in self.columns], panels, strips)
@@ -243,9 +234,9 @@ class Comparison:
         """For the head of the page, by title: what each column is of, as far as its folders say it."""
         lines: dict[str, list[str]] = {}
         for column in self.columns:
-            stored = [args_or_nothing(folder) for folder in column.folders]
+            stored = [args_or_nothing(folder) for folder in column.runs]
             values = {title: [about.get("flags", {}).get(flag) for about in stored] for flag, title in FACTS.items()}
-            values["networks"] = [len(column.results.errors)]
+            values["networks"] = [sum(len(run.errors) for run in column.runs.values())]
             values["tested"] = [str(about.get("started", ""))[:10] for about in stored]
             values["PyTorch"] = [about.get("versions", {}).get("torch") for about in stored]
             for title, of_column in values.items():

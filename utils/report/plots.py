@@ -136,21 +136,20 @@ def save_score_histograms(path: Path, score: str, in_scores: np.ndarray, out_sco
     _save(path, figure)
 
 
-def save_roc_curves(
-    path: Path, score: str, in_scores: Sequence[np.ndarray], out_scores: dict[str, Sequence[np.ndarray]]
-) -> None:
-    """ROC curves with OOD as positive, one for each OOD set: the mean over networks, and one standard deviation.
+def save_roc_curves(path: Path, score: str, networks: Sequence[NetworkScores], sets: Sequence[str]) -> None:
+    """ROC curves with OOD as positive, one for each of `sets`: the mean over networks, and one standard deviation.
 
-    `in_scores`: one array `[N]` per network; `out_scores`: for each set, one array `[M]` per network; all finite.
+    The score must be finite on these sets for every network.
     """
-    from sklearn.metrics import auc, roc_curve
+    from sklearn.metrics import roc_curve
 
     figure, (axis,) = _panels(1, 1, 6.4, 4.2)
     grid = np.linspace(0, 1, 201)
-    for index, (name, arrays) in enumerate(out_scores.items()):
-        pairs = zip(in_scores, arrays, strict=True)
+    for index, name in enumerate(sets):
+        pairs = [(n.in_scores[score], n.out_scores[name][score]) for n in networks]
         rates = [roc_curve(np.arange(len(i) + len(o)) >= len(i), np.concatenate([i, o]))[:2] for i, o in pairs]
-        curves, area = [np.interp(grid, *of_network) for of_network in rates], np.mean([auc(*r) for r in rates])
+        curves = [np.interp(grid, *of_network) for of_network in rates]
+        area = np.mean([n.measures[name][score]["auroc"] for n in networks])
         mean, spread = np.mean(curves, 0), np.std(curves, 0)
         color, line = f"C{index}", "-" if index < 10 else "--"
         axis.plot(grid, mean, line, color=color, linewidth=1.6, label=f"{name}  {100 * area:.1f}")

@@ -2,7 +2,7 @@
 
 import time
 
-from utils.core.errors import UserError
+from utils.core.errors import UserError, require
 from utils.core.files import save_pt
 from utils.core.torch_files import read_pt
 from utils.runs.run_folder import RunFolder
@@ -46,14 +46,10 @@ class Checkpointer:
         for path in there:
             try:
                 state = read_pt(path, "--resume", check_crc=True)
-                if not isinstance(state, dict):
-                    raise UserError(f"{path} is no checkpoint")
+                require(isinstance(state, dict), f"{path} is no checkpoint")
                 return state
             except UserError as error:
                 self.run.log(f"{error}{'; trying the checkpoint before it' if path != there[-1] else ''}")
-        if there:
-            raise UserError(
-                f"--resume: no checkpoint in {self.run.path} can be read: {', '.join(p.name for p in there)}. "
-                "Delete them to start this run from its beginning"
-            )
+        told = f"--resume: no checkpoint in {self.run.path} can be read: {', '.join(path.name for path in there)}"
+        require(not there, f"{told}. Delete them to start this run from its beginning")
         return None

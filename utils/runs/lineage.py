@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from utils.compute import distributed
-from utils.core.errors import UserError, named
+from utils.core.errors import UserError, named, require
 from utils.core.files import read_json
 from utils.data.distilled_file import DistilledFile
 from utils.runs.run_folder import ARGS, is_live
@@ -135,12 +135,9 @@ def distilled_set_of(networks: Path) -> tuple[DistilledFile, int]:
     """
     about = args_or_nothing(networks)
     path = stored_set_path(networks, about)
-    if path is None:
-        raise UserError(f"{networks} does not say which distilled set its networks were trained on")
-    if not os.path.isfile(path):
-        raise UserError(f"{networks} was trained on {path}, which is gone")
-    flags = about.get("flags") or {}
-    return DistilledFile.open(path), about.get("experiment", flags.get("exp_idx", 0))
+    require(path is not None, f"{networks} does not say which distilled set its networks were trained on")
+    require(os.path.isfile(path), f"{networks} was trained on {path}, which is gone")
+    return DistilledFile.open(path), about.get("experiment", 0)
 
 
 def stored_set_path(networks: Path, about: dict) -> str | None:

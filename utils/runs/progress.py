@@ -16,14 +16,14 @@ class Progress:
     Values may be tensors on any device: they are summed there, and read only when they are shown.
 
     Args:
-        log: takes a line, and whether to print it, too.
+        log: takes a line, and as `show` whether to print it, too.
         start: number of steps done before; every: least number of steps between two lines.
         with_bar: whether this process may draw a bar.
     """
 
     def __init__(
         self,
-        log: Callable[[str, bool], None],
+        log: Callable[..., None],
         total: int,
         what: str,
         start: int = 0,
@@ -60,7 +60,7 @@ class Progress:
         self.sums, self.summed = {}, 0
         if self.bar is not None:
             self.bar.set_postfix_str("  ".join(filter(None, (text, self.noted))))
-        self.log(line, self.bar is None)
+        self.log(line, show=self.bar is None)
 
     def _left(self) -> str:
         """The time that the rest takes at the pace since the first step; empty where no other step was made."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.compute import distributed
-from utils.core.errors import UserError, one_line
+from utils.core.errors import UserError, one_line, require
 from utils.runs.lineage import args_or_nothing, started
 from utils.runs.run_folder import ARGS, read_args
 from utils.settings.fields import Settings, flag, flag_words, flags_of
@@ -51,10 +51,8 @@ class Checkpoints(Settings):
         root = Path(given.get("save_path", cls().save_path))
         folder = _latest(root, parser.prog) if latest else Path(given["resume"])
         about = read_args(folder)
-        if about["script"] != parser.prog:
-            raise UserError(
-                f"--resume: {folder} is a run of {about['script']}, not of {parser.prog}; resume it with that"
-            )
+        told = f"--resume: {folder} is a run of {about['script']}, not of {parser.prog}; resume it with that"
+        require(about["script"] == parser.prog, told)
         stored = about["flags"]
         code = stored.get("method_file")
         if code is not None and "method_file" not in given:
@@ -63,11 +61,8 @@ class Checkpoints(Settings):
         changed = {name: value for name, value in given.items() if name in may_change}
         for name in given.keys() - changed.keys() - {"resume", *(["save_path"] if latest else [])}:
             value = list(given[name]) if isinstance(given[name], tuple) else given[name]
-            if stored.get(name) != value:
-                raise UserError(
-                    f"--{name}: given is {value}, but {folder} was started with {stored.get(name)}; leave the flag "
-                    "out, or start a new run"
-                )
+            told = f"--{name}: given is {value}, but {folder} was started with {stored.get(name)}"
+            require(stored.get(name) == value, f"{told}; leave the flag out, or start a new run")
         restored, _ = parser.values_of(flags_as_words(parser, stored, "--resume", folder / ARGS))
         return restored | changed | {"resume": str(folder)}
 
@@ -76,8 +71,7 @@ def _latest(root: Path, script: str) -> Path:
     """The run folder of this script under `root` that was started last."""
     folders = [path.parent for path in root.rglob(ARGS)] if os.path.isdir(root) else []
     found = [folder for folder in folders if args_or_nothing(folder).get("script") == script]
-    if not found:
-        raise UserError(f"--resume latest: no run of {script} under {root}; give the folder, or --save_path")
+    require(found, f"--resume latest: no run of {script} under {root}; give the folder, or --save_path")
     return max(found, key=lambda folder: (started(folder), folder.name))
 
 
@@ -91,10 +85,8 @@ def check_inputs(folder: Path, inputs: dict[str, str]) -> None:
     """
     before = read_args(folder).get("inputs")
     for name, found in inputs.items():
-        if isinstance(before, dict) and before.get(name) != found:
-            raise UserError(
-                f"--{name}: the data differ from those {folder} was started with; give those, or start a new run"
-            )
+        told = f"--{name}: the data differ from those {folder} was started with; give those, or start a new run"
+        require(not isinstance(before, dict) or before.get(name) == found, told)
 
 
 def resume_command(folder: Path) -> str:

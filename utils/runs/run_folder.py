@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, suppress
 from datetime import datetime
-from importlib.util import find_spec
 from itertools import chain, count
 from pathlib import Path
 from statistics import fmean
@@ -42,7 +41,7 @@ class RunFolder:
         self.tensorboard = None  # the writer of --tensorboard
         if self.is_main:
             self.lock = lock(self.path)
-            files.remove_unfinished(self.path)
+            files.remove_files(self.path, f".*{files.UNFINISHED}")  # that a killed run left
 
     @classmethod
     def create(cls, root: str | Path, *parts: str | int, name: str | None = None, ending: str = "") -> "RunFolder":
@@ -54,10 +53,11 @@ class RunFolder:
         path = _new_folder(Path(root).joinpath(*map(str, parts)), name) if distributed.is_main() else None
         return cls(distributed.from_main(path))
 
-    def log(self, message: str, show: bool = True) -> None:
-        """Append a line with the time to `logs.txt`, and print it if `show`. Only rank 0 does so."""
+    def log(self, *messages: str, show: bool = True) -> None:
+        """Append each message with the time to `logs.txt`, and print it if `show`. Only rank 0 does so."""
         if self.is_main:
-            self._log(message, show)
+            for message in messages:
+                self._log(message, show)
 
     def log_own(self, message: str) -> None:
         """Like `log`, but on every rank, for messages about this process alone."""
@@ -81,14 +81,10 @@ class RunFolder:
         if self.tensorboard is not None:
             self._add_events(plain)
 
-    def metrics(self) -> list[dict]:
-        """The lines of `metrics.jsonl`, parsed."""
-        return read_metrics(self.path)
-
     def keep_metrics(self, keep: Callable[[dict], bool]) -> None:
         """Drop the lines of `metrics.jsonl` that a resumed run writes again (`keep` is false), and damaged ones."""
         if self.is_main:
-            kept = [json.dumps(line) + "\n" for line in self.metrics() if keep(line)]
+            kept = [json.dumps(line) + "\n" for line in read_metrics(self.path) if keep(line)]
             files.save_text(self.path / METRICS, "".join(kept))
 
     def start_tensorboard(self) -> None:
@@ -97,7 +93,7 @@ class RunFolder:
 
         files.remove_files(self.path, "events.out.tfevents.*")
         self.tensorboard = SummaryWriter(str(self.path))
-        for line in self.metrics():
+        for line in read_metrics(self.path):
             self._add_events(line)
 
     def _add_events(self, line: dict) -> None:
@@ -138,12 +134,6 @@ class RunFolder:
     ) -> AbstractContextManager[Progress]:
         """The progress of a loop: a bar on a terminal, else a log line every `every` steps."""
         return closing(Progress(self.log, total, what, start, every, with_bar=self.is_main))
-
-
-def require_tensorboard() -> None:
-    """Raise a `UserError` if TensorBoard, an optional package, is not installed."""
-    if find_spec("tensorboard") is None:
-        raise UserError("--tensorboard: needs the package tensorboard: pip install tensorboard")
 
 
 def _new_folder(parent: Path, name: str) -> Path:

@@ -60,11 +60,6 @@ class Stage1Settings(MethodChoice, *(kind for kind in KINDS if not kind.__subcla
         follow = [name for name in usual if name not in given and all(n.holds(self) for n in needs.get(name, ()))]
         return replace(self, **{name: usual[name] for name in follow})
 
-    def used(self) -> set[str]:
-        """The names of the flags that the method uses."""
-        users = users_of_flags()
-        return {f.name for f in flags_of(type(self)) if self.method in users.get(f.name, METHODS)}
-
 
 @dataclass(frozen=True)
 class Stage1SettingsOE(Stage1Settings):

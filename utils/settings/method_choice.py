@@ -4,7 +4,7 @@ import runpy
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.core.errors import UserError, blame, one_line
+from utils.core.errors import UserError, blame, one_line, require
 from utils.core.files import check_file
 from utils.methods import METHODS
 from utils.settings.distillation import Distilling
@@ -55,8 +55,7 @@ def load_method_file(parser: SettingsParser, words: list[str]) -> None:
         reason = one_line(f"{type(error).__name__}: {error}")
         raise UserError(f"--method_file: {path} fails: {reason}. Repair it") from None
     new = [entry for name, entry in METHODS.items() if before.get(name) is not entry]
-    if not new:
-        raise UserError(f"--method_file: {path} registers no method; it must call utils.methods.register")
+    require(new, f"--method_file: {path} registers no method; it must call utils.methods.register")
     for entry in new if issubclass(parser.settings, Distilling) else ():  # only stage 1 has flags of methods
         own = [cls for cls in entry.settings.__mro__ if cls not in parser.settings.__mro__]
         if any(isinstance(f.type, str) for f in flags_of(entry.settings)):

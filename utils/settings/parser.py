@@ -5,6 +5,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from utils.core.errors import print_error, unknown_name
 
@@ -45,17 +46,14 @@ class Parser(argparse.ArgumentParser):
         sys.exit(print_error(self.prog, f"{message} (see --help)"))
 
 
-class _Help(argparse.HelpFormatter):
-    """Shows defaults; keeps the lines of a description that has several."""
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Shows defaults; keeps the lines of a description."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=30, width=118)
 
     def _get_help_string(self, action: argparse.Action) -> str:
         return with_shown_default(action.help, action.default) if action.option_strings else action.help
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return text if "\n" in text else super()._fill_text(text, width, indent)
 
 
 class _HelpAll(argparse.Action):
@@ -103,34 +101,28 @@ def one_of(what: str, accepted: Iterable[str]) -> Callable[[str], str]:
 
 
 def count(least: int) -> Callable[[str], int]:
-    """An argparse type for whole numbers of at least `least`."""
-
-    def check(text: str) -> int:
-        """The number that the text is."""
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or value < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-        if value >= 2**63:
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is too large; numbers must be below 2**63")
-        return value
-
-    return check
+    """An argparse type for whole numbers of at least `least`, and below 2**63."""
+    return _within(int, least, 2**63, False, f"a whole number of at least {least}")
 
 
 def number(least: float, exclusive: bool = False) -> Callable[[str], float]:
     """An argparse type for finite numbers of at least `least` (above it if `exclusive`)."""
+    return _within(float, least, math.inf, exclusive, f"a number {'above' if exclusive else 'from'} {least:g}")
 
-    def check(text: str) -> float:
+
+def _within(kind: type, least: float, below: float, exclusive: bool, what: str) -> Callable[[str], Any]:
+    """An argparse type for numbers from `least` (above it if `exclusive`) to less than `below`; `what`: these."""
+
+    def check(text: str) -> Any:
         """The number that the text is."""
         try:
-            value = float(text)
+            value = kind(text)
         except ValueError:
             value = math.nan
-        if not math.isfinite(value) or value < least or (exclusive and value == least):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number {'above' if exclusive else 'from'} {least:g}")
+        if value >= below:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is too large")
+        if not value >= least or (exclusive and value == least):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
         return value
 
     return check

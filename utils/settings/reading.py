@@ -9,16 +9,12 @@ from typing import Any
 
 import yaml
 
-from utils.core.errors import UserError, blame, one_line
+from utils.core.errors import UserError, blame, one_line, require
 from utils.core.files import check_file, read_json
 from utils.settings.fields import OF_RUN, Settings, add_flag, flag_words, flags_of, groups_of, takes_several
 from utils.settings.parser import Parser, underscored, value_in
 
 NOT_READ = ("resume", "config")  # flags that no file of flags may hold
-DROPPED = {  # flags that are gone, with the value that did nothing
-    "matching": "separate", "moments_oe": 1, "network_pool": 0, "pool_epochs": 20, "pool_last_epoch": 200,
-    "outlier_recipe": "published",
-}  # fmt: skip
 
 
 class SettingsParser(Parser):
@@ -103,17 +99,13 @@ def flags_as_words(parser: SettingsParser, flags: Mapping[str, object], flag: st
     known = {f.name: takes_several(f) for f in flags_of(parser.settings)}
     found = []
     for name, value in flags.items():
-        gone = name not in known and value == DROPPED.get(name)
-        if name in NOT_READ or value is None or value is False or gone:
+        if name in NOT_READ or value is None or value is False:
             continue
         several = isinstance(value, list)
         words = flag_words(name, value)[1:] if several else []
-        if known.get(name) != several or any(word.startswith("-") and not word[1:2].isdigit() for word in words):
-            wrong = one_line(f"--{name}={value}")
-            raise UserError(
-                f"{flag}: {path} has a flag that {parser.prog} does not know: {wrong}. Leave it out, or use the commit "
-                "that knew it"
-            )
+        is_known = known.get(name) == several and not any(w.startswith("-") and not w[1:2].isdigit() for w in words)
+        told = f"{flag}: {path} has a flag that {parser.prog} does not know: {one_line(f'--{name}={value}')}"
+        require(is_known, f"{told}. Leave it out, or use the commit that knew it")
         found += flag_words(name, value) if several or value is True else [f"--{name}={value}"]
     return found
 

@@ -11,7 +11,7 @@ from networks import initialize
 from utils.compute import distributed
 from utils.compute.device import Compute, Workload, choose_compute, choose_device
 from utils.compute.transfer import send_draws
-from utils.core.errors import UserError, one_line, rank_errors
+from utils.core.errors import UserError, one_line, rank_errors, require
 from utils.core.files import read_json, save_pt, save_text
 from utils.core.rng import generator
 from utils.core.torch_files import read_pt
@@ -55,8 +55,7 @@ def _train_in_folder(settings: ExpertSettings, real: RealData) -> None:
             print(f"{done}, trained before")
         return
     run = open_expert_run(folder, about)
-    for line in (f"experts: {run.path}", *real.lines(), f"computing: {compute}"):
-        run.log(line)
+    run.log(f"experts: {run.path}", *real.lines(), f"computing: {compute}")
     ExpertTraining(net.to(real.device), real, outliers, s, compute, run).train_all()
     run.log(done)
 
@@ -133,11 +132,9 @@ class ExpertTraining:
                 with signals.interruptible():
                     loss = self._epoch(index, epoch)
                     accuracy = accuracy_of(self.trainer.predict(self.real.test_images), self.real.labels_test)
-                if not all(torch.isfinite(t).all() for t in (loss, *self.net.parameters())):
-                    raise UserError(
-                        f"--lr_teacher {s.lr_teacher:g}: expert {index} diverged in epoch {epoch}; lower it, and "
-                        f"delete {self.run.path} or give another --buffer_path"
-                    )
+                told = f"--lr_teacher {s.lr_teacher:g}: expert {index} diverged in epoch {epoch}"
+                is_finite = all(torch.isfinite(t).all() for t in (loss, *self.net.parameters()))
+                require(is_finite, f"{told}; lower it, and delete {self.run.path} or give another --buffer_path")
                 save_pt(folder / f"epoch_{epoch + 1}.pt", self.trainer.state_dict())
                 progress.step(loss=loss, accuracy=accuracy)
                 signals.check()

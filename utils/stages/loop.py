@@ -18,9 +18,10 @@ from utils.runs import signals
 from utils.runs.checkpoints import Checkpointer
 from utils.runs.progress import Progress
 from utils.runs.resume import resume_command
-from utils.runs.run_folder import RunFolder
+from utils.runs.run_folder import RunFolder, read_metrics
 from utils.settings.arguments import Stage1Settings
 from utils.settings.fields import as_dict
+from utils.settings.method_choice import users_of_flags
 from utils.stages.evaluation import EvalMeasures, Evaluator
 
 
@@ -45,16 +46,7 @@ class DistillState:
 
     def to_dict(self) -> dict:
         """Plain values and tensors, for a checkpoint."""
-        return {
-            "exp": self.exp,
-            "iteration": self.iteration,
-            "started": self.method is not None,
-            "evaluated": self.evaluated,
-            "found": self.measures,
-            "finished": [[s.images, s.images_oe, s.lr_net] for s in self.finished],
-            "accs": self.accs,
-            "method": self.method or {},
-        }
+        return vars(self) | {"finished": [[s.images, s.images_oe, s.lr_net] for s in self.finished]}
 
     @classmethod
     def from_dict(cls, content: dict, num_exp: int, iterations: int, example: SyntheticSet) -> "DistillState":
@@ -63,16 +55,17 @@ class DistillState:
         Raises:
             ValueError, KeyError, TypeError, AttributeError: when it is not of this run.
         """
-        exp, iteration = int(content["exp"]), int(content["iteration"])
         parts = ("images", "images_oe", "lr_net")
         finished = [replace(example, **dict(zip(parts, stored, strict=False))) for stored in content["finished"]]
-        if not (0 <= exp <= num_exp and 0 <= iteration <= iterations and len(finished) == exp):
-            raise ValueError(f"experiment {exp}, iteration {iteration}, {len(finished)} finished experiments")
+        plain = {"exp": int, "iteration": int, "measures": dict, "accs": dict}
+        state = cls(**content | {n: kind(content[n]) for n, kind in plain.items()} | {"finished": finished})
+        if not (0 <= state.exp <= num_exp and 0 <= state.iteration <= iterations and len(finished) == state.exp):
+            raise ValueError(
+                f"experiment {state.exp}, iteration {state.iteration}, {len(finished)} finished experiments"
+            )
         if not all(is_like(getattr(s, part), getattr(example, part)) for s in finished for part in parts[:2]):
             raise ValueError("a finished set of another shape, or not finite")
-        method = dict(content["method"]) if content["started"] else None
-        measures, accs = dict(content["found"]), dict(content["accs"])
-        return cls(exp, iteration, method, bool(content["evaluated"]), measures, finished, accs)
+        return state
 
 
 def is_like(images: Tensor | None, example: Tensor | None) -> bool:
@@ -114,7 +107,9 @@ class Distillation:
             about = f"{counted(len(values), 'network')}, {counted(s.num_exp, 'experiment')}"
             self.run.log(f"{model}: accuracy {mean_std(values)} % ({about})")
         if distributed.is_main():
-            save_curves(self.run.path / "curves.png", self.run.metrics(), self.method.about.get("expert_accuracy"))
+            save_curves(
+                self.run.path / "curves.png", read_metrics(self.run.path), self.method.about.get("expert_accuracy")
+            )
         self.run.log(f"distilled set: {self.path}")
 
     def _experiment(self) -> None:
@@ -160,8 +155,8 @@ class Distillation:
         self.method.load_state_dict(state.exp, state.method)
         path = self.path.with_name(f"{self.path.stem}_last_finite.pt")
         self._write(path, [replace(self.method.synthetic().detached_cpu(), lr_net=None)], {})
-        names = [name for name in ("lr_img", "lr_img_oe", "lr_lr", "lr_net") if name in s.used()]
-        rates = [f"--{name}" for name in names if getattr(s, name) is not None]
+        users, names = users_of_flags(), ("lr_img", "lr_img_oe", "lr_lr", "lr_net")
+        rates = [f"--{n}" for n in names if s.method in users[n] and getattr(s, n) is not None]
         raise UserError(
             f"--lr_img {s.lr_img:g}: experiment {state.exp} diverged in iteration {state.iteration}: {problem} not "
             f"finite. Lower {' or '.join(rates)}; --load_path {path} starts from the last finite images"
@@ -207,12 +202,8 @@ class Distillation:
         for prefix, (images, of_rows) in pictures.items():
             if images is not None and distributed.is_main():
                 pixels = self.real.denormalize(images.to(self.real.device)).cpu()
-                save_grid(
-                    self.run.path / f"{prefix}_{s.method}_{point}.png",
-                    pixels,
-                    len(pixels) // self.real.num_classes,
-                    of_rows,
-                )
+                path = self.run.path / f"{prefix}_{s.method}_{point}.png"
+                save_grid(path, pixels, len(pixels) // self.real.num_classes, of_rows)
 
     def _write(self, path: Path, sets: list[SyntheticSet], accs: dict[str, list[float]]) -> None:
         about = {"iteration": self.state.iteration, "experiment": self.state.exp, "flags": as_dict(self.settings)}

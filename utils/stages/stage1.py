@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from utils.compute import distributed
 from utils.compute.device import Workload, choose_compute, choose_device
-from utils.core.errors import blame
+from utils.core.errors import blame, require
 from utils.core.rng import generator
 from utils.core.torch_files import fingerprint
 from utils.data.datasets import RealData
@@ -23,7 +24,7 @@ from utils.methods.learnable import check_class_sizes
 from utils.ood.sets import OODSource
 from utils.runs.lineage import root_of
 from utils.runs.resume import check_inputs
-from utils.runs.run_folder import RunFolder, require_tensorboard
+from utils.runs.run_folder import RunFolder
 from utils.settings.arguments import Stage1Settings, Stage2Settings, Stage2SettingsNoOE, carried, command_of
 from utils.settings.common import Batches, OutlierTraining, Speed, Training, read_data
 from utils.settings.distillation import source_of
@@ -38,8 +39,8 @@ def run_stage1(settings: Stage1Settings) -> None:
     s, entry = settings, METHODS[settings.method]
     device = choose_device(s.device, s.deterministic)
     augmentation = augmentation_of(s.method, s.dsa_strategy)
-    if s.tensorboard:
-        require_tensorboard()
+    missing = s.tensorboard and find_spec("tensorboard") is None
+    require(not missing, "--tensorboard: needs the package tensorboard: pip install tensorboard")
     s = replace(s, load_path=s.load_path and os.path.abspath(s.load_path))  # it may be resumed from another folder
     real = read_data(s).to(device)
     training = {model: training_of(s, model, augmentation) for model in evaluation_models(s.eval_mode, s.model, real)}
@@ -58,8 +59,7 @@ def run_stage1(settings: Stage1Settings) -> None:
     run = _run_folder(s, inputs, method, evaluation.ood)
     distillation = Distillation(method, Evaluator(real, evaluation, run, compute), s, run)
     if not (s.resume and _restore(distillation)):
-        for line in _notices(s, method, real, next(iter(training))):
-            run.log(line)
+        run.log(*_notices(s, method, real, next(iter(training))))
     if s.tensorboard and run.is_main:
         run.start_tensorboard()
     processes = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""

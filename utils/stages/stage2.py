@@ -132,24 +132,16 @@ def _start(s: Stage2Settings, chosen: TrainingSet, real: RealData, training: Tra
     kinds = (s.train_on, s.outliers, "again" if s.corrupt_again else "none")
     ending = "".join(f"-{kind}" for kind in kinds if kind not in ("distilled", "none"))
     run = RunFolder.create(s.save_path, s.method, s.dataset, s.model, s.ipc, name=name, ending=ending)
-    path, experiment = chosen.path, s.exp_idx
+    path, origin, experiment = chosen.path, chosen.origin, s.exp_idx
     if path is None and s.train_on != "whole":
         path, experiment = run.path / TRAINED_ON, 0
         if run.is_main:
             stored = replace(chosen.synthetic.detached_cpu(), fresh_oe=None)
             DistilledFile.write(path, [stored], {}, real, {"flags": as_dict(s)})
-    run.save_args(
-        as_dict(s),
-        distilled_set=path and str(path.resolve()),
-        experiment=experiment,
-        images_from=chosen.origin and str(chosen.origin.resolve()),
-        device=str(real.device),
-        seed=s.seed,
-        epochs=training.epochs,
-        lr=training.lr,
-        inputs=_fingerprints(s, real, chosen.synthetic),
-        data=identity(real),
-    )
+    sources = {"distilled_set": path and str(path.resolve()), "images_from": origin and str(origin.resolve())}
+    about = {"device": str(real.device), "seed": s.seed, "epochs": training.epochs, "lr": training.lr}
+    about |= {"inputs": _fingerprints(s, real, chosen.synthetic), "data": identity(real)}
+    run.save_args(as_dict(s), experiment=experiment, **sources, **about)
     lines = [f"run folder: {run.path}"]
     if name and run.path.name != name + ending:
         lines.append(f"there is a folder {name}{ending} already; stage 3 finds this run by --folder {run.path.name}")
@@ -160,6 +152,5 @@ def _start(s: Stage2Settings, chosen: TrainingSet, real: RealData, training: Tra
         f"the best checkpoint is chosen on the test set, by tests every {TEST_INTERVAL} epochs and after the last",
         f"{training.epochs} epochs, batch {training.batch}, learning rate {training.lr:g}",
     ]
-    for line in lines:
-        run.log(line)
+    run.log(*lines)
     return run

@@ -11,7 +11,7 @@ from torch import nn
 from utils.compute import distributed
 from utils.compute.device import Compute, Workload, choose_compute, choose_device
 from utils.compute.version import versions, versions_line
-from utils.core.errors import UserError, rank_errors
+from utils.core.errors import UserError, rank_errors, require
 from utils.core.files import save_text
 from utils.data.datasets import RealData
 from utils.data.distilled_file import DistilledFile
@@ -57,10 +57,8 @@ def run_stage3(settings: Stage3Settings) -> Results:
     run.save_args(as_dict(s), networks=str(folder.resolve()), device=str(device), fitted_on=fit and fit.name)
     training = stage2.training()
     tested = f"networks: {folder}, {s.num_exp} × {which}{chosen}, protocol {training['protocol']}"
-    lines = [note, *real.lines(), *changed, *(line for ood in sets for line in ood.lines()), tested]
-    lines += [f"computing: {compute}", *_about_fitting(fit, scores, s.fit_on)]
-    for line in filter(None, [f"run folder: {run.path}", *lines]):
-        run.log(line)
+    lines = [*real.lines(), *changed, *(line for ood in sets for line in ood.lines()), tested, f"computing: {compute}"]
+    run.log(f"run folder: {run.path}", *filter(None, [note]), *lines, *_about_fitting(fit, scores, s.fit_on))
     with rank_errors(), run.progress(len(sets), "OOD sets") as progress:
         networks = score_networks(scorers, real, sets, batch, run.log_own, progress.step)
     results = results_of(networks)
@@ -111,9 +109,8 @@ class Stage2Run:
         if not s.is_load_best:
             if s.epoch_train is None:
                 stored, epochs = self.about.get("epochs"), epochs_of(of_all or first)
-                if not epochs:
-                    what = f"the networks in {self.folder} have no checkpoint of an epoch"
-                    raise UserError(f"--epoch_train: {what}; give --is_load_best")
+                what = f"the networks in {self.folder} have no checkpoint of an epoch"
+                require(epochs, f"--epoch_train: {what}; give --is_load_best")
                 s = replace(s, epoch_train=stored if isinstance(stored, int) else epochs[-1])
                 how = f" (--epoch_train is left out: {s.epoch_train} is the last epoch)"
             which = f"epoch{s.epoch_train}"
@@ -151,17 +148,15 @@ class Stage2Run:
 
     def as_trained_on(self, real: RealData) -> tuple[RealData, tuple[str, ...]]:
         """The data in the form in which the networks know it, and lines for the log."""
-        what, stored, size = f"the networks in {self.folder}", self.about.get("data"), self.flags.get("im_size")
-        if isinstance(stored, dict):
-            known, lines = as_trained_on(real, stored, what, self._whitening)
-            read = (self.about.get("inputs") or {}).get("data_path")
-            if read and read != real.fingerprint():
-                lines = (f"{what} were trained on other data than those of --data_path", *lines)
-            return known, lines
-        if self.flags and real.name == "ImageFolder" and (size or 64) != real.im_size[0]:
-            raise UserError(f"--im_size {real.im_size[0]}: {what} were trained on {size or 64}; give that")
-        line = f"{what} do not say what they were trained on: images are normalised by --data_path's statistics"
-        return real, (line,)
+        what, stored = f"the networks in {self.folder}", self.about.get("data")
+        if not isinstance(stored, dict):
+            line = f"{what} do not say what they were trained on: images are normalised by --data_path's statistics"
+            return real, (line,)
+        known, lines = as_trained_on(real, stored, what, self._whitening)
+        read = (self.about.get("inputs") or {}).get("data_path")
+        if read and read != real.fingerprint():
+            lines = (f"{what} were trained on other data than those of --data_path", *lines)
+        return known, lines
 
     def _whitening(self) -> ZCA | None:
         """The whitening of the set that the networks were trained on, if that is there and holds it."""
@@ -175,10 +170,8 @@ class Stage2Run:
         `which`: the value of `--fit_on`; None: the latter."""
         images = self.flags.get("train_on", "distilled")
         on_whole = images == "whole"
-        if which == "distilled" and on_whole:
-            raise UserError(
-                f"--fit_on distilled: the networks in {self.folder} were trained on the whole real set; leave it out"
-            )
+        told = f"--fit_on distilled: the networks in {self.folder} were trained on the whole real set; leave it out"
+        require(which != "distilled" or not on_whole, told)
         if which == "real" or on_whole:
             return FitSet("real training set", real.labels_train, real.train_batch, on_whole)
         try:
@@ -208,10 +201,9 @@ def _find_networks(s: Stage3Settings) -> Found:
 
 def find_sets(real: RealData, s: Stage3Settings) -> tuple[list[OODSet], dict[str, str]]:
     """The OOD sets that are there, those of the paper unless some are named, and what to do for each missing one."""
-    if len(real.images_test) < s.num_ood_ratio:
-        few = f"nothing is left of {len(real.images_test)} test images"
-        raise UserError(f"--num_ood_ratio {s.num_ood_ratio}: {few}; lower it")
     limit = len(real.images_test) // s.num_ood_ratio
+    few = f"nothing is left of {len(real.images_test)} test images"
+    require(limit, f"--num_ood_ratio {s.num_ood_ratio}: {few}; lower it")
     source = OODSource(real, Path(s.ood_path), Path(s.data_path), s.download == "all", limit, s.seed)
     names, missing = s.ood_sets or source.default_names(), {}
     if s.skip_missing:
@@ -225,8 +217,7 @@ def find_sets(real: RealData, s: Stage3Settings) -> tuple[list[OODSet], dict[str
             if not s.skip_missing:
                 raise
             missing["validation outliers"] = str(error)
-    if not sets:
-        raise UserError("--ood_sets: none is there. Sets that need no files: gaussian uniform rademacher blob patches")
+    require(sets, "--ood_sets: none is there. Sets that need no files: gaussian uniform rademacher blob patches")
     return sets, missing
 
 
@@ -245,22 +236,17 @@ def _draw_plots(run: RunFolder, networks: Sequence[NetworkScores], folder: Path)
 
     A score is drawn for the sets on which it is finite for every network.
     """
-    for score in networks[0].in_scores:
-        inside = [network.in_scores[score] for network in networks]
-        outside = {name: [n.out_scores[name][score] for n in networks] for name in networks[0].out_scores}
-        finite = {name: out for name, out in outside.items() if _finite(inside) and _finite(out)}
-        if finite:
-            first = {name: values[0] for name, values in finite.items()}
-            plots.save_score_histograms(run.path / f"scores_{score}.png", score, inside[0], first)
-            plots.save_roc_curves(run.path / f"roc_{score}.png", score, inside, finite)
+    first = networks[0]
+    for score, inside in first.in_scores.items():
+        areas = {name: [n.measures[name][score]["auroc"] for n in networks] for name in first.measures}
+        if finite := [name for name, of_networks in areas.items() if np.isfinite(of_networks).all()]:
+            outside = {name: first.out_scores[name][score] for name in finite}
+            plots.save_score_histograms(run.path / f"scores_{score}.png", score, inside, outside)
+            plots.save_roc_curves(run.path / f"roc_{score}.png", score, networks, finite)
     plots.save_reliability(run.path / "reliability.png", networks)
     if pictures := plots.distilled_pictures(folder):
         plots.save_distilled(run.path / "distilled.png", pictures)
     run.log("plots: " + ", ".join(sorted(path.name for path in run.path.glob("*.png"))))
-
-
-def _finite(scores: Sequence[np.ndarray]) -> bool:
-    return all(np.isfinite(values).all() for values in scores)
 
 
 def _write_report(results: Results, scores: Sequence[str], run: RunFolder, about: dict) -> None:
@@ -268,8 +254,7 @@ def _write_report(results: Results, scores: Sequence[str], run: RunFolder, about
     how = ", ".join(f"{name} {value}" for name, value in about["training"].items() if value is not None)
     text = report_text(results, scores) + f"\nNetworks: checkpoints {about['checkpoints']}; training: {how}.\n"
     text += f"\nVersions: {versions_line(versions())}.\n"
-    for line in text.splitlines():
-        run.log(line)
+    run.log(*text.splitlines())
     save_text(run.path / "report.md", text)
     save_text(run.path / "results.json", results_json(results, about))
     save_text(run.path / "results.csv", results_csv(results))

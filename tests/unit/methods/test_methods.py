@@ -11,6 +11,7 @@ import main_poe
 from utils.core.errors import UserError
 from utils.methods import METHODS
 from utils.runs.resume import resume_command
+from utils.settings.method_choice import users_of_flags
 
 NETWORK = ["--dataset", "Digits", "--model", "ConvNetD1", "--ipc", "1", "--num_exp", "1", "--num_eval", "1"]
 SHORT = [*NETWORK, "--epoch_eval_train", "3", "--Iteration", "3"]
@@ -36,8 +37,9 @@ def test_defaults_of_a_method_hold_where_the_flag_is_not_given():
     assert parsed("--method", "DM", "--Iteration", 1000).Iteration == 1000  # the default of the others
     mtt = parsed("--method", "MTT")
     assert (mtt.Iteration, mtt.lr_img, mtt.eval_interval, mtt.syn_steps) == (5000, 1000.0, 100, 30)
-    assert not {"syn_steps", "dis_metric"} & dm.used()
-    assert not {"dis_metric", "batch_real"} & mtt.used()
+    users = users_of_flags()
+    assert not any("DM" in users[name] for name in ("syn_steps", "dis_metric"))
+    assert not any("MTT" in users[name] for name in ("dis_metric", "batch_real"))
 
 
 def test_help_and_log_tell_the_defaults(capsys, in_process):

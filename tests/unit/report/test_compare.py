@@ -22,7 +22,7 @@ from utils.data.distilled_file import DistilledFile
 from utils.data.synthetic import SyntheticSet
 from utils.ood.measures import MEASURES, SCALED_MEASURES
 from utils.report.card import measured_table
-from utils.report.compare import Comparison, ComparisonColumn, find_runs, pooled
+from utils.report.compare import Comparison, ComparisonColumn, find_runs
 from utils.report.plots import distilled_pictures, save_grid, save_score_histograms, shown
 from utils.report.results import NETWORK_MEASURES, Results, load_results, results_csv, results_json, shared_sets
 from utils.report.study import StudyColumn, StudyRow, mean_rows, score_rows
@@ -42,7 +42,7 @@ def results(auroc, error=0.1, nll=0.3, sets=("patches", "blob"), score="msp"):
 
 
 def run(name, *args, **kwargs):
-    return ComparisonColumn(name, (), results(*args, **kwargs))
+    return ComparisonColumn(name, {Path(): results(*args, **kwargs)})
 
 
 def cells(row):
@@ -119,12 +119,21 @@ def test_networks_on_one_set_are_no_replicates(tmp_path):
     error = np.sqrt(sum(np.var(of_column, ddof=1) / 3 for of_column in means))
     assert auroc.gain(0, 1) == pytest.approx((10.0, error))
     assert auroc.change(1) == f"AUROC (msp) equal (+10.0 ± {error:.1f})"
+    # a run without a value is left out; where a single one is left, the error is over its networks
+    for missing, left in ((1, "run"), (2, "network")):
+        known = {c.name: np.array(values[c.name])[missing if c.name == "a" else 0 :] for c in columns}
+        for run in list(columns[0].runs.values())[:missing]:
+            run.rows.clear()
+        (auroc,) = [row for row in Comparison(columns, ["auroc"]).rows if row.set == "blob"]
+        samples = [100 * (v.mean(axis=1) if left == "run" else v.flatten()) for v in known.values()]
+        error = np.sqrt(sum(np.var(of_column, ddof=1) / len(of_column) for of_column in samples))
+        assert auroc.gain(0, 1) == pytest.approx((100 * (known["b"].mean() - known["a"].mean()), error))
 
 
 def test_what_a_run_lacks_is_a_dash():
     nan = float("nan")
     other = run("other", [[0.9], [0.9]], sets=("blob",), score="knn")
-    old = ComparisonColumn("old", (), Results([{"error": 0.1}], run("old", [[nan, 0.6]]).results.rows))
+    old = ComparisonColumn("old", {Path(): Results([{"error": 0.1}], results([[nan, 0.6]]).rows)})
     runs = [run("one", [[nan, 0.8], [0.5, 0.8]]), other, old]
     table = Comparison(runs, ["auroc"])
     found = {(row.score, row.set): cells(row) for row in table.rows if row.measure.title == "AUROC"}
@@ -139,9 +148,12 @@ def test_what_a_run_lacks_is_a_dash():
 
 
 def test_folders_of_one_name_are_pooled():
-    together = pooled([results([[0.5, 0.7], [0.6, 0.8]]), results([[0.9, 0.9], [0.7, 0.7]])])
-    assert together.per_network("msp", "auroc", ["patches"]) == [0.5, 0.6, 0.9, 0.7]
-    assert len(together.errors) == 4
+    runs = [results([[0.5, 0.7], [0.6, 0.8]]), results([[0.9, 0.9], [0.7, 0.7]])]
+    table = Comparison([ComparisonColumn("both", dict(zip(map(Path, "ab"), runs, strict=True)))], ["auroc"])
+    (patches,) = [row for row in table.rows if row.set == "patches"]
+    assert patches.values == [[0.5, 0.6, 0.9, 0.7]]
+    assert cells(patches) == ["67.50 ± 14.79"]
+    assert table.facts()["networks"] == ["4"]
 
 
 @pytest.fixture
@@ -153,7 +165,7 @@ def chain(tmp_path, digits):
     images = digits.train_batch(torch.stack([digits.class_indices[c][0] for c in range(10)]))
     distilled = stage1 / "res_DSA_Digits_ConvNetD1_1ipc.pt"
     DistilledFile.write(distilled, [SyntheticSet(images, torch.arange(10), images.flip(0))], {}, digits, {})
-    (stage2 / "args.json").write_text(json.dumps({"flags": {"exp_idx": 0}, "distilled_set": str(distilled)}))
+    (stage2 / "args.json").write_text(json.dumps({"flags": {}, "experiment": 0, "distilled_set": str(distilled)}))
     for index in range(2):
         state = get_network("ConvNetD1", 1, 10, (8, 8), generator(index)).state_dict()
         torch.save(state, stage2 / f"syn_trained_Digits_ConvNetD1_exp{index}_best.pt")
@@ -167,7 +179,7 @@ def row(network, name):
 def test_a_line_in_a_name_does_not_break_a_table():
     """In the report of stage 3, a comparison, a study and a card; other tables are made by the same function."""
     found = Results([dict.fromkeys(NETWORK_MEASURES, 0.5)], [row(0, "a|b"), row(0, "c\nd")], ["e|f"])
-    column = ComparisonColumn("one|two", (), found)
+    column = ComparisonColumn("one|two", {Path(): found})
     kind = StudyRow("g|h", {1: found})
     texts = [
         report_text(found, ["msp"]),
@@ -192,7 +204,7 @@ def test_a_spreadsheet_computes_no_cell(tmp_path):
     found = Results([dict.fromkeys(NETWORK_MEASURES, 1.5)], [row(0, '=HYPERLINK("x")')])
     (first,) = csv.DictReader(results_csv(found).splitlines())
     assert (first["set"], first["accuracy"], first["auroc"]) == ('\'=HYPERLINK("x")', "-0.5", "0.5")
-    column = ComparisonColumn("-cmd", (), found)
+    column = ComparisonColumn("-cmd", {Path(): found})
     (first, *_) = csv.reader(Comparison([column], ["auroc"]).csv().splitlines())
     assert first[4:] == ["'-cmd mean", "'-cmd std", "'-cmd networks"]
     (tmp_path / "results.json").write_text(results_json(found, {}))
@@ -311,8 +323,8 @@ def test_a_picture_and_a_page_of_runs_without_folders(tmp_path):
     """Many columns, one of them without a score of the others; nothing can be followed."""
     folder = tmp_path / "a"
     folder.mkdir()
-    runs = [ComparisonColumn(f"run {i}", (folder,), results([[0.2, 0.7], [0.7, 0.9]])) for i in range(11)]
-    runs.append(ComparisonColumn("last", (folder,), results([[0.6], [0.6]], sets=("blob",), score="knn")))
+    runs = [ComparisonColumn(f"run {i}", {folder: results([[0.2, 0.7], [0.7, 0.9]])}) for i in range(11)]
+    runs.append(ComparisonColumn("last", {folder: results([[0.6], [0.6]], sets=("blob",), score="knn")}))
     table = Comparison(runs, ["auroc"])
     table.picture(tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").width > 800
@@ -326,8 +338,10 @@ def test_the_mean_is_over_the_sets_of_all_runs():
     assert list(rows) == ["mean of blob", "patches", "blob"]
     assert cells(rows["mean of blob"]) == ["90.00 ± 0.00", "90.00 ± 0.00"]
     assert cells(rows["patches"]) == ["50.00 ± 0.00", "-"]
-    seeds = pooled([results([[0.5, 0.9]] * 2), results([[0.7]] * 2, sets=("blob",))])
-    assert shared_sets([seeds]) == ["blob"]
+    seeds = {Path("a"): results([[0.5, 0.9]] * 2), Path("b"): results([[0.7]] * 2, sets=("blob",))}
+    rows = Comparison([ComparisonColumn("seeds", seeds)], ["auroc"]).rows
+    assert [row.set for row in rows if row.score] == ["mean of blob", "patches", "blob"]
+    assert shared_sets([*seeds.values()]) == ["blob"]
 
 
 def test_pictures_show_the_outliers_that_networks_were_trained_with(tmp_path, digits):

@@ -1,6 +1,7 @@
 """The catalogue of measures, against what a good and a bad network measure; and the templates."""
 
 import html
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ NASTY = "<b onclick='x()'>&\"{{ 1 }}"
 def test_a_page_escapes_what_it_shows():
     """Names, sets, scores and notes: as the standard library reads them back."""
     row = {"network": 0, "set": f"set {NASTY}", "score": f"score {NASTY}", **dict.fromkeys(MEASURES, 0.5)}
-    column = ComparisonColumn(f"name {NASTY}", (), Results([dict.fromkeys(NETWORK_MEASURES, 0.5)], [row]))
+    column = ComparisonColumn(f"name {NASTY}", {Path(): Results([dict.fromkeys(NETWORK_MEASURES, 0.5)], [row])})
     page = Comparison([column], ["auroc"]).page(None, [f"note {NASTY}"])
     assert "<b" not in page.replace("<body>", "")
     shown = html.unescape(page)
