@@ -13,9 +13,10 @@ from utils.data.augment import DSA, identity
 from utils.data.synthetic import decode
 from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.gradient_matching import GradientMatching
-from utils.methods.learnable import SlotDraw, clamp_to_pixels
+from utils.methods.learnable import SlotDraw
 from utils.methods.snapshot_matching import SnapshotMatching
 from utils.methods.trajectory_matching import TrajectoryMatching
+from utils.outliers.distilled import clamp_to_pixels
 from utils.training.draws import Batch
 
 

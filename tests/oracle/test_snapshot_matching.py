@@ -17,8 +17,9 @@ from utils.core.rng import generator
 from utils.data.augment import DSA, DSA_ENTRIES, identity
 from utils.data.synthetic import decode, decode_slots
 from utils.methods import METHODS
-from utils.methods.distances import CF_SCALE, characteristic, closeness
+from utils.methods.distances import CF_SCALE, characteristic
 from utils.methods.snapshot_matching import TGDD_ENTRY, SnapshotMatching, SnapshotSettings
+from utils.outliers.distilled import closeness
 from utils.outliers.sources import PseudoOutliers
 from utils.report import plots
 from utils.settings.arguments import Stage1Settings

@@ -10,10 +10,9 @@ from conftest import made, named
 from networks import get_network
 from utils.core.rng import generator
 from utils.data.augment import DSA, DSA_ENTRIES
-from utils.methods.distances import closeness
 from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.gradient_matching import GradientMatching, GradientSettings
-from utils.methods.learnable import push_apart
+from utils.outliers.distilled import closeness, push_apart
 from utils.outliers.sources import PseudoOutliers
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))

@@ -1,4 +1,4 @@
-"""Distances by which synthetic images are matched to real ones: of gradients, and of features; how close these lie."""
+"""Distances by which synthetic images are matched to real ones: of gradients, and of features."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,6 @@ from torch import Tensor
 METRICS = ("ours", "mse", "cos")  # of gradients
 EPSILON = 1e-6
 CF_SCALE = 300.0  # of the distance of characteristic functions, as published
-SHARPNESS = 2.0  # t of the uniformity loss, as published
 
 
 def match_loss(grads_syn: Sequence[Tensor], grads_real: Sequence[Tensor], metric: str = "ours") -> Tensor:
@@ -56,16 +55,3 @@ def characteristic_distance(features: Tensor, targets: Tensor, frequencies: Tens
     """
     difference = characteristic(features, frequencies) - targets
     return CF_SCALE * (difference.square().sum(-2) / 2 + 1e-12).sqrt().mean(-1)
-
-
-def closeness(features: Tensor) -> Tensor:
-    """How close `features` `[N, D]` lie together on the unit sphere: `log mean_{i<j} exp(-2 |f_i - f_j|²)`, at most 0.
-
-    It is the uniformity loss of Wang & Isola (ICML 2020), section 4.1.2. For N < 2 there is no pair, and it is 0.
-    """
-    if len(features) < 2:
-        return features.new_zeros(())
-    unit = F.normalize(features)
-    kernel = (-SHARPNESS * (2 - 2 * unit @ unit.T)).exp()  # on CUDA the gradient of pdist takes N² D numbers
-    pairs = len(unit) * (len(unit) - 1)  # each counted twice
-    return ((kernel.sum() - kernel.diagonal().sum()) / pairs).log()

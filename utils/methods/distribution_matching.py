@@ -19,8 +19,9 @@ from utils.core.rng import generator
 from utils.data.augment import apply_by_part, apply_by_slot, identity
 from utils.data.synthetic import decode_slots, on_stored
 from utils.methods.distances import mean_distance
-from utils.methods.learnable import IterationDraws, LearnableSet, SlotDraw, push_apart
+from utils.methods.learnable import IterationDraws, LearnableSet, SlotDraw
 from utils.methods.method import MatchingSettings, MethodEntry, MethodInputs
+from utils.outliers.distilled import push_apart
 
 CHUNK_IMAGES = 512  # synthetic images embedded together, to bound the memory
 

@@ -17,9 +17,10 @@ from utils.core.rng import generator
 from utils.data.augment import identity
 from utils.data.synthetic import decode_slots, on_stored
 from utils.methods.distances import METRICS
-from utils.methods.learnable import IterationDraws, LearnableSet, SlotDraw, StepDraw, push_apart
+from utils.methods.learnable import IterationDraws, LearnableSet, SlotDraw, StepDraw
 from utils.methods.matcher import Matcher
 from utils.methods.method import MatchingSettings, MethodEntry, MethodInputs
+from utils.outliers.distilled import push_apart
 from utils.settings.fields import flag
 from utils.settings.parser import count
 from utils.training.draws import Batch

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from utils.compute import distributed
 from utils.compute.transfer import Draw, send_draws
@@ -18,9 +18,9 @@ from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.augment import Transform
 from utils.data.datasets import RealData
-from utils.data.synthetic import SyntheticSet, check_factor, decode_slots, encode
-from utils.methods.distances import closeness
+from utils.data.synthetic import SyntheticSet, check_factor, encode
 from utils.methods.method import MethodInputs
+from utils.outliers.distilled import check_start, clamp_to_pixels
 from utils.outliers.sources import OutlierBatch, OutlierSource, draw_repeated, k_center_outliers
 from utils.training.coresets import FeatureNetworks, check_ipc
 from utils.training.draws import Batch, draw_epoch
@@ -41,35 +41,6 @@ def check_class_sizes(real: RealData, outliers: OutlierSource | None, ipc: int, 
             f"--ipc {ipc}: the outlier source has {outliers.per_slot()} outliers for each class, and "
             f"with --factor {factor} it takes {needed}; give more (--oe_data_path, --num_oe_per_class), {cure}"
         )
-
-
-def check_start(init_oe: str, init: str, clamp_oe: bool, real: RealData, from_file: bool) -> None:
-    """Raise `UserError` for flags that contradict each other; `from_file`: whether a distilled set is the start."""
-    if init_oe == "kcenter" and from_file:
-        raise UserError("--init_oe kcenter: the outliers start as those of --load_path; leave one of them out")
-    if init_oe == "kcenter" and init != "real":
-        raise UserError(f"--init_oe kcenter: its network needs images to train on; give --init real, not {init}")
-    if clamp_oe and real.zca is not None:
-        raise UserError("--clamp_oe: whitened images (--zca) have no range of pixels; leave one of them out")
-
-
-def clamp_to_pixels(images: Tensor, real: RealData) -> None:
-    """Clamp images or outliers `[…, C, H, W]` in place to pixels in [0, 1]."""
-    low, high = (real.normalize(torch.full((1, real.channel, 1, 1), v, device=real.device)) for v in (0.0, 1.0))
-    images.clamp_(low[0], high[0])
-
-
-def push_apart(net: nn.Module, outliers: Tensor, weight: float, factor: int = 1) -> None:
-    """Add `weight` times the gradient of `closeness` of all outliers, in the features of `net`, to `outliers.grad`.
-
-    The outliers are `[slots, ipc, C, H, W]`; of outliers in parts the parts are kept apart.
-    """
-    if not weight:
-        return
-    some = outliers.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(closeness(net.embed(decode_slots(some, factor).flatten(0, 1)).flatten(1)), some)
-    distributed.broadcast_(gradient)  # every process computed it, but may have rounded differently
-    outliers.grad.add_(gradient, alpha=weight)
 
 
 class LearnableSet:

@@ -1,1 +1,1 @@
-"""Outliers that are not distilled: their sources, and corruptions."""
+"""Outliers: their sources, corruptions, those that were not distilled, start and range of distilled ones."""
