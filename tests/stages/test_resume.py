@@ -557,7 +557,15 @@ def test_a_checkpoint_of_another_run(whole, refused, tmp_path):
     assert "can be read" in refused("main_poe.py", "--resume", tmp_path)
 
 
-@pytest.mark.parametrize(("name", "value"), [("matching", "joint"), ("moments_oe", 1)])
+@pytest.mark.parametrize("flags", [{"matching": None, "moments_oe": 1}, {"matching": "separate", "network_pool": 0}])
+def test_a_flag_that_is_gone_and_did_nothing(copied, in_process, flags):
+    folder = copied("one")
+    about = json.loads((folder / "args.json").read_text())
+    (folder / "args.json").write_text(json.dumps(about | {"flags": about["flags"] | flags}))
+    assert "is finished" in in_process("main_poe.py", "--resume", folder)
+
+
+@pytest.mark.parametrize(("name", "value"), [("matching", "joint"), ("moments_oe", 2), ("outlier_recipe", "strong")])
 def test_a_flag_that_is_gone(whole, refused, tmp_path, name, value):
     stored = json.loads((run_folder(whole / "one") / "args.json").read_text())
     (tmp_path / "args.json").write_text(json.dumps(stored | {"flags": stored["flags"] | {name: value}}))

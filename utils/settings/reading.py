@@ -15,6 +15,10 @@ from utils.settings.fields import OF_RUN, Settings, add_flag, flag_words, flags_
 from utils.settings.parser import Parser, underscored, value_in
 
 NOT_READ = ("resume", "config")  # flags that no file of flags may hold
+DROPPED = {  # flags that are gone, with the value that did nothing
+    "matching": "separate", "moments_oe": 1, "network_pool": 0, "pool_epochs": 20, "pool_last_epoch": 200,
+    "outlier_recipe": "published",
+}  # fmt: skip
 
 
 class SettingsParser(Parser):
@@ -99,7 +103,8 @@ def flags_as_words(parser: SettingsParser, flags: Mapping[str, object], flag: st
     known = {f.name: takes_several(f) for f in flags_of(parser.settings)}
     found = []
     for name, value in flags.items():
-        if name in NOT_READ or value is None or value is False:
+        gone = name not in known and value == DROPPED.get(name)
+        if name in NOT_READ or value is None or value is False or gone:
             continue
         several = isinstance(value, list)
         words = flag_words(name, value)[1:] if several else []
