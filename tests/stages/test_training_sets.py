@@ -898,7 +898,7 @@ def test_outliers_beside_a_set_in_parts(in_parts, digits, kind, by_path, tmp_pat
             assert _start_of(settings, replace(chosen, origin=tmp_path), source) == told
         began = {"script": "main_oe.py", "flags": {}, "inputs": {"oe_data_path": "0" * 64}}
         (tmp_path / "args.json").write_text(json.dumps(began))
-        np.savez(tmp_path / "pool.npz", images=np.zeros((50, 8, 8), np.uint8))
+        np.savez(tmp_path / "pool.npz", images=np.random.default_rng(0).integers(0, 256, (50, 8, 8), np.uint8))
         of_pool = replace(settings, oe_data_path=str(tmp_path / "pool.npz"), num_oe_per_class=5)
         told = _start_of(of_pool, replace(chosen, origin=tmp_path), outlier_source(of_pool, digits))
         assert told == "random; the distillation began with others (another pool)"
