@@ -222,7 +222,7 @@ def test_missing_experts_are_trained(in_process, tmp_path):
     out = in_process("main.py", *short, "--method", "TGDD", "--published", "--buffer_path", "a")
     assert "expert 0: 12/12" in out
     about = json.loads((tmp_path / "a/Digits_NO_ZCA/ConvNetD1/experts.json").read_text())
-    assert (about["training"]["mom"], about["training"]["lr_teacher"], about["outliers"]["kind"]) == (0.9, 0.02, "none")
+    assert (about["training"]["momentum"], about["training"]["lr"], about["outliers"]["kind"]) == (0.9, 0.02, "none")
     (stored,) = tmp_path.glob("result/TGDD/**/args.json")
     assert json.loads(stored.read_text())["flags"]["lr_img"] == 0.01
     again = in_process("main.py", *short, "--method", "TGDD", "--buffer_path", "a", "--seed", 2)  # they serve all seeds

@@ -529,7 +529,7 @@ def test_experts_that_are_there_need_no_lock(in_process, refused, monkeypatch):
     assert "trained before" in in_process("train_experts.py", *TEACH)
     assert not opened
     error = refused("train_experts.py", *TEACH, "--lr_teacher", 0.5)
-    assert 'are of another kind: training {"lr_teacher": 0.05} instead of {"lr_teacher": 0.5}' in error
+    assert 'are of another kind: training {"lr": 0.05} instead of {"lr": 0.5}' in error
     in_process("train_experts.py", *TEACH, "--num_experts", 3)
     assert len(opened) == 1
 

@@ -150,8 +150,18 @@ class ExpertSettings(
 
     def about(self) -> dict:
         """Plain values for `experts.json`; they must be the same in all runs that train experts in one folder."""
-        names = ("train_epochs", "lr_teacher", "mom", "l2", "decay", "batch", "batch_oe", "lambda_oe", "seed")
-        return {name: getattr(self, name) for name in (*names, "dsa_strategy")}
+        return {
+            "epochs": self.train_epochs,
+            "lr": self.lr_teacher,
+            "momentum": self.mom,
+            "weight_decay": self.l2,
+            "decay": self.decay,
+            "batch": self.batch,
+            "batch_oe": self.batch_oe,
+            "lambda_oe": self.lambda_oe,
+            "seed": self.seed,
+            "augmentation": None if self.dsa_strategy is None else self.dsa_strategy.split("_"),
+        }
 
 
 @dataclass(frozen=True)
