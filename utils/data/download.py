@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from utils.compute import distributed
-from utils.compute.version import installed, require_pytorch_ood
+from utils.compute.version import require_pytorch_ood
 from utils.core.errors import UserError, blame, one_line, print_line, require
 from utils.core.files import read_npz
 from utils.core.pixels import images_to_nchw, in_full_range
@@ -148,15 +148,6 @@ def _whole_tensors(part: object) -> tuple[torch.Tensor, torch.Tensor]:
     elif images.shape[-1] == 3 and images.shape[1] != 3:
         images = images.permute(0, 3, 1, 2).contiguous()
     return images, labels
-
-
-def stored_by_pytorch_ood(name: str, root: Path) -> Sequence | None:
-    """A data set of `FROM_PYTORCH_OOD` as pytorch-ood left it in `root`; None if it is not there, or not installed."""
-    if name not in FROM_PYTORCH_OOD or not root.is_dir() or not installed("pytorch-ood"):
-        return None
-    from pytorch_ood.dataset import img
-
-    return _try(lambda: getattr(img, FROM_PYTORCH_OOD[name])(root=str(root), download=False))[0]
 
 
 def fetch_pytorch_ood(name: str, root: Path, what: str | None = None) -> Sequence:

@@ -16,14 +16,7 @@ from utils.core.images import ImageReader
 from utils.core.pixels import conform, unit_images
 from utils.core.rng import generator
 from utils.data.datasets import SPECS, RealData
-from utils.data.download import (
-    FROM_PYTORCH_OOD,
-    TORCHVISION_FILES,
-    NotThere,
-    fetch_pytorch_ood,
-    load_test_images,
-    stored_by_pytorch_ood,
-)
+from utils.data.download import FROM_PYTORCH_OOD, TORCHVISION_FILES, NotThere, fetch_pytorch_ood, load_test_images
 from utils.ood.files import ARRAY_SUFFIXES, LIST_SUFFIX, is_path, listed_images, shown_names, stem
 from utils.ood.generated import DRAWN
 from utils.outliers.corruptions import corrupt
@@ -173,8 +166,6 @@ class OODSource:
                 return self._of_library(name, "pytorch-ood", fetch_pytorch_ood(name, self.ood_path))
         except expected as error:
             raise NotThere(f"{error}; or {put}") from None
-        if (stored := stored_by_pytorch_ood(name, self.ood_path)) is not None:
-            return self._of_library(name, "pytorch-ood", stored)
         fetch = ", or let --download all fetch it (pip install pytorch-ood)" if name in FROM_PYTORCH_OOD else ""
         raise NotThere(f"looked for {place}[/, .npz, .npy]; {put}{fetch}")
 
