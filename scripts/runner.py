@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 from utils.core.errors import UserError
 from utils.core.files import save_output, save_text
 from utils.core.run_script import run_script
+from utils.settings.fields import flags_of
 from utils.settings.parser import Parser
 
 DONE = "done"
@@ -67,7 +68,7 @@ class Stage:
             return False
         begun = self.folder / BEGUN
         if self.resumes and begun.is_file():
-            self.check_same(begun)
+            self.check_same(begun, _without_what_may_change)
         return (self.folder / DONE).is_file() and self.check_same(self.folder / DONE)
 
     def check_same(self, path: Path, neutral: Callable[[str], str] = str) -> bool:
@@ -103,6 +104,15 @@ class Stage:
         if self.command[0] == "train_experts.py":  # it resumes by itself
             return [*self.command, "--buffer_path", str(self.folder)]
         return [*self.command, "--save_path", str(self.folder), *(["--resume", "latest"] if self.resumes else [])]
+
+
+def _without_what_may_change(commands: str) -> str:
+    """Commands without the flags in which a resumed run may differ."""
+    from utils.settings.arguments import Stage1Settings, Stage2Settings  # late: it is slow, and what resumes needs it
+
+    fields = [*flags_of(Stage1Settings), *flags_of(Stage2Settings)]
+    names = "|".join(sorted({f.name for f in fields if f.metadata.get("may_change")}))
+    return re.sub(rf"--({names})(?: (?!--)\S+)*", "", commands)
 
 
 def _flags(commands: str) -> Counter[tuple[str, str]]:

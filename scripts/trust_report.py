@@ -7,6 +7,7 @@ Networks are trained on the set, alone and with outliers, and on real images: ra
 and the whole training set. The page OUT/compare.html puts them side by side. The same command resumes a stopped report.
 """
 
+import hashlib
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,11 +22,10 @@ from scripts.runner import Stage, run_stages
 from utils.core.errors import UserError
 from utils.core.files import save_output
 from utils.core.run_script import run_script
-from utils.core.torch_files import fingerprint
 from utils.data.datasets import RealData
-from utils.data.synthetic import SyntheticSet
 from utils.exchange.assumptions import Assumptions
 from utils.exchange.convert import read_distilled
+from utils.exchange.formats import SetFiles, find_files
 from utils.methods import METHODS
 from utils.report.compare import ComparisonColumn, find_runs
 from utils.settings.arguments import Experiment, Stage2Settings, Stage2SettingsNoOE, Stage3Settings
@@ -137,7 +137,7 @@ def main(settings: ReportSettings) -> None:
         print(line)
     ipc = max(1, found.stored // real.num_classes)
     out = Path(s.out)
-    _check_same(out, found.synthetic)
+    _check_same(out, find_files(s.distilled, s.distilled_format))
     columns = _columns(s, ipc, found.factor, found.synthetic.images_oe is not None)
     folders = {name: out / name.replace(" = ", " ").replace(" ", "-") for name in columns}
     stages = []
@@ -156,12 +156,16 @@ def main(settings: ReportSettings) -> None:
     run_stages([Stage((*command, *(["--notes", *notes] if notes else [])))])
 
 
-def _check_same(out: Path, synthetic: SyntheticSet) -> None:
-    """Note which set the report in `out` is of; a `UserError` tells that it is of another one."""
-    path, found = out / "set.sha256", fingerprint((synthetic.images, synthetic.labels, synthetic.images_oe))
-    if path.is_file() and path.read_text(encoding="utf-8").strip() != found:
+def _check_same(out: Path, files: SetFiles) -> None:
+    """Note which files the report in `out` is of; a `UserError` tells that they have changed since."""
+    images = sorted(path for path in files.images.rglob("*") if path.is_file()) or [files.images]
+    digest = hashlib.sha256()
+    for path in (*images, *([files.labels] if files.labels else [])):
+        digest.update(path.read_bytes())
+    note, found = out / "set.sha256", digest.hexdigest()
+    if note.is_file() and note.read_text(encoding="utf-8").strip() != found:
         raise UserError(f"--out: the report in {out} is of other images than PATH holds now; give another --out")
-    save_output(str(path), found + "\n")
+    save_output(str(note), found + "\n")
 
 
 def at_chance(columns: Sequence[ComparisonColumn], real: RealData) -> list[str]:

@@ -27,7 +27,7 @@ def merged(layers: Sequence[dict]) -> dict:
         _check_names(layer, layers[0])
         settings = merge(settings, layer)
         for names, own in (layer.get("methods") or {}).items():
-            settings = merge(settings, own) if method in names.split() else settings
+            settings = merge(settings, own or {}) if method in names.split() else settings
     for kind in words_of(settings["kinds"]):
         kind_named(kind)
     return settings
@@ -39,10 +39,15 @@ def _check_names(layer: dict, known: dict, place: str = "") -> None:
         what = unknown_name(f"value{place}", unknown[0], known)
         raise UserError(f"{what}; scripts/tables/defaults.yaml explains them")
     for part in ("methods", "recipes"):
-        for name, own in (layer.get(part) or {}).items():
-            if own and not isinstance(own, dict):
-                raise UserError(f"{part}.{name}: {one_line(own)} is no section; give names and values")
-            _check_names(own or {}, known, f" in {part}.{name}")
+        for name, own in _section(layer.get(part), part).items():
+            _check_names(_section(own, f"{part}.{name}"), known, f" in {part}.{name}")
+
+
+def _section(value: object, name: str) -> dict:
+    """A section of names and values, which may be left empty; a `UserError` tells that it is something else."""
+    if value and not isinstance(value, dict):
+        raise UserError(f"{name}: {one_line(value)} is no section; give names and values")
+    return value or {}
 
 
 def merge(old: dict, new: dict, place: str = "") -> dict:

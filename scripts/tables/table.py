@@ -98,7 +98,7 @@ def plan(args: argparse.Namespace, out: Path) -> tuple[list["Table"], list[Stage
             raise UserError(f"--recipes: with --method {settings['method']}, {unknown_name('recipe', name, recipes)}")
     tables = {name: Table(out / name, out, merged([*layers, recipes[name] or {}, given])) for name in chosen}
     stages = [stage for table in tables.values() for stage in table.stages()]
-    measured = {(*table["all.dataset"], *sorted(table["stage3.ood_sets"])) for table in tables.values()}
+    measured = {(table.settings["all"].get("dataset"), *sorted(table["stage3.ood_sets"])) for table in tables.values()}
     return [*tables.values()], [*stages, *(_studies(out, tables, stages) if len(measured) == 1 else [])]
 
 

@@ -291,6 +291,8 @@ def test_inputs_are_checked_before_the_first_stage(run, monkeypatch):
         (["--set", "recipes.a.stag1.Iteration=1"], "unknown value in recipes.a 'stag1'; did you mean stage1"),
         (["--set", "methods.DM.stag1.Iteration=1"], "unknown value in methods.DM 'stag1'; did you mean stage1"),
         (["--set", "recipes.a=1"], "recipes.a: 1 is no section"),
+        (["--set", "recipes=1"], "recipes: 1 is no section"),
+        (["--set", "methods=DM"], "methods: DM is no section"),
     ],
 )  # fmt: skip
 def test_a_wrong_value(run, flags, message):
@@ -300,7 +302,7 @@ def test_a_wrong_value(run, flags, message):
 
 def test_a_recipe_has_what_its_method_has(run, tmp_path):
     (tmp_path / "own.yaml").write_text(
-        "methods: {DM: {stage1: {Iteration: 70}}, MTT: }\nrecipes:\n  dm: {method: DM}\n  usual:\n"
+        "methods: {DM: {stage1: {Iteration: 70}}, DSA: }\nrecipes:\n  dm: {method: DM}\n  usual:\n"
     )
     flags = (*CIFAR[1:], "--kinds", "plain")
     _, commands = run(f"cifar10 {tmp_path / 'own'}", *flags)

@@ -557,6 +557,14 @@ def test_a_checkpoint_of_another_run(whole, refused, tmp_path):
     assert "can be read" in refused("main_poe.py", "--resume", tmp_path)
 
 
+def test_a_file_of_flags_is_compared_with_the_run(copied, in_process, refused, tmp_path):
+    folder = copied("one")
+    assert "is finished" in in_process("main_poe.py", "--resume", folder, "--config", folder / "args.json")
+    (tmp_path / "other.yaml").write_text("lr_img: 7.5")
+    told = refused("main_poe.py", "--resume", folder, "--config", tmp_path / "other.yaml")
+    assert "--lr_img: given is 7.5, but" in told
+
+
 @pytest.mark.parametrize("flags", [{"matching": None, "moments_oe": 1}, {"matching": "separate", "network_pool": 0}])
 def test_a_flag_that_is_gone_and_did_nothing(copied, in_process, flags):
     folder = copied("one")
@@ -580,6 +588,9 @@ def test_checkpoints_of_older_code(whole, refused, tmp_path):
     images = [torch.zeros(10, 1, 1, 8, 8)] * 2
     old = {"exp": 0, "finished": [], "method": {"images": images, "momentum": [None] * 2}}
     torch.save(load(folder / "checkpoint.pt") | old, tmp_path / "checkpoint.pt")
-    assert "older code wrote it; resume it with that, or start a new run" in refused(
-        "main_poe.py", "--resume", tmp_path
-    )
+    told = "older code wrote it; resume it with that, or start a new run"
+    assert told in refused("main_poe.py", "--resume", tmp_path)
+    older = {"started": True, "found": {}}
+    content = {name: value for name, value in load(folder / "checkpoint.pt").items() if name != "measures"}
+    torch.save(content | older, tmp_path / "checkpoint.pt")
+    assert told in refused("main_poe.py", "--resume", tmp_path)

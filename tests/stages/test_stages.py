@@ -560,14 +560,15 @@ def test_validation_outliers_of_the_test_images(digits, tmp_path):
 
 
 def test_the_other_cifar_is_found_where_ood_sets_are(digits, tmp_path, monkeypatch):
-    def load(name, root, *_):
-        """As torchvision stores it, in one of two places."""
+    def load(name, root, download, *_):
+        """As torchvision stores it, in one of two places; it is not downloaded."""
+        assert not download
         if root != tmp_path / "ood":
             raise NotThere("it is not there")
         return torch.full((9, 1, 8, 8), 255, dtype=torch.uint8)
 
     monkeypatch.setattr("utils.ood.sets.load_test_images", load)
-    source = OODSource(replace(digits, name="CIFAR10"), tmp_path / "ood", tmp_path / "data", False, 5, 1)
+    source = OODSource(replace(digits, name="CIFAR10"), tmp_path / "ood", tmp_path / "data", True, 5, 1)
     sets = {ood.name: ood.load() for ood in validation_sets(source)}
     assert torch.equal(sets["val:invert"], digits.normalize(torch.zeros(5, 1, 8, 8)))
 

@@ -891,7 +891,6 @@ def test_outliers_beside_a_set_in_parts(in_parts, digits, kind, by_path, tmp_pat
             ("main_poe.py", {"corruptions": ["invert", "jigsaw"]}, "--corruptions invert jigsaw"),
             ("main_poe.py", {"mix_corruptions": True}, "--mix_corruptions"),
             ("main_oe.py", {}, "main_oe.py"),
-            ("main.py", {}, "main.py"),
         ):
             (tmp_path / "args.json").write_text(json.dumps({"script": script, "flags": flags}))
             told = f"random; the distillation began with others ({why})" if why else "as distillation begins"
@@ -902,6 +901,12 @@ def test_outliers_beside_a_set_in_parts(in_parts, digits, kind, by_path, tmp_pat
         of_pool = replace(settings, oe_data_path=str(tmp_path / "pool.npz"), num_oe_per_class=5)
         told = _start_of(of_pool, replace(chosen, origin=tmp_path), outlier_source(of_pool, digits))
         assert told == "random; the distillation began with others (another pool)"
+        pool = outlier_source(of_pool, digits)
+        (tmp_path / "args.json").write_text(json.dumps(began | {"inputs": {"oe_data_path": pool.fingerprint()}}))
+        assert _start_of(of_pool, replace(chosen, origin=tmp_path), pool) == "as distillation begins"
+        (tmp_path / "args.json").write_text(json.dumps({"script": "main.py", "flags": {}}))
+        told = _start_of(settings, replace(chosen, origin=tmp_path), source)
+        assert told == "random; the distillation had none"
         whole = initial_outliers(PseudoOutliers(digits), 4, 1, 0)
         assert torch.equal(found.images_oe, as_parts(whole, 2))
 

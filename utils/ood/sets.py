@@ -276,7 +276,15 @@ def _other_cifar(source: OODSource, name: str) -> torch.Tensor:
     if local := source.local_path(name):
         reader = ImageReader("--ood_path", source.real.pixel_max)
         return reader.folder_or_array(local, source.real.channel, source.real.im_size)
+    images, missing = None, {}
     try:
-        return source.torchvision_images(name, source.download)[1]
+        images = source.torchvision_images(name, False)[1]
+    except NotThere as error:
+        missing = {name: str(error)}
+    try:
+        if missing := _on_any_process(missing):
+            require(source.download, missing[name])
+            images = source.torchvision_images(name, True)[1]
+        return images
     except UserError as error:
         raise UserError(f"--validate needs {name}: {error}; or put {name}.npz into {source.ood_path}") from None

@@ -168,7 +168,10 @@ class Comparison:
 
     def measured(self, measure: StudyColumn) -> tuple[list[list[float]], ...]:
         """For each column and each of its runs one value per network."""
-        return tuple([measure.of(run) for run in column.runs.values()] for column in self.columns)
+        absent = [math.nan]
+        return tuple(
+            [measure.of(run) or absent * len(run.errors) for run in column.runs.values()] for column in self.columns
+        )
 
     @property
     def trained(self) -> str:

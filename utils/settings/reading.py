@@ -131,7 +131,10 @@ def _words_of_config(parser: SettingsParser, words: Sequence[str]) -> list[str]:
     flags = flags.get("flags", flags) if isinstance(flags, dict) else None
     if not isinstance(flags, dict) or not all(isinstance(key, str) for key in flags):
         raise UserError(f"--config: {path} holds no flags; write `name: value` in each line, or give an args.json")
+    # YAML reads `on` and `off`, which are values of --compile, as true and false
+    of_words = {f.name for f in flags_of(parser.settings) if not isinstance(f.default, bool)}
     flags = {key.replace("-", "_"): value for key, value in flags.items()}
+    flags |= {k: "on" if v else "off" for k, v in flags.items() if isinstance(v, bool) and k in of_words}
     varies = parser.settings.with_several_defaults(flags) - parser.hidden
     usual = {f.name: f.default for f in flags_of(parser.settings) if f.name not in varies}
     usual = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
@@ -139,20 +142,11 @@ def _words_of_config(parser: SettingsParser, words: Sequence[str]) -> list[str]:
     return flags_as_words(parser, changed, "--config", path)
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads `on` and `off`, which are values of `--compile`, as words, as YAML 1.2 does."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML has it
-        first: [(tag, form) for tag, form in known if first in "tTfF" or not tag.endswith(":bool")]
-        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
 def _content(path: Path) -> object:
     """What a JSON or YAML file holds."""
     if path.suffix not in (".yaml", ".yml"):
         return read_json(path, "--config")
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config: cannot read {path}: {one_line(error)}. Mend it") from None

@@ -55,6 +55,8 @@ class DistillState:
         Raises:
             ValueError, KeyError, TypeError, AttributeError: when it is not of this run.
         """
+        if "measures" not in content:
+            raise ValueError("older code wrote it; resume it with that, or start a new run")
         parts = ("images", "images_oe", "lr_net")
         finished = [replace(example, **dict(zip(parts, stored, strict=False))) for stored in content["finished"]]
         plain = {"exp": int, "iteration": int, "measures": dict, "accs": dict}

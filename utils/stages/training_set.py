@@ -138,6 +138,8 @@ def _start_of(s: Stage2Settings, chosen: TrainingSet, source: OutlierSource) -> 
         if flags.get(name, value) != value
     ]
     pool = (about.get("inputs") or {}).get("oe_data_path")
+    if script == "main.py":
+        return "random; the distillation had none"
     if script not in (None, of_kind):
         other = [script]
     elif pool and not other and pool != source.fingerprint():

@@ -147,7 +147,7 @@ def test_of_a_flag_that_is_given_twice_the_last_one_counts():
 
 
 def test_yaml_knows_on_and_off(tmp_path):
-    (tmp_path / "a.yaml").write_text("compile: off\nipc: 3\nzca: true\nclamp_oe: false\n")
+    (tmp_path / "a.yaml").write_text("compile: off\nipc: 3\nzca: yes\nclamp_oe: no\n")
     found = SCRIPTS["main_poe.py"].get_args_parser().parse_args(["--config", str(tmp_path / "a.yaml")])
     assert (found.compile, found.ipc, found.zca, found.clamp_oe) == ("off", 3, True, False)
 
