@@ -55,12 +55,18 @@ def evaluate_ood(
             networks of `networks/` do not.
         temperature: of the score energy; batch: images per forward pass.
     Raises:
-        UserError: when a score is unknown or does not fit the network, and when outputs are not finite.
+        UserError: when a score is unknown or does not fit the network, when images have another shape or are not
+            normalised, and when outputs are not finite.
     """
     for name in scores:
         require(name in ALL_SCORES, unknown_name("score", name, ALL_SCORES))
     require_library(scores)
     if isinstance(sets, Mapping):
+        for name, images in sets.items():
+            found, wanted = list(images.shape[1:]), [real.channel, *real.im_size]
+            require(found == wanted, f"sets: {name} has images {found}; those of {real.name} are {wanted}")
+            told = f"sets: {name} has numbers from 0 to 1, like pixels; give normalised images: real.normalize(images)"
+            require(images.min() < 0 or not 0.5 < images.max() <= 1, told)
         sets = [OODSet(name, "given", len(images), lambda images=images: images) for name, images in sets.items()]
     if fit is None and need_fitting(scores):
         fit = FitSet("real training set", real.labels_train, real.train_batch, was_trained_on=True)

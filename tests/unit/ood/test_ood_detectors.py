@@ -413,6 +413,10 @@ def test_test_images_are_no_ood_set(digits, trained, noise, capsys):
     assert "--ood_sets photos: 3 of its 33 images are test images of Digits" in capsys.readouterr().out
     with pytest.raises(UserError, match="photos: 3 of its 5 images are test images of Digits; leave it out"):
         evaluate_ood(trained[0], digits, {"photos": some[-5:]})
+    with pytest.raises(UserError, match=r"sets: photos has numbers from 0 to 1, like pixels; give normalised images"):
+        evaluate_ood(trained[0], digits, {"photos": torch.rand(9, 1, 8, 8)})
+    with pytest.raises(UserError, match=r"sets: photos has images \[3, 8, 8\]; those of Digits are \[1, 8, 8\]"):
+        evaluate_ood(trained[0], digits, {"photos": torch.randn(9, 3, 8, 8)})
 
 
 def test_features_of_a_named_layer(digits, trained, noise):
