@@ -71,7 +71,7 @@ class ComparisonRow:
         title = f"{self.measure.title} ({self.score})" if self.score else self.measure.title
         change = f"{-gain if self.measure.better == '↓' else gain:+.1f}"
         if math.isinf(error):
-            return f"{title} {change} (one network)"
+            return f"{title} {change} ({'better' if gain > 0 else 'worse'} by one network, perhaps by chance)"
         if abs(gain) <= 2 * error:
             return f"{title} equal ({change} ± {error:.1f})"
         return f"{title} {change} ± {error:.1f} ({'better' if gain > 0 else 'worse'})"
