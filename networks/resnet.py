@@ -81,9 +81,8 @@ class ResNet(nn.Module):
         name: str = "ResNet",
     ):
         super().__init__()
-        # InstanceNorm of a single value is a constant, so a pooled network needs two a side, one where it has BatchNorm
-        least = 1 if norm == "batch" else 2
-        along = (lambda side: (side >> 3) * (side >> 3 >= least)) if pooled else (lambda side: -(-side // 8) // 4)
+        least = 8 if norm == "batch" else 16  # pooled: InstanceNorm needs two values a side; that of one is a constant
+        along = (lambda side: side // 8 if side >= least else 0) if pooled else (lambda side: -(-side // 8) // 4)
         height, width = feature_size(name, im_size, along)
         self.conv1 = nn.Conv2d(channel, 64, 3, padding=1, bias=False)
         self.bn1 = channel_norm(norm, 64)

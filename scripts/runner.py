@@ -66,10 +66,12 @@ class Stage:
         """
         if self.folder is None:
             return False
-        begun = self.folder / BEGUN
-        if self.resumes and begun.is_file():
+        done, begun = self.folder / DONE, self.folder / BEGUN
+        if done.is_file() and self.check_same(done):
+            return True
+        if begun.is_file() and self.resumes:
             self.check_same(begun, _without_what_may_change)
-        return (self.folder / DONE).is_file() and self.check_same(self.folder / DONE)
+        return False
 
     def check_same(self, path: Path, neutral: Callable[[str], str] = str) -> bool:
         """Compare the commands in a file `done` or `begun` with those of this stage, in any order of the flags; False
@@ -112,7 +114,7 @@ def _without_what_may_change(commands: str) -> str:
 
     fields = [*flags_of(Stage1Settings), *flags_of(Stage2Settings)]
     names = "|".join(sorted({f.name for f in fields if f.metadata.get("may_change")}))
-    return re.sub(rf"--({names})(?: (?!--)\S+)*", "", commands)
+    return re.sub(rf"--({names})\b(?: (?!--)\S+)*", "", commands)
 
 
 def _flags(commands: str) -> Counter[tuple[str, str]]:

@@ -158,9 +158,9 @@ def main(settings: ReportSettings) -> None:
 
 def _check_same(out: Path, files: SetFiles) -> None:
     """Note which files the report in `out` is of; a `UserError` tells that they have changed since."""
-    images = sorted(path for path in files.images.rglob("*") if path.is_file()) or [files.images]
-    digest = hashlib.sha256()
-    for path in (*images, *([files.labels] if files.labels else [])):
+    inside = sorted(path for path in files.images.rglob("*") if path.is_file())  # of a folder
+    digest = hashlib.sha256("\n".join(str(path.relative_to(files.images)) for path in inside).encode())
+    for path in filter(None, (*(inside or [files.images]), files.labels, files.lr)):
         digest.update(path.read_bytes())
     note, found = out / "set.sha256", digest.hexdigest()
     if note.is_file() and note.read_text(encoding="utf-8").strip() != found:

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 
 from utils.report.results import StudyResults
 from utils.report.study import StudyColumn, StudyRow
+from utils.report.tables import defined
 
 RESULTS = Path(__file__).resolve().parents[2] / "assets" / "results"
 # dark to light, so that they differ in black and white; of Okabe & Ito's palette for all kinds of colour vision
@@ -17,10 +18,11 @@ BLACK, BLUE, RED, GREY = "#000000", "#0072b2", "#d55e00", "#8a8a8a"
 def values(
     study: StudyResults, kind: str, measure: str, score: str = "", sets: Sequence[str] | None = None
 ) -> np.ndarray:
-    """A measure of every network of a kind, in its unit; of a score in the mean over `sets`, or (None) all."""
+    """A measure of the networks of a kind that have it, in its unit; of a score the mean over `sets`, or (None) all."""
     column = StudyColumn(measure, score, sets)
     row = StudyRow(kind, study[kind])
-    return column.shown.factor * np.array([v for results in row.seeds.values() for v in column.of(results)])
+    measured = defined([v for results in row.seeds.values() for v in column.of(results)])
+    return column.shown.factor * np.array(measured)
 
 
 def dots(

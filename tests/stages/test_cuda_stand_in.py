@@ -252,9 +252,7 @@ def test_the_host_does_not_wait_inside_an_iteration(digits, gpu, kind, pool):
 def test_the_host_does_not_wait_inside_an_epoch(digits, gpu, mix):
     real = digits.to("cuda")
     net = get_network("ConvNetD1", 1, 10, (8, 8), generator(0)).to("cuda")
-    trainer = Trainer(
-        net, TrainSettings(3, augmentation=DSA(tuple(STRATEGY.split("_"))), mix=mix), Compute(on_cuda=True)
-    )
+    trainer = Trainer(net, TrainSettings(3, augmentation=DSA.of(STRATEGY), mix=mix), Compute(on_cuda=True))
     index = torch.arange(20)
     images = SyntheticSet(real.train_batch(index), real.labels_train[:20], real.train_batch(index + 20))
     drawn = draw_epoch(images, 8, trainer.settings.augmentation, generator(0))

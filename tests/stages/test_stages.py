@@ -347,7 +347,7 @@ def test_networks_without_a_checkpoint_of_an_epoch(networks_of, refused):
     assert "have no checkpoint of an epoch; give --is_load_best" in refused(*TEST, 1)
 
 
-DSA_SETTINGS = DSA(tuple(STRATEGY.split("_")))
+DSA_SETTINGS = DSA.of(STRATEGY)
 
 
 @pytest.fixture(scope="module")

@@ -148,6 +148,11 @@ class DSA:
 
     strategy: tuple[str, ...]
 
+    @classmethod
+    def of(cls, entries: str) -> "DSA":
+        """That of `_`-joined entries of `DSA_ENTRIES`, as `--dsa_strategy` gives them."""
+        return cls(tuple(entries.split("_")))
+
     def draw(self, n: int, im_size: Size, generator: torch.Generator) -> Transform:
         """Pick one entry uniformly; n = 1 for the Siamese use, n = batch size for network training."""
         entry = self.strategy[int(torch.randint(len(self.strategy), (1,), generator=generator))]

@@ -31,4 +31,4 @@ def augmentation_of(method: str, dsa_strategy: str | None) -> DSA | None:
     use = METHODS[method].augmentation
     if use == "required" and dsa_strategy is None:
         raise UserError(f"--method {method} needs --dsa_strategy, e.g. color_crop_cutout_flip_scale_rotate")
-    return None if use == "unused" or dsa_strategy is None else DSA(tuple(dsa_strategy.split("_")))
+    return None if use == "unused" or dsa_strategy is None else DSA.of(dsa_strategy)

@@ -37,10 +37,8 @@ def check_class_sizes(real: RealData, outliers: OutlierSource | None, ipc: int, 
     cure, needed = "lower --ipc or use --init noise", ipc * factor**2
     check_ipc(real, ipc, factor, cure)
     if outliers is not None and outliers.per_slot() < needed:
-        raise UserError(
-            f"--ipc {ipc}: the outlier source has {outliers.per_slot()} outliers for each class, and "
-            f"with --factor {factor} it takes {needed}; give more (--oe_data_path, --num_oe_per_class), {cure}"
-        )
+        has = f"the outlier source has {outliers.per_slot()} outliers for each class, and it takes {needed}"
+        raise UserError(f"--ipc {ipc}: {has}; give more (--oe_data_path, --num_oe_per_class), {cure}")
 
 
 class LearnableSet:

@@ -34,6 +34,17 @@ class NetworkScores:
         return 1 - self.errors["error"]
 
 
+def _given_set(name: str, images: torch.Tensor, real: RealData) -> OODSet:
+    """A set of normalised images `[M, C, H, W]`; a `UserError` tells that they have another shape, or are pixels."""
+    found, wanted = list(images.shape[1:]), [real.channel, *real.im_size]
+    require(found == wanted, f"sets: {name} has images {found}; those of {real.name} are {wanted}")
+    black = real.normalize(torch.zeros(1, *wanted, device=real.device)).min()
+    is_like_pixels = black < 0 <= images.min() and 0.5 < images.max() <= 1
+    told = f"sets: {name} has numbers from 0 to 1, like pixels; give normalised images: real.normalize(images)"
+    require(not is_like_pixels, told)
+    return OODSet(name, "given", len(images), lambda: images)
+
+
 def evaluate_ood(
     net: nn.Module,
     real: RealData,
@@ -62,12 +73,7 @@ def evaluate_ood(
         require(name in ALL_SCORES, unknown_name("score", name, ALL_SCORES))
     require_library(scores)
     if isinstance(sets, Mapping):
-        for name, images in sets.items():
-            found, wanted = list(images.shape[1:]), [real.channel, *real.im_size]
-            require(found == wanted, f"sets: {name} has images {found}; those of {real.name} are {wanted}")
-            told = f"sets: {name} has numbers from 0 to 1, like pixels; give normalised images: real.normalize(images)"
-            require(images.min() < 0 or not 0.5 < images.max() <= 1, told)
-        sets = [OODSet(name, "given", len(images), lambda images=images: images) for name, images in sets.items()]
+        sets = [_given_set(name, images, real) for name, images in sets.items()]
     if fit is None and need_fitting(scores):
         fit = FitSet("real training set", real.labels_train, real.train_batch, was_trained_on=True)
     scorer = Scorer(net, scores, temperature, deviation(real), last_layer=last_layer)

@@ -168,10 +168,7 @@ class Comparison:
 
     def measured(self, measure: StudyColumn) -> tuple[list[list[float]], ...]:
         """For each column and each of its runs one value per network."""
-        absent = [math.nan]
-        return tuple(
-            [measure.of(run) or absent * len(run.errors) for run in column.runs.values()] for column in self.columns
-        )
+        return tuple([measure.of(run) for run in column.runs.values()] for column in self.columns)
 
     @property
     def trained(self) -> str:

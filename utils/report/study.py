@@ -38,10 +38,10 @@ class StudyColumn:
         return " ".join(filter(None, (self.shown.short_title, self.score, self.group or alone, self.shown.better)))
 
     def of(self, results: Results) -> list[float]:
-        """One value per network."""
-        if self.score:
-            return results.per_network(self.score, self.measure, self.sets)
-        return results.of_networks(self.measure)
+        """One value per network; NaN where it was not measured."""
+        if not self.score:
+            return results.of_networks(self.measure)
+        return results.per_network(self.score, self.measure, self.sets) or [math.nan] * len(results.errors)
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,7 @@ class StudyRow:
 
         Where some networks, or all of a seed, lack the measure, it says how many have it.
         """
-        of_seeds = (column.of(results) or [math.nan] * len(results.errors) for results in self.seeds.values())
-        return column.shown.cell([v for of_seed in of_seeds for v in of_seed])
+        return column.shown.cell([v for results in self.seeds.values() for v in column.of(results)])
 
     def by_seed(self, column: StudyColumn) -> dict[int, float]:
         """The mean over the networks of each seed; networks and seeds without a value are left out."""

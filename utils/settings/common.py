@@ -130,7 +130,7 @@ class Batches(Settings):
     @property
     def augmentation(self) -> DSA | None:
         """The augmentation of the strategy, if there is one."""
-        return None if self.dsa_strategy is None else DSA(tuple(self.dsa_strategy.split("_")))
+        return None if self.dsa_strategy is None else DSA.of(self.dsa_strategy)
 
 
 @dataclass(frozen=True)

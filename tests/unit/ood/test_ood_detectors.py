@@ -417,6 +417,8 @@ def test_test_images_are_no_ood_set(digits, trained, noise, capsys):
         evaluate_ood(trained[0], digits, {"photos": torch.rand(9, 1, 8, 8)})
     with pytest.raises(UserError, match=r"sets: photos has images \[3, 8, 8\]; those of Digits are \[1, 8, 8\]"):
         evaluate_ood(trained[0], digits, {"photos": torch.randn(9, 3, 8, 8)})
+    plain = replace(digits, mean=(0.0,), std=(1.0,))  # whose networks take pixels
+    assert set(evaluate_ood(trained[0], plain, {"photos": torch.rand(9, 1, 8, 8)}).measures) == {"photos"}
 
 
 def test_features_of_a_named_layer(digits, trained, noise):

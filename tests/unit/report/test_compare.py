@@ -176,6 +176,18 @@ def chain(tmp_path, digits):
     return stage1, stage2
 
 
+def test_a_run_that_lacks_a_score_is_told():
+    """Its networks are no part of the mean."""
+    both = {
+        Path("a"): results([[0.5], [0.7]], sets=("blob",)),
+        Path("b"): results([[0.9]] * 2, sets=("blob",), score="knn"),
+    }
+    table = Comparison([ComparisonColumn("one", both)], ["auroc"])
+    found = {(row.score, row.set): cells(row) for row in table.rows if row.measure.title == "AUROC"}
+    assert found["msp", "blob"] == ["60.00 ± 10.00 (2 of 4)"]
+    assert found["knn", "blob"] == ["90.00 ± 0.00 (2 of 4)"]
+
+
 def row(network, name):
     return {"network": network, "set": name, "score": "msp", **dict.fromkeys(MEASURES, 0.5)}
 
