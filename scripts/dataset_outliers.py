@@ -22,7 +22,7 @@ from utils.core.files import atomic_write
 from utils.core.pixels import unit_images
 from utils.core.run_script import run_script
 from utils.data.datasets import DATASET_NAMES, load_dataset
-from utils.settings.parser import Parser, one_of
+from utils.settings.parser import Parser, count, one_of
 
 
 def get_args_parser() -> Parser:
@@ -35,6 +35,7 @@ def get_args_parser() -> Parser:
     parser.add_argument(
         "--download", choices=("none", "data", "all"), default="data", help="none: the data set is not downloaded"
     )
+    parser.add_argument("--pixel_max", type=count(1), default=None, help="the value of white, as in stage 1")
     parser.add_argument("--oe", default=None, help=".npz file for the training images; left out: not written")
     parser.add_argument("--ood", default=None, help=".npz file for the test images; left out: not written")
     return parser
@@ -48,7 +49,7 @@ def main(args: argparse.Namespace) -> None:
     for flag, path in files.items():
         if path and not path.endswith(".npz"):
             raise UserError(f"{flag}: {path} does not end in .npz; give the name of an .npz file")
-    real = load_dataset(args.dataset, args.data_path, download=args.download != "none")
+    real = load_dataset(args.dataset, args.data_path, download=args.download != "none", pixel_max=args.pixel_max)
     for flag, images in (("--oe", real.images_train), ("--ood", real.images_test)):
         if not files[flag]:
             continue

@@ -25,6 +25,7 @@ import torch
 
 from utils.compute.version import VERSION
 from utils.core.errors import UserError, blame, one_line
+from utils.core.files import writing
 from utils.core.run_script import run_script
 from utils.data.distilled_file import DistilledFile, Normalisation
 from utils.data.synthetic import SyntheticSet
@@ -247,7 +248,7 @@ def write(folder: Path, published: Published, facts: CardFacts) -> None:
         UserError: when the package safetensors is missing.
     """
     try:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
     except ImportError:
         raise UserError("publishing needs the package safetensors: pip install safetensors") from None
     s = published.synthetic
@@ -264,9 +265,11 @@ def write(folder: Path, published: Published, facts: CardFacts) -> None:
         about["normalisation"] = {"mean": list(published.mean), "std": list(published.std)}
     else:
         tensors |= {f"zca_{name}": getattr(published.zca, name) for name in ("mean", "matrix", "inverse")}
-    save_file(tensors, folder / SAFETENSORS, metadata={"format": "pt", "trustdd": json.dumps(about)})
-    _write_pictures(folder, published)
-    (folder / "README.md").write_text(card(facts), encoding="utf-8")
+    content = save(tensors, metadata={"format": "pt", "trustdd": json.dumps(about)})
+    with writing(folder):
+        (folder / SAFETENSORS).write_bytes(content)
+        _write_pictures(folder, published)
+        (folder / "README.md").write_text(card(facts), encoding="utf-8")
 
 
 def _write_pictures(folder: Path, published: Published) -> None:

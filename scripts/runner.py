@@ -114,7 +114,7 @@ def _without_what_may_change(commands: str) -> str:
 
     fields = [*flags_of(Stage1Settings), *flags_of(Stage2Settings)]
     names = "|".join(sorted({f.name for f in fields if f.metadata.get("may_change")}))
-    return re.sub(rf"--({names})\b(?: (?!--)\S+)*", "", commands)
+    return re.sub(rf"--({names})\b(?:=\S+)?(?: (?!--)\S+)*", "", commands)
 
 
 def _flags(commands: str) -> Counter[tuple[str, str]]:
@@ -122,7 +122,7 @@ def _flags(commands: str) -> Counter[tuple[str, str]]:
     found = Counter()
     for line in commands.splitlines():
         script = line.split()[0]
-        found.update((script, word) for word in (script, *re.findall(r"--\w+(?: (?!--)\S+)*", line)))
+        found.update((script, word) for word in (script, *re.findall(r"--\w+(?:=\S+)?(?: (?!--)\S+)*", line)))
     return found
 
 

@@ -137,7 +137,7 @@ def main(settings: ReportSettings) -> None:
         print(line)
     ipc = max(1, found.stored // real.num_classes)
     out = Path(s.out)
-    _check_same(out, find_files(s.distilled, s.distilled_format))
+    _check_same(out, find_files(s.distilled, s.distilled_format), s.distilled_oe or ())
     columns = _columns(s, ipc, found.factor, found.synthetic.images_oe is not None)
     folders = {name: out / name.replace(" = ", " ").replace(" ", "-") for name in columns}
     stages = []
@@ -156,12 +156,14 @@ def main(settings: ReportSettings) -> None:
     run_stages([Stage((*command, *(["--notes", *notes] if notes else [])))])
 
 
-def _check_same(out: Path, files: SetFiles) -> None:
+def _check_same(out: Path, files: SetFiles, outliers: Sequence[str]) -> None:
     """Note which files the report in `out` is of; a `UserError` tells that they have changed since."""
-    inside = sorted(path for path in files.images.rglob("*") if path.is_file())  # of a folder
-    digest = hashlib.sha256("\n".join(str(path.relative_to(files.images)) for path in inside).encode())
-    for path in filter(None, (*(inside or [files.images]), files.labels, files.lr)):
-        digest.update(path.read_bytes())
+    digest = hashlib.sha256()
+    for place in (files.images, files.labels, files.lr, *map(Path, outliers)):
+        inside = sorted(path for path in place.rglob("*") if path.is_file()) if place else []  # of a folder
+        digest.update("\n".join(str(path.relative_to(place)) for path in inside).encode())
+        for path in inside or filter(None, [place]):
+            digest.update(path.read_bytes())
     note, found = out / "set.sha256", digest.hexdigest()
     if note.is_file() and note.read_text(encoding="utf-8").strip() != found:
         raise UserError(f"--out: the report in {out} is of other images than PATH holds now; give another --out")

@@ -5,14 +5,15 @@
 # Parts:
 #   tests       the engine's tests on CUDA (needs pytest)
 #   distil      Digits: all stages, compiled and not
-#   iterations  ConvNet, ipc 10, POE: an iteration of DSA (2 outer steps of 10 epochs), DM and MTT beside the textbook,
-#               an expert's epoch, compiled and not, peak memory
-#   dm dsa mtt  CIFAR-10, ConvNet, POE: a whole distillation with stages 2 and 3 (dm, dsa: ipc 10; mtt: ipc 1, plain)
+#   iterations  ConvNet, ipc 10, POE: an iteration of DSA (2 outer steps of 10 epochs), DM, TGDD and MTT beside the
+#               textbook, an expert's epoch, compiled and not, peak memory
+#   tgdd dm dsa mtt  CIFAR-10, ConvNet: a whole distillation with stages 2 and 3 (tgdd: with its expert; tgdd, dm, dsa:
+#               ipc 10, POE; mtt: ipc 1, plain)
 #   expert      two expert trajectories of CIFAR-10
 #   all_tests   the whole suite, on the CPU beside the GPU (needs requirements-dev.txt)
 # A part that takes longer than LIMIT seconds (500) is interrupted and saved; run it again to resume it.
 # DATA is the folder of cifar10.npz or of torchvision's CIFAR-10; OOD, a folder of OOD sets, adds them to those without files.
-# DM_ITERATIONS (2000), DSA_ITERATIONS (1000), MTT_ITERATIONS (1000) and EXPERTS (10) set the length of the distillations.
+# TGDD_ITERATIONS (2000), DM_ITERATIONS (2000), DSA_ITERATIONS (1000), MTT_ITERATIONS (1000) and EXPERTS (10) set the length of the distillations.
 # PYTHON is the interpreter, OUT (assets/results) the folder of a log and a JSON for each part, WORK (result-gpu-check) that
 # of the runs. PYTEST_ADDOPTS="-n 8" runs tests side by side (needs pytest-xdist). pytorch-ood is not needed.
 set -uo pipefail
@@ -22,7 +23,7 @@ out=${OUT:-assets/results}
 work=${WORK:-result-gpu-check}
 data=${DATA:-data}
 limit=${LIMIT:-500}
-all=(tests distil iterations dm dsa mtt expert all_tests)
+all=(tests distil iterations tgdd dsa mtt dm expert all_tests)
 parts=("$@")
 if [ ${#parts[@]} -eq 0 ]; then parts=("${all[@]}"); fi
 for part in "${parts[@]}"; do
@@ -91,10 +92,15 @@ part_distil() {
 part_iterations() {
     local flags="--device cuda --model ConvNet --ipc 10 --repeats 2" to="$out/benchmark-$name"
     step "DSA, stages" "$python" scripts/dev/benchmark.py $flags --compile off --outer_loop 2 --inner_loop 10 --works iteration stage2 stage3 --out "$to-dsa.json"
-    step "DM, experts" "$python" scripts/dev/benchmark.py $flags --compile off --works dm experts --out "$to-methods.json"
-    step "DM, compiled" "$python" scripts/dev/benchmark.py $flags --works dm --out "$to-dm-compiled.json"
+    step "DM, TGDD, experts" "$python" scripts/dev/benchmark.py $flags --compile off --works dm tgdd experts --out "$to-methods.json"
+    step "DM, TGDD, compiled" "$python" scripts/dev/benchmark.py $flags --works dm tgdd --out "$to-methods-compiled.json"
     step "MTT" "$python" scripts/dev/benchmark.py $flags --compile off --works mtt --out "$to-mtt.json"
+    step "MTT, compiled" "$python" scripts/dev/benchmark.py $flags --works mtt --out "$to-mtt-compiled.json"
     step "DSA, compiled, memory" "$python" scripts/dev/benchmark.py $flags --outer_loop 2 --inner_loop 10 --works iteration memory --out "$to-dsa-compiled.json"
+}
+part_tgdd() {
+    whole tgdd 10 TGDD main_poe.py train_model_synthetic_oe.py --train_experts auto --buffer_path "$work/buffers-tgdd" \
+        --Iteration "${TGDD_ITERATIONS:-2000}" --protocol ncfm --epoch_eval_train 300
 }
 part_dm() { whole dm 10 DM main_poe.py train_model_synthetic_oe.py --Iteration "${DM_ITERATIONS:-2000}"; }
 part_dsa() { whole dsa 10 DSA main_poe.py train_model_synthetic_oe.py --Iteration "${DSA_ITERATIONS:-1000}"; }

@@ -32,8 +32,9 @@ def page() -> str:
     for parser in parsers.values():
         actions = {action.dest: action for action in parser._actions}
         for group, fields in groups_of(parser.settings).items():
-            new = [actions[f.name] for f in fields if f.name not in shown | parser.hidden]
-            shown |= {action.dest for action in new}
+            names = [f.name for f in fields if (group, f.name) not in shown and f.name not in parser.hidden]
+            shown |= {(group, name) for name in names}
+            new = [actions[name] for name in names]
             if new:
                 users = [stage for script, stage in SCRIPTS.items() if issubclass(parsers[script].settings, group)]
                 title = f"{group.__doc__.split('.')[0]} ({', '.join(dict.fromkeys(users))})"
@@ -44,8 +45,8 @@ def page() -> str:
 def row(action: argparse.Action) -> str:
     """The line of a flag."""
     values = "" if action.nargs == 0 else f" {action.metavar or action.dest.upper()}"
-    name = action.option_strings[0] if action.option_strings else action.dest
-    return f"| `{name}{values}` | {action.help.replace('%%', '%')} |"
+    name = action.option_strings[-1] if action.option_strings else action.dest
+    return f"| `{name}{values}` | {action.help} |"
 
 
 def main() -> None:

@@ -115,7 +115,7 @@ def work_of(name: str, bench: Bench) -> Callable[[], object]:
         return lambda: experts._epoch(0, 0).item()
     elif name == "stage2":
         trainer = Trainer(bench.net, bench.settings, bench.compute)
-        return lambda: trainer.train(bench.synthetic, 0, ()).item()
+        return lambda: trainer.train(bench.synthetic, 0, ())
     else:
         scorer = Scorer(bench.net, ["msp"], 1.0, real.std, bench.compute.embedding(bench.net, SCORED))
         return lambda: scorer(real.test_images, SCORED)

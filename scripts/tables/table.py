@@ -30,6 +30,7 @@ from scripts.tables import check_inputs
 from scripts.tables.config import merge, merged, read_config, words_of
 from utils.core.errors import UserError, unknown_name
 from utils.core.run_script import run_script
+from utils.methods import METHODS
 from utils.settings.arguments import Stage1Settings
 from utils.settings.distillation import ExpertSettings
 from utils.settings.fields import Settings
@@ -239,7 +240,7 @@ class Table:
 
         Equal flags share a folder.
         """
-        own = distils.of_experts()
+        own = METHODS[distils.method].own(distils).of_experts()
         flags: list[dict | str] = ["all", "dsa_strategy", {"outliers": "none"}]
         if images != "plain":
             flags += [{"outliers": images, "lambda_oe": str(own.lambda_oe)}, images]

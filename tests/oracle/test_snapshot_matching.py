@@ -205,10 +205,12 @@ def test_one_published_step(tiny_real, experts):
     entry, settings = TGDD_ENTRY, replace(SETTINGS, ipc=2, published=True)
     settings = replace(settings, **entry.derived(settings))
     assert (settings.Iteration, settings.lr_img) == (10000, 0.02)
-    method = make(replace(tiny_real, std=(0.25, 0.25, 0.25)), experts, settings)
+    method = make(replace(tiny_real, std=(0.25, 0.5, 0.1)), experts, settings)
     before = method.real.denormalize(method.image_syn.detach().flatten(0, 1).clone())
     method.iterate(0)
-    on_pixels = method.image_syn.grad.flatten(0, 1) / 0.25  # the gradient with respect to pixels
+    std = torch.tensor((0.25, 0.5, 0.1)).view(3, 1, 1)
+    gradient = method.image_syn.grad.flatten(0, 1) * std**2  # which the update has divided by the square
+    on_pixels = gradient / std  # the gradient with respect to pixels
     expected = (before - 0.02 * on_pixels).clamp(0, 1)
     found = method.real.denormalize(method.image_syn.detach().flatten(0, 1))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

@@ -113,9 +113,9 @@ def gpu_check(tmp_path):
 
 
 def test_every_part_of_the_gpu_check_gives_flags_that_the_scripts_take(gpu_check):
-    status, commands, steps = gpu_check("distil", "dm", "dsa", "expert", "mtt")
+    status, commands, steps = gpu_check("distil", "tgdd", "dm", "dsa", "expert", "mtt")
     assert status == 0
-    assert len(commands) == 4 + 3 + 3 + 1 + 4
+    assert len(commands) == 4 + 3 + 3 + 3 + 1 + 4
     for words in commands:
         args = parsed(words)
         assert args.device == "cuda"
@@ -130,7 +130,7 @@ def test_every_part_of_the_gpu_check_gives_flags_that_the_scripts_take(gpu_check
         args = benchmark.get_args_parser().parse_args(words)
         assert args.device == "cuda"
         works |= set(args.works)
-    assert {"iteration", "stage2", "stage3", "dm", "experts", "mtt", "memory"} == works
+    assert {"iteration", "stage2", "stage3", "dm", "tgdd", "experts", "mtt", "memory"} == works
 
 
 def test_the_benchmarks_have_the_flags_that_they_read():

@@ -21,6 +21,7 @@ from conftest import ROOT
 from scripts import runner
 from scripts.tables import table
 from utils.core.errors import UserError
+from utils.methods import METHODS
 
 SCRIPTS = ("main", "main_oe", "main_poe", "train_model_synthetic_no_oe", "train_model_synthetic_oe")
 PARSERS = {f"{name}.py": importlib.import_module(name) for name in (*SCRIPTS, "test_ood_model_syn", "train_experts")}
@@ -318,10 +319,10 @@ def test_a_recipe_has_what_its_method_has(run, tmp_path):
 def test_experts_are_those_that_the_method_would_train(run, method):
     _, commands = run(*CIFAR, "--method", method, "--kinds", "poe", "--set", "stage1.max_experts=3")
     (distils,), (experts,) = args_of(commands, "main_poe.py"), args_of(commands, "train_experts.py")
-    wanted = distils.of_experts()
+    wanted = METHODS[method].own(distils).of_experts()
     assert wanted.num_experts == 3
-    if method == "TGDD":
-        assert (wanted.mom, wanted.lr_teacher, wanted.train_epochs) == (0.9, 0.02, 12)
+    usual = {"TGDD": (0.9, 0.02, 12), "MTT": (0.0, 0.01, 50)}  # METHODS sections 3 and 6
+    assert (wanted.mom, wanted.lr_teacher, wanted.train_epochs) == usual[method]
     assert replace(experts, buffer_path="") == replace(wanted, buffer_path="")
 
 

@@ -128,7 +128,7 @@ class Compute:
 
     compiled: bool = False  # matching, network training and testing use `torch.compile`
     # bf16 puts under autocast: network training, real gradients and embeddings, the student of MTT, stage 3's features.
-    # The gradient of the synthetic images stays in float32.
+    # The gradient of the synthetic images stays in float32, but for TGDD.
     precision: str = "fp32"
     on_cuda: bool = False
     why: str = ""  # the reason for the choice of `--compile auto`; empty if the user chose

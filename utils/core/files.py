@@ -21,7 +21,7 @@ UNFINISHED = ".unfinished"  # ends the names of the temporary files of `atomic_w
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """Turn an error of the file system into a `UserError` that says what to do."""
     try:
         yield
@@ -37,7 +37,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None], keep: Path | Non
     """
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{UNFINISHED}")
-    with _writing(path):
+    with writing(path):
         try:
             with open(unfinished, "wb") as file:
                 write(file)
@@ -46,8 +46,8 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None], keep: Path | Non
             if keep is not None and path.exists():
                 os.replace(path, keep)
             os.replace(unfinished, path)
-        except RuntimeError:  # as torch.save says it
-            raise OSError("not all of it could be written") from None
+        except RuntimeError as error:  # as torch.save says it
+            raise OSError(f"not all of it could be written ({one_line(error)})") from None
         finally:
             with suppress(OSError):
                 unfinished.unlink()  # after an error
@@ -65,7 +65,7 @@ def save_text(path: Path, text: str) -> None:
 
 def save_output(path: str, text: str) -> None:
     """Write the text file of a flag `--out`; its folder is made. A `UserError` tells why it cannot be written."""
-    with blame("--out"), _writing(Path(path)):
+    with blame("--out"), writing(Path(path)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_text(Path(path), text)
 
@@ -76,7 +76,7 @@ def append_line(path: Path, line: str) -> None:
     It survives a crash of this process, but not a power cut in the next seconds, see `sync_file`.
     """
     data, written = (line + "\n").encode(errors="replace"), 0
-    with _writing(path), open(path, "ab", buffering=0, opener=open_no_link) as file:
+    with writing(path), open(path, "ab", buffering=0, opener=open_no_link) as file:
         try:
             while written < len(data):  # a nearly full disk may accept only a part
                 written += file.write(data[written:])
@@ -96,7 +96,7 @@ def remove_files(folder: Path, pattern: str) -> None:
     """Remove the files of `folder` that match a glob pattern; a `UserError` tells why one stays."""
     for path in folder.glob(pattern):
         if path.is_file():
-            with _writing(path):
+            with writing(path):
                 path.unlink(missing_ok=True)
 
 

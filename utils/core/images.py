@@ -91,9 +91,9 @@ class ImageReader:
         return tuple(f"{self.flag}: {line}" if self.flag else line for line in lines)
 
     def find(self, folder: Path, tree: Path | None = None) -> list[Path]:
-        """All image files below `folder`, at any depth, sorted by name; links to folders are not followed.
+        """All image files below `folder`, at any depth, sorted by name.
 
-        A `UserError` tells of a link that is broken or leads out of `tree` (default: `folder`).
+        A `UserError` tells of a link that is broken, leads out of `tree` (default: `folder`), or is one to a folder.
         """
         tree, paths, errors = (tree or folder).resolve(), [], []
         with blame(self.flag):
@@ -101,11 +101,14 @@ class ImageReader:
                 check_link(folder, tree)
                 for place, folders, files in os.walk(folder, onerror=errors.append):
                     folders[:] = filter(is_content, folders)
+                    for inner in (Path(place, name) for name in folders):
+                        told = f"{inner} is a link to a folder, which is not followed; put the files themselves there"
+                        require(not inner.is_symlink(), told)
                     paths += [Path(place, name) for name in files if is_content(name)]
                 if errors:
                     raise errors[0]
                 for path in sorted(paths):
-                    if path.is_symlink() and path.suffix.lower() in image_suffixes():
+                    if path.is_symlink() and is_image(path):
                         check_link(path, tree)
                 images = sorted(path for path in paths if path.is_file() and is_image(path))
             except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
@@ -128,13 +131,14 @@ class ImageReader:
         with blame(self.flag):
             self._peaks.clear()
             images = self._decoded(paths, (*im_size, channel), None)
-            if all(peak * DARK <= full for peak, full in self._peaks):
-                where, types = os.path.commonpath(paths), {full for _, full in self._peaks}
-                require(len(types) == 1, f"{where}: dark images of 8 and of 16 bits; store 8 bits")
-                peak, full = max(self._peaks)
-                white = white_value(peak, full, self.pixel_max, where)
-                if white != full:
-                    images = self._decoded(paths, (*im_size, channel), white)
+            where, peaks = os.path.commonpath(paths), {}
+            for peak, full in self._peaks:
+                peaks[full] = max(peak, peaks.get(full, 0))
+            dark = [full for full, peak in peaks.items() if peak * DARK <= full]
+            require(len(dark) < 2, f"{where}: dark images of 8 and of 16 bits; store 8 bits")
+            white = {full: white_value(peak, full, self.pixel_max, where) for full, peak in peaks.items()}
+            if any(full != value for full, value in white.items()):
+                images = self._decoded(paths, (*im_size, channel), white)
         return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
     def array(self, path: Path) -> torch.Tensor:
@@ -147,8 +151,9 @@ class ImageReader:
         """All images of a folder, decoded to `channel` and `im_size`, or those of an array file as they are."""
         return self.files(self.some(path), channel, im_size) if path.is_dir() else self.array(path)
 
-    def _decoded(self, paths: Sequence[Path], shape: tuple[int, int, int], white: int | None) -> np.ndarray:
-        """The images, uint8 `[N, *shape]`. `white`: the value that becomes 255; None: the largest of the type."""
+    def _decoded(self, paths: Sequence[Path], shape: tuple[int, int, int], white: dict[int, int] | None) -> np.ndarray:
+        """The images, uint8 `[N, *shape]`. `white`: for each type, by its largest value, the value that becomes 255;
+        None: the largest."""
         images = np.empty((len(paths), *shape), np.uint8)
 
         def decode(index: int) -> str:
@@ -168,7 +173,7 @@ class ImageReader:
         require(not wrong, f"cannot read {what} {named(wrong)}. Mend or remove {them}")
         return images
 
-    def _decode(self, path: Path, shape: tuple[int, int, int], white: int | None) -> np.ndarray:
+    def _decode(self, path: Path, shape: tuple[int, int, int], white: dict[int, int] | None) -> np.ndarray:
         """One file as uint8 `shape`: upright, on white, with white at 255, and of another size its centre, scaled."""
         height, width, channel = shape
         with path.open("rb") as file, Image.open(file, formats=image_formats()) as image:
@@ -187,7 +192,7 @@ class ImageReader:
             plain = part.resize((width, height), Image.Resampling.BILINEAR)
         return np.asarray(plain, dtype=np.uint8).reshape(shape)
 
-    def _plain(self, image: Image.Image, path: Path, mode: str, white: int | None) -> Image.Image:
+    def _plain(self, image: Image.Image, path: Path, mode: str, white: dict[int, int] | None) -> Image.Image:
         """The image upright, on white, of 8 bits, in a mode (grey or RGB), with white at 255."""
         if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: a photograph and its preview
             self._note("have several frames, of which the first is read", path)
@@ -204,15 +209,15 @@ class ImageReader:
             image = layer
         image = image.convert(mode)
         self._peaks.add((int(np.asarray(image).max()), 255))
-        return image.point([*scale_table(white)] * len(mode)) if white else image
+        return image.point([*scale_table(white[255])] * len(mode)) if white else image
 
-    def _eight_bits(self, image: Image.Image, white: int | None) -> Image.Image:
+    def _eight_bits(self, image: Image.Image, whites: dict[int, int] | None) -> Image.Image:
         """An image of 16 bits a pixel scaled to 8: PIL's `convert` would make all above 255 white."""
         if not image.mode.startswith("I;16") and (image.mode == "F" or image.format not in ("PNG", "PPM")):  # older: I
             raise ValueError(f"pixels of 32 bits (mode {image.mode}) have no range; store 8 or 16 bits")
         values = np.asarray(image).astype(np.uint32)
         self._peaks.add((int(values.max()), 65535))
-        white = white or 65535
+        white = whites[65535] if whites else 65535
         return Image.fromarray(((values * 255 + white // 2) // white).clip(0, 255).astype(np.uint8))
 
     def _note(self, what: str, path: Path) -> None:

@@ -66,11 +66,13 @@ def conform(images: torch.Tensor, channel: int, im_size: tuple[int, int]) -> tor
 def white_value(brightest: int, full: int, pixel_max: int | None, where: str) -> int:
     """The value of white in images that hold values up to `brightest`, of a type that holds up to `full`.
 
-    It is `full` for all but dark images, which use at most 1/8 of the range, as values of 12 bits in files of 16. What
-    white is in them the user says (`--pixel_max`); a `UserError`, which `where` begins, asks for it.
+    The user says it (`--pixel_max`), else it is `full`. Dark images use at most 1/8 of the range, as values of 12 bits
+    in files of 16; for them a `UserError`, which `where` begins, asks for it.
     """
-    if brightest * DARK > full or (pixel_max is not None and pixel_max >= full):
+    if pixel_max is not None and pixel_max >= full:
         return full
+    if brightest * DARK > full:
+        return full if pixel_max is None or brightest > pixel_max else pixel_max
     found = f"{where}: the brightest pixel is {brightest}, and white is {full} in this type"
     as_they_are = f"--pixel_max {full} takes them as they are"
     white = f"if white is {brightest}, give --pixel_max {brightest}; " if brightest else ""
@@ -84,7 +86,8 @@ def in_full_range(parts: Sequence[torch.Tensor], pixel_max: int | None, where: s
     """The parts of one source of images, uint8 ones scaled so that white is 255; see `white_value`."""
     if any(part.dtype != torch.uint8 for part in parts):
         return list(parts)
-    if any(int(part[:: max(1, len(part) // LOOKED_AT)].max()) * DARK > 255 for part in parts):
+    is_bright = any(int(part[:: max(1, len(part) // LOOKED_AT)].max()) * DARK > 255 for part in parts)
+    if is_bright and (pixel_max is None or pixel_max >= 255):
         return list(parts)
     white = white_value(max(int(part.max()) for part in parts), 255, pixel_max, where)
     return [torch.from_numpy(scale_table(white)[part.numpy()]) if white < 255 else part for part in parts]

@@ -81,17 +81,18 @@ class RealData:
         return get_network(model, self.channel, self.num_classes, self.im_size, generator)
 
     @cached_property
-    def _scale(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def scale(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and deviation of the channels, `[1, C, 1, 1]` each, on the device."""
         return tuple(torch.tensor(v, device=self.device).view(1, -1, 1, 1) for v in (self.mean, self.std))
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Normalise images in [0, 1] to zero mean and unit deviation per channel, or whiten them."""
-        mean, std = self._scale
+        mean, std = self.scale
         return (images - mean).div_(std) if self.zca is None else self.zca.whiten(images)
 
     def denormalize(self, images: torch.Tensor) -> torch.Tensor:
         """The inverse of `normalize`, clipped to [0, 1]."""
-        mean, std = self._scale
+        mean, std = self.scale
         return (images * std + mean if self.zca is None else self.zca.undo(images)).clamp(0, 1)
 
     def unit_train(self, indices: torch.Tensor) -> torch.Tensor:

@@ -122,10 +122,12 @@ def as_parts(images: torch.Tensor, factor: int) -> torch.Tensor:
 
 
 def check_factor(factor: object, size: tuple[int, int], flag: str) -> int:
-    """`factor`, if parts of images of this size have two pixels a side or more; else a `UserError` about `flag`."""
-    most = max(1, min(size) // 2)
-    fits = type(factor) is int and 1 <= factor <= most
-    require(fits, f"{flag} {factor}: images of {size[0]}x{size[1]} hold at most {most} parts a side")
+    """`factor`, if parts of images of this size have two pixels a side or more, and none lies beyond the border; else a
+    `UserError` about `flag`."""
+    shown, most = f"{flag} {factor}: images of {size[0]}x{size[1]}", max(1, min(size) // 2)
+    require(type(factor) is int and 1 <= factor <= most, f"{shown} hold at most {most} parts a side")
+    beyond = any((factor - 1) * -(-side // factor) >= side for side in size)  # parts are rounded up to whole pixels
+    require(not beyond, f"{shown} have no room for so many parts of whole pixels; give a number that divides {size[0]}")
     return factor
 
 

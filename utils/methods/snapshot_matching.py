@@ -88,12 +88,16 @@ class SnapshotMatching(DistributionMatching):
         self.num_features = self.net.embed(two).flatten(1).shape[1]
 
     def optimizer(self, images: list[Tensor], lr: float) -> torch.optim.Optimizer:
-        """AdamW without decay: gradients of snapshots differ in size by orders of magnitude. Or SGD, as published, with
-        a learning rate for pixels in [0, 1]."""
+        """AdamW without decay: gradients of snapshots differ in size by orders of magnitude. Or SGD, as published."""
         if self.settings.published:
-            std = sum(self.real.std) / len(self.real.std) if self.real.zca is None else 1.0
-            return super().optimizer(images, lr / std**2)
+            return super().optimizer(images, lr)
         return torch.optim.AdamW(images, lr=lr, weight_decay=0.0)
+
+    def update(self, which: int) -> None:
+        """Move the images or the outliers; with `--published` as SGD with this learning rate moves pixels in [0, 1]."""
+        if self.settings.published and self.real.zca is None:
+            self._tensors()[which].grad.div_(self.real.scale[1] ** 2)
+        super().update(which)
 
     def load_network(self, it: int) -> None:
         """Give the two networks the parameters of this iteration, and draw the frequencies of `cf`."""

@@ -116,7 +116,7 @@ def score_networks(
         same = sum(_digest(image) in known for image in images.cpu())
         told = f"--ood_sets {ood.name}: {same} of its {len(images)} images are test images of {real.name}"
         require(2 * same <= len(images), f"{told}; leave it out")
-        if same:
+        if same and distributed.is_main():
             log(told)
         for index, scorer in scorers.items():
             network, found = own[index], scorer(images, batch)[1]

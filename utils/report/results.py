@@ -122,12 +122,21 @@ def load_results(folder: Path) -> Results:
             _ = row["set"], row["score"], [float(row[m]) for m in MEASURES], float(errors[row["network"]]["error"])
         about = content["about"]
         protocol = _protocol(about.get("training", {"protocol": "dc"}), about.get("checkpoints"))
-        flags = about.get("flags", {})
-        protocol += f", 1/{flags['num_ood_ratio']} of the OOD images" if flags.get("num_ood_ratio", 1) != 1 else ""
-        protocol += f", energy at a temperature of {flags['T']:g}" if flags.get("T", 1.0) != 1 else ""
-        return Results(errors, rows, list(content["missing"]), (protocol,))
+        return Results(errors, rows, list(content["missing"]), (", ".join([protocol, *ways_of_testing(about)]),))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise UserError(f"{path} is damaged, or is not what test_ood_model_syn.py writes; run it again") from None
+
+
+def ways_of_testing(about: Mapping) -> list[str]:
+    """What the test of networks has out of the ordinary, in words; `about`: the facts in `results.json`."""
+    flags, found = about.get("flags", {}), []
+    if about.get("fitted_on"):
+        found.append(f"detectors fitted on the {about['fitted_on']}")
+    if flags.get("num_ood_ratio", 1) != 1:
+        found.append(f"1/{flags['num_ood_ratio']} of the OOD images")
+    if flags.get("T", 1.0) != 1:
+        found.append(f"energy at a temperature of {flags['T']:g}")
+    return found
 
 
 def _protocol(training: Mapping[str, object], checkpoints: str | None) -> str:

@@ -13,7 +13,6 @@ from utils.methods import METHODS
 from utils.outliers.corruptions import DEFAULT_CORRUPTIONS
 from utils.runs.resume import Checkpoints
 from utils.settings import common
-from utils.settings.distillation import Distilling
 from utils.settings.fields import OF_RUN, Need, Settings, as_words, flag, flags_of, main_flag, only, with_default
 from utils.settings.method_choice import MethodChoice, load_method_file, users_of_flags
 from utils.settings.parser import count, with_shown_default
@@ -35,30 +34,31 @@ class Stage1Settings(MethodChoice, *(kind for kind in KINDS if not kind.__subcla
     @classmethod
     def help_of(cls, f: Field) -> str:
         """The methods that use the flag come first, the defaults that differ by method last."""
-        users = [] if f.name in Distilling.__dataclass_fields__ else users_of_flags().get(f.name, [])
-        text = f"{', '.join(users)}: {f.metadata['help']}" if users else f.metadata["help"]
+        users = users_of_flags().get(f.name, METHODS)
+        text = f.metadata["help"] if len(users) == len(METHODS) else f"{', '.join(users)}: {f.metadata['help']}"
         others = [f"{entry.name}: {entry.defaults[f.name]}" for entry in METHODS.values() if f.name in entry.defaults]
         if not others:
             return with_shown_default(text, f.default)
         return f"{text} (left out: {', '.join(others)}; else {f.default})"
 
     @classmethod
-    def with_several_defaults(cls, flags: Mapping[str, object]) -> set[str]:
-        """The flags of the method in `flags` whose default depends on the method."""
-        users, method = users_of_flags(), flags.get("method", "DC")
-        names = {name for entry in METHODS.values() for name in entry.defaults}
-        return {name for name in names if method in users.get(name, METHODS)}
+    def with_several_defaults(cls, method: str | None) -> set[str]:
+        """The flags of a method whose default depends on the method."""
+        users, names = users_of_flags(), {name for entry in METHODS.values() for name in entry.defaults}
+        return {name for name in names if (method or cls.method) in users.get(name, METHODS)}
 
     def defaults(self) -> dict[str, Any]:
-        """The defaults of the method."""
-        return super().defaults() | METHODS[self.method].defaults
+        """The defaults of the method, and what follows from its flags."""
+        entry = METHODS[self.method]
+        return super().defaults() | entry.defaults | entry.derived(self)
 
     def completed(self, given: Mapping[str, Any]) -> Self:
         """The defaults of the method, where no flag was given, and it would have an effect."""
-        entry, needs = METHODS[self.method], self.needs()
-        usual = {**entry.defaults, **entry.derived(self)}
-        follow = [name for name in usual if name not in given and all(n.holds(self) for n in needs.get(name, ()))]
-        return replace(self, **{name: usual[name] for name in follow})
+        needs = self.needs()
+        usual = {name: value for name, value in self.defaults().items() if name not in given and name in needs}
+        return replace(
+            self, **{name: value for name, value in usual.items() if all(n.holds(self) for n in needs[name])}
+        )
 
 
 @dataclass(frozen=True)
@@ -239,8 +239,8 @@ class Stage3Settings(
     is_load_best: bool = main_flag(False, "test the best checkpoints instead of those of --epoch_train")
     epoch_train: int | None = flag(
         None,
-        "which epoch's checkpoints to test; left out: the last that the networks have; --is_load_best tests the best "
-        "instead",
+        "which epoch's checkpoints to test; left out: the last that the networks have",
+        needs=Need(lambda s: not s.is_load_best, "--is_load_best tests the best checkpoints; give one of them"),
     )
     precision: str = with_default(common.Speed, "precision", "fp32")
     save_path: str = with_default(common.Writes, "save_path", "result-test-ood-synthetic")
@@ -256,7 +256,7 @@ def script_parser(settings: type[Settings], doc: str, description: str) -> Setti
 
 def carried(source: Settings, target: type[Settings], *groups: type[Settings], **more: Any) -> Settings:
     """Settings of the next stage: what names the run, and what of the data, the network and `groups` was changed."""
-    usual = source.defaults()
+    usual = Settings.defaults(source)
     known = {f.name for f in flags_of(target)} - {"download"}
     names = {f.name for group in (common.Data, common.Network, *groups) for f in flags_of(group)} & known | {"compile"}
     kept = {name: getattr(source, name) for name in names if getattr(source, name) != usual[name]}

@@ -50,8 +50,8 @@ class Data(Settings):
     im_size: int | None = flag(None, "side of the images with --dataset ImageFolder (64 when left out)")
     pixel_max: int | None = flag(
         None,
-        "the value of white in images that use a small part of their type's range, e.g. 4095 for 12 bits in files of "
-        "16; also of outliers and OOD sets; needed only where a message asks for it",
+        "the value of white in images that use a part of their type's range: 4095 for 12 bits in files of 16 (a message "
+        "asks for it), 16383 for 14; also of outliers and OOD sets",
     )
 
 
@@ -98,7 +98,8 @@ class Speed(Settings):
     precision: str = flag(
         "tf32",
         "tf32 and fp32 differ on CUDA only; bf16 (where the processor has it) runs network training and the real side "
-        "of matching under autocast; in stage 3 the layers before the last, but not for scores of images, as odin",
+        "of matching (of TGDD all of it) under autocast; in stage 3 the layers before the last, but not for scores of "
+        "images, as odin",
         names=PRECISIONS,
     )
     deterministic: bool = flag(

@@ -7,7 +7,7 @@ from utils.data.datasets import RealData
 from utils.outliers.sources import OutlierSource, PseudoOutliers, load_outlier_pool
 from utils.runs.resume import Checkpoints
 from utils.settings import common
-from utils.settings.fields import Need, Settings, flag, flags_of, main_flag, only
+from utils.settings.fields import Need, Settings, flag, flags_of, main_flag, only, with_default
 from utils.settings.parser import count, number
 
 EVAL_MODES = {  # the networks of --eval_mode, but for S and SS, which take that of --model
@@ -77,7 +77,14 @@ class Distilling(
     )
     num_exp: int = main_flag(5, "independent distillations")
     Iteration: int = main_flag(1000, "updates of the synthetic images", count(0))
-    eval_interval: int = flag(500, "updates between two evaluations; the last update is always evaluated")
+    eval_interval: int = flag(
+        500,
+        "updates between two evaluations; the last update is always evaluated",
+        needs=Need(
+            lambda s: not s.evaluates_only_the_last,
+            "--eval_mode {eval_mode} evaluates the last update only; leave it out, or take --eval_mode S",
+        ),
+    )
     lr_img: float = flag(0.1, "learning rate of the synthetic images", number(0, exclusive=True))
     batch_real: int = flag(256, "real images per class and step; lower it when memory is short")
     init: str = main_flag("noise", "noise or real images; real converges faster", names=("noise", "real"))
@@ -146,6 +153,10 @@ class ExpertSettings(
     decay: bool = flag(False, "multiply the learning rate by 0.1 after epoch train_epochs // 2 + 1")
     outliers: str = main_flag(
         "none", "train on outliers, too: oe for main_oe.py, poe for main_poe.py", names=("none", "oe", "poe")
+    )
+
+    batch_oe: int = with_default(
+        common.OutlierBatches, "batch_oe", 256, help="outliers per step, of all slots together"
     )
 
     def about(self) -> dict:

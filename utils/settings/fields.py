@@ -51,7 +51,7 @@ def flag(default: Any, help: str, check: Callable[[str], Any] | None = None, **m
         more: `names`: the values that are accepted; `often`: shown by `--help`, and not only by
             `--help-all`; `needs`: one or several `Need`s; `may_change`: whether a resumed run may be given another
             value; `positional`: it has no name on the command line; `short`: a further name, as `-v`; and `nargs`,
-            `const`, `required` and `metavar` of argparse.
+            `const`, `action`, `required` and `metavar` of argparse.
     """
     return field(default=default, metadata={"help": help, "check": check, **more})
 
@@ -89,8 +89,8 @@ class Settings:
         return with_shown_default(f.metadata["help"], f.default)
 
     @classmethod
-    def with_several_defaults(cls, flags: Mapping[str, object]) -> set[str]:
-        """The names of the flags whose default depends on others; `flags`: those of a file."""
+    def with_several_defaults(cls, method: str | None) -> set[str]:
+        """The names of the flags of a method whose default depends on the method."""
         return set()
 
     def defaults(self) -> dict[str, Any]:
@@ -157,8 +157,10 @@ def add_flag(target: argparse._ActionsContainer, f: Field, **more: Any) -> argpa
 
 
 def as_dict(settings: Settings) -> dict[str, Any]:
-    """The flags of a script with their values, as `args.json` keeps them."""
-    return {f.name: getattr(settings, f.name) for f in flags_of(type(settings))}
+    """The flags of a script that have an effect, with their values, as `args.json` keeps them."""
+    needs = settings.needs()
+    names = [f.name for f in flags_of(type(settings))]
+    return {name: getattr(settings, name) for name in names if all(need.holds(settings) for need in needs[name])}
 
 
 def as_words(settings: Settings) -> list[str]:

@@ -53,7 +53,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=30, width=118)
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        return with_shown_default(action.help, action.default) if action.option_strings else action.help
+        text = with_shown_default(action.help, action.default) if action.option_strings else action.help
+        return text.replace("%", "%%")  # argparse formats it
 
 
 class _HelpAll(argparse.Action):
@@ -81,11 +82,10 @@ def value_in(words: Sequence[str], name: str) -> str | None:
 
 def with_shown_default(text: str, default: object) -> str:
     """A help text with the default; None, False and what is empty say nothing."""
-    text = text.replace("%", "%%")  # argparse formats it
-    if default in (None, False, "", (), [], argparse.SUPPRESS):
+    if default is None or default is False or default in ("", (), [], argparse.SUPPRESS):
         return text
     shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
-    return f"{text} (default: {shown.replace('%', '%%')})"
+    return f"{text} (default: {shown})"
 
 
 def one_of(what: str, accepted: Iterable[str]) -> Callable[[str], str]:

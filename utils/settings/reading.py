@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import make_dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from utils.core.files import check_file, read_json
 from utils.settings.fields import OF_RUN, Settings, add_flag, flag_words, flags_of, groups_of, takes_several
 from utils.settings.parser import Parser, underscored, value_in
 
+BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}  # of YAML
 NOT_READ = ("resume", "config")  # flags that no file of flags may hold
 DROPPED = {  # flags that are gone, with the value that did nothing
     "matching": "separate", "moments_oe": 1, "network_pool": 0, "pool_epochs": 20, "pool_last_epoch": 200,
@@ -73,8 +75,7 @@ class SettingsParser(Parser):
     def values_of(self, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         """The values that the words of a command line give, by name, and the words that are no flags of this parser."""
         given, rest = super().parse_known_args(words)
-        values = {n: tuple(v) if isinstance(v, list) else v for n, v in vars(given).items() if n != "config"}
-        return {name: value for name, value in values.items() if value is not None}, rest
+        return {n: tuple(v) if isinstance(v, list) else v for n, v in vars(given).items() if n != "config"}, rest
 
     def _made(self, given: dict[str, Any]) -> Settings:
         """The settings that the given flags make."""
@@ -106,11 +107,12 @@ def flags_as_words(parser: SettingsParser, flags: Mapping[str, object], flag: st
         gone = name not in known and value == DROPPED.get(name)
         if name in NOT_READ or value is None or value is False or gone:
             continue
-        several = isinstance(value, list)
+        several, shown = isinstance(value, list), one_line(f"--{name}={value}")
+        told = f"{flag}: {path} has a flag that {parser.prog} does not know: {shown}"
+        require(name in known, f"{told}. Leave it out, or use the commit that knew it")
         words = flag_words(name, value)[1:] if several else []
-        is_known = known.get(name) == several and not any(w.startswith("-") and not w[1:2].isdigit() for w in words)
-        told = f"{flag}: {path} has a flag that {parser.prog} does not know: {one_line(f'--{name}={value}')}"
-        require(is_known, f"{told}. Leave it out, or use the commit that knew it")
+        is_read = several <= known[name] and not any(w.startswith("-") and not w[1:2].isdigit() for w in words)
+        require(is_read, f"{flag}: {path} has {shown}; give one value, or several that do not begin with -")
         found += flag_words(name, value) if several or value is True else [f"--{name}={value}"]
     return found
 
@@ -118,8 +120,9 @@ def flags_as_words(parser: SettingsParser, flags: Mapping[str, object], flag: st
 def _words_of_config(parser: SettingsParser, words: Sequence[str]) -> list[str]:
     """The flags in the file of `--config`, as words that may stand behind those of the command line.
 
-    Left out are those that the command line has itself. So are those at a default that is the same for all methods,
-    since they may need other flags; but what names the run stays.
+    Left out are those that the command line has itself, and those at their default, since they may need other flags;
+    but what names the run stays. In the args.json of a run it is the default of its method; in a file that a user wrote
+    a default must be that of all methods.
     """
     given = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
     name = value_in(words, "config")
@@ -127,26 +130,44 @@ def _words_of_config(parser: SettingsParser, words: Sequence[str]) -> list[str]:
         return []
     with blame("--config"):
         path = check_file(Path(name))
-    flags = _content(path)
-    flags = flags.get("flags", flags) if isinstance(flags, dict) else None
+    content = _content(path)
+    of_run = isinstance(content, dict) and isinstance(content.get("flags"), dict)
+    flags = content["flags"] if of_run else content
     if not isinstance(flags, dict) or not all(isinstance(key, str) for key in flags):
         raise UserError(f"--config: {path} holds no flags; write `name: value` in each line, or give an args.json")
-    # YAML reads `on` and `off`, which are values of --compile, as true and false
-    of_words = {f.name for f in flags_of(parser.settings) if not isinstance(f.default, bool)}
     flags = {key.replace("-", "_"): value for key, value in flags.items()}
-    flags |= {k: "on" if v else "off" for k, v in flags.items() if isinstance(v, bool) and k in of_words}
-    varies = parser.settings.with_several_defaults(flags) - parser.hidden
-    usual = {f.name: f.default for f in flags_of(parser.settings) if f.name not in varies}
-    usual = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
-    changed = {k: v for k, v in flags.items() if k not in given and (k in OF_RUN or k not in usual or v != usual[k])}
-    return flags_as_words(parser, changed, "--config", path)
+    for f in flags_of(parser.settings):
+        if f.default is False and isinstance(flags.get(f.name), str):
+            flags[f.name] = BOOLEANS.get(flags[f.name].lower(), flags[f.name])
+    code = flags.get("method_file")
+    told = f"--config: {path} names --method_file {one_line(code)}, which is code; give that flag on the command line"
+    require(code is None or "method_file" in given, told)
+    if of_run and content.get("script", parser.prog) != parser.prog:
+        flags.pop("save_path", None)  # where that script writes
+    values, _ = parser.values_of([*words, *flags_as_words(parser, flags, "--config", path)])
+    if of_run:
+        usual = parser.settings(**values).defaults()
+    else:
+        method = value_in(words, "method") or values.get("method")
+        varies = parser.settings.with_several_defaults(method) - parser.hidden
+        usual = {f.name: f.default for f in flags_of(parser.settings) if f.name not in varies}
+    at_default = {n for n, v in values.items() if n not in OF_RUN and n in usual and v == usual[n]}
+    kept = {name: value for name, value in flags.items() if name not in given | at_default}
+    return flags_as_words(parser, kept, "--config", path)
 
 
 def _content(path: Path) -> object:
-    """What a JSON or YAML file holds."""
+    """What a JSON or YAML file holds; the values of YAML as texts, which are read as words of a command line are."""
     if path.suffix not in (".yaml", ".yml"):
         return read_json(path, "--config")
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+        node, content = yaml.compose(text, yaml.BaseLoader), yaml.load(text, yaml.BaseLoader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"--config: cannot read {path}: {one_line(error)}. Mend it") from None
+    if not isinstance(content, dict):
+        return content
+    names = Counter(key.value.replace("-", "_") for key, _ in node.value)
+    twice = [name for name, times in names.items() if times > 1]
+    require(not twice, f"--config: {path} gives {', '.join(twice)} twice; give each flag once")
+    return {name: None if value in ("", "~", "null") else value for name, value in content.items()}

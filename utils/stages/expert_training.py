@@ -35,7 +35,7 @@ def train_missing(settings: ExpertSettings, real: RealData) -> None:
     """Train the experts that are missing; if there are others that were trained in another way, they are used."""
     folder = expert_folder(settings.buffer_path, real, settings.model)
     stored = read_json(folder / ABOUT, "--buffer_path") if (folder / ABOUT).exists() else {}
-    if not _is_begun(folder) or stored.get("training") == settings.about():
+    if not any(folder.glob("replay_buffer_*.pt")) or stored.get("training") == settings.about():
         _train_in_folder(settings, real)
 
 
@@ -55,7 +55,8 @@ def _train_in_folder(settings: ExpertSettings, real: RealData) -> None:
             print(f"{done}, trained before")
         return
     run = open_expert_run(folder, about)
-    run.log(f"experts: {run.path}", *real.lines(), f"computing: {compute}")
+    notices = [outliers.notice] if outliers and outliers.notice else []
+    run.log(f"experts: {run.path}", *real.lines(), *notices, f"computing: {compute}")
     ExpertTraining(net.to(real.device), real, outliers, s, compute, run).train_all()
     run.log(done)
 

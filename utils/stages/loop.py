@@ -199,7 +199,9 @@ class Distillation:
         pictures = {"vis": (newest.images, names), "vis_oe": (newest.images_oe, ())}
         if newest.factor > 1:
             parts = newest.decoded()
-            pictures |= {"vis_parts": (parts.images, names), "vis_parts_oe": (parts.images_oe, ())}
+            order = parts.labels.argsort(stable=True)  # decoding leaves them part by part; a row shows a class
+            outliers = None if parts.images_oe is None else parts.images_oe[order]
+            pictures |= {"vis_parts": (parts.images[order], names), "vis_parts_oe": (outliers, ())}
         point = f"{self.real.name}_{s.model}_{s.ipc}ipc_exp{state.exp}_iter{state.iteration}"
         for prefix, (images, of_rows) in pictures.items():
             if images is not None and distributed.is_main():

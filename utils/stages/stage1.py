@@ -24,7 +24,7 @@ from utils.methods.learnable import check_class_sizes
 from utils.ood.sets import OODSource
 from utils.runs.lineage import root_of
 from utils.runs.resume import check_inputs
-from utils.runs.run_folder import RunFolder
+from utils.runs.run_folder import RunFolder, read_args
 from utils.settings.arguments import Stage1Settings, Stage2Settings, Stage2SettingsNoOE, carried, command_of
 from utils.settings.common import Batches, OutlierTraining, Speed, Training, read_data
 from utils.settings.distillation import source_of
@@ -139,7 +139,8 @@ def _restore(distillation: Distillation) -> bool:
     """Continue from the run's checkpoint; False where there is none yet."""
     run, method, s = distillation.run, distillation.method, distillation.settings
     restored, state = distillation.restore(), distillation.state
-    if state.exp + (state.method is not None) < s.num_exp:  # an experiment has not started yet
+    is_new = s.load_path != read_args(run.path)["flags"].get("load_path")
+    if is_new or state.exp + (state.method is not None) < s.num_exp:  # an experiment has not started yet
         method.initial = _start(s, distillation.real)
         check_inputs(run.path, _start_fingerprint(method.initial))
     run.update_args(as_dict(s))

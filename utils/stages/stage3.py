@@ -22,7 +22,7 @@ from utils.ood.scorer import FitSet, Scorer
 from utils.ood.scores import need_fitting, require_library
 from utils.ood.sets import OODSet, OODSource, validation_sets
 from utils.report import plots
-from utils.report.results import Results, results_csv, results_json, results_of
+from utils.report.results import Results, results_csv, results_json, results_of, ways_of_testing
 from utils.report.tables import report_text, summary
 from utils.runs.lineage import STAGE2_ROOTS, Found, args_or_nothing, distilled_set_of, find_run_folder
 from utils.runs.run_folder import RunFolder
@@ -64,7 +64,7 @@ def run_stage3(settings: Stage3Settings) -> Results:
     results = results_of(networks)
     results.missing = list(missing)
     if run.is_main:
-        about = {"networks": str(folder), "checkpoints": which, "training": training}
+        about = {"networks": str(folder), "checkpoints": which, "training": training, "fitted_on": fit and fit.name}
         about["ood_sets"] = {o.name: {"kind": o.kind, "images": o.count, "source": o.source} for o in sets}
         _write_report(results, scores, run, about | {"flags": as_dict(s)})
         _draw_plots(run, networks, folder)
@@ -253,6 +253,7 @@ def _write_report(results: Results, scores: Sequence[str], run: RunFolder, about
     """Write `results.json`, `results.csv` and `report.md`, and log the report."""
     how = ", ".join(f"{name} {value}" for name, value in about["training"].items() if value is not None)
     text = report_text(results, scores) + f"\nNetworks: checkpoints {about['checkpoints']}; training: {how}.\n"
+    text += f"\nTest: {', '.join(ways)}.\n" if (ways := ways_of_testing(about)) else ""
     text += f"\nVersions: {versions_line(versions())}.\n"
     run.log(*text.splitlines())
     save_text(run.path / "report.md", text)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from utils.compute import distributed
@@ -91,10 +92,14 @@ def labelled_images(
 
 
 def _as_stored(images: Tensor, factor: int, real: RealData) -> Tensor:
-    """Images as they look once they were stored in parts; whitened ones are shrunk as pixels."""
-    if factor == 1 or real.zca is None:
-        return as_parts(images, factor)
-    return real.normalize(as_parts(real.denormalize(images.to(real.device)), factor)).to(images.device)
+    """Images, sorted by class, as they look once they were stored in parts; whitened ones are shrunk as pixels.
+
+    Each class fills its images itself, as in a distillation: parts at a border may be cut.
+    """
+    if factor > 1 and real.zca is not None:
+        pixels = real.denormalize(images.to(real.device))
+        return real.normalize(_as_stored(pixels, factor, replace(real, zca=None))).to(images.device)
+    return torch.cat([as_parts(of_class, factor) for of_class in images.chunk(real.num_classes)])
 
 
 def with_outliers(
@@ -120,13 +125,16 @@ def with_outliers(
             found = net and k_center_outliers(source, per_slot, net, s.seed, together=True).cpu()
             images = distributed.from_main(found)
         made = replace(synthetic, images_oe=_as_stored(images, chosen.factor, real))
-        chosen = chosen.changed(made, f"outliers, not distilled: {len(made.images_oe)} {_named(s)}, {how}")
+        line = f"outliers, not distilled: {len(made.images_oe)} {_named(s)}, {how}"
+        chosen = chosen.changed(made, "; ".join(filter(None, [line, source.notice])))
     return with_new_outliers(s, chosen, real)
 
 
 def _start_of(s: Stage2Settings, chosen: TrainingSet, source: OutlierSource) -> str:
     """What random outliers of `source` are to a set: what its distillation began with, if its run says so."""
-    about = args_or_nothing(chosen.origin) if chosen.origin else {}
+    if chosen.origin is None:
+        return "random"
+    about = args_or_nothing(chosen.origin)
     flags, script = about.get("flags", {}), about.get("script")
     usual = {"init": "real", "init_oe": "random", "load_path": None, "seed": s.seed}
     if s.oe_data_path is None:
@@ -156,8 +164,9 @@ def with_new_outliers(s: Stage2Settings, chosen: TrainingSet, real: RealData) ->
         source = corrupted(synthetic.images, real, s.corruptions, s.mix_corruptions)
         made, line = with_fresh(synthetic, source), f"{new} the images of the set, corrupted"
     elif s.outliers == "real":
-        made = with_fresh(synthetic, outlier_source(s, real))
-        line = f"{new} {_named(s)}; no distilled set, but an upper bound"
+        source = outlier_source(s, real)
+        made, line = with_fresh(synthetic, source), f"{new} {_named(s)}; no distilled set, but an upper bound"
+        line = "; ".join(filter(None, [line, source.notice]))
     elif s.corrupt_again:
         source = corrupted(synthetic.images_oe, real, s.corruptions, s.mix_corruptions)
         made, line = with_fresh(synthetic, source, keeps=True), f"{new} these, corrupted again"

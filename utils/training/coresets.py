@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.compute.device import Workload, choose_compute, kept_precision
-from utils.core.errors import UserError, require
+from utils.core.errors import UserError, print_line, require
 from utils.core.rng import generator
 from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet
@@ -121,6 +121,7 @@ class FeatureNetworks:
         epochs = SMALL_EPOCHS if count < len(real.images_train) else WHOLE_EPOCHS
         net = real.network(self.model, generator(self.seed, *key))
         work = Workload(epochs * count, "training")
+        print_line(f"training a network for features: {epochs} epochs of {count} images")
         shape = (real.channel, *real.im_size)
         with kept_precision():
             compute = choose_compute(self.compile_flag, self.precision, real.device, net, shape, work)
