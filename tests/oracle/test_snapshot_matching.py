@@ -217,7 +217,7 @@ def test_one_published_step(tiny_real, experts):
     assert (found - before).abs().max() > 1e-3
 
 
-def test_missing_experts_are_trained(in_process, tmp_path):
+def test_missing_experts_are_trained(in_process, refused, tmp_path):
     """By the experts' settings of the method, whichever methods the script has besides."""
     short = ["--dataset", "Digits", "--model", "ConvNetD1", "--ipc", 1, "--num_exp", 1, "--num_eval", 1]
     short += ["--epoch_eval_train", 1, "--Iteration", 1, "--train_experts", "auto"]
@@ -229,6 +229,13 @@ def test_missing_experts_are_trained(in_process, tmp_path):
     assert json.loads(stored.read_text())["flags"]["lr_img"] == 0.01
     again = in_process("main.py", *short, "--method", "TGDD", "--buffer_path", "a", "--seed", 2)  # they serve all seeds
     assert "expert 0: " not in again
+    folder = (
+        tmp_path / "a/Digits_NO_ZCA/ConvNetD1"
+    )  # one that was stopped serves no other seed, and the message says it
+    (folder / "unfinished_expert_0").mkdir()
+    (folder / "replay_buffer_0.pt").rename(folder / "unfinished_expert_0" / "epoch_1.pt")
+    error = refused("main.py", *short, "--method", "TGDD", "--buffer_path", "a", "--seed", 2)
+    assert 'are of another kind: training {"seed": 1} instead of {"seed": 2}' in error
     own = METHODS["MTT"].own(Stage1Settings(method="MTT", max_start_epoch=60))
     assert (own.of_experts().num_experts, own.of_experts().train_epochs) == (100, 61)
 

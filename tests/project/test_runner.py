@@ -54,6 +54,17 @@ def test_only_the_same_commands_are_done(tmp_path, made, told):
             stage.is_done()
 
 
+def test_a_flag_and_its_value_in_one_word(tmp_path):
+    """As negative numbers are written."""
+    (tmp_path / "done").write_text("main.py --seed=-1\n")
+    assert Stage(("main.py", "--seed=-1"), tmp_path).is_done()
+    with pytest.raises(UserError, match="made with other flags: --seed=-1; now it has --seed=-2"):
+        Stage(("main.py", "--seed=-2"), tmp_path).is_done()
+    assert runner._without_what_may_change("main.py --zca --device=cpu --ipc 1").split() == [
+        "main.py", "--zca", "--ipc", "1",
+    ]  # fmt: skip
+
+
 def test_a_stopped_stage_goes_on_by_the_same_commands_alone(tmp_path, monkeypatch):
     """A flag that is gone would come back from the folder; one that failed before it began is free."""
     started = []

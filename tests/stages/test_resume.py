@@ -287,6 +287,8 @@ def test_conflicting_flags_name_both_values(whole, refused):
     error = refused("main_poe.py", "--resume", folder, "--corruptions", "invert")
     assert "given is ['invert'], but" in error
     assert "was started with ['jigsaw', 'invert', 'pixelate', 'gauss-speckle']" in error
+    error = refused("main_poe.py", "--resume", folder, "--dsa_strategy", "None")
+    assert "--dsa_strategy: given is None, but" in error
     assert "is a run of main_poe.py, not of main.py" in refused("main.py", "--resume", folder)
     assert "no run of main.py under result" in refused("main.py", "--resume", "latest")
     assert "is no run folder" in refused("main.py", "--resume", "nowhere")
@@ -400,6 +402,11 @@ def test_start_images_from_a_folder_elsewhere(whole, in_process, refused, tmp_pa
     folder = run_folder(tmp_path / "one")
     (tmp_path / "start.pt").rename(tmp_path / "moved.pt")
     assert "is finished" in in_process("main_poe.py", "--resume", folder)
+    content = load(tmp_path / "moved.pt")
+    torch.save(content | {"data": [[images + 1, labels] for images, labels in content["data"]]}, tmp_path / "other.pt")
+    told = refused("main_poe.py", "--resume", folder, "--load_path", tmp_path / "other.pt")
+    assert "--load_path: the data differ from those" in told
+    assert json.loads((folder / "args.json").read_text())["flags"]["load_path"] == str(tmp_path / "start.pt")
     for name in ("checkpoint.pt", "checkpoint-previous.pt"):
         state = load(folder / name) | {"exp": 0, "iteration": 0, "evaluated": False}
         torch.save(state | {"measures": {}, "finished": [], "accs": {}, "method": None}, folder / name)

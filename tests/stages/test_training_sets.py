@@ -25,7 +25,7 @@ from scripts import runner, trust_report
 from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.distilled_file import DistilledFile
-from utils.data.synthetic import as_parts
+from utils.data.synthetic import as_parts, decode, encode
 from utils.exchange.assumptions import Assumptions
 from utils.exchange.convert import read_distilled
 from utils.outliers.corruptions import DEFAULT_CORRUPTIONS, corrupt
@@ -37,7 +37,9 @@ from utils.outliers.sources import (
     k_center_outliers,
     with_fresh,
 )
+from utils.report.results import load_results
 from utils.settings.arguments import Stage2Settings
+from utils.stages import loop
 from utils.stages.stage2 import find_distilled
 from utils.stages.training_set import _start_of, labelled_images, outlier_source, with_outliers
 from utils.training.coresets import FeatureNetworks, coreset, herding, k_center, random_images
@@ -407,6 +409,11 @@ def test_fitted_scores_of_networks_on_the_whole_set(in_process, refused, tmp_pat
     assert "tscaling: the networks were trained on these images" in out
     about = json.loads((run_folder(tmp_path / "three") / "args.json").read_text())
     assert about["fitted_on"] == "real training set"
+    assert (
+        "Test: detectors fitted on the real training set." in (run_folder(tmp_path / "three") / "report.md").read_text()
+    )
+    (protocol,) = load_results(run_folder(tmp_path / "three")).protocols
+    assert protocol.endswith(", detectors fitted on the real training set")
     error = refused("test_ood_model_syn.py", *test, "--score", "knn", "--fit_on", "distilled")
     assert "--fit_on distilled: the networks in two/" in error
     out = in_process("test_ood_model_syn.py", *test, "--fit_on", "real")
@@ -603,6 +610,9 @@ def test_a_set_of_a_stopped_run(digits, made, in_process, refused, tmp_path):
         of_run = replace(settings, folder=name)
         lines = labelled_images(of_run, digits, partial(find_distilled, of_run), None).lines
         assert ("is not finished (after iteration 8 of 9)" in lines[-1]) == (name == "later")
+        by_path = Stage2Settings(dataset="Digits", model="ConvNetD1", distilled=(f"res_{name}.pt",), ipc=None)
+        lines = labelled_images(by_path, digits, None, None).lines
+        assert any("its run was not finished: iteration 8 of 9" in line for line in lines) == (name == "later")
 
 
 @pytest.mark.parametrize(
@@ -884,7 +894,7 @@ def test_outliers_beside_a_set_in_parts(in_parts, digits, kind, by_path, tmp_pat
     assert found.num_outliers == (0 if kind == "none" else 40)
     if kind == "initial":
         source = PseudoOutliers(digits)
-        assert _start_of(settings, chosen, source) == "as distillation begins"
+        assert _start_of(settings, chosen, source) == ("random" if by_path else "as distillation begins")
         for script, flags, why in (
             ("main_poe.py", {"corruptions": list(DEFAULT_CORRUPTIONS)}, None),
             ("main_poe.py", {"init_oe": "kcenter"}, "--init_oe kcenter"),
@@ -918,3 +928,42 @@ def test_a_baseline_of_parts(digits):
     assert "baseline: 12 real images per class, shrunk to the parts of 3, chosen at random" in chosen.lines
     assert torch.equal(chosen.synthetic.images, as_parts(random_images(digits, 12, 4, 0).images, 2))
     assert chosen.ipc(10) == 3
+
+
+def test_parts_that_are_cut_are_cut_in_every_class(digits):
+    """Where the factor does not divide the side: each class is stored as a distillation stores it."""
+    settings = Stage2Settings(dataset="Digits", train_on="random", factor=3, ipc=1, outliers="initial", seed=4)
+    chosen = labelled_images(settings, digits, None, None)
+    images = random_images(digits, 9, 4, 0).images
+    expected = torch.cat([decode(encode(images[9 * k : 9 * k + 9], 3), 3) for k in range(10)])
+    assert torch.equal(chosen.synthetic.images, expected)
+    assert not torch.equal(expected, as_parts(images, 3))
+    outliers = initial_outliers(PseudoOutliers(digits), 9, 4, 0)
+    expected = torch.cat([as_parts(of_slot, 3) for of_slot in outliers.chunk(10)])
+    assert torch.equal(with_outliers(settings, chosen, digits, None).synthetic.images_oe, expected)
+
+
+def test_the_log_tells_of_a_pool_that_is_too_small(digits, tmp_path, in_process):
+    np.save(tmp_path / "pool.npy", np.random.default_rng(0).integers(0, 256, (50, 8, 8), dtype=np.uint8))
+    pool = str(tmp_path / "pool.npy")
+    settings = Stage2Settings(dataset="Digits", train_on="random", outliers="initial", oe_data_path=pool)
+    chosen = labelled_images(settings, digits, None, None)
+    for kind in ("initial", "real"):
+        lines = with_outliers(replace(settings, outliers=kind), chosen, digits, None).lines
+        assert "the slices shrink to 5 (N // num_classes = 50 // 10)" in lines[-1]
+    experts = ["--dataset", "Digits", "--model", "MLP", "--outliers", "oe", "--oe_data_path", "pool.npy"]
+    out = in_process("train_experts.py", *experts, "--num_experts", 1, "--train_epochs", 1, "--batch_oe", 16)
+    assert "the slices shrink to 5" in out
+
+
+def test_pictures_of_parts_show_a_class_in_a_row(digits, in_process, monkeypatch, tmp_path):
+    """The parts of its images, one part after the other."""
+    drawn = {}
+    monkeypatch.setattr(loop, "save_grid", lambda path, images, *_: drawn.update({path.name: images}))
+    words = ["--dataset", "Digits", "--model", "MLP", "--method", "DM", "--ipc", 2, "--factor", 2, "--Iteration", 0]
+    in_process("main_poe.py", *words, "--init", "real", "--num_exp", 1, "--num_eval", 1, "--epoch_eval_train", 1)
+    stored = DistilledFile.open(next(tmp_path.rglob("res_*.pt"))).set()
+    for name, images in (("vis_parts_DM", stored.images), ("vis_parts_oe_DM", stored.images_oe)):
+        (found,) = (pixels for file, pixels in drawn.items() if file.startswith(name))
+        by_class = torch.cat([decode(of_class, 2) for of_class in images.split(2)])
+        torch.testing.assert_close(found, digits.denormalize(by_class))

@@ -50,8 +50,8 @@ class Data(Settings):
     im_size: int | None = flag(None, "side of the images with --dataset ImageFolder (64 when left out)")
     pixel_max: int | None = flag(
         None,
-        "the value of white in images that use a part of their type's range: 4095 for 12 bits in files of 16 (a message "
-        "asks for it), 16383 for 14; also of outliers and OOD sets",
+        "the value of white in images that use a part of their type's range: 4095 for 12 bits in files of 16 (a "
+        "message asks for it), 16383 for 14; also of outliers and OOD sets",
     )
 
 

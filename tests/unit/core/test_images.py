@@ -137,6 +137,45 @@ def test_twelve_bits_in_files_of_sixteen(tmp_path):
         read(tmp_path, 1, pixel_max=1000)
 
 
+def test_white_that_the_user_says_counts_for_images_that_are_not_dark(tmp_path):
+    """14 bits in files of 16, beside files of 8 bits; and arrays of 6 bits in 8."""
+    values = (np.arange(64).reshape(8, 8) * 260).astype(np.uint16)  # up to 16380
+    Image.fromarray(values).save(tmp_path / "a.png")
+    found = read(tmp_path, 1, pixel_max=16383)[0]
+    np.testing.assert_array_equal(found[0, 0].numpy(), (values.astype(float) * 255 / 16383).round())
+    eight = G.integers(0, 256, (8, 8), dtype=np.uint8)
+    Image.fromarray(eight).save(tmp_path / "b.png")
+    both = read(tmp_path, 1, pixel_max=16383)[0]
+    assert torch.equal(both[0], found[0])
+    np.testing.assert_array_equal(both[1, 0].numpy(), eight)
+    six = (eight // 4).reshape(1, 8, 8)
+    np.savez(tmp_path / "c.npz", images=six)
+    scaled = read(tmp_path / "c.npz", 1, pixel_max=63)[0]
+    np.testing.assert_array_equal(scaled[:, 0].numpy(), np.round(six * (255 / 63)))
+
+
+def test_dark_files_beside_bright_ones_of_another_type(tmp_path):
+    Image.fromarray((np.arange(64).reshape(8, 8) * 65).astype(np.uint16)).save(tmp_path / "a.png")  # 12 bits
+    Image.fromarray(photo(8, 8)[..., 0]).save(tmp_path / "b.png")
+    with pytest.raises(UserError, match="brightest pixel is 4095, and white is 65535"):
+        read(tmp_path, 1)
+    assert int(read(tmp_path, 1, pixel_max=4095)[0][0].max()) == 255
+
+
+def test_links_in_a_folder(tmp_path):
+    """One that leads out is refused, whatever its name; and one to a folder, whose images would be missing."""
+    (tmp_path / "away").mkdir()
+    Image.fromarray(photo(8, 8)).save(tmp_path / "away" / "a.png")
+    folder = folder_of(tmp_path / "here", [photo(8, 8)])
+    (folder / "picture").symlink_to(tmp_path / "away" / "a.png")
+    with pytest.raises(UserError, match="picture is a link that leads out of"):
+        read(folder)
+    (folder / "picture").unlink()
+    (folder / "more").symlink_to(tmp_path / "away")
+    with pytest.raises(UserError, match="more is a link to a folder, which is not followed"):
+        read(folder)
+
+
 @pytest.mark.parametrize(("brightest", "refused"), [(1, True), (16, True), (31, True), (32, False), (255, False)])
 def test_dark_arrays(tmp_path, brightest, refused):
     images = G.integers(0, brightest + 1, (7, 8, 8), dtype=np.uint8)

@@ -60,6 +60,18 @@ def test_encoding_is_shrinking_by_area(factor, size):
     assert torch.equal(as_parts(whole, factor), decode(stored, factor))
 
 
+def test_parts_beyond_the_border_are_refused():
+    """Those whose first pixel would lie outside, by counting."""
+    for side in (28, 32, 33):
+        for factor in range(1, side // 2 + 1):
+            part = -(-side // factor)
+            if (factor - 1) * part < side:
+                assert check_factor(factor, (side, side), "--factor") == factor
+            else:
+                with pytest.raises(UserError, match=f"--factor {factor}: images of {side}x{side} have no room"):
+                    check_factor(factor, (side, side), "--factor")
+
+
 def test_one_part_is_the_image():
     some = images(4, 6)
     for same in (decode(some, 1), encode(some, 1), as_parts(some, 1)):

@@ -1,11 +1,13 @@
 """The command line: help, both spellings of every flag, and every error as users see it."""
 
+import importlib
 import io
 import json
 import os
 import subprocess
 import sys
 
+import make_flags
 import numpy as np
 import pytest
 import torch
@@ -21,7 +23,8 @@ import train_model_synthetic_oe
 from utils.core.errors import print_line
 from utils.core.run_script import run_script
 from utils.methods import METHODS, MethodInputs
-from utils.settings.fields import as_dict, as_words, flags_of
+from utils.settings.fields import as_dict, as_words, flags_of, groups_of
+from utils.settings.parser import Parser
 
 SCRIPTS = {
     "main.py": stage1,
@@ -152,6 +155,41 @@ def test_yaml_knows_on_and_off(tmp_path):
     assert (found.compile, found.ipc, found.zca, found.clamp_oe) == ("off", 3, True, False)
 
 
+def test_yaml_is_read_as_a_command_line_is(tmp_path):
+    """Digits, dates and zeros of a text are kept; an octal number is none."""
+    text = "save_path: 2024_11_01\nload_path: 2024-02-30\nseed: 010\nlambda_oe: 1e-3\ndsa_strategy: None\n"
+    (tmp_path / "a.yaml").write_text(f"{text}eval_ood: patches\nim_size: null\n")
+    found = main_poe.get_args_parser().parse_args(["--config", str(tmp_path / "a.yaml")])
+    assert (found.save_path, found.load_path, found.seed) == ("2024_11_01", "2024-02-30", 10)
+    assert (found.lambda_oe, found.dsa_strategy, found.eval_ood, found.im_size) == (1e-3, None, ("patches",), None)
+
+
+def test_the_flags_of_a_run_for_a_sister_script_or_another_method(tmp_path):
+    """Not taken over: what had no effect there, the defaults of its method, and where that script writes."""
+    path = tmp_path / "args.json"
+
+    def stored(script, *words):
+        settings = SCRIPTS[script].get_args_parser().parse_args(words)
+        path.write_text(json.dumps({"script": script, "flags": as_dict(settings)}))
+
+    def parsed(script, *words):
+        parser = SCRIPTS[script].get_args_parser()
+        parser.prog = script
+        return parser.parse_args([*words, "--config", str(path)])
+
+    stored("main.py", "--method", "TGDD", "--Iteration", "7", "--batch_real", "9")
+    expected = main_poe.get_args_parser().parse_args(["--method", "TGDD", "--Iteration", "7", "--batch_real", "9"])
+    assert parsed("main_poe.py") == expected
+    assert (expected.batch_oe, expected.save_path) == (128, "result-poe")
+    stored("main.py", "--method", "DM", "--Iteration", "7")
+    found = parsed("main.py", "--method", "TGDD")
+    assert found == stage1.get_args_parser().parse_args(["--method", "TGDD", "--Iteration", "7"])
+    stored("main.py", "--save_path", "mine")
+    assert parsed("main.py", "--method", "MTT").save_path == "mine"
+    published = stage1.get_args_parser().parse_args(["--method", "TGDD", "--published", "--Iteration", "2000"])
+    assert stage1.get_args_parser().parse_args(as_words(published)) == published
+
+
 def test_a_file_of_flags_that_cannot_be(tmp_path, refused):
     (tmp_path / "a.json").write_text('{"ipcs": 3}')
     assert "--config: a.json has a flag that main.py does not know: --ipcs=3" in refused(
@@ -160,6 +198,40 @@ def test_a_file_of_flags_that_cannot_be(tmp_path, refused):
     (tmp_path / "b.json").write_text("[1]")
     assert "--config: b.json" in refused("main.py", "--config", "b.json")
     assert "--config: c.json is not there" in refused("main.py", "--config=c.json")
+    (tmp_path / "d.yaml").write_text("ipc: 3\nlr-img: 1\nlr_img: 2\n")
+    assert "d.yaml gives lr_img twice; give each flag once" in refused("main.py", "--config", "d.yaml")
+    (tmp_path / "e.yaml").write_text("ipc: [1, 10]")
+    told = "--config: e.yaml has --ipc=['1', '10']; give one value"
+    assert told in refused("main.py", "--config", "e.yaml")
+    (tmp_path / "f.yaml").write_text("method_file: my_dm.py")
+    told = "--config: f.yaml names --method_file my_dm.py, which is code; give that flag on the command line"
+    assert told in refused("main.py", "--config", "f.yaml")
+    (tmp_path / "g.yaml").write_text("[" * 5000)
+    assert "--config: cannot read g.yaml" in refused("main.py", "--config", "g.yaml")
+
+
+def test_help_shows_what_a_default_is(capsys):
+    """Also 0; and a percent sign is one, in the help of any flag."""
+    parser = Parser(description="A script.")
+    parser.add_argument("place", help="100 % of it")
+    parser.add_argument("--share", type=float, default=0.0, help="in %")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    shown = capsys.readouterr().out
+    assert "100 % of it\n" in shown
+    assert "in % (default: 0.0)" in shown
+
+
+def test_the_page_of_flags_names_every_flag():
+    """In each script that has it, in the group that declares it."""
+    text = make_flags.page()
+    for name in make_flags.SCRIPTS:
+        parser = importlib.import_module(name).get_args_parser()
+        for group, own in groups_of(parser.settings).items():
+            for f in own:
+                if f.name not in parser.hidden:
+                    section = text.partition(f"\n## {group.__doc__.split('.')[0]} (")[2].partition("\n## ")[0]
+                    assert f"| `--{f.name}" in section, (name, f.name)
 
 
 FOREIGN = ["--distilled", "set.pt"]
