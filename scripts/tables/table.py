@@ -72,8 +72,10 @@ def main(args: argparse.Namespace) -> None:
     tables, stages = plan(args, out)
     made = [stage for table in tables for stage in table.files()]
     if args.dry_run:
-        for stage in to_run([*made, *stages]):
+        wanted = to_run([*made, *stages])
+        for stage in wanted:
             print(f"$ python {shlex.join(stage.words())}")
+        print(f"# {len(wanted)} stages")
         return
     run_stages(made)
     for inputs in dict.fromkeys(tuple(table.inputs()) for table in tables):

@@ -70,6 +70,14 @@ def args_of(commands, *scripts):
     return [parsed(words) for words in commands if words[0] in (scripts or PARSERS)]
 
 
+def test_a_dry_run_prints_the_commands_that_would_run(run, capsys):
+    assert run(*CIFAR, "--kinds", "plain", "--dry_run") == (0, [])
+    printed = capsys.readouterr().out.splitlines()
+    _, commands = run(*CIFAR, "--kinds", "plain")
+    assert [shlex.split(line)[2:] for line in printed[:-1]] == [[*map(str, words)] for words in commands]
+    assert printed[-1] == f"# {len(commands)} stages"
+
+
 @pytest.mark.parametrize("config", ["cifar10", "cifar100", "fashion_mnist", "digits"])
 def test_every_stage_of_every_kind(config, run):
     flags = ["--seeds", 4, 5, "--networks", 2, "--set", "stage1.Iteration=7", "stage2.epoch_eval_train=9"]

@@ -761,9 +761,13 @@ def test_what_stage_3_would_refuse_is_refused_before_training(made, in_process, 
     content["data"][0][0] += 0.5
     torch.save(content, tmp_path / "other" / made.name)
     other = ["other/" + made.name, *flags[1:], "--ood_sets", "patches"]
-    assert "--out: the report in report is of other images than PATH holds now" in refused(
-        "scripts.trust_report", *other
-    )
+    told = "--out: the report in report is of other images than PATH holds now"
+    assert told in refused("scripts.trust_report", *other)
+    shutil.copy(made, tmp_path / "oe.pt")
+    apart = [*flags[:-1], "apart", "--ood_sets", "patches", "--distilled_oe", "oe.pt"]
+    in_process("scripts.trust_report", *apart)
+    shutil.copy(tmp_path / "other" / made.name, tmp_path / "oe.pt")
+    assert "--out: the report in apart is of other images" in refused("scripts.trust_report", *apart)
     fitted = {stage.folder.parent.name: "--fit_on" in stage.command for stage in tests}
     assert len(fitted) == 5
     assert [name for name, given in fitted.items() if not given] == ["whole"]
@@ -788,6 +792,9 @@ def test_a_trust_report_of_images_in_parts(digits, in_process, monkeypatch, tmp_
     trained = [words for words in commands if words[0].startswith("train_model")]
     assert [words[words.index("--factor") + 1] for words in trained if "--train_on" in words] == ["2"]
     assert len(trained) == 2
+    page = (tmp_path / "report" / "compare.html").read_text()
+    assert "images per class" in page
+    assert not re.search("<t[hd]>method", page)  # of the set it is not known
     (chosen,) = (tmp_path / "report" / "random").rglob("trained_on.pt")
     assert len(DistilledFile.open(chosen).set().images) == 80  # decoded
 

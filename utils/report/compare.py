@@ -236,6 +236,9 @@ class Comparison:
         for column in self.columns:
             stored = [args_or_nothing(folder) for folder in column.runs]
             values = {title: [about.get("flags", {}).get(flag) for about in stored] for flag, title in FACTS.items()}
+            trained = [args_or_nothing(Path(str(about.get("networks")))).get("flags") or {} for about in stored]
+            if any(flags.get("distilled") or flags.get("train_on", "distilled") != "distilled" for flags in trained):
+                values["method"] = []  # --method names folders there, and the augmentation
             values["networks"] = [sum(len(run.errors) for run in column.runs.values())]
             values["tested"] = [str(about.get("started", ""))[:10] for about in stored]
             values["PyTorch"] = [about.get("versions", {}).get("torch") for about in stored]
