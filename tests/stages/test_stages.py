@@ -51,7 +51,7 @@ from utils.training.trainer import Trainer, TrainSettings, accuracy_of, predict
 STRATEGY = "color_crop_cutout_scale_rotate"
 COMMON = ["--dataset", "Digits", "--model", "ConvNetD1", "--ipc", 1, "--method", "DSA"]
 STAGE1 = [*COMMON, "--dsa_strategy", STRATEGY, "--init", "real", "--num_exp", 2, "--num_eval", 1, "--Iteration", 3]
-STAGE1 += ["--epoch_eval_train", 4, "--eval_interval", 2]
+STAGE1 += ["--epoch_eval_train", 4, "--eval_interval", 2, "--batch_real", 16]
 STAGE2 = [*COMMON, "--dsa_strategy", STRATEGY, "--num_eval", 2, "--epoch_eval_train", 60]
 STAGE3 = [*COMMON, "--num_exp", 2, "--is_load_best", "--ood_sets", "patches", "blob", "mine", "--ood_path", "ood"]
 RUN = "DSA/Digits/ConvNetD1/1"
@@ -62,19 +62,20 @@ def ok(result):
     return result
 
 
+POE = ["--corruptions", "invert", "jigsaw", "--batch_oe", 16]
 KINDS = {
     "plain": ("main.py", [], "result"),
     "oe": ("main_oe.py", ["--oe-data-path", "pool.npy", "--num_oe_per_class", 6], "result-oe"),
     "poe": (
         "main_poe.py",
-        ["--corruptions", "invert", "jigsaw", "--eval_ood", "patches", "mine", "--ood_path", "ood", "--tensorboard"],
+        [*POE, "--eval_ood", "patches", "mine", "--ood_path", "ood", "--tensorboard"],
         "result-poe",
     ),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_three_stages(kind, script, in_process, refused, tmp_path):
+def test_three_stages(kind, script, in_process, pictures, refused, tmp_path):
     pool = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
     np.save(tmp_path / "pool.npy", pool)
     (tmp_path / "ood").mkdir()
@@ -178,7 +179,7 @@ def test_same_seed_same_bits_in_all_stages(in_process, tmp_path):
     found = []
     for place in ("a", "b"):
         paths = [tmp_path / place / str(stage) for stage in (1, 2, 3)]
-        in_process("main_poe.py", *STAGE1, "--num_exp", 1, "--save_path", paths[0])
+        in_process("main_poe.py", *STAGE1, "--batch_oe", 16, "--num_exp", 1, "--save_path", paths[0])
         flags = ["--load_path", paths[0], "--save_path", paths[1]]
         in_process("train_model_synthetic_oe.py", *STAGE2, "--num_eval", 1, *flags)
         flags = ["--load_path", paths[1], "--save_path", paths[2], "--ood_sets", "patches", "uniform"]
@@ -229,8 +230,9 @@ def test_why_a_set_could_not_be_fetched(digits, tmp_path, monkeypatch):
 def test_each_stage_prints_the_line_of_the_next(kind, in_process, tmp_path):
     """They run as they stand, from the same folder, and carry what was given before; so does a run that was resumed."""
     shared = [*COMMON, "--dsa_strategy", STRATEGY, "--data_path", "my data", "--seed", 7, "--device", "cpu", "--zca"]
-    weight = ["--lambda_oe", 0.25] if kind == "poe" else []
+    weight = ["--lambda_oe", 0.25, "--batch_oe", 16] if kind == "poe" else []
     flags = [*shared, *weight, "--num_exp", 1, "--num_eval", 1, "--epoch_eval_train", 5, "--Iteration", 1]
+    flags += ["--batch_real", 16]
     out = in_process(KINDS[kind][0], *flags, "--save_path", tmp_path / "one")
     (folder,) = (tmp_path / "one" / RUN).iterdir()
 
