@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+from base64 import b64decode
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,11 @@ from utils.methods import MethodInputs  # noqa: E402
 
 DEVICE = torch.device(os.environ.get("TRUSTDD_TEST_DEVICE", "cpu"))  # scripts/dev/gpu_check.sh sets cuda
 COMPILED = Compute(compiled=True, on_cuda=DEVICE.type == "cuda")
+if DEVICE.type == "cpu":  # no pool of compilers, which would import torch: it is for Triton, C++ kernels use threads
+    os.environ.setdefault("TORCH_WARM_POOL", "0")
 LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
+# a PNG of one white pixel
+PIXEL = b64decode(b"iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg==")
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler on a CPU"
 )
@@ -145,6 +150,10 @@ class ForkServer:
             words = list(map(str, words))
             return Fork(self.place, streams, words=words, cwd=str(cwd), environment=environment, **more)
 
+    def warm(self, *modules: str) -> None:
+        """Let the server import modules, so that the processes to come need not."""
+        assert self.start([os.devnull], ROOT, Path(os.devnull), needs=modules).wait() == 0
+
     def close(self) -> None:
         self.server.stdin.close()
         self.server.wait(timeout=60)
@@ -196,10 +205,17 @@ def program(tmp_path, forks):
 
 
 @pytest.fixture
-def in_process(tmp_path, monkeypatch, capsys):
+def pictures():
+    """A test that looks at the plots of `in_process` asks for this; those of others are drawn, but not as pixels."""
+
+
+@pytest.fixture
+def in_process(request, tmp_path, monkeypatch, capsys):
     """Run a script's `main` in `tmp_path` within this process, which has imported torch; returns its output."""
 
     def run(name: str, *flags: object) -> str:
+        if "pictures" not in request.fixturenames:
+            monkeypatch.setattr("utils.report.plots._save", lambda path, figure, **_: Path(path).write_bytes(PIXEL))
         module = importlib.import_module(name.removesuffix(".py"))
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])

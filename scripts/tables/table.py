@@ -34,7 +34,7 @@ from utils.methods import METHODS
 from utils.settings.arguments import Stage1Settings
 from utils.settings.distillation import ExpertSettings
 from utils.settings.fields import Settings
-from utils.settings.parser import Parser, count
+from utils.settings.parser import Parser, count, underscored, value_in
 from utils.stages.stage3 import scores_of
 
 HERE = Path(__file__).resolve().parent
@@ -293,9 +293,16 @@ class Table:
 @cache
 def _parsed(script: str, flags: tuple[str, ...]) -> Settings:
     """The flags as the script reads them; an unknown one ends this script with its message."""
+    of_file = value_in(underscored(flags), "method_file") is not None  # it adds its flags to the parser
+    return (_parser.__wrapped__ if of_file else _parser)(script).parse_args(flags)
+
+
+@cache
+def _parser(script: str) -> Parser:
+    """The parser of a script, which names this one in its messages."""
     parser = importlib.import_module(Path(script).stem).get_args_parser()
     parser.prog = f"table.py: {script}"
-    return parser.parse_args(flags)
+    return parser
 
 
 def _given(args: argparse.Namespace) -> dict:

@@ -32,7 +32,7 @@ from utils.outliers.sources import OutlierPool, PseudoOutliers
 from utils.training.trainer import Trainer, TrainSettings, predict
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))
-NORMS = ["ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetW32", "ConvNetGN"]
+NORMS = ["ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetIN", "ConvNetGN"]
 
 
 @pytest.fixture(autouse=True)
@@ -46,13 +46,13 @@ def tiny_real(tiny_real):
 
 
 def problem(name, dtype, dsa=True, equal=False, ipc=2, seed=0):
-    """A network of width 32 at most, synthetic images, real batches of unequal (or `equal`) size, and one transform per
-    slot."""
+    """A network of width 8, or that of its name; synthetic images; real batches of unequal (or `equal`) size; and one
+    transform per slot."""
     more = convnet._SUFFIXES.get(name.removeprefix("ConvNet"))
     if more is None:
         net = get_network(name, 3, 5, (16, 16), generator(seed))
     else:
-        net = initialize(ConvNet(3, 5, (16, 16), **{"width": 32} | more), generator(seed))
+        net = initialize(ConvNet(3, 5, (16, 16), **{"width": 8} | more), generator(seed))
     net = net.to(DEVICE, dtype)
     g = generator(seed, "images")
     synthetic = torch.randn(5, ipc, 3, 16, 16, generator=g, dtype=dtype).to(DEVICE)

@@ -219,11 +219,11 @@ def test_one_published_step(tiny_real, experts):
 
 def test_missing_experts_are_trained(in_process, refused, tmp_path):
     """By the experts' settings of the method, whichever methods the script has besides."""
-    short = ["--dataset", "Digits", "--model", "ConvNetD1", "--ipc", 1, "--num_exp", 1, "--num_eval", 1]
+    short = ["--dataset", "Digits", "--model", "MLP", "--ipc", 1, "--num_exp", 1, "--num_eval", 1]
     short += ["--epoch_eval_train", 1, "--Iteration", 1, "--train_experts", "auto"]
     out = in_process("main.py", *short, "--method", "TGDD", "--published", "--buffer_path", "a")
     assert "expert 0: 12/12" in out
-    about = json.loads((tmp_path / "a/Digits_NO_ZCA/ConvNetD1/experts.json").read_text())
+    about = json.loads((tmp_path / "a/Digits_NO_ZCA/MLP/experts.json").read_text())
     assert (about["training"]["momentum"], about["training"]["lr"], about["outliers"]["kind"]) == (0.9, 0.02, "none")
     (stored,) = tmp_path.glob("result/TGDD/**/args.json")
     assert json.loads(stored.read_text())["flags"]["lr_img"] == 0.01
@@ -272,11 +272,11 @@ def test_three_stages_and_missing_experts(in_process, refused, monkeypatch):
     """Without experts the line that makes them; with them, all stages."""
     short = ["--dataset", "Digits", "--model", "ConvNetD1", "--dsa_strategy", "crop_scale"]
     flags = [*short, "--method", "TGDD", "--ipc", 1, "--Iteration", 3, "--num_exp", 1, "--num_eval", 1]
-    flags += ["--epoch_eval_train", 3]
+    flags += ["--epoch_eval_train", 3, "--batch_real", 16, "--batch_oe", 16]
     error = refused("main_poe.py", *flags)
     assert "--buffer_path: no experts in buffers/Digits_NO_ZCA/ConvNetD1; make them: python train_experts.py" in error
     assert "--outliers poe" in error
-    experts = ["--num_experts", 1, "--train_epochs", 2, "--outliers", "poe", "--mom", 0.9]
+    experts = ["--num_experts", 1, "--train_epochs", 2, "--outliers", "poe", "--mom", 0.9, "--batch_oe", 16]
     (accuracy,) = re.findall(r"expert 0: test accuracy (\S+) %", in_process("train_experts.py", *short, *experts))
     drawn = []
     monkeypatch.setattr(plots, "save_panels", lambda *args, references, **rest: drawn.append(references))
@@ -317,10 +317,12 @@ def test_bad_input(in_process, refused, tmp_path):
     """One line each; and one image per class is enough for `cf`."""
     network = ["--dataset", "Digits", "--model", "ConvNetD1"]
     flags = [*network, "--method", "TGDD", "--ipc", 1, "--num_exp", 1, "--num_eval", 1, "--epoch_eval_train", 1]
-    flags += ["--Iteration", 1]
-    in_process("train_experts.py", *network, "--num_experts", 1, "--train_epochs", 1, "--outliers", "poe")
+    flags += ["--Iteration", 1, "--batch_real", 16]
+    poe = [*flags, "--batch_oe", 16]
+    experts = ["--num_experts", 1, "--train_epochs", 1, "--outliers", "poe", "--batch_oe", 16]
+    in_process("train_experts.py", *network, *experts)
     folder = tmp_path / "buffers/Digits_NO_ZCA/ConvNetD1"
-    in_process("main_poe.py", *flags, "--feature_distance", "cf", "--factor", 1)
+    in_process("main_poe.py", *poe, "--feature_distance", "cf", "--factor", 1)
     made = next(tmp_path.glob("result-poe/**/res_*.pt"))
     before = set(tmp_path.rglob("*"))
     for words, message in [
@@ -333,9 +335,9 @@ def test_bad_input(in_process, refused, tmp_path):
         (["--model", "MLP"], "no experts in buffers/Digits_NO_ZCA/MLP"),
         (["--feature_distance", "l1"], "argument --feature_distance: unknown feature_distance 'l1'"),
     ]:
-        assert message in refused("main_poe.py", *flags, *words)
+        assert message in refused("main_poe.py", *poe, *words)
     assert "of another kind: outliers" in refused("main.py", *flags)
     (content,) = torch.load(folder / "replay_buffer_0.pt")
     torch.save([content[:1]], folder / "replay_buffer_0.pt")
-    assert "have a single snapshot; train them again" in refused("main_poe.py", *flags)
+    assert "have a single snapshot; train them again" in refused("main_poe.py", *poe)
     assert set(tmp_path.rglob("*")) == before

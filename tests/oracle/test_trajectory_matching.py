@@ -4,9 +4,11 @@ import json
 import os
 import pickle
 import shlex
+import shutil
 import subprocess
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from conftest import COMPILED, ROOT, made, named, needs_compiler
 
+import networks
 import train_experts
 from networks import get_network, initialize
+from networks.convnet import ConvNet
 from tests.oracle.plain_methods import PlainTrajectoryMatching
 from utils.compute.device import Compute
 from utils.core.errors import Interrupted, UserError
@@ -35,6 +39,16 @@ STRATEGY = DSA(tuple(DSA_ENTRIES))
 SETTINGS = TrajectorySettings(
     model="ConvNetD1", ipc=2, seed=4, lambda_oe=0.7, syn_steps=5, expert_epochs=1, max_start_epoch=2
 )
+
+
+NARROW = {"NarrowD1": {"width": 16, "depth": 1}, "NarrowBN": {"width": 32, "norm": "batch"}}
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch):
+    """Networks that are quick because they are narrow."""
+    for name, more in NARROW.items():
+        monkeypatch.setitem(networks._NETWORKS, name, partial(ConvNet, **more))
 
 
 class Ends:
@@ -87,7 +101,7 @@ def relative(a, b):
 @pytest.mark.parametrize("steps", [1, 2, 5, 8])
 @pytest.mark.parametrize("batch", [None, 4])  # of six images: it wraps around the order
 def test_exact_gradients(tiny_real, outliers, steps, batch):
-    settings = replace(SETTINGS, syn_steps=steps, batch_syn=batch, dsa_strategy=named(STRATEGY))
+    settings = replace(SETTINGS, model="NarrowD1", syn_steps=steps, batch_syn=batch, dsa_strategy=named(STRATEGY))
     method = make(tiny_real, settings, outliers)
     for it in range(3):  # other augmentations each
         loss, gradients = full_graph(method, it)
@@ -97,7 +111,7 @@ def test_exact_gradients(tiny_real, outliers, steps, batch):
             assert relative(a.flatten(), b.flatten()) < 1e-9
 
 
-@pytest.mark.parametrize("model", ["ConvNet", "ConvNetBN", "MLP"])
+@pytest.mark.parametrize("model", ["ConvNetW32", "NarrowBN", "MLP"])
 def test_other_networks(tiny_real, model):
     method = make(tiny_real, replace(SETTINGS, model=model, dsa_strategy=named(STRATEGY), syn_steps=3))
     loss, gradients = full_graph(method, 0)
@@ -142,6 +156,7 @@ import torch
 from test_trajectory_matching import make, SETTINGS
 from utils.data.datasets import RealData
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 g = torch.Generator().manual_seed(0)
 images = torch.randint(0, 256, (60, 3, 32, 32), dtype=torch.uint8, generator=g)
@@ -412,6 +427,23 @@ TEACH = [*DIGITS, "--num_experts", 2, "--train_epochs", 6, "--batch_train", 64, 
 MTT = [*DIGITS, "--method", "MTT", "--ipc", 1, "--syn_steps", 8, "--max_start_epoch", 3, "--lr_img", 10]
 STAGE1 = [*MTT, "--lr_teacher", 0.05, "--num_exp", 2, "--num_eval", 2, "--epoch_eval_train", 60, "--Iteration", 20]
 TWO = [*DIGITS, "--method", "MTT", "--ipc", 1, "--num_eval", 1, "--epoch_eval_train", 20]
+TEACH_POE = [*TEACH, "--outliers", "poe", "--batch_oe", 64]
+
+
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory):
+    """A folder in which `train_experts.py` has trained the experts of `TEACH`."""
+    folder = tmp_path_factory.mktemp("taught")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train_experts.main(train_experts.get_args_parser().parse_args(list(map(str, TEACH))))
+    return folder
+
+
+@pytest.fixture
+def taught(trained_once, tmp_path):
+    """The experts of `TEACH` where the scripts of a test look for them."""
+    shutil.copytree(trained_once / "buffers", tmp_path / "buffers")
 
 
 def test_from_experts_to_the_report(in_process, refused, tmp_path):
@@ -419,13 +451,13 @@ def test_from_experts_to_the_report(in_process, refused, tmp_path):
     assert "--buffer_path: no experts in buffers/Digits_NO_ZCA/ConvNetD1; make them: python train_experts.py" in error
     words = error.split("make them: python ")[1].split()
     assert train_experts.get_args_parser().parse_args(words[1:]).outliers == "poe"
-    out = in_process("train_experts.py", *TEACH, "--outliers", "poe")
+    out = in_process("train_experts.py", *TEACH_POE)
     assert "expert 1: test accuracy" in out
     about = json.loads((tmp_path / "buffers/Digits_NO_ZCA/ConvNetD1/experts.json").read_text())
     assert about["outliers"]["kind"] == "poe"
     assert "are of another kind: outliers" in refused("main.py", *STAGE1)
     assert "instead of" in refused("train_experts.py", *TEACH)  # plain ones beside those of POE
-    assert "training" in refused("train_experts.py", *TEACH, "--outliers", "poe", "--lr_teacher", 0.1)
+    assert "training" in refused("train_experts.py", *TEACH_POE, "--lr_teacher", 0.1)
     needs = refused("main_poe.py", *STAGE1, "--max_start_epoch", 6)
     assert "--max_start_epoch 6: with --expert_epochs 2 it needs experts of 7 epochs" in needs
     out = in_process("main_poe.py", *STAGE1)
@@ -447,8 +479,7 @@ def test_from_experts_to_the_report(in_process, refused, tmp_path):
     assert "learning rate learned" in in_process("test_ood_model_syn.py", *flags, "--folder", path.parent.name)
 
 
-def test_an_interrupted_distillation_ends_with_the_same_bits(in_process, tmp_path, monkeypatch):
-    in_process("train_experts.py", *TEACH)
+def test_an_interrupted_distillation_ends_with_the_same_bits(in_process, taught, tmp_path, monkeypatch):
     flags = [*STAGE1, "--num_exp", 1, "--num_eval", 1, "--epoch_eval_train", 5, "--Iteration", 6]
     in_process("main.py", *flags, "--save_path", "whole")
     original = TrajectoryMatching._match
@@ -495,8 +526,7 @@ def test_other_processes_take_over_the_gradients(tiny_real, monkeypatch):
 # --- what a review found ----------------------------------------------------------------------------------------------
 
 
-def test_a_resumed_run_wants_the_same_experts(in_process, refused, monkeypatch):
-    in_process("train_experts.py", *TEACH)
+def test_a_resumed_run_wants_the_same_experts(in_process, refused, taught, monkeypatch):
     original = TrajectoryMatching.iterate
 
     def iterate(self, it):
@@ -520,9 +550,8 @@ def test_a_resumed_run_wants_the_same_experts(in_process, refused, monkeypatch):
     assert "--buffer_path: the data differ from those" in error
 
 
-def test_experts_that_are_there_need_no_lock(in_process, refused, monkeypatch):
+def test_experts_that_are_there_need_no_lock(in_process, refused, taught, monkeypatch):
     """So several seeds of a table can run at once with the same experts."""
-    in_process("train_experts.py", *TEACH)
     opened = []
     original = expert_training.open_expert_run
     monkeypatch.setattr(expert_training, "open_expert_run", lambda *args: opened.append(args) or original(*args))
@@ -543,7 +572,7 @@ def test_the_command_that_makes_the_experts_is_whole(refused):
 
 
 def test_experts_with_another_weight_of_outliers(in_process, refused):
-    in_process("train_experts.py", *TEACH, "--outliers", "poe", "--train_epochs", 4)
+    in_process("train_experts.py", *TEACH_POE, "--batch_oe", 16, "--num_experts", 1, "--train_epochs", 1)
     assert "are of another kind: outliers" in refused("main_poe.py", *STAGE1, "--lambda_oe", 3)
 
 
@@ -554,7 +583,8 @@ def test_experts_that_saw_stronger_outliers(in_process, refused, tmp_path):
     error = refused("main_poe.py", *STAGE1, "--expert_lambda_oe", 2)
     words = shlex.split(error.split("make them: ")[1])
     assert train_experts.get_args_parser().parse_args(words[2:]).lambda_oe == 2
-    in_process("train_experts.py", *TEACH, "--outliers", "poe", "--train_epochs", 4, "--lambda_oe", 2)
+    teach = [*TEACH_POE, "--batch_oe", 16, "--num_experts", 1, "--train_epochs", 4]
+    in_process("train_experts.py", *teach, "--lambda_oe", 2)
     assert '"lambda_oe": 0.5}. Give' in refused("main_poe.py", *STAGE1)
     found = {}
     for name, flags in {"experts": ("--expert_lambda_oe", 2), "both": ("--lambda_oe", 2)}.items():
@@ -564,8 +594,7 @@ def test_experts_that_saw_stronger_outliers(in_process, refused, tmp_path):
     assert not torch.equal(found["experts"], found["both"])
 
 
-def test_experts_without_a_description(in_process, refused, tmp_path):
-    in_process("train_experts.py", *TEACH, "--train_epochs", 4)
+def test_experts_without_a_description(in_process, refused, taught, tmp_path):
     (tmp_path / "buffers/Digits_NO_ZCA/ConvNetD1/experts.json").unlink()
     short = [*STAGE1, "--num_exp", 1, "--num_eval", 1, "--epoch_eval_train", 2, "--Iteration", 1]
     assert "has no experts.json: experts are assumed to have seen" in in_process("main.py", *short)
@@ -580,8 +609,7 @@ def test_flags_of_outliers_that_are_not_trained_on(refused):
     assert "--num_oe_per_class: --outliers poe does not use it; oe does" in error
 
 
-def test_a_learning_rate_that_explodes_is_named(in_process, refused):
-    in_process("train_experts.py", *TEACH, "--train_epochs", 4)
+def test_a_learning_rate_that_explodes_is_named(refused, taught):
     error = refused("main.py", *STAGE1, "--lr_lr", 1e30, "--num_eval", 1, "--epoch_eval_train", 2)
     assert "not finite. Lower --lr_img or --lr_lr; --load_path" in error
     assert "loss of slot" not in error
@@ -591,21 +619,19 @@ def test_experts_that_diverged_at_once_can_be_trained_anew(in_process, refused):
     """Nothing was trained yet, so the folder is of no kind yet."""
     error = refused("train_experts.py", *TEACH, "--lr_teacher", 1e30)
     assert "--lr_teacher 1e+30: expert 0 diverged in epoch 0; lower it, and delete buffers/Digits_NO_ZCA" in error
-    assert "expert 1: test accuracy" in in_process("train_experts.py", *TEACH)
+    assert "expert 1: test accuracy" in in_process("train_experts.py", *TEACH, "--train_epochs", 1)
 
 
-def test_what_diverged_by_its_learning_rate_can_go_on(in_process, refused):
+def test_what_diverged_by_its_learning_rate_can_go_on(in_process, refused, taught):
     """The stored images are the last finite ones; the learning rate that threw them is not stored with them."""
-    in_process("train_experts.py", *TEACH)
     flags = [*MTT, "--num_exp", 1, "--num_eval", 1, "--epoch_eval_train", 1]
     path = refused("main.py", *flags, "--Iteration", 5, "--lr_lr", 1e30).split("--load_path ")[1].split()[0]
     assert DistilledFile.open(path).set().lr_net is None
     assert "accuracy" in in_process("main.py", *flags, "--Iteration", 1, "--load_path", path)
 
 
-def test_a_stored_set_keeps_its_learning_rate(in_process, tmp_path, tiny_real):
+def test_a_stored_set_keeps_its_learning_rate(in_process, taught, tmp_path):
     """Where `--lr_teacher` is not given."""
-    in_process("train_experts.py", *TEACH)
     quick = [*MTT, "--num_exp", 1, "--num_eval", 1, "--epoch_eval_train", 1, "--Iteration", 0]
     in_process("main.py", *quick, "--lr_teacher", 0.4, "--save_path", "one")
     (first,) = (tmp_path / "one").rglob("res_*.pt")

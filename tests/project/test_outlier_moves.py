@@ -92,7 +92,7 @@ def test_outliers_in_parts_start_as_the_run_did(in_process, moves, tmp_path):
     assert torch.equal(start, DistilledFile.open(file).set().decoded().images_oe)
 
 
-def test_the_table(in_process, moves, tmp_path, capsys):
+def test_the_table(in_process, pictures, moves, tmp_path, capsys):
     for seed in (1, 2):
         in_process("main_poe.py", *FLAGS, "--lr_img_oe", 5, "--seed", seed)
     in_process("main.py", *FLAGS[:10], *FLAGS[12:])  # a set without outliers is no row
@@ -107,7 +107,7 @@ def test_the_table(in_process, moves, tmp_path, capsys):
     assert len(row) - 2 == 2 + len(moves.COLUMNS)
 
 
-def test_the_curves(in_process, moves, tmp_path, capsys):
+def test_the_curves(in_process, pictures, moves, tmp_path, capsys):
     """A line for each seed, over the iterations of its runs; rows are told apart by iterations, too."""
     at = FLAGS.index("--Iteration") + 1
     for iterations, seed in ((20, 1), (5, 1), (5, 2)):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,9 +32,15 @@ CIFAR = ("cifar10", "--ipc", "1", "--seeds", "1")
 THREE = ["main.py", "train_model_synthetic_no_oe.py", "test_ood_model_syn.py"]
 
 
+@cache
+def parser_of(script):
+    """The script's own parser."""
+    return PARSERS[script].get_args_parser()
+
+
 def parsed(words):
     """The flags of a command, by the script's own parser."""
-    return PARSERS[words[0]].get_args_parser().parse_args(list(map(str, words[1:])))
+    return parser_of(words[0]).parse_args(list(map(str, words[1:])))
 
 
 @pytest.fixture
@@ -444,6 +451,7 @@ def test_a_real_table_is_stopped_and_resumed(forks, tmp_path):
     command = [forks.python, TABLES / "table.py", TABLES / "digits.yaml", TABLES / "digits-studies.yaml", "--jobs", 2]
     command += ["--ipc", 1, "--seeds", 1, "--networks", 1, "--kinds", "poe", "--out", "out", "--set", "all.model=MLP"]
     command += ["all.compile=off", "stage1.epoch_eval_train=2", "stage2.epoch_eval_train=2", "stage1.Iteration=150"]
+    command += ["stage1.batch_real=16", "outliers.batch_oe=16"]
     command = [*map(str, command), "stage3.ood_sets=uniform"]
     first = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     folder = tmp_path / "out/ipc1/poe/seed1"

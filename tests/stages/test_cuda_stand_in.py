@@ -34,7 +34,7 @@ from utils.training.trainer import Trainer, TrainSettings
 STRATEGY = "color_crop_cutout_flip_scale_rotate"
 NETWORK = ["--dataset", "Digits", "--model", "ConvNetD1", "--ipc", 2, "--seed", 3]
 LOOP = ["--init", "real", "--num_exp", 1, "--num_eval", 2, "--epoch_eval_train", 6, "--Iteration", 2]
-EXPERTS = ["--num_experts", 1, "--train_epochs", 3, "--batch_train", 200]
+EXPERTS = ["--num_experts", 1, "--train_epochs", 2, "--batch_train", 200]
 OF_METHOD = {
     "DC": ["--outer_loop", 2, "--inner_loop", 2, "--batch_real", 16],
     "DSA": ["--dsa_strategy", STRATEGY, "--outer_loop", 2, "--inner_loop", 2, "--batch_real", 16],
@@ -120,6 +120,7 @@ def test_distillation_on_cuda_equals_that_on_the_cpu(folder, method, kind):
     if method == "MTT":
         outliers = ["--outliers", "none" if kind == "plain" else kind]
         outliers += {"plain": [], "oe": [*pool, "--num_oe_per_class", 30], "poe": []}[kind]
+        outliers += [] if kind == "plain" else ["--batch_oe", 16]
         run(train_experts, *NETWORK[:4], *EXPERTS, "--dsa_strategy", STRATEGY, *outliers, "--compile", "off")
         flags = [f for f in flags if f not in ("--batch_oe", 8)]
     found = {}

@@ -19,7 +19,7 @@ import train_model_synthetic_oe
 from utils.data.distilled_file import DistilledFile
 from utils.runs.resume import resume_command
 
-NETWORK = "--dataset Digits --model ConvNetD1 --ipc 2 --method DSA --dsa_strategy color_crop_cutout_scale_rotate"
+NETWORK = "--dataset Digits --model MLP --ipc 2 --method DSA --dsa_strategy color_crop_cutout_scale_rotate"
 TRAINING = f"{NETWORK} --num_eval 3 --epoch_eval_train 8 --seed 3".split()
 MATCHING = "--init real --num_exp 1 --batch_real 32 --batch_oe 32 --outer_loop 2 --inner_loop 2"
 FLAGS = TRAINING + MATCHING.split()
@@ -80,7 +80,7 @@ def test_same_images_and_accuracies(runs, processes):
     a, b = DistilledFile.open(one).set(), DistilledFile.open(many).set()
     torch.testing.assert_close(a.images, b.images, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(a.images_oe, b.images_oe, atol=1e-4, rtol=1e-4)
-    accs = [torch.load(p, weights_only=True)["accs_all_exps"]["ConvNetD1"] for p in (one, many)]
+    accs = [torch.load(p, weights_only=True)["accs_all_exps"]["MLP"] for p in (one, many)]
     assert len(accs[0]) == len(accs[1]) == 3
     assert accs[0] == pytest.approx(accs[1], abs=0.01)
 
@@ -255,7 +255,7 @@ def test_what_one_process_does_for_all(torchrun, tmp_path):
 
 def test_stage_3_on_two_processes(torchrun, runs, tmp_path):
     """Three networks over two processes: the files of one."""
-    flags = "--dataset Digits --model ConvNetD1 --ipc 2 --method DSA --num_exp 3 --is_load_best --ood_sets patches blob"
+    flags = "--dataset Digits --model MLP --ipc 2 --method DSA --num_exp 3 --is_load_best --ood_sets patches blob"
     shutil.copytree(runs[2], tmp_path / "two")
     process = torchrun(tmp_path / "two", 2, "test_ood_model_syn.py", *flags.split(), "--score", "msp", "energy")
     out, err = process.communicate(timeout=300)

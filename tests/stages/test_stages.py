@@ -51,7 +51,7 @@ from utils.training.trainer import Trainer, TrainSettings, accuracy_of, predict
 STRATEGY = "color_crop_cutout_scale_rotate"
 COMMON = ["--dataset", "Digits", "--model", "ConvNetD1", "--ipc", 1, "--method", "DSA"]
 STAGE1 = [*COMMON, "--dsa_strategy", STRATEGY, "--init", "real", "--num_exp", 2, "--num_eval", 1, "--Iteration", 3]
-STAGE1 += ["--epoch_eval_train", 4, "--eval_interval", 2]
+STAGE1 += ["--epoch_eval_train", 4, "--eval_interval", 2, "--batch_real", 16]
 STAGE2 = [*COMMON, "--dsa_strategy", STRATEGY, "--num_eval", 2, "--epoch_eval_train", 60]
 STAGE3 = [*COMMON, "--num_exp", 2, "--is_load_best", "--ood_sets", "patches", "blob", "mine", "--ood_path", "ood"]
 RUN = "DSA/Digits/ConvNetD1/1"
@@ -62,19 +62,20 @@ def ok(result):
     return result
 
 
+POE = ["--corruptions", "invert", "jigsaw", "--batch_oe", 16]
 KINDS = {
     "plain": ("main.py", [], "result"),
     "oe": ("main_oe.py", ["--oe-data-path", "pool.npy", "--num_oe_per_class", 6], "result-oe"),
     "poe": (
         "main_poe.py",
-        ["--corruptions", "invert", "jigsaw", "--eval_ood", "patches", "mine", "--ood_path", "ood", "--tensorboard"],
+        [*POE, "--eval_ood", "patches", "mine", "--ood_path", "ood", "--tensorboard"],
         "result-poe",
     ),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_three_stages(kind, script, in_process, refused, tmp_path):
+def test_three_stages(kind, script, in_process, pictures, refused, tmp_path):
     pool = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
     np.save(tmp_path / "pool.npy", pool)
     (tmp_path / "ood").mkdir()
@@ -178,7 +179,7 @@ def test_same_seed_same_bits_in_all_stages(in_process, tmp_path):
     found = []
     for place in ("a", "b"):
         paths = [tmp_path / place / str(stage) for stage in (1, 2, 3)]
-        in_process("main_poe.py", *STAGE1, "--num_exp", 1, "--save_path", paths[0])
+        in_process("main_poe.py", *STAGE1, "--batch_oe", 16, "--num_exp", 1, "--save_path", paths[0])
         flags = ["--load_path", paths[0], "--save_path", paths[1]]
         in_process("train_model_synthetic_oe.py", *STAGE2, "--num_eval", 1, *flags)
         flags = ["--load_path", paths[1], "--save_path", paths[2], "--ood_sets", "patches", "uniform"]
@@ -229,8 +230,9 @@ def test_why_a_set_could_not_be_fetched(digits, tmp_path, monkeypatch):
 def test_each_stage_prints_the_line_of_the_next(kind, in_process, tmp_path):
     """They run as they stand, from the same folder, and carry what was given before; so does a run that was resumed."""
     shared = [*COMMON, "--dsa_strategy", STRATEGY, "--data_path", "my data", "--seed", 7, "--device", "cpu", "--zca"]
-    weight = ["--lambda_oe", 0.25] if kind == "poe" else []
+    weight = ["--lambda_oe", 0.25, "--batch_oe", 16] if kind == "poe" else []
     flags = [*shared, *weight, "--num_exp", 1, "--num_eval", 1, "--epoch_eval_train", 5, "--Iteration", 1]
+    flags += ["--batch_real", 16]
     out = in_process(KINDS[kind][0], *flags, "--save_path", tmp_path / "one")
     (folder,) = (tmp_path / "one" / RUN).iterdir()
 
@@ -352,7 +354,7 @@ DSA_SETTINGS = DSA.of(STRATEGY)
 
 @pytest.fixture(scope="module")
 def experts(digits, tmp_path_factory):
-    """Two short trajectories of ConvNetD1 on Digits, by whether they saw pseudo-outliers."""
+    """Two trajectories of ConvNetD1 on Digits by whether they saw pseudo-outliers, as short as `distil` can take."""
     buffers = {}
     for with_outliers in (False, True):
         outliers = PseudoOutliers(digits) if with_outliers else None
@@ -360,7 +362,7 @@ def experts(digits, tmp_path_factory):
         net = get_network("ConvNetD1", 1, 10, (8, 8))
         run = open_expert_run(folder, describe(digits, "ConvNetD1", outliers and outliers.describe()))
         settings = ExpertSettings(
-            num_experts=2, train_epochs=7, lr_teacher=0.05, batch_train=64, batch_oe=64, dsa_strategy=STRATEGY
+            num_experts=2, train_epochs=5, lr_teacher=0.05, batch_train=64, batch_oe=64, dsa_strategy=STRATEGY
         )
         ExpertTraining(net, digits, outliers, settings, Compute(), run).train_all()
         buffers[with_outliers] = ExpertBuffer(folder, [p.shape for p in net.parameters()], None, "")
@@ -378,29 +380,45 @@ def distil(digits, experts, method, seed, with_outliers):
     outliers = PseudoOutliers(digits) if with_outliers else None
     common = {"model": "ConvNetD1", "ipc": 1, "seed": seed, "init": "real", "dsa_strategy": STRATEGY}
     if method == "MTT":
-        settings = TrajectorySettings(lr_img=10.0, lr_teacher=0.05, syn_steps=12, max_start_epoch=4, **common)
+        settings = TrajectorySettings(lr_img=10.0, lr_teacher=0.05, syn_steps=8, max_start_epoch=4, **common)
         of_seed = made(TrajectoryMatching, digits, outliers, settings, experts[with_outliers])
     else:
         kind, lr = (GradientMatching, 0.1) if method == "DSA" else (DistributionMatching, 1.0)
-        settings = GradientSettings(lr_img=lr, batch_real=64, batch_oe=64, **common)
+        settings = GradientSettings(lr_img=lr, batch_real=32, batch_oe=32, **common)
         of_seed = made(kind, digits, outliers, settings)
     of_seed.start(0)
     before = of_seed.synthetic().detached_cpu()
-    for it in range(45):
+    for it in range(30 if method == "MTT" else 45):
         of_seed.iterate(it)
     return before, of_seed.synthetic().detached_cpu()
 
 
+@pytest.fixture(scope="module")
+def trained():
+    """Trains a network of a seed on a set, on equal sets once: all methods start from the same images."""
+    networks = {}
+
+    def train(synthetic, seed):
+        synthetic = replace(synthetic, lr_net=None)  # the same training for all
+        parts = (synthetic.images, synthetic.labels, synthetic.images_oe)
+        key = (seed, *(part if part is None else part.numpy().tobytes() for part in parts))
+        if key not in networks:
+            networks[key] = get_network("ConvNetD1", 1, 10, (8, 8), generator(seed, "net"))
+            trainer = Trainer(networks[key], TrainSettings(200, augmentation=DSA_SETTINGS))
+            trainer.train(synthetic, seed, ("train",))
+        return networks[key]
+
+    return train
+
+
 @pytest.mark.parametrize("method", ["DSA", "DM", "MTT"])
-def test_distilled_images_beat_the_real_ones_they_started_from(digits, distilled, method):
+def test_distilled_images_beat_the_real_ones_they_started_from(digits, distilled, trained, method):
     """Same training, three seeds: the mean gains more than five points, and no seed loses."""
     gains = []
     for seed in (1, 2, 3):
         accs = []
         for synthetic in distilled(method, seed, with_outliers=False):
-            net = get_network("ConvNetD1", 1, 10, (8, 8), generator(seed, "net"))
-            synthetic = replace(synthetic, lr_net=None)  # the same training for both
-            Trainer(net, TrainSettings(200, augmentation=DSA_SETTINGS)).train(synthetic, seed, ("train",))
+            net = trained(synthetic, seed)
             accs.append(accuracy_of(predict(net, digits.test_images), digits.labels_test))
         gains.append(accs[1] - accs[0])
     assert min(gains) > 0
@@ -408,7 +426,7 @@ def test_distilled_images_beat_the_real_ones_they_started_from(digits, distilled
 
 
 @pytest.mark.parametrize("method", ["DM", "MTT"])
-def test_distilled_outliers_help_to_detect(digits, distilled, method, tmp_path):
+def test_distilled_outliers_help_to_detect(digits, distilled, trained, method, tmp_path):
     """Mean AUROC (msp) on two OOD sets over three seeds: with pseudo-outliers more than two points above plain."""
     source = OODSource(digits, tmp_path, tmp_path, False, 200, 1)
     sets = [ood.load() for ood in source.find(["patches", "gaussian"])[0]]
@@ -417,8 +435,7 @@ def test_distilled_outliers_help_to_detect(digits, distilled, method, tmp_path):
         aurocs = []
         for seed in (1, 2, 3):
             _, synthetic = distilled(method, seed, with_outliers=with_outliers)
-            net = get_network("ConvNetD1", 1, 10, (8, 8), generator(seed, "net"))
-            Trainer(net, TrainSettings(200, augmentation=DSA_SETTINGS)).train(synthetic, seed, ("train",))
+            net = trained(synthetic, seed)
             inside = msp(predict(net, digits.test_images).double()).numpy()
             aurocs += [ood_measures(inside, msp(predict(net, x).double()).numpy())["auroc"] for x in sets]
         means.append(np.mean(aurocs))

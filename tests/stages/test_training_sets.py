@@ -139,11 +139,14 @@ def test_coresets_are_chosen_in_unit_features_of_each_class(digits, kind):
         assert torch.equal(found.images[found.labels == c], images[chosen])
 
 
-def test_baselines_run_and_their_features_are_kept(in_process, tmp_path):
+def test_baselines_run_and_their_features_are_kept(in_process, tmp_path, monkeypatch):
+    """One network for features serves both coresets."""
+    monkeypatch.setattr("utils.training.coresets.WHOLE_EPOCHS", 6)
     accuracy = {}
     for kind in ("random", "herding", "kcenter", "whole"):
-        epochs = ["--epoch_eval_train", 30 if kind == "whole" else 60]
-        text = in_process(PLAIN, *COMMON, "--num_eval", 1, *epochs, "--ipc", 5, "--train_on", kind, "--save_path", kind)
+        more = ["--epoch_eval_train", 30 if kind == "whole" else 60, "--ipc", 5, "--train_on", kind]
+        more += ["--features", "herding/features"] if kind == "kcenter" else []
+        text = in_process(PLAIN, *COMMON, "--num_eval", 1, *more, "--save_path", kind)
         accuracy[kind] = float(re.search(r"networks?: best ([\d.]+)", text)[1])
         assert "baseline: " in text
     assert accuracy["whole"] > max(accuracy[k] for k in ("random", "herding", "kcenter")) > 60
@@ -209,8 +212,9 @@ def test_initial_outliers_are_those_that_distillation_starts_from(in_process, tm
     assert same(network(tmp_path / "initial"), network(tmp_path / "distilled"))
 
 
-def test_feature_networks_of_whitened_images_are_others(digits, tmp_path):
+def test_feature_networks_of_whitened_images_are_others(digits, tmp_path, monkeypatch):
     """And the network that chooses outliers in float32 leaves TF32 to the run as it was."""
+    monkeypatch.setattr("utils.training.coresets.SMALL_EPOCHS", 5)
     asked = []
     for real in (digits, digits.whitened(), digits):
         networks = FeatureNetworks("MLP", real, TrainSettings(1), 1, "off", "fp32")
@@ -323,7 +327,8 @@ def test_few_outliers_fill_every_batch(digits):
     assert counts.max() - counts.min() <= 1
 
 
-def test_every_kind_of_outliers_trains_and_resumes_finished(made, in_process, tmp_path):
+def test_every_kind_of_outliers_trains_and_resumes_finished(made, in_process, tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.training.coresets.SMALL_EPOCHS", 5)
     nets = {}
     for kind in ("distilled", "initial", "kcenter", "corrupt", "real", "none"):
         text = in_process(WITH_OE, *QUICK, "--distilled", made, "--outliers", kind, "--save_path", kind)
@@ -362,7 +367,7 @@ def test_outliers_of_a_pool(made, in_process, tmp_path):
 
 
 def test_two_processes_train_on_the_set_of_the_first(in_process, torchrun, tmp_path):
-    flags = [*QUICK, "--num_eval", 2, "--ipc", 2, "--train_on", "herding", "--outliers", "kcenter"]
+    flags = [*QUICK, "--model", "MLP", "--num_eval", 2, "--ipc", 2, "--train_on", "herding", "--outliers", "kcenter"]
     process = torchrun(tmp_path, 2, WITH_OE, *flags)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, f"{out}\n{err}"
@@ -666,6 +671,7 @@ def test_a_set_of_another_repository_is_published(made, in_process, refused, tmp
 
 
 def test_trust_report_of_one_line(made, forks, tmp_path):
+    forks.warm("pytorch_ood.detector")
     command = [forks.python, ROOT / "scripts" / "trust_report.py", made, "--dataset", "Digits", "--model", "MLP"]
     command += ["--num_eval", 1, "--epoch_eval_train", 2, "--baselines", "random", "--outliers", "distilled", "again"]
     command = [

@@ -153,8 +153,15 @@ def test_a_compiler_that_fails_does_not_end_a_run(flag, run_with_broken_compiler
         assert done.stderr.count("nothing is compiled: torch.compile failed: InvalidCxxCompiler") == 1
 
 
+@pytest.fixture(scope="module")
+def warm_forks(forks):
+    """Forked processes have imported what compiles; none has compiled anything."""
+    forks.warm("torch._inductor.compile_fx")
+    return forks
+
+
 @pytest.fixture
-def run_with_broken_compiler(program, tmp_path):
+def run_with_broken_compiler(warm_forks, program, tmp_path):
     """Distil in a process whose C++ compiler is a script that fails; `auto` is made to choose to compile."""
 
     def run(flag):
@@ -233,18 +240,17 @@ def test_a_cache_folder_that_cannot_be_made(tmp_path, monkeypatch):
 
 
 @needs_compiler
-def test_a_second_process_compiles_nothing_anew(tmp_path):
-    """It finds everything in the cache of the first: no new library is written."""
+def test_a_second_process_compiles_nothing_anew(warm_forks, program, tmp_path, monkeypatch):
+    """It finds everything in the cache of the first, which was started anew: no new library is written."""
     code = (
         "import torch; from utils.compute.device import Compiled; "
         "f = Compiled(lambda x: (x * 2).relu().sum(), None, True); print(f(torch.ones(2, 3, 4, 4)).item())"
     )
-    env = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"} | {"XDG_CACHE_HOME": str(tmp_path)}
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     libraries = []
-    for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
-        )
+    for command in ([sys.executable, "-c", code], program(code)):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert done.stdout.strip() == "192.0", done.stderr
         libraries.append({path: path.stat().st_mtime_ns for path in (tmp_path / "trustdd").rglob("*.so")})
     assert libraries[0]

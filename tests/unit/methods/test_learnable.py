@@ -98,7 +98,9 @@ def test_outliers_that_start_far_apart(digits):
 
 
 @pytest.mark.parametrize("kind", METHODS)
-def test_kcenter_starts_depend_on_seed_and_experiment(tiny_real, kind):
+def test_kcenter_starts_depend_on_seed_and_experiment(tiny_real, kind, monkeypatch):
+    monkeypatch.setattr("utils.outliers.sources.CANDIDATES", 120)  # as many as there are images
+    monkeypatch.setattr("utils.training.coresets.SMALL_EPOCHS", 3)
 
     def start(seed: int, exp: int, init_oe: str) -> SyntheticSet:
         noisy = PseudoOutliers(tiny_real, ("gauss-speckle",))  # no two draws are the same
@@ -152,7 +154,8 @@ SHORT += ["--dsa_strategy", "crop_scale", "--Iteration", 2, "--num_exp", 1, "--n
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_all_flags_of_outliers_through_stage_1(in_process, tmp_path, method):
+def test_all_flags_of_outliers_through_stage_1(in_process, tmp_path, monkeypatch, method):
+    monkeypatch.setattr("utils.training.coresets.SMALL_EPOCHS", 5)
     flags = ["--init_oe", "kcenter", "--clamp_oe", "--mix_corruptions"]
     flags += [] if method == "DM" else ["--outer_loop", 1]
     out = in_process("main_poe.py", *SHORT, "--batch_oe", 8, "--method", method, *flags)

@@ -147,6 +147,6 @@ def test_a_flag_of_a_file_whose_name_is_taken(in_process, refused, tmp_path, nam
 
 
 def test_an_inner_loop_that_is_not_used_is_told(in_process):
-    words = [*SHORT, "--method", "DC", "--inner_loop", 3]
+    words = [*SHORT, "--method", "DC", "--inner_loop", 3, "--Iteration", 0]
     assert "--inner_loop is not used" in in_process("main.py", *words)
     assert "--inner_loop is not used" not in in_process("main.py", *words, "--outer_loop", 2)

@@ -242,7 +242,7 @@ STAGE3 = ["--dataset", "Digits", "--model", "ConvNetD1", "--ipc", 1, "--method",
 STAGE3 += ["--num_exp", 2, "--num_ood_ratio", 6, "--ood_sets", "patches", "uniform"]
 
 
-def test_from_stage_1_to_the_page(chain, script, in_process, refused, monkeypatch, tmp_path):
+def test_from_stage_1_to_the_page(chain, script, in_process, pictures, refused, tmp_path):
     stage1, stage2 = chain
     printed = in_process("test_ood_model_syn.py", *STAGE3, "--score", "msp", "knn", "odin")
     assert "knn: fitted on the distilled set, 10 images" in printed

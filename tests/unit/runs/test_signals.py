@@ -19,7 +19,7 @@ from utils.runs import signals
 from utils.training.trainer import Trainer
 
 STRATEGY = "color_crop_cutout_scale_rotate"
-COMMON = ["--dataset", "Digits", "--model", "ConvNetD1", "--ipc", "1", "--method", "DSA", "--dsa_strategy", STRATEGY]
+COMMON = ["--dataset", "Digits", "--model", "MLP", "--ipc", "1", "--method", "DSA", "--dsa_strategy", STRATEGY]
 STAGE1 = [*COMMON, "--init", "real", "--num_exp", "1", "--Iteration", "4", "--eval_interval", "2", "--num_eval", "2"]
 STAGE1 += [
     "--epoch_eval_train",
