@@ -26,8 +26,6 @@ from utils.methods import MethodInputs  # noqa: E402
 
 DEVICE = torch.device(os.environ.get("TRUSTDD_TEST_DEVICE", "cpu"))  # scripts/dev/gpu_check.sh sets cuda
 COMPILED = Compute(compiled=True, on_cuda=DEVICE.type == "cuda")
-if DEVICE.type == "cpu":  # no pool of compilers, which would import torch: it is for Triton, C++ kernels use threads
-    os.environ.setdefault("TORCH_WARM_POOL", "0")
 LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 # a PNG of one white pixel
 PIXEL = b64decode(b"iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg==")
