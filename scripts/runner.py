@@ -81,7 +81,7 @@ class Stage:
             UserError: when they differ.
         """
         text = path.read_text(encoding="utf-8")
-        old, new = _flags(neutral(text)), _flags(neutral("\n".join(self.lines())))
+        old, new = (_flags(neutral(_with_underscores(commands))) for commands in (text, self.text))
         if not text or old == new:
             return bool(text)
         raise UserError(
@@ -106,6 +106,11 @@ class Stage:
         if self.command[0] == "train_experts.py":  # it resumes by itself
             return [*self.command, "--buffer_path", str(self.folder)]
         return [*self.command, "--save_path", str(self.folder), *(["--resume", "latest"] if self.resumes else [])]
+
+
+def _with_underscores(commands: str) -> str:
+    """Commands with `_` for `-` in the names of flags; the scripts take both."""
+    return re.sub(r"(?<= --)[\w-]+", lambda name: name[0].replace("-", "_"), commands)
 
 
 def _without_what_may_change(commands: str) -> str:

@@ -65,14 +65,16 @@ stage() {
     if [ ! -e "$folder/done" ]; then step "$1 → $folder" "$python" scripts/runner.py "$folder" "$@"; fi
 }
 
-# whole NAME IPC METHOD SCRIPT TRAINING FLAGS: a distillation of CIFAR-10 with stages 2 and 3
+# whole NAME IPC METHOD SCRIPT TRAINING FLAGS: a distillation of CIFAR-10 with stages 2 and 3; `trained` has more flags
+# of stage 2
+trained=
 whole() {
     local to=$1 ipc=$2 method=$3 script=$4 training=$5
     shift 5
     local common="--dataset CIFAR10 --data_path $data --model ConvNet --ipc $ipc --method $method --device cuda"
     local augment="--dsa_strategy color_crop_cutout_flip_scale_rotate"
     stage "$to-1" "$script" $common $augment --init real --num_exp 1 --num_eval 2 "$@"
-    stage "$to-2" "$training" $common $augment --num_eval 3 --load_path "$work/$to-1"
+    stage "$to-2" "$training" $common $augment --num_eval 3 $trained --load_path "$work/$to-1"
     stage "$to-3" test_ood_model_syn.py $common --num_exp 3 --is_load_best --ood_sets $sets ${OOD:+--ood_path "$OOD"} \
         --score msp mls energy --load_path "$work/$to-2"
 }
@@ -99,8 +101,9 @@ part_iterations() {
     step "DSA, compiled, memory" "$python" scripts/dev/benchmark.py $flags --outer_loop 2 --inner_loop 10 --works iteration memory --out "$to-dsa-compiled.json"
 }
 part_tgdd() {
+    local trained="--protocol ncfm --epoch_eval_train 300"
     whole tgdd 10 TGDD main_poe.py train_model_synthetic_oe.py --train_experts auto --buffer_path "$work/buffers-tgdd" \
-        --Iteration "${TGDD_ITERATIONS:-2000}" --protocol ncfm --epoch_eval_train 300
+        --Iteration "${TGDD_ITERATIONS:-2000}" $trained
 }
 part_dm() { whole dm 10 DM main_poe.py train_model_synthetic_oe.py --Iteration "${DM_ITERATIONS:-2000}"; }
 part_dsa() { whole dsa 10 DSA main_poe.py train_model_synthetic_oe.py --Iteration "${DSA_ITERATIONS:-1000}"; }

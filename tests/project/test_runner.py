@@ -60,6 +60,10 @@ def test_a_flag_and_its_value_in_one_word(tmp_path):
     assert Stage(("main.py", "--seed=-1"), tmp_path).is_done()
     with pytest.raises(UserError, match="made with other flags: --seed=-1; now it has --seed=-2"):
         Stage(("main.py", "--seed=-2"), tmp_path).is_done()
+    (tmp_path / "done").write_text("main.py --lr-img 0.1 --save_path a--b-c\n")
+    assert Stage(("main.py", "--lr_img", "0.1", "--save-path", "a--b-c"), tmp_path).is_done()
+    with pytest.raises(UserError, match=r"made with other flags: --lr_img 0.1; now it has --lr_img 0.2"):
+        Stage(("main.py", "--lr-img", "0.2", "--save_path", "a--b-c"), tmp_path).is_done()
     assert runner._without_what_may_change("main.py --zca --device=cpu --ipc 1").split() == [
         "main.py", "--zca", "--ipc", "1",
     ]  # fmt: skip

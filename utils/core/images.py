@@ -72,7 +72,7 @@ class ImageReader:
 
     Args:
         flag: the flag that names the source; it begins messages and notes. Empty where `blame` names it.
-        pixel_max: the value of white in a source that uses a small part of its type's range (`--pixel_max`).
+        pixel_max: the value of white in a source that uses a part of its type's range (`--pixel_max`).
         exact: refuse files of another size or number of channels than that which is asked for.
     """
 
@@ -81,6 +81,11 @@ class ImageReader:
         self.unread: Counter[str] = Counter()  # files that are no images, by suffix
         self.seen: dict[str, set[Path]] = {}  # files of which something is noted, by what
         self._peaks: set[tuple[int, int]] = set()  # of each file the brightest value, and the largest of its type
+
+    @property
+    def has_decoded(self) -> bool:
+        """Whether it has read image files, whose white is 255 by now."""
+        return bool(self._peaks)
 
     def notes(self) -> tuple[str, ...]:
         """Lines for the log."""
@@ -108,7 +113,8 @@ class ImageReader:
                 if errors:
                     raise errors[0]
                 for path in sorted(paths):
-                    if path.is_symlink() and is_image(path):
+                    by_name = path.suffix.lower() in image_suffixes()
+                    if path.is_symlink() and (by_name or (path.is_file() and is_image(path))):
                         check_link(path, tree)
                 images = sorted(path for path in paths if path.is_file() and is_image(path))
             except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
@@ -136,7 +142,8 @@ class ImageReader:
                 peaks[full] = max(peak, peaks.get(full, 0))
             dark = [full for full, peak in peaks.items() if peak * DARK <= full]
             require(len(dark) < 2, f"{where}: dark images of 8 and of 16 bits; store 8 bits")
-            white = {full: white_value(peak, full, self.pixel_max, where) for full, peak in peaks.items()}
+            of_data = self.flag == "--data_path"
+            white = {full: white_value(peak, full, self.pixel_max, where, of_data) for full, peak in peaks.items()}
             if any(full != value for full, value in white.items()):
                 images = self._decoded(paths, (*im_size, channel), white)
         return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()

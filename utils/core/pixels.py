@@ -63,17 +63,21 @@ def conform(images: torch.Tensor, channel: int, im_size: tuple[int, int]) -> tor
     return images.clamp(0, 1)
 
 
-def white_value(brightest: int, full: int, pixel_max: int | None, where: str) -> int:
+def white_value(brightest: int, full: int, pixel_max: int | None, where: str, of_data: bool = False) -> int:
     """The value of white in images that hold values up to `brightest`, of a type that holds up to `full`.
 
     The user says it (`--pixel_max`), else it is `full`. Dark images use at most 1/8 of the range, as values of 12 bits
-    in files of 16; for them a `UserError`, which `where` begins, asks for it.
+    in files of 16; for them a `UserError`, which `where` begins, asks for it. Another refuses what does not fit; but
+    other images than those `of_data`, the data set, may be brighter, and have the white of their type then.
     """
     if pixel_max is not None and pixel_max >= full:
         return full
-    if brightest * DARK > full:
-        return full if pixel_max is None or brightest > pixel_max else pixel_max
     found = f"{where}: the brightest pixel is {brightest}, and white is {full} in this type"
+    if brightest * DARK > full:
+        fits = pixel_max is not None and brightest <= pixel_max
+        told = f"{found}; --pixel_max {pixel_max} does not fit: give the value of white, or leave it out"
+        require(pixel_max is None or fits or not of_data, told)
+        return pixel_max if fits else full
     as_they_are = f"--pixel_max {full} takes them as they are"
     white = f"if white is {brightest}, give --pixel_max {brightest}; " if brightest else ""
     require(pixel_max is not None, f"{found}, so these images are nearly black: {white}{as_they_are}")
@@ -82,14 +86,16 @@ def white_value(brightest: int, full: int, pixel_max: int | None, where: str) ->
     return pixel_max
 
 
-def in_full_range(parts: Sequence[torch.Tensor], pixel_max: int | None, where: str) -> list[torch.Tensor]:
+def in_full_range(
+    parts: Sequence[torch.Tensor], pixel_max: int | None, where: str, of_data: bool = False
+) -> list[torch.Tensor]:
     """The parts of one source of images, uint8 ones scaled so that white is 255; see `white_value`."""
     if any(part.dtype != torch.uint8 for part in parts):
         return list(parts)
     is_bright = any(int(part[:: max(1, len(part) // LOOKED_AT)].max()) * DARK > 255 for part in parts)
     if is_bright and (pixel_max is None or pixel_max >= 255):
         return list(parts)
-    white = white_value(max(int(part.max()) for part in parts), 255, pixel_max, where)
+    white = white_value(max(int(part.max()) for part in parts), 255, pixel_max, where, of_data)
     return [torch.from_numpy(scale_table(white)[part.numpy()]) if white < 255 else part for part in parts]
 
 

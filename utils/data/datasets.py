@@ -59,7 +59,7 @@ class RealData:
     zca: ZCA | None = None  # whitening instead of mean and std
     class_names: tuple[str, ...] = ()  # in the order of the labels, of the folders or torchvision; empty: not known
     notes: tuple[str, ...] = ()  # lines for the log
-    pixel_max: int | None = None  # the value of white in dark images, of outliers too (`--pixel_max`)
+    pixel_max: int | None = None  # the value of white in images, of outliers too (`--pixel_max`)
 
     @property
     def channel(self) -> int:
@@ -157,7 +157,7 @@ def load_dataset(
         im_size: side of the images, `ImageFolder` only (default 64).
         download: fetch a missing set through torchvision.
         zca: whiten the images instead of normalising them.
-        pixel_max: the value of white in images that use a small part of their type's range, see `white_value`.
+        pixel_max: the value of white in images that use a part of their type's range, see `white_value`.
     """
     require(name in DATASET_NAMES, unknown_name("dataset", name, DATASET_NAMES))
     wrong = f"--im_size: only ImageFolder takes it; {name} has its own size"
@@ -178,7 +178,8 @@ def load_dataset(
             notes = ()
         spec = SPECS.get(name)
         images, labels, images_test, labels_test = _checked(arrays, name, spec, source)
-        images, images_test = in_full_range((images, images_test), pixel_max, str(source))
+        if not reader.has_decoded:
+            images, images_test = in_full_range((images, images_test), pixel_max, str(source), of_data=True)
     mean, std = (spec.mean, spec.std) if spec and spec.mean else _moments(images)
     tensors = (images, labels, images_test, labels_test)
     real = RealData(name, len(labels.unique()), mean, std, *tensors, None, tuple(class_names), notes, pixel_max)

@@ -127,7 +127,7 @@ def check_factor(factor: object, size: tuple[int, int], flag: str) -> int:
     shown, most = f"{flag} {factor}: images of {size[0]}x{size[1]}", max(1, min(size) // 2)
     require(type(factor) is int and 1 <= factor <= most, f"{shown} hold at most {most} parts a side")
     beyond = any((factor - 1) * -(-side // factor) >= side for side in size)  # parts are rounded up to whole pixels
-    require(not beyond, f"{shown} have no room for so many parts of whole pixels; give a number that divides {size[0]}")
+    require(not beyond, f"{shown} have no room for so many parts of whole pixels; give a smaller number")
     return factor
 
 

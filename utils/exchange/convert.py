@@ -62,7 +62,7 @@ def read_distilled(
         line = (
             f"distilled set: {where}, format {files.format}: {len(images)} images, {real.num_classes} classes, "
             f"labels {kind}, {_in_words(normalisation)}, decoding factor {factor}, learning rate "
-            f"{'not stored (--lr_net gives one)' if raw.lr_net is None else f'{raw.lr_net:g}'}"
+            f"{'not stored' if raw.lr_net is None else f'{raw.lr_net:g}'}"
         )
         images_oe, line_oe = None, ""
         if outliers:

@@ -121,7 +121,11 @@ class RunFolder:
             return
         about = read_args(self.path)
         now = {"command": shlex.join(sys.orig_argv), "at": _now(), "git_commit": git_commit(), "versions": versions()}
-        about |= {"flags": flags | {"resume": None}, "resumed": [*about.get("resumed", []), now], "finished": None}
+        about |= {
+            "flags": about["flags"] | flags | {"resume": None},
+            "resumed": [*about.get("resumed", []), now],
+            "finished": None,
+        }
         _save_json(self.path / ARGS, about | more)
 
     def finish(self) -> None:

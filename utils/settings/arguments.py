@@ -54,11 +54,10 @@ class Stage1Settings(MethodChoice, *(kind for kind in KINDS if not kind.__subcla
 
     def completed(self, given: Mapping[str, Any]) -> Self:
         """The defaults of the method, where no flag was given, and it would have an effect."""
-        needs = self.needs()
-        usual = {name: value for name, value in self.defaults().items() if name not in given and name in needs}
-        return replace(
-            self, **{name: value for name, value in usual.items() if all(n.holds(self) for n in needs[name])}
-        )
+        entry, needs = METHODS[self.method], self.needs()
+        usual = {**entry.defaults, **entry.derived(self)}
+        follow = [name for name in usual if name not in given and all(n.holds(self) for n in needs.get(name, ()))]
+        return replace(self, **{name: usual[name] for name in follow})
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,7 @@ class OutlierTraining(Settings):
 class OutlierBatches(Settings):
     """Outliers in batches."""
 
-    batch_oe: int = flag(256, "outliers per slot and step")
+    batch_oe: int = flag(256, "outliers per slot and step; of experts, per step, of all slots together")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from utils.data.datasets import RealData
 from utils.outliers.sources import OutlierSource, PseudoOutliers, load_outlier_pool
 from utils.runs.resume import Checkpoints
 from utils.settings import common
-from utils.settings.fields import Need, Settings, flag, flags_of, main_flag, only, with_default
+from utils.settings.fields import Need, Settings, flag, flags_of, main_flag, only
 from utils.settings.parser import count, number
 
 EVAL_MODES = {  # the networks of --eval_mode, but for S and SS, which take that of --model
@@ -153,10 +153,6 @@ class ExpertSettings(
     decay: bool = flag(False, "multiply the learning rate by 0.1 after epoch train_epochs // 2 + 1")
     outliers: str = main_flag(
         "none", "train on outliers, too: oe for main_oe.py, poe for main_poe.py", names=("none", "oe", "poe")
-    )
-
-    batch_oe: int = with_default(
-        common.OutlierBatches, "batch_oe", 256, help="outliers per step, of all slots together"
     )
 
     def about(self) -> dict:

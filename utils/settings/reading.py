@@ -12,10 +12,11 @@ import yaml
 
 from utils.core.errors import UserError, blame, one_line, require
 from utils.core.files import check_file, read_json
-from utils.settings.fields import OF_RUN, Settings, add_flag, flag_words, flags_of, groups_of, takes_several
+from utils.settings.fields import OF_RUN, Settings, add_flag, as_dict, flag_words, flags_of, groups_of, takes_several
 from utils.settings.parser import Parser, underscored, value_in
 
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}  # of YAML
+NULLS = ("", "~", "null")  # of YAML
 NOT_READ = ("resume", "config")  # flags that no file of flags may hold
 DROPPED = {  # flags that are gone, with the value that did nothing
     "matching": "separate", "moments_oe": 1, "network_pool": 0, "pool_epochs": 20, "pool_last_epoch": 200,
@@ -104,7 +105,7 @@ def flags_as_words(parser: SettingsParser, flags: Mapping[str, object], flag: st
     known = {f.name: takes_several(f) for f in flags_of(parser.settings)}
     found = []
     for name, value in flags.items():
-        gone = name not in known and value == DROPPED.get(name)
+        gone = name not in known and name in DROPPED and str(value) == str(DROPPED[name])
         if name in NOT_READ or value is None or value is False or gone:
             continue
         several, shown = isinstance(value, list), one_line(f"--{name}={value}")
@@ -135,10 +136,13 @@ def _words_of_config(parser: SettingsParser, words: Sequence[str]) -> list[str]:
     flags = content["flags"] if of_run else content
     if not isinstance(flags, dict) or not all(isinstance(key, str) for key in flags):
         raise UserError(f"--config: {path} holds no flags; write `name: value` in each line, or give an args.json")
-    flags = {key.replace("-", "_"): value for key, value in flags.items()}
+    flags = {key.replace("-", "_"): None if value in NULLS else value for key, value in flags.items()}
     for f in flags_of(parser.settings):
-        if f.default is False and isinstance(flags.get(f.name), str):
-            flags[f.name] = BOOLEANS.get(flags[f.name].lower(), flags[f.name])
+        value = flags.get(f.name)
+        if f.default is False and isinstance(value, str):
+            flags[f.name] = BOOLEANS.get(value.lower(), value)
+        elif not isinstance(f.default, bool) and isinstance(value, bool):
+            flags[f.name] = "on" if value else "off"  # of --compile, in JSON
     code = flags.get("method_file")
     told = f"--config: {path} names --method_file {one_line(code)}, which is code; give that flag on the command line"
     require(code is None or "method_file" in given, told)
@@ -146,7 +150,9 @@ def _words_of_config(parser: SettingsParser, words: Sequence[str]) -> list[str]:
         flags.pop("save_path", None)  # where that script writes
     values, _ = parser.values_of([*words, *flags_as_words(parser, flags, "--config", path)])
     if of_run:
-        usual = parser.settings(**values).defaults()
+        made = parser.settings(**{n: v for n, v in values.items() if flags.get(n) not in (None, False)})
+        usual = made.defaults()
+        flags = {n: v for n, v in flags.items() if n not in usual or n in as_dict(made)}
     else:
         method = value_in(words, "method") or values.get("method")
         varies = parser.settings.with_several_defaults(method) - parser.hidden
@@ -170,4 +176,4 @@ def _content(path: Path) -> object:
     names = Counter(key.value.replace("-", "_") for key, _ in node.value)
     twice = [name for name, times in names.items() if times > 1]
     require(not twice, f"--config: {path} gives {', '.join(twice)} twice; give each flag once")
-    return {name: None if value in ("", "~", "null") else value for name, value in content.items()}
+    return content

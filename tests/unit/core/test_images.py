@@ -1,5 +1,7 @@
 """What is read is what the user sees: image files and arrays, beside Pillow and numpy."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -148,6 +150,11 @@ def test_white_that_the_user_says_counts_for_images_that_are_not_dark(tmp_path):
     both = read(tmp_path, 1, pixel_max=16383)[0]
     assert torch.equal(both[0], found[0])
     np.testing.assert_array_equal(both[1, 0].numpy(), eight)
+    hot = values.copy()
+    hot[0, 0] = 65535
+    Image.fromarray(hot).save(tmp_path / "b.png")
+    with pytest.raises(UserError, match=r"--data_path: .*brightest pixel is 65535.*--pixel_max 16383 does not fit"):
+        ImageReader("--data_path", 16383).folder_or_array(tmp_path, 1, (8, 8))
     six = (eight // 4).reshape(1, 8, 8)
     np.savez(tmp_path / "c.npz", images=six)
     scaled = read(tmp_path / "c.npz", 1, pixel_max=63)[0]
@@ -221,6 +228,12 @@ def test_dark_data_are_refused_everywhere(tmp_path, digits):
     real, same = load_dataset("npz", tmp_path / "dark.npz", pixel_max=16), load_dataset("npz", tmp_path / "bright.npz")
     assert torch.equal(real.images_train, same.images_train)
     assert (real.mean, real.std) == (same.mean, same.std)
+    folder = folder_of(tmp_path / "own" / "train" / "a", values[:9])
+    folder_of(folder.parent / "b", values[9:19])
+    shutil.copytree(folder.parent, tmp_path / "own" / "test")
+    found = load_dataset("ImageFolder", tmp_path / "own", 8, pixel_max=100)  # scaled once
+    expected = np.round(values[:19] * (255 / 100))
+    np.testing.assert_array_equal(found.images_train[:, 0].numpy(), expected)
     np.savez(tmp_path / "mine.npz", images=values)
     source = OODSource(same, tmp_path, tmp_path, False, 50, 1)
     with pytest.raises(UserError, match=r"--ood_path: .*mine.npz: the brightest pixel is 16"):

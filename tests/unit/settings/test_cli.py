@@ -186,6 +186,15 @@ def test_the_flags_of_a_run_for_a_sister_script_or_another_method(tmp_path):
     assert found == stage1.get_args_parser().parse_args(["--method", "TGDD", "--Iteration", "7"])
     stored("main.py", "--save_path", "mine")
     assert parsed("main.py", "--method", "MTT").save_path == "mine"
+    plain = stage1.get_args_parser().parse_args(["--method", "TGDD"])
+    older = {f.name: getattr(plain, f.name) for f in flags_of(type(plain))}  # held all flags
+    path.write_text(json.dumps({"script": "main.py", "flags": older}))
+    assert older["batch_oe"] == 256
+    assert parsed("main.py") == plain
+    expected = stage1.get_args_parser().parse_args(["--method", "TGDD", "--published"])
+    assert (parsed("main.py", "--published"), expected.Iteration) == (expected, 10000)
+    path.write_text(json.dumps({"flags": {"compile": False, "moments_oe": 1}}))
+    assert parsed("main.py").compile == "off"
     published = stage1.get_args_parser().parse_args(["--method", "TGDD", "--published", "--Iteration", "2000"])
     assert stage1.get_args_parser().parse_args(as_words(published)) == published
 
