@@ -1,10 +1,12 @@
 """What is read is what the user sees: image files and arrays, beside Pillow and numpy."""
 
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 from utils.core.errors import UserError
@@ -243,6 +245,17 @@ def test_dark_data_are_refused_everywhere(tmp_path, digits):
     np.savez(tmp_path / "set.npz", images=values[:10, ..., None], labels=np.arange(10))
     with pytest.raises(UserError, match=r"--distilled: .*set.npz: the brightest pixel is 16"):
         read_distilled([str(tmp_path / "set.npz")], same, Assumptions(distilled_space="unit"))
+
+
+def test_the_pictures_in_the_documentation(tmp_path, monkeypatch):
+    """Are read as the data set that the command beside them names."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "your-data.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("200", "4").replace("100", "3"), {})
+    found = load_dataset("ImageFolder", "shapes", 64)
+    assert found.class_names == ("circles", "squares", "triangles")
+    assert (tuple(found.images_train.shape), len(found.images_test)) == ((12, 3, 64, 64), 9)
+    assert all(len(image.flatten(1).unique(dim=1).T) == 2 for image in found.images_train)  # paper and ink
 
 
 # --- which files are read ---------------------------------------------------------------------------------------------
