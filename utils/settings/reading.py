@@ -131,23 +131,10 @@ def _words_of_config(parser: SettingsParser, words: Sequence[str]) -> list[str]:
         return []
     with blame("--config"):
         path = check_file(Path(name))
-    content = _content(path)
-    of_run = isinstance(content, dict) and isinstance(content.get("flags"), dict)
-    flags = content["flags"] if of_run else content
-    if not isinstance(flags, dict) or not all(isinstance(key, str) for key in flags):
-        raise UserError(f"--config: {path} holds no flags; write `name: value` in each line, or give an args.json")
-    flags = {key.replace("-", "_"): None if value in NULLS else value for key, value in flags.items()}
-    for f in flags_of(parser.settings):
-        value = flags.get(f.name)
-        if f.default is False and isinstance(value, str):
-            flags[f.name] = BOOLEANS.get(value.lower(), value)
-        elif not isinstance(f.default, bool) and isinstance(value, bool):
-            flags[f.name] = "on" if value else "off"  # of --compile, in JSON
+    flags, of_run = _flags_in(path, parser)
     code = flags.get("method_file")
     told = f"--config: {path} names --method_file {one_line(code)}, which is code; give that flag on the command line"
     require(code is None or "method_file" in given, told)
-    if of_run and content.get("script", parser.prog) != parser.prog:
-        flags.pop("save_path", None)  # where that script writes
     values, _ = parser.values_of([*words, *flags_as_words(parser, flags, "--config", path)])
     if of_run:
         made = parser.settings(**{n: v for n, v in values.items() if flags.get(n) not in (None, False)})
@@ -160,6 +147,25 @@ def _words_of_config(parser: SettingsParser, words: Sequence[str]) -> list[str]:
     at_default = {n for n, v in values.items() if n not in OF_RUN and n in usual and v == usual[n]}
     kept = {name: value for name, value in flags.items() if name not in given | at_default}
     return flags_as_words(parser, kept, "--config", path)
+
+
+def _flags_in(path: Path, parser: SettingsParser) -> tuple[dict[str, Any], bool]:
+    """The flags in a file by name, and whether it is the args.json of a run."""
+    content = _content(path)
+    of_run = isinstance(content, dict) and isinstance(content.get("flags"), dict)
+    flags = content["flags"] if of_run else content
+    if not isinstance(flags, dict) or not all(isinstance(key, str) for key in flags):
+        raise UserError(f"--config: {path} holds no flags; write `name: value` in each line, or give an args.json")
+    flags = {key.replace("-", "_"): None if value in NULLS else value for key, value in flags.items()}
+    for f in flags_of(parser.settings):
+        value = flags.get(f.name)
+        if f.default is False and isinstance(value, str):
+            flags[f.name] = BOOLEANS.get(value.lower(), value)
+        elif not isinstance(f.default, bool) and isinstance(value, bool):
+            flags[f.name] = "on" if value else "off"  # of --compile, in JSON
+    if of_run and content.get("script", parser.prog) != parser.prog:
+        flags.pop("save_path", None)  # where that script writes
+    return flags, of_run
 
 
 def _content(path: Path) -> object:
