@@ -27,6 +27,7 @@ from utils.runs.resume import _latest, resume_command
 from utils.runs.run_folder import RunFolder, read_metrics
 from utils.settings.fields import flag_words
 from utils.settings.parser import Parser
+from utils.stages import training_set
 
 KILLS = int(os.environ.get("TRUSTDD_KILLS", "5"))  # of each kind, in each stage
 NETWORK = "--dataset Digits --model MLP --ipc 1 --method DSA --dsa_strategy color_crop_cutout_scale_rotate"
@@ -369,11 +370,18 @@ def test_inputs_that_changed_are_noticed(whole, copied, refused):
 @pytest.mark.parametrize(
     ("outliers", "expected"), [("corrupt", {"data_path"}), ("initial", {"data_path", "load_path"})]
 )
-def test_the_whole_set_is_known_by_its_data(in_process, tmp_path, outliers, expected):
+def test_the_whole_set_is_known_by_its_data(in_process, refused, monkeypatch, tmp_path, outliers, expected):
     """Its normalised images differ from device to device, and a run may be resumed on another; outliers are stored."""
     flags = [*SMALL.split(), "--train_on", "whole", "--outliers", outliers, "--num_eval", 1, "--epoch_eval_train", 1]
     in_process("train_model_synthetic_oe.py", *flags, *(["--ipc", 1] if outliers == "initial" else []))
-    assert set(json.loads((run_folder(tmp_path) / "args.json").read_text())["inputs"]) == expected
+    folder = run_folder(tmp_path)
+    assert set(json.loads((folder / "args.json").read_text())["inputs"]) == expected
+    # a resumed run reads them, and draws none: elsewhere others could be drawn
+    monkeypatch.setattr(training_set, "initial_outliers", None)
+    assert "resumed" in in_process("train_model_synthetic_oe.py", "--resume", folder)
+    if outliers == "initial":
+        torch.save(load(folder / "outliers.pt") + 1, folder / "outliers.pt")
+        assert "the data differ from those" in refused("train_model_synthetic_oe.py", "--resume", folder)
 
 
 def test_a_distilled_set_that_changed_or_moved(whole, copied, in_process, refused, tmp_path):

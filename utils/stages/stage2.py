@@ -7,6 +7,7 @@ from pathlib import Path
 
 from utils.compute import distributed
 from utils.compute.device import Workload, choose_compute, choose_device
+from utils.core.files import save_pt
 from utils.core.rng import generator
 from utils.core.torch_files import fingerprint
 from utils.data.augment import dc_augmentation
@@ -25,7 +26,7 @@ from utils.settings.arguments import Stage2Settings, Stage3Settings, carried, co
 from utils.settings.common import OOD_PATH, read_data
 from utils.settings.fields import as_dict
 from utils.stages.evaluation import training_of
-from utils.stages.training_set import TrainingSet, labelled_images, resumed_set, with_outliers
+from utils.stages.training_set import OUTLIERS, TrainingSet, labelled_images, resumed_set, with_outliers
 from utils.training.coresets import WHOLE_EPOCHS, FeatureNetworks
 from utils.training.network_training import TEST_INTERVAL, NetworkTraining
 from utils.training.trainer import LR_NET, Trainer, TrainSettings
@@ -125,7 +126,7 @@ def _resume(s: Stage2Settings, chosen: TrainingSet, real: RealData) -> RunFolder
 def _start(s: Stage2Settings, chosen: TrainingSet, real: RealData, training: TrainSettings) -> RunFolder:
     """A new run folder, named as that of stage 1 if there is one, so that one name leads through all stages.
 
-    If the set is not from a file of stage 1, it is saved in the run folder, unless it is the whole training set.
+    If the set is not from a file of stage 1, it is saved in the run folder; of the whole training set its outliers are.
     """
     name = chosen.origin and chosen.origin.name
     kinds = (s.train_on, s.outliers, "again" if s.corrupt_again else "none")
@@ -137,6 +138,8 @@ def _start(s: Stage2Settings, chosen: TrainingSet, real: RealData, training: Tra
         if run.is_main:
             stored = replace(chosen.synthetic.detached_cpu(), fresh_oe=None)
             DistilledFile.write(path, [stored], {}, real, {"flags": as_dict(s)})
+    elif s.train_on == "whole" and chosen.synthetic.images_oe is not None and run.is_main:
+        save_pt(run.path / OUTLIERS, chosen.synthetic.images_oe.cpu())
     sources = {"distilled_set": path and str(path.resolve()), "images_from": origin and str(origin.resolve())}
     about = {"device": str(real.device), "seed": s.seed, "epochs": training.epochs, "lr": training.lr}
     about |= {"inputs": _fingerprints(s, real, chosen.synthetic), "data": identity(real)}

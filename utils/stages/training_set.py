@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from utils.compute import distributed
-from utils.core.errors import UserError
+from utils.core.errors import UserError, require
+from utils.core.torch_files import read_pt
 from utils.data.datasets import RealData
 from utils.data.distilled_file import DistilledFile
 from utils.data.synthetic import SyntheticSet, as_parts, check_factor
@@ -29,6 +30,8 @@ from utils.runs.run_folder import read_args
 from utils.settings.arguments import Stage2Settings
 from utils.settings.fields import flag_words
 from utils.training.coresets import check_ipc, coreset, random_images, whole_set
+
+OUTLIERS = "outliers.pt"  # in a folder of stage 2: those that are stored beside the whole training set
 
 
 @dataclass(frozen=True)
@@ -189,11 +192,18 @@ def _named(s: Stage2Settings) -> str:
 def resumed_set(s: Stage2Settings, real: RealData) -> TrainingSet | None:
     """The set that the run of `--resume` was trained on, from the file that holds it.
 
-    None if there is nothing to resume, the set is the whole training set, or `--load_path` or `--folder` changed.
+    None if there is nothing to resume, the set is the whole training set with no stored outliers, or `--load_path` or
+    `--folder` changed.
     """
-    if s.resume is None or s.train_on == "whole":
+    if s.resume is None:
         return None
     folder = Path(s.resume)
+    if s.train_on == "whole":
+        if not (folder / OUTLIERS).is_file():
+            return None
+        images = read_pt(folder / OUTLIERS)
+        require(isinstance(images, Tensor), f"--resume: {folder / OUTLIERS} is damaged; start a new run")
+        return with_new_outliers(s, TrainingSet(replace(whole_set(real), images_oe=images)), real)
     about = read_args(folder)
     if any(getattr(s, name) != about["flags"].get(name) for name in ("load_path", "folder")):
         return None
