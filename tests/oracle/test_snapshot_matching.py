@@ -229,11 +229,10 @@ def test_missing_experts_are_trained(in_process, refused, tmp_path):
     assert json.loads(stored.read_text())["flags"]["lr_img"] == 0.01
     again = in_process("main.py", *short, "--method", "TGDD", "--buffer_path", "a", "--seed", 2)  # they serve all seeds
     assert "expert 0: " not in again
-    folder = (
-        tmp_path / "a/Digits_NO_ZCA/ConvNetD1"
-    )  # one that was stopped serves no other seed, and the message says it
+    folder = tmp_path / "a/Digits_NO_ZCA/MLP"
     (folder / "unfinished_expert_0").mkdir()
     (folder / "replay_buffer_0.pt").rename(folder / "unfinished_expert_0" / "epoch_1.pt")
+    # one that was stopped serves no other seed
     error = refused("main.py", *short, "--method", "TGDD", "--buffer_path", "a", "--seed", 2)
     assert 'are of another kind: training {"seed": 1} instead of {"seed": 2}' in error
     own = METHODS["MTT"].own(Stage1Settings(method="MTT", max_start_epoch=60))

@@ -307,8 +307,14 @@ def test_damaged_arguments(whole, refused, tmp_path):
         (json.dumps(about | {"flags": about["flags"] | {"model": {"a": 1}}}).encode(), "--model"),
         (json.dumps(about | {"flags": about["flags"] | {"new": "x"}}).encode(), "does not know: --new=x"),
         (json.dumps(about | {"flags": about["flags"] | {"help": True}}).encode(), "does not know: --help=True"),
-        (json.dumps(about | {"flags": about["flags"] | {"ipc": ["1", "junk"]}}).encode(), "does not know: --ipc="),
-        (json.dumps(about | {"flags": about["flags"] | {"tensorboard": ["x"]}}).encode(), "does not know"),
+        (
+            json.dumps(about | {"flags": about["flags"] | {"ipc": ["1", "junk"]}}).encode(),
+            "--ipc=['1', 'junk']; give one",
+        ),
+        (
+            json.dumps(about | {"flags": about["flags"] | {"tensorboard": ["x"]}}).encode(),
+            "--tensorboard=['x']; give one",
+        ),
         (json.dumps(about | {"flags": about["flags"] | {"is_parallel": 1}}).encode(), "does not know: --is_parallel=1"),
         (json.dumps(about | {"flags": about["flags"] | {"corruptions": ["--help"]}}).encode(), "--corruptions"),
     ]:
