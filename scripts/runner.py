@@ -27,7 +27,7 @@ from utils.core.errors import UserError
 from utils.core.files import save_output, save_text
 from utils.core.run_script import run_script
 from utils.settings.fields import flags_of
-from utils.settings.parser import Parser
+from utils.settings.parser import Parser, underscored
 
 DONE = "done"
 BEGUN = "begun"
@@ -110,7 +110,7 @@ class Stage:
 
 def _with_underscores(commands: str) -> str:
     """Commands with `_` for `-` in the names of flags; the scripts take both."""
-    return re.sub(r"(?<= --)[\w-]+", lambda name: name[0].replace("-", "_"), commands)
+    return "\n".join(shlex.join(underscored(shlex.split(line))) for line in commands.splitlines())
 
 
 def _without_what_may_change(commands: str) -> str:

@@ -2,9 +2,6 @@
 
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
-
-import yaml
 
 from scripts.kinds import kind_named
 from utils.core.errors import UserError, one_line, unknown_name
@@ -67,18 +64,3 @@ def merge(old: dict, new: dict, place: str = "") -> dict:
             )
         found[name] = merge(before, value, f"{place}{name}.") if isinstance(value, dict) else value
     return found
-
-
-def read_config(path: Path) -> dict:
-    """The values of a YAML file, as texts.
-
-    Raises:
-        UserError: when it is not there or holds something else.
-    """
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"CONFIG: cannot read {path}: {one_line(error)}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"CONFIG: {path} holds no names and values; see scripts/tables/digits.yaml")
-    return values

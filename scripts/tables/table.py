@@ -27,8 +27,9 @@ import utils  # noqa: F401  # isort: skip (before torch: it tells OpenMP how to 
 from scripts.kinds import DISTILLED, Kind, kind_named
 from scripts.runner import DONE, Stage, run_stages, to_run
 from scripts.tables import check_inputs
-from scripts.tables.config import merge, merged, read_config, words_of
+from scripts.tables.config import merge, merged, words_of
 from utils.core.errors import UserError, unknown_name
+from utils.core.files import read_yaml
 from utils.core.run_script import run_script
 from utils.methods import METHODS
 from utils.settings.arguments import Stage1Settings
@@ -89,7 +90,7 @@ def main(args: argparse.Namespace) -> None:
 def plan(args: argparse.Namespace, out: Path) -> tuple[list["Table"], list[Stage]]:
     """The table of each recipe, or the only one, and all stages; their flags are checked by the scripts' parsers."""
     given = _given(args)
-    layers = [read_config(path) for path in (HERE / "defaults.yaml", *map(Path, args.configs))]
+    layers = [read_yaml(path, "CONFIG") for path in (HERE / "defaults.yaml", *map(Path, args.configs))]
     settings = merged([*layers, given])
     recipes = settings["recipes"]
     if not recipes:

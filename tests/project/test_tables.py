@@ -316,6 +316,12 @@ def test_a_wrong_value(run, flags, message):
         run("cifar10", *flags)
 
 
+def test_a_config_that_gives_a_value_twice(run, tmp_path):
+    (tmp_path / "own.yaml").write_text("stage1: {Iteration: 3, Iteration: 4}\n")
+    with pytest.raises(UserError, match=r"CONFIG: cannot read .*own\.yaml: it gives Iteration twice; give each once"):
+        run(f"cifar10 {tmp_path / 'own'}", *CIFAR[1:])
+
+
 def test_a_recipe_has_what_its_method_has(run, tmp_path):
     (tmp_path / "own.yaml").write_text(
         "methods: {DM: {stage1: {Iteration: 70}}, DSA: }\nrecipes:\n  dm: {method: DM}\n  usual:\n"

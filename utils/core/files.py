@@ -1,4 +1,4 @@
-"""Files: atomic, durable writes; reading text, JSON and NumPy arrays without trusting them; CSV."""
+"""Files: atomic, durable writes; reading text, JSON, YAML and NumPy arrays without trusting them; CSV."""
 
 import csv
 import io
@@ -7,6 +7,7 @@ import os
 import secrets
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
+import yaml
 
 from utils.core.errors import UserError, blame, one_line, require
 
@@ -135,6 +137,32 @@ def read_json(path: Path, what: str) -> dict:
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} is damaged: {one_line(error)}") from None
         require(isinstance(value, dict), f"{path} is damaged: it holds no JSON object")
+        return value
+
+
+class _Texts(yaml.BaseLoader):
+    """Reads every value of YAML as the text that is written, and refuses a name that is given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """The names and values of one level."""
+        names = Counter(str(key.value).replace("-", "_") for key, _ in node.value)
+        if twice := [name for name, times in names.items() if times > 1]:
+            raise yaml.YAMLError(f"it gives {', '.join(twice)} twice; give each once")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path, what: str) -> dict:
+    """The names and values in a YAML file, at every level; values are texts and lists of them.
+
+    A `UserError`, which `what` begins, tells of a file that is missing or damaged, holds no names, or one twice.
+    """
+    with blame(what):
+        path = check_file(path)
+        try:
+            value = yaml.load(path.read_text(encoding="utf-8"), _Texts)
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            raise UserError(f"cannot read {path}: {one_line(error)}. Mend it") from None
+        require(isinstance(value, dict), f"{path} holds no names and values; write `name: value` in each line")
         return value
 
 

@@ -2,16 +2,13 @@
 
 import argparse
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from utils.core.errors import UserError, blame, one_line, require
-from utils.core.files import check_file, read_json
+from utils.core.errors import UserError, one_line, require
+from utils.core.files import read_json, read_yaml
 from utils.settings.fields import OF_RUN, Settings, add_flag, as_dict, flag_words, flags_of, groups_of, takes_several
 from utils.settings.parser import Parser, underscored, value_in
 
@@ -129,9 +126,7 @@ def _words_of_config(parser: SettingsParser, words: Sequence[str]) -> list[str]:
     name = value_in(words, "config")
     if name is None:
         return []
-    with blame("--config"):
-        path = check_file(Path(name))
-    flags, of_run = _flags_in(path, parser)
+    flags, of_run = _flags_in(path := Path(name), parser)
     code = flags.get("method_file")
     told = f"--config: {path} names --method_file {one_line(code)}, which is code; give that flag on the command line"
     require(code is None or "method_file" in given, told)
@@ -151,11 +146,9 @@ def _words_of_config(parser: SettingsParser, words: Sequence[str]) -> list[str]:
 
 def _flags_in(path: Path, parser: SettingsParser) -> tuple[dict[str, Any], bool]:
     """The flags in a file by name, and whether it is the args.json of a run."""
-    content = _content(path)
-    of_run = isinstance(content, dict) and isinstance(content.get("flags"), dict)
+    content = (read_yaml if path.suffix in (".yaml", ".yml") else read_json)(path, "--config")
+    of_run = isinstance(content.get("flags"), dict)
     flags = content["flags"] if of_run else content
-    if not isinstance(flags, dict) or not all(isinstance(key, str) for key in flags):
-        raise UserError(f"--config: {path} holds no flags; write `name: value` in each line, or give an args.json")
     flags = {key.replace("-", "_"): None if value in NULLS else value for key, value in flags.items()}
     for f in flags_of(parser.settings):
         value = flags.get(f.name)
@@ -166,20 +159,3 @@ def _flags_in(path: Path, parser: SettingsParser) -> tuple[dict[str, Any], bool]
     if of_run and content.get("script", parser.prog) != parser.prog:
         flags.pop("save_path", None)  # where that script writes
     return flags, of_run
-
-
-def _content(path: Path) -> object:
-    """What a JSON or YAML file holds; the values of YAML as texts, which are read as words of a command line are."""
-    if path.suffix not in (".yaml", ".yml"):
-        return read_json(path, "--config")
-    try:
-        text = path.read_text(encoding="utf-8")
-        node, content = yaml.compose(text, yaml.BaseLoader), yaml.load(text, yaml.BaseLoader)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"--config: cannot read {path}: {one_line(error)}. Mend it") from None
-    if not isinstance(content, dict):
-        return content
-    names = Counter(key.value.replace("-", "_") for key, _ in node.value)
-    twice = [name for name, times in names.items() if times > 1]
-    require(not twice, f"--config: {path} gives {', '.join(twice)} twice; give each flag once")
-    return content

@@ -208,7 +208,7 @@ def test_a_file_of_flags_that_cannot_be(tmp_path, refused):
     assert "--config: b.json" in refused("main.py", "--config", "b.json")
     assert "--config: c.json is not there" in refused("main.py", "--config=c.json")
     (tmp_path / "d.yaml").write_text("ipc: 3\nlr-img: 1\nlr_img: 2\n")
-    assert "d.yaml gives lr_img twice; give each flag once" in refused("main.py", "--config", "d.yaml")
+    assert "d.yaml: it gives lr_img twice; give each once" in refused("main.py", "--config", "d.yaml")
     (tmp_path / "e.yaml").write_text("ipc: [1, 10]")
     told = "--config: e.yaml has --ipc=['1', '10']; give one value"
     assert told in refused("main.py", "--config", "e.yaml")
