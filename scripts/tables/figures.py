@@ -201,6 +201,7 @@ def tradeoff() -> Figure:
     figure = Figure(figsize=(8.6, 4.2), layout="constrained")
     axis = figure.subplots()
     for group, (method, ipc, paper) in groups.items():
+        lines: dict[str, list[tuple[float, float]]] = {}
         for kind, place in places_of_kinds(RESULTS / group, list(colors)).items():
             row, shape = read_kind(place, kind), "whole set" if kind.startswith("whole") else method
             x, y = (100 * np.mean([*row.by_seed(StudyColumn(*m)).values()]) for m in (("accuracy",), ("auroc", "msp")))
@@ -208,10 +209,14 @@ def tradeoff() -> Figure:
                 x, y, markers[shape], color=colors[kind], mfc=colors[kind] if ipc == 10 else "white",
                 markersize=(9 if paper else 5.5) + 3 * (shape == "whole set"),
             )  # fmt: skip
+            lines.setdefault(shape, []).append((x, y))
+        for points in lines.values():
+            axis.plot(*zip(*points, strict=True), color=GREY, linewidth=0.7, zorder=0)
     for name, marker in markers.items():
         axis.plot([], [], marker, color=GREY, label=name, ls="")
     for name, color in (("without outliers", BLACK), ("distilled outliers", BLUE), ("on the fly", RED)):
         axis.plot([], [], "_", color=color, markeredgewidth=4, label=name, ls="")
+    axis.plot([], [], color=GREY, linewidth=0.7, label="one method, with the same settings")
     axis.plot([], [], "o", color=GREY, mfc="white", label="one image per class", ls="")
     axis.plot([], [], "o", color=GREY, markersize=9, label="large: the paper's ConvNet", ls="")
     axis.plot([], [], "o", color=GREY, markersize=5.5, label="small: ConvNetW32", ls="")

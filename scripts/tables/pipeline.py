@@ -47,7 +47,8 @@ def pipeline() -> Figure:
     }
     for name, (left, bottom, title) in places.items():
         axis = figure.add_axes((left, bottom, 0.245, 0.4))
-        axis.imshow(np.vstack([np.hstack([*half]) for half in (pictures[name][:5], pictures[name][5:])]))
+        framed = np.pad(pictures[name], ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+        axis.imshow(np.vstack([np.hstack([*half]) for half in (framed[:5], framed[5:])]))
         axis.set_title(title, fontsize=9, pad=3)
         axis.axis("off")
     study = load_study_csv(RESULTS / "cifar10-tgdd-ipc10.csv")

@@ -61,7 +61,7 @@ def check_about(folder: Path, expected: dict) -> bool:
             found, wanted = ({n: values.get(n) for n in names} for values in (found, wanted))
         raise UserError(
             f"--buffer_path: the experts in {folder} are of another kind: {name} {json.dumps(found)[:120]} instead of "
-            f"{json.dumps(wanted)[:120]}. Give the --buffer_path of the right ones"
+            f"{json.dumps(wanted)[:120]}. Give the --buffer_path of the right ones, or another"
         )
     return True
 
