@@ -86,9 +86,8 @@ def write(out: Path, table: Comparison, text: str, notes: Sequence[str] | None =
     except OSError as error:
         raise UserError(f"--out: cannot make {out}: {error}") from None
     files = {"compare.md": text, "compare.csv": table.csv(), "compare.tex": table.latex()}
-    picture = out / "compare.png"
     try:
-        table.picture(picture)
+        picture = table.picture(out / "compare.png")
     except ImportError:
         picture = None
         print("no picture: matplotlib is not installed (pip install matplotlib)")

@@ -22,14 +22,16 @@ class Kind:
 
     def title(self, prefix: str = "") -> str:
         """How tables show it, e.g. `DSA, distilled` or `random, on the fly`; `prefix` stands for distilled images."""
-        more = ", corrupted again" if self.again else ""
+        more, others = ", corrupted again" if self.again else "", SHOWN[self.outliers]
+        if self.outliers == "initial" and self.images not in ("oe", "poe"):
+            others = "random outliers"  # no outliers were distilled, so these are the start of none
         if self.images in REAL:  # the same images, whatever was distilled beside them
-            return f"{REAL[self.images]}, {SHOWN[self.outliers]}{more}"
+            return f"{REAL[self.images]}, {others}{more}"
         shown = DISTILLED[self.images]
         if self.outliers == "none" != shown:
             shown = f"none ({self.images} images)"
         elif self.outliers not in ("none", "distilled"):
-            shown = SHOWN[self.outliers] + {"oe": " (OE)", "plain": " (plain images)", "poe": ""}[self.images]
+            shown = others + {"oe": " (OE)", "plain": " (plain images)", "poe": ""}[self.images]
         return f"{prefix or 'distilled images'}, {shown}{more}"
 
 

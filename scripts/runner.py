@@ -7,6 +7,7 @@ If other flags lead to other commands, the runner says so and stops before anyth
 """
 
 import argparse
+import hashlib
 import os
 import re
 import shlex
@@ -27,11 +28,12 @@ from utils.core.errors import UserError
 from utils.core.files import save_output, save_text
 from utils.core.run_script import run_script
 from utils.settings.fields import flags_of
-from utils.settings.parser import Parser, underscored
+from utils.settings.parser import Parser, underscored, value_in
 
 DONE = "done"
 BEGUN = "begun"
 POLL = 0.05  # seconds between two looks at the processes
+FLAG = r"(?<= )(?:--\w+|-[a-zA-Z]\b)(?:=\S+)?(?: (?!--|-[a-zA-Z]\b)\S+)*"  # and its values, in a command
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,11 @@ class Stage:
         return self.folder or self.command
 
     def lines(self) -> list[str]:
-        """The commands that lead to its folder, its own last."""
-        return [*dict.fromkeys(line for stage in self.before for line in stage.lines()), shlex.join(self.command)]
+        """The commands that lead to its folder, its own last; of a file of `--config` also what it holds."""
+        words, config = [*self.command], value_in(self.command, "config")
+        if config and Path(config).is_file():
+            words.append(f"--of_config={hashlib.sha256(Path(config).read_bytes()).hexdigest()[:12]}")
+        return [*dict.fromkeys(line for stage in self.before for line in stage.lines()), shlex.join(words)]
 
     @property
     def text(self) -> str:
@@ -127,7 +132,7 @@ def _flags(commands: str) -> Counter[tuple[str, str]]:
     found = Counter()
     for line in commands.splitlines():
         script = line.split()[0]
-        found.update((script, word) for word in (script, *re.findall(r"--\w+(?:=\S+)?(?: (?!--)\S+)*", line)))
+        found.update((script, word) for word in (script, *re.findall(FLAG, line)))
     return found
 
 

@@ -200,7 +200,7 @@ def _columns(s: ReportSettings, ipc: int, factor: int, has_outliers: bool) -> di
             continue
         apart = {"distilled_oe": s.distilled_oe} if own else {}
         outliers = {"outliers": "distilled" if kind == "again" else kind, "corrupt_again": kind == "again"}
-        told = {"again": "outliers corrupted again", "corrupt": "outliers on the fly", "initial": "start outliers"}
+        told = {"again": "outliers corrupted again", "corrupt": "outliers on the fly", "initial": "random outliers"}
         name = f"with {told.get(kind, f'{kind} outliers')}"
         columns[name] = [with_oe, *s.of_stage(Stage2Settings, **given, **apart, **outliers)]
     foreign = dict.fromkeys((f.name for f in flags_of(Assumptions)), None)

@@ -41,7 +41,7 @@ from utils.stages.stage3 import scores_of
 HERE = Path(__file__).resolve().parent
 LISTS = ("kinds", "ipc", "seeds", "lambdas", "detectors")
 # flags in which the seeds of a kind may differ
-PLACES = r"--seed \S+|--(load|buffer|data|oe_data|ood)_path \S+|--features \S+|--device \S+"
+PLACES = r"--(seed|(load|buffer|data|oe_data|ood)_path|features|device)\b(?:=\S+)?(?: (?!--)\S+)*"
 AT_TOP = dict.fromkeys(LISTS, "*") | dict.fromkeys(("networks", "method", "lambda_oe"))  # flags: their `nargs`
 SCRIPTS = {"plain": "main.py", "oe": "main_oe.py", "poe": "main_poe.py"}  # of stage 1
 STAGE3 = "test_ood_model_syn.py"

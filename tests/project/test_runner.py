@@ -69,6 +69,22 @@ def test_a_flag_and_its_value_in_one_word(tmp_path):
     ]  # fmt: skip
 
 
+def test_short_flags_and_files_of_flags_count(tmp_path):
+    (tmp_path / "done").write_text("main.py --seed 1 -x\n")
+    assert Stage(("main.py", "-x", "--seed", "1"), tmp_path).is_done()
+    with pytest.raises(UserError, match="made with other flags: -x; now it has none"):
+        Stage(("main.py", "--seed", "1"), tmp_path).is_done()
+    config = tmp_path / "flags.yaml"
+    stage = Stage(("main.py", "--config", str(config)), tmp_path)
+    for text in ("ipc: 1", "ipc: 2"):
+        config.write_text(text)
+        if text == "ipc: 1":
+            (tmp_path / "done").write_text(stage.text)
+            assert stage.is_done()
+    with pytest.raises(UserError, match="made with other flags: --of_config="):
+        stage.is_done()
+
+
 def test_a_stopped_stage_goes_on_by_the_same_commands_alone(tmp_path, monkeypatch):
     """A flag that is gone would come back from the folder; one that failed before it began is free."""
     started = []

@@ -195,6 +195,14 @@ def test_seeds_of_one_table_are_measured_alike(run):
         run(*flags, "--seeds", 3, "--set", "stage1.Iteration=7")
 
 
+def test_seeds_may_lie_in_a_folder_with_a_space(tmp_path):
+    """Their commands differ in nothing else."""
+    args = table.get_args_parser().parse_args(["scripts/tables/digits.yaml", "--ipc", "1", "--seeds", "1", "2"])
+    stages = [s for s in table.plan(args, tmp_path / "a b")[1] if s.command[0] == "test_ood_model_syn.py"]
+    one, two = (re.sub(table.PLACES, "", s.text) for s in stages if "/plain/" in str(s.folder))
+    assert one == two != stages[0].text
+
+
 @pytest.mark.parametrize("method", ["DM", "MTT"])
 def test_other_methods(run, method):
     more = ["experts.num_experts=3", "stage1.syn_steps=9", "all.precision=bf16"] if method == "MTT" else []

@@ -335,6 +335,14 @@ def test_a_stopped_training_is_not_tested_at_an_earlier_epoch(networks_of, refus
     assert error.strip().endswith("the first network has: --epoch_train 800, --is_load_best")
 
 
+def test_the_best_of_a_stopped_training_is_not_tested(networks_of, in_process, refused):
+    """Its best epoch so far would stand in the table as one of a whole training."""
+    networks_of((1000, "best"), (800, "best"), epochs=1000)
+    assert "1 × best" in in_process(*TEST, 1, "--is_load_best")
+    error = refused(*TEST, 2, "--is_load_best")
+    assert "is not trained to epoch 1000. Resume its run, or wait for its end, or give --num_exp 1" in error
+
+
 def test_checkpoints_that_are_not_there(networks_of, refused):
     networks_of((600, 1000, "best"), (600, 1000))
     error = refused(*TEST, 1, "--epoch_train", 300)

@@ -37,6 +37,7 @@ from utils.outliers.sources import (
     k_center_outliers,
     with_fresh,
 )
+from utils.report.card import _command
 from utils.report.results import load_results
 from utils.settings.arguments import Stage2Settings
 from utils.stages import loop
@@ -593,6 +594,12 @@ def test_the_cards_training_command_trains_as_the_set_was_made(digits, in_proces
     assert (about["method"], about["dsa_strategy"], about["lambda_oe"]) == ("DSA", AUGMENT[3], 0.25)
 
 
+def test_the_cards_command_has_the_flags_of_a_config():
+    about = {"script": "main_poe.py", "command": "python main_poe.py --config x.yaml"}
+    about["flags"] = {"ipc": 1, "zca": True, "clamp_oe": False, "data_path": "/home/me", "corruptions": ["a", "b"]}
+    assert _command(about) == "python main_poe.py --ipc 1 --zca --data_path DATA_PATH --corruptions a b"
+
+
 def test_a_set_of_a_stopped_run(digits, made, in_process, refused, tmp_path):
     """The card, and stage 2, say how far it came; what a run starts from is not published."""
     content = torch.load(made, weights_only=True)
@@ -890,6 +897,37 @@ def test_a_set_in_parts_through_publishing_and_back(in_parts, in_process, refuse
     assert "--factor: only --train_on random, herding and kcenter shrink images; a distilled set says itself" in error
     error = refused("main_poe.py", *PARTS, "--load_path", path)
     assert "has images of 2x2 parts; give --factor 2" in error
+
+
+def test_a_run_that_went_on_since_is_no_more_the_set_of_its_networks(in_parts, in_process, refused, tmp_path):
+    """Detectors are not fitted on it, and it is not published with their results."""
+    shutil.copytree(in_parts[0].parents[5], tmp_path / "one")
+    (path,) = (tmp_path / "one").rglob("res_*.pt")
+    test = [*PARTS[:6], "--ipc", 1, "--num_exp", 1, "--is_load_best", "--ood_sets", "blob"]
+    for kind in ("distilled", "initial"):
+        flags = [
+            "--num_eval",
+            1,
+            "--epoch_eval_train",
+            1,
+            "--load_path",
+            "one",
+            "--outliers",
+            kind,
+            "--save_path",
+            kind,
+        ]
+        in_process(WITH_OE, *PARTS, *flags)
+        in_process("test_ood_model_syn.py", *test, "--load_path", kind, "--save_path", f"{kind}-ood")
+    results = [run_folder(tmp_path / f"{kind}-ood") for kind in ("distilled", "initial")]
+    in_process("scripts.publish", path, "--out", "published", "--results", *results)
+    assert "1 × ConvNetD1, initial outliers" in (tmp_path / "published" / "README.md").read_text(encoding="utf-8")
+    content = torch.load(path, weights_only=True)
+    content["data"][0][0].mul_(0.5)
+    torch.save(content, path)
+    told = "holds now: its run went on since"
+    assert told in refused("scripts.publish", path, "--out", "x", "--results", results[0])
+    assert told in refused("test_ood_model_syn.py", *test, "--load_path", "distilled", "--score", "knn")
 
 
 @pytest.mark.parametrize("by_path", [False, True])

@@ -19,7 +19,7 @@ import torch
 from utils.compute.version import VERSION
 from utils.core.errors import require
 from utils.core.files import save_pt
-from utils.core.torch_files import PLAIN_INTEGERS, PLAIN_TENSORS, read_pt
+from utils.core.torch_files import PLAIN_INTEGERS, PLAIN_TENSORS, fingerprint, read_pt
 from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet, check_factor, in_classes_of, is_probabilities
 from utils.data.whitening import ZCA
@@ -161,6 +161,11 @@ class DistilledFile:
         factor = check_factor(content.get("factor", 1), tuple(images.shape[2:]), f"{damaged} factor")
         synthetic = SyntheticSet(images, labels, images_oe, lr_net, factor=factor)
         return synthetic if real is None else self._checked(synthetic, real)
+
+    def fingerprint(self, exp_idx: int = 0) -> str:
+        """SHA-256 of the images, labels and outliers of one experiment, as they are stored."""
+        one = self.set(exp_idx)
+        return fingerprint((one.images, one.labels, one.images_oe))
 
     def start(self, real: RealData, ipc: int, with_outliers: bool, factor: int = 1) -> list[SyntheticSet]:
         """The sets of all experiments, for a distillation to start from; a `UserError` tells that one does not fit."""

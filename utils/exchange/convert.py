@@ -172,8 +172,12 @@ def _outliers(
     with blame("--distilled_oe"):
         content = read_pt(Path(paths[0])) if len(paths) == 1 and paths[0].endswith(".pt") else None
         if not isinstance(content, torch.Tensor):
-            plain = replace(assumed, distilled_format=None, soft_labels=None, label_temperature=None)
-            found = read_distilled(paths, real, plain, exp_idx, flag="--distilled_oe")
+            raw = read_raw(find_files(paths, None), real, exp_idx)
+            about_images = ["distilled_format", "soft_labels", "label_temperature"]  # flags that do not count here
+            about_images += ["distilled_space", "distilled_mean", "distilled_std"] if raw.stated.space else []
+            about_images += ["distilled_factor"] if raw.factor else []
+            own = replace(assumed, **dict.fromkeys(about_images))
+            found = read_distilled(paths, real, own, exp_idx, flag="--distilled_oe")
             images = found.synthetic.images if found.synthetic.images_oe is None else found.synthetic.images_oe
             return images, f"outliers: {len(images)}, of the {found.lines[0]}"
         images = checked_images(content, real, Path(paths[0]))

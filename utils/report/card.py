@@ -8,6 +8,8 @@ from utils.data.augment import dc_augmentation
 from utils.report.results import Results, protocol_line, shared_sets
 from utils.report.study import StudyColumn, StudyRow, mean_rows
 from utils.report.tables import markdown_table, render
+from utils.settings.fields import flag_words
+from utils.settings.parser import value_in
 
 PATH_FLAGS = ("data_path", "oe_data_path", "ood_path", "buffer_path", "save_path", "load_path", "resume", "method_file")
 SIZES = ((1000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"))
@@ -81,11 +83,13 @@ def _origin(f: CardFacts) -> str:
 
 
 def _command(about: dict) -> str:
-    """The command, without the paths of the machine."""
+    """The command, without the paths of the machine; with all flags where a `--config` gave some."""
     try:
         words = shlex.split(str(about.get("command", "")).partition(".py ")[2])
     except ValueError:
         words = []
+    if value_in(words, "config"):
+        words = [word for name, value in (about.get("flags") or {}).items() for word in flag_words(name, value)]
     paths = [f"--{name}" for name in PATH_FLAGS]
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
     flags = [word.replace("-", "_").replace("__", "--", 1) for word in ["", *words]]  # --data-path is --data_path

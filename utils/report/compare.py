@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.core.errors import require
+from utils.core.errors import UserError, require
 from utils.core.files import csv_text
 from utils.report.plots import distilled_pictures, save_comparison
 from utils.report.results import Results, load_results, protocol_line, shared_sets
@@ -98,12 +98,20 @@ def find_runs(folders: Sequence[Path], names: Sequence[str] | None, search: Sequ
     """The stage-3 runs that `folders` lead to, one column each; folders of the same name are pooled into one column.
 
     Folders of stages 1 and 2 are followed to the stage-3 runs under `search` that were made from them. `names`: one
-    per folder; None takes the paths of the stage-3 folders. A `UserError` tells of a folder that leads to no run.
+    per folder; None takes the paths of the stage-3 folders. A `UserError` tells of a folder that leads to no run, and
+    of a column in which networks would count twice.
     """
     found: dict[str, dict[Path, None]] = {}
     for folder, name in zip(folders, names or [None] * len(folders), strict=True):
         for path in _stage3_folders(folder, search, one=name is not None):
             found.setdefault(name or str(path), {})[path] = None
+    for name, paths in found.items():
+        tests: dict[object, list[str]] = {}
+        for path in paths:
+            tests.setdefault(args_or_nothing(path).get("networks", path), []).append(str(path))
+        if twice := next((of_same for of_same in tests.values() if len(of_same) > 1), None):
+            told = f"{', '.join(twice)} test the same networks, which would count twice in {name}"
+            raise UserError(f"--names: {told}. Give one of them, or each a name of its own")
     return [ComparisonColumn(name, {path: load_results(path) for path in paths}) for name, paths in found.items()]
 
 
@@ -211,9 +219,12 @@ class Comparison:
         """The table for the package booktabs."""
         return render("compare.tex.j2", table=self, safe=lambda text: text.translate(_LATEX))
 
-    def picture(self, path: Path) -> None:
-        """Draw the distilled images and outliers of each column above the AUROC of each score on each OOD set."""
+    def picture(self, path: Path) -> Path | None:
+        """Draw the distilled images and outliers of each column above the AUROC of each score on each OOD set; returns
+        `path`, or None if there is no OOD set but validation sets."""
         sets = {name: [name] for name in self.ood_sets}
+        if not sets:
+            return None
         if len(sets) > 1 and self.shared:
             sets["mean" if self.shared == self.ood_sets else f"mean of {len(self.shared)}"] = self.shared
         panels = {
@@ -229,6 +240,7 @@ class Comparison:
             pictures = distilled_pictures(Path(networks)) if isinstance(networks, str) else []
             strips += [(f"{column.name}: {title}, one per class", images[:STRIP, 0]) for title, images in pictures]
         save_comparison(path, [column.name for column in self.columns], panels, strips)
+        return path
 
     def facts(self) -> dict[str, list[str]]:
         """For the head of the page, by title: what each column is of, as far as its folders say it."""

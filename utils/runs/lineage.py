@@ -131,13 +131,16 @@ def distilled_set_of(networks: Path) -> tuple[DistilledFile, int]:
     """The file of the set that the networks of a stage-2 folder were trained on, and the index of its experiment.
 
     Raises:
-        UserError: when `args.json` does not name the file, or it is gone or damaged.
+        UserError: when `args.json` does not name the file, or it is gone, damaged, or written again since.
     """
     about = args_or_nothing(networks)
     path = stored_set_path(networks, about)
     require(path is not None, f"{networks} does not say which distilled set its networks were trained on")
     require(os.path.isfile(path), f"{networks} was trained on {path}, which is gone")
-    return DistilledFile.open(path), about.get("experiment", 0)
+    file, experiment, seen = DistilledFile.open(path), about.get("experiment", 0), about.get("distilled_print")
+    told = f"{networks} was trained on another set than {path} holds now: its run went on since"
+    require(seen in (None, file.fingerprint(experiment)), told)
+    return file, experiment
 
 
 def stored_set_path(networks: Path, about: dict) -> str | None:

@@ -118,7 +118,7 @@ def _resume(s: Stage2Settings, chosen: TrainingSet, real: RealData) -> RunFolder
     folder = Path(s.resume)
     check_inputs(folder, _fingerprints(s, real, chosen.synthetic))
     run = RunFolder(folder)
-    run.update_args(as_dict(s), **({"distilled_set": str(chosen.path.resolve())} if chosen.path else {}))
+    run.update_args(as_dict(s), **({"distilled_set": str(chosen.file.path.resolve())} if chosen.file else {}))
     run.log("resumed")
     return run
 
@@ -132,7 +132,7 @@ def _start(s: Stage2Settings, chosen: TrainingSet, real: RealData, training: Tra
     kinds = (s.train_on, s.outliers, "again" if s.corrupt_again else "none")
     ending = "".join(f"-{kind}" for kind in kinds if kind not in ("distilled", "none"))
     run = RunFolder.create(s.save_path, s.method, s.dataset, s.model, s.ipc, name=name, ending=ending)
-    path, origin, experiment = chosen.path, chosen.origin, s.exp_idx
+    path, origin, experiment = chosen.file and chosen.file.path, chosen.origin, s.exp_idx
     if path is None and s.train_on != "whole":
         path, experiment = run.path / TRAINED_ON, 0
         if run.is_main:
@@ -141,6 +141,7 @@ def _start(s: Stage2Settings, chosen: TrainingSet, real: RealData, training: Tra
     elif s.train_on == "whole" and chosen.synthetic.images_oe is not None and run.is_main:
         save_pt(run.path / OUTLIERS, chosen.synthetic.images_oe.cpu())
     sources = {"distilled_set": path and str(path.resolve()), "images_from": origin and str(origin.resolve())}
+    sources["distilled_print"] = chosen.file and chosen.file.fingerprint(experiment)
     about = {"device": str(real.device), "seed": s.seed, "epochs": training.epochs, "lr": training.lr}
     about |= {"inputs": _fingerprints(s, real, chosen.synthetic), "data": identity(real)}
     run.save_args(as_dict(s), experiment=experiment, **sources, **about)

@@ -115,6 +115,7 @@ class Stage2Run:
                 how = f" (--epoch_train is left out: {s.epoch_train} is the last epoch)"
             which = f"epoch{s.epoch_train}"
         if which in of_all:
+            self._check_trained(kept, s.num_exp, which)
             return s, which, how
         has = sum(which in names for names in kept.values())
         others = [f"--epoch_train {epoch}" for epoch in epochs_of(first - {which})]
@@ -126,6 +127,15 @@ class Stage2Run:
         flag = "--is_load_best" if which == "best" else f"--epoch_train {s.epoch_train}"
         no = f"no network in {self.folder} is of the kind {which}"
         raise UserError(f"{flag}: {no}. Train longer in stage 2, or {choose}")
+
+    def _check_trained(self, kept: dict[int, set[str]], number: int, which: str) -> None:
+        """Raise a `UserError` where the best checkpoint is of a network whose training has not come to its end."""
+        last = self.about.get("epochs")
+        stopped = [index for index in range(number) if f"epoch{last}" not in kept[index]]
+        if which == "best" and isinstance(last, int) and stopped:
+            what = f"network {stopped[0]} in {self.folder} is not trained to epoch {last}"
+            fewer = f", or give --num_exp {stopped[0]}" if stopped[0] else ""
+            raise UserError(f"--is_load_best: {what}. Resume its run, or wait for its end{fewer}")
 
     def training(self) -> dict:
         """How the networks were trained: by which protocol, and for how many epochs, if it is known."""

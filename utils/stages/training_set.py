@@ -40,7 +40,7 @@ class TrainingSet:
 
     synthetic: SyntheticSet
     lines: tuple[str, ...] = ()  # for the log
-    path: Path | None = None  # the `res_….pt` that holds it, if one does
+    file: DistilledFile | None = None  # the `res_….pt` that holds it, if one does
     origin: Path | None = None  # the run of stage 1 that its images are from, if there is one
     factor: int = 1  # the set is decoded; stored images held factor × factor of its own
 
@@ -48,9 +48,9 @@ class TrainingSet:
         """Stored images per class, rounded down, at least 1."""
         return max(1, len(self.synthetic.images) // (num_classes * self.factor**2))
 
-    def changed(self, synthetic: SyntheticSet, line: str, path: Path | None = None) -> "TrainingSet":
+    def changed(self, synthetic: SyntheticSet, line: str, file: DistilledFile | None = None) -> "TrainingSet":
         """The set with other outliers, and a line on them."""
-        return replace(self, synthetic=synthetic, lines=(*self.lines, line), path=path)
+        return replace(self, synthetic=synthetic, lines=(*self.lines, line), file=file)
 
 
 def labelled_images(
@@ -77,7 +77,7 @@ def labelled_images(
             lines.append("it does not say how its images are normalised: by the statistics of --dataset, it is assumed")
         if parts > 1:
             lines.append(f"images of {parts} parts: networks train on {parts * len(stored.images)}")
-        return TrainingSet(stored.decoded(), tuple(filter(None, lines)), path, path.parent, stored.factor)
+        return TrainingSet(stored.decoded(), tuple(filter(None, lines)), file, path.parent, stored.factor)
     if s.train_on == "whole":
         line = f"baseline: the whole training set, {len(real.images_train)} images"
         return TrainingSet(whole_set(real), (line,))
@@ -114,7 +114,7 @@ def with_outliers(
     """
     synthetic = chosen.synthetic
     if s.outliers == "distilled" and synthetic.images_oe is None:
-        where = f"--distilled: {s.distilled[0]}" if s.distilled else f"--folder: {chosen.path}"
+        where = f"--distilled: {s.distilled[0]}" if s.distilled else f"--folder: {chosen.file.path}"
         raise UserError(
             f"{where} holds no outliers. Give a set of main_oe.py or main_poe.py (--is_load_oe looks only there), "
             "choose others with --outliers, or use train_model_synthetic_no_oe.py"
@@ -175,7 +175,7 @@ def with_new_outliers(s: Stage2Settings, chosen: TrainingSet, real: RealData) ->
         made, line = with_fresh(synthetic, source, keeps=True), f"{new} these, corrupted again"
     else:
         return chosen
-    return chosen.changed(made, line, chosen.path)
+    return chosen.changed(made, line, chosen.file)
 
 
 def outlier_source(s: Stage2Settings, real: RealData) -> OutlierSource:
@@ -214,5 +214,5 @@ def resumed_set(s: Stage2Settings, real: RealData) -> TrainingSet | None:
             f"--resume: the set that {folder} was trained on is gone: {str(path)[:200]}. Put it back"
             f"{'' if own else ', or give its place now with --load_path and --folder'}"
         )
-    synthetic = DistilledFile.open(path).set(0 if own else s.exp_idx, real).decoded()
-    return with_new_outliers(s, TrainingSet(synthetic, path=path), real)
+    file = DistilledFile.open(path)
+    return with_new_outliers(s, TrainingSet(file.set(0 if own else s.exp_idx, real).decoded(), file=file), real)

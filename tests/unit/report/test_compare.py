@@ -188,6 +188,12 @@ def test_a_run_that_lacks_a_score_is_told():
     assert found["knn", "blob"] == ["90.00 ± 0.00 (2 of 4)"]
 
 
+def test_a_comparison_on_validation_sets_alone_has_no_picture(tmp_path):
+    table = Comparison([ComparisonColumn("one", {Path("a"): results([[0.5]], sets=("val:CIFAR10",))})], ["auroc"])
+    assert "val:CIFAR10" in table.markdown()
+    assert table.picture(tmp_path / "compare.png") is None
+
+
 def row(network, name):
     return {"network": network, "set": name, "score": "msp", **dict.fromkeys(MEASURES, 0.5)}
 
@@ -278,6 +284,8 @@ def test_from_stage_1_to_the_page(chain, script, in_process, pictures, refused, 
     with pytest.raises(UserError, match=r"--names: .*result-poe.* leads to 2 results, which would be one column: "):
         find_runs([stage1], ["one"], search)
     assert len(find_runs([stage1], None, search)) == 2
+    with pytest.raises(UserError, match=r"test the same networks, which would count twice in x\. Give one of them"):
+        find_runs([stage3.parent], ["x"], search)
 
 
 def check_page(text, pictures):

@@ -379,7 +379,7 @@ def test_results_that_cannot_be_kept(study, run, tmp_path):
         ("poe-again", "", "distilled images, distilled (POE), corrupted again"),
         ("poe-kcenter-again", "DM", "DM, k-center, corrupted again"),
         ("oe-again", "", "distilled images, distilled (OE), corrupted again"),
-        ("random-initial-again", "DM", "random, start, corrupted again"),
+        ("random-initial-again", "DM", "random, random outliers, corrupted again"),
         ("poe-corrupt", "DM", "DM, on the fly"),
         ("plain-corrupt", "DM", "DM, on the fly (plain images)"),
         ("plain", "DM", "DM, none"),
