@@ -135,6 +135,11 @@ class DistilledFile:
         except (KeyError, TypeError):  # the file does not say, as those of the published code
             return None
 
+    def unfinished_note(self, exp_idx: int = 0) -> str:
+        """A line for the log where the run of an experiment was not finished; else it is empty."""
+        left = self.iterations_left(exp_idx)
+        return f"its run was not finished: iteration {left[0]} of {left[1]}" if left else ""
+
     def set(self, exp_idx: int = 0, real: RealData | None = None) -> SyntheticSet:
         """The set of one experiment; a `UserError` tells that there is none, or it is damaged or of other data.
 

@@ -169,8 +169,7 @@ def read_raw(files: SetFiles, real: RealData, exp_idx: int) -> RawSet:
         images_oe = None if one.images_oe is None else checked_images(one.images_oe, real, path)
         fits = stated.zca is None or len(stated.zca.mean) == images[0].numel()
         require(fits, f"{path} is damaged: its whitening is of images of another size")
-        left = file.iterations_left(exp_idx)
-        note = f"its run was not finished: iteration {left[0]} of {left[1]}" if left else ""
+        note = file.unfinished_note(exp_idx)
         return RawSet(images, one.labels, images_oe, one.lr_net, stated, note, file.class_names, one.factor)
     told = f"--exp_idx {exp_idx}: {path} (format {files.format}) holds one set; leave the flag out"
     require(exp_idx == 0, told)

@@ -4,7 +4,7 @@ The `args.json` of stage 3 names the folder of its networks; that of stage 2 nam
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -14,7 +14,7 @@ from utils.compute import distributed
 from utils.core.errors import UserError, named, require
 from utils.core.files import read_json
 from utils.data.distilled_file import DistilledFile
-from utils.runs.run_folder import ARGS, is_live
+from utils.runs.run_folder import ARGS
 
 TRAINED_ON = "trained_on.pt"  # in a folder of stage 2: the set, where no file of stage 1 holds it
 PLAIN_SCRIPTS = ("main.py", "train_model_synthetic_no_oe.py")
@@ -35,7 +35,6 @@ def find_run_folder(
     folder: str | None,
     holds: str,
     only_oe: bool = False,
-    left: Callable[[Path], str] = lambda run: "",
 ) -> Found:
     """Find a run folder that an earlier stage wrote: of several, the finished one that was started last.
 
@@ -45,7 +44,6 @@ def find_run_folder(
         folder: its name; None for the newest, finished runs before others.
         holds: a glob pattern of a file that the folder must hold.
         only_oe: find only runs with outliers, those of main_oe.py, main_poe.py and stage 2 with outliers.
-        left: what the files of a run say of how far it came; empty if it came to its end.
     Raises:
         UserError: when there is none, `folder` is not a plain name, or several roots have one of that name.
     """
@@ -64,7 +62,7 @@ def find_run_folder(
     if folder and len(found) > 1:
         several = ", ".join(map(str, found))
         raise UserError(f"--folder: {folder} exists {len(found)} times: {several}. Give --load_path")
-    why = {path: _unfinished(path, left) for path in found}
+    why = {path: _unfinished(path) for path in found}
     found.sort(key=lambda path: (not why[path], started(path), path.stat().st_mtime, path.name), reverse=True)
     note = _note({path: why[path] for path in found}, folder is None)
     return distributed.from_main(Found(found[0], note))  # a run may have ended while the processes looked
@@ -86,19 +84,9 @@ def _note(why: Mapping[Path, str], left_out: bool) -> str:
     )
 
 
-def _unfinished(folder: Path, left: Callable[[Path], str]) -> str:
-    """Why a run is not finished, in a few words; empty if it is.
-
-    A run that ends writes the time into its `args.json`. Of runs of older code, which do not, `left` decides.
-    """
-    about, where = args_or_nothing(folder), ""
-    if about.get("finished"):
-        return ""
-    with suppress(UserError):  # a damaged file: whoever reads it says so
-        where = left(folder)
-    if is_live(folder):
-        return f"{where}, still running" if where else "still running"
-    return where or ("stopped, or running on another machine" if "finished" in about else "")
+def _unfinished(folder: Path) -> str:
+    """Why a run is not finished, in a few words; empty if it is, or is one of older code, which does not say."""
+    return "" if args_or_nothing(folder).get("finished", True) else "stopped, or still running"
 
 
 def started(folder: Path) -> float:

@@ -1,6 +1,5 @@
 """Run folders: how they are made and locked, and what is written into them: logs, metrics, arguments."""
 
-import errno
 import json
 import math
 import os
@@ -20,11 +19,6 @@ from utils.compute.version import git_commit, versions
 from utils.core import files
 from utils.core.errors import UserError, print_line
 from utils.runs.progress import LOG_EVERY, Progress
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
 
 ARGS = "args.json"
 LOCK = ".lock"
@@ -190,32 +184,11 @@ def read_args(folder: Path) -> dict:
     return about
 
 
-def is_live(folder: Path) -> bool:
-    """Whether another process holds the lock of a run folder. Asking needs no right to write, and takes no lock."""
-    with suppress(OSError), open(Path(folder) / LOCK, "rb", opener=files.open_no_link) as file:
-        return _is_held(file, shared=True)  # several processes may ask at once
-    return False  # there is no lock, or it is a folder of somebody else
-
-
-def _is_held(file: IO, shared: bool) -> bool:
-    """Try to lock a file until it is closed; returns whether another process holds the lock.
-
-    Where there are no such locks, as on some network file systems, nobody holds one.
-    """
-    if fcntl is None:
-        return False
-    try:
-        fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno in (errno.EACCES, errno.EAGAIN)
-    return False
-
-
 def lock(folder: Path) -> IO:
     """Lock a run folder for this process, for as long as the file that is returned is open.
 
-    The package filelock would do less: it cannot ask without the right to write, and where a file system has no locks
-    it leaves a file that a killed run would never remove.
+    Where there are no such locks, as on some network file systems, the run goes on without one. The package filelock
+    leaves a file there that a killed run would never remove.
 
     Raises:
         UserError: when another process holds the lock, or the folder is read-only.
@@ -224,11 +197,17 @@ def lock(folder: Path) -> IO:
         file = open(folder / LOCK, "a+", encoding="utf-8", opener=files.open_no_link)  # noqa: SIM115 - see above
     except OSError as error:
         raise UserError(f"cannot write into {folder}: {error}. Choose another folder") from None
-    if _is_held(file, shared=False):
+    try:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         file.seek(0)
         owner = file.read(200).strip() or "another process"
         file.close()
-        raise UserError(f"{folder} is a live run of {owner}; wait for it, or stop it first")
+        raise UserError(f"{folder} is a live run of {owner}; wait for it, or stop it first") from None
+    except (ImportError, OSError):  # there are no such locks; Windows has none at all
+        pass
     with suppress(OSError):  # the owner is only for the message; a full disk leaves it out
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")

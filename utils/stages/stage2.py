@@ -73,15 +73,8 @@ def find_distilled(s: Stage2Settings) -> Found:
     only_oe = s.is_load_oe or (s.outliers == "distilled" and s.folder is None)
     roots = [s.load_path] if s.load_path is not None else STAGE1_ROOTS[1:] if only_oe else STAGE1_ROOTS
     parts = (s.method, s.dataset, s.model, s.ipc)
-    name = result_name(*parts)
-
-    def left(run: Path) -> str:
-        """How far the experiment came, if it did not come to its end."""
-        position = DistilledFile.open(run / name).iterations_left(s.exp_idx)
-        return f"after iteration {position[0]} of {position[1]}" if position else ""
-
-    found = find_run_folder(roots, parts, s.folder, name, only_oe, left)
-    return Found(found.path / name, found.note)
+    folder, note = find_run_folder(roots, parts, s.folder, result_name(*parts), only_oe)
+    return Found(folder / result_name(*parts), note)
 
 
 def stage3_command(s: Stage2Settings, folder: Path, real: RealData) -> str | None:

@@ -72,7 +72,8 @@ def labelled_images(
         path, note = stage1()
         file = DistilledFile.open(path)
         stored = file.set(s.exp_idx, real)
-        lines, parts = [f"distilled set: {path}, experiment {s.exp_idx}", note], stored.factor**2
+        lines = [f"distilled set: {path}, experiment {s.exp_idx}", note, file.unfinished_note(s.exp_idx)]
+        parts = stored.factor**2
         if file.normalisation().space is None:
             lines.append("it does not say how its images are normalised: by the statistics of --dataset, it is assumed")
         if parts > 1:

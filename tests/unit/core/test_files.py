@@ -194,8 +194,8 @@ def test_the_newest_run_is_the_finished_one_that_was_started_last(tmp_path):
     """Neither the time of a folder's last change nor an unfinished run decides."""
     place, done = tmp_path / "root" / "DSA", "2023-02-01T00:00:00"
 
-    def find(folder=None, left=lambda folder: ""):
-        return find_run_folder([tmp_path / "root"], ["DSA"], folder, "res", left=left)
+    def find(folder=None):
+        return find_run_folder([tmp_path / "root"], ["DSA"], folder, "res")
 
     published = run_of(place, "20230101-000000", mtime=1.8e9)  # written to last of all
     assert find() == (published, "")
@@ -215,12 +215,10 @@ def test_the_newest_run_is_the_finished_one_that_was_started_last(tmp_path):
     assert "4 runs fit" in note
     assert "is taken (the newest finished one)" in note
     assert "20230104-000000 (not finished)" in note
-    assert find(stopped.name).note.startswith(f"{stopped} is not finished (stopped")
-    path, note = find(left=lambda folder: "after iteration 4000 of 20000" if folder != published else "")
-    assert path == later  # its own args.json says that it is finished
-    path, note = find(left=lambda folder: "after iteration 4000 of 20000")
-    assert (path, "20230102-000000 (not finished), 20230101-000000 (not finished)" in note) == (later, True)
-    for folder in (later, published, named):
+    assert find(stopped.name).note.startswith(f"{stopped} is not finished (stopped, or still running)")
+    shutil.rmtree(later)
+    assert find().path == named  # an older run, which does not say that it is not finished
+    for folder in (published, named):
         shutil.rmtree(folder)
     assert find() == (stopped, find(stopped.name).note)
     older = run_of(place, "20230103-000000", {"started": "2023-01-03T00:00:00", "finished": None})
@@ -231,22 +229,23 @@ def test_the_newest_run_is_the_finished_one_that_was_started_last(tmp_path):
 
 
 def test_a_run_that_another_process_writes_is_not_finished(program, tmp_path):
-    """Also one of the published layout, whose files do not say so; it takes part again when the process has ended."""
+    """It takes part again when it has come to its end."""
     older, live = (run_of(tmp_path / "root" / "DSA", name) for name in ("20230101-000000", "20230102-000000"))
 
     def find(folder=None):
         return find_run_folder([tmp_path / "root"], ["DSA"], folder, "res")
 
     code = "import sys; from pathlib import Path; from utils.runs.run_folder import RunFolder; "
-    code += "run = RunFolder(Path(sys.argv[1])); print('locked', flush=True); input()"
+    code += "run = RunFolder(Path(sys.argv[1])); run.save_args({}); print('locked', flush=True); input(); run.finish()"
     command = program(code, live)
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "locked\n"
         assert find().path == older
-        assert "is not finished (still running)" in find(live.name).note
-        with pytest.raises(UserError, match="is a live run of process"):  # asking did not take the lock away
+        assert "is not finished (stopped, or still running)" in find(live.name).note
+        with pytest.raises(UserError, match="is a live run of process"):
             RunFolder(live)
         process.communicate("\n")
+    RunFolder(live)  # the lock died with its owner
     assert find().path == live
     assert find(live.name).note == ""
 
