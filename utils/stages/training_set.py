@@ -1,7 +1,6 @@
 """From what the flags of stage 2 choose to the set that networks are trained on."""
 
 import os
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +27,6 @@ from utils.outliers.sources import (
 from utils.runs.lineage import TRAINED_ON, Found, args_or_nothing, stored_set_path
 from utils.runs.run_folder import read_args
 from utils.settings.arguments import Stage2Settings
-from utils.settings.fields import flag_words
 from utils.training.coresets import check_ipc, coreset, random_images, whole_set
 
 OUTLIERS = "outliers.pt"  # in a folder of stage 2: those that are stored beside the whole training set
@@ -135,28 +133,20 @@ def with_outliers(
 
 
 def _start_of(s: Stage2Settings, chosen: TrainingSet, source: OutlierSource) -> str:
-    """What random outliers of `source` are to a set: what its distillation began with, if its run says so."""
+    """Whether random outliers of `source` are those that the distillation of a set began with, as its run says."""
     if chosen.origin is None:
         return "random"
     about = args_or_nothing(chosen.origin)
-    flags, script = about.get("flags", {}), about.get("script")
-    usual = {"init": "real", "init_oe": "random", "load_path": None, "seed": s.seed}
-    if s.oe_data_path is None:
-        usual |= {"corruptions": list(s.corruptions), "mix_corruptions": s.mix_corruptions}
-    of_kind = "main_poe.py" if s.oe_data_path is None else "main_oe.py"
-    other = [
-        shlex.join(flag_words(name, flags[name]) or [f"no --{name}"])
-        for name, value in usual.items()
-        if flags.get(name, value) != value
-    ]
+    script, flags = about.get("script"), about.get("flags", {})
     pool = (about.get("inputs") or {}).get("oe_data_path")
     if script == "main.py":
         return "random; the distillation had none"
-    if script not in (None, of_kind):
-        other = [script]
-    elif pool and not other and pool != source.fingerprint():
-        other = ["another pool"]
-    return f"random; the distillation began with others ({', '.join(other)})" if other else "as distillation begins"
+    of_kind, wanted = "main_oe.py", {"init": "real", "init_oe": "random", "load_path": None, "seed": s.seed}
+    if s.oe_data_path is None:
+        of_kind = "main_poe.py"
+        wanted |= {"corruptions": list(s.corruptions), "mix_corruptions": s.mix_corruptions}
+    same = script in (None, of_kind) and all(flags.get(name, value) == value for name, value in wanted.items())
+    return "as distillation begins" if same and (not pool or pool == source.fingerprint()) else "random"
 
 
 def with_new_outliers(s: Stage2Settings, chosen: TrainingSet, real: RealData) -> TrainingSet:
