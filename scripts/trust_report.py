@@ -135,7 +135,7 @@ def main(settings: ReportSettings) -> None:
         )
     for line in found.lines:
         print(line)
-    ipc = max(1, found.stored // real.num_classes)
+    ipc = found.ipc(real.num_classes)
     out = Path(s.out)
     _check_same(out, find_files(s.distilled, s.distilled_format), s.distilled_oe or ())
     columns = _columns(s, ipc, found.factor, found.synthetic.images_oe is not None)

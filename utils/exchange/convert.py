@@ -9,7 +9,7 @@ import torch
 from utils.core.errors import blame, require
 from utils.core.torch_files import PLAIN_INTEGERS, read_pt
 from utils.data.datasets import RealData
-from utils.data.distilled_file import Normalisation
+from utils.data.distilled_file import DistilledFile, Normalisation
 from utils.data.synthetic import SyntheticSet, check_factor, decode, in_classes_of, is_probabilities
 from utils.exchange.assumptions import Assumptions
 from utils.exchange.formats import MTT_STATISTICS, STATED, RawSet, checked_images, find_files, read_raw
@@ -19,13 +19,27 @@ DEFAULT_FACTOR = {"idc": 2}
 
 
 @dataclass(frozen=True)
-class Found:
-    """A set that was read."""
+class TrainingSet:
+    """A set to train on."""
 
     synthetic: SyntheticSet
-    lines: tuple[str, ...]  # for the log: what was found and assumed
-    stored: int  # images in the files, before decoding
-    factor: int  # each of them holds factor × factor of the set
+    lines: tuple[str, ...] = ()  # for the log: what was found and assumed
+    file: DistilledFile | None = None  # the `res_….pt` that holds it, if one does
+    origin: Path | None = None  # the run of stage 1 that its images are from, if there is one
+    factor: int = 1  # the set is decoded; stored images held factor × factor of its own
+
+    @property
+    def stored(self) -> int:
+        """The number of stored images."""
+        return len(self.synthetic.images) // self.factor**2
+
+    def ipc(self, num_classes: int) -> int:
+        """Stored images per class, rounded down, at least 1."""
+        return max(1, self.stored // num_classes)
+
+    def changed(self, synthetic: SyntheticSet, line: str, file: DistilledFile | None = None) -> "TrainingSet":
+        """The set with other outliers, and a line on them."""
+        return replace(self, synthetic=synthetic, lines=(*self.lines, line), file=file)
 
 
 def read_distilled(
@@ -35,7 +49,7 @@ def read_distilled(
     exp_idx: int = 0,
     outliers: Sequence[str] = (),
     flag: str = "--distilled",
-) -> Found:
+) -> TrainingSet:
     """Read a distilled set of any repository: on the CPU, images as networks see those of `real`, labels of training.
 
     A `UserError` tells that there is no such set, it is damaged or of other data, or contradicts what is assumed.
@@ -71,7 +85,7 @@ def read_distilled(
             images_oe = _in_training_space(decode(raw.images_oe, factor, normalisation.fill), normalisation, real)
         synthetic = SyntheticSet(images, labels, images_oe, raw.lr_net)
         synthetic = in_classes_of(real, synthetic, raw.class_names, where)
-    return Found(synthetic, tuple(text for text in (line, raw.note, line_oe) if text), len(raw.images), factor)
+    return TrainingSet(synthetic, tuple(text for text in (line, raw.note, line_oe) if text), factor=factor)
 
 
 def _normalisation(raw: RawSet, form: str, real: RealData, assumed: Assumptions, where: str) -> Normalisation:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
 
 from utils.compute import distributed
 from utils.core.errors import UserError, named, require
@@ -22,21 +21,16 @@ STAGE1_ROOTS = ("result", "result-oe", "result-poe")
 STAGE2_ROOTS = ("result-model-synthetic-no-oe", "result-model-synthetic-oe")
 
 
-class Found(NamedTuple):
-    """A run folder, and a line for the log where several fit or the run is not finished; else that line is empty."""
-
-    path: Path
-    note: str
-
-
 def find_run_folder(
     roots: Sequence[str | Path],
     parts: Sequence[str | int],
     folder: str | None,
     holds: str,
     only_oe: bool = False,
-) -> Found:
+) -> tuple[Path, str]:
     """Find a run folder that an earlier stage wrote: of several, the finished one that was started last.
+
+    Returns it, and a line for the log where several fit or it is not finished; else that line is empty.
 
     Args:
         roots: the save paths to search.
@@ -65,7 +59,7 @@ def find_run_folder(
     why = {path: _unfinished(path) for path in found}
     found.sort(key=lambda path: (not why[path], started(path), path.stat().st_mtime, path.name), reverse=True)
     note = _note({path: why[path] for path in found}, folder is None)
-    return distributed.from_main(Found(found[0], note))  # a run may have ended while the processes looked
+    return distributed.from_main((found[0], note))  # a run may have ended while the processes looked
 
 
 def _note(why: Mapping[Path, str], left_out: bool) -> str:

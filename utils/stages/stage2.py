@@ -15,18 +15,19 @@ from utils.data.datasets import RealData
 from utils.data.distilled_file import DistilledFile, result_name
 from utils.data.identity import identity
 from utils.data.synthetic import SyntheticSet
+from utils.exchange.convert import TrainingSet
 from utils.methods import METHODS, augmentation_of
 from utils.ood.generated import DRAWN
 from utils.ood.sets import OODSource
 from utils.report.tables import counted, mean_std
-from utils.runs.lineage import STAGE1_ROOTS, TRAINED_ON, Found, find_run_folder, root_of
+from utils.runs.lineage import STAGE1_ROOTS, TRAINED_ON, find_run_folder, root_of
 from utils.runs.resume import check_inputs
 from utils.runs.run_folder import RunFolder
 from utils.settings.arguments import Stage2Settings, Stage3Settings, carried, command_of
 from utils.settings.common import OOD_PATH, read_data
 from utils.settings.fields import as_dict
 from utils.stages.evaluation import training_of
-from utils.stages.training_set import OUTLIERS, TrainingSet, labelled_images, resumed_set, with_outliers
+from utils.stages.training_set import OUTLIERS, labelled_images, resumed_set, with_outliers
 from utils.training.coresets import WHOLE_EPOCHS, FeatureNetworks
 from utils.training.network_training import TEST_INTERVAL, NetworkTraining
 from utils.training.trainer import LR_NET, Trainer, TrainSettings
@@ -67,14 +68,14 @@ def run_stage2(settings: Stage2Settings) -> None:
         run.log(f"to test them: {command}")
 
 
-def find_distilled(s: Stage2Settings) -> Found:
+def find_distilled(s: Stage2Settings) -> tuple[Path, str]:
     """The `res_….pt` of a run under `--load_path`, else under the roots of stage 1: of `--folder`, else of the newest
-    that fits, with outliers if those are wanted."""
+    that fits, with outliers if those are wanted; and a line for the log, see `find_run_folder`."""
     only_oe = s.is_load_oe or (s.outliers == "distilled" and s.folder is None)
     roots = [s.load_path] if s.load_path is not None else STAGE1_ROOTS[1:] if only_oe else STAGE1_ROOTS
     parts = (s.method, s.dataset, s.model, s.ipc)
     folder, note = find_run_folder(roots, parts, s.folder, result_name(*parts), only_oe)
-    return Found(folder / result_name(*parts), note)
+    return folder / result_name(*parts), note
 
 
 def stage3_command(s: Stage2Settings, folder: Path, real: RealData) -> str | None:

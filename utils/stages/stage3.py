@@ -24,7 +24,7 @@ from utils.ood.sets import OODSet, OODSource, validation_sets
 from utils.report import plots
 from utils.report.results import Results, results_csv, results_json, results_of, ways_of_testing
 from utils.report.tables import report_text, summary
-from utils.runs.lineage import STAGE2_ROOTS, Found, args_or_nothing, distilled_set_of, find_run_folder
+from utils.runs.lineage import STAGE2_ROOTS, args_or_nothing, distilled_set_of, find_run_folder
 from utils.runs.run_folder import RunFolder
 from utils.settings.arguments import Stage3Settings
 from utils.settings.common import read_data
@@ -202,8 +202,8 @@ def scores_of(s: Stage3Settings) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _find_networks(s: Stage3Settings) -> Found:
-    """The run folder of stage 2 whose networks are tested."""
+def _find_networks(s: Stage3Settings) -> tuple[Path, str]:
+    """The run folder of stage 2 whose networks are tested, and a line for the log, see `find_run_folder`."""
     roots = [s.load_path] if s.load_path is not None else STAGE2_ROOTS[1:] if s.is_load_oe else STAGE2_ROOTS
     parts, pattern = (s.method, s.dataset, s.model, s.ipc), checkpoint_name(s.dataset, s.model, 0, "*")
     return find_run_folder(roots, parts, s.folder, pattern, s.is_load_oe)

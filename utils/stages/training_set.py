@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,8 +13,8 @@ from utils.core.errors import UserError, require
 from utils.core.torch_files import read_pt
 from utils.data.datasets import RealData
 from utils.data.distilled_file import DistilledFile
-from utils.data.synthetic import SyntheticSet, as_parts, check_factor
-from utils.exchange.convert import read_distilled
+from utils.data.synthetic import as_parts, check_factor
+from utils.exchange.convert import TrainingSet, read_distilled
 from utils.outliers.sources import (
     OutlierSource,
     PseudoOutliers,
@@ -24,7 +24,7 @@ from utils.outliers.sources import (
     load_outlier_pool,
     with_fresh,
 )
-from utils.runs.lineage import TRAINED_ON, Found, args_or_nothing, stored_set_path
+from utils.runs.lineage import TRAINED_ON, args_or_nothing, stored_set_path
 from utils.runs.run_folder import read_args
 from utils.settings.arguments import Stage2Settings
 from utils.training.coresets import check_ipc, coreset, random_images, whole_set
@@ -32,27 +32,8 @@ from utils.training.coresets import check_ipc, coreset, random_images, whole_set
 OUTLIERS = "outliers.pt"  # in a folder of stage 2: those that are stored beside the whole training set
 
 
-@dataclass(frozen=True)
-class TrainingSet:
-    """A set to train on."""
-
-    synthetic: SyntheticSet
-    lines: tuple[str, ...] = ()  # for the log
-    file: DistilledFile | None = None  # the `res_….pt` that holds it, if one does
-    origin: Path | None = None  # the run of stage 1 that its images are from, if there is one
-    factor: int = 1  # the set is decoded; stored images held factor × factor of its own
-
-    def ipc(self, num_classes: int) -> int:
-        """Stored images per class, rounded down, at least 1."""
-        return max(1, len(self.synthetic.images) // (num_classes * self.factor**2))
-
-    def changed(self, synthetic: SyntheticSet, line: str, file: DistilledFile | None = None) -> "TrainingSet":
-        """The set with other outliers, and a line on them."""
-        return replace(self, synthetic=synthetic, lines=(*self.lines, line), file=file)
-
-
 def labelled_images(
-    s: Stage2Settings, real: RealData, stage1: Callable[[], Found], feature_network: Callable[[], nn.Module]
+    s: Stage2Settings, real: RealData, stage1: Callable[[], tuple[Path, str]], feature_network: Callable[[], nn.Module]
 ) -> TrainingSet:
     """The images and labels that the settings choose, and the outliers that are stored with them.
 
@@ -60,12 +41,9 @@ def labelled_images(
     """
     if s.distilled:
         found = read_distilled(s.distilled, real, s, s.exp_idx, s.distilled_oe or ())
-        if s.ipc is not None and s.ipc * real.num_classes != found.stored:
-            raise UserError(
-                f"--ipc {s.ipc}: {s.distilled[0]} has {found.stored} images of {real.num_classes} classes; leave --ipc "
-                "out"
-            )
-        return TrainingSet(found.synthetic, found.lines, factor=found.factor)
+        what = f"{s.distilled[0]} has {found.stored} images of {real.num_classes} classes"
+        require(s.ipc is None or s.ipc * real.num_classes == found.stored, f"--ipc {s.ipc}: {what}; leave --ipc out")
+        return found
     if s.train_on == "distilled":
         path, note = stage1()
         file = DistilledFile.open(path)

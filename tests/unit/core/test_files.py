@@ -167,7 +167,7 @@ def test_finding_run_folders(tmp_path):
     put(roots[0], "20230101-000000")
     put(roots[1], "20230102-000000")
     assert find("20230102-000000") == (roots[1] / "DSA" / "20230102-000000", "")
-    assert find(None).path.name == "20230102-000000"
+    assert find(None)[0].name == "20230102-000000"
     put(roots[1], "20230101-000000")
     with pytest.raises(UserError, match=r"exists 2 times: .*a/DSA/20230101-000000, .*b/DSA/20230101-000000"):
         find("20230101-000000")
@@ -208,19 +208,19 @@ def test_the_newest_run_is_the_finished_one_that_was_started_last(tmp_path):
     assert note.endswith("--folder NAME, of 20230101-000000")
     assert find("20230101-000000") == (published, "")
     later = run_of(place, "again", {"started": "2023-01-03T00:00:00", "finished": done}, mtime=1.5e9)
-    assert find().path == later
+    assert find()[0] == later
     stopped = run_of(place, "20230104-000000", {"started": "2023-01-04T00:00:00", "finished": None}, mtime=1.9e9)
     path, note = find()
     assert path == later
     assert "4 runs fit" in note
     assert "is taken (the newest finished one)" in note
     assert "20230104-000000 (not finished)" in note
-    assert find(stopped.name).note.startswith(f"{stopped} is not finished (stopped, or still running)")
+    assert find(stopped.name)[1].startswith(f"{stopped} is not finished (stopped, or still running)")
     shutil.rmtree(later)
-    assert find().path == named  # an older run, which does not say that it is not finished
+    assert find()[0] == named  # an older run, which does not say that it is not finished
     for folder in (published, named):
         shutil.rmtree(folder)
-    assert find() == (stopped, find(stopped.name).note)
+    assert find() == (stopped, find(stopped.name)[1])
     older = run_of(place, "20230103-000000", {"started": "2023-01-03T00:00:00", "finished": None})
     path, note = find()
     assert path == stopped
@@ -240,14 +240,14 @@ def test_a_run_that_another_process_writes_is_not_finished(program, tmp_path):
     command = program(code, live)
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "locked\n"
-        assert find().path == older
-        assert "is not finished (stopped, or still running)" in find(live.name).note
+        assert find()[0] == older
+        assert "is not finished (stopped, or still running)" in find(live.name)[1]
         with pytest.raises(UserError, match="is a live run of process"):
             RunFolder(live)
         process.communicate("\n")
     RunFolder(live)  # the lock died with its owner
-    assert find().path == live
-    assert find(live.name).note == ""
+    assert find()[0] == live
+    assert find(live.name)[1] == ""
 
 
 def test_args_say_when_a_run_has_ended(tmp_path):
