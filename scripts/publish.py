@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils  # noqa: F401  # isort: skip (before torch: it tells OpenMP how to wait)
 
 import torch
+from safetensors.torch import save
 
 from utils.compute.version import VERSION
 from utils.core.errors import UserError, blame, one_line
@@ -243,15 +244,7 @@ def _of_another(s: PublishSettings) -> Published:
 
 
 def write(folder: Path, published: Published, facts: CardFacts) -> None:
-    """Write the tensors, the pictures and the card into `folder`.
-
-    Raises:
-        UserError: when the package safetensors is missing.
-    """
-    try:
-        from safetensors.torch import save
-    except ImportError:
-        raise UserError("publishing needs the package safetensors: pip install safetensors") from None
+    """Write the tensors, the pictures and the card into `folder`."""
     s = published.synthetic
     tensors = {"images": s.images.contiguous(), "labels": s.hard_labels}
     if s.labels.is_floating_point():
