@@ -27,7 +27,8 @@ from utils.exchange.assumptions import Assumptions
 from utils.exchange.convert import read_distilled
 from utils.exchange.formats import SetFiles, find_files
 from utils.methods import METHODS
-from utils.report.compare import ComparisonColumn, find_runs
+from utils.report.compare import find_runs
+from utils.report.study import NamedResults
 from utils.settings.arguments import Experiment, Stage2Settings, Stage2SettingsNoOE, Stage3Settings
 from utils.settings.common import (
     Batches,
@@ -170,7 +171,7 @@ def _check_same(out: Path, files: SetFiles, outliers: Sequence[str]) -> None:
     save_output(str(note), found + "\n")
 
 
-def at_chance(columns: Sequence[ComparisonColumn], real: RealData) -> list[str]:
+def at_chance(columns: Sequence[NamedResults], real: RealData) -> list[str]:
     """A line for each column whose networks are not more accurate than guessing, within two standard errors."""
     chance = 1 / real.num_classes
     error = math.sqrt(chance * (1 - chance) / len(real.images_test))

@@ -8,7 +8,7 @@ from utils.data.augment import dc_augmentation
 from utils.data.synthetic import SyntheticSet
 from utils.data.whitening import ZCA
 from utils.report.results import Results, protocol_line, shared_sets
-from utils.report.study import StudyColumn, StudyRow, mean_rows
+from utils.report.study import NamedResults, StudyColumn, mean_rows
 from utils.report.tables import markdown_table, render
 from utils.settings.fields import flag_words
 from utils.settings.parser import value_in
@@ -103,6 +103,6 @@ def measured_table(results: dict[str, Results]) -> str:
     scores = dict.fromkeys(score for r in results.values() for score in r.scores()) if sets else ()
     columns = [StudyColumn("accuracy"), StudyColumn("ece")]
     columns += [StudyColumn(measure, score, sets) for score in scores for measure in ("auroc", "fpr_in")]
-    rows = [StudyRow(f"{len(r.errors)} × {t}", {0: r}) for t, r in results.items()]
+    rows = [NamedResults(f"{len(r.errors)} × {t}", {0: r}) for t, r in results.items()]
     trained = protocol_line({row.name: row.protocols for row in rows})
     return f"{mean_rows(rows, columns, 'networks')}\n\n{trained}"

@@ -10,8 +10,9 @@ import torch
 from utils.data.synthetic import SyntheticSet
 from utils.ood.measures import MEASURES, calibration, error_detection, ood_measures
 from utils.report.card import Published, card
-from utils.report.compare import Comparison, ComparisonColumn
+from utils.report.compare import Comparison
 from utils.report.results import NETWORK_MEASURES, Results
+from utils.report.study import NamedResults
 from utils.report.tables import OF_NETWORKS, OF_OOD
 
 
@@ -64,7 +65,7 @@ NASTY = "<b onclick='x()'>&\"{{ 1 }}"
 def test_a_page_escapes_what_it_shows():
     """Names, sets, scores and notes: as the standard library reads them back."""
     row = {"network": 0, "set": f"set {NASTY}", "score": f"score {NASTY}", **dict.fromkeys(MEASURES, 0.5)}
-    column = ComparisonColumn(f"name {NASTY}", {Path(): Results([dict.fromkeys(NETWORK_MEASURES, 0.5)], [row])})
+    column = NamedResults(f"name {NASTY}", {Path(): Results([dict.fromkeys(NETWORK_MEASURES, 0.5)], [row])})
     page = Comparison([column], ["auroc"]).page(None, [f"note {NASTY}"])
     assert "<b" not in page.replace("<body>", "")
     shown = html.unescape(page)
