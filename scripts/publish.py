@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save
 
 from utils.compute.version import VERSION
-from utils.core.errors import UserError, blame, one_line
+from utils.core.errors import UserError, blame, one_line, require
 from utils.core.files import writing
 from utils.core.run_script import run_script
 from utils.data.distilled_file import DistilledFile, Normalisation
@@ -54,7 +54,7 @@ class Publication(Settings):
         (), "run folder of stage 1, or any set of --distilled", positional=True, metavar="PATH"
     )
     distilled_oe: tuple[str, ...] | None = flag(None, "its outliers, if they are apart", metavar="PATH")
-    out: str = flag("", "folder to make; it must not exist", required=True)
+    out: str = flag("", "folder to make; it must not exist")
     results: tuple[str, ...] = flag((), "stage-3 folders, whose measures the card states")
     license: str = flag("unknown", "licence of the set, as the hub names it, e.g. mit")
     method: str | None = flag(None, "method that made the set; left out: that of the run")
@@ -67,6 +67,7 @@ class PublishSettings(Publication, Experiment, Data, Assumptions):
 
     def completed(self, given: Mapping[str, Any]) -> Self:
         """Refuse assumptions that contradict each other."""
+        require(self.out, "--out is missing; give the folder to make")
         self.check_assumptions()
         return self
 

@@ -19,7 +19,7 @@ from typing import Any, Self
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.runner import Stage, run_stages
-from utils.core.errors import UserError
+from utils.core.errors import UserError, require
 from utils.core.files import save_output
 from utils.core.run_script import run_script
 from utils.data.datasets import RealData
@@ -57,7 +57,7 @@ class Report(Settings):
     distilled: tuple[str, ...] = flag(
         (), "a distilled set of any repository, as --distilled", positional=True, metavar="PATH"
     )
-    out: str = flag("", "folder of the report; the same one again resumes it", required=True)
+    out: str = flag("", "folder of the report; the same one again resumes it")
     method: str | None = flag(None, "left out: DSA with --dsa_strategy, else DC", one_of("method", METHODS))
     distilled_oe: tuple[str, ...] | None = flag(
         None,
@@ -106,6 +106,7 @@ class ReportSettings(
 
     def completed(self, given: Mapping[str, Any]) -> Self:
         """The method that names folders, and augments."""
+        require(self.out, "--out is missing; give the folder to make")
         self.check_assumptions()
         return replace(self, method=self.method or ("DSA" if self.dsa_strategy else "DC"))
 
