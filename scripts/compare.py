@@ -86,11 +86,7 @@ def write(out: Path, table: Comparison, text: str, notes: Sequence[str] | None =
     except OSError as error:
         raise UserError(f"--out: cannot make {out}: {error}") from None
     files = {"compare.md": text, "compare.csv": table.csv(), "compare.tex": table.latex()}
-    try:
-        picture = table.picture(out / "compare.png")
-    except ImportError:
-        picture = None
-        print("no picture: matplotlib is not installed (pip install matplotlib)")
+    picture = table.picture(out / "compare.png")
     if notes is not None:
         files["compare.html"] = table.page(picture, notes)
     for name, text in files.items():

@@ -22,19 +22,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils  # noqa: F401  # isort: skip (before torch: it tells OpenMP how to wait)
 
 import torch
+from safetensors.torch import save
 
 from utils.compute.version import VERSION
-from utils.core.errors import UserError, blame, one_line
+from utils.core.errors import UserError, blame, one_line, require
 from utils.core.files import writing
 from utils.core.run_script import run_script
 from utils.data.distilled_file import DistilledFile, Normalisation
 from utils.data.synthetic import SyntheticSet
-from utils.data.whitening import ZCA
 from utils.exchange.assumptions import Assumptions
 from utils.exchange.convert import read_distilled
 from utils.exchange.formats import SAFETENSORS, find_files
 from utils.methods import METHODS
-from utils.report.card import CardFacts, card
+from utils.report.card import Published, card
 from utils.report.plots import save_grid
 from utils.report.results import Results, load_results
 from utils.runs.lineage import args_or_nothing, distilled_set_of
@@ -47,25 +47,6 @@ SHOWN = 10  # of each class, in the preview
 
 
 @dataclass(frozen=True)
-class Published:
-    """A set, the normalisation of its images, and what its card says of its origin."""
-
-    synthetic: SyntheticSet
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    zca: ZCA | None
-    dataset: str
-    num_classes: int
-    origin: dict
-    source: str = ""
-    class_names: tuple[str, ...] = ()
-
-    def to_pixels(self, images: torch.Tensor) -> torch.Tensor:
-        """Images in [0, 1], clipped."""
-        return Normalisation(None, (self.mean, self.std), self.zca).to_unit(images).clamp(0, 1)
-
-
-@dataclass(frozen=True)
 class Publication(Settings):
     """Publication."""
 
@@ -73,7 +54,7 @@ class Publication(Settings):
         (), "run folder of stage 1, or any set of --distilled", positional=True, metavar="PATH"
     )
     distilled_oe: tuple[str, ...] | None = flag(None, "its outliers, if they are apart", metavar="PATH")
-    out: str = flag("", "folder to make; it must not exist", required=True)
+    out: str = flag("", "folder to make; it must not exist")
     results: tuple[str, ...] = flag((), "stage-3 folders, whose measures the card states")
     license: str = flag("unknown", "licence of the set, as the hub names it, e.g. mit")
     method: str | None = flag(None, "method that made the set; left out: that of the run")
@@ -86,6 +67,7 @@ class PublishSettings(Publication, Experiment, Data, Assumptions):
 
     def completed(self, given: Mapping[str, Any]) -> Self:
         """Refuse assumptions that contradict each other."""
+        require(self.out, "--out is missing; give the folder to make")
         self.check_assumptions()
         return self
 
@@ -103,34 +85,21 @@ def main(settings: PublishSettings) -> None:
         raise UserError(f"--out: {out} exists; remove it or give another name")
     run = None if s.distilled_oe else _of_run(s)
     published = run or _of_another(s)
-    flags = published.origin.get("flags") or {}
-    synthetic, images = published.synthetic, published.synthetic.images
-    facts = CardFacts(
-        dataset=published.dataset,
-        method=s.method or flags.get("method") or "",
-        num_classes=published.num_classes,
-        shape=tuple(images.shape[1:]),
-        counts=(len(images), synthetic.num_outliers),
-        factor=synthetic.factor,
-        labels="soft" if synthetic.labels.is_floating_point() else "hard",
-        mean=published.mean,
-        std=published.std,
-        zca=published.zca is not None,
-        learning_rate=synthetic.lr_net,
+    published = replace(
+        published,
+        method=s.method or published.flags.get("method") or "",
         license=s.license,
-        strategy=s.dsa_strategy or _strategy(flags),
-        origin=published.origin,
-        source=published.source,
-        results=_results(s.results, synthetic),
+        strategy=s.dsa_strategy or _strategy(published.flags),
+        results=_results(s.results, published.synthetic),
     )
-    facts = replace(facts, train_command=_train_command(facts))
+    published = replace(published, train_command=_train_command(published))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as error:
         raise UserError(f"--out: cannot make {out}: {error}") from None
     try:
-        write(unfinished, published, facts)
+        write(unfinished, published)
         unfinished.chmod(0o755)
         os.replace(unfinished, out)
     finally:
@@ -144,14 +113,14 @@ def _strategy(flags: dict) -> str | None:
     return flags.get("dsa_strategy") if entry is None or entry.augmentation != "unused" else None
 
 
-def _train_command(f: CardFacts) -> str:
+def _train_command(f: Published) -> str:
     """The command of stage 2 that trains networks on the set; `SET` is the folder of the card."""
-    plain = not f.counts[1]
+    plain = not f.synthetic.num_outliers
     method = f.method if f.method and f.flags.get("method") == f.method else "DSA" if f.strategy else "DC"
     names = ("model", "im_size", "pixel_max", *(() if plain else ("lambda_oe",)))
     kept = {name: f.flags[name] for name in names if f.flags.get(name) is not None}
-    own = {"distilled": ("SET",), "ipc": None, "dataset": f.dataset, "dsa_strategy": f.strategy, "zca": f.zca}
-    settings = (Stage2SettingsNoOE if plain else Stage2Settings)(method=method, **own, **kept)
+    own = {"distilled": ("SET",), "ipc": None, "dataset": f.dataset, "dsa_strategy": f.strategy}
+    settings = (Stage2SettingsNoOE if plain else Stage2Settings)(method=method, zca=f.zca is not None, **own, **kept)
     script = "train_model_synthetic_no_oe.py" if plain else "train_model_synthetic_oe.py"
     return shlex.join(["python", script, *as_words(settings)])
 
@@ -242,16 +211,8 @@ def _of_another(s: PublishSettings) -> Published:
     return Published(found.synthetic, *statistics, real.name, real.num_classes, {}, source, real.class_names)
 
 
-def write(folder: Path, published: Published, facts: CardFacts) -> None:
-    """Write the tensors, the pictures and the card into `folder`.
-
-    Raises:
-        UserError: when the package safetensors is missing.
-    """
-    try:
-        from safetensors.torch import save
-    except ImportError:
-        raise UserError("publishing needs the package safetensors: pip install safetensors") from None
+def write(folder: Path, published: Published) -> None:
+    """Write the tensors, the pictures and the card into `folder`."""
     s = published.synthetic
     tensors = {"images": s.images.contiguous(), "labels": s.hard_labels}
     if s.labels.is_floating_point():
@@ -260,7 +221,7 @@ def write(folder: Path, published: Published, facts: CardFacts) -> None:
         tensors["outliers"] = s.images_oe.contiguous()
     if s.lr_net is not None:
         tensors["lr_net"] = torch.tensor(s.lr_net, dtype=torch.float64)
-    about: dict = {"version": VERSION, "dataset": facts.dataset, "method": facts.method}
+    about: dict = {"version": VERSION, "dataset": published.dataset, "method": published.method}
     about |= {"class_names": list(published.class_names)} | ({"factor": s.factor} if s.factor > 1 else {})
     if published.zca is None:
         about["normalisation"] = {"mean": list(published.mean), "std": list(published.std)}
@@ -270,15 +231,16 @@ def write(folder: Path, published: Published, facts: CardFacts) -> None:
     with writing(folder):
         (folder / SAFETENSORS).write_bytes(content)
         _write_pictures(folder, published)
-        (folder / "README.md").write_text(card(facts), encoding="utf-8")
+        (folder / "README.md").write_text(card(published), encoding="utf-8")
 
 
 def _write_pictures(folder: Path, published: Published) -> None:
     """A PNG of every image and outlier, and a preview with a row for each class."""
     from torchvision.transforms.functional import to_pil_image
 
-    s, pixels = published.synthetic, published.to_pixels(published.synthetic.images)
-    classes = s.hard_labels
+    s, classes = published.synthetic, published.synthetic.hard_labels
+    normalisation = Normalisation(None, (published.mean, published.std), published.zca)
+    pixels = normalisation.to_unit(s.images).clamp(0, 1)
     for label in range(published.num_classes):
         of_class = folder / "images" / f"{label:04d}"
         of_class.mkdir(parents=True)
@@ -289,7 +251,7 @@ def _write_pictures(folder: Path, published: Published) -> None:
     save_grid(folder / "preview.png", torch.cat([row[:width] for row in rows]), width)
     if s.images_oe is not None:
         (folder / "outliers").mkdir()
-        outliers = published.to_pixels(s.images_oe)
+        outliers = normalisation.to_unit(s.images_oe).clamp(0, 1)
         for number, image in enumerate(_bytes(outliers)):
             to_pil_image(image).save(folder / "outliers" / f"{number:04d}.png")
 

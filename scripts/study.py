@@ -20,8 +20,8 @@ from utils.core.files import save_output
 from utils.core.run_script import run_script
 from utils.report.results import protocol_line
 from utils.report.study import (
+    NamedResults,
     StudyColumn,
-    StudyRow,
     differences,
     mean_rows,
     places_of_kinds,
@@ -104,7 +104,7 @@ def study_text(args: argparse.Namespace) -> str:
     if args.by_score:
         if unused := [name for name in ("base", "against", "by_set", "sets") if getattr(args, name)]:
             raise UserError(f"--{unused[0]}: --by_score is one table without it; leave one of them out")
-        measured = dict.fromkeys(s for kind in kinds for results in kind.seeds.values() for s in results.scores())
+        measured = dict.fromkeys(s for kind in kinds for results in kind.runs.values() for s in results.scores())
         if missing := [score for score in args.scores or [] if score not in measured]:
             raise UserError(f"--scores: no kind has {missing[0]}; they have {', '.join(measured)}")
         parts = [score_rows(kinds, args.scores or list(measured), args.by_score)]
@@ -115,16 +115,16 @@ def study_text(args: argparse.Namespace) -> str:
 
 
 def tables(
-    args: argparse.Namespace, studies: list[dict[str, StudyRow]], kinds: list[StudyRow], scores: list[str]
+    args: argparse.Namespace, studies: list[dict[str, NamedResults]], kinds: list[NamedResults], scores: list[str]
 ) -> list[str]:
     """The mean rows, the differences, and the rows of each OOD set, as the flags say."""
     for kind in kinds:
-        for results in kind.seeds.values():
+        for results in kind.runs.values():
             if missing := [score for score in scores if score not in results.scores()]:
                 raise UserError(
                     f"--scores: {missing[0]} is not in {kind.name}, which has {', '.join(results.scores())}"
                 )
-    names = next(iter(kinds[0].seeds.values())).ood_sets()
+    names = next(iter(kinds[0].runs.values())).ood_sets()
     columns = [*map(StudyColumn, args.of_networks), *columns_of(scores, args.measures, None)]
     if args.by_set:
         groups = args.groups or [("", [name]) for name in names]
@@ -139,16 +139,16 @@ def tables(
     return parts
 
 
-def default_scores(kinds: list[StudyRow]) -> list[str]:
+def default_scores(kinds: list[NamedResults]) -> list[str]:
     """Those of msp and mls that every run measured; msp if there is none."""
-    runs = [results for kind in kinds for results in kind.seeds.values()]
+    runs = [results for kind in kinds for results in kind.runs.values()]
     return [score for score in ("msp", "mls") if all(score in results.scores() for results in runs)] or ["msp"]
 
 
-def check_sets(kinds: list[StudyRow]) -> None:
+def check_sets(kinds: list[NamedResults]) -> None:
     """Raise `UserError` unless all were measured on the same OOD sets; means over others do not compare."""
     measured = [
-        (f"{kind.name}, seed {seed}", set(results.ood_sets())) for kind in kinds for seed, results in kind.seeds.items()
+        (f"{kind.name}, seed {seed}", set(results.ood_sets())) for kind in kinds for seed, results in kind.runs.items()
     ]
     first, known = measured[0]
     for name, sets in measured:
@@ -164,10 +164,10 @@ def columns_of(scores: list[str], measures: list[str], name: str | None) -> list
     return [StudyColumn(measure, score, name and [name]) for score in scores for measure in measures]
 
 
-def read_studies(folders: list[Path], prefixes: list[str], names: list[str] | None) -> list[dict[str, StudyRow]]:
+def read_studies(folders: list[Path], prefixes: list[str], names: list[str] | None) -> list[dict[str, NamedResults]]:
     """The kinds in each folder or CSV file, by name."""
-    studies: list[dict[str, StudyRow]] = []
-    read: dict[tuple[Path, str], StudyRow] = {}
+    studies: list[dict[str, NamedResults]] = []
+    read: dict[tuple[Path, str], NamedResults] = {}
     for folder, prefix in zip(folders, prefixes, strict=True):
         keys = {name: (place, title(name, prefix)) for name, place in places_of_kinds(folder, names).items()}
         read |= {key: read_kind(*key) for key in keys.values() if key not in read}
@@ -181,7 +181,7 @@ def read_studies(folders: list[Path], prefixes: list[str], names: list[str] | No
 
 
 def paired(
-    studies: list[dict[str, StudyRow]], base: str, against: list[str] | None, columns: list[StudyColumn]
+    studies: list[dict[str, NamedResults]], base: str, against: list[str] | None, columns: list[StudyColumn]
 ) -> list[str]:
     """A table of differences for each study that has the kind `base`."""
     parts = []

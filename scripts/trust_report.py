@@ -19,7 +19,7 @@ from typing import Any, Self
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.runner import Stage, run_stages
-from utils.core.errors import UserError
+from utils.core.errors import UserError, require
 from utils.core.files import save_output
 from utils.core.run_script import run_script
 from utils.data.datasets import RealData
@@ -27,7 +27,8 @@ from utils.exchange.assumptions import Assumptions
 from utils.exchange.convert import read_distilled
 from utils.exchange.formats import SetFiles, find_files
 from utils.methods import METHODS
-from utils.report.compare import ComparisonColumn, find_runs
+from utils.report.compare import find_runs
+from utils.report.study import NamedResults
 from utils.settings.arguments import Experiment, Stage2Settings, Stage2SettingsNoOE, Stage3Settings
 from utils.settings.common import (
     Batches,
@@ -56,7 +57,7 @@ class Report(Settings):
     distilled: tuple[str, ...] = flag(
         (), "a distilled set of any repository, as --distilled", positional=True, metavar="PATH"
     )
-    out: str = flag("", "folder of the report; the same one again resumes it", required=True)
+    out: str = flag("", "folder of the report; the same one again resumes it")
     method: str | None = flag(None, "left out: DSA with --dsa_strategy, else DC", one_of("method", METHODS))
     distilled_oe: tuple[str, ...] | None = flag(
         None,
@@ -105,6 +106,7 @@ class ReportSettings(
 
     def completed(self, given: Mapping[str, Any]) -> Self:
         """The method that names folders, and augments."""
+        require(self.out, "--out is missing; give the folder to make")
         self.check_assumptions()
         return replace(self, method=self.method or ("DSA" if self.dsa_strategy else "DC"))
 
@@ -170,7 +172,7 @@ def _check_same(out: Path, files: SetFiles, outliers: Sequence[str]) -> None:
     save_output(str(note), found + "\n")
 
 
-def at_chance(columns: Sequence[ComparisonColumn], real: RealData) -> list[str]:
+def at_chance(columns: Sequence[NamedResults], real: RealData) -> list[str]:
     """A line for each column whose networks are not more accurate than guessing, within two standard errors."""
     chance = 1 / real.num_classes
     error = math.sqrt(chance * (1 - chance) / len(real.images_test))

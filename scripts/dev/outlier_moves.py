@@ -9,7 +9,6 @@ the measures over the iterations, if each folder holds runs of several --Iterati
 """
 
 import argparse
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -65,8 +64,8 @@ def get_args_parser() -> Parser:
     parser.add_argument("--networks", type=count(1), default=2, help="networks trained on each set")
     parser.add_argument("--epochs", type=count(1), default=300, help="their epochs")
     parser.add_argument("--out", default=None, help="markdown file to write")
-    parser.add_argument("--picture", default=None, help="PNG file to write: outliers before and after (matplotlib)")
-    parser.add_argument("--curves", default=None, help="PNG file to write: measures over iterations (matplotlib)")
+    parser.add_argument("--picture", default=None, help="PNG file to write: outliers before and after")
+    parser.add_argument("--curves", default=None, help="PNG file to write: measures over iterations")
     return parser
 
 
@@ -77,11 +76,6 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--names: {len(names)} names for {len(args.folders)} folders; give one each")
     if len(set(names)) < len(names):
         raise UserError(f"--names: {' '.join(names)} names two folders alike; give each a name of its own")
-    for flag in ("picture", "curves"):
-        if getattr(args, flag) and importlib.util.find_spec("matplotlib") is None:
-            raise UserError(
-                f"--{flag}: matplotlib is not installed (pip install matplotlib); install it or leave it out"
-            )
     rows, firsts, measured = [], [], {}
     for folder, name in zip(args.folders, names, strict=True):
         runs = [r for r in map(read_run, sorted(Path(folder).rglob("args.json"))) if r is not None]

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from utils.report.results import StudyResults
-from utils.report.study import StudyColumn, StudyRow
+from utils.report.study import NamedResults, StudyColumn
 from utils.report.tables import defined
 
 RESULTS = Path(__file__).resolve().parents[2] / "assets" / "results"
@@ -20,8 +20,8 @@ def values(
 ) -> np.ndarray:
     """A measure of the networks of a kind that have it, in its unit; of a score the mean over `sets`, or (None) all."""
     column = StudyColumn(measure, score, sets)
-    row = StudyRow(kind, study[kind])
-    measured = defined([v for results in row.seeds.values() for v in column.of(results)])
+    row = NamedResults(kind, study[kind])
+    measured = defined([v for results in row.runs.values() for v in column.of(results)])
     return column.shown.factor * np.array(measured)
 
 

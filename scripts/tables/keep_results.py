@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> None:
     places = kinds_in(folder) if folder.is_dir() else {}
     if not places:
         raise UserError(f"{folder} holds no results in <kind>/seed<number>/3-ood; give a folder of a table script")
-    seeds = {f"{group}/{kind}".lstrip("/"): read_kind(place, kind).seeds for kind, place in places.items()}
+    seeds = {f"{group}/{kind}".lstrip("/"): read_kind(place, kind).runs for kind, place in places.items()}
     study = load_study_csv(file) if file.exists() else {}
     file.parent.mkdir(parents=True, exist_ok=True)
     save_study_csv(file, study | {kind: study.get(kind, {}) | seeds[kind] for kind in seeds})

@@ -153,18 +153,6 @@ def test_before_and_after(in_process, moves, digits, tmp_path):
     assert np.allclose(moved.flatten(0, 1).numpy(), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("flag", ["--picture", "--curves"])
-def test_a_picture_without_matplotlib(moves, monkeypatch, tmp_path, capsys, flag):
-    monkeypatch.setattr(moves.importlib.util, "find_spec", lambda name: None)
-    flags = [str(tmp_path), flag, str(tmp_path / "moves.png")]
-    with pytest.raises(SystemExit) as stopped:
-        run_script(lambda: moves.main(moves.get_args_parser().parse_args(flags)), "outlier_moves.py")
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert f"{flag}: matplotlib" in error
-    assert error.count("\n") == 1
-
-
 @pytest.mark.parametrize(
     ("folders", "names", "message"),
     [

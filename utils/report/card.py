@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 
 from utils.compute.version import versions, versions_line
 from utils.data.augment import dc_augmentation
+from utils.data.synthetic import SyntheticSet
+from utils.data.whitening import ZCA
 from utils.report.results import Results, protocol_line, shared_sets
-from utils.report.study import StudyColumn, StudyRow, mean_rows
+from utils.report.study import NamedResults, StudyColumn, mean_rows
 from utils.report.tables import markdown_table, render
 from utils.settings.fields import flag_words
 from utils.settings.parser import value_in
@@ -18,24 +20,21 @@ OUTLIER_TAGS = ("out-of-distribution-detection", "outlier-exposure")
 
 
 @dataclass(frozen=True)
-class CardFacts:
-    """What the card says of a set."""
+class Published:
+    """A set, the normalisation of its images, and what else its card says of it."""
 
-    dataset: str
-    method: str  # or empty
-    num_classes: int
-    shape: tuple[int, int, int]  # (C, H, W)
-    counts: tuple[int, int]  # images and outliers, as they are stored
-    labels: str  # hard or soft
+    synthetic: SyntheticSet
     mean: tuple[float, ...]  # per channel
     std: tuple[float, ...]
-    factor: int = 1  # of images in parts
-    zca: bool = False  # the images are whitened, instead of normalised by mean and std
-    learning_rate: float | None = None  # that was distilled, too
-    license: str = "unknown"
-    strategy: str | None = None  # the augmentation of training
+    zca: ZCA | None  # the images are whitened with it, instead of normalised by mean and std
+    dataset: str
+    num_classes: int
     origin: dict = field(default_factory=dict)  # the content of the run's args.json
     source: str = ""  # what was assumed of a set of another repository
+    class_names: tuple[str, ...] = ()
+    method: str = ""
+    license: str = "unknown"
+    strategy: str | None = None  # the augmentation of training
     results: dict[str, Results] = field(default_factory=dict)  # of stage 3, by title
     train_command: str = ""  # that trains networks on the set
 
@@ -45,9 +44,9 @@ class CardFacts:
         return self.origin.get("flags") or {}
 
 
-def card(f: CardFacts) -> str:
+def card(f: Published) -> str:
     """The text of the card, in markdown with the hub's front matter."""
-    images, outliers = f.counts
+    images, outliers = len(f.synthetic.images), f.synthetic.num_outliers
     by = f" by {f.method}" if f.method else ""
     title = f"{f.dataset} distilled{by}: {images} images" + (f", {outliers} outliers" if outliers else "")
     tags = [*TAGS, f.dataset.lower(), *filter(None, [f.method.lower()]), *(OUTLIER_TAGS if outliers else ())]
@@ -55,11 +54,12 @@ def card(f: CardFacts) -> str:
     return render(
         "card.md.j2",
         f=f,
+        s=f.synthetic,
         images=images,
         outliers=outliers,
         title=title,
         tags=tags,
-        size=next((name for most, name in SIZES if sum(f.counts) < most), "100K<n<1M"),
+        size=next((name for most, name in SIZES if images + outliers < most), "100K<n<1M"),
         epochs=1000 if augmented else 300,
         origin=_origin(f),
         measured=measured_table(f.results),
@@ -67,7 +67,7 @@ def card(f: CardFacts) -> str:
     )
 
 
-def _origin(f: CardFacts) -> str:
+def _origin(f: Published) -> str:
     """A table of what made the set."""
     about = f.origin
     stopped = about.get("stopped")  # publish.py adds it
@@ -103,6 +103,6 @@ def measured_table(results: dict[str, Results]) -> str:
     scores = dict.fromkeys(score for r in results.values() for score in r.scores()) if sets else ()
     columns = [StudyColumn("accuracy"), StudyColumn("ece")]
     columns += [StudyColumn(measure, score, sets) for score in scores for measure in ("auroc", "fpr_in")]
-    rows = [StudyRow(f"{len(r.errors)} × {t}", {0: r}) for t, r in results.items()]
+    rows = [NamedResults(f"{len(r.errors)} × {t}", {0: r}) for t, r in results.items()]
     trained = protocol_line({row.name: row.protocols for row in rows})
     return f"{mean_rows(rows, columns, 'networks')}\n\n{trained}"

@@ -12,8 +12,8 @@ import numpy as np
 from utils.core.errors import UserError, require
 from utils.core.files import csv_text
 from utils.report.plots import distilled_pictures, save_comparison
-from utils.report.results import Results, load_results, protocol_line, shared_sets
-from utils.report.study import StudyColumn
+from utils.report.results import load_results, protocol_line, shared_sets
+from utils.report.study import NamedResults, StudyColumn
 from utils.report.tables import OF_NETWORKS, OF_OOD, Measure, defined, markdown_table, render
 from utils.runs.lineage import args_or_nothing, sources_of
 
@@ -28,19 +28,6 @@ _LATEX = str.maketrans(
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     | {"±": r"$\pm$", "↑": r"$\uparrow$", "↓": r"$\downarrow$"}
 )
-
-
-@dataclass(frozen=True)
-class ComparisonColumn:
-    """One column of the table: some stage-3 runs under one name."""
-
-    name: str
-    runs: dict[Path, Results]  # by folder
-
-    @property
-    def protocols(self) -> list[str]:
-        """How the networks were trained."""
-        return _distinct(run.protocols for run in self.runs.values())
 
 
 @dataclass(frozen=True)
@@ -94,7 +81,7 @@ class ComparisonRow:
         return sign * gain, error
 
 
-def find_runs(folders: Sequence[Path], names: Sequence[str] | None, search: Sequence[Path]) -> list[ComparisonColumn]:
+def find_runs(folders: Sequence[Path], names: Sequence[str] | None, search: Sequence[Path]) -> list[NamedResults]:
     """The stage-3 runs that `folders` lead to, one column each; folders of the same name are pooled into one column.
 
     Folders of stages 1 and 2 are followed to the stage-3 runs under `search` that were made from them. `names`: one
@@ -112,7 +99,7 @@ def find_runs(folders: Sequence[Path], names: Sequence[str] | None, search: Sequ
         if twice := next((of_same for of_same in tests.values() if len(of_same) > 1), None):
             told = f"{', '.join(twice)} test the same networks, which would count twice in {name}"
             raise UserError(f"--names: {told}. Give one of them, or each a name of its own")
-    return [ComparisonColumn(name, {path: load_results(path) for path in paths}) for name, paths in found.items()]
+    return [NamedResults(name, {path: load_results(path) for path in paths}) for name, paths in found.items()]
 
 
 def _stage3_folders(folder: Path, search: Sequence[Path], one: bool) -> list[Path]:
@@ -135,7 +122,7 @@ def _stage3_folders(folder: Path, search: Sequence[Path], one: bool) -> list[Pat
     return made
 
 
-def of_scores(column: ComparisonColumn, scores: Sequence[str]) -> ComparisonColumn:
+def of_scores(column: NamedResults, scores: Sequence[str]) -> NamedResults:
     """The column with these scores alone, in this order; a `UserError` names a score that it does not have."""
     known = _distinct(run.scores() for run in column.runs.values())
     for score in scores:
@@ -157,7 +144,7 @@ class Comparison:
     The mean is over the sets on which all networks were measured; its title says so where there are others.
     """
 
-    def __init__(self, columns: Sequence[ComparisonColumn], measures: Sequence[str]):
+    def __init__(self, columns: Sequence[NamedResults], measures: Sequence[str]):
         self.columns, runs = columns, [run for column in columns for run in column.runs.values()]
         self.shared, self.ood_sets = shared_sets(runs), _distinct(run.ood_sets() for run in runs)
         self.scores = _distinct(run.scores() for run in runs)

@@ -45,26 +45,27 @@ class StudyColumn:
 
 
 @dataclass(frozen=True)
-class StudyRow:
-    """A kind of sets: its name and the results of each seed."""
+class NamedResults:
+    """Results under one name: those of a column of a comparison, or of each seed of a kind of sets."""
 
     name: str
-    seeds: dict[int, Results]
+    runs: dict[Path | int, Results]  # by folder, or by seed
 
     @property
     def protocols(self) -> list[str]:
-        return list(dict.fromkeys(p for results in self.seeds.values() for p in results.protocols))
+        """How the networks were trained."""
+        return list(dict.fromkeys(p for results in self.runs.values() for p in results.protocols))
 
     def cell(self, column: StudyColumn) -> str:
-        """`mean ± std` over the networks of all seeds, or a dash where nothing was measured.
+        """`mean ± std` over the networks of all runs, or a dash where nothing was measured.
 
-        Where some networks, or all of a seed, lack the measure, it says how many have it.
+        Where some networks, or all of a run, lack the measure, it says how many have it.
         """
-        return column.shown.cell([v for results in self.seeds.values() for v in column.of(results)])
+        return column.shown.cell([v for results in self.runs.values() for v in column.of(results)])
 
     def by_seed(self, column: StudyColumn) -> dict[int, float]:
         """The mean over the networks of each seed; networks and seeds without a value are left out."""
-        values = {seed: defined(column.of(results)) for seed, results in self.seeds.items()}
+        values = {seed: defined(column.of(results)) for seed, results in self.runs.items()}
         return {seed: float(np.mean(of_seed)) for seed, of_seed in values.items() if of_seed}
 
 
@@ -99,48 +100,48 @@ def kinds_in(study: Path) -> dict[str, Path]:
     return {path.name: path.resolve() for path in study.iterdir() if list(path.glob("seed*/3-ood"))}
 
 
-def read_kind(place: Path, name: str) -> StudyRow:
+def read_kind(place: Path, name: str) -> NamedResults:
     """The results of a kind: a folder with a folder `seed<number>` for each seed, or one of a CSV file.
 
     A `UserError` tells that there are none, a seed has several, or one is damaged.
     """
     if part := csv_part(place):
-        return StudyRow(name, load_study_csv(part[0])[part[1]])
+        return NamedResults(name, load_study_csv(part[0])[part[1]])
     seeds: dict[int, Results] = {}
     for path in place.glob("seed*"):
         files = list(path.rglob("results.json")) if path.name[4:].isdecimal() else []
         require(len(files) < 2, f"{path} holds {len(files)} files results.json; keep one for each seed")
         seeds |= {int(path.name[4:]): load_results(file.parent) for file in files}
     require(seeds, f"{place}: no results of stage 3 in seed<number>/; give folders that a table script wrote")
-    return StudyRow(name, dict(sorted(seeds.items())))
+    return NamedResults(name, dict(sorted(seeds.items())))
 
 
-def mean_rows(kinds: Sequence[StudyRow], columns: Sequence[StudyColumn], first: str = "images, outliers") -> str:
+def mean_rows(kinds: Sequence[NamedResults], columns: Sequence[StudyColumn], first: str = "images, outliers") -> str:
     """A markdown table: a row for each kind, a column for each measure."""
     rows = [[kind.name, *map(kind.cell, columns)] for kind in kinds]
     return markdown_table((first, *(column.title for column in columns)), rows)
 
 
-def score_rows(kinds: Sequence[StudyRow], scores: Sequence[str], measure: str) -> str:
+def score_rows(kinds: Sequence[NamedResults], scores: Sequence[str], measure: str) -> str:
     """A markdown table of one measure of `OF_OOD`, in the mean over the OOD sets: a row for each score."""
     rows = [[score, *(kind.cell(StudyColumn(measure, score)) for kind in kinds)] for score in scores]
     shown = OF_OOD[measure]
     return markdown_table((f"score, {shown.short_title} {shown.better}", *(kind.name for kind in kinds)), rows)
 
 
-def paired(base: StudyRow, other: StudyRow, column: StudyColumn) -> np.ndarray:
+def paired(base: NamedResults, other: NamedResults, column: StudyColumn) -> np.ndarray:
     """`base` minus `other` for each seed that both have, in the unit of the measure."""
     first, second = base.by_seed(column), other.by_seed(column)
     return np.array([column.shown.factor * (first[seed] - second[seed]) for seed in first if seed in second])
 
 
-def differences(base: StudyRow, others: Sequence[StudyRow], columns: Sequence[StudyColumn]) -> str:
+def differences(base: NamedResults, others: Sequence[NamedResults], columns: Sequence[StudyColumn]) -> str:
     """A markdown table: `base` minus each other kind, paired by seed, and the standard error over two seeds or more."""
     rows = [[f"{base.name} minus {other.name}", *(_difference(base, other, c) for c in columns)] for other in others]
     return markdown_table(("difference", *(column.title.rstrip(" ↑↓") for column in columns)), rows)
 
 
-def _difference(base: StudyRow, other: StudyRow, column: StudyColumn) -> str:
+def _difference(base: NamedResults, other: NamedResults, column: StudyColumn) -> str:
     gaps, shown = paired(base, other, column), column.shown
     if not len(gaps):
         return "-"

@@ -41,12 +41,6 @@ class Stage1Settings(MethodChoice, *(kind for kind in KINDS if not kind.__subcla
             return with_shown_default(text, f.default)
         return f"{text} (left out: {', '.join(others)}; else {f.default})"
 
-    @classmethod
-    def with_several_defaults(cls, method: str | None) -> set[str]:
-        """The flags of a method whose default depends on the method."""
-        users, names = users_of_flags(), {name for entry in METHODS.values() for name in entry.defaults}
-        return {name for name in names if (method or cls.method) in users.get(name, METHODS)}
-
     def defaults(self) -> dict[str, Any]:
         """The defaults of the method, and what follows from its flags."""
         entry = METHODS[self.method]

@@ -51,7 +51,7 @@ def flag(default: Any, help: str, check: Callable[[str], Any] | None = None, **m
         more: `names`: the values that are accepted; `often`: shown by `--help`, and not only by
             `--help-all`; `needs`: one or several `Need`s; `may_change`: whether a resumed run may be given another
             value; `positional`: it has no name on the command line; `short`: a further name, as `-v`; and `nargs`,
-            `const`, `action`, `required` and `metavar` of argparse.
+            `const`, `action` and `metavar` of argparse.
     """
     return field(default=default, metadata={"help": help, "check": check, **more})
 
@@ -87,11 +87,6 @@ class Settings:
     def help_of(cls, f: Field) -> str:
         """What the help says of a flag."""
         return with_shown_default(f.metadata["help"], f.default)
-
-    @classmethod
-    def with_several_defaults(cls, method: str | None) -> set[str]:
-        """The names of the flags of a method whose default depends on the method."""
-        return set()
 
     def defaults(self) -> dict[str, Any]:
         """By name, the values that these settings have where no flag but `--method` and the like is given."""
@@ -152,7 +147,7 @@ def add_flag(target: argparse._ActionsContainer, f: Field, **more: Any) -> argpa
         how |= {"type": meta["check"] or usual_check, "metavar": unit}
         how |= {"type": one_of(f.name, names), "metavar": f"{{{','.join(names)}}}"} if names else {}
         how |= {"nargs": "+"} if takes_several(f) else {}
-        how |= {key: meta[key] for key in ("nargs", "const", "action", "required", "metavar") if key in meta}
+        how |= {key: meta[key] for key in ("nargs", "const", "action", "metavar") if key in meta}
     return target.add_argument(*words, **how | more)
 
 

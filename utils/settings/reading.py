@@ -67,7 +67,8 @@ class SettingsParser(Parser):
         words = underscored(sys.argv[1:] if words is None else words)
         if self.prepare:
             self.prepare(self, words)
-        given, rest = self.values_of([*words, *_words_of_config(self, words)])
+        given, rest = self.values_of(words)
+        given = _values_of_config(self, words, given) | given
         return (given if rest else self._made(given)), rest
 
     def values_of(self, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -115,33 +116,25 @@ def flags_as_words(parser: SettingsParser, flags: Mapping[str, object], flag: st
     return found
 
 
-def _words_of_config(parser: SettingsParser, words: Sequence[str]) -> list[str]:
-    """The flags in the file of `--config`, as words that may stand behind those of the command line.
+def _values_of_config(parser: SettingsParser, words: Sequence[str], given: dict[str, Any]) -> dict[str, Any]:
+    """The values in the file of `--config`, by name; `given`: those of the `words` of the command line.
 
-    Left out are those that the command line has itself, and those at their default, since they may need other flags;
-    but what names the run stays. In the args.json of a run it is the default of its method; in a file that a user wrote
-    a default must be that of all methods.
+    Left out are those at their default, since they may need other flags; but what names the run stays. In the args.json
+    of a run it is the default of its own method, and what had no effect is left out, too.
     """
-    given = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
     name = value_in(words, "config")
     if name is None:
-        return []
+        return {}
     flags, of_run = _flags_in(path := Path(name), parser)
     code = flags.get("method_file")
     told = f"--config: {path} names --method_file {one_line(code)}, which is code; give that flag on the command line"
     require(code is None or "method_file" in given, told)
-    values, _ = parser.values_of([*words, *flags_as_words(parser, flags, "--config", path)])
-    if of_run:
-        made = parser.settings(**{n: v for n, v in values.items() if flags.get(n) not in (None, False)})
-        usual = made.defaults()
-        flags = {n: v for n, v in flags.items() if n not in usual or n in as_dict(made)}
-    else:
-        method = value_in(words, "method") or values.get("method")
-        varies = parser.settings.with_several_defaults(method) - parser.hidden
-        usual = {f.name: f.default for f in flags_of(parser.settings) if f.name not in varies}
-    at_default = {n for n, v in values.items() if n not in OF_RUN and n in usual and v == usual[n]}
-    kept = {name: value for name, value in flags.items() if name not in given | at_default}
-    return flags_as_words(parser, kept, "--config", path)
+    found, _ = parser.values_of([*words, *flags_as_words(parser, flags, "--config", path)])
+    values = {name: value for name, value in found.items() if name in flags}
+    made = parser.settings(**(values if of_run else values | given))
+    usual, used = made.defaults(), as_dict(made) if of_run else values
+    usual |= {f.name: f.default for f in flags_of(parser.settings) if f.name in parser.hidden}  # for a sister script
+    return {n: v for n, v in values.items() if n in used and (n in OF_RUN or v != usual[n])}
 
 
 def _flags_in(path: Path, parser: SettingsParser) -> tuple[dict[str, Any], bool]:
@@ -158,4 +151,4 @@ def _flags_in(path: Path, parser: SettingsParser) -> tuple[dict[str, Any], bool]
             flags[f.name] = "on" if value else "off"  # of --compile, in JSON
     if of_run and content.get("script", parser.prog) != parser.prog:
         flags.pop("save_path", None)  # where that script writes
-    return flags, of_run
+    return {name: value for name, value in flags.items() if value is not None and value is not False}, of_run

@@ -22,10 +22,10 @@ from utils.data.distilled_file import DistilledFile
 from utils.data.synthetic import SyntheticSet
 from utils.ood.measures import MEASURES, SCALED_MEASURES
 from utils.report.card import measured_table
-from utils.report.compare import Comparison, ComparisonColumn, find_runs
+from utils.report.compare import Comparison, find_runs
 from utils.report.plots import distilled_pictures, save_grid, save_score_histograms, shown
 from utils.report.results import NETWORK_MEASURES, Results, load_results, results_csv, results_json, shared_sets
-from utils.report.study import StudyColumn, StudyRow, mean_rows, score_rows
+from utils.report.study import NamedResults, StudyColumn, mean_rows, score_rows
 from utils.report.tables import report_text
 
 RUN = "DSA/Digits/ConvNetD1/1/20260101-000000"
@@ -42,7 +42,7 @@ def results(auroc, error=0.1, nll=0.3, sets=("patches", "blob"), score="msp"):
 
 
 def run(name, *args, **kwargs):
-    return ComparisonColumn(name, {Path(): results(*args, **kwargs)})
+    return NamedResults(name, {Path(): results(*args, **kwargs)})
 
 
 def cells(row):
@@ -137,7 +137,7 @@ def test_networks_on_one_set_are_no_replicates(tmp_path):
 def test_what_a_run_lacks_is_a_dash():
     nan = float("nan")
     other = run("other", [[0.9], [0.9]], sets=("blob",), score="knn")
-    old = ComparisonColumn("old", {Path(): Results([{"error": 0.1}], results([[nan, 0.6]]).rows)})
+    old = NamedResults("old", {Path(): Results([{"error": 0.1}], results([[nan, 0.6]]).rows)})
     runs = [run("one", [[nan, 0.8], [0.5, 0.8]]), other, old]
     table = Comparison(runs, ["auroc"])
     found = {(row.score, row.set): cells(row) for row in table.rows if row.measure.title == "AUROC"}
@@ -153,7 +153,7 @@ def test_what_a_run_lacks_is_a_dash():
 
 def test_folders_of_one_name_are_pooled():
     runs = [results([[0.5, 0.7], [0.6, 0.8]]), results([[0.9, 0.9], [0.7, 0.7]])]
-    table = Comparison([ComparisonColumn("both", dict(zip(map(Path, "ab"), runs, strict=True)))], ["auroc"])
+    table = Comparison([NamedResults("both", dict(zip(map(Path, "ab"), runs, strict=True)))], ["auroc"])
     (patches,) = [row for row in table.rows if row.set == "patches"]
     assert patches.values == [[0.5, 0.6, 0.9, 0.7]]
     assert cells(patches) == ["67.50 ± 14.79"]
@@ -182,14 +182,14 @@ def test_a_run_that_lacks_a_score_is_told():
         Path("a"): results([[0.5], [0.7]], sets=("blob",)),
         Path("b"): results([[0.9]] * 2, sets=("blob",), score="knn"),
     }
-    table = Comparison([ComparisonColumn("one", both)], ["auroc"])
+    table = Comparison([NamedResults("one", both)], ["auroc"])
     found = {(row.score, row.set): cells(row) for row in table.rows if row.measure.title == "AUROC"}
     assert found["msp", "blob"] == ["60.00 ± 10.00 (2 of 4)"]
     assert found["knn", "blob"] == ["90.00 ± 0.00 (2 of 4)"]
 
 
 def test_a_comparison_on_validation_sets_alone_has_no_picture(tmp_path):
-    table = Comparison([ComparisonColumn("one", {Path("a"): results([[0.5]], sets=("val:CIFAR10",))})], ["auroc"])
+    table = Comparison([NamedResults("one", {Path("a"): results([[0.5]], sets=("val:CIFAR10",))})], ["auroc"])
     assert "val:CIFAR10" in table.markdown()
     assert table.picture(tmp_path / "compare.png") is None
 
@@ -201,8 +201,8 @@ def row(network, name):
 def test_a_line_in_a_name_does_not_break_a_table():
     """In the report of stage 3, a comparison, a study and a card; other tables are made by the same function."""
     found = Results([dict.fromkeys(NETWORK_MEASURES, 0.5)], [row(0, "a|b"), row(0, "c\nd")], ["e|f"])
-    column = ComparisonColumn("one|two", {Path(): found})
-    kind = StudyRow("g|h", {1: found})
+    column = NamedResults("one|two", {Path(): found})
+    kind = NamedResults("g|h", {1: found})
     texts = [
         report_text(found, ["msp"]),
         Comparison([column], ["auroc"]).markdown(),
@@ -226,7 +226,7 @@ def test_a_spreadsheet_computes_no_cell(tmp_path):
     found = Results([dict.fromkeys(NETWORK_MEASURES, 1.5)], [row(0, '=HYPERLINK("x")')])
     (first,) = csv.DictReader(results_csv(found).splitlines())
     assert (first["set"], first["accuracy"], first["auroc"]) == ('\'=HYPERLINK("x")', "-0.5", "0.5")
-    column = ComparisonColumn("-cmd", {Path(): found})
+    column = NamedResults("-cmd", {Path(): found})
     (first, *_) = csv.reader(Comparison([column], ["auroc"]).csv().splitlines())
     assert first[4:] == ["'-cmd mean", "'-cmd std", "'-cmd networks"]
     (tmp_path / "results.json").write_text(results_json(found, {}))
@@ -347,8 +347,8 @@ def test_a_picture_and_a_page_of_runs_without_folders(tmp_path):
     """Many columns, one of them without a score of the others; nothing can be followed."""
     folder = tmp_path / "a"
     folder.mkdir()
-    runs = [ComparisonColumn(f"run {i}", {folder: results([[0.2, 0.7], [0.7, 0.9]])}) for i in range(11)]
-    runs.append(ComparisonColumn("last", {folder: results([[0.6], [0.6]], sets=("blob",), score="knn")}))
+    runs = [NamedResults(f"run {i}", {folder: results([[0.2, 0.7], [0.7, 0.9]])}) for i in range(11)]
+    runs.append(NamedResults("last", {folder: results([[0.6], [0.6]], sets=("blob",), score="knn")}))
     table = Comparison(runs, ["auroc"])
     table.picture(tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").width > 800
@@ -363,7 +363,7 @@ def test_the_mean_is_over_the_sets_of_all_runs():
     assert cells(rows["mean of blob"]) == ["90.00 ± 0.00", "90.00 ± 0.00"]
     assert cells(rows["patches"]) == ["50.00 ± 0.00", "-"]
     seeds = {Path("a"): results([[0.5, 0.9]] * 2), Path("b"): results([[0.7]] * 2, sets=("blob",))}
-    rows = Comparison([ComparisonColumn("seeds", seeds)], ["auroc"]).rows
+    rows = Comparison([NamedResults("seeds", seeds)], ["auroc"]).rows
     assert [row.set for row in rows if row.score] == ["mean of blob", "patches", "blob"]
     assert shared_sets([*seeds.values()]) == ["blob"]
 

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from utils.data.synthetic import SyntheticSet
 from utils.ood.measures import MEASURES, calibration, error_detection, ood_measures
-from utils.report.card import CardFacts, card
-from utils.report.compare import Comparison, ComparisonColumn
+from utils.report.card import Published, card
+from utils.report.compare import Comparison
 from utils.report.results import NETWORK_MEASURES, Results
+from utils.report.study import NamedResults
 from utils.report.tables import OF_NETWORKS, OF_OOD
 
 
@@ -62,7 +65,7 @@ NASTY = "<b onclick='x()'>&\"{{ 1 }}"
 def test_a_page_escapes_what_it_shows():
     """Names, sets, scores and notes: as the standard library reads them back."""
     row = {"network": 0, "set": f"set {NASTY}", "score": f"score {NASTY}", **dict.fromkeys(MEASURES, 0.5)}
-    column = ComparisonColumn(f"name {NASTY}", {Path(): Results([dict.fromkeys(NETWORK_MEASURES, 0.5)], [row])})
+    column = NamedResults(f"name {NASTY}", {Path(): Results([dict.fromkeys(NETWORK_MEASURES, 0.5)], [row])})
     page = Comparison([column], ["auroc"]).page(None, [f"note {NASTY}"])
     assert "<b" not in page.replace("<body>", "")
     shown = html.unescape(page)
@@ -71,8 +74,8 @@ def test_a_page_escapes_what_it_shows():
 
 def test_a_card_takes_text_as_it_is():
     """Markdown is not escaped, and text of the user is no template."""
-    facts = CardFacts(NASTY, "", 10, (1, 8, 8), (10, 0), "hard", (0.1,), (1 / 3,), source=f"Read as: {NASTY}.")
-    text = card(facts)
+    synthetic = SyntheticSet(torch.zeros(10, 1, 8, 8), torch.arange(10))
+    text = card(Published(synthetic, (0.1,), (1 / 3,), None, NASTY, 10, source=f"Read as: {NASTY}."))
     assert f"Read as: {NASTY}." in text
     assert f"the training set of {NASTY} (10 classes)" in text
     assert "([0.1], [0.3333333333333333])" in text

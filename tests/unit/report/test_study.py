@@ -16,7 +16,7 @@ from utils.core.run_script import run_script
 from utils.ood.measures import MEASURES
 from utils.report.compare import Comparison, find_runs
 from utils.report.results import NETWORK_MEASURES, STUDY_COLUMNS, Results, load_results, load_study_csv, save_study_csv
-from utils.report.study import StudyColumn, StudyRow, differences, mean_rows, read_kind
+from utils.report.study import NamedResults, StudyColumn, differences, mean_rows, read_kind
 
 SETS, SCORES = ("blob", "uniform"), ("msp", "mls")
 
@@ -78,10 +78,10 @@ def test_differences_by_scipy(study):
 def test_one_seed_has_no_error_and_none_no_difference(study):
     folder, _ = study
     base, other = read_kind(folder / "poe", "a"), read_kind(folder / "plain", "b")
-    one = StudyRow("one", {1: other.seeds[1]})
-    none = StudyRow("none", {7: other.seeds[1]})
+    one = NamedResults("one", {1: other.runs[1]})
+    none = NamedResults("none", {7: other.runs[1]})
     cells = [row.split("|")[2].strip() for row in differences(base, [one, none], [StudyColumn("ece")]).splitlines()[2:]]
-    gap = 100 * (np.mean(base.seeds[1].of_networks("ece")) - np.mean(other.seeds[1].of_networks("ece")))
+    gap = 100 * (np.mean(base.runs[1].of_networks("ece")) - np.mean(other.runs[1].of_networks("ece")))
     assert cells == [f"{gap:+.2f}", "-"]
 
 
@@ -489,7 +489,7 @@ def test_the_head_names_the_protocols(study, tmp_path, run):
     ncfm = "ncfm, 300 epochs, mix none, the best checkpoints on the test set"
     kinds = f'dc: "distilled images, none"; {ncfm}: "distilled images, distilled (POE)"'
     assert shown.splitlines()[0] == f"Networks trained by protocol {kinds}."
-    save_study_csv(tmp_path / "a.csv", {kind: read_kind(folder / kind, kind).seeds for kind in ("plain", "poe")})
+    save_study_csv(tmp_path / "a.csv", {kind: read_kind(folder / kind, kind).runs for kind in ("plain", "poe")})
     assert run(tmp_path / "a.csv", "--kinds", "plain", "poe")[1] == shown
     columns = find_runs([folder / "plain", folder / "poe"], ["a", "b"], [])
     assert (

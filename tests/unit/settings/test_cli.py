@@ -164,6 +164,15 @@ def test_yaml_is_read_as_a_command_line_is(tmp_path):
     assert (found.lambda_oe, found.dsa_strategy, found.eval_ood, found.im_size) == (1e-3, None, ("patches",), None)
 
 
+def test_a_default_in_a_file_is_that_of_the_method(tmp_path):
+    """One of another method is a choice; one that has no effect here is none."""
+    parse = stage1.get_args_parser().parse_args
+    (tmp_path / "a.yaml").write_text("lr_img: 0.1\nIteration: 2000\nsyn_steps: 30\nbatch_oe: 256\n")
+    found = parse(["--method", "TGDD", "--config", str(tmp_path / "a.yaml")])
+    assert found == parse(["--method", "TGDD", "--lr_img", "0.1"])
+    assert found.lr_img == stage1.get_args_parser().settings().lr_img
+
+
 def test_the_flags_of_a_run_for_a_sister_script_or_another_method(tmp_path):
     """Not taken over: what had no effect there, the defaults of its method, and where that script writes."""
     path = tmp_path / "args.json"
