@@ -128,16 +128,16 @@ def worth() -> Figure:
         "digits-methods.csv/ipc10/MTT": ("Digits, MTT, ipc 10", "poe"),
         "cifar10-dm-ipc10-convnet-bf16.csv": ("CIFAR-10, DM, ipc 10", "poe"),
         "digits-ipc10-dm-mixed-spread.csv": ("Digits, DM, ipc 10, --spread_oe 100", "poe"),
+        "digits-tgdd.csv": ("Digits, TGDD, ipc 10", "poe"),
+        "cifar10-tgdd-ablation.csv/tgdd": ("CIFAR-10, TGDD, ipc 10, ConvNetW32", "poe"),
+        "cifar10-tgdd-ipc10.csv/convnet": ("CIFAR-10, TGDD, ipc 10, ConvNet", "poe"),
         "cifar10-w32-ipc10-strong-5networks.csv": (
             "CIFAR-10, MTT, ipc 10,\n--expert_lambda_oe 2, corrupted again",
             "poe-again",
         ),
-        "fashion-mnist-w32-ipc10-strong.csv": (
-            "FashionMNIST, MTT, ipc 10,\n--expert_lambda_oe 2, corrupted again",
-            "poe-again",
-        ),
+        "fashion-mnist-w32-ipc10-strong.csv": ("FashionMNIST, MTT, ipc 10,\n--expert_lambda_oe 2", "poe"),
     }
-    figure = Figure(figsize=(8.6, 3.8), layout="constrained")
+    figure = Figure(figsize=(8.6, 4.6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, (measure, score) in zip(axes, (("auroc", "msp"), ("accuracy", "")), strict=True):
         column = StudyColumn(measure, score)
