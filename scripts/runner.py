@@ -8,6 +8,7 @@ If other flags lead to other commands, the runner says so and stops before anyth
 
 import argparse
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -25,13 +26,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from utils.core.errors import UserError
-from utils.core.files import save_output, save_text
+from utils.core.files import read_yaml, save_output, save_text
 from utils.core.run_script import run_script
 from utils.settings.fields import flags_of
 from utils.settings.parser import Parser, underscored, value_in
 
 DONE = "done"
 BEGUN = "begun"
+OF_CONFIG = "--content_of_config="  # stands for what a file of --config holds
 POLL = 0.05  # seconds between two looks at the processes
 FLAG = r"(?<= )(?:--\w+|-[a-zA-Z]\b)(?:=\S+)?(?: (?!--|-[a-zA-Z]\b)\S+)*"  # and its values, in a command
 
@@ -55,7 +57,9 @@ class Stage:
         """The commands that lead to its folder, its own last; of a file of `--config` also what it holds."""
         words, config = [*self.command], value_in(self.command, "config")
         if config and Path(config).is_file():
-            words.append(f"--of_config={hashlib.sha256(Path(config).read_bytes()).hexdigest()[:12]}")
+            content = read_yaml(Path(config), "--config")  # JSON is YAML
+            flags = json.dumps(content.get("flags", content), sort_keys=True)
+            words.append(f"{OF_CONFIG}{hashlib.sha256(flags.encode()).hexdigest()[:12]}")
         return [*dict.fromkeys(line for stage in self.before for line in stage.lines()), shlex.join(words)]
 
     @property
@@ -85,8 +89,10 @@ class Stage:
         Raises:
             UserError: when they differ.
         """
-        text = path.read_text(encoding="utf-8")
-        old, new = (_flags(neutral(_with_underscores(commands))) for commands in (text, self.text))
+        text, own = path.read_text(encoding="utf-8"), self.text
+        if OF_CONFIG not in text:  # older code did not write it
+            own = re.sub(rf" {OF_CONFIG}\S+", "", own)
+        old, new = (_flags(neutral(_with_underscores(commands))) for commands in (text, own))
         if not text or old == new:
             return bool(text)
         raise UserError(
@@ -232,7 +238,7 @@ class _Pool:
                     print(f"exit status {status}: {where}", file=sys.stderr)
                 self.status = self.status or (status if status > 0 else 128 - status)
             elif stage.folder is not None:
-                save_text(stage.folder / DONE, stage.text)
+                save_text(stage.folder / DONE, (stage.folder / BEGUN).read_text(encoding="utf-8"))
 
 
 def _check_own(stage: Stage) -> None:

@@ -76,12 +76,25 @@ def test_short_flags_and_files_of_flags_count(tmp_path):
         Stage(("main.py", "--seed", "1"), tmp_path).is_done()
     config = tmp_path / "flags.yaml"
     stage = Stage(("main.py", "--config", str(config)), tmp_path)
-    for text in ("ipc: 1", "ipc: 2"):
-        config.write_text(text)
-        if text == "ipc: 1":
-            (tmp_path / "done").write_text(stage.text)
-            assert stage.is_done()
-    with pytest.raises(UserError, match="made with other flags: --of_config="):
+    config.write_text("ipc: 1")
+    for done in (stage.text, f"main.py --config {config}\n"):  # older code did not write what the file holds
+        (tmp_path / "done").write_text(done)
+        assert stage.is_done()
+    (tmp_path / "done").write_text(stage.text)
+    config.write_text("# a remark\nipc: 1")
+    assert stage.is_done()
+    config.write_text("ipc: 2")
+    with pytest.raises(UserError, match="made with other flags: --content_of_config="):
+        stage.is_done()
+
+
+def test_a_file_of_flags_counts_as_it_was_when_its_stage_started(tmp_path):
+    config = tmp_path / "flags.yaml"
+    config.write_text("ipc: 1")
+    edits = "import pathlib, sys; pathlib.Path(sys.argv[2]).write_text('ipc: 2')"
+    stage = Stage(("-c", edits, "--config", str(config)), tmp_path / "made")
+    run_stages([stage])
+    with pytest.raises(UserError, match="made with other flags"):
         stage.is_done()
 
 

@@ -9,7 +9,7 @@ import torch
 from utils.core.errors import blame, require
 from utils.core.torch_files import PLAIN_INTEGERS, read_pt
 from utils.data.datasets import RealData
-from utils.data.distilled_file import DistilledFile, Normalisation
+from utils.data.distilled_file import Normalisation
 from utils.data.synthetic import SyntheticSet, check_factor, decode, in_classes_of, is_probabilities
 from utils.exchange.assumptions import Assumptions
 from utils.exchange.formats import MTT_STATISTICS, STATED, RawSet, checked_images, find_files, read_raw
@@ -24,7 +24,7 @@ class TrainingSet:
 
     synthetic: SyntheticSet
     lines: tuple[str, ...] = ()  # for the log: what was found and assumed
-    file: DistilledFile | None = None  # the `res_….pt` that holds it, if one does
+    held_by: tuple[Path, str] | None = None  # the `res_….pt` that holds it, if one does, and its fingerprint
     origin: Path | None = None  # the run of stage 1 that its images are from, if there is one
     factor: int = 1  # the set is decoded; stored images held factor × factor of its own
 
@@ -37,9 +37,9 @@ class TrainingSet:
         """Stored images per class, rounded down, at least 1."""
         return max(1, self.stored // num_classes)
 
-    def changed(self, synthetic: SyntheticSet, line: str, file: DistilledFile | None = None) -> "TrainingSet":
+    def changed(self, synthetic: SyntheticSet, line: str, held_by: tuple[Path, str] | None = None) -> "TrainingSet":
         """The set with other outliers, and a line on them."""
-        return replace(self, synthetic=synthetic, lines=(*self.lines, line), file=file)
+        return replace(self, synthetic=synthetic, lines=(*self.lines, line), held_by=held_by)
 
 
 def read_distilled(
@@ -186,11 +186,12 @@ def _outliers(
     with blame("--distilled_oe"):
         content = read_pt(Path(paths[0])) if len(paths) == 1 and paths[0].endswith(".pt") else None
         if not isinstance(content, torch.Tensor):
-            raw = read_raw(find_files(paths, None), real, exp_idx)
-            about_images = ["distilled_format", "soft_labels", "label_temperature"]  # flags that do not count here
-            about_images += ["distilled_space", "distilled_mean", "distilled_std"] if raw.stated.space else []
-            about_images += ["distilled_factor"] if raw.factor else []
-            own = replace(assumed, **dict.fromkeys(about_images))
+            of_images = ["distilled_format", "soft_labels", "label_temperature"]  # flags that do not count here
+            if (files := find_files(paths, None)).format in STATED:
+                raw = read_raw(files, real, exp_idx)
+                of_images += ["distilled_factor"]
+                of_images += ["distilled_space", "distilled_mean", "distilled_std"] if raw.stated.space else []
+            own = replace(assumed, **dict.fromkeys(of_images))
             found = read_distilled(paths, real, own, exp_idx, flag="--distilled_oe")
             images = found.synthetic.images if found.synthetic.images_oe is None else found.synthetic.images_oe
             return images, f"outliers: {len(images)}, of the {found.lines[0]}"

@@ -68,7 +68,8 @@ def _note(why: Mapping[Path, str], left_out: bool) -> str:
     if not left_out or not others:
         ways = "wait for its end, resume it, or choose another by --folder NAME"
         return f"{first} is not finished ({why[first]}): {ways}" if why[first] else ""
-    which = f"not finished: {why[first]}" if why[first] else "the newest finished one"
+    which = "the newest finished one" if args_or_nothing(first).get("finished") else "the newest one"
+    which = f"not finished: {why[first]}" if why[first] else which
     several = len({path.parent for path in why}) > 1
     shown = [f"{path if several else path.name}{' (not finished)' if why[path] else ''}" for path in others]
     how = "--load_path ROOT --folder NAME" if several else "--folder NAME"
@@ -119,9 +120,9 @@ def distilled_set_of(networks: Path) -> tuple[DistilledFile, int]:
     path = stored_set_path(networks, about)
     require(path is not None, f"{networks} does not say which distilled set its networks were trained on")
     require(os.path.isfile(path), f"{networks} was trained on {path}, which is gone")
-    file, experiment, seen = DistilledFile.open(path), about.get("experiment", 0), about.get("distilled_print")
+    file, experiment, seen = DistilledFile.open(path), about.get("experiment", 0), about.get("distilled_fingerprint")
     told = f"{networks} was trained on another set than {path} holds now: its run went on since"
-    require(seen in (None, file.fingerprint(experiment)), told)
+    require(seen is None or seen == file.fingerprint(experiment), told)
     return file, experiment
 
 

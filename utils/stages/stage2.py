@@ -107,12 +107,18 @@ def _fingerprints(s: Stage2Settings, real: RealData, synthetic: SyntheticSet) ->
     return prints | ({"oe_data_path": pool} if pool else {})
 
 
+def _held_by(chosen: TrainingSet) -> dict[str, str]:
+    """For `args.json`: the file that holds the set, and its fingerprint; empty if there is none."""
+    path, fingerprint_of_set = chosen.held_by or (None, None)
+    return {"distilled_set": str(path.resolve()), "distilled_fingerprint": fingerprint_of_set} if path else {}
+
+
 def _resume(s: Stage2Settings, chosen: TrainingSet, real: RealData) -> RunFolder:
     """The run folder of `--resume`; a `UserError` tells that the data or the distilled set have changed since."""
     folder = Path(s.resume)
     check_inputs(folder, _fingerprints(s, real, chosen.synthetic))
     run = RunFolder(folder)
-    run.update_args(as_dict(s), **({"distilled_set": str(chosen.file.path.resolve())} if chosen.file else {}))
+    run.update_args(as_dict(s), **_held_by(chosen))
     run.log("resumed")
     return run
 
@@ -126,16 +132,16 @@ def _start(s: Stage2Settings, chosen: TrainingSet, real: RealData, training: Tra
     kinds = (s.train_on, s.outliers, "again" if s.corrupt_again else "none")
     ending = "".join(f"-{kind}" for kind in kinds if kind not in ("distilled", "none"))
     run = RunFolder.create(s.save_path, s.method, s.dataset, s.model, s.ipc, name=name, ending=ending)
-    path, origin, experiment = chosen.file and chosen.file.path, chosen.origin, s.exp_idx
-    if path is None and s.train_on != "whole":
+    sources, origin, experiment = _held_by(chosen), chosen.origin, s.exp_idx
+    if not sources and s.train_on != "whole":
         path, experiment = run.path / TRAINED_ON, 0
+        sources["distilled_set"] = str(path.resolve())
         if run.is_main:
             stored = replace(chosen.synthetic.detached_cpu(), fresh_oe=None)
             DistilledFile.write(path, [stored], {}, real, {"flags": as_dict(s)})
     elif s.train_on == "whole" and chosen.synthetic.images_oe is not None and run.is_main:
         save_pt(run.path / OUTLIERS, chosen.synthetic.images_oe.cpu())
-    sources = {"distilled_set": path and str(path.resolve()), "images_from": origin and str(origin.resolve())}
-    sources["distilled_print"] = chosen.file and chosen.file.fingerprint(experiment)
+    sources["images_from"] = origin and str(origin.resolve())
     about = {"device": str(real.device), "seed": s.seed, "epochs": training.epochs, "lr": training.lr}
     about |= {"inputs": _fingerprints(s, real, chosen.synthetic), "data": identity(real)}
     run.save_args(as_dict(s), experiment=experiment, **sources, **about)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from utils.ood.sets import OODSet, OODSource, validation_sets
 from utils.report import plots
 from utils.report.results import Results, results_csv, results_json, results_of, ways_of_testing
 from utils.report.tables import report_text, summary
-from utils.runs.lineage import STAGE2_ROOTS, args_or_nothing, distilled_set_of, find_run_folder
+from utils.runs.lineage import STAGE2_ROOTS, args_or_nothing, distilled_set_of, find_run_folder, stored_set_path
 from utils.runs.run_folder import RunFolder
 from utils.settings.arguments import Stage3Settings
 from utils.settings.common import read_data
@@ -91,11 +90,6 @@ class Stage2Run:
         flags = self.about.get("flags")
         self.flags = flags if isinstance(flags, dict) else {}
 
-    @cached_property
-    def trained_on(self) -> tuple[DistilledFile, int]:
-        """The set that the networks were trained on, see `distilled_set_of`."""
-        return distilled_set_of(self.folder)
-
     def checkpoints(self, s: Stage3Settings) -> tuple[Stage3Settings, str, str]:
         """The settings with `--epoch_train`, the checkpoints to test, `best` or `epoch<e>`, and how they were chosen.
 
@@ -115,11 +109,14 @@ class Stage2Run:
                 how = f" (--epoch_train is left out: {s.epoch_train} is the last epoch)"
             which = f"epoch{s.epoch_train}"
         if which in of_all:
-            self._check_trained(kept, s.num_exp, which)
+            stopped = next((i for i in range(s.num_exp) if which == "best" and not self._is_trained(kept[i])), None)
+            fewer = f", or give --num_exp {stopped}" if stopped else ""
+            what = f"network {stopped} in {self.folder} is not trained to epoch {self.about.get('epochs')}"
+            require(stopped is None, f"--is_load_best: {what}. Resume its run, or wait for its end{fewer}")
             return s, which, how
         has = sum(which in names for names in kept.values())
         others = [f"--epoch_train {epoch}" for epoch in epochs_of(first - {which})]
-        others += ["--is_load_best"] * ("best" in first - {which})
+        others += ["--is_load_best"] * ("best" in first - {which} and self._is_trained(first))
         choose = f"choose what the first network has: {', '.join(others)}" if others else "lower --num_exp"
         if has:
             flag, what = f"--num_exp {s.num_exp}", f"{self.folder} has {has} networks of the kind {which}"
@@ -128,14 +125,10 @@ class Stage2Run:
         no = f"no network in {self.folder} is of the kind {which}"
         raise UserError(f"{flag}: {no}. Train longer in stage 2, or {choose}")
 
-    def _check_trained(self, kept: dict[int, set[str]], number: int, which: str) -> None:
-        """Raise a `UserError` where the best checkpoint is of a network whose training has not come to its end."""
+    def _is_trained(self, kept: set[str]) -> bool:
+        """Whether a network with these checkpoints was trained to its end, as far as the folder says it."""
         last = self.about.get("epochs")
-        stopped = [index for index in range(number) if f"epoch{last}" not in kept[index]]
-        if which == "best" and isinstance(last, int) and stopped:
-            what = f"network {stopped[0]} in {self.folder} is not trained to epoch {last}"
-            fewer = f", or give --num_exp {stopped[0]}" if stopped[0] else ""
-            raise UserError(f"--is_load_best: {what}. Resume its run, or wait for its end{fewer}")
+        return bool(self.about.get("finished")) or not isinstance(last, int) or f"epoch{last}" in kept
 
     def training(self) -> dict:
         """How the networks were trained: by which protocol, and for how many epochs, if it is known."""
@@ -170,8 +163,9 @@ class Stage2Run:
 
     def _whitening(self) -> ZCA | None:
         """The whitening of the set that the networks were trained on, if that is there and holds it."""
+        path = stored_set_path(self.folder, self.about)
         try:
-            return self.trained_on[0].normalisation().zca
+            return path and DistilledFile.open(path).normalisation().zca
         except UserError:
             return None
 
@@ -185,7 +179,7 @@ class Stage2Run:
         if which == "real" or on_whole:
             return FitSet("real training set", real.labels_train, real.train_batch, on_whole)
         try:
-            file, exp_idx = self.trained_on
+            file, exp_idx = distilled_set_of(self.folder)
             synthetic = file.set(exp_idx, real).decoded().to(real.device)
         except UserError as error:
             raise UserError(f"--fit_on distilled: {error}. Use --fit_on real") from None

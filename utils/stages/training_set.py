@@ -54,7 +54,8 @@ def labelled_images(
             lines.append("it does not say how its images are normalised: by the statistics of --dataset, it is assumed")
         if parts > 1:
             lines.append(f"images of {parts} parts: networks train on {parts * len(stored.images)}")
-        return TrainingSet(stored.decoded(), tuple(filter(None, lines)), file, path.parent, stored.factor)
+        held_by = path, file.fingerprint(s.exp_idx)
+        return TrainingSet(stored.decoded(), tuple(filter(None, lines)), held_by, path.parent, stored.factor)
     if s.train_on == "whole":
         line = f"baseline: the whole training set, {len(real.images_train)} images"
         return TrainingSet(whole_set(real), (line,))
@@ -91,7 +92,7 @@ def with_outliers(
     """
     synthetic = chosen.synthetic
     if s.outliers == "distilled" and synthetic.images_oe is None:
-        where = f"--distilled: {s.distilled[0]}" if s.distilled else f"--folder: {chosen.file.path}"
+        where = f"--distilled: {s.distilled[0]}" if s.distilled else f"--folder: {chosen.held_by[0]}"
         raise UserError(
             f"{where} holds no outliers. Give a set of main_oe.py or main_poe.py (--is_load_oe looks only there), "
             "choose others with --outliers, or use train_model_synthetic_no_oe.py"
@@ -144,7 +145,7 @@ def with_new_outliers(s: Stage2Settings, chosen: TrainingSet, real: RealData) ->
         made, line = with_fresh(synthetic, source, keeps=True), f"{new} these, corrupted again"
     else:
         return chosen
-    return chosen.changed(made, line, chosen.file)
+    return chosen.changed(made, line, chosen.held_by)
 
 
 def outlier_source(s: Stage2Settings, real: RealData) -> OutlierSource:
@@ -184,4 +185,6 @@ def resumed_set(s: Stage2Settings, real: RealData) -> TrainingSet | None:
             f"{'' if own else ', or give its place now with --load_path and --folder'}"
         )
     file = DistilledFile.open(path)
-    return with_new_outliers(s, TrainingSet(file.set(0 if own else s.exp_idx, real).decoded(), file=file), real)
+    index = 0 if own else s.exp_idx
+    held_by = path, file.fingerprint(index)
+    return with_new_outliers(s, TrainingSet(file.set(index, real).decoded(), held_by=held_by), real)

@@ -203,7 +203,7 @@ def test_the_newest_run_is_the_finished_one_that_was_started_last(tmp_path):
     path, note = find()
     assert path == named
     assert note.startswith(
-        f"--folder is left out and 2 runs fit: {named} is taken (the newest finished one). To choose another"
+        f"--folder is left out and 2 runs fit: {named} is taken (the newest one). To choose another"
     )
     assert note.endswith("--folder NAME, of 20230101-000000")
     assert find("20230101-000000") == (published, "")

@@ -14,6 +14,7 @@ from PIL import Image
 from torchvision.utils import make_grid, save_image
 
 from networks import get_network
+from scripts.compare import write
 from test_ood_model_syn import get_args_parser
 from utils.core.errors import UserError
 from utils.core.files import csv_text
@@ -190,8 +191,9 @@ def test_a_run_that_lacks_a_score_is_told():
 
 def test_a_comparison_on_validation_sets_alone_has_no_picture(tmp_path):
     table = Comparison([NamedResults("one", {Path("a"): results([[0.5]], sets=("val:CIFAR10",))})], ["auroc"])
-    assert "val:CIFAR10" in table.markdown()
-    assert table.picture(tmp_path / "compare.png") is None
+    files = write(tmp_path, table, table.markdown(), [])
+    assert files == ["compare.md", "compare.csv", "compare.tex", "compare.html"]
+    assert "val:CIFAR10" in (tmp_path / "compare.html").read_text()
 
 
 def row(network, name):
