@@ -99,8 +99,8 @@ def calibration() -> Figure:
     kinds = {
         "DM, none": ("cifar10-dm-ipc10-convnet-detectors.csv", "plain"),
         "DM, distilled (POE)": ("cifar10-dm-ipc10-convnet-detectors.csv", "poe"),
-        "TGDD, distilled (POE)": ("cifar10-tgdd-detectors.csv", "poe"),
-        "TGDD, on the fly": ("cifar10-tgdd-detectors.csv", "poe-corrupt"),
+        "TGDD, 1,000 epochs, distilled (POE)": ("cifar10-tgdd-detectors.csv", "poe"),
+        "TGDD, 1,000 epochs, on the fly": ("cifar10-tgdd-detectors.csv", "poe-corrupt"),
     }
     pairs = {}
     for name, (file, kind) in kinds.items():
