@@ -202,9 +202,7 @@ def test_the_newest_run_is_the_finished_one_that_was_started_last(tmp_path):
     named = run_of(place, "20230102-000000", mtime=1.6e9)  # by its name: a day later
     path, note = find()
     assert path == named
-    assert note.startswith(
-        f"--folder is left out and 2 runs fit: {named} is taken (the newest one). To choose another"
-    )
+    assert note.startswith(f"--folder is left out and 2 runs fit: {named} is taken (the newest one). To choose another")
     assert note.endswith("--folder NAME, of 20230101-000000")
     assert find("20230101-000000") == (published, "")
     later = run_of(place, "again", {"started": "2023-01-03T00:00:00", "finished": done}, mtime=1.5e9)
