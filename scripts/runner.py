@@ -35,7 +35,7 @@ DONE = "done"
 BEGUN = "begun"
 OF_CONFIG = "--content_of_config="  # stands for what a file of --config holds
 POLL = 0.05  # seconds between two looks at the processes
-FLAG = r"(?<= )(?:--\w+|-[a-zA-Z]\b)(?:=\S+)?(?: (?!--|-[a-zA-Z]\b)\S+)*"  # and its values, in a command
+VALUES = r"(?:=\S+)?(?: (?!--|-[a-zA-Z]\b)\S+)*"  # of a flag, in a command
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ class Stage:
             UserError: when they differ.
         """
         text, own = path.read_text(encoding="utf-8"), self.text
-        if OF_CONFIG not in text:  # older code did not write it
-            own = re.sub(rf" {OF_CONFIG}\S+", "", own)
+        if OF_CONFIG not in text or OF_CONFIG not in own:  # older code did not write it, or the file is gone
+            text, own = (re.sub(rf" {OF_CONFIG}\S+", "", commands) for commands in (text, own))
         old, new = (_flags(neutral(_with_underscores(commands))) for commands in (text, own))
         if not text or old == new:
             return bool(text)
@@ -130,7 +130,7 @@ def _without_what_may_change(commands: str) -> str:
 
     fields = [*flags_of(Stage1Settings), *flags_of(Stage2Settings)]
     names = "|".join(sorted({f.name for f in fields if f.metadata.get("may_change")}))
-    return re.sub(rf"--({names})\b(?:=\S+)?(?: (?!--)\S+)*", "", commands)
+    return re.sub(rf"--({names})\b{VALUES}", "", commands)
 
 
 def _flags(commands: str) -> Counter[tuple[str, str]]:
@@ -138,7 +138,7 @@ def _flags(commands: str) -> Counter[tuple[str, str]]:
     found = Counter()
     for line in commands.splitlines():
         script = line.split()[0]
-        found.update((script, word) for word in (script, *re.findall(FLAG, line)))
+        found.update((script, word) for word in (script, *re.findall(rf"(?<= )(?:--\w+|-[a-zA-Z]\b){VALUES}", line)))
     return found
 
 

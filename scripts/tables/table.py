@@ -25,7 +25,7 @@ import utils  # noqa: F401  # isort: skip (before torch: it tells OpenMP how to 
 
 
 from scripts.kinds import DISTILLED, Kind, kind_named
-from scripts.runner import DONE, Stage, run_stages, to_run
+from scripts.runner import DONE, VALUES, Stage, run_stages, to_run
 from scripts.tables import check_inputs
 from scripts.tables.config import merge, merged, words_of
 from utils.core.errors import UserError, unknown_name
@@ -41,7 +41,7 @@ from utils.stages.stage3 import scores_of
 HERE = Path(__file__).resolve().parent
 LISTS = ("kinds", "ipc", "seeds", "lambdas", "detectors")
 # flags in which the seeds of a kind may differ
-PLACES = r"--(seed|(load|buffer|data|oe_data|ood)_path|features|device)\b(?:=\S+)?(?: (?!--)\S+)*"
+PLACES = rf"--(seed|(load|buffer|data|oe_data|ood)_path|features|device)\b{VALUES}"
 AT_TOP = dict.fromkeys(LISTS, "*") | dict.fromkeys(("networks", "method", "lambda_oe"))  # flags: their `nargs`
 SCRIPTS = {"plain": "main.py", "oe": "main_oe.py", "poe": "main_poe.py"}  # of stage 1
 STAGE3 = "test_ood_model_syn.py"

@@ -86,6 +86,8 @@ def test_short_flags_and_files_of_flags_count(tmp_path):
     config.write_text("ipc: 2")
     with pytest.raises(UserError, match="made with other flags: --content_of_config="):
         stage.is_done()
+    config.unlink()
+    assert stage.is_done()
 
 
 def test_a_file_of_flags_counts_as_it_was_when_its_stage_started(tmp_path):

@@ -49,6 +49,7 @@ def read_distilled(
     exp_idx: int = 0,
     outliers: Sequence[str] = (),
     flag: str = "--distilled",
+    is_beside: bool = False,
 ) -> TrainingSet:
     """Read a distilled set of any repository: on the CPU, images as networks see those of `real`, labels of training.
 
@@ -60,10 +61,14 @@ def read_distilled(
         exp_idx: which experiment of a `res_….pt`.
         outliers: paths of its outliers, if they are in files of their own: a tensor `[M, C, H, W]` in the space and the
             parts of the images, or a set of any format, whose outliers are taken, or else its images.
+        is_beside: the set is read beside another, which `assumed` is about: what its own file states goes first.
     """
     with blame(flag):
         files = find_files(paths, assumed.distilled_format)
         raw, where = read_raw(files, real, exp_idx), str(files.images)
+        if is_beside and files.format in STATED:
+            space = ("distilled_space", "distilled_mean", "distilled_std") if raw.stated.space else ()
+            assumed = replace(assumed, **dict.fromkeys(("distilled_factor", *space)))
         normalisation = _normalisation(raw, files.format, real, assumed, where)
         factor = assumed.distilled_factor or raw.factor or DEFAULT_FACTOR.get(files.format, 1)
         check_factor(factor, real.im_size, "--distilled_factor")
@@ -186,13 +191,8 @@ def _outliers(
     with blame("--distilled_oe"):
         content = read_pt(Path(paths[0])) if len(paths) == 1 and paths[0].endswith(".pt") else None
         if not isinstance(content, torch.Tensor):
-            of_images = ["distilled_format", "soft_labels", "label_temperature"]  # flags that do not count here
-            if (files := find_files(paths, None)).format in STATED:
-                raw = read_raw(files, real, exp_idx)
-                of_images += ["distilled_factor"]
-                of_images += ["distilled_space", "distilled_mean", "distilled_std"] if raw.stated.space else []
-            own = replace(assumed, **dict.fromkeys(of_images))
-            found = read_distilled(paths, real, own, exp_idx, flag="--distilled_oe")
+            plain = replace(assumed, distilled_format=None, soft_labels=None, label_temperature=None)
+            found = read_distilled(paths, real, plain, exp_idx, flag="--distilled_oe", is_beside=True)
             images = found.synthetic.images if found.synthetic.images_oe is None else found.synthetic.images_oe
             return images, f"outliers: {len(images)}, of the {found.lines[0]}"
         images = checked_images(content, real, Path(paths[0]))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.core.errors import UserError, require
+from utils.core.errors import require
 from utils.core.files import csv_text
 from utils.report.plots import distilled_pictures, save_comparison
 from utils.report.results import load_results, protocol_line, shared_sets
@@ -93,12 +93,10 @@ def find_runs(folders: Sequence[Path], names: Sequence[str] | None, search: Sequ
         for path in _stage3_folders(folder, search, one=name is not None):
             found.setdefault(name or str(path), {})[path] = None
     for name, paths in found.items():
-        tests: dict[object, list[str]] = {}
-        for path in paths:
-            tests.setdefault(args_or_nothing(path).get("networks", path), []).append(str(path))
-        if twice := next((of_same for of_same in tests.values() if len(of_same) > 1), None):
-            told = f"{', '.join(twice)} test the same networks, which would count twice in {name}"
-            raise UserError(f"--names: {told}. Give one of them, or each a name of its own")
+        tested = [args_or_nothing(path).get("networks", path) for path in paths]
+        twice = [str(path) for path, networks in zip(paths, tested, strict=True) if tested.count(networks) > 1]
+        told = f"{', '.join(twice)} test the same networks, which would count twice in {name}"
+        require(not twice, f"--names: {told}. Give one of them, or each a name of its own")
     return [NamedResults(name, {path: load_results(path) for path in paths}) for name, paths in found.items()]
 
 

@@ -254,9 +254,7 @@ def test_outliers_in_files_of_their_own(real, pixels, tmp_path):
         found = read_distilled(images, real, Assumptions(), outliers=[str(tmp_path / place)])
         assert torch.equal(found.synthetic.images_oe, made.images_oe)
         assert place in found.lines[1]
-    of_images = Assumptions(
-        distilled_mean=(0.1,), distilled_std=(2.0,), distilled_factor=2
-    )  # not of what a file states
+    of_images = Assumptions(distilled_mean=(0.1,), distilled_std=(2.0,), distilled_factor=2)
     found = read_distilled(images, real, of_images, outliers=[str(tmp_path / "res_x.pt")])
     assert torch.equal(found.synthetic.images_oe, made.images_oe)
 
