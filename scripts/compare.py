@@ -14,7 +14,7 @@ from utils.core.errors import UserError
 from utils.core.files import save_text
 from utils.core.run_script import run_script
 from utils.ood.measures import MEASURES
-from utils.report.compare import Comparison, find_runs, of_scores
+from utils.report.compare import Comparison, find_runs
 from utils.settings.parser import Parser, one_of
 
 
@@ -66,9 +66,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--html: give --out, too: the folder that the page is written into")
     search = [Path(root) for root in args.results] if args.results else sorted(Path().glob("result*"))
     columns = find_runs([Path(folder) for folder in args.folders], args.names, search)
-    if args.scores:
-        columns = [of_scores(column, args.scores) for column in columns]
-    table = Comparison(columns, args.measures)
+    table = Comparison(columns, args.measures, args.scores)
     text = "\n".join([table.markdown(), *(f"{note}\n" for note in args.notes)])
     written = write(Path(args.out), table, text, args.notes if args.html else None) if args.out else []
     print(text)

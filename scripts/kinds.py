@@ -21,12 +21,13 @@ class Kind:
     again: bool = False  # whether the outliers are corrupted again in every epoch
 
     def title(self, prefix: str = "") -> str:
-        """How tables show it, e.g. `DSA, distilled` or `random, on the fly`; `prefix` stands for distilled images."""
+        """How tables show it, e.g. `DSA, distilled`; `prefix` is of the study, but not of the whole set."""
         more, others = ", corrupted again" if self.again else "", SHOWN[self.outliers]
         if self.outliers == "initial" and self.images not in ("oe", "poe"):
             others = "random outliers"  # no outliers were distilled, so these are the start of none
-        if self.images in REAL:  # the same images, whatever was distilled beside them
-            return f"{REAL[self.images]}, {others}{more}"
+        if self.images in REAL:
+            begin = f"{prefix}, " if prefix and self.images != "whole" else ""
+            return f"{begin}{REAL[self.images]}, {others}{more}"
         shown = DISTILLED[self.images]
         if self.outliers == "none" != shown:
             shown = f"none ({self.images} images)"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All three stages on handwritten digits, twice: plain dataset distillation, and TrustDD with pseudo-outliers (POE).
-# Needs Python 3.10+ and nothing else; one and a half to six minutes on two cores after installing.
+# Needs Python 3.11+ and nothing else; one and a half to six minutes on two cores after installing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh requirements.txt

@@ -33,7 +33,7 @@ from utils.settings.parser import Parser, underscored, value_in
 
 DONE = "done"
 BEGUN = "begun"
-OF_CONFIG = "--content_of_config="  # stands for what a file of --config holds
+OF_FILES = {"config": "--content_of_config=", "method_file": "--content_of_method_file="}  # stand for what files hold
 POLL = 0.05  # seconds between two looks at the processes
 VALUES = r"(?:=\S+)?(?: (?!--|-[a-zA-Z]\b)\S+)*"  # of a flag, in a command
 
@@ -54,12 +54,16 @@ class Stage:
         return self.folder or self.command
 
     def lines(self) -> list[str]:
-        """The commands that lead to its folder, its own last; of a file of `--config` also what it holds."""
-        words, config = [*self.command], value_in(self.command, "config")
-        if config and Path(config).is_file():
-            content = read_yaml(Path(config), "--config")  # JSON is YAML
-            flags = json.dumps(content.get("flags", content), sort_keys=True)
-            words.append(f"{OF_CONFIG}{hashlib.sha256(flags.encode()).hexdigest()[:12]}")
+        """The commands that lead to its folder, its own last; of files of flags and code also what they hold."""
+        words = [*self.command]
+        for name, mark in OF_FILES.items():
+            path = Path(value_in(self.command, name) or "")
+            if path.is_file():
+                content = path.read_bytes()
+                if name == "config":
+                    values = read_yaml(path, "--config")  # JSON is YAML
+                    content = json.dumps(values.get("flags", values), sort_keys=True).encode()
+                words.append(f"{mark}{hashlib.sha256(content).hexdigest()[:12]}")
         return [*dict.fromkeys(line for stage in self.before for line in stage.lines()), shlex.join(words)]
 
     @property
@@ -90,8 +94,9 @@ class Stage:
             UserError: when they differ.
         """
         text, own = path.read_text(encoding="utf-8"), self.text
-        if OF_CONFIG not in text or OF_CONFIG not in own:  # older code did not write it, or the file is gone
-            text, own = (re.sub(rf" {OF_CONFIG}\S+", "", commands) for commands in (text, own))
+        for mark in OF_FILES.values():
+            if mark not in text or mark not in own:  # older code did not write it, or the file is gone
+                text, own = (re.sub(rf" {mark}\S+", "", commands) for commands in (text, own))
         old, new = (_flags(neutral(_with_underscores(commands))) for commands in (text, own))
         if not text or old == new:
             return bool(text)

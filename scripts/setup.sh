@@ -7,8 +7,8 @@ cd "$(dirname "$0")/.."
 requirements=${1:-requirements.txt}
 python=${BASE_PYTHON:-python3}
 
-if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
-    echo "setup: needs Python 3.10 or newer as $python; set BASE_PYTHON to one, e.g. BASE_PYTHON=python3.12" >&2
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    echo "setup: needs Python 3.11 or newer as $python; set BASE_PYTHON to one, e.g. BASE_PYTHON=python3.12" >&2
     exit 2
 fi
 stamp=.venv/.installed-$(cat requirements*.txt | cksum | cut -d' ' -f1)-$(basename "$requirements")

@@ -18,7 +18,7 @@ from scripts.kinds import KINDS
 from utils.core.errors import UserError, unknown_name
 from utils.core.files import save_output
 from utils.core.run_script import run_script
-from utils.report.results import protocol_line
+from utils.report.results import odd_sizes, protocol_line
 from utils.report.study import (
     NamedResults,
     StudyColumn,
@@ -110,7 +110,7 @@ def study_text(args: argparse.Namespace) -> str:
         parts = [score_rows(kinds, args.scores or list(measured), args.by_score)]
     else:
         parts = tables(args, studies, kinds, args.scores or default_scores(kinds))
-    trained = protocol_line({kind.name: kind.protocols for kind in kinds})
+    trained = protocol_line([(kind.name, kind.protocols) for kind in kinds])
     return "\n\n".join([trained, *parts]) + "\n"
 
 
@@ -147,12 +147,12 @@ def default_scores(kinds: list[NamedResults]) -> list[str]:
 
 def check_sets(kinds: list[NamedResults]) -> None:
     """Raise `UserError` unless all were measured on the same OOD sets; means over others do not compare."""
-    measured = [
-        (f"{kind.name}, seed {seed}", set(results.ood_sets())) for kind in kinds for seed, results in kind.runs.items()
-    ]
+    measured = [(f"{kind.name}, seed {seed}", results) for kind in kinds for seed, results in kind.runs.items()]
     first, known = measured[0]
-    for name, sets in measured:
-        if odd := sorted(known ^ sets):
+    if odd := odd_sizes(measured):
+        raise UserError(f"{odd}: means over other images do not compare; measure all on the same files")
+    for name, results in measured:
+        if odd := sorted({*known.ood_sets()} ^ {*results.ood_sets()}):
             raise UserError(
                 f"{name}, was not measured on the same OOD sets as {first}: {', '.join(odd)} only in one of them; "
                 "measure both on the same --ood_sets"

@@ -20,9 +20,7 @@ def values(
 ) -> np.ndarray:
     """A measure of the networks of a kind that have it, in its unit; of a score the mean over `sets`, or (None) all."""
     column = StudyColumn(measure, score, sets)
-    row = NamedResults(kind, study[kind])
-    measured = defined([v for results in row.runs.values() for v in column.of(results)])
-    return column.shown.factor * np.array(measured)
+    return column.shown.factor * np.array(defined(NamedResults(kind, study[kind]).values(column)))
 
 
 def dots(

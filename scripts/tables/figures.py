@@ -204,7 +204,7 @@ def tradeoff() -> Figure:
         lines: dict[str, list[tuple[float, float]]] = {}
         for kind, place in places_of_kinds(RESULTS / group, list(colors)).items():
             row, shape = read_kind(place, kind), "whole set" if kind.startswith("whole") else method
-            x, y = (100 * np.mean([*row.by_seed(StudyColumn(*m)).values()]) for m in (("accuracy",), ("auroc", "msp")))
+            x, y = (100 * np.mean([*row.by_run(StudyColumn(*m)).values()]) for m in (("accuracy",), ("auroc", "msp")))
             axis.plot(
                 x, y, markers[shape], color=colors[kind], mfc=colors[kind] if ipc == 10 else "white",
                 markersize=(9 if paper else 5.5) + 3 * (shape == "whole set"),

@@ -14,9 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils.core.errors import UserError
+from utils.core.errors import UserError, require
 from utils.core.run_script import run_script
-from utils.report.results import load_study_csv, save_study_csv
+from utils.report.results import load_study_csv, odd_sizes, save_study_csv
 from utils.report.study import csv_part, kinds_in, read_kind
 from utils.settings.parser import Parser
 
@@ -43,11 +43,16 @@ def main(args: argparse.Namespace) -> None:
     places = kinds_in(folder) if folder.is_dir() else {}
     if not places:
         raise UserError(f"{folder} holds no results in <kind>/seed<number>/3-ood; give a folder of a table script")
-    seeds = {f"{group}/{kind}".lstrip("/"): read_kind(place, kind).runs for kind, place in places.items()}
+    kinds = [read_kind(place, kind) for kind, place in places.items()]
+    odd = odd_sizes((f"{kind.name}, seed {seed}", found) for kind in kinds for seed, found in kind.runs.items())
+    require(not odd, f"{odd}: means over other images do not compare; measure all on the same files")
+    seeds = {f"{group}/{kind.name}".lstrip("/"): kind.runs for kind in kinds}
     study = load_study_csv(file) if file.exists() else {}
     file.parent.mkdir(parents=True, exist_ok=True)
     save_study_csv(file, study | {kind: study.get(kind, {}) | seeds[kind] for kind in seeds})
     print(f"{args.out}: {sum(map(len, seeds.values()))} results")
+    if above := [kind for kind in kinds_in(folder.parent) if kind.startswith("whole")]:
+        print(f"not copied: {', '.join(above)} in {folder.parent}; copy that folder, too, once for all values of ipc")
 
 
 if __name__ == "__main__":

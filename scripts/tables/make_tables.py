@@ -108,14 +108,14 @@ def tables_of(table: Mapping) -> tuple[str, list[Rows]]:
 
 def told_once(trained: Iterable[str]) -> list[str]:
     """The sentences that say more than those before them: a protocol, or a row that was trained by it."""
-    told: dict[str, str] = {}  # whose networks, by protocol
+    told: dict[str, list[str]] = {}  # whose networks, by protocol; empty: those of all rows of a table
     sentences = []
     for sentence in filter(None, trained):
         parts = sentence.removesuffix(".").split("protocol ")[1].split("; ")
-        found = {protocol: whose for protocol, _, whose in (part.partition(": ") for part in parts)}
-        if any(protocol not in told or whose not in told[protocol] for protocol, whose in found.items()):
+        found = {protocol: whose.split(", ") for protocol, _, whose in (part.partition(": ") for part in parts)}
+        if any(not {*whose} <= {*told.get(protocol, ())} for protocol, whose in found.items()):
             sentences.append(sentence)
-        told |= {protocol: told.get(protocol, "") + whose for protocol, whose in found.items()}
+        told |= {protocol: told.get(protocol, []) + whose for protocol, whose in found.items()}
     return sentences
 
 

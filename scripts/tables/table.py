@@ -108,12 +108,13 @@ def plan(args: argparse.Namespace, out: Path) -> tuple[list["Table"], list[Stage
 
 def _studies(out: Path, tables: dict[str, "Table"], stages: Sequence[Stage]) -> Iterator[Stage]:
     """For each ipc, the tables of all recipes side by side, if they are measured on the same sets."""
-    first = next(iter(tables.values()))
-    kinds, goals = first["kinds"], tuple(stage for stage in stages if stage.folder)
-    flags = ["--prefixes", *tables, "--kinds", *kinds, "--scores", *first["stage3.score"]]
-    flags += ["--base", "poe"] if "poe" in kinds and len(kinds) > 1 else []
-    for ipc in first["ipc"]:
-        folders = [str(table.out / f"ipc{ipc}") for table in tables.values()]
+    goals = tuple(stage for stage in stages if stage.folder)
+    for ipc in dict.fromkeys(ipc for table in tables.values() for ipc in table["ipc"]):
+        some = {name: table for name, table in tables.items() if ipc in table["ipc"]}
+        kinds = [*dict.fromkeys(kind for table in some.values() for kind in table["kinds"])]
+        flags = ["--prefixes", *some, "--kinds", *kinds, "--scores", *next(iter(some.values()))["stage3.score"]]
+        flags += ["--base", "poe"] if "poe" in kinds and len(kinds) > 1 else []
+        folders = [str(table.out / f"ipc{ipc}") for table in some.values()]
         yield Stage(("scripts/study.py", *folders, *flags, "--out", str(out / f"study-ipc{ipc}.md")), before=goals)
 
 
@@ -155,7 +156,8 @@ class Table:
         """The last stages of all cells, and after those of each ipc what puts them side by side."""
         found = []
         for ipc in self["ipc"]:
-            cells = [Cell(kind, ipc, seed) for seed in self["seeds"] for kind in self["kinds"]]
+            seeds = dict.fromkeys(str(int(s)) if re.fullmatch(r"[+-]?\d+", s) else s for s in self["seeds"])  # 01 is 1
+            cells = [Cell(kind, ipc, seed) for seed in seeds for kind in self["kinds"]]
             last = [self.measure(cell) for cell in cells]
             folders = dict.fromkeys(str((self.out / cell.folder).parent) for cell in cells)
             flags = ["--names", *self["kinds"], "--out", str(self.out / f"ipc{ipc}" / "table"), "--html"]

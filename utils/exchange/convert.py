@@ -16,6 +16,10 @@ from utils.exchange.formats import MTT_STATISTICS, STATED, RawSet, checked_image
 
 DEFAULT_SPACE = {"datm": "zca", "idc": "unit", "folders": "unit"}  # others: normalised
 DEFAULT_FACTOR = {"idc": 2}
+OF_DC = (
+    "it does not say how its images are normalised: as by TrustDD's code, it is assumed; for a set of DC's, DSA's or "
+    "DM's code give --distilled_mean 0.4914 0.4822 0.4465 --distilled_std 0.2023 0.1994 0.2010"
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class TrainingSet:
     held_by: tuple[Path, str] | None = None  # the `res_….pt` that holds it, if one does, and its fingerprint
     origin: Path | None = None  # the run of stage 1 that its images are from, if there is one
     factor: int = 1  # the set is decoded; stored images held factor × factor of its own
+    start: str = ""  # what its outliers before distilling are, if they are not those that its distillation began with
 
     @property
     def stored(self) -> int:
@@ -90,12 +95,19 @@ def read_distilled(
             images_oe = _in_training_space(decode(raw.images_oe, factor, normalisation.fill), normalisation, real)
         synthetic = SyntheticSet(images, labels, images_oe, raw.lr_net)
         synthetic = in_classes_of(real, synthetic, raw.class_names, where)
-    return TrainingSet(synthetic, tuple(text for text in (line, raw.note, line_oe) if text), factor=factor)
+    is_guess = files.format == "res" and real.name == "CIFAR10" and not (raw.stated.space or said_of(assumed))
+    lines = (line, OF_DC if is_guess else "", raw.note, line_oe)
+    return TrainingSet(synthetic, tuple(filter(None, lines)), factor=factor)
+
+
+def said_of(assumed: Assumptions) -> str | None:
+    """The space of the images, as the user says it."""
+    return assumed.distilled_space or ("normalised" if assumed.statistics else None)
 
 
 def _normalisation(raw: RawSet, form: str, real: RealData, assumed: Assumptions, where: str) -> Normalisation:
     """What the images are: as the user says, or the file, or the format; a guess is compared with the numbers."""
-    said = assumed.distilled_space or ("normalised" if assumed.statistics else None)
+    said = said_of(assumed)
     space = said or raw.stated.space or DEFAULT_SPACE.get(form, "normalised")
     statistics = assumed.statistics or raw.stated.statistics or (real.mean, real.std)
     require(
@@ -196,7 +208,7 @@ def _outliers(
             images = found.synthetic.images if found.synthetic.images_oe is None else found.synthetic.images_oe
             return images, f"outliers: {len(images)}, of the {found.lines[0]}"
         images = checked_images(content, real, Path(paths[0]))
-        if not (assumed.distilled_space or assumed.statistics):
+        if not said_of(assumed):
             check_guess(images, of_images.space, real, paths[0])
     images = decode(images, factor, of_images.fill)
     line = f"outliers: {paths[0]}, {len(images)} images, {_in_words(of_images)}, decoding factor {factor}"
@@ -209,5 +221,6 @@ def _in_words(normalisation: Normalisation) -> str:
     if normalisation.space == "unit":
         return "pixels from 0 to 1"
     mean, std = (" ".join(f"{v:.4g}" for v in values) for values in normalisation.statistics)
-    of_mtt = " (those of MTT's code; of others, give --distilled_mean and --distilled_std)"
-    return f"normalised with mean {mean} and deviation {std}{of_mtt * (normalisation.statistics is MTT_STATISTICS)}"
+    others = " of others, give --distilled_mean and --distilled_std)"
+    of_mtt = f" (those of MTT's code;{others}" if normalisation.statistics is MTT_STATISTICS else ""
+    return f"normalised with mean {mean} and deviation {std}{of_mtt}"

@@ -24,7 +24,7 @@ from utils.outliers.distilled import push_apart
 from utils.settings.fields import flag
 from utils.settings.parser import count
 from utils.training.draws import Batch
-from utils.training.trainer import LR_NET, Trainer, TrainSettings
+from utils.training.trainer import LR_NET, PROTOCOLS, Trainer, TrainSettings
 
 # outer and inner loop by images per class, as published
 LOOPS = {1: (1, 1), 2: (1, 1), 5: (10, 50), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
@@ -63,7 +63,8 @@ class GradientMatching(LearnableSet):
         self.outer_loop, self.inner_loop = s.loops
         self.net = self.real.network(s.model, generator(s.seed)).to(self.device)
         self.matcher = Matcher(self.net, s.dis_metric, inputs.compute)
-        rate = s.lr_net or LR_NET
+        is_sgd = (s.optimizer or PROTOCOLS[s.protocol].optimizer) == "sgd"  # else --lr_net is of another optimiser
+        rate = s.lr_net if s.lr_net and is_sgd else LR_NET
         training = TrainSettings(1, rate, s.batch, s.lambda_oe, self.augmentation, momentum=0.0, weight_decay=0.0)
         self.trainer = Trainer(self.net, training, inputs.compute)
         self.draws = IterationDraws(inputs, self.trainer.has_batchnorm, loops=s.loops)
@@ -71,8 +72,8 @@ class GradientMatching(LearnableSet):
         if s.ipc not in LOOPS and None in (s.outer_loop, s.inner_loop):
             loops = f"outer {self.outer_loop}, inner {self.inner_loop}"
             self.notices.append(f"ipc {s.ipc} has no published loops: {loops} by rule")
-        if s.lr_net and s.protocol != "dc" and self.outer_loop > 1:
-            self.notices.append(f"--lr_net {s.lr_net:g} is also the learning rate of the inner loop, by SGD")
+        if s.lr_net and (s.protocol, is_sgd) != ("dc", True) and self.outer_loop > 1:
+            self.notices.append(f"the inner loop trains networks by SGD, at a learning rate of {rate:g}")
         if s.inner_loop and self.outer_loop == 1:
             self.notices.append("--inner_loop is not used: with an outer loop of 1 no network is trained in between")
 

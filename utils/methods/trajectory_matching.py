@@ -54,7 +54,9 @@ class TrajectorySettings(OnExperts):
     )
 
     expert_epochs: int = flag(2, "epochs of the expert that the student's steps are to match", count(1))
-    syn_steps: int = flag(30, "steps of the student; more are slower, the memory stays the same", count(1))
+    syn_steps: int = flag(
+        30, "steps of the student; more are slower, and each keeps a copy of the parameters", count(1)
+    )
     max_start_epoch: int = flag(15, "the student starts at an epoch below this; more for a larger ipc", count(1))
     lr_lr: float = flag(1e-5, "learning rate of the student's learning rate; 0 keeps it fixed", number(0))
     lr_teacher: float | None = flag(

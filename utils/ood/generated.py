@@ -25,11 +25,16 @@ def rademacher(real: RealData, n: int, g: torch.Generator) -> torch.Tensor:
 
 
 def blob(real: RealData, n: int, g: torch.Generator) -> torch.Tensor:
-    """A Bernoulli(0.7) image, blurred with sigma 1.5; values below 0.75 are set to 0; then ·2-1."""
+    """A Bernoulli(0.7) image, blurred with sigma 1.5; values below 0.75 are set to 0; then ·2-1.
+
+    Colours are blurred like rows and columns, so that blobs are nearly grey, as in Outlier Exposure (Hendrycks et al.,
+    ICLR 2019).
+    """
     from scipy.ndimage import gaussian_filter
 
     bernoulli = (torch.rand(n, real.channel, *real.im_size, generator=g) < 0.7).numpy().astype(np.float32)
-    blurred = torch.from_numpy(gaussian_filter(bernoulli, sigma=(0, 0, 1.5, 1.5)))
+    sigma, at_border = (0, 1.5 if real.channel > 1 else 0, 1.5, 1.5), ("reflect", "nearest", "reflect", "reflect")
+    blurred = torch.from_numpy(gaussian_filter(bernoulli, sigma=sigma, mode=at_border))
     return torch.where(blurred < 0.75, torch.zeros(()), blurred) * 2 - 1
 
 

@@ -125,17 +125,21 @@ class OpenMax(Score):
         return super().__call__(torch.cat([values, of_each_class[missing]]))[: len(values)]
 
 
-class TemperatureScaling(Score):
-    """Temperature scaling of the library stops long before the minimum; this goes there, and is in float64."""
+class InFloat64(Score):
+    """Probabilities of float32 tie near 1."""
+
+    def __call__(self, values: torch.Tensor) -> torch.Tensor:
+        return super().__call__(values.double())
+
+
+class TemperatureScaling(InFloat64):
+    """Temperature scaling of the library stops long before the minimum; this goes there."""
 
     def fit(self, values: torch.Tensor, labels: torch.Tensor) -> None:
         """Find the temperature of the lowest NLL on logits `[N, K]` and labels `[N]`."""
         super().fit(values, labels)
         self.temperature = best_temperature(values.cpu().numpy(), labels.cpu().numpy())
         self.library.t.data.fill_(self.temperature)
-
-    def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        return super().__call__(values.double())
 
 
 class Gaussian(Score):
@@ -180,8 +184,8 @@ class Detector:
 
 
 DETECTORS = {
-    "entropy": Detector("Entropy", "logits"),
-    "gen": Detector("GEN", "logits"),
+    "entropy": Detector("Entropy", "logits", make=InFloat64),
+    "gen": Detector("GEN", "logits", make=InFloat64),
     "klmatching": Detector("KLMatching", "logits", True),
     "openmax": Detector("OpenMax", "logits", True, least=3, make=OpenMax),  # it fits a distribution of distances
     "tscaling": Detector("TemperatureScaling", "logits", True, make=TemperatureScaling),

@@ -104,5 +104,5 @@ def measured_table(results: dict[str, Results]) -> str:
     columns = [StudyColumn("accuracy"), StudyColumn("ece")]
     columns += [StudyColumn(measure, score, sets) for score in scores for measure in ("auroc", "fpr_in")]
     rows = [NamedResults(f"{len(r.errors)} × {t}", {0: r}) for t, r in results.items()]
-    trained = protocol_line({row.name: row.protocols for row in rows})
+    trained = protocol_line([(row.name, row.protocols) for row in rows])
     return f"{mean_rows(rows, columns, 'networks')}\n\n{trained}"

@@ -3,8 +3,7 @@
 import base64
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import numpy as np
 from utils.core.errors import require
 from utils.core.files import csv_text
 from utils.report.plots import distilled_pictures, save_comparison
-from utils.report.results import load_results, protocol_line, shared_sets
+from utils.report.results import load_results, odd_sizes, protocol_line, shared_sets
 from utils.report.study import NamedResults, StudyColumn
 from utils.report.tables import OF_NETWORKS, OF_OOD, Measure, defined, markdown_table, render
 from utils.runs.lineage import args_or_nothing, sources_of
@@ -34,20 +33,28 @@ _LATEX = str.maketrans(
 class ComparisonRow:
     """One line of the table: a measure of the networks, or of a score on one OOD set."""
 
-    score: str  # empty: a measure of the networks
+    of: StudyColumn
     set: str
-    measure: Measure
-    runs: tuple[list[list[float]], ...]  # for each column and each of its runs one value per network; NaN: it has none
+    columns: Sequence[NamedResults]
     is_mean: bool = True  # of the networks, or over OOD sets, and not on one of them
 
     @property
+    def score(self) -> str:
+        """Empty: it is a measure of the networks."""
+        return self.of.score
+
+    @property
+    def measure(self) -> Measure:
+        return self.of.shown
+
+    @property
     def values(self) -> list[list[float]]:
-        """For each column one value per network."""
-        return [list(chain(*runs)) for runs in self.runs]
+        """For each column one value per network; NaN where it has none."""
+        return [column.values(self.of) for column in self.columns]
 
     def shown(self) -> list[tuple[str, bool]]:
         """For each column `mean ± std`, and whether it is better than all others by more than two standard errors."""
-        places = range(len(self.runs))
+        places = range(len(self.columns))
         gains = [[g for b in places if b != a and (g := self.gain(b, a))] for a in places]
         leads = [bool(of_column) and all(gain > 2 * error for gain, error in of_column) for of_column in gains]
         return [(self.measure.cell(values), lead) for values, lead in zip(self.values, leads, strict=True)]
@@ -66,16 +73,15 @@ class ComparisonRow:
     def gain(self, base: int, other: int) -> tuple[float, float] | None:
         """By how much a column is better than another, and the standard error: infinite for a single network.
 
-        The error is over the means of runs, as networks on one distilled set are alike; over networks only where a
-        column has one run with a value.
+        The error of a column is over the means of its runs, as networks on one distilled set are alike; over networks
+        only where one run alone has a value.
         """
         first, second = (np.array(defined(self.values[column])) * self.measure.factor for column in (base, other))
         if not len(first) or not len(second):
             return None
         sign, gain = -1 if self.measure.better == "↓" else 1, second.mean() - first.mean()
-        means = [[np.mean(known) for run in self.runs[c] if (known := defined(run))] for c in (base, other)]
-        if min(map(len, means)) > 1:
-            first, second = (np.array(of_column) * self.measure.factor for of_column in means)
+        means = [np.array([*self.columns[c].by_run(self.of).values()]) * self.measure.factor for c in (base, other)]
+        first, second = (m if len(m) > 1 else v for m, v in zip(means, (first, second), strict=True))
         several = min(len(first), len(second)) > 1
         error = math.sqrt(sum(v.var(ddof=1) / len(v) for v in (first, second))) if several else math.inf
         return sign * gain, error
@@ -120,18 +126,6 @@ def _stage3_folders(folder: Path, search: Sequence[Path], one: bool) -> list[Pat
     return made
 
 
-def of_scores(column: NamedResults, scores: Sequence[str]) -> NamedResults:
-    """The column with these scores alone, in this order; a `UserError` names a score that it does not have."""
-    known = _distinct(run.scores() for run in column.runs.values())
-    for score in scores:
-        require(score in known, f"--scores: {column.name} was not measured by {score}, only by {', '.join(known)}")
-    runs = {}
-    for folder, run in column.runs.items():
-        rows = [row for score in dict.fromkeys(scores) for row in run.rows if row["score"] == score]
-        runs[folder] = replace(run, rows=rows)
-    return replace(column, runs=runs)
-
-
 def _distinct(names: Iterable[Sequence[str]]) -> list[str]:
     return list(dict.fromkeys(name for part in names for name in part))
 
@@ -139,13 +133,19 @@ def _distinct(names: Iterable[Sequence[str]]) -> list[str]:
 class Comparison:
     """The table: accuracy and calibration; then, for each score, each of `measures` in the mean and on each OOD set.
 
-    The mean is over the sets on which all networks were measured; its title says so where there are others.
+    The mean is over the sets on which all networks were measured; its title says so where there are others. `scores`:
+    only these, in this order; a `UserError` tells that a column has none of one.
     """
 
-    def __init__(self, columns: Sequence[NamedResults], measures: Sequence[str]):
+    def __init__(self, columns: Sequence[NamedResults], measures: Sequence[str], scores: Sequence[str] | None = None):
         self.columns, runs = columns, [run for column in columns for run in column.runs.values()]
+        for column in columns:
+            known = _distinct(run.scores() for run in column.runs.values())
+            for score in scores or ():
+                told = f"--scores: {column.name} was not measured by {score}, only by {', '.join(known)}"
+                require(score in known, told)
         self.shared, self.ood_sets = shared_sets(runs), _distinct(run.ood_sets() for run in runs)
-        self.scores = _distinct(run.scores() for run in runs)
+        self.scores = list(dict.fromkeys(scores or _distinct(run.scores() for run in runs)))
         mean = "mean" if {*self.ood_sets} == {*self.shared} else f"mean of {', '.join(self.shared)}"
         sets = [(name, [name], False) for name in _distinct(run.sets() for run in runs)]
         sets = [(mean, self.shared, True), *sets] if self.shared else sets
@@ -156,17 +156,15 @@ class Comparison:
             for title, names, is_mean in sets
             for measure in measures
         ]
-        rows = (ComparisonRow(of.score, title, of.shown, self.measured(of), is_mean) for of, title, is_mean in shown)
+        rows = (ComparisonRow(of, title, columns, is_mean) for of, title, is_mean in shown)
         self.rows = [row for row in rows if any(map(defined, row.values))]
-
-    def measured(self, measure: StudyColumn) -> tuple[list[list[float]], ...]:
-        """For each column and each of its runs one value per network."""
-        return tuple([measure.of(run) for run in column.runs.values()] for column in self.columns)
 
     @property
     def trained(self) -> str:
-        """How the networks of the columns were trained, a sentence."""
-        return protocol_line({column.name: column.protocols for column in self.columns})
+        """How the networks of the columns were trained, and what their tests do not have in common, in sentences."""
+        named = [(f"{column.name} ({run})", found) for column in self.columns for run, found in column.runs.items()]
+        trained = protocol_line([(column.name, column.protocols) for column in self.columns])
+        return f"{trained} Caution: {odd}." if (odd := odd_sizes(named)) else trained
 
     def verdicts(self) -> list[str]:
         """A sentence for each column but the first, which it is compared with: accuracy, ECE and mean AUROC."""
@@ -214,7 +212,7 @@ class Comparison:
             sets["mean" if self.shared == self.ood_sets else f"mean of {len(self.shared)}"] = self.shared
         panels = {
             score: {
-                title: [defined(list(chain(*runs))) for runs in self.measured(StudyColumn("auroc", score, names))]
+                title: [defined(column.values(StudyColumn("auroc", score, names))) for column in self.columns]
                 for title, names in sets.items()
             }
             for score in self.scores
@@ -236,6 +234,8 @@ class Comparison:
             trained = [args_or_nothing(Path(str(about.get("networks")))).get("flags") or {} for about in stored]
             if any(flags.get("distilled") or flags.get("train_on", "distilled") != "distilled" for flags in trained):
                 values["method"] = []  # --method names folders there, and the augmentation
+            if any(flags.get("train_on") == "whole" for flags in trained):
+                values["images per class"] = ["all"]
             values["networks"] = [sum(len(run.errors) for run in column.runs.values())]
             values["tested"] = [str(about.get("started", ""))[:10] for about in stored]
             values["PyTorch"] = [about.get("versions", {}).get("torch") for about in stored]

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +28,7 @@ class Results:
     errors: list[dict[str, float]] = field(default_factory=list)  # of each network: those of `NETWORK_MEASURES`
     rows: list[dict] = field(default_factory=list)  # `network`, `set`, `score`, `MEASURES`: NaN of scores not finite
     missing: list[str] = field(default_factory=list)  # OOD sets that were skipped
+    sizes: dict[str, int] = field(default_factory=dict)  # images of each OOD set; older results do not say it
     protocols: tuple[str, ...] = ("dc",)  # how the networks were trained; older results have one, and do not say it
 
     def sets(self) -> list[str]:
@@ -71,10 +72,21 @@ def shared_sets(results: Sequence[Results]) -> list[str]:
     return [name for name in names if all(networks(r, [name]) == networks(r, r.sets()) for r in results)]
 
 
-def protocol_line(named: Mapping[str, Sequence[str]]) -> str:
-    """A line for the head of a table; `named`: the protocols by which the networks of each row were trained."""
+def odd_sizes(named: Iterable[tuple[str, Results]]) -> str:
+    """What differs, if one of the OOD sets had another number of images for some of the results; else it is empty."""
+    seen: dict[str, tuple[str, int]] = {}
+    for name, results in named:
+        for ood, count in results.sizes.items():
+            first, before = seen.setdefault(ood, (name, count))
+            if count != before:
+                return f"{ood} has {before} images for {first}, and {count} for {name}"
+    return ""
+
+
+def protocol_line(named: Iterable[tuple[str, Sequence[str]]]) -> str:
+    """A line for the head of a table; `named`: each row, and the protocols by which its networks were trained."""
     names: dict[str, list[str]] = {}
-    for name, protocols in named.items():
+    for name, protocols in named:
         for protocol in protocols:
             names.setdefault(protocol, []).append(f'"{name}"' if ", " in name else name)
     whose = [protocol if len(names) == 1 else f"{protocol}: {', '.join(who)}" for protocol, who in names.items()]
@@ -122,7 +134,9 @@ def load_results(folder: Path) -> Results:
             _ = row["set"], row["score"], [float(row[m]) for m in MEASURES], float(errors[row["network"]]["error"])
         about = content["about"]
         protocol = _protocol(about.get("training", {"protocol": "dc"}), about.get("checkpoints"))
-        return Results(errors, rows, list(content["missing"]), (", ".join([protocol, *ways_of_testing(about)]),))
+        sizes = {name: ood["images"] for name, ood in about.get("ood_sets", {}).items() if "images" in ood}
+        ways = ", ".join([protocol, *ways_of_testing(about)])
+        return Results(errors, rows, list(content["missing"]), sizes, (ways,))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise UserError(f"{path} is damaged, or is not what test_ood_model_syn.py writes; run it again") from None
 

@@ -5,6 +5,7 @@ They lie in a folder of a table script, or in a CSV file of scripts/tables/keep_
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 
 from utils.core.errors import UserError, require
 from utils.report.results import Results, load_results, load_study_csv
-from utils.report.tables import OF_NETWORKS, OF_OOD, Measure, defined, markdown_table
+from utils.report.tables import OF_NETWORKS, OF_OOD, Measure, counted, defined, markdown_table
 
 
 @dataclass(frozen=True)
@@ -56,17 +57,21 @@ class NamedResults:
         """How the networks were trained."""
         return list(dict.fromkeys(p for results in self.runs.values() for p in results.protocols))
 
+    def values(self, column: StudyColumn) -> list[float]:
+        """One value per network of all runs; NaN where it was not measured."""
+        return [v for results in self.runs.values() for v in column.of(results)]
+
     def cell(self, column: StudyColumn) -> str:
         """`mean ± std` over the networks of all runs, or a dash where nothing was measured.
 
         Where some networks, or all of a run, lack the measure, it says how many have it.
         """
-        return column.shown.cell([v for results in self.runs.values() for v in column.of(results)])
+        return column.shown.cell(self.values(column))
 
-    def by_seed(self, column: StudyColumn) -> dict[int, float]:
-        """The mean over the networks of each seed; networks and seeds without a value are left out."""
-        values = {seed: defined(column.of(results)) for seed, results in self.runs.items()}
-        return {seed: float(np.mean(of_seed)) for seed, of_seed in values.items() if of_seed}
+    def by_run(self, column: StudyColumn) -> dict[Path | int, float]:
+        """The mean over the networks of each run; networks and runs without a value are left out."""
+        values = {run: defined(column.of(results)) for run, results in self.runs.items()}
+        return {run: float(np.mean(of_run)) for run, of_run in values.items() if of_run}
 
 
 def csv_part(place: Path) -> tuple[Path, str] | None:
@@ -109,17 +114,24 @@ def read_kind(place: Path, name: str) -> NamedResults:
         return NamedResults(name, load_study_csv(part[0])[part[1]])
     seeds: dict[int, Results] = {}
     for path in place.glob("seed*"):
-        files = list(path.rglob("results.json")) if path.name[4:].isdecimal() else []
+        files = list(path.rglob("results.json")) if re.fullmatch(r"seed-?\d+", path.name) else []
         require(len(files) < 2, f"{path} holds {len(files)} files results.json; keep one for each seed")
+        require(not files or int(path.name[4:]) not in seeds, f"{path}: another folder is of this seed; keep one")
         seeds |= {int(path.name[4:]): load_results(file.parent) for file in files}
     require(seeds, f"{place}: no results of stage 3 in seed<number>/; give folders that a table script wrote")
     return NamedResults(name, dict(sorted(seeds.items())))
 
 
 def mean_rows(kinds: Sequence[NamedResults], columns: Sequence[StudyColumn], first: str = "images, outliers") -> str:
-    """A markdown table: a row for each kind, a column for each measure."""
-    rows = [[kind.name, *map(kind.cell, columns)] for kind in kinds]
+    """A markdown table: a row for each kind, a column for each measure; a row of fewer seeds than others says so."""
+    most = max((len(kind.runs) for kind in kinds), default=0)
+    rows = [[f"{kind.name}{_fewer(len(kind.runs), most)}", *map(kind.cell, columns)] for kind in kinds]
     return markdown_table((first, *(column.title for column in columns)), rows)
+
+
+def _fewer(seeds: int, most: int) -> str:
+    """What stands behind a name for which there are fewer seeds than the most."""
+    return f" ({counted(seeds, 'seed')})" if seeds < most else ""
 
 
 def score_rows(kinds: Sequence[NamedResults], scores: Sequence[str], measure: str) -> str:
@@ -131,13 +143,16 @@ def score_rows(kinds: Sequence[NamedResults], scores: Sequence[str], measure: st
 
 def paired(base: NamedResults, other: NamedResults, column: StudyColumn) -> np.ndarray:
     """`base` minus `other` for each seed that both have, in the unit of the measure."""
-    first, second = base.by_seed(column), other.by_seed(column)
+    first, second = base.by_run(column), other.by_run(column)
     return np.array([column.shown.factor * (first[seed] - second[seed]) for seed in first if seed in second])
 
 
 def differences(base: NamedResults, others: Sequence[NamedResults], columns: Sequence[StudyColumn]) -> str:
     """A markdown table: `base` minus each other kind, paired by seed, and the standard error over two seeds or more."""
-    rows = [[f"{base.name} minus {other.name}", *(_difference(base, other, c) for c in columns)] for other in others]
+    rows = []
+    for other in others:
+        title = f"{base.name} minus {other.name}{_fewer(len({*base.runs} & {*other.runs}), len(base.runs))}"
+        rows.append([title, *(_difference(base, other, column) for column in columns)])
     return markdown_table(("difference", *(column.title.rstrip(" ↑↓") for column in columns)), rows)
 
 

@@ -1,5 +1,6 @@
 """Evaluation during distillation: fresh networks are trained on the synthetic set and tested."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -23,7 +24,7 @@ from utils.settings.distillation import EVAL_MODES
 from utils.training.trainer import PROTOCOLS, WEIGHT_DECAYS, Trainer, TrainSettings, accuracy_of
 
 EVAL_LOG = 500
-EvalMeasures = dict[str, dict[int, dict[str, float]]]  # by model and network index: accuracy, AUROCs
+EvalMeasures = dict[str, dict[int, dict[str, float]]]  # by model and network index: accuracy, AUROCs; NaN: diverged
 
 
 def evaluation_models(mode: str, model: str, real: RealData) -> tuple[str, ...]:
@@ -121,10 +122,11 @@ class Evaluator:
         for index, key in keys.items():
             trainer.train_fresh(synthetic, self.settings.seed, key, after_epoch)
             logits = trainer.predict(self.real.test_images)
-            if not torch.isfinite(logits).all():
+            is_finite = bool(torch.isfinite(logits).all())
+            if not is_finite:
                 self.run.log_own(f"{model} network {index}: its training diverged (outputs not finite); lower --lr_net")
             ood = {f"auroc {name}": _auroc(logits, trainer.predict(x)) for name, x in self.settings.ood.items()}
-            tested[index] = {"accuracy": accuracy_of(logits, self.real.labels_test)} | ood
+            tested[index] = {"accuracy": accuracy_of(logits, self.real.labels_test) if is_finite else math.nan} | ood
         return tested
 
 

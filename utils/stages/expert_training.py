@@ -11,7 +11,7 @@ from networks import initialize
 from utils.compute import distributed
 from utils.compute.device import Compute, Workload, choose_compute, choose_device
 from utils.compute.transfer import send_draws
-from utils.core.errors import UserError, one_line, rank_errors, require
+from utils.core.errors import UserError, one_line, print_line, rank_errors, require
 from utils.core.files import read_json, save_pt, save_text
 from utils.core.rng import generator
 from utils.core.torch_files import read_pt
@@ -32,11 +32,17 @@ def run_experts(settings: ExpertSettings) -> None:
 
 
 def train_missing(settings: ExpertSettings, real: RealData) -> None:
-    """Train the experts that are missing; if there are others that were trained in another way, they are used."""
+    """Train the experts that are missing; if there are others that were trained in another way, they are used, and a
+    line says so."""
     folder = expert_folder(settings.buffer_path, real, settings.model)
     stored = read_json(folder / ABOUT, "--buffer_path") if (folder / ABOUT).exists() else {}
-    if not any(folder.glob("replay_buffer_*.pt")) or stored.get("training") == settings.about():
+    trained, wanted = stored.get("training"), settings.about()
+    if not any(folder.glob("replay_buffer_*.pt")) or trained == wanted:
         _train_in_folder(settings, real)
+    elif distributed.is_main():
+        known = trained if isinstance(trained, dict) else {}
+        others = ", ".join(f"{name} {known.get(name)}" for name in wanted if known.get(name) != wanted[name])
+        print_line(f"experts of {folder} are used as they were trained: {others}. Others need another --buffer_path")
 
 
 def _train_in_folder(settings: ExpertSettings, real: RealData) -> None:

@@ -26,10 +26,12 @@ from utils.report.tables import report_text, summary
 from utils.runs.lineage import STAGE2_ROOTS, args_or_nothing, distilled_set_of, find_run_folder, stored_set_path
 from utils.runs.run_folder import RunFolder
 from utils.settings.arguments import Stage3Settings
-from utils.settings.common import read_data
+from utils.settings.common import OutlierTraining, read_data
 from utils.settings.fields import as_dict
 from utils.training.network_training import checkpoint_name, checkpoints_of, epochs_of, load_trained
 from utils.training.trainer import LEARNING_RATES, PROTOCOLS
+
+LAMBDA_OE = OutlierTraining.lambda_oe  # the usual one, which tables do not name
 
 
 def run_stage3(settings: Stage3Settings) -> Results:
@@ -136,6 +138,10 @@ class Stage2Run:
             return {"protocol": "unknown"}
         names = ("optimizer", "schedule", "mix", "lr_net", "batch_train")
         changed = {name: self.flags[name] for name in names if self.flags.get(name)}
+        if self.flags.get("outliers", "none") != "none" and self.flags.get("lambda_oe", LAMBDA_OE) != LAMBDA_OE:
+            changed["lambda_oe"] = self.flags["lambda_oe"]
+        changed |= {"augmentation": "none"} if self.about.get("augmentation", True) is None else {}
+        changed |= {"outliers": start} if (start := self.about.get("start")) else {}
         protocol, rate = self.flags.get("protocol", "dc"), self.about.get("lr")
         if protocol in PROTOCOLS and rate and "lr_net" not in changed:
             usual = LEARNING_RATES[changed.get("optimizer", PROTOCOLS[protocol].optimizer)]

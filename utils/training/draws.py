@@ -71,7 +71,7 @@ def draw_epoch(
 ) -> list[Batch]:
     """Draw the batches, of `batch` images, of one epoch over a synthetic set; only the sizes of the set matter.
 
-    Fewer outliers than images are repeated, so that every batch has as many of them as images.
+    Every batch has as many outliers as images: fewer outliers are repeated, of more some are left out.
     """
     size = tuple(synthetic.images.shape[2:])
 
@@ -90,7 +90,7 @@ def draw_epoch(
     batches = []
     for start in range(0, len(order), batch):
         index = order[start : start + batch]
-        index_oe = None if order_oe is None else order_oe[start : start + batch]
+        index_oe = None if order_oe is None else order_oe[start : start + len(index)]
         drawn = (transform(index), index_oe, transform(index_oe))
         batches.append(Batch(index, *drawn, draw_mix(mix, len(index), size, g)))
     return batches

@@ -124,13 +124,13 @@ def test_networks_on_one_set_are_no_replicates(tmp_path):
     error = np.sqrt(sum(np.var(of_column, ddof=1) / 3 for of_column in means))
     assert auroc.gain(0, 1) == pytest.approx((10.0, error))
     assert auroc.change(1) == f"AUROC (msp) equal (+10.0 ± {error:.1f})"
-    # a run without a value is left out; where a single one is left, the error is over its networks
-    for missing, left in ((1, "run"), (2, "network")):
+    # a run without a value is left out; where a single one is left, the error of its column is over its networks
+    for missing, left in ((1, "runs"), (2, "networks")):
         known = {c.name: np.array(values[c.name])[missing if c.name == "a" else 0 :] for c in columns}
         for run in list(columns[0].runs.values())[:missing]:
             run.rows.clear()
         (auroc,) = [row for row in Comparison(columns, ["auroc"]).rows if row.set == "blob"]
-        samples = [100 * (v.mean(axis=1) if left == "run" else v.flatten()) for v in known.values()]
+        samples = [100 * known["a"].mean(axis=1) if left == "runs" else 100 * known["a"].flatten(), means[1]]
         error = np.sqrt(sum(np.var(of_column, ddof=1) / len(of_column) for of_column in samples))
         assert auroc.gain(0, 1) == pytest.approx((100 * (known["b"].mean() - known["a"].mean()), error))
 

@@ -72,7 +72,7 @@ def test_differences_by_scipy(study):
     gaps = np.subtract(first, second)
     wanted = f"{gaps.mean():+.2f} ± {sem(gaps):.2f}"
     assert line.split("|")[2].strip() == wanted
-    assert line.split("|")[1].strip() == "poe minus poe-corrupt"
+    assert line.split("|")[1].strip() == "poe minus poe-corrupt (2 seeds)"
 
 
 def test_one_seed_has_no_error_and_none_no_difference(study):
@@ -115,7 +115,11 @@ def test_the_script(study, tmp_path, run):
     assert out.read_text() == shown
     lines = shown.splitlines()
     assert lines[0] == "Networks trained by protocol dc."
-    assert [line.split("|")[1].strip() for line in lines[4:7]] == ["DM, none", "DM, distilled (POE)", "DM, on the fly"]
+    assert [line.split("|")[1].strip() for line in lines[4:7]] == [
+        "DM, none",
+        "DM, distilled (POE)",
+        "DM, on the fly (2 seeds)",
+    ]
     assert sum("minus" in line for line in lines) == 2
     assert "AUROC mls uniform ↑" in shown
 
@@ -230,12 +234,13 @@ def test_kinds_of_several_folders_and_one_beside_them(study, run):
     rows = [
         "A, none",
         "A, distilled (POE)",
-        "A, on the fly",
+        "A, on the fly (2 seeds)",
         "whole training set, none",
         "B, distilled (POE)",
-        "B, on the fly",
+        "B, on the fly (2 seeds)",
     ]
-    pairs = ["A, distilled (POE) minus A, on the fly", "difference", "B, distilled (POE) minus B, on the fly"]
+    pairs = [f"{name}, distilled (POE) minus {name}, on the fly (2 seeds)" for name in "AB"]
+    pairs.insert(1, "difference")
     assert first == ["images, outliers", *rows, "difference", *pairs]
 
 
@@ -249,7 +254,7 @@ def test_other_names_of_kinds(study, run):
     status, shown, error = run(both, "--prefixes", "A", "--base", "bf16")
     assert status == 0, error
     rows = [line.split("|")[1].strip() for line in shown.splitlines() if line.startswith("| ")]
-    assert rows == ["images, outliers", "A, bf16", "A, fp32", "difference", "A, bf16 minus A, fp32"]
+    assert rows == ["images, outliers", "A, bf16", "A, fp32", "difference", "A, bf16 minus A, fp32 (2 seeds)"]
     assert "| bf16 " in run(both)[1]
 
 
@@ -379,7 +384,8 @@ def test_results_that_cannot_be_kept(study, run, tmp_path):
         ("poe-again", "", "distilled images, distilled (POE), corrupted again"),
         ("poe-kcenter-again", "DM", "DM, k-center, corrupted again"),
         ("oe-again", "", "distilled images, distilled (OE), corrupted again"),
-        ("random-initial-again", "DM", "random, random outliers, corrupted again"),
+        ("random-initial-again", "DM", "DM, random, random outliers, corrupted again"),
+        ("whole-corrupt", "DM", "whole training set, on the fly"),
         ("poe-corrupt", "DM", "DM, on the fly"),
         ("plain-corrupt", "DM", "DM, on the fly (plain images)"),
         ("plain", "DM", "DM, none"),
@@ -459,7 +465,7 @@ def test_a_network_without_a_value_is_left_out(study):
         for network in networks:
             change(folder / "poe" / f"seed{seed}", lambda c, n=network: c["errors"][n].update(auroc=None))
     kind = read_kind(folder / "poe", "poe")
-    means = kind.by_seed(StudyColumn("auroc"))
+    means = kind.by_run(StudyColumn("auroc"))
     assert list(means) == [1, 10]
     assert means[1] == values["poe", 1]["errors"][1]["auroc"]
 
