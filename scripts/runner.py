@@ -57,7 +57,7 @@ class Stage:
         """The commands that lead to its folder, its own last; of files of flags and code also what they hold."""
         words = [*self.command]
         for name, mark in OF_FILES.items():
-            path = Path(value_in(self.command, name) or "")
+            path = Path(value_in(underscored(self.command), name) or "")
             if path.is_file():
                 content = path.read_bytes()
                 if name == "config":

@@ -275,6 +275,24 @@ def test_training_between_steps_is_plain_sgd_on_both_sets(tiny_real):
         torch.testing.assert_close(p, q, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("flags", "rate", "told"),
+    [
+        ({}, 0.01, None),
+        ({"lr_net": 0.1}, 0.1, None),
+        ({"lr_net": 0.1, "protocol": "idc"}, 0.1, 0.1),
+        ({"lr_net": 0.001, "protocol": "ncfm"}, 0.01, 0.01),
+        ({"lr_net": 0.001, "optimizer": "adamw"}, 0.01, 0.01),
+        ({"lr_net": 0.1, "protocol": "ncfm", "optimizer": "sgd"}, 0.1, 0.1),
+    ],
+)
+def test_the_inner_loop_takes_no_learning_rate_of_another_optimiser(flags, rate, told, tiny_real):
+    method = made(GradientMatching, tiny_real, None, settings(outer_loop=2, inner_loop=2, **flags))
+    assert method.trainer.settings.lr == rate
+    text = f"the inner loop trains networks by SGD, at a learning rate of {told}"
+    assert [n for n in method.notices if "inner loop" in n] == ([text] if told else [])
+
+
 def test_a_set_to_start_from(tiny_real):
     start = made(GradientMatching, tiny_real, PseudoOutliers(tiny_real), settings(seed=5))
     start.start(0)

@@ -229,6 +229,7 @@ def test_missing_experts_are_trained(in_process, refused, tmp_path):
     assert json.loads(stored.read_text())["flags"]["lr_img"] == 0.01
     again = in_process("main.py", *short, "--method", "TGDD", "--buffer_path", "a", "--seed", 2)  # they serve all seeds
     assert "expert 0: " not in again
+    assert "are used as they were trained: seed 1. Others need another --buffer_path" in again
     folder = tmp_path / "a/Digits_NO_ZCA/MLP"
     (folder / "unfinished_expert_0").mkdir()
     (folder / "replay_buffer_0.pt").rename(folder / "unfinished_expert_0" / "epoch_1.pt")

@@ -121,6 +121,22 @@ def test_numbers_are_in_their_files(names, shown):
         assert any(is_measured(value, text) for text in texts), f"{value} is in none of {names}"
 
 
+def test_a_protocol_of_all_rows_is_told_once_and_that_of_others_too():
+    """A sentence without names is of all rows of its table, so it says more than one with names."""
+    one, all_, two = ("Networks trained by protocol " + text for text in ("dc: a; ncfm: b.", "ncfm.", "dc: a."))
+    assert make_tables.told_once([one, all_, two, all_, "", one]) == [one, all_]
+    assert make_tables.told_once([all_, one]) == [all_, one]
+
+
+def test_the_oldest_python_is_one():
+    """That which setup.sh looks for, which the README names, and for which ruff checks the code."""
+    (major, minor) = re.search(r"sys.version_info < \((\d+), (\d+)\)", (ROOT / "scripts/setup.sh").read_text()).groups()
+    assert f'target-version = "py{major}{minor}"' in (ROOT / "pyproject.toml").read_text()
+    for file in ("README.md", "scripts/setup.sh", "scripts/quickstart.sh"):
+        said = re.findall(r"Python (3\.\d+)(?: or newer|\+)", (ROOT / file).read_text())
+        assert said == [f"{major}.{minor}"], file
+
+
 def test_the_page_of_flags_is_what_the_scripts_say():
     assert make_flags.page() == (ROOT / "docs" / "flags.md").read_text()
 

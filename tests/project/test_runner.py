@@ -90,6 +90,18 @@ def test_short_flags_and_files_of_flags_count(tmp_path):
     assert stage.is_done()
 
 
+def test_the_code_of_a_method_counts(tmp_path):
+    (code := tmp_path / "mean.py").write_text("x = 1\n")
+    stage = Stage(("main.py", "--method-file", str(code), "--ipc", "1"), tmp_path)
+    for done in (stage.text, f"main.py --ipc 1 --method_file {code}\n"):  # older code did not write what it holds
+        (tmp_path / "done").write_text(done)
+        assert stage.is_done()
+    (tmp_path / "done").write_text(stage.text)
+    code.write_text("x = 2\n")
+    with pytest.raises(UserError, match="made with other flags: --content_of_method_file="):
+        stage.is_done()
+
+
 def test_a_file_of_flags_counts_as_it_was_when_its_stage_started(tmp_path):
     config = tmp_path / "flags.yaml"
     config.write_text("ipc: 1")

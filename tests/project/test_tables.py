@@ -344,6 +344,18 @@ def test_a_recipe_has_what_its_method_has(run, tmp_path):
     assert not [words for words in commands if words[0] == "scripts/study.py"]
 
 
+def test_the_study_of_recipes_has_the_kinds_and_ipc_of_each(run, tmp_path):
+    (tmp_path / "own.yaml").write_text("recipes: {a: {}, b: {kinds: plain poe poe-again, ipc: 1 2}}")
+    _, commands = run(f"cifar10 {tmp_path / 'own'}", "--seeds", "01")
+    studies = [words for words in commands if words[0] == "scripts/study.py"]
+    assert [words[-1] for words in studies] == [f"out/study-ipc{ipc}.md" for ipc in (1, 10, 50, 2)]
+    assert studies[0][1:3] == ["out/a/ipc1", "out/b/ipc1"]
+    assert "poe-again" in studies[0]
+    assert studies[1][1:3] == ["out/a/ipc10", "--prefixes"]
+    assert studies[3][1:2] == ["out/b/ipc2"]
+    assert {args.save_path.split("/")[-2] for args in args_of(commands, "main_poe.py")} == {"seed1"}  # not seed01, too
+
+
 @pytest.mark.parametrize("method", ["TGDD", "MTT"])
 def test_experts_are_those_that_the_method_would_train(run, method):
     _, commands = run(*CIFAR, "--method", method, "--kinds", "poe", "--set", "stage1.max_experts=3")

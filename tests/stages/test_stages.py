@@ -36,6 +36,7 @@ from utils.ood.scores import msp
 from utils.ood.sets import FROM_TORCHVISION, PAPER_SETS, OODSource, validation_sets
 from utils.outliers.corruptions import corrupt
 from utils.outliers.sources import PseudoOutliers
+from utils.report.results import load_results
 from utils.runs import progress
 from utils.runs.progress import Progress
 from utils.runs.run_folder import RunFolder
@@ -318,6 +319,24 @@ def test_the_last_epoch_is_tested_when_none_is_named(epochs, networks_of, in_pro
     protocol = "unknown" if epochs is None else "dc"  # a folder of the published code does not say it
     out = in_process(*TEST, 2, "--epoch_train", 160)
     assert re.search(rf"2 × epoch160, protocol {protocol}$", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("stored", "more"),
+    [
+        ({"flags": {"outliers": "distilled", "lambda_oe": 0.5}, "augmentation": "crop"}, ""),
+        ({"flags": {"outliers": "distilled", "lambda_oe": 2.0}}, ", lambda_oe 2.0"),
+        ({"flags": {"outliers": "none", "lambda_oe": 2.0}, "augmentation": None}, ", augmentation none"),
+        ({"flags": {"outliers": "initial"}, "start": "random, not its own"}, ", outliers random, not its own"),
+    ],
+)
+def test_tables_say_what_is_out_of_the_ordinary(stored, more, networks_of, in_process, tmp_path):
+    networks_of((60,), epochs=60)
+    (path,) = tmp_path.rglob("args.json")
+    path.write_text(json.dumps({"epochs": 60} | stored))
+    in_process(*TEST, 1)
+    (tested,) = (tmp_path / "result-test-ood-synthetic").rglob("results.json")
+    assert load_results(tested.parent).protocols == (f"dc, 60 epochs{more}",)
 
 
 def test_all_networks_are_tested_at_the_same_epoch(networks_of, in_process):
@@ -632,6 +651,15 @@ def test_a_training_that_explodes_writes_no_network(in_process, refused, tmp_pat
     error = refused("train_model_synthetic_no_oe.py", *STAGE2, "--lr_net", 1e38, "--epoch_eval_train", 1)
     assert "--lr_net 1e+38: network 0 diverged by epoch 1: its outputs are not finite" in error
     assert not list(tmp_path.rglob("syn_trained_*.pt"))
+
+
+def test_a_network_that_explodes_while_distilling_has_no_accuracy(in_process, tmp_path):
+    """The share of class 0 would go into the means."""
+    out = in_process("main.py", *STAGE1, "--Iteration", 0, "--num_exp", 1, "--num_eval", 2, "--lr_net", 1e38)
+    assert out.count("its training diverged (outputs not finite); lower --lr_net") == 2
+    assert "before distilling: ConvNetD1 accuracy - % (2 networks, 4 epochs)" in out
+    (metrics,) = tmp_path.rglob("metrics.jsonl")
+    assert json.loads(metrics.read_text().splitlines()[-1])["accuracy"] == [None, None]
 
 
 @pytest.mark.parametrize("flag", [["--is_load_oe"], []])

@@ -319,6 +319,15 @@ def test_outliers_of_an_epoch_are_all_used(digits):
         assert torch.equal(held.images_oe[20 * epoch : 20 * epoch + 20], source.make(generator(1, "o", epoch)))
 
 
+def test_more_outliers_than_images_make_no_larger_batches(digits):
+    images = random_images(digits, 1, 1, 0)
+    some = replace(images, images_oe=images.images.repeat(4, 1, 1, 1))
+    batches = draw_epoch(some, 8, None, generator(0))
+    assert [len(b.index_oe) for b in batches] == [len(b.index) for b in batches] == [8, 2]
+    used = [i for epoch in range(40) for b in draw_epoch(some, 8, None, generator(epoch)) for i in b.index_oe.tolist()]
+    assert {*used} == {*range(40)}
+
+
 def test_few_outliers_fill_every_batch(digits):
     images = random_images(digits, 3, 1, 0)
     some = replace(images, images_oe=images.images[:7])
@@ -801,7 +810,8 @@ def test_a_trust_report_of_images_in_parts(digits, in_process, monkeypatch, tmp_
     flags = [path, "--dataset", "Digits", "--model", "MLP", "--num_eval", 1, "--epoch_eval_train", 4]
     flags += ["--protocol", "ncfm", "--out", "report", "--outliers", "--baselines", "random"]
     printed = in_process("scripts.trust_report", *flags, "--ood_sets", "patches", "--score", "msp")
-    assert "Networks trained by protocol ncfm, 4 epochs, the best checkpoints on the test set." in printed
+    trained = "ncfm, 4 epochs, augmentation none, the best checkpoints on the test set"
+    assert f"Networks trained by protocol {trained}." in printed
     trained = [words for words in commands if words[0].startswith("train_model")]
     assert [words[words.index("--factor") + 1] for words in trained if "--train_on" in words] == ["2"]
     assert len(trained) == 2
@@ -970,6 +980,9 @@ def test_outliers_beside_a_set_in_parts(in_parts, digits, kind, by_path, tmp_pat
         (tmp_path / "args.json").write_text(json.dumps({"script": "main.py", "flags": {}}))
         told = _start_of(settings, replace(chosen, origin=tmp_path), source)
         assert told == "random; the distillation had none"
+        told = with_outliers(settings, replace(chosen, origin=tmp_path), digits, lambda: net).start
+        assert told == "random, not those that distilling began with"
+        assert with_outliers(settings, chosen, digits, lambda: net).start == ""
         whole = initial_outliers(PseudoOutliers(digits), 4, 1, 0)
         assert torch.equal(found.images_oe, as_parts(whole, 2))
 

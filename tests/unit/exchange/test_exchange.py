@@ -59,6 +59,23 @@ def refusal(real, *paths, **assumed) -> str:
 # --- every format ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("name", "stated", "assumed", "told"),
+    [
+        ("CIFAR10", {}, {}, True),
+        ("CIFAR10", {"normalisation": {"mean": [0.5] * 3, "std": [0.2] * 3}}, {}, False),
+        ("CIFAR10", {}, {"distilled_mean": (0.5,), "distilled_std": (0.2,)}, False),
+        ("tiny", {}, {}, False),
+    ],
+)
+def test_a_published_set_of_cifar10_may_have_other_statistics(real, pixels, tmp_path, name, stated, assumed, told):
+    """The code of DC, DSA and DM divided by other deviations than TrustDD's, and their files do not say it."""
+    content = {"data": [[real.normalize(pixels), LABELS]], "accs_all_exps": {}} | stated
+    torch.save(content, tmp_path / "res.pt")
+    found = read_distilled([str(tmp_path / "res.pt")], replace(real, name=name), Assumptions(**assumed))
+    assert any("give --distilled_mean 0.4914 0.4822 0.4465" in line for line in found.lines) == told
+
+
 def test_published_code(real, pixels, tmp_path):
     images = [real.normalize(pixels), real.normalize(pixels.flip(3))]
     content = {"data": [[x, LABELS] for x in images], "data_oe": [[-x, LABELS * 0] for x in images]}

@@ -16,6 +16,7 @@ from pytorch_ood.metrics import OODMetrics
 from pytorch_ood.metrics import functional as theirs
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from sklearn.neighbors import NearestNeighbors
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from networks import get_network
@@ -509,3 +510,12 @@ def test_the_lines_in_the_documentation(digits, trained, tmp_path, monkeypatch):
     assert set(found.measures) == {"uniform", "blob", "photos"}
     assert 0.5 < found.accuracy <= 1
     assert len(found.out_scores["photos"]["energy"]) == 5
+
+
+@pytest.mark.parametrize(("score", "gaps"), [("entropy", (20, 25, 30)), ("gen", (17.0, 17.5, 18.0))])
+def test_sure_networks_do_not_tie(score, gaps, digits):
+    """In float32 these probabilities are all 1."""
+    logits = torch.zeros(len(gaps), 10)
+    logits[:, 3] = torch.tensor(gaps)
+    found = Scorer(nn.Identity(), (score,), 1.0, digits.std).prepare(logits[:2], None, 2)(logits, 2)[1][score]
+    assert (np.diff(found) < 0).all()

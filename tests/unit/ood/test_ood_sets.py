@@ -304,3 +304,23 @@ def test_an_absolute_path_that_leads_nowhere(digits, tmp_path):
         with pytest.raises(UserError, match=message):
             there.find_all(names)
     assert there.find([f"{tmp_path}/x"])[1] == {f"{tmp_path}/x": f"looked for {tmp_path}/x; give the path of the set"}
+
+
+@pytest.mark.parametrize("name", ["digits", "tiny_real"])
+def test_blobs_by_hand(name, request):
+    """scikit-image's `gaussian` is a sum over a window of four sigma; colours are a third axis of it, as published."""
+    real = request.getfixturevalue(name)
+    found = source(real, ".", limit=2).find_all(["blob"])[0].load()
+    bernoulli = torch.rand(2, real.channel, *real.im_size, generator=generator(1, "ood", "blob")) < 0.7
+    weights = np.exp(-(np.arange(-6, 7) ** 2) / (2 * 1.5**2))
+    blurred = bernoulli.double().numpy()
+    for axis in (1, 2, 3) if real.channel > 1 else (2, 3):
+        window = [(6, 6) if a == axis else (0, 0) for a in range(4)]
+        padded = np.pad(blurred, window, mode="edge" if axis == 1 else "symmetric")
+        length = blurred.shape[axis]
+        shifted = [padded.take(range(k, k + length), axis) for k in range(13)]
+        blurred = np.average(shifted, axis=0, weights=weights)
+    expected = np.where(blurred < 0.75, 0, blurred) * 2 - 1
+    sure = abs(blurred - 0.75) > 1e-5
+    np.testing.assert_allclose(found.cpu().numpy()[sure], expected[sure], atol=1e-5)
+    assert 0.2 < (expected == -1).mean() < 0.99

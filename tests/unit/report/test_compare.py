@@ -161,6 +161,19 @@ def test_folders_of_one_name_are_pooled():
     assert table.facts()["networks"] == ["4"]
 
 
+def test_networks_on_the_whole_set_have_no_images_per_class(tmp_path):
+    """Though stage 3 of a table has `--ipc 1` for them."""
+    for name, flags in (("a", {"train_on": "whole"}), ("b", {})):
+        (tmp_path / name / "networks").mkdir(parents=True)
+        (tmp_path / name / "networks/args.json").write_text(json.dumps({"flags": flags}))
+        about = {"flags": {"ipc": 1, "method": "DSA"}, "networks": str(tmp_path / name / "networks")}
+        (tmp_path / name / "args.json").write_text(json.dumps(about))
+    columns = [NamedResults(name, {tmp_path / name: results([[0.5, 0.7]])}) for name in "ab"]
+    facts = Comparison(columns, ["auroc"]).facts()
+    assert facts["images per class"] == ["all", "1"]
+    assert facts["method"] == ["", "DSA"]
+
+
 @pytest.fixture
 def chain(tmp_path, digits):
     """Folders of stages 1 and 2, and a network, as if they had run."""

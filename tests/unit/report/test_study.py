@@ -362,6 +362,45 @@ def test_a_whole_set_beside_a_group_of_a_file(study, run, tmp_path):
     assert "its kinds are in ipc1, ipc10" in run(tmp_path / "a.csv/ipc2")[2]
 
 
+def test_what_lies_beside_the_folder_is_told(study, run, tmp_path):
+    import keep_results
+
+    folder, _ = study
+    assert "not copied" not in run(folder, tmp_path / "a.csv", script=keep_results)[1]
+    shutil.copytree(folder / "plain", folder.parent / "whole")
+    assert f"not copied: whole in {folder.parent}; copy" in run(folder, tmp_path / "a.csv", script=keep_results)[1]
+
+
+def test_seeds_by_their_number(study, run):
+    """A negative one counts; two folders of one number are refused."""
+    folder, _ = study
+    shutil.copytree(folder / "poe-corrupt" / "seed1", folder / "poe-corrupt" / "seed-3")
+    assert [*read_kind(folder / "poe-corrupt", "x").runs] == [-3, 1, 2]
+    shutil.copytree(folder / "poe-corrupt" / "seed1", folder / "poe-corrupt" / "seed01")
+    assert "another folder is of this seed; keep one" in run(folder)[2]
+
+
+def test_ood_sets_of_other_sizes(study, run, tmp_path):
+    """The files of a set may have been replaced between two seeds, or differ between machines."""
+    import keep_results
+
+    folder, _ = study
+    for number, path in enumerate(sorted((folder / "poe").rglob("results.json"))):
+        content = json.loads(path.read_text())
+        sizes = {name: {"images": 90, "kind": "ood"} for name in SETS}
+        content["about"] = {"ood_sets": sizes | {SETS[1]: {"images": 90 + (number == 1), "kind": "ood"}}}
+        path.write_text(json.dumps(content))
+    told = f"{SETS[1]} has 90 images for"
+    status, _, error = run(folder, "--kinds", "plain", "poe")
+    assert status == 2
+    assert told in error
+    assert told in run(folder, tmp_path / "kept.csv", script=keep_results)[2]
+    column = read_kind(folder / "poe", "poe")
+    assert f"Caution: {told} poe (1), and 91 for poe (10)." in Comparison([column], ["auroc"]).markdown()
+    column.runs.popitem()
+    assert "Caution" not in Comparison([column], ["auroc"]).markdown()
+
+
 def test_results_that_cannot_be_kept(study, run, tmp_path):
     import keep_results
 
