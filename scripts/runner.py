@@ -149,7 +149,7 @@ def _flags(commands: str) -> Counter[tuple[str, str]]:
 
 def _shown(flags: Iterable[tuple[str, str]]) -> str:
     """Flags in a message, or the scripts if these differ."""
-    words = [word for _, word in flags]
+    words = [re.sub(r"--content_of_(\w+)=.*", r"another content of --\1", word) for _, word in flags]
     return ", ".join(dict.fromkeys([w for w in words if w.endswith(".py")] or words)) or "none"
 
 

@@ -17,13 +17,14 @@ from utils.settings.reading import SettingsParser
 
 SCRIPTS = {
     "main_poe": "stage 1", "main_oe": "stage 1", "main": "stage 1", "train_experts": "experts",
-    "train_model_synthetic_oe": "stage 2", "test_ood_model_syn": "stage 3",
+    "train_model_synthetic_oe": "stage 2", "train_model_synthetic_no_oe": "stage 2", "test_ood_model_syn": "stage 3",
 }  # fmt: skip
 HEAD = """# All flags
 
 Made by `python scripts/dev/make_flags.py` of what the scripts say with `--help-all`. A group that several scripts
 have stands here once; behind it stand scripts that have another default, or lack it. A flag that names methods
-(`DM, TGDD: …`) belongs to them alone.
+(`DM, TGDD: …`) belongs to them alone. `main.py` and `train_model_synthetic_no_oe.py` refuse flags of outliers,
+`main_poe.py` those of the pool, and `main_oe.py` those of corruptions.
 """
 
 

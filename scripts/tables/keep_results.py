@@ -44,14 +44,15 @@ def main(args: argparse.Namespace) -> None:
     if not places:
         raise UserError(f"{folder} holds no results in <kind>/seed<number>/3-ood; give a folder of a table script")
     kinds = [read_kind(place, kind) for kind, place in places.items()]
-    odd = odd_sizes((f"{kind.name}, seed {seed}", found) for kind in kinds for seed, found in kind.runs.items())
-    require(not odd, f"{odd}: means over other images do not compare; measure all on the same files")
     seeds = {f"{group}/{kind.name}".lstrip("/"): kind.runs for kind in kinds}
     study = load_study_csv(file) if file.exists() else {}
+    study |= {kind: study.get(kind, {}) | seeds[kind] for kind in seeds}
+    odd = odd_sizes((f"{kind}, seed {seed}", found) for kind in seeds for seed, found in study[kind].items())
+    require(not odd, f"{odd}: means over other images do not compare; measure all on the same files")
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_study_csv(file, study | {kind: study.get(kind, {}) | seeds[kind] for kind in seeds})
+    save_study_csv(file, study)
     print(f"{args.out}: {sum(map(len, seeds.values()))} results")
-    if above := [kind for kind in kinds_in(folder.parent) if kind.startswith("whole")]:
+    if above := [kind for kind in kinds_in(folder.parent) if kind.startswith("whole") and kind not in study]:
         print(f"not copied: {', '.join(above)} in {folder.parent}; copy that folder, too, once for all values of ipc")
 
 

@@ -112,7 +112,7 @@ def told_once(trained: Iterable[str]) -> list[str]:
     sentences = []
     for sentence in filter(None, trained):
         parts = sentence.removesuffix(".").split("protocol ")[1].split("; ")
-        found = {protocol: whose.split(", ") for protocol, _, whose in (part.partition(": ") for part in parts)}
+        found = {p: re.findall(r'"[^"]*"|[^," ][^,]*|^$', who) for p, _, who in (x.partition(": ") for x in parts)}
         if any(not {*whose} <= {*told.get(protocol, ())} for protocol, whose in found.items()):
             sentences.append(sentence)
         told |= {protocol: told.get(protocol, []) + whose for protocol, whose in found.items()}
@@ -136,6 +136,9 @@ def page_text(name: str, about: Mapping) -> str:
         if not places_of(table) and "section" not in table:
             continue
         protocol, tables = tables_of(table)
+        if any(trained) and ": " not in protocol:  # it is of all rows of this table
+            which = re.split(r"[:;]", table["text"])[0]
+            protocol = protocol.replace("Networks", f"Networks of *{which.replace('*', '')}*", 1)
         trained.append(protocol)
         files += [re.sub(r"\.csv.*", ".csv", place) for place in places_of(table)] or [table["section"]]
         for rows in tables:

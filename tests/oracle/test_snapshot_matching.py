@@ -230,6 +230,10 @@ def test_missing_experts_are_trained(in_process, refused, tmp_path):
     again = in_process("main.py", *short, "--method", "TGDD", "--buffer_path", "a", "--seed", 2)  # they serve all seeds
     assert "expert 0: " not in again
     assert "are used as they were trained: seed 1. Others need another --buffer_path" in again
+    (tmp_path / "a/Digits_NO_ZCA/MLP/experts.json").unlink()  # as published buffers
+    again = in_process("main.py", *short, "--method", "TGDD", "--buffer_path", "a", "--seed", 2)
+    assert "are used though they do not say how they were trained. Others" in again
+    (tmp_path / "a/Digits_NO_ZCA/MLP/experts.json").write_text(json.dumps(about))
     folder = tmp_path / "a/Digits_NO_ZCA/MLP"
     (folder / "unfinished_expert_0").mkdir()
     (folder / "replay_buffer_0.pt").rename(folder / "unfinished_expert_0" / "epoch_1.pt")

@@ -84,7 +84,7 @@ def test_short_flags_and_files_of_flags_count(tmp_path):
     config.write_text("# a remark\nipc: 1")
     assert stage.is_done()
     config.write_text("ipc: 2")
-    with pytest.raises(UserError, match="made with other flags: --content_of_config="):
+    with pytest.raises(UserError, match="made with other flags: another content of --config; now"):
         stage.is_done()
     config.unlink()
     assert stage.is_done()
@@ -98,7 +98,7 @@ def test_the_code_of_a_method_counts(tmp_path):
         assert stage.is_done()
     (tmp_path / "done").write_text(stage.text)
     code.write_text("x = 2\n")
-    with pytest.raises(UserError, match="made with other flags: --content_of_method_file="):
+    with pytest.raises(UserError, match="made with other flags: another content of --method_file; now"):
         stage.is_done()
 
 

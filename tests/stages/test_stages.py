@@ -321,12 +321,16 @@ def test_the_last_epoch_is_tested_when_none_is_named(epochs, networks_of, in_pro
     assert re.search(rf"2 × epoch160, protocol {protocol}$", out, re.MULTILINE)
 
 
+OF_DSA = {"method": "DSA", "dsa_strategy": "crop", "model": "ConvNetD1"}
+
+
 @pytest.mark.parametrize(
     ("stored", "more"),
     [
-        ({"flags": {"outliers": "distilled", "lambda_oe": 0.5}, "augmentation": "crop"}, ""),
+        ({"flags": {"outliers": "distilled", "lambda_oe": 0.5, **OF_DSA}}, ""),
         ({"flags": {"outliers": "distilled", "lambda_oe": 2.0}}, ", lambda_oe 2.0"),
-        ({"flags": {"outliers": "none", "lambda_oe": 2.0}, "augmentation": None}, ", augmentation none"),
+        ({"flags": {"outliers": "none", "lambda_oe": 2.0, **OF_DSA, "method": "DC"}}, ", augmentation none"),
+        ({"flags": {**OF_DSA, "method": "DC", "model": "ConvNetBN"}}, ""),  # it has that of DC
         ({"flags": {"outliers": "initial"}, "start": "random, not its own"}, ", outliers random, not its own"),
     ],
 )

@@ -980,6 +980,8 @@ def test_outliers_beside_a_set_in_parts(in_parts, digits, kind, by_path, tmp_pat
         (tmp_path / "args.json").write_text(json.dumps({"script": "main.py", "flags": {}}))
         told = _start_of(settings, replace(chosen, origin=tmp_path), source)
         assert told == "random; the distillation had none"
+        assert with_outliers(settings, replace(chosen, origin=tmp_path), digits, lambda: net).start == ""
+        (tmp_path / "args.json").write_text(json.dumps({"script": "main_poe.py", "flags": {"seed": 2}}))
         told = with_outliers(settings, replace(chosen, origin=tmp_path), digits, lambda: net).start
         assert told == "random, not those that distilling began with"
         assert with_outliers(settings, chosen, digits, lambda: net).start == ""

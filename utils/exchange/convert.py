@@ -17,8 +17,8 @@ from utils.exchange.formats import MTT_STATISTICS, STATED, RawSet, checked_image
 DEFAULT_SPACE = {"datm": "zca", "idc": "unit", "folders": "unit"}  # others: normalised
 DEFAULT_FACTOR = {"idc": 2}
 OF_DC = (
-    "it does not say how its images are normalised: as by TrustDD's code, it is assumed; for a set of DC's, DSA's or "
-    "DM's code give --distilled_mean 0.4914 0.4822 0.4465 --distilled_std 0.2023 0.1994 0.2010"
+    "it does not say how its images are normalised: as by TrustDD's code, it is assumed; DC's, DSA's and DM's code has "
+    "mean 0.4914 0.4822 0.4465 and deviation 0.2023 0.1994 0.2010 (--distilled_mean, --distilled_std)"
 )
 
 

@@ -128,6 +128,9 @@ class OpenMax(Score):
 class InFloat64(Score):
     """Probabilities of float32 tie near 1."""
 
+    def fit(self, values: torch.Tensor, labels: torch.Tensor) -> None:
+        super().fit(values.double(), labels)
+
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
         return super().__call__(values.double())
 
@@ -186,7 +189,7 @@ class Detector:
 DETECTORS = {
     "entropy": Detector("Entropy", "logits", make=InFloat64),
     "gen": Detector("GEN", "logits", make=InFloat64),
-    "klmatching": Detector("KLMatching", "logits", True),
+    "klmatching": Detector("KLMatching", "logits", True, make=InFloat64),
     "openmax": Detector("OpenMax", "logits", True, least=3, make=OpenMax),  # it fits a distribution of distances
     "tscaling": Detector("TemperatureScaling", "logits", True, make=TemperatureScaling),
     # the paper's 50 neighbours on CIFAR-10; fewer where the set is small

@@ -162,9 +162,17 @@ class Comparison:
     @property
     def trained(self) -> str:
         """How the networks of the columns were trained, and what their tests do not have in common, in sentences."""
-        named = [(f"{column.name} ({run})", found) for column in self.columns for run, found in column.runs.items()]
-        trained = protocol_line([(column.name, column.protocols) for column in self.columns])
-        return f"{trained} Caution: {odd}." if (odd := odd_sizes(named)) else trained
+        lines = [protocol_line([(column.name, column.protocols) for column in self.columns])]
+        counts = {column.name: len(column.runs) for column in self.columns}
+        if len({*counts.values()}) > 1:
+            lines.append(f"Runs: {', '.join(f'{count} of {name}' for name, count in counts.items())}.")
+        named = [
+            (f"{column.name} ({run})" if len(column.runs) > 1 else column.name, found)
+            for column in self.columns
+            for run, found in column.runs.items()
+        ]
+        lines += [f"Caution: {odd}."] if (odd := odd_sizes(named)) else []
+        return " ".join(lines)
 
     def verdicts(self) -> list[str]:
         """A sentence for each column but the first, which it is compared with: accuracy, ECE and mean AUROC."""

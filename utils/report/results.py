@@ -177,14 +177,19 @@ def save_study_csv(path: Path, study: StudyResults) -> None:
     Each network has a row with its own measures, where `set` and `score` are empty, and one for each set and score.
     """
     text = io.StringIO()
-    columns = ("kind", "seed", "network", "set", "score", *MEASURES, *STUDY_COLUMNS.values(), "protocol")
+    columns = ["kind", "seed", "network", "set", "score", *MEASURES, *STUDY_COLUMNS.values(), "protocol"]
+    columns += ["images"] * any(results.sizes for seeds in study.values() for results in seeds.values())
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     for kind, seeds in sorted(study.items()):
         for seed, results in sorted(seeds.items()):
             networks = ({STUDY_COLUMNS[m]: v for m, v in errors.items()} for errors in results.errors)
             trained = {"protocol": " | ".join(results.protocols)}
-            rows = [*({"network": i} | network | trained for i, network in enumerate(networks)), *results.rows]
+            of_sets = (
+                {"images": results.sizes[row["set"]]} if row["set"] in results.sizes else {} for row in results.rows
+            )
+            rows = [{"network": i} | network | trained for i, network in enumerate(networks)]
+            rows += [row | size for row, size in zip(results.rows, of_sets, strict=True)]
             defined = ({c: v for c, v in row.items() if v == v} for row in rows)  # without NaN
             writer.writerows({"kind": kind, "seed": seed} | row for row in defined)
     save_text(path, text.getvalue())
@@ -211,6 +216,7 @@ def _parsed(path: Path, _changed: int) -> StudyResults:
             where = {"network": int(row["network"]), "set": row["set"], "score": row["score"]}
             _ = results.errors[where["network"]]["error"]  # the network must be known
             results.rows.append(where | {m: float(row[m] or math.nan) for m in MEASURES})
+            results.sizes |= {row["set"]: int(row["images"])} if row.get("images") else {}
         else:
             results.errors.append({m: float(row[c]) for m, c in STUDY_COLUMNS.items() if row[c]})
             results.protocols = tuple(row.get("protocol", "dc").split(" | "))

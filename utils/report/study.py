@@ -137,8 +137,9 @@ def _fewer(seeds: int, most: int) -> str:
 def score_rows(kinds: Sequence[NamedResults], scores: Sequence[str], measure: str) -> str:
     """A markdown table of one measure of `OF_OOD`, in the mean over the OOD sets: a row for each score."""
     rows = [[score, *(kind.cell(StudyColumn(measure, score)) for kind in kinds)] for score in scores]
-    shown = OF_OOD[measure]
-    return markdown_table((f"score, {shown.short_title} {shown.better}", *(kind.name for kind in kinds)), rows)
+    shown, most = OF_OOD[measure], max(len(kind.runs) for kind in kinds)
+    titles = (f"{kind.name}{_fewer(len(kind.runs), most)}" for kind in kinds)
+    return markdown_table((f"score, {shown.short_title} {shown.better}", *titles), rows)
 
 
 def paired(base: NamedResults, other: NamedResults, column: StudyColumn) -> np.ndarray:

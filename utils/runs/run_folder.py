@@ -94,8 +94,8 @@ class RunFolder:
         """Each number, and the mean of each list, at its iteration and under its experiment."""
         prefix = f"experiment{line['experiment']}/" + (f"{line['model']}/" if "model" in line else "")
         for name, value in line.items():
-            if isinstance(value, list) and None not in value:
-                value = fmean(value)
+            if isinstance(value, list) and (known := [v for v in value if v is not None]):
+                value = fmean(known)
             if isinstance(value, (int, float)) and name not in ("iteration", "experiment"):
                 self.tensorboard.add_scalar(prefix + name, value, line["iteration"])
         self.tensorboard.flush()

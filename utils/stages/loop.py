@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -184,7 +183,7 @@ class Distillation:
             epochs = self.evaluator.settings.training[model].epochs
             what = f"{counted(len(networks), 'network')}, {epochs} epochs"
             self.run.log(f"exp {state.exp} {when}: {model} {shown} ({what})")
-            progress.note(f"{model}: " + ", ".join(f"{name} {100 * np.mean(v):.1f}" for name, v in values.items()))
+            progress.note(f"{model}: " + ", ".join(f"{name} {mean_std(v, digits=1)}" for name, v in values.items()))
             if distributed.is_main():
                 self.run.metric(experiment=state.exp, iteration=state.iteration, model=model, **measures)
         state.evaluated = True

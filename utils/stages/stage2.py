@@ -144,7 +144,6 @@ def _start(s: Stage2Settings, chosen: TrainingSet, real: RealData, training: Tra
     sources["images_from"] = origin and str(origin.resolve())
     about = {"device": str(real.device), "seed": s.seed, "epochs": training.epochs, "lr": training.lr}
     about |= {"inputs": _fingerprints(s, real, chosen.synthetic), "data": identity(real), "start": chosen.start}
-    about["augmentation"] = training.augmentation and "_".join(training.augmentation.strategy)
     run.save_args(as_dict(s), experiment=experiment, **sources, **about)
     lines = [f"run folder: {run.path}"]
     if name and run.path.name != name + ending:

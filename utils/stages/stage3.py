@@ -12,10 +12,12 @@ from utils.compute.device import Compute, Workload, choose_compute, choose_devic
 from utils.compute.version import versions, versions_line
 from utils.core.errors import UserError, rank_errors, require
 from utils.core.files import save_text
+from utils.data.augment import dc_augmentation
 from utils.data.datasets import RealData
 from utils.data.distilled_file import DistilledFile
 from utils.data.identity import as_trained_on
 from utils.data.whitening import ZCA
+from utils.methods import METHODS
 from utils.ood.evaluate import NetworkScores, deviation, score_networks
 from utils.ood.scorer import FitSet, Scorer
 from utils.ood.scores import need_fitting, require_library
@@ -140,7 +142,11 @@ class Stage2Run:
         changed = {name: self.flags[name] for name in names if self.flags.get(name)}
         if self.flags.get("outliers", "none") != "none" and self.flags.get("lambda_oe", LAMBDA_OE) != LAMBDA_OE:
             changed["lambda_oe"] = self.flags["lambda_oe"]
-        changed |= {"augmentation": "none"} if self.about.get("augmentation", True) is None else {}
+        if (method := self.flags.get("method")) in METHODS and "model" in self.flags:
+            strategy, model = self.flags.get("dsa_strategy"), self.flags["model"]
+            augmented = strategy and METHODS[method].augmentation != "unused"
+            augmented = augmented or dc_augmentation(self.flags.get("dataset", ""), model)
+            changed |= {} if augmented else {"augmentation": "none"}
         changed |= {"outliers": start} if (start := self.about.get("start")) else {}
         protocol, rate = self.flags.get("protocol", "dc"), self.about.get("lr")
         if protocol in PROTOCOLS and rate and "lr_net" not in changed:

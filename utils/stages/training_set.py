@@ -29,7 +29,6 @@ from utils.runs.run_folder import read_args
 from utils.settings.arguments import Stage2Settings
 from utils.training.coresets import check_ipc, coreset, random_images, whole_set
 
-AS_DISTILLED = "as distillation begins"
 OUTLIERS = "outliers.pt"  # in a folder of stage 2: those that are stored beside the whole training set
 
 
@@ -102,7 +101,7 @@ def with_outliers(
         source, per_slot = outlier_source(s, real), (s.ipc or chosen.ipc(real.num_classes)) * chosen.factor**2
         if s.outliers == "initial":
             images, how = initial_outliers(source, per_slot, s.seed, s.exp_idx).cpu(), _start_of(s, chosen, source)
-            is_other = chosen.origin and how != AS_DISTILLED
+            is_other = chosen.origin and how == "random"
             chosen = replace(chosen, start="random, not those that distilling began with" if is_other else "")
         else:
             net, how = feature_network() if distributed.is_main() else None, "chosen by k-center"
@@ -128,7 +127,7 @@ def _start_of(s: Stage2Settings, chosen: TrainingSet, source: OutlierSource) -> 
         of_kind = "main_poe.py"
         wanted |= {"corruptions": list(s.corruptions), "mix_corruptions": s.mix_corruptions}
     same = script in (None, of_kind) and all(flags.get(name, value) == value for name, value in wanted.items())
-    return AS_DISTILLED if same and (not pool or pool == source.fingerprint()) else "random"
+    return "as distillation begins" if same and (not pool or pool == source.fingerprint()) else "random"
 
 
 def with_new_outliers(s: Stage2Settings, chosen: TrainingSet, real: RealData) -> TrainingSet:

@@ -73,7 +73,7 @@ def test_a_published_set_of_cifar10_may_have_other_statistics(real, pixels, tmp_
     content = {"data": [[real.normalize(pixels), LABELS]], "accs_all_exps": {}} | stated
     torch.save(content, tmp_path / "res.pt")
     found = read_distilled([str(tmp_path / "res.pt")], replace(real, name=name), Assumptions(**assumed))
-    assert any("give --distilled_mean 0.4914 0.4822 0.4465" in line for line in found.lines) == told
+    assert any("code has mean 0.4914 0.4822 0.4465 and" in line for line in found.lines) == told
 
 
 def test_published_code(real, pixels, tmp_path):

@@ -36,6 +36,7 @@ from utils.ood.sets import OODSet
 from utils.outliers.sources import TINYIMAGES, load_outlier_pool
 from utils.report.results import results_of
 from utils.report.tables import report_text
+from utils.training.network_training import save_network
 from utils.training.trainer import Trainer, TrainSettings, predict
 
 
@@ -504,18 +505,30 @@ def test_the_lines_in_the_documentation(digits, trained, tmp_path, monkeypatch):
     for i in range(5):
         Image.new("L", (12, 12), 50 * i).save(tmp_path / "my" / "photos" / f"{i}.png")
     monkeypatch.chdir(tmp_path)
-    names = {"net": Stranger(trained[0])}
-    exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], names)
+    lines = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
+    (networks := tmp_path / "result-quickstart/1/poe/2-networks/run").mkdir(parents=True)
+    save_network(networks / "x_exp0_best.pt", digits.network("ConvNetD2", generator(3)))
+    exec(lines, of_quickstart := {})
+    assert type(of_quickstart["net"]).__name__ == "ConvNet"
+    names = {"mine": Stranger(trained[0])}
+    exec(re.sub(r"net = load_network.*", "net = mine", lines).replace('"blob"]', '"blob", "my/photos"]'), names)
     found = names["found"]
+    assert found.accuracy != of_quickstart["found"].accuracy
     assert set(found.measures) == {"uniform", "blob", "photos"}
     assert 0.5 < found.accuracy <= 1
     assert len(found.out_scores["photos"]["energy"]) == 5
 
 
-@pytest.mark.parametrize(("score", "gaps"), [("entropy", (20, 25, 30)), ("gen", (17.0, 17.5, 18.0))])
+@pytest.mark.parametrize(("score", "gaps"), [("entropy", (20, 25)), ("gen", (18, 20)), ("klmatching", (25, 30))])
 def test_sure_networks_do_not_tie(score, gaps, digits):
-    """In float32 these probabilities are all 1."""
-    logits = torch.zeros(len(gaps), 10)
-    logits[:, 3] = torch.tensor(gaps)
-    found = Scorer(nn.Identity(), (score,), 1.0, digits.std).prepare(logits[:2], None, 2)(logits, 2)[1][score]
-    assert (np.diff(found) < 0).all()
+    """In float32 their probabilities are all 1, and so the library's scores are the same."""
+    logits = torch.zeros(10 + len(gaps), 10)
+    logits[range(10), range(10)] = 3.0  # of each class
+    logits[10:, 3] = torch.tensor(gaps, dtype=torch.float32)
+    fit = FitSet("some", torch.arange(10), lambda index: logits[index])
+    found = Scorer(nn.Identity(), (score,), 1.0, digits.std).prepare(logits[:2], fit, 2)(logits[10:], 2)[1][score]
+    detector = getattr(library, DETECTORS[score].cls)(None)
+    if score == "klmatching":
+        detector.fit_logits(logits[:10], torch.arange(10))
+    assert detector.predict_logits(logits[10:]).unique().numel() == 1
+    assert (np.diff(found) < 0).all() if score != "klmatching" else np.diff(found).all()

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -133,7 +134,7 @@ def test_a_row_for_each_score(study, run):
     status, shown, error = run(folder, "--kinds", "poe", "poe-corrupt", "--by_score", "fpr_in")
     assert status == 0, error
     header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines()[2:])
-    assert header == ["score, FPR95 ↓", "distilled images, distilled (POE)", "distilled images, on the fly"]
+    assert header == ["score, FPR95 ↓", "distilled images, distilled (POE)", "distilled images, on the fly (2 seeds)"]
     assert [row[0] for row in rows] == ["msp", "mls", "knn"]
     mls = [100 * v for seed in (1, 2, 10) for v in expected(values["poe", seed], "mls", "fpr_in")]
     assert rows[1][1] == f"{np.mean(mls):.2f} ± {np.std(mls):.2f}"
@@ -397,8 +398,20 @@ def test_ood_sets_of_other_sizes(study, run, tmp_path):
     assert told in run(folder, tmp_path / "kept.csv", script=keep_results)[2]
     column = read_kind(folder / "poe", "poe")
     assert f"Caution: {told} poe (1), and 91 for poe (10)." in Comparison([column], ["auroc"]).markdown()
-    column.runs.popitem()
-    assert "Caution" not in Comparison([column], ["auroc"]).markdown()
+    other = read_kind(folder / "plain", "plain")
+    assert (
+        "Runs: 3 of poe, 2 of plain."
+        in Comparison([column, replace(other, runs=dict([*other.runs.items()][:2]))], []).trained
+    )
+    (odd := folder / "poe" / "seed10").rename(tmp_path / "seed10")
+    assert "Caution" not in Comparison([read_kind(folder / "poe", "poe")], ["auroc"]).markdown()
+    assert run(folder, tmp_path / "kept.csv", script=keep_results)[0] == 0
+    assert load_study_csv(tmp_path / "kept.csv")["poe"][1].sizes == dict.fromkeys(SETS, 90)
+    assert load_study_csv(tmp_path / "kept.csv")["plain"][1].sizes == {}  # older results
+    shutil.rmtree(folder / "poe")
+    (folder / "poe").mkdir()
+    (tmp_path / "seed10").rename(odd)  # as measured on another machine
+    assert told in run(folder, tmp_path / "kept.csv", script=keep_results)[2]
 
 
 def test_results_that_cannot_be_kept(study, run, tmp_path):
