@@ -35,6 +35,7 @@ def get_args_parser() -> Parser:
     parser.add_argument(
         "--download", choices=("none", "data", "all"), default="data", help="none: the data set is not downloaded"
     )
+    parser.add_argument("--im_size", type=count(1), default=None, help="side of the images with --dataset ImageFolder")
     parser.add_argument("--pixel_max", type=count(1), default=None, help="the value of white, as in stage 1")
     parser.add_argument("--oe", default=None, help=".npz file for the training images; left out: not written")
     parser.add_argument("--ood", default=None, help=".npz file for the test images; left out: not written")
@@ -49,7 +50,8 @@ def main(args: argparse.Namespace) -> None:
     for flag, path in files.items():
         if path and not path.endswith(".npz"):
             raise UserError(f"{flag}: {path} does not end in .npz; give the name of an .npz file")
-    real = load_dataset(args.dataset, args.data_path, download=args.download != "none", pixel_max=args.pixel_max)
+    downloads = args.download != "none"
+    real = load_dataset(args.dataset, args.data_path, args.im_size, downloads, pixel_max=args.pixel_max)
     for flag, images in (("--oe", real.images_train), ("--ood", real.images_test)):
         if not files[flag]:
             continue
@@ -61,7 +63,7 @@ def main(args: argparse.Namespace) -> None:
         pixels = (255 * unit_images(images)).round().to(torch.uint8)
         array = pixels.permute(0, 2, 3, 1).squeeze(-1).numpy()
         atomic_write(path, lambda file, array=array: np.savez_compressed(file, images=array))
-        print(f"{path}: {len(array)} images")
+        print(f"{path}: {len(array)} images of {'x'.join(map(str, real.im_size))}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from utils.methods import METHODS
 from utils.report.card import Published, card
 from utils.report.plots import save_grid
 from utils.report.results import Results, load_results
-from utils.runs.lineage import args_or_nothing, distilled_set_of
+from utils.runs.lineage import TRAINED_ON, args_or_nothing, distilled_set_of
 from utils.settings.arguments import Experiment, Stage2Settings, Stage2SettingsNoOE
 from utils.settings.common import Data, read_data
 from utils.settings.fields import Settings, as_words, flag, flags_of
@@ -119,6 +119,7 @@ def _train_command(f: Published) -> str:
     method = f.method if f.method and f.flags.get("method") == f.method else "DSA" if f.strategy else "DC"
     names = ("model", "im_size", "pixel_max", *(() if plain else ("lambda_oe",)))
     kept = {name: f.flags[name] for name in names if f.flags.get(name) is not None}
+    kept |= {"im_size": f.synthetic.images.shape[-1]} if f.dataset == "ImageFolder" else {}
     own = {"distilled": ("SET",), "ipc": None, "dataset": f.dataset, "dsa_strategy": f.strategy}
     settings = (Stage2SettingsNoOE if plain else Stage2Settings)(method=method, zca=f.zca is not None, **own, **kept)
     script = "train_model_synthetic_no_oe.py" if plain else "train_model_synthetic_oe.py"
@@ -141,8 +142,11 @@ def _results(folders: Sequence[str], synthetic: SyntheticSet) -> dict[str, Resul
             trained_on = file.set(exp_idx).decoded()  # as stage 2 writes those with other outliers
         except UserError as error:
             raise UserError(f"--results: {folder}: {error}; its set cannot be compared with this one") from None
-        if not _close(trained_on.images, synthetic.decoded().images):
+        own = synthetic.decoded()
+        if not _close(trained_on.images, own.images) or trained_on.lr_net != own.lr_net:
             raise UserError(f"--results: the networks of {folder} were trained on another set, {file.path}")
+        if not _close(trained_on.labels.float(), own.labels.float()):
+            raise UserError(f"--results: the networks of {folder} were trained on other labels, those of {file.path}")
         flags = args_or_nothing(Path(networks)).get("flags") or {}
         model, outliers = str(flags.get("model")), flags.get("outliers", "none")
         if outliers == "distilled" and not _close(trained_on.images_oe, synthetic.decoded().images_oe):
@@ -171,7 +175,7 @@ def _of_run(s: PublishSettings) -> Published | None:
     files = find_files(s.distilled, s.distilled_format)
     if files.format == "published":
         raise UserError(f"{files.images} is published already; copy its folder")
-    if files.format != "res":
+    if files.format != "res" or files.images.name == TRAINED_ON:  # that is of stage 2
         return None
     file = DistilledFile(files.images, files.content)
     _, statistics, whitening = normalisation = file.normalisation()
@@ -208,7 +212,8 @@ def _of_another(s: PublishSettings) -> Published:
     found = read_distilled(s.distilled, real, s, s.exp_idx, s.distilled_oe or (), flag="PATH")
     source = f"Read as: {'; '.join(found.lines)}".replace(str(Path(s.distilled[0]).parent) + os.sep, "")
     statistics = (real.mean, real.std, real.zca)
-    return Published(found.synthetic, *statistics, real.name, real.num_classes, {}, source, real.class_names)
+    known = {"class_names": real.class_names, "decoded": found.factor}
+    return Published(found.synthetic, *statistics, real.name, real.num_classes, {}, source, **known)
 
 
 def write(folder: Path, published: Published) -> None:
@@ -222,7 +227,8 @@ def write(folder: Path, published: Published) -> None:
     if s.lr_net is not None:
         tensors["lr_net"] = torch.tensor(s.lr_net, dtype=torch.float64)
     about: dict = {"version": VERSION, "dataset": published.dataset, "method": published.method}
-    about |= {"class_names": list(published.class_names)} | ({"factor": s.factor} if s.factor > 1 else {})
+    factors = {"factor": s.factor, "decoded": published.decoded}
+    about |= {"class_names": list(published.class_names)} | {n: v for n, v in factors.items() if v > 1}
     if published.zca is None:
         about["normalisation"] = {"mean": list(published.mean), "std": list(published.std)}
     else:

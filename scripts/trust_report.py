@@ -140,6 +140,7 @@ def main(settings: ReportSettings) -> None:
     ipc = found.ipc(real.num_classes)
     out = Path(s.out)
     _check_same(out, find_files(s.distilled, s.distilled_format), s.distilled_oe or ())
+    _check_note(out / "data.sha256", real.fingerprint(), "--data_path")
     columns = _columns(s, ipc, found.factor, found.synthetic.images_oe is not None)
     folders = {name: out / name.replace(" = ", " ").replace(" ", "-") for name in columns}
     stages = []
@@ -166,24 +167,29 @@ def _check_same(out: Path, files: SetFiles, outliers: Sequence[str]) -> None:
         digest.update("\n".join(str(path.relative_to(place)) for path in inside).encode())
         for path in inside or filter(None, [place]):
             digest.update(path.read_bytes())
-    note, found = out / "set.sha256", digest.hexdigest()
+    _check_note(out / "set.sha256", digest.hexdigest(), "PATH")
+
+
+def _check_note(note: Path, found: str, what: str) -> None:
+    """Keep a fingerprint of `what` the report is of; a `UserError` tells that there is another."""
     if note.is_file() and note.read_text(encoding="utf-8").strip() != found:
-        raise UserError(f"--out: the report in {out} is of other images than PATH holds now; give another --out")
+        told = f"the report in {note.parent} is of other images than {what} holds now; give another --out"
+        raise UserError(f"--out: {told}")
     save_output(str(note), found + "\n")
 
 
 def at_chance(columns: Sequence[NamedResults], real: RealData) -> list[str]:
-    """A line for each column whose networks are not more accurate than guessing, within two standard errors."""
-    chance = 1 / real.num_classes
+    """A line for each column whose networks are not more accurate than guessing the largest class of the test set,
+    within two standard errors."""
+    chance = float(real.labels_test.bincount().max()) / len(real.labels_test)
     error = math.sqrt(chance * (1 - chance) / len(real.images_test))
     lines = []
     for column in columns:
         accuracy = fmean(value for run in column.runs.values() for value in run.of_networks("accuracy"))
         if accuracy <= chance + 2 * error:
             lines.append(
-                f"{column.name}: its accuracy, {100 * accuracy:.1f} %, is at chance level: guessing among "
-                f"{real.num_classes} classes gives {100 * chance:.1f} ± {100 * error:.1f} %. Its networks have learned "
-                "nothing."
+                f"{column.name}: its accuracy, {100 * accuracy:.1f} %, is at chance level: guessing the "
+                f"largest class gives {100 * chance:.1f} ± {100 * error:.1f} %. Its networks have learned nothing."
             )
     return lines
 

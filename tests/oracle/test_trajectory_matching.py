@@ -33,7 +33,7 @@ from utils.runs import signals
 from utils.settings.distillation import ExpertSettings
 from utils.stages import expert_training
 from utils.stages.expert_training import ExpertTraining, open_expert_run
-from utils.training.experts import ExpertBuffer, describe
+from utils.training.experts import ExpertBuffer, check_about, describe
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))
 SETTINGS = TrajectorySettings(
@@ -643,3 +643,15 @@ def test_a_stored_set_keeps_its_learning_rate(in_process, taught, tmp_path):
     in_process("main.py", *quick, "--save_path", "three")
     (third,) = (tmp_path / "three").rglob("res_*.pt")
     assert DistilledFile.open(third).set().lr_net == pytest.approx(0.01)
+
+
+def test_experts_of_other_labels_are_refused(tiny_real, tmp_path):
+    """Two files of the same images differ in nothing else; older experts do not say it."""
+    other = replace(tiny_real, labels_train=tiny_real.labels_train.roll(1))
+    about = describe(tiny_real, "MLP", None)
+    (tmp_path / "experts.json").write_text(json.dumps(about))
+    assert check_about(tmp_path, about)
+    with pytest.raises(UserError, match="are of another kind: labels "):
+        check_about(tmp_path, describe(other, "MLP", None))
+    (tmp_path / "experts.json").write_text(json.dumps({n: v for n, v in about.items() if n != "labels"}))
+    assert check_about(tmp_path, describe(other, "MLP", None))

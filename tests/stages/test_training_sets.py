@@ -754,7 +754,11 @@ def test_a_trust_report_has_no_column_twice_and_names_those_at_chance(digits, in
     (note,) = {line for line in printed if "at chance level" in line and not line.startswith("$ ")}
     shown = [100 * (1 - error_rate(tmp_path / "report" / name)) for name in ("distilled", "herding-kcenter")]
     assert note.startswith(f"distilled: its accuracy, {shown[0]:.1f} %, is at chance level")
-    assert shown[0] < 10 + 200 * math.sqrt(0.1 * 0.9 / 360) < shown[1]
+    largest = digits.labels_test.bincount().max().item() / 360
+    assert shown[0] < 100 * largest + 200 * math.sqrt(largest * (1 - largest) / 360) < shown[1]
+    (tmp_path / "report" / "data.sha256").write_text("0" * 64)  # as of other data
+    with pytest.raises(UserError, match="the report in report is of other images than --data_path holds now; give"):
+        in_process("scripts.trust_report", *flags)
     for page in ("compare.html", "compare.md"):
         assert note in (tmp_path / "report" / page).read_text(encoding="utf-8")
 
@@ -909,6 +913,36 @@ def test_a_set_in_parts_through_publishing_and_back(in_parts, in_process, refuse
     assert "has images of 2x2 parts; give --factor 2" in error
 
 
+def test_a_set_of_parts_from_elsewhere_keeps_its_storage(digits, in_process, tmp_path):
+    """It is published decoded; baselines beside it still get the storage of the source."""
+    pixels = random_images(digits, 2, 1, 0)
+    torch.save([digits.denormalize(pixels.images), pixels.labels], tmp_path / "data.pt")
+    in_process("scripts.publish", "data.pt", "--dataset", "Digits", "--out", "published")
+    source, back = (read_distilled([str(tmp_path / name)], digits, Assumptions()) for name in ("data.pt", "published"))
+    assert torch.equal(source.synthetic.images, back.synthetic.images)
+    assert (back.factor, back.stored, back.ipc(10)) == (source.factor, source.stored, source.ipc(10)) == (2, 20, 2)
+
+
+def test_results_of_other_labels_are_not_published(digits, in_process, refused, tmp_path):
+    pixels = random_images(digits, 1, 1, 0)
+    for name, labels in (("a", pixels.labels), ("b", pixels.labels.roll(1))):
+        DistilledFile.write(tmp_path / f"res_{name}.pt", [replace(pixels, labels=labels)], {}, digits, {})
+    flags = ["--dataset", "Digits", "--model", "MLP"]
+    train = ["--distilled", "res_a.pt", "--num_eval", 1, "--epoch_eval_train", 1]
+    in_process("train_model_synthetic_no_oe.py", *flags, *train)
+    in_process("test_ood_model_syn.py", *flags, "--ipc", 1, "--method", "DC", "--num_exp", 1, "--ood_sets", "blob")
+    (tested,) = (tmp_path / "result-test-ood-synthetic").rglob("results.json")
+    in_process("scripts.publish", "res_a.pt", "--out", "a", "--results", tested.parent)
+    told = "were trained on other labels, those of"
+    assert told in refused("scripts.publish", "res_b.pt", "--out", "b", "--results", tested.parent)
+    pool = np.random.default_rng(0).integers(0, 256, (30, 8, 8), np.uint8)
+    np.savez(tmp_path / "pool.npz", images=pool)
+    first = [*train, "--outliers", "initial", "--save_path", "two"]
+    in_process("train_model_synthetic_oe.py", *flags, *first)
+    more = ["--resume", "latest", "--save_path", "two", "--oe_data_path", "pool.npz"]
+    assert "began without a pool; leave it out" in refused("train_model_synthetic_oe.py", *more)
+
+
 def test_a_run_that_went_on_since_is_no_more_the_set_of_its_networks(in_parts, in_process, refused, tmp_path):
     """Detectors are not fitted on it, and it is not published with their results."""
     shutil.copytree(in_parts[0].parents[5], tmp_path / "one")
@@ -987,6 +1021,27 @@ def test_outliers_beside_a_set_in_parts(in_parts, digits, kind, by_path, tmp_pat
         assert with_outliers(settings, chosen, digits, lambda: net).start == ""
         whole = initial_outliers(PseudoOutliers(digits), 4, 1, 0)
         assert torch.equal(found.images_oe, as_parts(whole, 2))
+
+
+def test_a_set_of_other_data_is_told(in_parts, digits, tmp_path):
+    """Such as the same images with other labels, in a file of the same name."""
+    path, _ = in_parts
+    about = json.loads((path.parent / "args.json").read_text())
+    shutil.copytree(path.parents[5], tmp_path / "root")
+    copy = tmp_path / "root" / path.relative_to(path.parents[5])
+    settings = Stage2Settings(method="DM", dataset="Digits", model="ConvNetD1", ipc=1, load_path=str(tmp_path / "root"))
+    for inputs, told in (({"data_path": digits.fingerprint()}, False), ({"data_path": "0" * 64}, True), (None, False)):
+        (copy.parent / "args.json").write_text(json.dumps(about | {"inputs": inputs}))
+        lines = labelled_images(settings, digits, partial(find_distilled, settings), None).lines
+        assert any("was distilled from other data than those of --data_path" in line for line in lines) == told
+
+
+def test_fewer_classes_than_corruptions_are_told(digits):
+    two = replace(digits, num_classes=2)
+    told = "2 classes take as many of --corruptions: invert, pixelate not used; --mix_corruptions takes all"
+    names = ("jigsaw", "rgb-ghost", "invert", "pixelate")
+    assert PseudoOutliers(two, names).notice == told
+    assert PseudoOutliers(two, names, mixed=True).notice == PseudoOutliers(digits, names).notice == ""
 
 
 def test_a_baseline_of_parts(digits):

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from utils.core.errors import UserError, one_line, under_torchrun
 
-TIMEOUT = timedelta(hours=2)  # other ranks may wait long while one trains evaluation networks
+TIMEOUT = timedelta(days=7)  # ranks may wait long while one trains networks; torchrun ends all if one dies
 
 
 def start(device_type: str) -> None:

@@ -201,6 +201,8 @@ class ImageReader:
 
     def _plain(self, image: Image.Image, path: Path, mode: str, white: dict[int, int] | None) -> Image.Image:
         """The image upright, on white, of 8 bits, in a mode (grey or RGB), with white at 255."""
+        if self.pixel_max and image.mode.startswith("RGB") and any(";16" in str(tile[3:]) for tile in image.tile):
+            raise ValueError("--pixel_max is for grey images of 16 bits; of colours 8 are read, so store 8")
         if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: a photograph and its preview
             self._note("have several frames, of which the first is read", path)
         if image.getexif().get(ORIENTATION, 1) != 1:

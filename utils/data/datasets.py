@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from networks import get_network
+from utils.compute import distributed
 from utils.compute.transfer import send
-from utils.core.errors import blame, require, unknown_name
+from utils.core.errors import blame, named, require, unknown_name
 from utils.core.files import read_npz
 from utils.core.images import ImageReader
 from utils.core.pixels import images_to_nchw, in_full_range, unit_images
@@ -123,7 +124,10 @@ class RealData:
         """Lines for the log: how many images there are, and what was noted when they were read."""
         sizes = self.labels_train.bincount(minlength=self.num_classes)
         of = f"{self.num_classes} classes (smallest {int(sizes.min())}, largest {int(sizes.max())})"
-        return f"{len(self.labels_train)} training images of {of}, {len(self.labels_test)} test images", *self.notes
+        untested = {*range(self.num_classes)} - {*self.labels_test.tolist()}
+        names = named([self.class_names[c] if self.class_names else str(c) for c in sorted(untested)])
+        tested = f"{len(self.labels_test)} test images{f', none of {names}' if untested else ''}"
+        return f"{len(self.labels_train)} training images of {of}, {tested}", *self.notes
 
     def fingerprint(self) -> str:
         """SHA-256 of the images and labels."""
@@ -164,11 +168,11 @@ def load_dataset(
     require(im_size is None or name == "ImageFolder", wrong)
     data_path = Path(data_path)
     own_file = data_path if name == "npz" else data_path / f"{name.lower()}.npz"
-    is_npz = name == "npz" or (name != "ImageFolder" and own_file.is_file())
+    is_npz = name == "npz" or (name != "ImageFolder" and not distributed.anywhere(not own_file.is_file()))
     source, reader = own_file if is_npz else data_path, ImageReader("--data_path", pixel_max)
     with blame("--data_path"):
         if is_npz:
-            arrays, class_names, notes = _read_npz_set(source), (), ()
+            arrays, class_names, notes = _read_npz_set(source), (), (f"data: {source}",)
         elif name == "ImageFolder":
             arrays, class_names, notes = read_class_folders(source, im_size or 64, reader)
         elif name == "TinyImageNet":

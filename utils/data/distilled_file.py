@@ -93,6 +93,7 @@ class DistilledFile:
         self.path = path
         # what the file says of its data, unchecked; None where it says nothing
         self.dataset, self.num_classes, self.class_names = map(content.get, ("dataset", "num_classes", "class_names"))
+        self.decoded = content.get("decoded", 1)  # parts a side that were made images of their own, by publish.py
         self._content = content
 
     @classmethod

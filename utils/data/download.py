@@ -74,7 +74,7 @@ def load_test_images(
     Where they are files of many sizes, it is the data set, whose items begin with a PIL image.
     """
     local = root / f"{name.lower()}.npz"
-    if local.is_file():
+    if local.is_file() and not download:  # else all processes fetch it together
         with blame(flag):
             (images,) = read_npz(local, ["test_images"])
             return in_full_range([images_to_nchw(images, local).contiguous()], pixel_max, str(local))[0]
@@ -133,7 +133,8 @@ def _fetch_into(root: Path, fetch: Callable[[Path], Any]) -> None:
     beside = next(place for place in (root, *root.absolute().parents) if place.exists())
     with tempfile.TemporaryDirectory(prefix=".download-", dir=beside) as folder:
         fetch(Path(folder))
-        for path in [p for p in Path(folder).rglob("*") if p.is_file()]:
+        files = [path for path in Path(folder).rglob("*") if path.is_file()]
+        for path in sorted(files, key=lambda path: path.suffix in ARCHIVES):  # last, as they are checked alone
             goal = root / path.relative_to(folder)
             goal.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, goal)

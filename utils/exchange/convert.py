@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from utils.core.errors import blame, require
+from utils.core.errors import blame, named, require
 from utils.core.torch_files import PLAIN_INTEGERS, read_pt
 from utils.data.datasets import RealData
 from utils.data.distilled_file import Normalisation
@@ -16,6 +16,7 @@ from utils.exchange.formats import MTT_STATISTICS, STATED, RawSet, checked_image
 
 DEFAULT_SPACE = {"datm": "zca", "idc": "unit", "folders": "unit"}  # others: normalised
 DEFAULT_FACTOR = {"idc": 2}
+OWN_CLASSES = ("ImageFolder", "TinyImageNet")  # others number their classes everywhere alike
 OF_DC = (
     "it does not say how its images are normalised: as by TrustDD's code, it is assumed; DC's, DSA's and DM's code has "
     "mean 0.4914 0.4822 0.4465 and deviation 0.2023 0.1994 0.2010 (--distilled_mean, --distilled_std)"
@@ -95,9 +96,11 @@ def read_distilled(
             images_oe = _in_training_space(decode(raw.images_oe, factor, normalisation.fill), normalisation, real)
         synthetic = SyntheticSet(images, labels, images_oe, raw.lr_net)
         synthetic = in_classes_of(real, synthetic, raw.class_names, where)
+        order = "" if raw.class_names or files.format == "folders" or real.name not in OWN_CLASSES else real.class_names
+        order = order and f"it names no classes: its labels are taken in the order of {named(order, 10)}"
     is_guess = files.format == "res" and real.name == "CIFAR10" and not (raw.stated.space or said_of(assumed))
-    lines = (line, OF_DC if is_guess else "", raw.note, line_oe)
-    return TrainingSet(synthetic, tuple(filter(None, lines)), factor=factor)
+    lines = (line, OF_DC if is_guess else "", order, raw.note, line_oe)
+    return TrainingSet(synthetic, tuple(filter(None, lines)), factor=factor * raw.decoded)
 
 
 def said_of(assumed: Assumptions) -> str | None:

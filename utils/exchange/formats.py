@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from utils.core.pixels import in_full_range, unit_images
 from utils.core.torch_files import PLAIN_TENSORS, read_pt
 from utils.data.datasets import RealData
 from utils.data.distilled_file import NOT_STATED, DistilledFile, Normalisation
+from utils.data.synthetic import check_factor
 
 SPACES = ("normalised", "unit", "zca")
 FORMATS = {
@@ -59,11 +61,14 @@ def find_files(paths: Sequence[str | Path], wanted: str | None) -> SetFiles:
     """
     paths = [Path(path) for path in paths]
     for path in paths:
-        require(path.exists(), f"{path} is not there")
+        require(os.path.exists(path), f"{path} is not there")  # unlike Path.exists, False also for too long names
     if len(paths) > 1:
         return _of_several(paths, wanted)
     path = paths[0]
-    found = _in_folder(path) if path.is_dir() else [_of_file(path)]
+    try:
+        found = _in_folder(path) if path.is_dir() else [_of_file(path)]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}") from None
     if wanted is not None:
         found = [files for files in found if files.format == wanted or {files.format, wanted} == {"mtt", "datm"}]
     of_format = f" of --distilled_format {wanted}" if wanted else ""
@@ -80,7 +85,8 @@ def _of_several(paths: list[Path], wanted: str | None) -> SetFiles:
     accepted = "images [N, C, H, W] and labels [N] or [N, classes]"
     roles: dict[str, Path] = {}
     for path in paths:
-        role = kinds.get(getattr(read_pt(path), "ndim", None))
+        content = read_pt(path)
+        role = kinds.get(0 if isinstance(content, (int, float, np.number)) else getattr(content, "ndim", None))
         told = f"{path} is no tensor of {accepted} that the other files lack. Give one set at a time"
         require(role and role not in roles, told)
         roles[role] = path
@@ -155,6 +161,7 @@ class RawSet:
     note: str = ""  # a further line for the log
     class_names: object = None  # in the order of the labels, as the file says, unchecked
     factor: int | None = None  # of images in parts, if the file says it
+    decoded: int = 1  # how many parts a side of one image stand here as images of their own
 
 
 def read_raw(files: SetFiles, real: RealData, exp_idx: int) -> RawSet:
@@ -170,7 +177,8 @@ def read_raw(files: SetFiles, real: RealData, exp_idx: int) -> RawSet:
         fits = stated.zca is None or len(stated.zca.mean) == images[0].numel()
         require(fits, f"{path} is damaged: its whitening is of images of another size")
         note = file.unfinished_note(exp_idx)
-        return RawSet(images, one.labels, images_oe, one.lr_net, stated, note, file.class_names, one.factor)
+        decoded = check_factor(file.decoded, real.im_size, f"{path} is damaged: decoded")
+        return RawSet(images, one.labels, images_oe, one.lr_net, stated, note, file.class_names, one.factor, decoded)
     told = f"--exp_idx {exp_idx}: {path} (format {files.format}) holds one set; leave the flag out"
     require(exp_idx == 0, told)
     read = {"idc": _read_pair, "folders": _read_folders, "kip": _read_kip}.get(files.format, _read_tensors)
@@ -268,6 +276,7 @@ def _published_content(path: Path) -> dict:
         outliers = tensors["outliers"]
         content["data_oe"] = [[outliers, torch.zeros(outliers.shape[:1], dtype=torch.int64)]]
     if "soft_labels" in tensors:
+        require(tensors["soft_labels"].ndim == 2, f"{path} is damaged: its soft labels must be [images, classes]")
         content |= {"soft_labels": [tensors["soft_labels"]], "num_classes": tensors["soft_labels"].shape[-1]}
     if "lr_net" in tensors:
         content["lr_net"] = [tensors["lr_net"].tolist()]

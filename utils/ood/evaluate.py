@@ -36,12 +36,14 @@ class NetworkScores:
 
 def _given_set(name: str, images: torch.Tensor, real: RealData) -> OODSet:
     """A set of normalised images `[M, C, H, W]`; a `UserError` tells that they have another shape, or are pixels."""
+    pixels = "like pixels; give normalised images: real.normalize(images in [0, 1])"
+    require(images.is_floating_point(), f"sets: {name} has numbers of the type {images.dtype}, {pixels}")
     found, wanted = list(images.shape[1:]), [real.channel, *real.im_size]
     require(found == wanted, f"sets: {name} has images {found}; those of {real.name} are {wanted}")
-    black = real.normalize(torch.zeros(1, *wanted, device=real.device)).min()
-    is_like_pixels = black < 0 <= images.min() and 0.5 < images.max() <= 1
-    told = f"sets: {name} has numbers from 0 to 1, like pixels; give normalised images: real.normalize(images)"
-    require(not is_like_pixels, told)
+    black, white = (real.normalize(torch.full((1, *wanted), v, device=real.device)) for v in (0.0, 1.0))
+    low, high = images.min(), images.max()
+    is_like_pixels = black.min() < 0 <= low and (0.5 < high <= 1 or high > 10 * white.max())
+    require(not is_like_pixels, f"sets: {name} has numbers from {low:g} to {high:g}, {pixels}")
     return OODSet(name, "given", len(images), lambda: images)
 
 

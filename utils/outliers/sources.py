@@ -73,6 +73,13 @@ class PseudoOutliers(OutlierSource):
     corruptions: tuple[str, ...] = DEFAULT_CORRUPTIONS
     mixed: bool = False
 
+    @property
+    def notice(self) -> str:
+        """Which corruptions are not used, as each class has one."""
+        unused = () if self.mixed else self.corruptions[self.real.num_classes :]
+        few = f"{self.real.num_classes} classes take as many of --corruptions"
+        return f"{few}: {', '.join(unused)} not used; --mix_corruptions takes all" if unused else ""
+
     def describe(self) -> dict:
         return {"kind": "poe", "corruptions": list(self.corruptions)} | ({"mixed": True} if self.mixed else {})
 

@@ -36,6 +36,7 @@ class Published:
     license: str = "unknown"
     strategy: str | None = None  # the augmentation of training
     results: dict[str, Results] = field(default_factory=dict)  # of stage 3, by title
+    decoded: int = 1  # how many parts a side of one image of the source stand in the set as images of their own
     train_command: str = ""  # that trains networks on the set
 
     @property

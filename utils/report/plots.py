@@ -78,11 +78,12 @@ def distilled_pictures(networks: Path) -> list[tuple[str, torch.Tensor]]:
         outliers = flags.get("outliers", "none")  # train_model_synthetic_no_oe.py has no such flag
         if synthetic.images_oe is not None and outliers in ("distilled", "initial", "kcenter"):
             parts.append((f"{outliers} outliers", synthetic.images_oe))
-        classes = int(synthetic.hard_labels.max()) + 1
+        per_class = synthetic.hard_labels.bincount().tolist()
+        classes = len(per_class)
         return [
             (title, shown(normalisation.to_unit(images)).unflatten(0, (classes, -1)))
             for title, images in parts
-            if len(images) % classes == 0
+            if len(images) % classes == 0 and (images is synthetic.images_oe or len({*per_class}) == 1)
         ]
     except (UserError, KeyError, TypeError, RuntimeError):
         return []

@@ -4,7 +4,7 @@ The `args.json` of stage 3 names the folder of its networks; that of stage 2 nam
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -46,7 +46,7 @@ def find_run_folder(
     places = [Path(root).joinpath(*map(str, parts)) for root in roots]
     runs = [place / folder for place in places] if folder else [path for place in places for path in place.glob("*")]
     plain = PLAIN_SCRIPTS if only_oe else ()
-    there = [path for path in runs if path.is_dir() and args_or_nothing(path).get("script") not in plain]
+    there = [path for path in runs if os.path.isdir(path) and args_or_nothing(path).get("script") not in plain]
     found = [path for path in there if any(path.glob(holds))]
     if not found:
         where = ", ".join(map(str, places))
@@ -56,32 +56,27 @@ def find_run_folder(
     if folder and len(found) > 1:
         several = ", ".join(map(str, found))
         raise UserError(f"--folder: {folder} exists {len(found)} times: {several}. Give --load_path")
-    why = {path: _unfinished(path) for path in found}
-    found.sort(key=lambda path: (not why[path], started(path), path.stat().st_mtime, path.name), reverse=True)
-    note = _note({path: why[path] for path in found}, folder is None)
+    unfinished = {path for path in found if not args_or_nothing(path).get("finished", True)}  # older code says nothing
+    found.sort(key=lambda path: (path not in unfinished, started(path), path.stat().st_mtime, path.name), reverse=True)
+    note = _note(found, unfinished, folder is None)
     return distributed.from_main((found[0], note))  # a run may have ended while the processes looked
 
 
-def _note(why: Mapping[Path, str], left_out: bool) -> str:
-    """What to say of the choice of the first of several runs; `why` each is not finished, `left_out`: `--folder`."""
-    first, *others = why
+def _note(found: Sequence[Path], unfinished: set[Path], left_out: bool) -> str:
+    """What to say of the choice of the first of several runs; `left_out`: `--folder`."""
+    (first, *others), why = found, "stopped, or still running"
     if not left_out or not others:
         ways = "wait for its end, resume it, or choose another by --folder NAME"
-        return f"{first} is not finished ({why[first]}): {ways}" if why[first] else ""
+        return f"{first} is not finished ({why}): {ways}" if first in unfinished else ""
     which = "the newest finished one" if args_or_nothing(first).get("finished") else "the newest one"
-    which = f"not finished: {why[first]}" if why[first] else which
-    several = len({path.parent for path in why}) > 1
-    shown = [f"{path if several else path.name}{' (not finished)' if why[path] else ''}" for path in others]
+    which = f"not finished: {why}" if first in unfinished else which
+    several = len({path.parent for path in found}) > 1
+    shown = [f"{path if several else path.name}{' (not finished)' * (path in unfinished)}" for path in others]
     how = "--load_path ROOT --folder NAME" if several else "--folder NAME"
     return (
-        f"--folder is left out and {len(why)} runs fit: {first} is taken ({which}). To choose another: {how}, "
+        f"--folder is left out and {len(found)} runs fit: {first} is taken ({which}). To choose another: {how}, "
         f"of {named(shown, 4)}"
     )
-
-
-def _unfinished(folder: Path) -> str:
-    """Why a run is not finished, in a few words; empty if it is, or is one of older code, which does not say."""
-    return "" if args_or_nothing(folder).get("finished", True) else "stopped, or still running"
 
 
 def started(folder: Path) -> float:

@@ -119,6 +119,7 @@ class RunFolder:
             "flags": about["flags"] | flags | {"resume": None},
             "resumed": [*about.get("resumed", []), now],
             "finished": None,
+            "processes": distributed.world_size(),
         }
         _save_json(self.path / ARGS, about | more)
 

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 from networks import MODEL_NAMES
+from utils.compute import distributed
 from utils.compute.device import PRECISIONS
+from utils.core.errors import require
 from utils.data.augment import DSA, DSA_ENTRIES
 from utils.data.datasets import DATASET_NAMES, RealData, load_dataset
 from utils.ood.scores import ALL_SCORES, DETECTORS, SCORES
@@ -56,8 +58,12 @@ class Data(Settings):
 
 
 def read_data(s: Data) -> RealData:
-    """The data set that the settings name, on the CPU."""
-    return load_dataset(s.dataset, s.data_path, s.im_size, s.download != "none", s.zca, s.pixel_max)
+    """The data set that the settings name, on the CPU; all processes must have read the same."""
+    real = load_dataset(s.dataset, s.data_path, s.im_size, s.download != "none", s.zca, s.pixel_max)
+    if distributed.world_size() > 1:
+        prints = {*distributed.gather({distributed.rank(): real.fingerprint()}).values()}
+        require(len(prints) == 1, f"--data_path {s.data_path}: processes have read different data; copy one to all")
+    return real
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ def _restore(distillation: Distillation) -> bool:
     if is_new or state.exp + (state.method is not None) < s.num_exp:  # an experiment has not started yet
         method.initial = _start(s, distillation.real)
         check_inputs(run.path, _start_fingerprint(method.initial))
-    run.update_args(as_dict(s))
+    run.update_args(as_dict(s), device=str(distillation.real.device))
     return restored
 
 
@@ -153,6 +153,10 @@ def _notices(s: Stage1Settings, method: Method, real: RealData, evaluated: str) 
     if s.factor > 1:
         lines.append(f"{s.ipc} images of {s.factor**2} parts per class: networks train on {s.decoded_ipc}")
     lines += method.notices
+    if s.load_path and DistilledFile.open(s.load_path).normalisation().space is None:
+        lines.append(
+            "--load_path does not say how its images are normalised: by the statistics of --dataset, it is assumed"
+        )
     if method.outliers and method.outliers.notice:
         lines.append(method.outliers.notice)
     defaults = " ".join(f"--{n} {v}" for n, v in entry.defaults.items() if getattr(s, n, None) == v)

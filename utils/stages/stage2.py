@@ -7,6 +7,7 @@ from pathlib import Path
 
 from utils.compute import distributed
 from utils.compute.device import Workload, choose_compute, choose_device
+from utils.core.errors import UserError
 from utils.core.files import save_pt
 from utils.core.rng import generator
 from utils.core.torch_files import fingerprint
@@ -22,7 +23,7 @@ from utils.ood.sets import OODSource
 from utils.report.tables import counted, mean_std
 from utils.runs.lineage import STAGE1_ROOTS, TRAINED_ON, find_run_folder, root_of
 from utils.runs.resume import check_inputs
-from utils.runs.run_folder import RunFolder
+from utils.runs.run_folder import RunFolder, read_args
 from utils.settings.arguments import Stage2Settings, Stage3Settings, carried, command_of
 from utils.settings.common import OOD_PATH, read_data
 from utils.settings.fields import as_dict
@@ -116,9 +117,11 @@ def _held_by(chosen: TrainingSet) -> dict[str, str]:
 def _resume(s: Stage2Settings, chosen: TrainingSet, real: RealData) -> RunFolder:
     """The run folder of `--resume`; a `UserError` tells that the data or the distilled set have changed since."""
     folder = Path(s.resume)
+    if s.oe_data_path and not read_args(folder)["flags"].get("oe_data_path"):
+        raise UserError(f"--oe_data_path: the run {folder} began without a pool; leave it out")
     check_inputs(folder, _fingerprints(s, real, chosen.synthetic))
     run = RunFolder(folder)
-    run.update_args(as_dict(s), **_held_by(chosen))
+    run.update_args(as_dict(s), device=str(real.device), **_held_by(chosen))
     run.log("resumed")
     return run
 

@@ -49,7 +49,9 @@ def labelled_images(
         file = DistilledFile.open(path)
         stored = file.set(s.exp_idx, real)
         lines = [f"distilled set: {path}, experiment {s.exp_idx}", note, file.unfinished_note(s.exp_idx)]
-        parts = stored.factor**2
+        parts, read = stored.factor**2, (args_or_nothing(path.parent).get("inputs") or {}).get("data_path")
+        if read and read != real.fingerprint():
+            lines.append(f"{path.parent} was distilled from other data than those of --data_path")
         if file.normalisation().space is None:
             lines.append("it does not say how its images are normalised: by the statistics of --dataset, it is assumed")
         if parts > 1:
@@ -141,13 +143,12 @@ def with_new_outliers(s: Stage2Settings, chosen: TrainingSet, real: RealData) ->
     elif s.outliers == "real":
         source = outlier_source(s, real)
         made, line = with_fresh(synthetic, source), f"{new} {_named(s)}; no distilled set, but an upper bound"
-        line = "; ".join(filter(None, [line, source.notice]))
     elif s.corrupt_again:
         source = corrupted(synthetic.images_oe, real, s.corruptions, s.mix_corruptions)
         made, line = with_fresh(synthetic, source, keeps=True), f"{new} these, corrupted again"
     else:
         return chosen
-    return chosen.changed(made, line, chosen.held_by)
+    return chosen.changed(made, "; ".join(filter(None, [line, source.notice])), chosen.held_by)
 
 
 def outlier_source(s: Stage2Settings, real: RealData) -> OutlierSource:

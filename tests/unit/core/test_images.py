@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -289,6 +291,22 @@ def test_what_systems_leave_behind_is_passed_over(tmp_path):
     assert real.class_names == ("a", "b")
     assert real.labels_train.tolist() == [0, 0, 1, 1]
     assert real.lines() == ("4 training images of 2 classes (smallest 2, largest 2), 4 test images",)
+    shutil.rmtree(tmp_path / "test" / "b")
+    assert load_dataset("ImageFolder", tmp_path, 8).lines()[0].endswith("2 test images, none of b")
+
+
+def test_colours_of_16_bits_take_no_white(tmp_path):
+    """Pillow reads their high bytes, so values of 12 bits would have 16 levels."""
+    values = np.arange(8 * 8 * 3).reshape(8, 8, 3) * 21
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    chunks = [struct.pack(">I", len(x)) + n + x + struct.pack(">I", zlib.crc32(n + x)) for n, x in parts]
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    with pytest.raises(UserError, match=r"a.png: --pixel_max is for grey images of 16 bits; of colours 8 are read"):
+        ImageReader("--data_path", 4095).folder_or_array(tmp_path, 3, (8, 8))
+    with pytest.raises(UserError, match="brightest pixel is 15, and white is 255"):
+        ImageReader("--data_path").folder_or_array(tmp_path, 3, (8, 8))
 
 
 def test_all_damaged_files_are_named(tmp_path):

@@ -76,6 +76,19 @@ def test_a_published_set_of_cifar10_may_have_other_statistics(real, pixels, tmp_
     assert any("code has mean 0.4914 0.4822 0.4465 and" in line for line in found.lines) == told
 
 
+@pytest.mark.parametrize(("name", "told"), [("ImageFolder", True), ("CIFAR10", False)])
+def test_the_order_of_unnamed_classes_is_told(real, pixels, tmp_path, name, told):
+    """MTT numbers the classes of its subsets of ImageNet in an order of its own."""
+    save_all(tmp_path, images_best=real.normalize(pixels), labels_best=LABELS)
+    torch.save(0.05, tmp_path / "lr_best.pt")  # as DATM writes it
+    files = [str(tmp_path / f"{part}_best.pt") for part in ("images", "labels", "lr")]
+    own = replace(real, name=name, class_names=("b", "a", "c"))
+    assumed = Assumptions(distilled_space="normalised", distilled_mean=(0.5,), distilled_std=(0.5,))
+    found = read_distilled(files, own, assumed)
+    assert found.synthetic.lr_net == 0.05
+    assert any("its labels are taken in the order of b, a, c" in line for line in found.lines) == told
+
+
 def test_published_code(real, pixels, tmp_path):
     images = [real.normalize(pixels), real.normalize(pixels.flip(3))]
     content = {"data": [[x, LABELS] for x in images], "data_oe": [[-x, LABELS * 0] for x in images]}

@@ -415,8 +415,14 @@ def test_test_images_are_no_ood_set(digits, trained, noise, capsys):
     assert "--ood_sets photos: 3 of its 33 images are test images of Digits" in capsys.readouterr().out
     with pytest.raises(UserError, match="photos: 3 of its 5 images are test images of Digits; leave it out"):
         evaluate_ood(trained[0], digits, {"photos": some[-5:]})
-    with pytest.raises(UserError, match=r"sets: photos has numbers from 0 to 1, like pixels; give normalised images"):
-        evaluate_ood(trained[0], digits, {"photos": torch.rand(9, 1, 8, 8)})
+    for most in (1, 255):
+        pixels = torch.linspace(0, most, 576).view(9, 1, 8, 8)
+        with pytest.raises(
+            UserError, match=rf"sets: photos has numbers from 0 to {most}, like pixels; give normalised"
+        ):
+            evaluate_ood(trained[0], digits, {"photos": pixels})
+    with pytest.raises(UserError, match=r"sets: photos has numbers of the type torch.uint8, like pixels; give"):
+        evaluate_ood(trained[0], digits, {"photos": pixels.byte()})
     with pytest.raises(UserError, match=r"sets: photos has images \[3, 8, 8\]; those of Digits are \[1, 8, 8\]"):
         evaluate_ood(trained[0], digits, {"photos": torch.randn(9, 3, 8, 8)})
     plain = replace(digits, mean=(0.0,), std=(1.0,))  # whose networks take pixels
