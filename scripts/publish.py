@@ -143,10 +143,11 @@ def _results(folders: Sequence[str], synthetic: SyntheticSet) -> dict[str, Resul
         except UserError as error:
             raise UserError(f"--results: {folder}: {error}; its set cannot be compared with this one") from None
         own = synthetic.decoded()
-        if not _close(trained_on.images, own.images) or trained_on.lr_net != own.lr_net:
-            raise UserError(f"--results: the networks of {folder} were trained on another set, {file.path}")
-        if not _close(trained_on.labels.float(), own.labels.float()):
-            raise UserError(f"--results: the networks of {folder} were trained on other labels, those of {file.path}")
+        told = f"--results: the networks of {folder} were trained"
+        require(_close(trained_on.images, own.images), f"{told} on another set, {file.path}")
+        same = _close(trained_on.labels.float(), own.labels.float())
+        require(same, f"{told} on other labels, those of {file.path}")
+        require(trained_on.lr_net == own.lr_net, f"{told} at another learning rate, that of {file.path}")
         flags = args_or_nothing(Path(networks)).get("flags") or {}
         model, outliers = str(flags.get("model")), flags.get("outliers", "none")
         if outliers == "distilled" and not _close(trained_on.images_oe, synthetic.decoded().images_oe):
@@ -175,7 +176,9 @@ def _of_run(s: PublishSettings) -> Published | None:
     files = find_files(s.distilled, s.distilled_format)
     if files.format == "published":
         raise UserError(f"{files.images} is published already; copy its folder")
-    if files.format != "res" or files.images.name == TRAINED_ON:  # that is of stage 2
+    told = f"{files.images} is what stage 2 was given; publish the set that it was made from"
+    require(files.images.name != TRAINED_ON, told)
+    if files.format != "res":
         return None
     file = DistilledFile(files.images, files.content)
     _, statistics, whitening = normalisation = file.normalisation()

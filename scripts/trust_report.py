@@ -173,8 +173,8 @@ def _check_same(out: Path, files: SetFiles, outliers: Sequence[str]) -> None:
 def _check_note(note: Path, found: str, what: str) -> None:
     """Keep a fingerprint of `what` the report is of; a `UserError` tells that there is another."""
     if note.is_file() and note.read_text(encoding="utf-8").strip() != found:
-        told = f"the report in {note.parent} is of other images than {what} holds now; give another --out"
-        raise UserError(f"--out: {told}")
+        told = f"--out: the report in {note.parent} is of other images than {what} holds now, with these flags"
+        raise UserError(f"{told}; give another --out")
     save_output(str(note), found + "\n")
 
 
@@ -188,8 +188,8 @@ def at_chance(columns: Sequence[NamedResults], real: RealData) -> list[str]:
         accuracy = fmean(value for run in column.runs.values() for value in run.of_networks("accuracy"))
         if accuracy <= chance + 2 * error:
             lines.append(
-                f"{column.name}: its accuracy, {100 * accuracy:.1f} %, is at chance level: guessing the "
-                f"largest class gives {100 * chance:.1f} ± {100 * error:.1f} %. Its networks have learned nothing."
+                f"{column.name}: its accuracy, {100 * accuracy:.1f} %, is at chance level: always "
+                f"naming the largest class gives {100 * chance:.1f} ± {100 * error:.1f} %."
             )
     return lines
 

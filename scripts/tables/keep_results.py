@@ -46,13 +46,14 @@ def main(args: argparse.Namespace) -> None:
     kinds = [read_kind(place, kind) for kind, place in places.items()]
     seeds = {f"{group}/{kind.name}".lstrip("/"): kind.runs for kind in kinds}
     study = load_study_csv(file) if file.exists() else {}
-    study |= {kind: study.get(kind, {}) | seeds[kind] for kind in seeds}
+    study = study | {kind: study.get(kind, {}) | seeds[kind] for kind in seeds}
     odd = odd_sizes((f"{kind}, seed {seed}", found) for kind in seeds for seed, found in study[kind].items())
     require(not odd, f"{odd}: means over other images do not compare; measure all on the same files")
     file.parent.mkdir(parents=True, exist_ok=True)
     save_study_csv(file, study)
     print(f"{args.out}: {sum(map(len, seeds.values()))} results")
-    if above := [kind for kind in kinds_in(folder.parent) if kind.startswith("whole") and kind not in study]:
+    known = {kind.rpartition("/")[2] for kind in study}
+    if above := [kind for kind in kinds_in(folder.parent) if kind.startswith("whole") and kind not in known]:
         print(f"not copied: {', '.join(above)} in {folder.parent}; copy that folder, too, once for all values of ipc")
 
 

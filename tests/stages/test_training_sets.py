@@ -757,7 +757,7 @@ def test_a_trust_report_has_no_column_twice_and_names_those_at_chance(digits, in
     largest = digits.labels_test.bincount().max().item() / 360
     assert shown[0] < 100 * largest + 200 * math.sqrt(largest * (1 - largest) / 360) < shown[1]
     (tmp_path / "report" / "data.sha256").write_text("0" * 64)  # as of other data
-    with pytest.raises(UserError, match="the report in report is of other images than --data_path holds now; give"):
+    with pytest.raises(UserError, match="the report in report is of other images than --data_path holds now, with"):
         in_process("scripts.trust_report", *flags)
     for page in ("compare.html", "compare.md"):
         assert note in (tmp_path / "report" / page).read_text(encoding="utf-8")

@@ -81,6 +81,7 @@ class ImageReader:
         self.unread: Counter[str] = Counter()  # files that are no images, by suffix
         self.seen: dict[str, set[Path]] = {}  # files of which something is noted, by what
         self._peaks: set[tuple[int, int]] = set()  # of each file the brightest value, and the largest of its type
+        self._deep = False  # whether a file has colours of 16 bits, of which Pillow reads 8
 
     @property
     def has_decoded(self) -> bool:
@@ -142,6 +143,7 @@ class ImageReader:
                 peaks[full] = max(peak, peaks.get(full, 0))
             dark = [full for full, peak in peaks.items() if peak * DARK <= full]
             require(len(dark) < 2, f"{where}: dark images of 8 and of 16 bits; store 8 bits")
+            require(not (self._deep and 255 in dark), f"{where}: dark colours of 16 bits, of which 8 are read; store 8")
             of_data = self.flag == "--data_path"
             white = {full: white_value(peak, full, self.pixel_max, where, of_data) for full, peak in peaks.items()}
             if any(full != value for full, value in white.items()):
@@ -201,8 +203,7 @@ class ImageReader:
 
     def _plain(self, image: Image.Image, path: Path, mode: str, white: dict[int, int] | None) -> Image.Image:
         """The image upright, on white, of 8 bits, in a mode (grey or RGB), with white at 255."""
-        if self.pixel_max and image.mode.startswith("RGB") and any(";16" in str(tile[3:]) for tile in image.tile):
-            raise ValueError("--pixel_max is for grey images of 16 bits; of colours 8 are read, so store 8")
+        self._deep |= image.mode.startswith("RGB") and any(";16" in str(tile[3:]) for tile in image.tile)
         if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: a photograph and its preview
             self._note("have several frames, of which the first is read", path)
         if image.getexif().get(ORIENTATION, 1) != 1:

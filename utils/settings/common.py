@@ -62,7 +62,8 @@ def read_data(s: Data) -> RealData:
     real = load_dataset(s.dataset, s.data_path, s.im_size, s.download != "none", s.zca, s.pixel_max)
     if distributed.world_size() > 1:
         prints = {*distributed.gather({distributed.rank(): real.fingerprint()}).values()}
-        require(len(prints) == 1, f"--data_path {s.data_path}: processes have read different data; copy one to all")
+        told = f"--data_path {s.data_path}: processes have read different data; give all the same files and Pillow"
+        require(len(prints) == 1, told)
     return real
 
 

@@ -40,9 +40,9 @@ def train_missing(settings: ExpertSettings, real: RealData) -> None:
     if not any(folder.glob("replay_buffer_*.pt")) or trained == wanted:
         _train_in_folder(settings, real)
     elif distributed.is_main():
-        known = trained.items() if isinstance(trained, dict) else ()
-        others = ", ".join(f"{name} {value}" for name, value in known if value != wanted.get(name))
-        how = f"as they were trained: {others}" if others else "though they do not say how they were trained"
+        known = trained if isinstance(trained, dict) else {}
+        others = ", ".join(f"{name} {known.get(name, 'unknown')}" for name in wanted if known.get(name) != wanted[name])
+        how = f"as they were trained: {others}" if known else "though they do not say how they were trained"
         print_line(f"the experts in {folder} are used {how}. Others need another --buffer_path")
 
 
