@@ -133,6 +133,7 @@ def _results(folders: Sequence[str], synthetic: SyntheticSet) -> dict[str, Resul
         UserError: for results of networks that were trained on another set.
     """
     results: dict[str, Results] = {}
+    own = synthetic.decoded()
     for folder in map(Path, folders):
         networks = args_or_nothing(folder).get("networks")
         if not isinstance(networks, str):
@@ -142,7 +143,6 @@ def _results(folders: Sequence[str], synthetic: SyntheticSet) -> dict[str, Resul
             trained_on = file.set(exp_idx).decoded()  # as stage 2 writes those with other outliers
         except UserError as error:
             raise UserError(f"--results: {folder}: {error}; its set cannot be compared with this one") from None
-        own = synthetic.decoded()
         told = f"--results: the networks of {folder} were trained"
         require(_close(trained_on.images, own.images), f"{told} on another set, {file.path}")
         same = _close(trained_on.labels.float(), own.labels.float())
@@ -150,7 +150,7 @@ def _results(folders: Sequence[str], synthetic: SyntheticSet) -> dict[str, Resul
         require(trained_on.lr_net == own.lr_net, f"{told} at another learning rate, that of {file.path}")
         flags = args_or_nothing(Path(networks)).get("flags") or {}
         model, outliers = str(flags.get("model")), flags.get("outliers", "none")
-        if outliers == "distilled" and not _close(trained_on.images_oe, synthetic.decoded().images_oe):
+        if outliers == "distilled" and not _close(trained_on.images_oe, own.images_oe):
             raise UserError(
                 f"--results: the networks of {folder} were trained with other outliers, those of {file.path}"
             )

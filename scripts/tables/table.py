@@ -155,8 +155,8 @@ class Table:
     def stages(self) -> list[Stage]:
         """The last stages of all cells, and after those of each ipc what puts them side by side."""
         found = []
+        seeds = dict.fromkeys(str(int(s)) if re.fullmatch(r"[+-]?\d+", s) else s for s in self["seeds"])  # 01 is 1
         for ipc in self["ipc"]:
-            seeds = dict.fromkeys(str(int(s)) if re.fullmatch(r"[+-]?\d+", s) else s for s in self["seeds"])  # 01 is 1
             cells = [Cell(kind, ipc, seed) for seed in seeds for kind in self["kinds"]]
             last = [self.measure(cell) for cell in cells]
             folders = dict.fromkeys(str((self.out / cell.folder).parent) for cell in cells)

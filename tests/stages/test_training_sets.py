@@ -935,6 +935,11 @@ def test_results_of_other_labels_are_not_published(digits, in_process, refused, 
     in_process("scripts.publish", "res_a.pt", "--out", "a", "--results", tested.parent)
     told = "were trained on other labels, those of"
     assert told in refused("scripts.publish", "res_b.pt", "--out", "b", "--results", tested.parent)
+    DistilledFile.write(tmp_path / "res_c.pt", [replace(pixels, lr_net=0.02)], {}, digits, {})
+    told = "were trained at another learning rate, that of"
+    assert told in refused("scripts.publish", "res_c.pt", "--out", "c", "--results", tested.parent)
+    shutil.copy(tmp_path / "res_a.pt", tmp_path / "trained_on.pt")
+    assert "is what stage 2 was given; publish the set" in refused("scripts.publish", "trained_on.pt", "--out", "d")
     pool = np.random.default_rng(0).integers(0, 256, (30, 8, 8), np.uint8)
     np.savez(tmp_path / "pool.npz", images=pool)
     first = [*train, "--outliers", "initial", "--save_path", "two"]

@@ -137,6 +137,7 @@ class ImageReader:
         """
         with blame(self.flag):
             self._peaks.clear()
+            self._deep = False
             images = self._decoded(paths, (*im_size, channel), None)
             where, peaks = os.path.commonpath(paths), {}
             for peak, full in self._peaks:

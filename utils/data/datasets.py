@@ -131,6 +131,10 @@ class RealData:
 
     def fingerprint(self) -> str:
         """SHA-256 of the images and labels."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         return fingerprint((self.images_train, self.labels_train, self.images_test, self.labels_test))
 
     def to(self, device: torch.device | str) -> "RealData":

@@ -96,11 +96,16 @@ def read_distilled(
             images_oe = _in_training_space(decode(raw.images_oe, factor, normalisation.fill), normalisation, real)
         synthetic = SyntheticSet(images, labels, images_oe, raw.lr_net)
         synthetic = in_classes_of(real, synthetic, raw.class_names, where)
-        order = "" if raw.class_names or files.format == "folders" or real.name not in OWN_CLASSES else real.class_names
-        order = order and f"it names no classes: its labels are taken in the order of {named(order, 10)}"
-    is_guess = files.format == "res" and real.name == "CIFAR10" and not (raw.stated.space or said_of(assumed))
-    lines = (line, OF_DC if is_guess else "", order, raw.note, line_oe)
+    lines = (line, *_unsaid(raw, files.format, real, assumed), raw.note, line_oe)
     return TrainingSet(synthetic, tuple(filter(None, lines)), factor=factor * raw.decoded)
+
+
+def _unsaid(raw: RawSet, form: str, real: RealData, assumed: Assumptions) -> list[str]:
+    """Lines for the log on what neither the files nor the user say, and sets may differ in."""
+    lines = [OF_DC] if form == "res" and real.name == "CIFAR10" and not (raw.stated.space or said_of(assumed)) else []
+    if not raw.class_names and form != "folders" and real.name in OWN_CLASSES:
+        lines.append(f"it names no classes: its labels are taken in the order of {named(real.class_names, 10)}")
+    return lines
 
 
 def said_of(assumed: Assumptions) -> str | None:
@@ -224,6 +229,5 @@ def _in_words(normalisation: Normalisation) -> str:
     if normalisation.space == "unit":
         return "pixels from 0 to 1"
     mean, std = (" ".join(f"{v:.4g}" for v in values) for values in normalisation.statistics)
-    others = " of others, give --distilled_mean and --distilled_std)"
-    of_mtt = f" (those of MTT's code;{others}" if normalisation.statistics is MTT_STATISTICS else ""
-    return f"normalised with mean {mean} and deviation {std}{of_mtt}"
+    of_mtt = " (those of MTT's code; of others, give --distilled_mean and --distilled_std)"
+    return f"normalised with mean {mean} and deviation {std}{of_mtt * (normalisation.statistics is MTT_STATISTICS)}"

@@ -135,8 +135,8 @@ def load_results(folder: Path) -> Results:
         about = content["about"]
         protocol = _protocol(about.get("training", {"protocol": "dc"}), about.get("checkpoints"))
         sizes = {name: ood["images"] for name, ood in about.get("ood_sets", {}).items() if "images" in ood}
-        ways = ", ".join([protocol, *ways_of_testing(about)])
-        return Results(errors, rows, list(content["missing"]), sizes, (ways,))
+        protocols = (", ".join([protocol, *ways_of_testing(about)]),)
+        return Results(errors, rows, list(content["missing"]), sizes, protocols)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise UserError(f"{path} is damaged, or is not what test_ood_model_syn.py writes; run it again") from None
 
@@ -185,11 +185,8 @@ def save_study_csv(path: Path, study: StudyResults) -> None:
         for seed, results in sorted(seeds.items()):
             networks = ({STUDY_COLUMNS[m]: v for m, v in errors.items()} for errors in results.errors)
             trained = {"protocol": " | ".join(results.protocols)}
-            of_sets = (
-                {"images": results.sizes[row["set"]]} if row["set"] in results.sizes else {} for row in results.rows
-            )
             rows = [{"network": i} | network | trained for i, network in enumerate(networks)]
-            rows += [row | size for row, size in zip(results.rows, of_sets, strict=True)]
+            rows += [row | ({"images": n} if (n := results.sizes.get(row["set"])) else {}) for row in results.rows]
             defined = ({c: v for c, v in row.items() if v == v} for row in rows)  # without NaN
             writer.writerows({"kind": kind, "seed": seed} | row for row in defined)
     save_text(path, text.getvalue())

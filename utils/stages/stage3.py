@@ -17,7 +17,7 @@ from utils.data.datasets import RealData
 from utils.data.distilled_file import DistilledFile
 from utils.data.identity import as_trained_on
 from utils.data.whitening import ZCA
-from utils.methods import METHODS
+from utils.methods import METHODS, augmentation_of
 from utils.ood.evaluate import NetworkScores, deviation, score_networks
 from utils.ood.scorer import FitSet, Scorer
 from utils.ood.scores import need_fitting, require_library
@@ -143,9 +143,8 @@ class Stage2Run:
         if self.flags.get("outliers", "none") != "none" and self.flags.get("lambda_oe", LAMBDA_OE) != LAMBDA_OE:
             changed["lambda_oe"] = self.flags["lambda_oe"]
         if (method := self.flags.get("method")) in METHODS and "model" in self.flags:
-            strategy, model = self.flags.get("dsa_strategy"), self.flags["model"]
-            augmented = strategy and METHODS[method].augmentation != "unused"
-            augmented = augmented or dc_augmentation(self.flags.get("dataset", ""), model)
+            dsa = augmentation_of(method, self.flags.get("dsa_strategy"))
+            augmented = dsa or dc_augmentation(self.flags.get("dataset", ""), self.flags["model"])
             changed |= {} if augmented else {"augmentation": "none"}
         changed |= {"outliers": start} if (start := self.about.get("start")) else {}
         protocol, rate = self.flags.get("protocol", "dc"), self.about.get("lr")

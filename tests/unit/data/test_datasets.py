@@ -3,6 +3,7 @@
 import hashlib
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from torchvision import datasets as tv
 from utils.core.errors import UserError
 from utils.data.datasets import SPECS, load_dataset
 from utils.data.download import fetch_pytorch_ood, load_test_images
+from utils.settings import common
 
 G = np.random.default_rng(0)
 
@@ -416,3 +418,15 @@ def test_sets_of_pytorch_ood_are_fetched_whole(tmp_path, monkeypatch, fails):
         assert fetch_pytorch_ood("Textures", tmp_path / "ood").path == tmp_path / "ood/textures/all.bin"
         monkeypatch.setattr("utils.data.download._fetch_into", None)  # it is not fetched again
         assert fetch_pytorch_ood("Textures", tmp_path / "ood").path.read_bytes() == b"whole"
+
+
+@pytest.mark.parametrize("others", [None, "0" * 64])
+def test_all_processes_must_have_read_the_same(monkeypatch, others):
+    """Only rank 0 writes what a run has read, and gradients of two data sets would be summed."""
+    both = {"world_size": lambda: 2, "rank": lambda: 0, "gather": lambda own: {**own, 1: others or own[0]}}
+    monkeypatch.setattr(common, "distributed", SimpleNamespace(**both))
+    if others is None:
+        assert common.read_data(common.Data(dataset="Digits")).name == "Digits"
+        return
+    with pytest.raises(UserError, match="--data_path data: processes have read different data; give all the same"):
+        common.read_data(common.Data(dataset="Digits"))
