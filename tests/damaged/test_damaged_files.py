@@ -369,12 +369,10 @@ def test_links_in_folders(tmp_path):
     (tmp_path / "named").symlink_to(pool)
     assert len(ImageReader("--ood_path").find(tmp_path / "named")) == 2  # the folder that the user names may be a link
     (pool / "more").symlink_to(outside.parent)
-    with pytest.raises(UserError, match=r"--ood_path: .*more is a link to a folder, which is not followed"):
-        ImageReader("--ood_path").find(pool)
-    (pool / "more").unlink()
-    for target, message in ((outside, "leads out of"), ("gone.png", "broken link"), ("c.png", "cannot list|broken")):
+    assert [p.name for p in ImageReader("--ood_path").find(pool)] == ["a.png", "link.png", "b.png"]
+    for target in ("gone.png", "c.png"):
         (pool / "c.png").symlink_to(target)
-        with pytest.raises(UserError, match=f"--ood_path: .*({message})"):
+        with pytest.raises(UserError, match=r"--ood_path: broken links, to be mended or removed: .*c\.png"):
             ImageReader("--ood_path").folder_or_array(pool, 3, (8, 8))
         (pool / "c.png").unlink()
 
@@ -386,8 +384,7 @@ def test_links_in_image_folders(tmp_path):
     picture(tmp_path / "c" / "0.png")
     assert len(load_dataset("ImageFolder", tmp_path / "data").images_train) == 2
     (tmp_path / "data" / "train" / "c").symlink_to(tmp_path / "c")
-    with pytest.raises(UserError, match=r"train/c is a link that leads out of"):
-        load_dataset("ImageFolder", tmp_path / "data")
+    assert load_dataset("ImageFolder", tmp_path / "data").class_names == ("a", "b", "c")
 
 
 def test_names_of_all_kinds(tmp_path):

@@ -1,6 +1,6 @@
 """The engine's methods with the same draws by the plain loops of `scripts/textbook.py`, for tests and benchmarks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,39 +13,38 @@ from utils.data.augment import DSA, identity
 from utils.data.synthetic import decode
 from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.gradient_matching import GradientMatching
-from utils.methods.learnable import SlotDraw
 from utils.methods.snapshot_matching import SnapshotMatching
 from utils.methods.trajectory_matching import TrajectoryMatching
 from utils.outliers.distilled import clamp_to_pixels
-from utils.training.draws import Batch
+from utils.training.draws import Batch, draw_epoch
 
 
 class PlainMatching(GradientMatching):
     """Gradient matching with the same draws, by the textbook's loops."""
 
-    def _update(self, which: int, drawn: dict[int, SlotDraw]) -> torch.Tensor:
-        images, real = self._tensors()[which], list(self.draws.batches(which, drawn))
-        transforms = [draw.transform or identity for draw in drawn.values()]
+    def _update(self, which: int, it: int, outer: int) -> torch.Tensor:
+        images, real = self._tensors()[which], list(self.batches(which, it, outer))
+        transforms = list(self.transforms(which, it, outer).values())
         losses, images.grad = match_slots(
             self.net, images, real.__getitem__, transforms, which == 1, self.settings.dis_metric
         )
         return torch.tensor(losses, device=images.device)
 
-    def _train_network(self, epochs: list[list[Batch]]) -> None:
-        optimizer = torch.optim.SGD(self.net.parameters(), lr=self.trainer.settings.lr)
-        for batches in epochs:
-            train_epoch(self.net, optimizer, self.synthetic(), batches, self.settings.lambda_oe)
+    def _train_network(self, g: torch.Generator) -> None:
+        optimizer, synthetic = torch.optim.SGD(self.net.parameters(), lr=self.trainer.settings.lr), self.synthetic()
+        for _ in range(self.inner_loop):
+            batches = draw_epoch(synthetic, self.settings.batch, self.augmentation, g)
+            train_epoch(self.net, optimizer, synthetic, batches, self.settings.lambda_oe)
 
 
 class PlainDistributionMatching(DistributionMatching):
     """Distribution matching with the same draws, one class after another; batches are augmented as published."""
 
-    def _update(self, which: int, drawn: dict[int, SlotDraw]) -> torch.Tensor:
+    def _update(self, which: int, it: int) -> torch.Tensor:
         images = self._tensors()[which]
         leaf = images.detach().clone().requires_grad_()
         total, losses = torch.zeros(()), []
-        for (slot, draw), batch in zip(drawn.items(), self.draws.batches(which, drawn), strict=True):
-            transform = draw.transform or identity
+        for (slot, transform), batch in zip(self.transforms(which, it).items(), self.batches(which, it), strict=True):
             with torch.no_grad():
                 target = self.net.embed(transform(batch)).mean(0)
             loss = ((target - self.net.embed(transform(leaf[slot])).mean(0)) ** 2).sum()
@@ -95,13 +94,12 @@ class PlainSnapshotMatching(SnapshotMatching):
             self.load_network(it)
         for net in (self.net, self.classifier):
             net.requires_grad_(True)
-        (drawn,) = self.draws.steps(self.exp, it, self.synthetic())
-        read = {"loss": self.real.train_batch, "loss_oe": self.outliers and self.outliers.batch}
-        losses, g = {}, self.draws.generator(self.exp, "classify", it)
-        kinds = zip(read, self._tensors(), self.optimizers, (drawn.images, drawn.outliers), strict=False)
-        for name, images, optimizer, of_kind in kinds:
+        losses, g = {}, self.generator("classify", it)
+        kinds = zip(("loss", "loss_oe"), self._tensors(), self.optimizers, strict=False)
+        for which, (name, images, optimizer) in enumerate(kinds):
+            drawn = zip(self.transforms(which, it).items(), self.batches(which, it), strict=True)
             losses[name] = torch.tensor(
-                [self._step(images, optimizer, slot, read[name](d.real), d, g) for slot, d in of_kind.items()]
+                [self._step(images, optimizer, slot, batch, transform, g) for (slot, transform), batch in drawn]
             )
             clamp_to_pixels(images.detach(), self.real)
         return losses
@@ -112,10 +110,10 @@ class PlainSnapshotMatching(SnapshotMatching):
         optimizer: torch.optim.Optimizer,
         slot: int,
         batch: torch.Tensor,
-        draw: SlotDraw,
+        transform: Callable,
         g: torch.Generator,
     ) -> float:
-        transform, s = draw.transform or identity, self.settings
+        s = self.settings
         parts = decode(images[slot], s.factor)
         target = self.net.embed(transform(batch)).mean(0).detach()
         loss = ((target - self.net.embed(transform(parts)).mean(0)) ** 2).sum()

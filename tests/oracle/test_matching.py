@@ -189,7 +189,7 @@ def test_batchnorm_is_frozen_for_matching(tiny_real):
     method.iterate(0)
     norms = [m for m in method.net.modules() if isinstance(m, nn.BatchNorm2d)]
     assert all(not m.training and m.num_batches_tracked == 1 for m in norms)
-    chosen = [method.real.choose(c, 16, method.draws.generator(0, "batchnorm", 0, 0, c)) for c in range(3)]
+    chosen = [method.real.choose(c, 16, method.generator("batchnorm", 0, 0, c)) for c in range(3)]
     images = tiny_real.train_batch(torch.cat(chosen))
     expected = 0.1 * method.net.features[0](images).mean((0, 2, 3))
     torch.testing.assert_close(norms[0].running_mean, expected, atol=1e-5, rtol=1e-4)
@@ -261,8 +261,8 @@ def test_training_between_steps_is_plain_sgd_on_both_sets(tiny_real):
     net.load_state_dict(method.net.state_dict())
     method.trainer.restart(0.1)
     synthetic = method.synthetic()
-    method._train_network(next(method.draws.steps(0, 0, synthetic)).epochs)
-    g = method.draws.generator(0, "inner", 0, 0)
+    method._train_network(method.generator("inner", 0, 0))
+    g = method.generator("inner", 0, 0)
     for _ in range(2):
         order, order_oe = (torch.randperm(6, generator=g) for _ in range(2))
         loss = F.cross_entropy(net(synthetic.images[order]), synthetic.labels[order])

@@ -14,7 +14,7 @@ import main
 from networks import get_network, initialize
 from utils.core.errors import UserError
 from utils.core.rng import generator
-from utils.data.augment import DSA, DSA_ENTRIES, identity
+from utils.data.augment import DSA, DSA_ENTRIES
 from utils.data.synthetic import decode, decode_slots
 from utils.methods import METHODS
 from utils.methods.distances import CF_SCALE, characteristic
@@ -110,18 +110,17 @@ def test_the_gradient_is_that_of_the_sum_of_both_losses(tiny_real, experts, outl
     """By one backward pass through decoding, augmentation, and both networks, in float64."""
     method = make(tiny_real, experts, replace(SETTINGS, dsa_strategy=named(STRATEGY)), outliers)
     stored = [t.detach().double().clone().requires_grad_() for t in method._tensors()]
-    (drawn,) = method.draws.steps(0, 3, method.synthetic())
     losses = method.iterate(3)
     net, classifier = (get_network("ConvNetD1", 3, 3, (16, 16)).double().train() for _ in range(2))
     for copy, original in ((net, method.net), (classifier, method.classifier)):
         copy.load_state_dict({name: t.double() for name, t in original.state_dict().items()})
     g, total = generator(4, "match", 0, "classify", 3), 0.0
-    sources = (tiny_real.train_batch, method.outliers and method.outliers.batch)
-    for kind, (images, of_kind, read) in enumerate(zip(stored, (drawn.images, drawn.outliers), sources, strict=False)):
+    for kind, images in enumerate(stored):
         decoded = [decode(images[slot], 2) for slot in range(3)]
-        for slot, draw in of_kind.items():
-            transform = draw.transform or identity
-            target = net.embed(transform(read(draw.real).double())).mean(0)
+        transforms = method.transforms(kind, 3)
+        for slot, real in enumerate(method.batches(kind, 3)):
+            transform = transforms[slot]
+            target = net.embed(transform(real.double())).mean(0)
             total = total + (net.embed(transform(decoded[slot])).mean(0) - target).square().sum()
         logits = classifier(torch.cat([STRATEGY.draw(4, (16, 16), g)(of_slot) for of_slot in decoded]))
         if kind == 0:
@@ -343,5 +342,5 @@ def test_bad_input(in_process, refused, tmp_path):
     assert "of another kind: outliers" in refused("main.py", *flags)
     (content,) = torch.load(folder / "replay_buffer_0.pt")
     torch.save([content[:1]], folder / "replay_buffer_0.pt")
-    assert "have a single snapshot; train them again" in refused("main_poe.py", *poe)
+    assert "end after epoch 0, and --method TGDD needs epoch 1; train them for longer" in refused("main_poe.py", *poe)
     assert set(tmp_path.rglob("*")) == before

@@ -565,12 +565,11 @@ def test_a_checkpoint_of_another_run(whole, refused, tmp_path):
         {"exp": 7},
         {"method": {"images": [torch.zeros(10, 1, 1, 9, 9)] * 2, "optimizers": []}},
         {"method": {"images": [torch.zeros(10, 1, 1, 8, 8)], "optimizers": []}},
-        {"measures": 3},
         {"found": {}},
         {"finished": [1, 2]},
         {"exp": 1, "method": None, "finished": [[None, None]]},
-        {"exp": 1, "method": None, "finished": [[torch.full((10, 1, 8, 8), float("nan"))] * 2]},
-        {"iteration": "many"},
+        {"exp": 1, "method": None, "finished": [[torch.zeros(10, 1, 8, 8)] * 2]},
+        {"exp": 1, "method": None, "finished": [[torch.zeros(9, 1, 8, 8), None, None]]},
     ):
         torch.save(load(folder / "checkpoint.pt") | change, tmp_path / "checkpoint.pt")
         assert "is not of this run" in refused("main_poe.py", "--resume", tmp_path)

@@ -16,23 +16,10 @@ class UserError(ValueError):
     """A wrong flag, file or data set. The message is one line that says what was found and what to do."""
 
 
-class RankError(UserError):
-    """An error that only some of several processes may meet. Each of them prints it, whatever its rank."""
-
-
 def require(condition: object, message: str) -> None:
     """Raise a `UserError` with this message unless the condition holds."""
     if not condition:
         raise UserError(message)
-
-
-@contextmanager
-def rank_errors() -> Iterator[None]:
-    """Turn a `UserError` into a `RankError`, for a block in which each process does its own work."""
-    try:
-        yield
-    except UserError as error:
-        raise RankError(error) from None
 
 
 @contextmanager

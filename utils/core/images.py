@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from utils.core.errors import UserError, blame, named, one_line, require
+from utils.core.errors import blame, named, one_line, require
 from utils.core.files import read_npy, read_npz
 from utils.core.pixels import DARK, centre_box, images_to_nchw, in_full_range, scale_table, white_value
 
@@ -60,13 +60,6 @@ def is_image(path: Path) -> bool:
         return False
 
 
-def check_link(path: Path, tree: Path) -> None:
-    """Raise a `UserError` if `path` is a broken link or resolves to a place outside `tree` (a resolved folder)."""
-    require(os.path.exists(path), f"{path} is a broken link; mend or remove it")
-    inside = path.resolve().is_relative_to(tree)
-    require(inside, f"{path} is a link that leads out of {tree}; put the files themselves there")
-
-
 class ImageReader:
     """Reads the images of one source, and keeps what the user should know of them.
 
@@ -96,36 +89,25 @@ class ImageReader:
             lines.insert(0, f"not read, as they are no images: {counts}")
         return tuple(f"{self.flag}: {line}" if self.flag else line for line in lines)
 
-    def find(self, folder: Path, tree: Path | None = None) -> list[Path]:
-        """All image files below `folder`, at any depth, sorted by name.
-
-        A `UserError` tells of a link that is broken, leads out of `tree` (default: `folder`), or is one to a folder.
-        """
-        tree, paths, errors = (tree or folder).resolve(), [], []
+    def find(self, folder: Path) -> list[Path]:
+        """All image files below `folder`, at any depth, sorted by name. Links are followed, but not to a folder around
+        them; a `UserError` tells of broken ones."""
+        paths, errors = [], []
         with blame(self.flag):
-            try:
-                check_link(folder, tree)
-                for place, folders, files in os.walk(folder, onerror=errors.append):
-                    folders[:] = filter(is_content, folders)
-                    for inner in (Path(place, name) for name in folders):
-                        told = f"{inner} is a link to a folder, which is not followed; put the files themselves there"
-                        require(not inner.is_symlink(), told)
-                    paths += [Path(place, name) for name in files if is_content(name)]
-                if errors:
-                    raise errors[0]
-                for path in sorted(paths):
-                    by_name = path.suffix.lower() in image_suffixes()
-                    if path.is_symlink() and (by_name or (path.is_file() and is_image(path))):
-                        check_link(path, tree)
-                images = sorted(path for path in paths if path.is_file() and is_image(path))
-            except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
-                raise UserError(f"cannot list {folder}: {one_line(error)}") from None
+            for place, folders, files in os.walk(folder, onerror=errors.append, followlinks=True):
+                here = Path(place).resolve()
+                folders[:] = [f for f in folders if is_content(f) and not here.is_relative_to((here / f).resolve())]
+                paths += [Path(place, name) for name in files if is_content(name)]
+            require(not errors, f"cannot list {folder}: {one_line(errors and errors[0])}")
+            broken = [p for p in sorted(paths) if p.suffix.lower() in image_suffixes() and not os.path.exists(p)]
+            require(not broken, f"broken links, to be mended or removed: {named([str(path) for path in broken])}")
+        images = sorted(path for path in paths if path.is_file() and is_image(path))
         self.unread.update(path.suffix.lower() for path in {*paths} - {*images})
         return images
 
-    def some(self, folder: Path, tree: Path | None = None) -> list[Path]:
+    def some(self, folder: Path) -> list[Path]:
         """All image files below `folder`, see `find`; a `UserError` if there are none."""
-        files = self.find(folder, tree)
+        files = self.find(folder)
         with blame(self.flag):
             require(files, ". ".join([f"{folder} holds no images; put some there, or remove it", *self.notes()]))
         return files

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import torch.distributed as dist
 
-from utils.core.errors import Interrupted, RankError, UserError, drop_output, print_error, under_torchrun
+from utils.core.errors import Interrupted, UserError, drop_output, print_error, under_torchrun
 
 SIGPIPE = 13  # by number: Windows has no such signal
 OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError", "allocate memory", "not enough memory")  # Python, CUDA, the CPU
@@ -58,7 +58,7 @@ def _status(main: Callable[[], None], prog: str) -> int:
         drop_output(sys.stdout)
         return 128 + SIGPIPE
     except UserError as error:
-        return print_error(prog, error, wait=not isinstance(error, RankError))
+        return print_error(prog, error)
     except (MemoryError, RuntimeError) as error:
         said = f"{type(error).__name__} {error}"
         if any(words in said for words in OUT_OF_MEMORY):

@@ -7,7 +7,7 @@ import torch
 
 from utils.core.errors import named, require
 from utils.core.files import read_lines
-from utils.core.images import ImageReader, check_link, is_content
+from utils.core.images import ImageReader, is_content
 
 ANNOTATIONS = "val_annotations.txt"  # of TinyImageNet: a line `file<TAB>class<TAB>…` for each image in val/images/
 ACCEPTED = "ImageFolder reads train/<class>/* and test/<class>/*, or val/<class>/*"
@@ -21,7 +21,7 @@ def read_class_folders(
     The classes are the sorted names of the folders in `train/`. The test set is `test/`, or `val/` where that alone has
     folders of these names or a file of annotations.
     """
-    train, tree, places = data_path / "train", data_path.resolve(), (data_path / "test", data_path / "val")
+    train, places = data_path / "train", (data_path / "test", data_path / "val")
     require(train.is_dir(), f"{train} is not there; {ACCEPTED}")
     classes = _class_folders(train)
     require(len(classes) >= 2, f"{train} has {len(classes)} folders of classes, and needs two or more; {ACCEPTED}")
@@ -34,15 +34,15 @@ def read_class_folders(
         how = f", with the classes of {ANNOTATIONS}" if in_file else ""
         why = "has no folder of a class of train/" if places[0].is_dir() else "is not there"
         notes.append(f"--data_path: the test set is {test}{how}; {places[0]} {why}")
-    of_train = [(path, label) for label, name in enumerate(classes) for path in reader.some(train / name, tree)]
+    of_train = [(path, label) for label, name in enumerate(classes) for path in reader.some(train / name)]
     if in_file:
-        of_test = _annotated_images(test, classes, tree)
+        of_test = _annotated_images(test, classes)
     else:
         names = _class_folders(test)
         extra = [name for name in names if name not in classes]
         told = f"{test} has classes that {train} lacks: {named(extra, 5)}. Both need the same names"
         require(not extra, told)
-        of_test = [(path, classes.index(name)) for name in names for path in reader.find(test / name, tree)]
+        of_test = [(path, classes.index(name)) for name in names for path in reader.find(test / name)]
     require(of_test, ". ".join([f"{test} holds no images; put some there", *reader.notes()]))
     paths, labels = zip(*of_train, *of_test, strict=True)
     counts = [len(of_train), len(of_test)]
@@ -63,7 +63,7 @@ def _class_folders(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.glob("*") if p.is_dir() and is_content(p.name))
 
 
-def _annotated_images(folder: Path, classes: Sequence[str], tree: Path) -> list[tuple[Path, int]]:
+def _annotated_images(folder: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
     """The images of `folder/images/` with their labels, in the order of the lines of `folder/val_annotations.txt`."""
     found = []
     for number, line in enumerate(read_lines(folder / ANNOTATIONS), 1):
@@ -78,6 +78,4 @@ def _annotated_images(folder: Path, classes: Sequence[str], tree: Path) -> list[
         found.append((folder / "images" / name, classes.index(class_name)))
     missing = [str(image) for image, _ in found if not image.exists()]
     require(not missing, f"{folder / ANNOTATIONS} names images that are not there: {named(missing)}")
-    for image, _ in found:
-        check_link(image, tree)
     return found

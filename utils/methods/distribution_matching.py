@@ -16,10 +16,10 @@ from utils.compute import distributed
 from utils.compute.cpu_batches import BatchSplitter, in_parts
 from utils.compute.device import Workload
 from utils.core.rng import generator
-from utils.data.augment import apply_by_part, apply_by_slot, identity
+from utils.data.augment import apply_by_part, apply_by_slot
 from utils.data.synthetic import decode_slots, on_stored
 from utils.methods.distances import mean_distance
-from utils.methods.learnable import IterationDraws, LearnableSet, SlotDraw
+from utils.methods.learnable import LearnableSet
 from utils.methods.method import MatchingSettings, MethodEntry, MethodInputs
 from utils.outliers.distilled import push_apart
 
@@ -45,12 +45,11 @@ class DistributionMatching(LearnableSet):
         of_gradient = compute if self.GRADIENT_IN_BF16 else replace(compute, precision="fp32")
         self.embed_synthetic = of_gradient.function(lambda images: self.net.embed(images))
         self.gradient_splitter = BatchSplitter(self.net, of_gradient.precision)
-        # BatchNorm needs the images of all classes in one pass, so each process then works on all slots
-        self.draws = IterationDraws(inputs, has_batchnorm=False, all_slots=self.has_batchnorm)
+        self.all_slots = self.has_batchnorm  # which needs the images of all classes in one pass
 
     def load_network(self, it: int) -> None:
         """Give `net` the parameters of iteration `it`, those of a fresh random network, in training mode."""
-        initialize(self.net, self.draws.generator(self.exp, "network", it))
+        initialize(self.net, self.generator("network", it))
         self.net.train()
 
     def more_losses(self, it: int) -> dict[str, Tensor]:
@@ -60,25 +59,23 @@ class DistributionMatching(LearnableSet):
     def iterate(self, it: int) -> dict[str, Tensor]:
         """One iteration; returns losses `[slots]` by name. With `--spread_oe` outliers are kept apart, too."""
         self.load_network(it)
-        (drawn,) = self.draws.steps(self.exp, it, self.synthetic())
-        losses = {"loss": self._update(0, drawn.images)}
+        losses = {"loss": self._update(0, it)}
         if self.outliers is not None:
-            losses["loss_oe"] = self._update(1, drawn.outliers)
+            losses["loss_oe"] = self._update(1, it)
         losses |= self.more_losses(it)
         self.update(0)
         if self.outliers is not None:
             push_apart(self.net, self.image_oe, self.settings.spread_oe, self.settings.factor)
             self.update(1)
-        self.draws.look_ahead(self.exp, it + 1, self.synthetic())
         return losses
 
-    def _update(self, which: int, drawn: dict[int, SlotDraw]) -> Tensor:
+    def _update(self, which: int, it: int) -> Tensor:
         """Set the gradient of the images (0) or of the outliers (1); returns the losses of the slots."""
-        images, batches = self._tensors()[which], self.draws.batches(which, drawn)
-        slots, transforms = list(drawn), [draw.transform or identity for draw in drawn.values()]
+        images, drawn = self._tensors()[which], self.transforms(which, it)
+        slots, transforms = list(drawn), list(drawn.values())
         decoded = decode_slots(images.detach(), self.settings.factor)
         losses, gradient = images.new_zeros(len(images)), torch.zeros_like(decoded)
-        targets = [self.target(features) for features in self._real_features(batches, transforms)]
+        targets = [self.target(features) for features in self._real_features(self.batches(which, it), transforms)]
         size = self._slots_together(len(slots), decoded)
         for first in range(0, len(slots), size):
             part = slice(first, first + size)

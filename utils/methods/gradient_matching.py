@@ -14,18 +14,17 @@ from networks import initialize
 from utils.compute import distributed
 from utils.compute.device import Workload
 from utils.core.rng import generator
-from utils.data.augment import identity
 from utils.data.synthetic import decode_slots, on_stored
 from utils.methods.distances import METRICS
-from utils.methods.learnable import IterationDraws, LearnableSet, SlotDraw, StepDraw
+from utils.methods.learnable import LearnableSet
 from utils.methods.matcher import Matcher
 from utils.methods.method import MatchingSettings, MethodEntry, MethodInputs
 from utils.outliers.distilled import push_apart
 from utils.settings.fields import flag
 from utils.settings.parser import count
-from utils.training.draws import Batch
 from utils.training.trainer import LR_NET, PROTOCOLS, Trainer, TrainSettings
 
+BATCHNORM_IMAGES = 16  # of each class, that set the statistics of BatchNorm
 # outer and inner loop by images per class, as published
 LOOPS = {1: (1, 1), 2: (1, 1), 5: (10, 50), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
 
@@ -67,7 +66,6 @@ class GradientMatching(LearnableSet):
         rate = s.lr_net if s.lr_net and is_sgd else LR_NET
         training = TrainSettings(1, rate, s.batch, s.lambda_oe, self.augmentation, momentum=0.0, weight_decay=0.0)
         self.trainer = Trainer(self.net, training, inputs.compute)
-        self.draws = IterationDraws(inputs, self.trainer.has_batchnorm, loops=s.loops)
         self.about = {"outer_loop": self.outer_loop, "inner_loop": self.inner_loop}
         if s.ipc not in LOOPS and None in (s.outer_loop, s.inner_loop):
             loops = f"outer {self.outer_loop}, inner {self.inner_loop}"
@@ -79,46 +77,46 @@ class GradientMatching(LearnableSet):
 
     def iterate(self, it: int) -> dict[str, Tensor]:
         """One iteration on a fresh random network; returns losses `[slots]` by name, means over the outer steps."""
-        initialize(self.net, self.draws.generator(self.exp, "network", it))
+        initialize(self.net, self.generator("network", it))
         self.trainer.restart(self.trainer.settings.lr)
         losses = []
-        for outer, drawn in enumerate(self.draws.steps(self.exp, it, self.synthetic())):
-            losses.append(self._matching_step(drawn))
+        for outer in range(self.outer_loop):
+            losses.append(self._matching_step(it, outer))
             if outer < self.outer_loop - 1:
-                self._train_network(drawn.epochs)
-        self.draws.look_ahead(self.exp, it + 1, self.synthetic())
+                self._train_network(self.generator("inner", it, outer))
         return dict(zip(("loss", "loss_oe"), torch.stack(losses).mean(0).unbind(), strict=False))
 
-    def _train_network(self, epochs: list[list[Batch]]) -> None:
+    def _train_network(self, g: torch.Generator) -> None:
         """Train on the synthetic set for some epochs: rank 0 trains, the others receive its weights."""
         if distributed.is_main():
-            for _ in self.trainer.epochs(self.synthetic().decoded(), epochs):
+            for _ in self.trainer.drawn_epochs(self.synthetic().decoded(), [g] * self.inner_loop):
                 pass
         distributed.broadcast_(*(t.detach() for t in self.net.state_dict().values()))
 
-    def _matching_step(self, drawn: StepDraw) -> Tensor:
+    def _matching_step(self, it: int, outer: int) -> Tensor:
         """Update the images, then the outliers; returns their losses, `[1 or 2, slots]`."""
         self.net.train()
-        if drawn.batchnorm is not None:  # one pass over these images in training mode, then every BatchNorm is frozen
+        if self.trainer.has_batchnorm:  # one pass over these images in training mode, then every BatchNorm is frozen
+            keys = [("batchnorm", it, outer, slot) for slot in range(self.real.num_classes)]
+            chosen = [self.real.choose(key[-1], BATCHNORM_IMAGES, self.generator(*key)) for key in keys]
             with torch.no_grad():
-                self.net(self.real.train_batch(drawn.batchnorm))
+                self.net(self.real.train_batch(torch.cat(chosen)))
             for module in self.net.modules():
                 if isinstance(module, nn.BatchNorm2d):
                     module.eval()
-        losses = [self._update(0, drawn.images)]
+        losses = [self._update(0, it, outer)]
         self.update(0)
         if self.outliers is not None:
-            losses.append(self._update(1, drawn.outliers))
+            losses.append(self._update(1, it, outer))
             push_apart(self.net, self.image_oe, self.settings.spread_oe, self.settings.factor)
             self.update(1)
         return torch.stack(losses)
 
-    def _update(self, which: int, drawn: dict[int, SlotDraw]) -> Tensor:
+    def _update(self, which: int, it: int, outer: int) -> Tensor:
         """Set the gradient of the images (0) or of the outliers (1); returns the losses of the slots."""
-        images, batches = self._tensors()[which], self.draws.batches(which, drawn)
-        transforms = {slot: draw.transform or identity for slot, draw in drawn.items()}
+        images, batches = self._tensors()[which], self.batches(which, it, outer)
         decoded = decode_slots(images.detach(), self.settings.factor)
-        losses, gradient = self.matcher(decoded, batches, transforms, outliers=which == 1)
+        losses, gradient = self.matcher(decoded, batches, self.transforms(which, it, outer), outliers=which == 1)
         images.grad = on_stored(images, self.settings.factor, gradient)
         return losses
 

@@ -1,32 +1,25 @@
-"""The images that a distillation optimises, with their optimisers and state, and what an iteration draws for them.
+"""The images that a distillation optimises, with their optimisers and state, and what an iteration draws for them."""
 
-All that is random in an iteration of gradient or distribution matching is drawn on the CPU and sent together. The
-Siamese rule: a `SlotDraw` has one `transform`, which is applied to both the real and the synthetic batch.
-"""
-
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from utils.compute import distributed
-from utils.compute.transfer import Draw, send_draws
+from utils.compute.transfer import send_draws
 from utils.core.errors import UserError
 from utils.core.rng import generator
-from utils.data.augment import Transform
+from utils.data.augment import identity
 from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet, check_factor, encode
 from utils.methods.method import MethodInputs
 from utils.outliers.distilled import check_start, clamp_to_pixels
-from utils.outliers.sources import OutlierBatch, OutlierSource, draw_repeated, k_center_outliers
+from utils.outliers.sources import OutlierSource, draw_repeated, k_center_outliers
 from utils.training.coresets import FeatureNetworks, check_ipc
-from utils.training.draws import Batch, draw_epoch
 from utils.training.trainer import TrainSettings, load_optimizer
 
-BATCHNORM_IMAGES = 16  # of each class
+KINDS = ("", " oe")  # of images and outliers, in the keys of their draws
 
 
 def check_class_sizes(real: RealData, outliers: OutlierSource | None, ipc: int, factor: int = 1) -> None:
@@ -48,6 +41,7 @@ class LearnableSet:
     """
 
     MOMENTUM = 0.5
+    all_slots = False  # whether every process matches all slots, and not only its own
     KEEPS_PIXELS = False  # whether images and outliers stay pixels, whatever --clamp_oe says; whitened ones are none
     image_syn: Tensor  # [num_classes, ipc, C, H, W], normalised, on the device of `real`
     image_oe: Tensor | None  # likewise; None without outliers
@@ -123,6 +117,32 @@ class LearnableSet:
         if (self.KEEPS_PIXELS and self.real.zca is None) or (which == 1 and self.settings.clamp_oe):
             clamp_to_pixels(self._tensors()[which].detach(), self.real)
 
+    def generator(self, *key: int | str) -> torch.Generator:
+        """The generator of a draw in this experiment."""
+        return generator(self.settings.seed, "match", self.exp, *key)
+
+    def _slots(self) -> Iterable[int]:
+        """The slots that this process matches."""
+        slots = self.real.num_classes
+        return range(slots) if self.all_slots else distributed.own_share(slots)
+
+    def transforms(self, which: int, it: int, outer: int = 0) -> dict[int, Callable]:
+        """By slot, what augments both the real and the synthetic images (0) or outliers (1): the Siamese rule."""
+        if self.augmentation is None:
+            return dict.fromkeys(self._slots(), identity)
+        generators = {slot: self.generator(f"siamese{KINDS[which]}", it, outer, slot) for slot in self._slots()}
+        drawn = {slot: self.augmentation.draw(1, self.real.im_size, g) for slot, g in generators.items()}
+        return send_draws(drawn, self.device)
+
+    def batches(self, which: int, it: int, outer: int = 0) -> Iterator[Tensor]:
+        """The real images (0) or outliers (1) `[n, C, H, W]` of each slot, made one by one."""
+        for slot in self._slots():
+            g = self.generator(f"real{KINDS[which]}", it, outer, slot)
+            if which:
+                yield self.outliers.draw(slot, self.settings.batch_oe, g)
+            else:
+                yield self.real.train_batch(self.real.choose(slot, self.settings.batch_real, g))
+
     def _tensors(self) -> list[Tensor]:
         return [self.image_syn] if self.image_oe is None else [self.image_syn, self.image_oe]
 
@@ -150,88 +170,3 @@ class LearnableSet:
         self._set_images(exp, images[0], images[1] if count == 2 else None)
         for optimizer, saved in zip(self.optimizers, state.get("optimizers", [None] * count), strict=True):
             load_optimizer(optimizer, saved)
-
-
-@dataclass(frozen=True)
-class SlotDraw(Draw):
-    """The random choices for one slot."""
-
-    real: Tensor | OutlierBatch  # its real images (int64 `[n]`) or outliers
-    transform: Transform | None  # the augmentation of these and of the synthetic ones
-
-
-@dataclass(frozen=True)
-class StepDraw(Draw):
-    """The random choices of one outer step."""
-
-    images: dict[int, SlotDraw]  # by slot
-    outliers: dict[int, SlotDraw]
-    batchnorm: Tensor | None  # the training images (int64 `[n]`) that set BatchNorm's statistics
-    epochs: list[list[Batch]]  # of the network training that follows
-
-
-class IterationDraws:
-    """Makes the draws of the iterations, each from a generator with its own key.
-
-    `has_batchnorm`: whether to draw images for BatchNorm's statistics. `all_slots`: whether every process draws for all
-    slots, not only for its own. `together`: a GPU gets those of an iteration in one transfer, drawn ahead.
-    """
-
-    def __init__(
-        self, inputs: MethodInputs, has_batchnorm: bool, all_slots: bool = False, loops: tuple[int, int] = (1, 0)
-    ):
-        self.inputs, self.has_batchnorm, self.all_slots = inputs, has_batchnorm, all_slots
-        self.outer_loop, self.inner_loop = loops
-        self.together = inputs.real.device.type != "cpu"
-        self.ahead: tuple[tuple[int, int], list[StepDraw]] | None = None
-
-    def generator(self, exp: int, *key: int | str) -> torch.Generator:
-        """The generator of a draw in experiment `exp`."""
-        return generator(self.inputs.settings.seed, "match", exp, *key)
-
-    def steps(self, exp: int, it: int, synthetic: SyntheticSet) -> Iterator[StepDraw]:
-        """The draws of every outer step of an iteration, on the device of the data.
-
-        Only the sizes of `synthetic`, on which the network will be trained, matter.
-        """
-        ahead, self.ahead = self.ahead, None
-        if ahead is not None and ahead[0] == (exp, it):
-            return iter(ahead[1])
-        steps = (self._step(exp, it, outer, synthetic) for outer in range(self.outer_loop))
-        return iter(send_draws(list(steps), self.inputs.real.device)) if self.together else steps
-
-    def look_ahead(self, exp: int, it: int, synthetic: SyntheticSet) -> None:
-        """Draw for a later iteration while a GPU computes the current one; on a CPU, do nothing."""
-        if self.together:
-            self.ahead = ((exp, it), list(self.steps(exp, it, synthetic)))
-
-    def batches(self, which: int, drawn: dict[int, SlotDraw]) -> Iterator[Tensor]:
-        """The real images (0) or outliers (1) `[n, C, H, W]` of each slot, made one by one."""
-        read = self.inputs.outliers.batch if which else self.inputs.real.train_batch
-        return (read(draw.real) for draw in drawn.values())
-
-    def _step(self, exp: int, it: int, outer: int, synthetic: SyntheticSet) -> StepDraw:
-        """The draws of an outer step; the network is trained after all steps but the last, and by rank 0."""
-        s, real, dsa = self.inputs.settings, self.inputs.real, self.inputs.augmentation
-        keyed = partial(self.generator, exp)
-        slots = range(real.num_classes) if self.all_slots else distributed.own_share(real.num_classes)
-
-        def drawn(source: RealData | OutlierSource, batch: int, kind: str) -> dict[int, SlotDraw]:
-            """The real batch of each slot, and the augmentation of this and of the synthetic one."""
-            return {
-                slot: SlotDraw(
-                    source.choose(slot, batch, keyed(f"real{kind}", it, outer, slot)),
-                    dsa and dsa.draw(1, real.im_size, keyed(f"siamese{kind}", it, outer, slot)),
-                )
-                for slot in slots
-            }
-
-        batchnorm, epochs = None, []
-        if self.has_batchnorm:
-            keys = [("batchnorm", it, outer, slot) for slot in range(real.num_classes)]
-            batchnorm = torch.cat([real.choose(key[-1], BATCHNORM_IMAGES, keyed(*key)) for key in keys])
-        if outer < self.outer_loop - 1 and distributed.is_main():
-            g, decoded = keyed("inner", it, outer), synthetic.decoded()
-            epochs = [draw_epoch(decoded, s.batch, dsa, g) for _ in range(self.inner_loop)]
-        outliers = {} if self.inputs.outliers is None else drawn(self.inputs.outliers, s.batch_oe, " oe")
-        return StepDraw(drawn(real, s.batch_real, ""), outliers, batchnorm, epochs)

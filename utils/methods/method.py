@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from utils.compute.device import Compute, Workload
-from utils.core.errors import UserError
+from utils.core.errors import UserError, require
 from utils.core.rng import generator
 from utils.data.augment import DSA
 from utils.data.datasets import RealData
@@ -132,8 +132,9 @@ def with_experts(kind: Callable[[MethodInputs, ExpertBuffer], Method]) -> Callab
         without = f"{folder} has no {ABOUT}"  # as published buffers
         if not is_known and inputs.outliers is not None:
             raise UserError(f"--buffer_path: {without}, so its experts have seen no outliers; make them with {make}")
-        if s.last_epoch > experts.epochs:
-            raise UserError(s.TOO_SHORT.format(s=s, experts=experts))
+        cure = "train them for longer" + ", or lower --max_start_epoch or --expert_epochs" * (s.last_epoch > 1)
+        told = f"end after epoch {experts.epochs}, and --method {s.method} needs epoch {s.last_epoch}; {cure}"
+        require(s.last_epoch <= experts.epochs, f"--buffer_path: the experts in {folder} {told}")
         accuracy = before["expert_accuracy"] if "expert_accuracy" in before else experts.accuracy(real, s.model)
         method = kind(inputs, experts)
         if accuracy is not None:

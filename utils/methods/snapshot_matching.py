@@ -102,7 +102,7 @@ class SnapshotMatching(DistributionMatching):
     def load_network(self, it: int) -> None:
         """Give the two networks the parameters of this iteration, and draw the frequencies of `cf`."""
         s, experts = self.settings, self.experts
-        g = self.draws.generator(self.exp, "snapshot", it)
+        g = self.generator("snapshot", it)
         index = int(torch.randint(len(experts.trajectories), (1,), generator=g))
         last = len(experts.trajectories[index][1]) - 1
         if s.snapshots == "epochs":
@@ -143,7 +143,7 @@ class SnapshotMatching(DistributionMatching):
         gradients = [torch.zeros_like(images) for images in kinds]
         if distributed.is_main() and s.alpha:
             decoded = [decode_slots(images.detach(), s.factor) for images in kinds]
-            value, found = self._classification(decoded, self.draws.generator(self.exp, "classify", it))
+            value, found = self._classification(decoded, self.generator("classify", it))
             loss += value
             for images, gradient, on_decoded in zip(kinds, gradients, found, strict=True):
                 gradient.copy_(on_stored(images, s.factor, s.alpha * len(images) * on_decoded))

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,12 +45,6 @@ Matched = tuple[Tensor, list[Tensor]]  # the loss, and gradients
 @dataclass(frozen=True)
 class TrajectorySettings(OnExperts):
     """Trajectory matching."""
-
-    TOO_SHORT: ClassVar = (
-        "--max_start_epoch {s.max_start_epoch}: with --expert_epochs {s.expert_epochs} it needs experts of "
-        "{s.last_epoch} epochs; those in {experts.folder} have {experts.epochs}. Lower one of them, or train experts "
-        "for longer"
-    )
 
     expert_epochs: int = flag(2, "epochs of the expert that the student's steps are to match", count(1))
     syn_steps: int = flag(
@@ -161,7 +154,7 @@ class TrajectoryMatching(LearnableSet):
         s, loss, tensors = self.settings, torch.zeros(1, device=self.device), [*self._tensors(), self.lr_student]
         gradients = [torch.zeros_like(t) for t in tensors]
         if distributed.is_main():
-            g = generator(s.seed, "match", self.exp, "segment", it)
+            g = self.generator("segment", it)
             start, target = self.experts.segment(g, s.max_start_epoch, s.expert_epochs, self.device)
             loss, gradients = self._match(start, target, self._draw(it))
         distributed.broadcast_(loss, *gradients)
@@ -191,7 +184,7 @@ class TrajectoryMatching(LearnableSet):
         """Which images each step takes and how it augments them, from a random order that is drawn again when it is
         used up."""
         s, dsa, batches, order = self.settings, self.augmentation, [], torch.empty(0, dtype=torch.int64)
-        g = generator(s.seed, "match", self.exp, what, it)
+        g = self.generator(what, it)
         total = self.real.num_classes * s.decoded_ipc
         for _ in range(s.syn_steps):
             if not len(order):

@@ -192,7 +192,7 @@ class OODSource:
         if path.is_dir() or path.suffix == LIST_SUFFIX:
             with blame(flag):
                 files = reader.some(path) if path.is_dir() else listed_images(path, self.ood_path)
-            self._refuse(name, any(map(self._is_own_path, {file.parent for file in files})))
+            self._refuse(name, any(map(self._is_own_path, {file.resolve().parent for file in files})))
             files = [files[i] for i in self._subset(key, len(files)).tolist()]
             chosen = reader.files(files, self.real.channel, self.real.im_size)
         else:
@@ -201,12 +201,7 @@ class OODSource:
         return OODSet(name, str(path), len(chosen), lambda: self._prepared(chosen), reader.notes())
 
     def _of_torchvision(self, name: str, download: bool) -> OODSet:
-        """A set as torchvision stores it; `NotThere` if it does not."""
-        source, images = self.torchvision_images(name, download)
-        return self._of_library(name, source, images)
-
-    def torchvision_images(self, name: str, download: bool) -> tuple[str, torch.Tensor | Sequence[tuple]]:
-        """Where torchvision stores a set, `data_path` or `ood_path`, and its test images; `download`: into the first.
+        """The test images of a set as torchvision stores it, in `data_path` or `ood_path`; `download`: into the first.
 
         `NotThere` tells that it is in neither.
         """
@@ -216,7 +211,8 @@ class OODSource:
         errors = []
         for flag, root in places[: 1 if download else 2]:
             try:
-                return str(root), load_test_images(name, root, download, flag, self.real.pixel_max)
+                images = load_test_images(name, root, download, flag, self.real.pixel_max)
+                return self._of_library(name, str(root), images)
             except NotThere as error:
                 errors.append(error)
         raise errors[0]
@@ -259,7 +255,11 @@ def validation_sets(source: OODSource) -> list[OODSet]:
     A `UserError` tells that the other CIFAR is needed and missing.
     """
     real, other = source.real, {"CIFAR10": "CIFAR100", "CIFAR100": "CIFAR10"}.get(source.real.name)
-    images = _other_cifar(source, other) if other else unit_images(real.images_test)
+    if other:
+        some = replace(source, flag="--validate", limit=max(2, source.most))
+        images = real.denormalize(some.find_all([other])[0].load())
+    else:
+        images = unit_images(real.images_test)
 
     def load(name: str) -> torch.Tensor:
         """The images `[n, C, H, W]` of one corruption, normalised."""
@@ -270,21 +270,3 @@ def validation_sets(source: OODSource) -> list[OODSet]:
 
     count, made_of = min(source.most, len(images)), "the other CIFAR" if other else "test images"
     return [OODSet(f"val:{name}", made_of, count, partial(load, name), kind="validation") for name in VALIDATION]
-
-
-def _other_cifar(source: OODSource, name: str) -> torch.Tensor:
-    if local := source.local_path(name):
-        reader = ImageReader("--ood_path", source.real.pixel_max)
-        return reader.folder_or_array(local, source.real.channel, source.real.im_size)
-    images, missing = None, {}
-    try:
-        images = source.torchvision_images(name, False)[1]
-    except NotThere as error:
-        missing = {name: str(error)}
-    try:
-        if missing := _on_any_process(missing):
-            require(source.download, missing[name])
-            images = source.torchvision_images(name, True)[1]
-        return images
-    except UserError as error:
-        raise UserError(f"--validate needs {name}: {error}; or put {name}.npz into {source.ood_path}") from None

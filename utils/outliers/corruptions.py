@@ -1,12 +1,11 @@
 """Corruptions that turn training images into pseudo-outliers (POE); images are `[N, C, H, W]` in [0, 1]."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 
-from utils.compute.transfer import Draw, product_dtype, send
+from utils.compute.transfer import product_dtype, send
 from utils.core.errors import require, unknown_name
 from utils.core.rng import draw_seed, noise
 
@@ -94,63 +93,30 @@ DRAWS: dict[str, Callable[..., torch.Tensor]] = {  # of random ones: what they t
 MEANS = ("avg-mean", "geo-mean")  # of two images
 
 
-@dataclass(frozen=True)
-class Corruption(Draw):
-    """One draw of a corruption for a batch."""
-
-    name: str
-    drawn: torch.Tensor | int | None  # its random values, if any; for noise on a GPU, the seed of what is drawn there
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        apply = CORRUPTIONS[self.name]
-        if self.drawn is None:
-            return apply(images)
-        if isinstance(self.drawn, int):
-            return apply(images, noise(DRAWS[self.name], images.shape, self.drawn, images.device).to(images.dtype))
-        return apply(images, send(self.drawn, images.device))
-
-
-@dataclass(frozen=True)
-class MixedCorruption(Draw):
-    """A corruption for each image of a batch."""
-
-    parts: list[tuple[torch.Tensor, torch.Tensor, Corruption]]  # which images change, and which it reads, int64 `[n]`
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        out = images.clone()
-        for rows, read, corruption in self.parts:
-            out[send(rows, images.device)] = corruption(images[send(read, images.device)])[: len(rows)]
-        return out
-
-
 def corrupt(images: torch.Tensor, name: str, generator: torch.Generator | None = None) -> torch.Tensor:
     """Corrupted copies of images `[N, C, H, W]` in [0, 1], of one or three channels.
 
     A `UserError` tells that `name` is none of `CORRUPTIONS`. `generator` is on the CPU; default: torch's global one.
     """
     require(name in CORRUPTIONS, unknown_name("corruption", name, CORRUPTIONS))
-    return draw_corruption(name, tuple(images.shape), generator, torch.device("cpu"))(images)
-
-
-def draw_corruption(name: str, shape: Shape, generator: torch.Generator | None, device: torch.device) -> Corruption:
-    """Draw the corruption `name` (of `CORRUPTIONS`) for a batch of `shape` `[N, C, H, W]` on `device`."""
-    draw = DRAWS.get(name)
+    apply, draw, device = CORRUPTIONS[name], DRAWS.get(name), images.device
     if draw is None:
-        return Corruption(name, None)
-    if draw in (torch.randn, torch.rand) and device.type != "cpu":  # one number per pixel and channel
-        return Corruption(name, draw_seed(generator))
-    return Corruption(name, draw(shape, generator=generator))
+        return apply(images)
+    if draw in (torch.randn, torch.rand) and device.type != "cpu":  # one number per pixel: too many to transfer
+        return apply(images, noise(draw, images.shape, draw_seed(generator), device).to(images.dtype))
+    return apply(images, send(draw(tuple(images.shape), generator=generator), device))
 
 
-def draw_mixed(names: Sequence[str], shape: Shape, generator: torch.Generator, device: torch.device) -> MixedCorruption:
-    """Draw one of `names` for each image of a batch of `shape` `[N, C, H, W]` on `device`, all equally likely."""
-    which = torch.randint(len(names), shape[:1], generator=generator)
-    parts = []
+def corrupt_mixed(images: torch.Tensor, names: Sequence[str], generator: torch.Generator) -> torch.Tensor:
+    """Copies of images, each corrupted by one of `names`; all are equally likely."""
+    which, out, parts = torch.randint(len(names), (len(images),), generator=generator), images.clone(), []
     for i in which.unique().tolist():
         rows = read = (which == i).nonzero().flatten()
         if names[i] in MEANS and len(rows) == 1:  # a mean is of two images
-            other = torch.randint(shape[0] - 1, (1,), generator=generator)
+            other = torch.randint(len(images) - 1, (1,), generator=generator)
             read = torch.cat([rows, other + (other >= rows)])
-        parts.append((rows, read, names[i]))
-    draw = partial(draw_corruption, generator=generator, device=device)
-    return MixedCorruption([(rows, read, draw(name, (len(read), *shape[1:]))) for rows, read, name in parts])
+        parts.append((names[i], rows, read))
+    for name, rows, read in parts:
+        changed = corrupt(images[send(read, images.device)], name, generator)
+        out[send(rows, images.device)] = changed[: len(rows)]
+    return out

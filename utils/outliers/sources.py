@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.compute import distributed
-from utils.compute.transfer import Draw, send
+from utils.compute.transfer import send
 from utils.core.errors import blame, require
 from utils.core.images import ImageReader
 from utils.core.pixels import conform
@@ -17,7 +17,7 @@ from utils.core.torch_files import fingerprint
 from utils.data.datasets import RealData
 from utils.data.download import fetch_pytorch_ood
 from utils.data.synthetic import SyntheticSet
-from utils.outliers.corruptions import DEFAULT_CORRUPTIONS, MEANS, draw_corruption, draw_mixed
+from utils.outliers.corruptions import DEFAULT_CORRUPTIONS, MEANS, corrupt, corrupt_mixed
 from utils.training.coresets import k_center, unit_features
 
 TINYIMAGES = "300K_random_images.npy"  # 300K Random Images (Hendrycks et al.), as pytorch-ood names the file
@@ -34,30 +34,17 @@ def distinct(total: int, n: int, generator: torch.Generator) -> Tensor:
     return torch.tensor(list(drawn)[:n])
 
 
-@dataclass(frozen=True)
-class OutlierBatch(Draw):
-    """The random part of a batch of outliers."""
-
-    index: Tensor  # int64, of the images that are read
-    corruption: Draw | None = None  # `Corruption` or `MixedCorruption`
-    count: int | None = None  # only so many of them are outliers of the batch; None: all
-
-
 class OutlierSource:
     """A source of outliers for the class slots; a subclass has these methods.
 
     `per_slot()`: how many different outliers a slot has.
-    `choose(slot, n, generator)`: draws `n` distinct outliers of a slot, or all if there are fewer: an `OutlierBatch`.
-    `batch(drawn)`: the drawn outliers, normalised `[n, C, H, W]`, on the device of the real data.
+    `draw(slot, n, generator)`: `n` distinct outliers of a slot, or all if there are fewer, normalised `[n, C, H, W]`,
+    on the device of the real data.
     `describe()`: plain values that identify the source: its `kind`, `oe` or `poe`, and its content.
     """
 
     real: RealData
     notice: str = ""  # a line for the log
-
-    def draw(self, slot: int, n: int, generator: torch.Generator) -> Tensor:
-        """`choose`, then `batch`."""
-        return self.batch(self.choose(slot, n, generator))
 
     def fingerprint(self) -> str | None:
         """SHA-256 of the images that are read in addition to the real data; None if there are none."""
@@ -86,17 +73,14 @@ class PseudoOutliers(OutlierSource):
     def per_slot(self) -> int:
         return len(self.real.images_train)
 
-    def choose(self, slot: int, n: int, generator: torch.Generator) -> OutlierBatch:
-        """Draw `n` different training images, whatever their class, and their corruption."""
+    def draw(self, slot: int, n: int, generator: torch.Generator) -> Tensor:
+        """`n` different training images, whatever their class, corrupted."""
         names = self.corruptions if self.mixed else (self.corruptions[slot % len(self.corruptions)],)
         least = 2 if {*names} & {*MEANS} else 1  # a mean is of two images
-        index = distinct(self.per_slot(), max(n, least), generator)
-        shape = (len(index), *self.real.images_train.shape[1:])
-        draw, what = (draw_mixed, names) if self.mixed else (draw_corruption, names[0])
-        return OutlierBatch(index, draw(what, shape, generator, self.real.device), n)
-
-    def batch(self, drawn: OutlierBatch) -> Tensor:
-        return self.real.normalize(drawn.corruption(self.real.unit_train(drawn.index))[: drawn.count])
+        images = self.real.unit_train(distinct(self.per_slot(), max(n, least), generator))
+        if self.mixed:
+            return self.real.normalize(corrupt_mixed(images, names, generator)[:n])
+        return self.real.normalize(corrupt(images, names[0], generator)[:n])
 
 
 @dataclass(frozen=True)
@@ -116,11 +100,9 @@ class OutlierPool(OutlierSource):
     def per_slot(self) -> int:
         return self.slices.shape[1]
 
-    def choose(self, slot: int, n: int, generator: torch.Generator) -> OutlierBatch:
-        return OutlierBatch(self.slices[slot][distinct(self.per_slot(), n, generator)])
-
-    def batch(self, drawn: OutlierBatch) -> Tensor:
-        images = self.images.index_select(0, send(drawn.index, self.images.device))
+    def draw(self, slot: int, n: int, generator: torch.Generator) -> Tensor:
+        index = self.slices[slot][distinct(self.per_slot(), n, generator)]
+        images = self.images.index_select(0, send(index, self.images.device))
         return self.real.normalize(conform(images, self.real.channel, self.real.im_size))
 
     def fingerprint(self) -> str:

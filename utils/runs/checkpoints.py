@@ -31,8 +31,7 @@ class Checkpointer:
         return time.monotonic() - self.saved > MOST_SECONDS
 
     def save(self, state: dict) -> None:
-        """Write plain values and tensors; flush the logs first."""
-        self.run.sync()
+        """Write plain values and tensors."""
         save_pt(self.path, state, keep=self.previous)
         self.saved = time.monotonic()
 

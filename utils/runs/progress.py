@@ -34,7 +34,6 @@ class Progress:
         self.warm: float | None = None  # when the first step, which may compile, was done
         self.sums: dict[str, torch.Tensor | float] = {}
         self.summed = 0
-        self.noted = ""
         self.bar = None
         if with_bar and sys.stderr.isatty():
             from tqdm import tqdm
@@ -59,7 +58,7 @@ class Progress:
         line = "  ".join(filter(None, (f"{self.what}: {self.count}/{self.total}", text, self._left())))
         self.sums, self.summed = {}, 0
         if self.bar is not None:
-            self.bar.set_postfix_str("  ".join(filter(None, (text, self.noted))))
+            self.bar.set_postfix_str(text)
         self.log(line, show=self.bar is None)
 
     def _left(self) -> str:
@@ -69,12 +68,6 @@ class Progress:
             return ""
         minutes, seconds = divmod(round((self.total - self.count) * (time.monotonic() - self.warm) / timed), 60)
         return f"left {minutes // 60}:{minutes % 60:02} h" if minutes >= 60 else f"left {minutes}:{seconds:02} min"
-
-    def note(self, text: str) -> None:
-        """Show `text` on the bar from now on."""
-        self.noted = text
-        if self.bar is not None:
-            self.bar.set_postfix_str(text)
 
     def close(self) -> None:
         """Remove the bar from the terminal."""

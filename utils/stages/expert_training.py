@@ -11,7 +11,7 @@ from networks import initialize
 from utils.compute import distributed
 from utils.compute.device import Compute, Workload, choose_compute, choose_device
 from utils.compute.transfer import send_draws
-from utils.core.errors import UserError, one_line, print_line, rank_errors, require
+from utils.core.errors import UserError, one_line, print_line, require
 from utils.core.files import read_json, save_pt, save_text
 from utils.core.rng import generator
 from utils.core.torch_files import read_pt
@@ -122,7 +122,7 @@ class ExpertTraining:
 
     def train_all(self) -> None:
         """Train the experts that are missing. After a signal it stops; completed epochs are kept."""
-        with rank_errors(), signals.catch():
+        with signals.catch():
             for index in distributed.own_share(self.settings.num_experts):
                 self._train(index, self.run.path / f"replay_buffer_{index}.pt")
                 signals.check()
@@ -195,5 +195,4 @@ class ExpertTraining:
         slots, n = self.real.num_classes, self.settings.batch_oe
         first = int(torch.randint(slots, (1,), generator=g))  # the first slot to get one of the rest, `n % slots`
         counts = [n // slots + ((slot - first) % slots < n % slots) for slot in range(slots)]
-        drawn = [self.outliers.choose(slot, count, g) for slot, count in enumerate(counts) if count]
-        return torch.cat([self.outliers.batch(d) for d in send_draws(drawn, self.real.device)])
+        return torch.cat([self.outliers.draw(slot, count, g) for slot, count in enumerate(counts) if count])

@@ -10,7 +10,7 @@ from torch import nn
 from utils.compute import distributed
 from utils.compute.device import Compute, Workload, choose_compute, choose_device
 from utils.compute.version import versions, versions_line
-from utils.core.errors import UserError, rank_errors, require
+from utils.core.errors import UserError, require
 from utils.core.files import save_text
 from utils.data.augment import dc_augmentation
 from utils.data.datasets import RealData
@@ -47,22 +47,21 @@ def run_stage3(settings: Stage3Settings) -> Results:
     sets, missing = find_sets(real, s)
     fit = stage2.fit_set(s.fit_on, real) if need_fitting(scores) else None
     batch = min(s.batch_test, len(real.images_test))  # no set is larger than the test set, nor need a batch be
-    with rank_errors():
-        own = distributed.own_share(s.num_exp)
-        nets = {index: load_trained(folder, s.model, real, index, which) for index in own}
-        example = next(iter(nets.values())) if nets else load_trained(folder, s.model, real, 0, which).cpu()
-        compute = _choose_compute(s, example, real, len(nets), len(sets), fit)
-        embed = compute.embedding(example, batch)
-        scorers = {index: Scorer(net, scores, s.T, deviation(real), embed) for index, net in nets.items()}
-        for scorer in scorers.values():
-            scorer.prepare(real.test_images[:2], fit, batch)
+    own = distributed.own_share(s.num_exp)
+    nets = {index: load_trained(folder, s.model, real, index, which) for index in own}
+    example = next(iter(nets.values())) if nets else load_trained(folder, s.model, real, 0, which).cpu()
+    compute = _choose_compute(s, example, real, len(nets), len(sets), fit)
+    embed = compute.embedding(example, batch)
+    scorers = {index: Scorer(net, scores, s.T, deviation(real), embed) for index, net in nets.items()}
+    for scorer in scorers.values():
+        scorer.prepare(real.test_images[:2], fit, batch)
     run = RunFolder.create(s.save_path, s.method, s.dataset, s.model, s.ipc, name=folder.name)
     run.save_args(as_dict(s), networks=str(folder.resolve()), device=str(device), fitted_on=fit and fit.name)
     training = stage2.training()
     tested = f"networks: {folder}, {s.num_exp} × {which}{chosen}, protocol {training['protocol']}"
     lines = [*real.lines(), *changed, *(line for ood in sets for line in ood.lines()), tested, f"computing: {compute}"]
     run.log(f"run folder: {run.path}", *filter(None, [note]), *lines, *_about_fitting(fit, scores, s.fit_on))
-    with rank_errors(), run.progress(len(sets), "OOD sets") as progress:
+    with run.progress(len(sets), "OOD sets") as progress:
         networks = score_networks(scorers, real, sets, batch, run.log_own, progress.step)
     results = results_of(networks)
     results.missing = list(missing)

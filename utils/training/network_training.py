@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from networks import initialize
 from utils.compute import distributed
-from utils.core.errors import Interrupted, UserError, blame, one_line, rank_errors, require
+from utils.core.errors import Interrupted, UserError, blame, one_line, require
 from utils.core.files import save_pt
 from utils.core.rng import generator
 from utils.core.torch_files import read_pt
@@ -102,7 +102,7 @@ class NetworkTraining:
         epoch ends in time. A `UserError` tells of a training that diverges, or a checkpoint that is not of this run.
         """
         try:
-            with rank_errors(), signals.catch():
+            with signals.catch():
                 networks = [NetworkInTraining(self, i, interval) for i in distributed.own_share(num_networks)]
                 if self.resumes:
                     self._restore(networks)

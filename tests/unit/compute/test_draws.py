@@ -1,19 +1,16 @@
-"""What is drawn for a whole iteration is what is drawn one by one, by key."""
-
-from dataclasses import replace
+"""Random draws: each from a generator of its own; and how they come to the device."""
 
 import pytest
 import torch
 from conftest import made, named
 
 from utils.compute import transfer
-from utils.compute.transfer import Draw, product_dtype
+from utils.compute.transfer import product_dtype
 from utils.core.rng import generator, noise
 from utils.data.augment import DSA, DSA_ENTRIES
-from utils.methods import learnable
 from utils.methods.gradient_matching import GradientMatching, GradientSettings
-from utils.methods.learnable import IterationDraws
-from utils.outliers.corruptions import Corruption, corrupt, draw_corruption
+from utils.outliers import corruptions
+from utils.outliers.corruptions import corrupt
 from utils.outliers.sources import PseudoOutliers
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))
@@ -29,76 +26,67 @@ def method(tiny_real):
     return method
 
 
-def equal(a, b) -> bool:
-    """The same structure with the same numbers."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, (list, tuple, dict)):
-        return len(a) == len(b) and all(equal(a[k], b[k]) for k in (a if isinstance(a, dict) else range(len(a))))
-    return equal(vars(a), vars(b)) if isinstance(a, Draw) else a == b
-
-
-def test_every_draw_has_its_key(method):
+def test_every_draw_has_its_key(method, monkeypatch):
     """By hand: the generators of `utils.core.rng`, one for each thing that is random."""
-    steps = list(method.draws.steps(0, 7, method.synthetic()))
-    assert [len(step.epochs) for step in steps] == [3, 3, 3, 0]
-    for outer, step in enumerate(steps):
+
+    def keyed(what, *key):
+        return generator(1, "match", 0, what, 7, *key)
+
+    for outer in range(2):
+        transforms = [method.transforms(which, 7, outer) for which in range(2)]
+        batches = [list(method.batches(which, 7, outer)) for which in range(2)]
         for slot in range(3):
-
-            def keyed(what, *key):
-                return generator(1, "match", 0, what, 7, *key)
-
             indices = method.real.class_indices[slot]
             order = torch.randperm(len(indices), generator=keyed("real", outer, slot))
-            assert torch.equal(step.images[slot].real, indices[order[:4]])
-            assert equal(step.images[slot].transform, STRATEGY.draw(1, (16, 16), keyed("siamese", outer, slot)))
-            expected = method.outliers.choose(slot, 5, keyed("real oe", outer, slot))
-            assert equal(step.outliers[slot].real, expected)
-            assert equal(step.outliers[slot].transform, STRATEGY.draw(1, (16, 16), keyed("siamese oe", outer, slot)))
-        assert len(step.batchnorm) == sum(min(16, len(i)) for i in method.real.class_indices)
+            assert torch.equal(batches[0][slot], method.real.train_batch(indices[order[:4]]))
+            assert torch.equal(batches[1][slot], method.outliers.draw(slot, 5, keyed("real oe", outer, slot)))
+            for of_slots, what in zip(transforms, ("siamese", "siamese oe"), strict=True):
+                expected = STRATEGY.draw(1, (16, 16), keyed(what, outer, slot))
+                assert of_slots[slot].entry == expected.entry
+                assert torch.equal(of_slots[slot].params, expected.params)
+
+
+def test_the_network_is_trained_on_draws_of_its_own(method, monkeypatch):
+    """Three epochs after each step but the last; each by hand from one generator, one after another."""
+    trained = []
+
+    def step(images, labels):
+        trained.append((images, labels))
+        return images.sum()
+
+    monkeypatch.setattr(method.trainer, "step", step)
+    synthetic = method.synthetic()
+    for outer in range(2):
+        method._train_network(method.generator("inner", 7, outer))
+    for outer in range(2):
         g = generator(1, "match", 0, "inner", 7, outer)
-        for (batch,) in step.epochs:
-            assert torch.equal(batch.index, torch.randperm(6, generator=g))
-            assert torch.equal(batch.index_oe, torch.randperm(6, generator=g))
-            assert equal(batch.transform, STRATEGY.draw(6, (16, 16), g))
-            assert equal(batch.transform_oe, STRATEGY.draw(6, (16, 16), g))
-
-
-def test_one_transfer_of_each_type_for_an_iteration(method, monkeypatch):
-    sent = []
-    monkeypatch.setattr(transfer, "send", lambda t, device: (sent.append(t.dtype), t)[1])
-    cuda = torch.device("cuda")
-    monkeypatch.setattr(learnable, "send_draws", lambda draws, device: transfer.send_draws(draws, cuda))
-    step_by_step = list(method.draws.steps(0, 0, method.synthetic()))
-    assert not sent
-    method.draws.together = True  # as for a GPU
-    assert equal(list(method.draws.steps(0, 0, method.synthetic())), step_by_step)
-    assert sorted(map(str, sent)) == ["torch.float32", "torch.int64"]
-
-
-def test_drawn_ahead_is_drawn_in_time(method, monkeypatch):
-    expected = list(method.draws.steps(0, 3, method.synthetic()))
-    method.draws.together = True  # as for a GPU
-    method.draws.look_ahead(0, 3, method.synthetic())
-    with monkeypatch.context() as patch:
-        patch.setattr(IterationDraws, "_step", None)  # nothing is drawn again
-        assert equal(list(method.draws.steps(0, 3, method.synthetic())), expected)
-    method.draws.look_ahead(0, 5, method.synthetic())  # for another iteration than the one that comes
-    assert equal(list(method.draws.steps(0, 3, method.synthetic())), expected)
-    assert method.draws.ahead is None
+        for images, labels in trained[3 * outer : 3 * outer + 3]:
+            index, index_oe = (torch.randperm(6, generator=g) for _ in range(2))
+            parts = [STRATEGY.draw(6, (16, 16), g)(x) for x in (synthetic.images[index], synthetic.images_oe[index_oe])]
+            torch.testing.assert_close(images, torch.cat(parts))
+            assert torch.equal(labels, synthetic.labels[index])
+    assert len(trained) == 6
+    calls = []
+    monkeypatch.setattr(method, "_train_network", lambda g: calls.append(g.initial_seed()))
+    method.iterate(7)
+    assert calls == [generator(1, "match", 0, "inner", 7, outer).initial_seed() for outer in range(3)]
 
 
 @pytest.mark.parametrize(("name", "kind"), [("gauss-speckle", torch.randn), ("uniform-speckle", torch.rand)])
-def test_noise_of_a_draw_depends_on_its_seed_alone(tiny_real, name, kind):
-    images = tiny_real.images_train / 255
-    drawn = draw_corruption(name, tuple(images.shape), generator(2), torch.device("cuda"))
-    assert isinstance(drawn.drawn, int)
-    n = kind(images.shape, generator=torch.Generator().manual_seed(drawn.drawn))
-    torch.testing.assert_close(drawn(images), (images + images * n).clamp(0, 1))
-    assert torch.equal(drawn(images), drawn(images))
-    assert not torch.equal(drawn(images), replace(drawn, drawn=drawn.drawn + 1)(images))
-    assert equal(Corruption(name, n)(images), corrupt(images, name, torch.Generator().manual_seed(drawn.drawn)))
-    assert noise(kind, (2, 3), 5, torch.device("cpu")).shape == (2, 3)
+def test_noise_on_a_gpu_depends_on_one_number_alone(name, kind, monkeypatch):
+    asked = []
+    monkeypatch.setattr(corruptions, "noise", lambda *of: (asked.append(of), torch.zeros(of[1], device="meta"))[1])
+    for seed in (2, 2, 3):
+        corrupt(torch.zeros(4, 3, 8, 8, device="meta"), name, generator(seed))
+    first, again, other = asked
+    assert first == again
+    assert first[:2] == other[:2] == (kind, (4, 3, 8, 8))
+    assert first[2] != other[2]
+    images = torch.rand(4, 3, 8, 8, generator=generator(1))
+    drawn = noise(kind, (4, 3, 8, 8), first[2], torch.device("cpu"))
+    assert torch.equal(drawn, kind((4, 3, 8, 8), generator=torch.Generator().manual_seed(first[2])))
+    expected = (images + images * drawn).clamp(0, 1)
+    torch.testing.assert_close(corrupt(images, name, torch.Generator().manual_seed(first[2])), expected)
 
 
 def test_tensors_in_tuples_are_sent_too(monkeypatch):

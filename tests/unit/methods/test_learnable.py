@@ -15,8 +15,8 @@ from utils.data.augment import DSA, DSA_ENTRIES
 from utils.data.synthetic import SyntheticSet
 from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.gradient_matching import GradientMatching, GradientSettings
-from utils.outliers.corruptions import MixedCorruption, corrupt, draw_mixed
-from utils.outliers.sources import PseudoOutliers, k_center_outliers
+from utils.outliers.corruptions import corrupt, corrupt_mixed
+from utils.outliers.sources import PseudoOutliers, distinct, k_center_outliers
 from utils.training.coresets import k_center
 
 STRATEGY = DSA(tuple(DSA_ENTRIES))
@@ -32,8 +32,7 @@ METHODS = {"DSA": GradientMatching, "DM": DistributionMatching}
 def test_mixed_corruptions_by_a_slow_loop():
     images = torch.rand(60, 3, 16, 16, generator=generator(0))
     before, names = images.clone(), ("jigsaw", "invert", "pixelate")
-    drawn = draw_mixed(names, tuple(images.shape), generator(1), images.device)
-    out = drawn(images)
+    out = corrupt_mixed(images, names, generator(1))
     assert torch.equal(images, before)
     used = []
     for one, result in zip(images, out, strict=True):
@@ -46,19 +45,20 @@ def test_mixed_corruptions_by_a_slow_loop():
 def test_noise_of_mixed_corruptions_repeats_with_the_seed():
     images = torch.rand(8, 3, 16, 16, generator=generator(0))
     names = ("gauss-speckle", "avg-mean")
-    first, again, other = (draw_mixed(names, (8, 3, 16, 16), generator(s), images.device)(images) for s in (1, 1, 2))
+    first, again, other = (corrupt_mixed(images, names, generator(s)) for s in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
 def test_a_source_of_mixed_corruptions(tiny_real):
     source = PseudoOutliers(tiny_real, ("jigsaw", "invert"), mixed=True)
-    drawn = source.choose(0, 30, generator(1))
-    assert isinstance(drawn.corruption, MixedCorruption)
-    pixels = tiny_real.images_train[drawn.index] / 255
+    drawn = source.draw(0, 30, generator(1))
+    pixels = tiny_real.images_train[distinct(36, 30, generator(1))] / 255
     accepted = [tiny_real.normalize(corrupt(pixels, name)) for name in ("jigsaw", "invert")]
-    for i, image in enumerate(source.batch(drawn)):
-        assert min((a[i] - image).abs().max() for a in accepted) < 1e-5
+    nearest = [min(range(2), key=lambda k: (accepted[k][i] - image).abs().max()) for i, image in enumerate(drawn)]
+    for k, i, image in zip(nearest, range(30), drawn, strict=True):
+        assert (accepted[k][i] - image).abs().max() < 1e-5
+    assert {*nearest} == {0, 1}
     assert source.describe() == {"kind": "poe", "corruptions": ["jigsaw", "invert"], "mixed": True}
     assert "mixed" not in PseudoOutliers(tiny_real).describe()
 

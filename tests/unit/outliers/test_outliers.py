@@ -9,7 +9,7 @@ from utils.core.errors import UserError
 from utils.core.pixels import conform
 from utils.core.rng import generator
 from utils.outliers.corruptions import CORRUPTIONS, DEFAULT_CORRUPTIONS, corrupt
-from utils.outliers.sources import OutlierPool, PseudoOutliers, load_outlier_pool
+from utils.outliers.sources import OutlierPool, PseudoOutliers, distinct, load_outlier_pool
 
 
 def images(n=6, c=3, h=32, w=32) -> torch.Tensor:
@@ -186,9 +186,8 @@ def test_pool_of_objects_is_not_unpickled(tiny_real, tmp_path):
 def test_a_single_outlier_is_a_mean_of_two_images(name, mixed, tiny_real):
     """At one image per class, too, no training image passes for an outlier."""
     source = PseudoOutliers(tiny_real, (name,), mixed)
-    drawn = source.choose(0, 1, generator(4))
-    (out,) = source.batch(drawn)
-    first, second = tiny_real.images_train[drawn.index] / 255
+    (out,) = source.draw(0, 1, generator(4))
+    first, second = tiny_real.images_train[distinct(source.per_slot(), 2, generator(4))] / 255
     mean = (first + second) / 2 if name == "avg-mean" else (first * second).sqrt()
     torch.testing.assert_close(out, tiny_real.normalize(mean[None])[0])
 
@@ -196,8 +195,7 @@ def test_a_single_outlier_is_a_mean_of_two_images(name, mixed, tiny_real):
 def test_no_mixed_mean_leaves_an_image_as_it_is(tiny_real):
     source = PseudoOutliers(tiny_real, ("invert", "avg-mean", "geo-mean"), mixed=True)
     for seed in range(20):
-        drawn = source.choose(0, 4, generator(seed))
-        outliers = source.batch(drawn)
+        outliers = source.draw(0, 4, generator(seed))
         assert len(outliers) == 4
         images = tiny_real.normalize(tiny_real.images_train / 255)
         distances = torch.cdist(outliers.flatten(1), images.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
