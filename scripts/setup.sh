@@ -24,4 +24,5 @@ if [ ! -e "$stamp" ]; then
         { echo "setup: .venv has no pip. On Debian and Ubuntu: apt-get install python3-venv, and try again; or remove .venv" >&2; exit 2; }
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
     touch "$stamp"
+    echo "setup: done; now: source .venv/bin/activate"
 fi

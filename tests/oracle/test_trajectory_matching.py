@@ -459,7 +459,7 @@ def test_from_experts_to_the_report(in_process, refused, tmp_path):
     assert "instead of" in refused("train_experts.py", *TEACH)  # plain ones beside those of POE
     assert "training" in refused("train_experts.py", *TEACH_POE, "--lr_teacher", 0.1)
     needs = refused("main_poe.py", *STAGE1, "--max_start_epoch", 6)
-    assert "and --method MTT needs epoch 7; train them for longer, or lower --max_start_epoch or" in needs
+    assert "and epoch 7 is needed; train them for longer, or lower --max_start_epoch or" in needs
     out = in_process("main_poe.py", *STAGE1)
     accuracies = [
         float(line.split("accuracy ")[1].split()[0])

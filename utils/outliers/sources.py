@@ -1,6 +1,7 @@
 """Outliers that are not distilled: from a pool of real images (OE), or corrupted training images (POE); random ones,
 those that k-center chooses, and those that are new in every epoch of training."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,6 +46,7 @@ class OutlierSource:
 
     real: RealData
     notice: str = ""  # a line for the log
+    slot_names: Sequence[str] = ()  # what is special of the outliers of each slot, for pictures
 
     def fingerprint(self) -> str | None:
         """SHA-256 of the images that are read in addition to the real data; None if there are none."""
@@ -66,6 +68,12 @@ class PseudoOutliers(OutlierSource):
         unused = () if self.mixed else self.corruptions[self.real.num_classes :]
         few = f"{self.real.num_classes} classes take as many of --corruptions"
         return f"{few}: {', '.join(unused)} not used; --mix_corruptions takes all" if unused else ""
+
+    @property
+    def slot_names(self) -> tuple[str, ...]:
+        """The corruption of each slot, if it has one."""
+        slots = () if self.mixed else range(self.real.num_classes)
+        return tuple(self.corruptions[slot % len(self.corruptions)] for slot in slots)
 
     def describe(self) -> dict:
         return {"kind": "poe", "corruptions": list(self.corruptions)} | ({"mixed": True} if self.mixed else {})

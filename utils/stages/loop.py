@@ -178,13 +178,13 @@ class Distillation:
         """Write the distilled sets so far, and pictures of the newest."""
         s, state = self.settings, self.state
         self._write(self.path, [*state.finished, newest], state.all_accs())
-        names = self.real.class_names
-        pictures = {"vis": (newest.images, names), "vis_oe": (newest.images_oe, ())}
+        names, names_oe = self.real.class_names, getattr(self.method.outliers, "slot_names", ())
+        pictures = {"vis": (newest.images, names), "vis_oe": (newest.images_oe, names_oe)}
         if newest.factor > 1:
             parts = newest.decoded()
             order = parts.labels.argsort(stable=True)  # decoding leaves them part by part; a row shows a class
             outliers = None if parts.images_oe is None else parts.images_oe[order]
-            pictures |= {"vis_parts": (parts.images[order], names), "vis_parts_oe": (outliers, ())}
+            pictures |= {"vis_parts": (parts.images[order], names), "vis_parts_oe": (outliers, names_oe)}
         point = f"{self.real.name}_{s.model}_{s.ipc}ipc_exp{state.exp}_iter{state.iteration}"
         for prefix, (images, of_rows) in pictures.items():
             if images is not None and distributed.is_main():

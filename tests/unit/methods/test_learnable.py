@@ -53,7 +53,7 @@ def test_noise_of_mixed_corruptions_repeats_with_the_seed():
 def test_a_source_of_mixed_corruptions(tiny_real):
     source = PseudoOutliers(tiny_real, ("jigsaw", "invert"), mixed=True)
     drawn = source.draw(0, 30, generator(1))
-    pixels = tiny_real.images_train[distinct(36, 30, generator(1))] / 255
+    pixels = tiny_real.images_train[distinct(source.per_slot(), 30, generator(1))] / 255
     accepted = [tiny_real.normalize(corrupt(pixels, name)) for name in ("jigsaw", "invert")]
     nearest = [min(range(2), key=lambda k: (accepted[k][i] - image).abs().max()) for i, image in enumerate(drawn)]
     for k, i, image in zip(nearest, range(30), drawn, strict=True):
