@@ -29,7 +29,7 @@ from utils.core.errors import UserError, blame, one_line, require
 from utils.core.files import writing
 from utils.core.run_script import run_script
 from utils.data.distilled_file import DistilledFile, Normalisation
-from utils.data.synthetic import SyntheticSet
+from utils.data.synthetic import in_classes_of
 from utils.exchange.assumptions import Assumptions
 from utils.exchange.convert import read_distilled
 from utils.exchange.formats import SAFETENSORS, find_files
@@ -37,7 +37,7 @@ from utils.methods import METHODS
 from utils.report.card import Published, card
 from utils.report.plots import save_grid
 from utils.report.results import Results, load_results
-from utils.runs.lineage import TRAINED_ON, args_or_nothing, distilled_set_of
+from utils.runs.lineage import TRAINED_ON, args_or_nothing, set_of_networks
 from utils.settings.arguments import Experiment, Stage2Settings, Stage2SettingsNoOE
 from utils.settings.common import Data, read_data
 from utils.settings.fields import Settings, as_words, flag, flags_of
@@ -90,7 +90,7 @@ def main(settings: PublishSettings) -> None:
         method=s.method or published.flags.get("method") or "",
         license=s.license,
         strategy=s.dsa_strategy or _strategy(published.flags),
-        results=_results(s.results, published.synthetic),
+        results=_results(s.results, published),
     )
     published = replace(published, train_command=_train_command(published))
     try:
@@ -126,21 +126,21 @@ def _train_command(f: Published) -> str:
     return shlex.join(["python", script, *as_words(settings)])
 
 
-def _results(folders: Sequence[str], synthetic: SyntheticSet) -> dict[str, Results]:
+def _results(folders: Sequence[str], published: Published) -> dict[str, Results]:
     """The results of stage-3 folders by network and outliers; folders of the same ones are numbered.
 
     Raises:
         UserError: for results of networks that were trained on another set.
     """
     results: dict[str, Results] = {}
-    own = synthetic.decoded()
+    own = published.synthetic.decoded()
     for folder in map(Path, folders):
         networks = args_or_nothing(folder).get("networks")
         if not isinstance(networks, str):
             raise UserError(f"--results: {folder} is no folder of stage 3: its args.json names no networks")
         try:
-            file, exp_idx = distilled_set_of(Path(networks))
-            trained_on = file.set(exp_idx).decoded()  # as stage 2 writes those with other outliers
+            file = set_of_networks(Path(networks))
+            trained_on = in_classes_of(published.class_names, file.set(), file.class_names, str(file.path)).decoded()
         except UserError as error:
             raise UserError(f"--results: {folder}: {error}; its set cannot be compared with this one") from None
         told = f"--results: the networks of {folder} were trained"

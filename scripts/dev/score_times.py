@@ -23,7 +23,7 @@ from utils.data.datasets import RealData, load_dataset
 from utils.ood.scorer import FitSet, Scorer
 from utils.ood.scores import ALL_SCORES, need_fitting, require_library
 from utils.report.tables import markdown_table
-from utils.runs.lineage import args_or_nothing, distilled_set_of
+from utils.runs.lineage import args_or_nothing, set_of_networks
 from utils.settings.parser import Parser, count, one_of
 from utils.training.network_training import load_trained
 
@@ -51,8 +51,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"{folder} is no run folder of stage 2; give one, e.g. result-model-synthetic-oe/…/<time>")
     real = load_dataset(flags["dataset"], args.data_path, flags.get("im_size"), False, flags.get("zca", False))
     real = real.to(choose_device(args.device))
-    file, exp_idx = distilled_set_of(folder)
-    synthetic = file.set(exp_idx, real).decoded().to(real.device)
+    synthetic = set_of_networks(folder).set(0, real).decoded().to(real.device)
     sets = {
         "distilled": FitSet("distilled set", synthetic.hard_labels, lambda index: synthetic.images[index]),
         "real": FitSet("real training set", real.labels_train, real.train_batch),

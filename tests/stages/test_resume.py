@@ -390,21 +390,38 @@ def test_the_whole_set_is_known_by_its_data(in_process, refused, monkeypatch, tm
         assert "the data differ from those" in refused("train_model_synthetic_oe.py", "--resume", folder)
 
 
-def test_a_distilled_set_that_changed_or_moved(whole, copied, in_process, refused, tmp_path):
+@pytest.mark.parametrize("code", ["present", "older"])
+def test_a_distilled_set_that_changed_or_moved(whole, copied, in_process, refused, tmp_path, code):
+    """A run resumes with the set in its folder; one of older code has none, and takes that of stage 1 once more."""
     script = "train_model_synthetic_oe.py"
     (made,) = (whole / "one").rglob("res_*.pt")
     moved = tmp_path / "moved" / made.parent.relative_to(whole / "one")
     shutil.copytree(made.parent, moved)
-    folder = copied("two", distilled_set=str(tmp_path / "gone.pt"))
-    assert "gone.pt. Put it back, or give its place now with --load_path" in refused(script, "--resume", folder)
-    flags = ["--resume", folder, "--load_path", tmp_path / "moved"]
-    assert "is finished" in in_process(script, *flags)
+    folder, elsewhere = copied("two"), ["--load_path", tmp_path / "moved"]
+    if code == "older":
+        (folder / "trained_on.pt").unlink()
+    changed = moved / made.name if code == "older" else folder / "trained_on.pt"
+    assert "is finished" in in_process(script, "--resume", folder, *elsewhere)
     assert "is finished" in in_process(script, "--resume", folder)  # the command needs no more than the folder again
-    assert json.loads((folder / "args.json").read_text())["distilled_set"] == str(moved / made.name)
-    content = load(moved / made.name)
+    content = load(changed)
     content["data"][0][0][0, 0, 0, 0] += 1
-    torch.save(content, moved / made.name)
-    assert "--load_path: the data differ from those" in refused(script, *flags)
+    torch.save(content, changed)
+    assert "--load_path: the data differ from those" in refused(script, "--resume", folder)
+
+
+def test_a_run_of_stage_2_needs_stage_1_no_more(whole, processes, tmp_path):
+    """It is stopped, and resumed to the same bits after its distilled set is gone."""
+    shutil.copytree(whole / "one", tmp_path / "one")
+    pid = processes.start(tmp_path, "train_model_synthetic_oe.py", [*STAGE2, tmp_path / "one", "--save_path", "two"])
+    wait_for(lambda: saved(tmp_path / "two"))
+    os.kill(pid, signal.SIGKILL)
+    processes.wait()
+    shutil.rmtree(tmp_path / "one")
+    expected, found = (run_folder(f / "two") for f in (whole, tmp_path))
+    processes.run(tmp_path, "train_model_synthetic_oe.py", ["--resume", found])
+    networks = [sorted(folder.glob("syn_trained_*.pt")) for folder in (expected, found)]
+    assert all(same_tensors(load(a), load(b)) for a, b in zip(*networks, strict=True))
+    assert lines(expected) == lines(found)
 
 
 def test_start_images_from_a_folder_elsewhere(whole, in_process, refused, tmp_path, monkeypatch):

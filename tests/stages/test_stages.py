@@ -27,6 +27,7 @@ from utils.data.augment import DSA
 from utils.data.distilled_file import DistilledFile
 from utils.data.download import FROM_PYTORCH_OOD, NotThere
 from utils.data.synthetic import SyntheticSet
+from utils.methods import augmentation_of
 from utils.methods.distribution_matching import DistributionMatching
 from utils.methods.gradient_matching import GradientMatching, GradientSettings
 from utils.methods.trajectory_matching import TrajectoryMatching, TrajectorySettings
@@ -42,9 +43,9 @@ from utils.runs.progress import Progress
 from utils.runs.run_folder import RunFolder
 from utils.settings.arguments import Stage2Settings, command_of
 from utils.settings.distillation import ExpertSettings
-from utils.stages.evaluation import EvalSettings, Evaluator
+from utils.stages.evaluation import EvalSettings, Evaluator, training_of
 from utils.stages.expert_training import ExpertTraining, open_expert_run
-from utils.stages.stage2 import stage3_command
+from utils.stages.stage2 import _how_trained, stage3_command
 from utils.training.experts import ExpertBuffer, describe
 from utils.training.network_training import is_checkpoint_epoch, load_trained
 from utils.training.trainer import Trainer, TrainSettings, accuracy_of, predict
@@ -316,28 +317,33 @@ def test_the_last_epoch_is_tested_when_none_is_named(epochs, networks_of, in_pro
     assert "2 × epoch200 (--epoch_train is left out: 200 is the last epoch)" in out
     (about,) = (tmp_path / "result-test-ood-synthetic").rglob("args.json")
     assert json.loads(about.read_text())["flags"]["epoch_train"] == 200
-    protocol = "unknown" if epochs is None else "dc"  # a folder of the published code does not say it
     out = in_process(*TEST, 2, "--epoch_train", 160)
-    assert re.search(rf"2 × epoch160, protocol {protocol}$", out, re.MULTILINE)
-
-
-OF_DSA = {"method": "DSA", "dsa_strategy": "crop", "model": "ConvNetD1"}
+    assert re.search(r"2 × epoch160, protocol unknown$", out, re.MULTILINE)  # folders of older code do not say it
 
 
 @pytest.mark.parametrize(
-    ("stored", "more"),
+    ("flags", "start", "rate", "more"),
     [
-        ({"flags": {"outliers": "distilled", "lambda_oe": 0.5, **OF_DSA}}, ""),
-        ({"flags": {"outliers": "distilled", "lambda_oe": 2.0}}, ", lambda_oe 2.0"),
-        ({"flags": {"outliers": "none", "lambda_oe": 2.0, **OF_DSA, "method": "DC"}}, ", augmentation none"),
-        ({"flags": {**OF_DSA, "method": "DC", "model": "ConvNetBN"}}, ""),  # it has that of DC
-        ({"flags": {"outliers": "initial"}, "start": "random, not its own"}, ", outliers random, not its own"),
+        ({"lambda_oe": 0.5}, "", None, ""),
+        ({"lambda_oe": 2.0}, "", None, ", lambda_oe 2.0"),
+        ({"outliers": "none", "lambda_oe": 2.0, "method": "DC"}, "", None, ", augmentation none"),
+        ({"method": "DC", "model": "ConvNetBN"}, "", None, ""),  # it has that of DC
+        ({"outliers": "initial"}, "random, not its own", None, ", outliers random, not its own"),
+        ({"mix": "mixup", "batch_train": 9}, "", None, ", mix mixup, batch_train 9"),
+        ({}, "", 0.05, ", learning rate learned"),
+        ({"lr_net": 0.02}, "", 0.05, ", lr_net 0.02"),
+        ({"optimizer": "adamw"}, "", 0.05, ", optimizer adamw"),
     ],
 )
-def test_tables_say_what_is_out_of_the_ordinary(stored, more, networks_of, in_process, tmp_path):
+def test_tables_say_what_is_out_of_the_ordinary(flags, start, rate, more, networks_of, in_process, tmp_path):
+    """As stage 2 writes it; `rate` is the learning rate of the set, which SGD takes."""
+    usual = {"method": "DSA", "dsa_strategy": "crop", "dataset": "Digits", "model": "ConvNetD1"}
+    s, images = Stage2Settings(**usual | flags), SyntheticSet(torch.zeros(1, 1, 8, 8), torch.zeros(1), lr_net=rate)
+    training = training_of(s, s.model, augmentation_of(s.method, s.dsa_strategy))
+    training = replace(training, epochs=60, lr=training.learning_rate(images))
     networks_of((60,), epochs=60)
     (path,) = tmp_path.rglob("args.json")
-    path.write_text(json.dumps({"epochs": 60} | stored))
+    path.write_text(json.dumps({"epochs": 60, "flags": {}, "training": _how_trained(s, training, start)}))
     in_process(*TEST, 1)
     (tested,) = (tmp_path / "result-test-ood-synthetic").rglob("results.json")
     assert load_results(tested.parent).protocols == (f"dc, 60 epochs{more}",)

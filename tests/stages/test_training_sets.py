@@ -948,35 +948,45 @@ def test_results_of_other_labels_are_not_published(digits, in_process, refused, 
     assert "began without a pool; leave it out" in refused("train_model_synthetic_oe.py", *more)
 
 
-def test_a_run_that_went_on_since_is_no_more_the_set_of_its_networks(in_parts, in_process, refused, tmp_path):
-    """Detectors are not fitted on it, and it is not published with their results."""
+@pytest.mark.parametrize("kind", ["distilled", "corrupt", "none"])
+def test_networks_keep_their_set_as_it_is_stored(in_parts, in_process, tmp_path, kind):
+    """In parts, and with the outliers that they see; what stage 1 wrote besides is left out."""
+    path, stored = in_parts
+    flags = ["--num_eval", 1, "--epoch_eval_train", 1, "--load_path", path.parents[5], "--outliers", kind]
+    in_process(WITH_OE, *PARTS, *flags, "--save_path", "two")
+    (own,) = (tmp_path / "two").rglob("trained_on.pt")
+    found = DistilledFile.open(own).set()
+    assert found.factor == 2
+    assert torch.equal(found.images, stored.images)
+    assert (found.images_oe is None) == (kind != "distilled")
+    assert own.stat().st_size < 1.1 * path.stat().st_size
+    assert "is finished" in in_process(WITH_OE, "--resume", "latest", "--save_path", "two")
+
+
+def test_a_run_that_goes_on_or_away_changes_nothing_for_its_networks(in_parts, in_process, refused, tmp_path):
+    """Detectors are fitted on the set that they were trained on, which is in their folder, and drawn as before."""
     shutil.copytree(in_parts[0].parents[5], tmp_path / "one")
     (path,) = (tmp_path / "one").rglob("res_*.pt")
-    test = [*PARTS[:6], "--ipc", 1, "--num_exp", 1, "--is_load_best", "--ood_sets", "blob"]
+    train = [*PARTS, "--num_eval", 1, "--epoch_eval_train", 1, "--load_path", "one"]
+    test = ["test_ood_model_syn.py", *PARTS[:6], "--ipc", 1, "--num_exp", 1, "--is_load_best", "--ood_sets", "blob"]
     for kind in ("distilled", "initial"):
-        flags = [
-            "--num_eval",
-            1,
-            "--epoch_eval_train",
-            1,
-            "--load_path",
-            "one",
-            "--outliers",
-            kind,
-            "--save_path",
-            kind,
-        ]
-        in_process(WITH_OE, *PARTS, *flags)
-        in_process("test_ood_model_syn.py", *test, "--load_path", kind, "--save_path", f"{kind}-ood")
+        in_process(WITH_OE, *train, "--outliers", kind, "--save_path", kind)
+        in_process(*test, "--load_path", kind, "--score", "knn", "--save_path", f"{kind}-ood")
     results = [run_folder(tmp_path / f"{kind}-ood") for kind in ("distilled", "initial")]
     in_process("scripts.publish", path, "--out", "published", "--results", *results)
     assert "1 × ConvNetD1, initial outliers" in (tmp_path / "published" / "README.md").read_text(encoding="utf-8")
     content = torch.load(path, weights_only=True)
     content["data"][0][0].mul_(0.5)
     torch.save(content, path)
-    told = "holds now: its run went on since"
-    assert told in refused("scripts.publish", path, "--out", "x", "--results", results[0])
-    assert told in refused("test_ood_model_syn.py", *test, "--load_path", "distilled", "--score", "knn")
+    error = refused("scripts.publish", path, "--out", "x", "--results", results[0])
+    assert "were trained on another set" in error
+    for change in (lambda: None, lambda: shutil.rmtree(tmp_path / "one")):
+        change()
+        in_process(*test, "--load_path", "distilled", "--score", "knn", "--save_path", "again")
+        again = run_folder(tmp_path / "again")
+        assert load_results(again) == load_results(results[0])
+        assert (again / "distilled.png").read_bytes() == (results[0] / "distilled.png").read_bytes()
+        shutil.rmtree(tmp_path / "again")
 
 
 @pytest.mark.parametrize("by_path", [False, True])
@@ -990,8 +1000,8 @@ def test_outliers_beside_a_set_in_parts(in_parts, digits, kind, by_path, tmp_pat
     assert chosen.ipc(10) == 1
     net = get_network("ConvNetD1", 1, 10, (8, 8), generator(0)).eval()
     found = with_outliers(settings, chosen, digits, lambda: net).synthetic
-    assert torch.equal(found.images, stored.decoded().images)
-    assert found.num_outliers == (0 if kind == "none" else 40)
+    assert torch.equal(found.decoded().images, stored.decoded().images)
+    assert found.num_outliers == found.decoded().num_outliers == (0 if kind == "none" else 40)
     if kind == "initial":
         source = PseudoOutliers(digits)
         assert _start_of(settings, chosen, source) == ("random" if by_path else "as distillation begins")

@@ -1,4 +1,4 @@
-"""The file of distilled sets, `res_….pt`: its one reader and writer.
+"""The file of distilled sets, `res_….pt`, and that of stage 2, `trained_on.pt`: its one reader and writer.
 
 It is a dict in the layout of the published code: `data`, a list of `[images, labels]` per experiment, and with outliers
 `data_oe`, a list of `[outliers, zeros]` (CPU, float32, normalised; int64); `accs_all_exps`, lists of accuracies by
@@ -19,7 +19,7 @@ import torch
 from utils.compute.version import VERSION
 from utils.core.errors import require
 from utils.core.files import save_pt
-from utils.core.torch_files import PLAIN_INTEGERS, PLAIN_TENSORS, fingerprint, read_pt
+from utils.core.torch_files import PLAIN_INTEGERS, PLAIN_TENSORS, read_pt
 from utils.data.datasets import RealData
 from utils.data.synthetic import SyntheticSet, check_factor, in_classes_of, is_probabilities
 from utils.data.whitening import ZCA
@@ -168,11 +168,6 @@ class DistilledFile:
         synthetic = SyntheticSet(images, labels, images_oe, lr_net, factor=factor)
         return synthetic if real is None else self._checked(synthetic, real)
 
-    def fingerprint(self, exp_idx: int = 0) -> str:
-        """SHA-256 of the images, labels and outliers of one experiment, as they are stored."""
-        one = self.set(exp_idx)
-        return fingerprint((one.images, one.labels, one.images_oe))
-
     def start(self, real: RealData, ipc: int, with_outliers: bool, factor: int = 1) -> list[SyntheticSet]:
         """The sets of all experiments, for a distillation to start from; a `UserError` tells that one does not fit."""
         sets = [self.set(exp_idx, real) for exp_idx in range(max(1, len(self._content["data"])))]
@@ -223,7 +218,8 @@ class DistilledFile:
             f"({len(known)} classes, {known[0]}..{known[-1]}, images {shape}), not from {real.num_classes} classes of "
             f"{wanted}{cure}",
         )
-        synthetic, stored = in_classes_of(real, synthetic, self.class_names, str(path)), self.normalisation()
+        synthetic = in_classes_of(real.class_names, synthetic, self.class_names, str(path))
+        stored = self.normalisation()
         how = "with it; give" if stored.zca else "without it; leave out"
         require((stored.zca is None) == (real.zca is None), f"--zca: {path} was made {how} --zca")
         told = (

@@ -1,6 +1,6 @@
 """The synthetic set: labelled images and outliers that networks are trained on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from utils.core.errors import require
-from utils.data.datasets import RealData
 from utils.data.identity import class_order, renumbered
 
 
@@ -66,13 +65,13 @@ class SyntheticSet:
         return replace(self, images_oe=None, fresh_oe=None)
 
 
-def in_classes_of(real: RealData, synthetic: SyntheticSet, class_names: object, what: str) -> SyntheticSet:
-    """The set with the labels of `real`, sorted by class, if its own classes had another order.
+def in_classes_of(known: Sequence[str], synthetic: SyntheticSet, class_names: object, what: str) -> SyntheticSet:
+    """The set with labels in the order of the classes `known`, sorted by class, if its own had another order.
 
     `class_names` are those of the set in the order of its labels.
     A `UserError`, which names the file `what`, tells that the names of the classes differ.
     """
-    order = class_order(class_names, real.class_names, what)
+    order = class_order(class_names, known, what)
     if order is None:
         return synthetic
     moved = replace(synthetic, labels=renumbered(synthetic.labels, order))

@@ -27,25 +27,24 @@ OF_DC = (
 class TrainingSet:
     """A set to train on."""
 
-    synthetic: SyntheticSet
+    synthetic: SyntheticSet  # as stage 2 stores it; networks are trained on the `decoded` one
     lines: tuple[str, ...] = ()  # for the log: what was found and assumed
-    held_by: tuple[Path, str] | None = None  # the `res_….pt` that holds it, if one does, and its fingerprint
     origin: Path | None = None  # the run of stage 1 that its images are from, if there is one
-    factor: int = 1  # the set is decoded; stored images held factor × factor of its own
+    factor: int = 1  # images of its source held factor × factor parts, whether they are decoded here or not
     start: str = ""  # what its outliers before distilling are, if they are not those that its distillation began with
 
     @property
     def stored(self) -> int:
-        """The number of stored images."""
-        return len(self.synthetic.images) // self.factor**2
+        """The number of images of its source."""
+        return len(self.synthetic.images) * self.synthetic.factor**2 // self.factor**2
 
     def ipc(self, num_classes: int) -> int:
-        """Stored images per class, rounded down, at least 1."""
+        """Images of its source per class, rounded down, at least 1."""
         return max(1, self.stored // num_classes)
 
-    def changed(self, synthetic: SyntheticSet, line: str, held_by: tuple[Path, str] | None = None) -> "TrainingSet":
-        """The set with other outliers, and a line on them."""
-        return replace(self, synthetic=synthetic, lines=(*self.lines, line), held_by=held_by)
+    def changed(self, synthetic: SyntheticSet, *said: str) -> "TrainingSet":
+        """The set with other outliers, and a line on them: what is `said`, if it is not empty."""
+        return replace(self, synthetic=synthetic, lines=(*self.lines, "; ".join(filter(None, said))))
 
 
 def read_distilled(
@@ -95,7 +94,7 @@ def read_distilled(
         elif raw.images_oe is not None:
             images_oe = _in_training_space(decode(raw.images_oe, factor, normalisation.fill), normalisation, real)
         synthetic = SyntheticSet(images, labels, images_oe, raw.lr_net)
-        synthetic = in_classes_of(real, synthetic, raw.class_names, where)
+        synthetic = in_classes_of(real.class_names, synthetic, raw.class_names, where)
     lines = (line, *_unsaid(raw, files.format, real, assumed), raw.note, line_oe)
     return TrainingSet(synthetic, tuple(filter(None, lines)), factor=factor * raw.decoded)
 

@@ -206,12 +206,13 @@ class FreshOutliers:
 
 
 def with_fresh(synthetic: SyntheticSet, source: OutlierSource, keeps: bool = False) -> SyntheticSet:
-    """The set with other outliers of `source` in every epoch: as many as it has images.
+    """The set with other outliers of `source` in every epoch: as many as it has images once it is decoded.
 
     `keeps`: as many as it has outliers, which stay in `images_oe`.
     """
     kept = synthetic.images_oe if keeps else None
-    per_slot = -(-len(synthetic.images if kept is None else kept) // source.real.num_classes)
+    count = len(synthetic.images if kept is None else kept) * synthetic.factor**2
+    per_slot = -(-count // source.real.num_classes)
     return replace(synthetic, images_oe=kept, fresh_oe=FreshOutliers(source, per_slot))
 
 

@@ -11,11 +11,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from utils.core.errors import UserError
 from utils.core.files import atomic_write
-from utils.data.datasets import SPECS
-from utils.data.distilled_file import Normalisation
 from utils.ood.evaluate import NetworkScores
 from utils.ood.measures import reliability
-from utils.runs.lineage import args_or_nothing, distilled_set_of
+from utils.runs.lineage import args_or_nothing, set_of_networks
 
 SHOWN_PER_CLASS = 10
 NAME_HEIGHT = 15  # pixels of the name of a class
@@ -68,16 +66,12 @@ def distilled_pictures(networks: Path) -> list[tuple[str, torch.Tensor]]:
     """
     flags = args_or_nothing(networks).get("flags") or {}
     try:
-        file, exp_idx = distilled_set_of(networks)
-        synthetic, normalisation = file.set(exp_idx), file.normalisation()
-        if normalisation.space is None:  # a published file: by its data set
-            spec = SPECS[flags["dataset"]]
-            normalisation = Normalisation("normalised", (spec.mean, spec.std))
+        file = set_of_networks(networks)
+        synthetic, normalisation = file.set(), file.normalisation()
         order = synthetic.hard_labels.argsort(stable=True)
         parts = [(f"{flags.get('train_on', 'distilled')} images", synthetic.images[order])]
-        outliers = flags.get("outliers", "none")  # train_model_synthetic_no_oe.py has no such flag
-        if synthetic.images_oe is not None and outliers in ("distilled", "initial", "kcenter"):
-            parts.append((f"{outliers} outliers", synthetic.images_oe))
+        if synthetic.images_oe is not None:
+            parts.append((f"{flags.get('outliers')} outliers", synthetic.images_oe))
         per_class = synthetic.hard_labels.bincount().tolist()
         classes = len(per_class)
         return [
@@ -85,7 +79,7 @@ def distilled_pictures(networks: Path) -> list[tuple[str, torch.Tensor]]:
             for title, images in parts
             if len(images) % classes == 0 and (images is synthetic.images_oe or len({*per_class}) == 1)
         ]
-    except (UserError, KeyError, TypeError, RuntimeError):
+    except (UserError, TypeError, RuntimeError):
         return []
 
 

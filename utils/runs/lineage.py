@@ -1,6 +1,6 @@
 """Links between runs: the folder of an earlier stage, and the sources of results.
 
-The `args.json` of stage 3 names the folder of its networks; that of stage 2 names the distilled set.
+The `args.json` of stage 3 names the folder of its networks; that of stage 2 names the run that its images are from.
 """
 
 import os
@@ -15,7 +15,7 @@ from utils.core.files import read_json
 from utils.data.distilled_file import DistilledFile
 from utils.runs.run_folder import ARGS
 
-TRAINED_ON = "trained_on.pt"  # in a folder of stage 2: the set, where no file of stage 1 holds it
+TRAINED_ON = "trained_on.pt"  # in a folder of stage 2: the set of its networks, but for the whole training set
 PLAIN_SCRIPTS = ("main.py", "train_model_synthetic_no_oe.py")
 STAGE1_ROOTS = ("result", "result-oe", "result-poe")
 STAGE2_ROOTS = ("result-model-synthetic-no-oe", "result-model-synthetic-oe")
@@ -105,35 +105,21 @@ def root_of(folder: Path, parts: Sequence[str | int]) -> str | None:
     return str(root.relative_to(here) if root.is_relative_to(here) else root)
 
 
-def distilled_set_of(networks: Path) -> tuple[DistilledFile, int]:
-    """The file of the set that the networks of a stage-2 folder were trained on, and the index of its experiment.
+def set_of_networks(folder: Path) -> DistilledFile:
+    """The file of the set that the networks of a stage-2 folder were trained on.
 
     Raises:
-        UserError: when `args.json` does not name the file, or it is gone, damaged, or written again since.
+        UserError: when it is damaged, or not there: beside networks of the whole training set, and of older code.
     """
-    about = args_or_nothing(networks)
-    path = stored_set_path(networks, about)
-    require(path is not None, f"{networks} does not say which distilled set its networks were trained on")
-    require(os.path.isfile(path), f"{networks} was trained on {path}, which is gone")
-    file, experiment, seen = DistilledFile.open(path), about.get("experiment", 0), about.get("distilled_fingerprint")
-    told = f"{networks} was trained on another set than {path} holds now: its run went on since"
-    require(seen is None or seen == file.fingerprint(experiment), told)
-    return file, experiment
-
-
-def stored_set_path(networks: Path, about: dict) -> str | None:
-    """The file of the set that the networks of a stage-2 folder were trained on, as `about` (its `args.json`) says.
-
-    A set that lies in the folder itself has moved with it.
-    """
-    path, own = about.get("distilled_set"), networks / TRAINED_ON
-    return str(own) if path and os.path.basename(path) == TRAINED_ON and own.is_file() else path
+    path = folder / TRAINED_ON
+    require(os.path.isfile(path), f"{folder} does not hold the set that its networks were trained on ({TRAINED_ON})")
+    return DistilledFile.open(path)
 
 
 def sources_of(results: Path) -> list[Path]:
-    """The sources of a stage-3 folder, as far as they are known: the folder of its networks, and the distilled set."""
+    """The sources of a stage-3 folder, as far as they are known: the folder of its networks, and that of stage 1."""
     networks = args_or_nothing(results).get("networks")
     if networks is None:
         return []
     about = args_or_nothing(Path(networks))
-    return [Path(path).resolve() for path in (networks, about.get("distilled_set"), about.get("images_from")) if path]
+    return [Path(path).resolve() for path in (networks, about.get("images_from")) if path]

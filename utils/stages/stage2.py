@@ -25,13 +25,13 @@ from utils.runs.lineage import STAGE1_ROOTS, TRAINED_ON, find_run_folder, root_o
 from utils.runs.resume import check_inputs
 from utils.runs.run_folder import RunFolder, read_args
 from utils.settings.arguments import Stage2Settings, Stage3Settings, carried, command_of
-from utils.settings.common import OOD_PATH, read_data
+from utils.settings.common import OOD_PATH, OutlierTraining, read_data
 from utils.settings.fields import as_dict
 from utils.stages.evaluation import training_of
 from utils.stages.training_set import OUTLIERS, labelled_images, resumed_set, with_outliers
 from utils.training.coresets import WHOLE_EPOCHS, FeatureNetworks
 from utils.training.network_training import TEST_INTERVAL, NetworkTraining
-from utils.training.trainer import LR_NET, Trainer, TrainSettings
+from utils.training.trainer import LEARNING_RATES, LR_NET, Trainer, TrainSettings
 
 
 def run_stage2(settings: Stage2Settings) -> None:
@@ -47,21 +47,22 @@ def run_stage2(settings: Stage2Settings) -> None:
     if chosen is None:
         cache = Path(s.save_path) / "features"
         chosen = labelled_images(s, real, partial(find_distilled, s), partial(networks.for_coresets, s.features, cache))
-        chosen = with_outliers(s, chosen, real, partial(networks.train, chosen.synthetic))
+        chosen = with_outliers(s, chosen, real, partial(networks.train, chosen.synthetic.decoded()))
     s = replace(s, ipc=s.ipc or chosen.ipc(real.num_classes))
+    synthetic = chosen.synthetic.decoded()
     training = replace(
         how,
         epochs=s.epoch_eval_train or (WHOLE_EPOCHS if s.train_on == "whole" else how.epochs),
-        lr=how.learning_rate(chosen.synthetic),
+        lr=how.learning_rate(synthetic),
         lambda_oe=0.0 if s.outliers == "none" else s.lambda_oe,
     )
-    work = stage2_workload(s.num_eval, training, real, chosen.synthetic)
+    work = stage2_workload(s.num_eval, training, real, synthetic)
     net = real.network(s.model, generator(s.seed))
     compute = choose_compute(s.compile, s.precision, device, net, (real.channel, *real.im_size), work)
     run = _resume(s, chosen, real) if s.resume else _start(s, chosen, real, training)
     run.log(f"computing: {compute}")
     trainer = Trainer(net.to(device), training, compute)
-    of_run = NetworkTraining(s.model, real, chosen.synthetic.to(device), trainer, s.seed, run, bool(s.resume))
+    of_run = NetworkTraining(s.model, real, synthetic.to(device), trainer, s.seed, run, bool(s.resume))
     best, last = zip(*of_run.train_all(s.num_eval, s.checkpoint_interval), strict=True)
     run.log(f"accuracy over {counted(s.num_eval, 'network')}: best {mean_std(best)} %, last epoch {mean_std(last)} %")
     run.finish()
@@ -108,10 +109,17 @@ def _fingerprints(s: Stage2Settings, real: RealData, synthetic: SyntheticSet) ->
     return prints | ({"oe_data_path": pool} if pool else {})
 
 
-def _held_by(chosen: TrainingSet) -> dict[str, str]:
-    """For `args.json`: the file that holds the set, and its fingerprint; empty if there is none."""
-    path, fingerprint_of_set = chosen.held_by or (None, None)
-    return {"distilled_set": str(path.resolve()), "distilled_fingerprint": fingerprint_of_set} if path else {}
+def _how_trained(s: Stage2Settings, training: TrainSettings, start: str) -> dict:
+    """What tables say of the training, for `args.json`: its protocol, its epochs, and what is out of the ordinary."""
+    names = ("optimizer", "schedule", "mix", "lr_net", "batch_train")
+    changed = {name: getattr(s, name) for name in names if getattr(s, name)}
+    if s.outliers != "none" and s.lambda_oe != OutlierTraining.lambda_oe:
+        changed["lambda_oe"] = s.lambda_oe
+    changed |= {} if training.augmentation else {"augmentation": "none"}
+    changed |= {"outliers": start} if start else {}
+    is_learned = not s.lr_net and training.lr != LEARNING_RATES[training.optimizer]
+    changed |= {"learning rate": "learned"} if is_learned else {}
+    return {"protocol": s.protocol, "epochs": training.epochs} | changed
 
 
 def _resume(s: Stage2Settings, chosen: TrainingSet, real: RealData) -> RunFolder:
@@ -121,7 +129,7 @@ def _resume(s: Stage2Settings, chosen: TrainingSet, real: RealData) -> RunFolder
         raise UserError(f"--oe_data_path: the run {folder} began without a pool; leave it out")
     check_inputs(folder, _fingerprints(s, real, chosen.synthetic))
     run = RunFolder(folder)
-    run.update_args(as_dict(s), device=str(real.device), **_held_by(chosen))
+    run.update_args(as_dict(s), device=str(real.device))
     run.log("resumed")
     return run
 
@@ -129,25 +137,21 @@ def _resume(s: Stage2Settings, chosen: TrainingSet, real: RealData) -> RunFolder
 def _start(s: Stage2Settings, chosen: TrainingSet, real: RealData, training: TrainSettings) -> RunFolder:
     """A new run folder, named as that of stage 1 if there is one, so that one name leads through all stages.
 
-    If the set is not from a file of stage 1, it is saved in the run folder; of the whole training set its outliers are.
+    It holds the set, as stage 1 may go on; of the whole training set only its outliers.
     """
     name = chosen.origin and chosen.origin.name
     kinds = (s.train_on, s.outliers, "again" if s.corrupt_again else "none")
     ending = "".join(f"-{kind}" for kind in kinds if kind not in ("distilled", "none"))
     run = RunFolder.create(s.save_path, s.method, s.dataset, s.model, s.ipc, name=name, ending=ending)
-    sources, origin, experiment = _held_by(chosen), chosen.origin, s.exp_idx
-    if not sources and s.train_on != "whole":
-        path, experiment = run.path / TRAINED_ON, 0
-        sources["distilled_set"] = str(path.resolve())
-        if run.is_main:
-            stored = replace(chosen.synthetic.detached_cpu(), fresh_oe=None)
-            DistilledFile.write(path, [stored], {}, real, {"flags": as_dict(s)})
-    elif s.train_on == "whole" and chosen.synthetic.images_oe is not None and run.is_main:
+    if run.is_main and s.train_on != "whole":
+        stored = replace(chosen.synthetic.detached_cpu(), fresh_oe=None)
+        DistilledFile.write(run.path / TRAINED_ON, [stored], {}, real, {"flags": as_dict(s)})
+    elif run.is_main and chosen.synthetic.images_oe is not None:
         save_pt(run.path / OUTLIERS, chosen.synthetic.images_oe.cpu())
-    sources["images_from"] = origin and str(origin.resolve())
     about = {"device": str(real.device), "seed": s.seed, "epochs": training.epochs, "lr": training.lr}
-    about |= {"inputs": _fingerprints(s, real, chosen.synthetic), "data": identity(real), "start": chosen.start}
-    run.save_args(as_dict(s), experiment=experiment, **sources, **about)
+    about |= {"images_from": chosen.origin and str(chosen.origin.resolve()), "data": identity(real)}
+    about |= {"inputs": _fingerprints(s, real, chosen.synthetic), "training": _how_trained(s, training, chosen.start)}
+    run.save_args(as_dict(s), **about)
     lines = [f"run folder: {run.path}"]
     if name and run.path.name != name + ending:
         lines.append(f"there is a folder {name}{ending} already; stage 3 finds this run by --folder {run.path.name}")

@@ -12,12 +12,9 @@ from utils.compute.device import Compute, Workload, choose_compute, choose_devic
 from utils.compute.version import versions, versions_line
 from utils.core.errors import UserError, require
 from utils.core.files import save_text
-from utils.data.augment import dc_augmentation
 from utils.data.datasets import RealData
-from utils.data.distilled_file import DistilledFile
 from utils.data.identity import as_trained_on
 from utils.data.whitening import ZCA
-from utils.methods import METHODS, augmentation_of
 from utils.ood.evaluate import NetworkScores, deviation, score_networks
 from utils.ood.scorer import FitSet, Scorer
 from utils.ood.scores import need_fitting, require_library
@@ -25,15 +22,12 @@ from utils.ood.sets import OODSet, OODSource, validation_sets
 from utils.report import plots
 from utils.report.results import Results, results_csv, results_json, results_of, ways_of_testing
 from utils.report.tables import report_text, summary
-from utils.runs.lineage import STAGE2_ROOTS, args_or_nothing, distilled_set_of, find_run_folder, stored_set_path
+from utils.runs.lineage import STAGE2_ROOTS, args_or_nothing, find_run_folder, set_of_networks
 from utils.runs.run_folder import RunFolder
 from utils.settings.arguments import Stage3Settings
-from utils.settings.common import OutlierTraining, read_data
+from utils.settings.common import read_data
 from utils.settings.fields import as_dict
 from utils.training.network_training import checkpoint_name, checkpoints_of, epochs_of, load_trained
-from utils.training.trainer import LEARNING_RATES, PROTOCOLS
-
-LAMBDA_OE = OutlierTraining.lambda_oe  # the usual one, which tables do not name
 
 
 def run_stage3(settings: Stage3Settings) -> Results:
@@ -134,23 +128,9 @@ class Stage2Run:
         return bool(self.about.get("finished")) or not isinstance(last, int) or f"epoch{last}" in kept
 
     def training(self) -> dict:
-        """How the networks were trained: by which protocol, and for how many epochs, if it is known."""
-        if not isinstance(self.about.get("flags"), dict):
-            return {"protocol": "unknown"}
-        names = ("optimizer", "schedule", "mix", "lr_net", "batch_train")
-        changed = {name: self.flags[name] for name in names if self.flags.get(name)}
-        if self.flags.get("outliers", "none") != "none" and self.flags.get("lambda_oe", LAMBDA_OE) != LAMBDA_OE:
-            changed["lambda_oe"] = self.flags["lambda_oe"]
-        if (method := self.flags.get("method")) in METHODS and "model" in self.flags:
-            dsa = augmentation_of(method, self.flags.get("dsa_strategy"))
-            augmented = dsa or dc_augmentation(self.flags.get("dataset", ""), self.flags["model"])
-            changed |= {} if augmented else {"augmentation": "none"}
-        changed |= {"outliers": start} if (start := self.about.get("start")) else {}
-        protocol, rate = self.flags.get("protocol", "dc"), self.about.get("lr")
-        if protocol in PROTOCOLS and rate and "lr_net" not in changed:
-            usual = LEARNING_RATES[changed.get("optimizer", PROTOCOLS[protocol].optimizer)]
-            changed |= {} if rate == usual else {"learning rate": "learned"}
-        return {"protocol": protocol, "epochs": self.about.get("epochs")} | changed
+        """How the networks were trained, as stage 2 says it: by which protocol, if it is known, and the like."""
+        stored = self.about.get("training")
+        return stored if isinstance(stored, dict) and "protocol" in stored else {"protocol": "unknown"}
 
     def check_whitening(self, zca: bool) -> None:
         """Networks must be tested on images as they were trained on."""
@@ -173,9 +153,8 @@ class Stage2Run:
 
     def _whitening(self) -> ZCA | None:
         """The whitening of the set that the networks were trained on, if that is there and holds it."""
-        path = stored_set_path(self.folder, self.about)
         try:
-            return path and DistilledFile.open(path).normalisation().zca
+            return set_of_networks(self.folder).normalisation().zca
         except UserError:
             return None
 
@@ -189,10 +168,9 @@ class Stage2Run:
         if which == "real" or on_whole:
             return FitSet("real training set", real.labels_train, real.train_batch, on_whole)
         try:
-            file, exp_idx = distilled_set_of(self.folder)
-            synthetic = file.set(exp_idx, real).decoded().to(real.device)
+            synthetic = set_of_networks(self.folder).set(0, real).decoded().to(real.device)
         except UserError as error:
-            raise UserError(f"--fit_on distilled: {error}. Use --fit_on real") from None
+            raise UserError(f"--fit_on distilled: {error}. Give --fit_on real, or train again") from None
         name = "distilled set" if images == "distilled" else f"real images chosen by {images}"
         return FitSet(name, synthetic.hard_labels, lambda index: synthetic.images[index], True)
 

@@ -1,6 +1,5 @@
 """From what the flags of stage 2 choose to the set that networks are trained on."""
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +23,7 @@ from utils.outliers.sources import (
     load_outlier_pool,
     with_fresh,
 )
-from utils.runs.lineage import TRAINED_ON, args_or_nothing, stored_set_path
-from utils.runs.run_folder import read_args
+from utils.runs.lineage import TRAINED_ON, args_or_nothing
 from utils.settings.arguments import Stage2Settings
 from utils.training.coresets import check_ipc, coreset, random_images, whole_set
 
@@ -56,8 +54,7 @@ def labelled_images(
             lines.append("it does not say how its images are normalised: by the statistics of --dataset, it is assumed")
         if parts > 1:
             lines.append(f"images of {parts} parts: networks train on {parts * len(stored.images)}")
-        held_by = path, file.fingerprint(s.exp_idx)
-        return TrainingSet(stored.decoded(), tuple(filter(None, lines)), held_by, path.parent, stored.factor)
+        return TrainingSet(stored, tuple(filter(None, lines)), path.parent, stored.factor)
     if s.train_on == "whole":
         line = f"baseline: the whole training set, {len(real.images_train)} images"
         return TrainingSet(whole_set(real), (line,))
@@ -94,7 +91,7 @@ def with_outliers(
     """
     synthetic = chosen.synthetic
     if s.outliers == "distilled" and synthetic.images_oe is None:
-        where = f"--distilled: {s.distilled[0]}" if s.distilled else f"--folder: {chosen.held_by[0]}"
+        where = f"--distilled: {s.distilled[0]}" if s.distilled else f"--folder: {chosen.origin}"
         raise UserError(
             f"{where} holds no outliers. Give a set of main_oe.py or main_poe.py (--is_load_oe looks only there), "
             "choose others with --outliers, or use train_model_synthetic_no_oe.py"
@@ -109,9 +106,9 @@ def with_outliers(
             net, how = feature_network() if distributed.is_main() else None, "chosen by k-center"
             found = net and k_center_outliers(source, per_slot, net, s.seed, together=True).cpu()
             images = distributed.from_main(found)
-        made = replace(synthetic, images_oe=_as_stored(images, chosen.factor, real))
+        made = replace(synthetic.decoded(), images_oe=_as_stored(images, chosen.factor, real))
         line = f"outliers, not distilled: {len(made.images_oe)} {_named(s)}, {how}"
-        chosen = chosen.changed(made, "; ".join(filter(None, [line, source.notice])))
+        chosen = chosen.changed(made, line, source.notice)
     return with_new_outliers(s, chosen, real)
 
 
@@ -138,17 +135,17 @@ def with_new_outliers(s: Stage2Settings, chosen: TrainingSet, real: RealData) ->
     if s.outliers == "none":
         return replace(chosen, synthetic=synthetic.without_outliers())
     if s.outliers == "corrupt":
-        source = corrupted(synthetic.images, real, s.corruptions, s.mix_corruptions)
+        source = corrupted(synthetic.decoded().images, real, s.corruptions, s.mix_corruptions)
         made, line = with_fresh(synthetic, source), f"{new} the images of the set, corrupted"
     elif s.outliers == "real":
         source = outlier_source(s, real)
         made, line = with_fresh(synthetic, source), f"{new} {_named(s)}; no distilled set, but an upper bound"
     elif s.corrupt_again:
-        source = corrupted(synthetic.images_oe, real, s.corruptions, s.mix_corruptions)
+        source = corrupted(synthetic.decoded().images_oe, real, s.corruptions, s.mix_corruptions)
         made, line = with_fresh(synthetic, source, keeps=True), f"{new} these, corrupted again"
     else:
         return chosen
-    return chosen.changed(made, "; ".join(filter(None, [line, source.notice])), chosen.held_by)
+    return chosen.changed(made, line, source.notice)
 
 
 def outlier_source(s: Stage2Settings, real: RealData) -> OutlierSource:
@@ -163,31 +160,18 @@ def _named(s: Stage2Settings) -> str:
 
 
 def resumed_set(s: Stage2Settings, real: RealData) -> TrainingSet | None:
-    """The set that the run of `--resume` was trained on, from the file that holds it.
+    """The set that the run of `--resume` was trained on, from its folder.
 
-    None if there is nothing to resume, the set is the whole training set with no stored outliers, or `--load_path` or
-    `--folder` changed.
+    None if there is nothing to resume, or the folder has none, as that of the whole training set with no stored
+    outliers, or of older code: it is chosen again by the flags.
     """
-    if s.resume is None:
+    path = s.resume and Path(s.resume) / (OUTLIERS if s.train_on == "whole" else TRAINED_ON)
+    if not path or not path.is_file():
         return None
-    folder = Path(s.resume)
     if s.train_on == "whole":
-        if not (folder / OUTLIERS).is_file():
-            return None
-        images = read_pt(folder / OUTLIERS)
-        require(isinstance(images, Tensor), f"--resume: {folder / OUTLIERS} is damaged; start a new run")
-        return with_new_outliers(s, TrainingSet(replace(whole_set(real), images_oe=images)), real)
-    about = read_args(folder)
-    if any(getattr(s, name) != about["flags"].get(name) for name in ("load_path", "folder")):
-        return None
-    path = Path(str(stored_set_path(folder, about)))
-    own = path.name == TRAINED_ON
-    if not os.path.isfile(path):
-        raise UserError(
-            f"--resume: the set that {folder} was trained on is gone: {str(path)[:200]}. Put it back"
-            f"{'' if own else ', or give its place now with --load_path and --folder'}"
-        )
-    file = DistilledFile.open(path)
-    index = 0 if own else s.exp_idx
-    held_by = path, file.fingerprint(index)
-    return with_new_outliers(s, TrainingSet(file.set(index, real).decoded(), held_by=held_by), real)
+        images = read_pt(path)
+        require(isinstance(images, Tensor), f"--resume: {path} is damaged; start a new run")
+        synthetic = replace(whole_set(real), images_oe=images)
+    else:
+        synthetic = DistilledFile.open(path).set(0, real)
+    return with_new_outliers(s, TrainingSet(synthetic), real)

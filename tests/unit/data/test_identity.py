@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from networks import get_network
+from scripts import publish
 from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.datasets import RealData, load_dataset
@@ -18,6 +19,7 @@ from utils.data.synthetic import SyntheticSet
 from utils.data.whitening import fit_zca
 from utils.exchange.assumptions import Assumptions
 from utils.exchange.convert import read_distilled
+from utils.report.card import Published
 
 G = np.random.default_rng(0)
 QUICK = "--num_exp 1 --num_eval 1 --epoch_eval_train 1 --Iteration 1".split()  # noqa: SIM905
@@ -119,7 +121,7 @@ def test_the_whitening_of_the_training_is_used(in_process, tmp_path, refused):
     expected = own_accuracy(tmp_path, b.images_test / 255, b.labels_test, zca.whiten)
     assert accuracy(tmp_path) == pytest.approx(expected, abs=1e-4)
     assert "was whitened by another data set" in refused(PLAIN, *data, "b.npz", "--num_eval", 1)
-    next(tmp_path.rglob("res_*.pt")).unlink()
+    next(tmp_path.rglob("trained_on.pt")).unlink()
     assert "gives another whitening than the networks in" in refused(STAGE3, *data, "b.npz", *TEST)
 
 
@@ -185,6 +187,22 @@ def test_a_published_set_keeps_its_classes(named, in_process, tmp_path):
     real = replace(named, name="ImageFolder")
     found = read_distilled([str(tmp_path / "published")], real, Assumptions()).synthetic
     assert torch.equal(found.images, made.images[[1, 2, 0]])
+
+
+def test_results_of_networks_that_know_the_classes_in_another_order_are_published(named, monkeypatch, tmp_path):
+    """Their set is that of stage 1, with other numbers of the classes."""
+    turned = replace(named, class_names=("owl", "cat", "dog"))
+    made = SyntheticSet(torch.randn(6, 3, 16, 16), torch.arange(3).repeat_interleave(2), factor=2)
+    DistilledFile.write(tmp_path / "res_a.pt", [made], {}, turned, {})
+    known = DistilledFile.open(tmp_path / "res_a.pt").set(0, named)
+    DistilledFile.write(tmp_path / "trained_on.pt", [known], {}, named, {})
+    (tmp_path / "args.json").write_text(json.dumps({"networks": str(tmp_path), "flags": {"model": "MLP"}}))
+    monkeypatch.setattr(publish, "load_results", lambda folder: folder)
+    published = Published(made, named.mean, named.std, None, named.name, 3, class_names=turned.class_names)
+    assert publish._results([str(tmp_path)], published) == {"MLP": tmp_path}
+    other = replace(published, class_names=named.class_names)  # the same images under other names
+    with pytest.raises(UserError, match="were trained on another set"):
+        publish._results([str(tmp_path)], other)
 
 
 def test_class_order():

@@ -181,9 +181,8 @@ def chain(tmp_path, digits):
     for folder in (stage1, stage2):
         folder.mkdir(parents=True)
     images = digits.train_batch(torch.stack([digits.class_indices[c][0] for c in range(10)]))
-    distilled = stage1 / "res_DSA_Digits_ConvNetD1_1ipc.pt"
-    DistilledFile.write(distilled, [SyntheticSet(images, torch.arange(10), images.flip(0))], {}, digits, {})
-    (stage2 / "args.json").write_text(json.dumps({"flags": {}, "experiment": 0, "distilled_set": str(distilled)}))
+    DistilledFile.write(stage2 / "trained_on.pt", [SyntheticSet(images, torch.arange(10), images)], {}, digits, {})
+    (stage2 / "args.json").write_text(json.dumps({"flags": {}, "images_from": str(stage1)}))
     for index in range(2):
         state = get_network("ConvNetD1", 1, 10, (8, 8), generator(index)).state_dict()
         torch.save(state, stage2 / f"syn_trained_Digits_ConvNetD1_exp{index}_best.pt")
@@ -330,13 +329,15 @@ def check_page(text, pictures):
     assert "url(" not in text
 
 
-def test_errors_before_computing(chain, refused, tmp_path, capsys):
-    stage1, _ = chain
-    next(stage1.glob("res*.pt")).unlink()
+def test_errors_before_computing(chain, in_process, refused, tmp_path, capsys):
+    _, stage2 = chain
+    (stage2 / "trained_on.pt").unlink()  # older code did not write it
     error = refused("test_ood_model_syn.py", *STAGE3, "--score", "knn")
     assert "--fit_on distilled: " in error
-    assert "which is gone. Use --fit_on real" in error
+    assert "does not hold the set that its networks were trained on (trained_on.pt). Give --fit_on real, or" in error
     assert not (tmp_path / "result-test-ood-synthetic").exists()
+    in_process("test_ood_model_syn.py", *STAGE3, "--score", "knn", "--fit_on", "real")
+    in_process("test_ood_model_syn.py", *STAGE3)
     for flags, messages in [
         (["--score", "msp", "mahalanobiss"], ["did you mean mahalanobis", "msp", "vim"]),
         (["--fit_on", "distil"], ["did you mean distilled", "real"]),
@@ -384,14 +385,14 @@ def test_the_mean_is_over_the_sets_of_all_runs():
 
 
 def test_pictures_show_the_outliers_that_networks_were_trained_with(tmp_path, digits):
-    """train_model_synthetic_no_oe.py leaves those of a set out, and has no flag that says so."""
+    """Stage 2 leaves the others out, as train_model_synthetic_no_oe.py, which has no flag that says so."""
     images, labels = digits.train_batch(torch.arange(0, 20)), torch.arange(10).repeat_interleave(2)
-    DistilledFile.write(tmp_path / "res.pt", [SyntheticSet(images, labels, images)], {}, digits, {})
     titles = {}
     for outliers in (None, "distilled", "initial", "corrupt"):
+        stored = images if outliers in ("distilled", "initial") else None
+        DistilledFile.write(tmp_path / "trained_on.pt", [SyntheticSet(images, labels, stored)], {}, digits, {})
         flags = {"dataset": "Digits"} | ({"outliers": outliers} if outliers else {})
-        about = {"script": "", "flags": flags, "distilled_set": str(tmp_path / "res.pt")}
-        (tmp_path / "args.json").write_text(json.dumps(about))
+        (tmp_path / "args.json").write_text(json.dumps({"script": "", "flags": flags}))
         titles[outliers] = [title for title, _ in distilled_pictures(tmp_path)]
     alone = ["distilled images"]
     assert titles == {
