@@ -138,6 +138,7 @@ def check_report(folder):
     assert all(f"OOD set {n}: {found['images']} images, {found['source']}" in log for n, found in counts.items())
     report = (folder / "report.md").read_text()
     assert "| mean " in report
+    assert report.startswith("# Digits: networks ")
     used = json.loads((folder / "args.json").read_text())["versions"]
     computing = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "pillow")
     for name in computing:
@@ -282,7 +283,10 @@ def test_the_line_of_stage_3_names_the_sets_that_are_there(digits, tmp_path, mon
     Image.new("L", (8, 8), 255).save(tmp_path / "data" / "ood" / "Places365" / "a.png")
     np.savez(tmp_path / "data" / "ood" / "iSUN.npz", images=np.full((30, 8, 8), 255, np.uint8))
     (tmp_path / "data" / "ood" / "LSUN_resize.npz").write_text("damaged")
-    assert sets() == "Places365 iSUN"
+    np.savez(tmp_path / "data" / "ood" / "mine.npz", images=np.full((30, 8, 8), 255, np.uint8))
+    (tmp_path / "data" / "ood" / "notes.md").write_text("from elsewhere")
+    assert sets() == "Places365 iSUN mine"
+    (tmp_path / "data" / "ood" / "mine.npz").unlink()
     for name in (*PAPER_SETS, "CIFAR10"):
         np.savez(tmp_path / "data" / "ood" / f"{name}.npz", images=np.full((30, 8, 8), 255, np.uint8))
     assert sets() == ""  # all: the default

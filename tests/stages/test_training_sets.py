@@ -898,7 +898,8 @@ def test_a_set_in_parts_through_publishing_and_back(in_parts, in_process, refuse
     path, _ = in_parts
     flags = [*PARTS, "--num_eval", 1, "--epoch_eval_train", 3]
     out = in_process("train_model_synthetic_oe.py", *flags, "--load_path", path.parents[5], "--save_path", "a")
-    assert "images of 4 parts: networks train on 40" in out
+    assert "each of its images holds 4 parts, and networks train on these" in out
+    assert "an epoch has 40 images and as many outliers\n" in out
     in_process("scripts.publish", path, "--out", "published")
     card = (tmp_path / "published" / "README.md").read_text(encoding="utf-8")
     assert "Every image and outlier holds 2×2 parts" in card

@@ -234,7 +234,7 @@ def _read_folders(files: SetFiles, real: RealData) -> RawSet:
     folders = _in_order([p for p in files.images.iterdir() if p.is_dir() and is_content(p.name)], real.class_names)
     told = f"{files.images} has {len(folders)} folders; --dataset has {real.num_classes} classes"
     require(len(folders) == real.num_classes, told)
-    of_class = [reader.some(folder, files.images) for folder in folders]
+    of_class = [reader.some(folder) for folder in folders]
     images = reader.files([path for paths in of_class for path in paths], real.channel, real.im_size)
     labels = torch.arange(len(folders)).repeat_interleave(torch.tensor([len(paths) for paths in of_class]))
     note = f"classes in the order of the folders: {named([folder.name for folder in folders], 3)}"

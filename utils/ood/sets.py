@@ -12,7 +12,7 @@ import torch
 
 from utils.compute import distributed
 from utils.core.errors import UserError, blame, require, unknown_name
-from utils.core.images import ImageReader
+from utils.core.images import ImageReader, is_content
 from utils.core.pixels import conform, unit_images
 from utils.core.rng import generator
 from utils.data.datasets import SPECS, RealData
@@ -117,9 +117,9 @@ class OODSource:
         raise UserError(f"{self.flag}: {missing_are}{why}. {text[0].upper()}{text[1:]}")
 
     def at_hand(self, names: Sequence[str]) -> list[str]:
-        """Those of `names` that are there and can be read without a download."""
-        found = []
-        for name in names:
+        """Those of `names`, and the others in `ood_path`, that are there and can be read without a download."""
+        found, local = [], sorted(path.stem for path in self.ood_path.glob("*") if is_content(path.name))
+        for name in dict.fromkeys((*names, *local)):
             with suppress(UserError):
                 found.append(self._opened(name, False).name)
         return found

@@ -81,15 +81,15 @@ def find_distilled(s: Stage2Settings) -> tuple[Path, str]:
 
 
 def stage3_command(s: Stage2Settings, folder: Path, real: RealData) -> str | None:
-    """The command that tests the networks of a run folder on OOD sets that are at hand: those of the paper, else those
-    that need no files. None where stage 3 would not find the folder."""
+    """The command that tests the networks of a run folder on OOD sets that are at hand: those of the paper and the
+    files in `data/ood`, else those that need no files. None where stage 3 would not find the folder."""
     root = root_of(folder, (s.method, s.dataset, s.model, s.ipc))
     source = OODSource(real, Path(OOD_PATH), Path(s.data_path), False, limit=1, seed=1)
     names = source.default_names()
     there = source.at_hand(names)
-    sets = None if len(there) == len(names) else tuple(there or DRAWN)
+    sets = None if there == names else tuple(there or DRAWN)
     where = {"num_exp": s.num_eval, "is_load_best": True, "load_path": root, "folder": folder.name, "ood_sets": sets}
-    return root and command_of("test_ood_model_syn.py", carried(s, Stage3Settings, **where))
+    return root and command_of("test_ood_model_syn.py", carried(s, Stage3Settings, **where, score=("msp", "mls")))
 
 
 def stage2_workload(num_networks: int, settings: TrainSettings, real: RealData, synthetic: SyntheticSet) -> Workload:
@@ -158,7 +158,9 @@ def _start(s: Stage2Settings, chosen: TrainingSet, real: RealData, training: Tra
     lines += [*real.lines(), *chosen.lines]
     if s.dsa_strategy and METHODS[s.method].augmentation == "unused":
         lines.append(f"--dsa_strategy {s.dsa_strategy} is not used by --method {s.method}")
+    decoded = chosen.synthetic.decoded()
     lines += [
+        f"an epoch has {len(decoded.images)} images{' and as many outliers' if decoded.num_outliers else ''}",
         f"the best checkpoint is chosen on the test set, by tests every {TEST_INTERVAL} epochs and after the last",
         f"{training.epochs} epochs, batch {training.batch}, learning rate {training.lr:g}",
     ]

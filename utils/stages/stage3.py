@@ -244,9 +244,11 @@ def _draw_plots(run: RunFolder, networks: Sequence[NetworkScores], folder: Path)
 def _write_report(results: Results, scores: Sequence[str], run: RunFolder, about: dict) -> None:
     """Write `results.json`, `results.csv` and `report.md`, and log the report."""
     how = ", ".join(f"{name} {value}" for name, value in about["training"].items() if value is not None)
-    text = report_text(results, scores) + f"\nNetworks: checkpoints {about['checkpoints']}; training: {how}.\n"
+    flags = about["flags"]
+    text = f"# {flags['dataset']}: networks {flags['model']}, {flags['method']}, ipc {flags['ipc']}\n\n"
+    text += report_text(results, scores) + f"\nNetworks: checkpoints {about['checkpoints']}; training: {how}.\n"
     text += f"\nTest: {', '.join(ways)}.\n" if (ways := ways_of_testing(about)) else ""
-    text += f"\nVersions: {versions_line(versions())}.\n"
+    text += f"\nWhat the measures are: docs/measures.md.\n\nVersions: {versions_line(versions())}.\n"
     run.log(*text.splitlines())
     save_text(run.path / "report.md", text)
     save_text(run.path / "results.json", results_json(results, about))

@@ -53,7 +53,7 @@ def labelled_images(
         if file.normalisation().space is None:
             lines.append("it does not say how its images are normalised: by the statistics of --dataset, it is assumed")
         if parts > 1:
-            lines.append(f"images of {parts} parts: networks train on {parts * len(stored.images)}")
+            lines.append(f"each of its images holds {parts} parts, and networks train on these")
         return TrainingSet(stored, tuple(filter(None, lines)), path.parent, stored.factor)
     if s.train_on == "whole":
         line = f"baseline: the whole training set, {len(real.images_train)} images"
