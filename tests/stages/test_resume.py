@@ -401,12 +401,14 @@ def test_a_distilled_set_that_changed_or_moved(whole, copied, in_process, refuse
     if code == "older":
         (folder / "trained_on.pt").unlink()
     changed = moved / made.name if code == "older" else folder / "trained_on.pt"
-    assert "is finished" in in_process(script, "--resume", folder, *elsewhere)
-    assert "is finished" in in_process(script, "--resume", folder)  # the command needs no more than the folder again
     content = load(changed)
-    content["data"][0][0][0, 0, 0, 0] += 1
+    (images, labels), *others = content["data"]
+    torch.save(content | {"data": [[images + 1, labels], *others]}, changed)
+    assert "--load_path: the data differ from those" in refused(script, "--resume", folder, *elsewhere)
     torch.save(content, changed)
-    assert "--load_path: the data differ from those" in refused(script, "--resume", folder)
+    assert "is finished" in in_process(script, "--resume", folder, *elsewhere)
+    shutil.rmtree(tmp_path / "moved")
+    assert "is finished" in in_process(script, "--resume", folder)  # it holds the set by now
 
 
 def test_a_run_of_stage_2_needs_stage_1_no_more(whole, processes, tmp_path):

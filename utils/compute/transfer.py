@@ -1,4 +1,4 @@
-"""Moving random draws from the CPU to the device, in as few transfers as possible."""
+"""Moving random draws from the CPU to the device."""
 
 from dataclasses import fields
 from typing import Any

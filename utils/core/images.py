@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from utils.core.errors import blame, named, one_line, require
+from utils.core.errors import UserError, blame, named, one_line, require
 from utils.core.files import read_npy, read_npz
 from utils.core.pixels import DARK, centre_box, images_to_nchw, in_full_range, scale_table, white_value
 
@@ -90,18 +90,23 @@ class ImageReader:
         return tuple(f"{self.flag}: {line}" if self.flag else line for line in lines)
 
     def find(self, folder: Path) -> list[Path]:
-        """All image files below `folder`, at any depth, sorted by name. Links are followed, but not to a folder around
-        them; a `UserError` tells of broken ones."""
-        paths, errors = [], []
+        """All image files below `folder`, at any depth, sorted by name. Links are followed, to each folder once; a
+        `UserError` tells of broken ones."""
+        paths, errors, seen = [], [], {folder.resolve()}
         with blame(self.flag):
-            for place, folders, files in os.walk(folder, onerror=errors.append, followlinks=True):
-                here = Path(place).resolve()
-                folders[:] = [f for f in folders if is_content(f) and not here.is_relative_to((here / f).resolve())]
-                paths += [Path(place, name) for name in files if is_content(name)]
-            require(not errors, f"cannot list {folder}: {one_line(errors and errors[0])}")
-            broken = [p for p in sorted(paths) if p.suffix.lower() in image_suffixes() and not os.path.exists(p)]
-            require(not broken, f"broken links, to be mended or removed: {named([str(path) for path in broken])}")
-        images = sorted(path for path in paths if path.is_file() and is_image(path))
+            try:
+                for place, folders, files in os.walk(folder, onerror=errors.append, followlinks=True):
+                    inside = {name: Path(place, name).resolve() for name in sorted(folders) if is_content(name)}
+                    folders[:] = [name for name, path in inside.items() if path not in seen]
+                    seen |= {*inside.values()}
+                    paths += [Path(place, name) for name in files if is_content(name)]
+                if errors:
+                    raise errors[0]
+                broken = [p for p in sorted(paths) if p.suffix.lower() in image_suffixes() and not os.path.exists(p)]
+                require(not broken, f"broken links, to be mended or removed: {named([str(path) for path in broken])}")
+                images = sorted(path for path in paths if path.is_file() and is_image(path))
+            except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+                raise UserError(f"cannot list {folder}: {one_line(error)}") from None
         self.unread.update(path.suffix.lower() for path in {*paths} - {*images})
         return images
 

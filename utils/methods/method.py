@@ -132,7 +132,7 @@ def with_experts(kind: Callable[[MethodInputs, ExpertBuffer], Method]) -> Callab
         without = f"{folder} has no {ABOUT}"  # as published buffers
         if not is_known and inputs.outliers is not None:
             raise UserError(f"--buffer_path: {without}, so its experts have seen no outliers; make them with {make}")
-        cure = "train them for longer" + ", or lower --max_start_epoch or --expert_epochs" * (s.last_epoch > 1)
+        cure = "train them for longer" + ", or lower --max_start_epoch or --expert_epochs" * hasattr(s, "expert_epochs")
         told = f"end after epoch {experts.epochs}, and epoch {s.last_epoch} is needed; {cure}"
         require(s.last_epoch <= experts.epochs, f"--buffer_path: the experts in {folder} {told}")
         accuracy = before["expert_accuracy"] if "expert_accuracy" in before else experts.accuracy(real, s.model)

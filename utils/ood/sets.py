@@ -12,7 +12,7 @@ import torch
 
 from utils.compute import distributed
 from utils.core.errors import UserError, blame, require, unknown_name
-from utils.core.images import ImageReader, is_content
+from utils.core.images import ImageReader
 from utils.core.pixels import conform, unit_images
 from utils.core.rng import generator
 from utils.data.datasets import SPECS, RealData
@@ -117,8 +117,8 @@ class OODSource:
         raise UserError(f"{self.flag}: {missing_are}{why}. {text[0].upper()}{text[1:]}")
 
     def at_hand(self, names: Sequence[str]) -> list[str]:
-        """Those of `names`, and the others in `ood_path`, that are there and can be read without a download."""
-        found, local = [], sorted(path.stem for path in self.ood_path.glob("*") if is_content(path.name))
+        """Those of `names`, and the other arrays in `ood_path`, that are there and can be read without a download."""
+        found, local = [], sorted(path.stem for suffix in ARRAY_SUFFIXES for path in self.ood_path.glob(f"*{suffix}"))
         for name in dict.fromkeys((*names, *local)):
             with suppress(UserError):
                 found.append(self._opened(name, False).name)
@@ -256,8 +256,9 @@ def validation_sets(source: OODSource) -> list[OODSet]:
     """
     real, other = source.real, {"CIFAR10": "CIFAR100", "CIFAR100": "CIFAR10"}.get(source.real.name)
     if other:
-        some = replace(source, flag="--validate", limit=max(2, source.most))
-        images = real.denormalize(some.find_all([other])[0].load())
+        there, missing = replace(source, flag="--validate", limit=max(2, source.most)).find([other])
+        require(there, f"--validate needs {other}: {missing.get(other)}")
+        images = real.denormalize(there[0].load())
     else:
         images = unit_images(real.images_test)
 
@@ -265,8 +266,8 @@ def validation_sets(source: OODSource) -> list[OODSet]:
         """The images `[n, C, H, W]` of one corruption, normalised."""
         g = generator(source.seed, "validation", name)
         taken = torch.randperm(len(images), generator=g)[: max(2, source.most)]  # a corruption may mix two images
-        chosen = images[taken].to(real.device)
-        return real.normalize(corrupt(conform(chosen, real.channel, real.im_size), name, g)[: source.most])
+        changed = corrupt(conform(images.cpu()[taken], real.channel, real.im_size), name, g)  # alike on each device
+        return real.normalize(changed[: source.most].to(real.device))
 
     count, made_of = min(source.most, len(images)), "the other CIFAR" if other else "test images"
     return [OODSet(f"val:{name}", made_of, count, partial(load, name), kind="validation") for name in VALIDATION]

@@ -97,6 +97,7 @@ def corrupt(images: torch.Tensor, name: str, generator: torch.Generator | None =
     """Corrupted copies of images `[N, C, H, W]` in [0, 1], of one or three channels.
 
     A `UserError` tells that `name` is none of `CORRUPTIONS`. `generator` is on the CPU; default: torch's global one.
+    Noise for images on a GPU is drawn there, and is not that of a CPU.
     """
     require(name in CORRUPTIONS, unknown_name("corruption", name, CORRUPTIONS))
     apply, draw, device = CORRUPTIONS[name], DRAWS.get(name), images.device

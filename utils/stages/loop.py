@@ -107,7 +107,7 @@ class Distillation:
             state.method = first
         with self.run.progress(s.Iteration, f"exp {state.exp}", start=state.iteration) as progress:
             while True:
-                last = state.iteration == s.Iteration
+                last = state.iteration >= s.Iteration
                 if last or (state.iteration % s.eval_interval == 0 and not s.evaluates_only_the_last):
                     self._evaluate()
                 signals.check()

@@ -59,7 +59,7 @@ def run_stage2(settings: Stage2Settings) -> None:
     work = stage2_workload(s.num_eval, training, real, synthetic)
     net = real.network(s.model, generator(s.seed))
     compute = choose_compute(s.compile, s.precision, device, net, (real.channel, *real.im_size), work)
-    run = _resume(s, chosen, real) if s.resume else _start(s, chosen, real, training)
+    run = _resume(s, chosen, real, training) if s.resume else _start(s, chosen, real, training)
     run.log(f"computing: {compute}")
     trainer = Trainer(net.to(device), training, compute)
     of_run = NetworkTraining(s.model, real, synthetic.to(device), trainer, s.seed, run, bool(s.resume))
@@ -102,9 +102,10 @@ def stage2_workload(num_networks: int, settings: TrainSettings, real: RealData, 
 def _fingerprints(s: Stage2Settings, real: RealData, synthetic: SyntheticSet) -> dict[str, str]:
     """Fingerprints of all that a run reads, by flag. The images of the whole training set are those of `--data_path`;
     normalised, they differ from device to device."""
-    prints, images = {"data_path": real.fingerprint()}, None if s.train_on == "whole" else synthetic.images
-    if images is not None or synthetic.images_oe is not None:
-        prints["load_path"] = fingerprint((images, synthetic.labels, synthetic.images_oe))
+    prints, seen = {"data_path": real.fingerprint()}, synthetic.decoded()
+    images = None if s.train_on == "whole" else seen.images
+    if images is not None or seen.images_oe is not None:
+        prints["load_path"] = fingerprint((images, seen.labels, seen.images_oe))
     pool = synthetic.fresh_oe and synthetic.fresh_oe.source.fingerprint()
     return prints | ({"oe_data_path": pool} if pool else {})
 
@@ -122,32 +123,36 @@ def _how_trained(s: Stage2Settings, training: TrainSettings, start: str) -> dict
     return {"protocol": s.protocol, "epochs": training.epochs} | changed
 
 
-def _resume(s: Stage2Settings, chosen: TrainingSet, real: RealData) -> RunFolder:
+def _keep_set(run: RunFolder, s: Stage2Settings, chosen: TrainingSet, real: RealData) -> None:
+    """Write the set into the run folder, as stage 1 may go on; of the whole training set only its outliers."""
+    if run.is_main and s.train_on != "whole":
+        stored = replace(chosen.synthetic.detached_cpu(), fresh_oe=None)
+        DistilledFile.write(run.path / TRAINED_ON, [stored], {}, real, {"flags": as_dict(s)})
+    elif run.is_main and chosen.synthetic.images_oe is not None:
+        save_pt(run.path / OUTLIERS, chosen.synthetic.images_oe.cpu())
+
+
+def _resume(s: Stage2Settings, chosen: TrainingSet, real: RealData, training: TrainSettings) -> RunFolder:
     """The run folder of `--resume`; a `UserError` tells that the data or the distilled set have changed since."""
     folder = Path(s.resume)
     if s.oe_data_path and not read_args(folder)["flags"].get("oe_data_path"):
         raise UserError(f"--oe_data_path: the run {folder} began without a pool; leave it out")
     check_inputs(folder, _fingerprints(s, real, chosen.synthetic))
     run = RunFolder(folder)
-    run.update_args(as_dict(s), device=str(real.device))
+    if not (folder / TRAINED_ON).is_file():  # of older code
+        _keep_set(run, s, chosen, real)
+    run.update_args(as_dict(s), device=str(real.device), training=_how_trained(s, training, chosen.start))
     run.log("resumed")
     return run
 
 
 def _start(s: Stage2Settings, chosen: TrainingSet, real: RealData, training: TrainSettings) -> RunFolder:
-    """A new run folder, named as that of stage 1 if there is one, so that one name leads through all stages.
-
-    It holds the set, as stage 1 may go on; of the whole training set only its outliers.
-    """
+    """A new run folder, named as that of stage 1 if there is one, so that one name leads through all stages."""
     name = chosen.origin and chosen.origin.name
     kinds = (s.train_on, s.outliers, "again" if s.corrupt_again else "none")
     ending = "".join(f"-{kind}" for kind in kinds if kind not in ("distilled", "none"))
     run = RunFolder.create(s.save_path, s.method, s.dataset, s.model, s.ipc, name=name, ending=ending)
-    if run.is_main and s.train_on != "whole":
-        stored = replace(chosen.synthetic.detached_cpu(), fresh_oe=None)
-        DistilledFile.write(run.path / TRAINED_ON, [stored], {}, real, {"flags": as_dict(s)})
-    elif run.is_main and chosen.synthetic.images_oe is not None:
-        save_pt(run.path / OUTLIERS, chosen.synthetic.images_oe.cpu())
+    _keep_set(run, s, chosen, real)
     about = {"device": str(real.device), "seed": s.seed, "epochs": training.epochs, "lr": training.lr}
     about |= {"images_from": chosen.origin and str(chosen.origin.resolve()), "data": identity(real)}
     about |= {"inputs": _fingerprints(s, real, chosen.synthetic), "training": _how_trained(s, training, chosen.start)}

@@ -248,7 +248,7 @@ def _write_report(results: Results, scores: Sequence[str], run: RunFolder, about
     text = f"# {flags['dataset']}: networks {flags['model']}, {flags['method']}, ipc {flags['ipc']}\n\n"
     text += report_text(results, scores) + f"\nNetworks: checkpoints {about['checkpoints']}; training: {how}.\n"
     text += f"\nTest: {', '.join(ways)}.\n" if (ways := ways_of_testing(about)) else ""
-    text += f"\nWhat the measures are: docs/measures.md.\n\nVersions: {versions_line(versions())}.\n"
+    text += f"\nWhat the measures are: docs/measures.md of TrustDD.\n\nVersions: {versions_line(versions())}.\n"
     run.log(*text.splitlines())
     save_text(run.path / "report.md", text)
     save_text(run.path / "results.json", results_json(results, about))

@@ -26,7 +26,7 @@ def method(tiny_real):
     return method
 
 
-def test_every_draw_has_its_key(method, monkeypatch):
+def test_every_draw_has_its_key(method):
     """By hand: the generators of `utils.core.rng`, one for each thing that is random."""
 
     def keyed(what, *key):

@@ -184,6 +184,7 @@ def test_links_in_a_folder(tmp_path):
     assert len(read(folder)[0]) == 3
     (tmp_path / "away" / "around").symlink_to(tmp_path / "away")
     (folder / "here").symlink_to(folder)
+    (tmp_path / "away" / "back").symlink_to(folder)
     assert len(read(folder)[0]) == 3
 
 
