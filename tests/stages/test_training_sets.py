@@ -1054,7 +1054,8 @@ def test_a_set_of_other_data_is_told(in_parts, digits, tmp_path):
 
 def test_fewer_classes_than_corruptions_are_told(digits):
     two = replace(digits, num_classes=2)
-    told = "2 classes take as many of --corruptions: invert, pixelate not used; --mix_corruptions takes all"
+    told = "each of the 2 classes takes one of --corruptions, so these are not used: invert, pixelate; "
+    told += "--mix_corruptions uses all"
     names = ("jigsaw", "rgb-ghost", "invert", "pixelate")
     assert PseudoOutliers(two, names).notice == told
     assert PseudoOutliers(two, names, mixed=True).notice == PseudoOutliers(digits, names).notice == ""

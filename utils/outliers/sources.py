@@ -66,8 +66,8 @@ class PseudoOutliers(OutlierSource):
     def notice(self) -> str:
         """Which corruptions are not used, as each class has one."""
         unused = () if self.mixed else self.corruptions[self.real.num_classes :]
-        few = f"{self.real.num_classes} classes take as many of --corruptions"
-        return f"{few}: {', '.join(unused)} not used; --mix_corruptions takes all" if unused else ""
+        each = f"each of the {self.real.num_classes} classes takes one of --corruptions"
+        return f"{each}, so these are not used: {', '.join(unused)}; --mix_corruptions uses all" if unused else ""
 
     @property
     def slot_names(self) -> tuple[str, ...]:

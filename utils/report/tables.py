@@ -102,14 +102,14 @@ def render(template: str, **values: object) -> str:
 
 
 def summary(results: Results) -> str:
-    """What stage 3 found, in a sentence: accuracy, calibration error, and the mean AUROC of the first score."""
+    """What stage 3 found, in a sentence: accuracy, calibration error, and the mean AUROC of the first two scores."""
     accuracy, ece = (OF_NETWORKS[name].cell(results.of_networks(name)) for name in ("accuracy", "ece"))
     found = f"found: accuracy {accuracy} %, calibration error (ECE) {ece} %"
     if not results.ood_sets():
         return found
-    score = results.scores()[0]
-    auroc = OF_OOD["auroc"].cell(results.per_network(score, "auroc"))
-    return f"{found}, AUROC {auroc} % ({score}, mean over {', '.join(results.ood_sets())})"
+    cells = {score: OF_OOD["auroc"].cell(results.per_network(score, "auroc")) for score in results.scores()[:2]}
+    shown = ", ".join(f"{cell} % ({score})" for score, cell in cells.items())
+    return f"{found}, AUROC {shown}, mean over {', '.join(results.ood_sets())}"
 
 
 def report_text(results: Results, scores: Sequence[str]) -> str:

@@ -159,8 +159,9 @@ class Distillation:
             if self.checkpointer.late():
                 self.save()
 
-        self.evaluator.evaluate(synthetic.decoded(), state.exp, state.iteration, state.measures, after_network)
         when = f"iteration {state.iteration}" if state.iteration else "before distilling"
+        self.run.log(f"exp {state.exp} {when}: training {counted(self.settings.num_eval, 'network')} on the images")
+        self.evaluator.evaluate(synthetic.decoded(), state.exp, state.iteration, state.measures, after_network)
         for model, networks in state.measures.items():
             measures = {name: [m[name] for m in networks.values()] for name in next(iter(networks.values()))}
             values = {name.replace("auroc", "AUROC"): v for name, v in measures.items()}
