@@ -289,7 +289,7 @@ def test_three_stages_and_missing_experts(in_process, refused, monkeypatch):
     assert "1 images of 4 parts per class: networks train on 4" in out
     assert "loss_ce" in out
     two = ["--method", "TGDD", "--ipc", 1, "--num_eval", 1, "--epoch_eval_train", 3, "--protocol", "ncfm"]
-    assert "images of 4 parts" in in_process("train_model_synthetic_oe.py", *short, *two)
+    assert "each of its images holds 4 parts" in in_process("train_model_synthetic_oe.py", *short, *two)
     three = [*short[:4], "--method", "TGDD", "--ipc", 1, "--num_exp", 1, "--ood_sets", "patches"]
     assert "training: protocol ncfm, epochs 3" in in_process("test_ood_model_syn.py", *three)
     assert "--clamp_oe: --method TGDD does not use it" in refused("main_poe.py", *flags, "--clamp_oe")

@@ -144,7 +144,7 @@ def test_compiled_distillation_ends_with_the_same_bits(processes, tmp_path):
     for name in ("whole", "killed"):
         (cwd := tmp_path / name).mkdir()
         if name == "killed":
-            processes.start(cwd, "main.py", flags, ["fsync", 20], needs)
+            processes.start(cwd, "main.py", flags, ["fsync", 10], needs)
             assert processes.wait() == -signal.SIGKILL
             flags = ["--resume", run_folder(cwd).relative_to(cwd)]
         printed = processes.run(cwd, "main.py", flags, needs=needs)
