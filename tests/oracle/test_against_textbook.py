@@ -232,22 +232,26 @@ def on_meta(real, classes):
 @pytest.mark.parametrize("source", ["pool", "corruptions"])
 def test_an_iteration_reads_nothing_back(tiny_real, name, source, monkeypatch):
     """Meta tensors have no values, so an iteration on them proves that the host never waits for one."""
-    sgd = torch.optim.SGD
+    sgd, sent, counts = torch.optim.SGD, [], []
     monkeypatch.setattr(torch.optim, "SGD", lambda *args, fused=None, **kwargs: sgd(*args, **kwargs))
     for module in (transfer, augment, corruptions, sources, datasets, matcher):
-        monkeypatch.setattr(module, "send", lambda t, device: t.to(device))
+        monkeypatch.setattr(module, "send", lambda t, device: (sent.append(t.device != device), t.to(device))[1])
     monkeypatch.setattr(corruptions, "noise", lambda kind, shape, seed, device: kind(shape, device=device))
-    real = on_meta(tiny_real, 6)
-    noise = PseudoOutliers(real, ("gauss-speckle", "geo-mean", "pixelate"))
-    pool = OutlierPool(real, real.images_train, torch.arange(36).view(6, -1))
-    settings = GradientSettings(
-        model=name, ipc=2, batch_real=4, batch_oe=4, dsa_strategy=named(STRATEGY), outer_loop=3, inner_loop=2
-    )
-    method = made(GradientMatching, real, pool if source == "pool" else noise, settings)
-    method.start(0)
-    losses = method.iterate(0)
-    assert losses["loss_oe"].shape == (6,)
-    assert losses["loss_oe"].device.type == "meta"
+    for classes in (3, 6):
+        real = on_meta(tiny_real, classes)
+        noise = PseudoOutliers(real, ("gauss-speckle", "geo-mean", "pixelate"))
+        pool = OutlierPool(real, real.images_train, torch.arange(36).view(classes, -1))
+        settings = GradientSettings(
+            model=name, ipc=2, batch_real=4, batch_oe=4, dsa_strategy=named(STRATEGY), outer_loop=3, inner_loop=2
+        )
+        method = made(GradientMatching, real, pool if source == "pool" else noise, settings)
+        method.start(0)
+        sent.clear()
+        losses = method.iterate(0)
+        assert losses["loss_oe"].shape == (classes,)
+        assert losses["loss_oe"].device.type == "meta"
+        counts.append(sum(sent))
+    assert counts[1] <= 2 * counts[0]  # a few for each slot
 
 
 @pytest.mark.parametrize("dsa", [STRATEGY, None])

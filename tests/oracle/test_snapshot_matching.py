@@ -342,5 +342,5 @@ def test_bad_input(in_process, refused, tmp_path):
     assert "of another kind: outliers" in refused("main.py", *flags)
     (content,) = torch.load(folder / "replay_buffer_0.pt")
     torch.save([content[:1]], folder / "replay_buffer_0.pt")
-    assert "end after epoch 0, and epoch 1 is needed; train them for longer" in refused("main_poe.py", *poe)
+    assert "have a single snapshot; train them again" in refused("main_poe.py", *poe)
     assert set(tmp_path.rglob("*")) == before

@@ -144,7 +144,7 @@ def test_compiled_distillation_ends_with_the_same_bits(processes, tmp_path):
     for name in ("whole", "killed"):
         (cwd := tmp_path / name).mkdir()
         if name == "killed":
-            processes.start(cwd, "main.py", flags, ["fsync", 10], needs)
+            processes.start(cwd, "main.py", flags, ["fsync", 20], needs)
             assert processes.wait() == -signal.SIGKILL
             flags = ["--resume", run_folder(cwd).relative_to(cwd)]
         printed = processes.run(cwd, "main.py", flags, needs=needs)
@@ -584,11 +584,14 @@ def test_a_checkpoint_of_another_run(whole, refused, tmp_path):
         {"exp": 7},
         {"method": {"images": [torch.zeros(10, 1, 1, 9, 9)] * 2, "optimizers": []}},
         {"method": {"images": [torch.zeros(10, 1, 1, 8, 8)], "optimizers": []}},
+        {"measures": 3},
         {"found": {}},
         {"finished": [1, 2]},
         {"exp": 1, "method": None, "finished": [[None, None]]},
-        {"exp": 1, "method": None, "finished": [[torch.zeros(10, 1, 8, 8)] * 2]},
         {"exp": 1, "method": None, "finished": [[torch.zeros(9, 1, 8, 8), None, None]]},
+        {"exp": 1, "method": None, "finished": [[None, None]]},
+        {"exp": 1, "method": None, "finished": [[torch.full((10, 1, 8, 8), float("nan"))] * 2]},
+        {"iteration": "many"},
     ):
         torch.save(load(folder / "checkpoint.pt") | change, tmp_path / "checkpoint.pt")
         assert "is not of this run" in refused("main_poe.py", "--resume", tmp_path)

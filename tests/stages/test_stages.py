@@ -651,7 +651,7 @@ def test_default_ood_sets_can_all_be_had(digits, tmp_path):
 
 def test_a_run_that_diverges_stops_loudly(refused, tmp_path):
     error = refused("main.py", *STAGE1, "--lr_img", 1e30, "--Iteration", 12, "--num_exp", 1)
-    assert "--lr_img 1e+30: experiment 0 diverged in iteration 1: loss" in error
+    assert "--lr_img 1e+30: experiment 0 diverged in iteration 1: loss of slot 0, 1" in error
     saved = sorted(tmp_path.rglob("res_*.pt"))
     assert len(saved) == 2
     assert all(torch.isfinite(DistilledFile.open(path).set().images).all() for path in saved)

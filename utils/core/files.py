@@ -73,9 +73,25 @@ def save_output(path: str, text: str) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line; a `UserError` tells of a full disk or a read-only folder. A power cut may take the last ones."""
-    with writing(path), open(path, "ab", opener=open_no_link) as file:
-        file.write((line + "\n").encode(errors="replace"))
+    """Append a line, whole or not at all; a `UserError` tells of a full disk or a read-only folder.
+
+    It survives a crash of this process, but not a power cut in the next seconds, see `sync_file`.
+    """
+    data, written = (line + "\n").encode(errors="replace"), 0
+    with writing(path), open(path, "ab", buffering=0, opener=open_no_link) as file:
+        try:
+            while written < len(data):  # a nearly full disk may accept only a part
+                written += file.write(data[written:])
+        except OSError:
+            with suppress(OSError):
+                file.truncate(file.seek(0, os.SEEK_END) - written)
+            raise
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file to the disk; do nothing if it does not exist."""
+    with suppress(FileNotFoundError), open(path, "rb", opener=open_no_link) as file, suppress(OSError):
+        os.fsync(file.fileno())
 
 
 def remove_files(folder: Path, pattern: str) -> None:

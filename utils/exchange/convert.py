@@ -71,9 +71,8 @@ def read_distilled(
     with blame(flag):
         files = find_files(paths, assumed.distilled_format)
         raw, where = read_raw(files, real, exp_idx), str(files.images)
-        if is_beside and files.format in STATED:
-            space = ("distilled_space", "distilled_mean", "distilled_std") if raw.stated.space else ()
-            assumed = replace(assumed, **dict.fromkeys(("distilled_factor", *space)))
+        if is_beside:
+            assumed = _besides(raw, files.format, assumed)
         normalisation = _normalisation(raw, files.format, real, assumed, where)
         factor = assumed.distilled_factor or raw.factor or DEFAULT_FACTOR.get(files.format, 1)
         check_factor(factor, real.im_size, "--distilled_factor")
@@ -97,6 +96,12 @@ def read_distilled(
         synthetic = in_classes_of(real.class_names, synthetic, raw.class_names, where)
     lines = (line, *_unsaid(raw, files.format, real, assumed), raw.note, line_oe)
     return TrainingSet(synthetic, tuple(filter(None, lines)), factor=factor * raw.decoded)
+
+
+def _besides(raw: RawSet, form: str, assumed: Assumptions) -> Assumptions:
+    """What is assumed of a set, without what its own file states."""
+    space = ("distilled_space", "distilled_mean", "distilled_std") if raw.stated.space else ()
+    return replace(assumed, **dict.fromkeys(("distilled_factor", *space))) if form in STATED else assumed
 
 
 def _unsaid(raw: RawSet, form: str, real: RealData, assumed: Assumptions) -> list[str]:

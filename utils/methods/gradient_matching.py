@@ -97,8 +97,8 @@ class GradientMatching(LearnableSet):
         """Update the images, then the outliers; returns their losses, `[1 or 2, slots]`."""
         self.net.train()
         if self.trainer.has_batchnorm:  # one pass over these images in training mode, then every BatchNorm is frozen
-            keys = [("batchnorm", it, outer, slot) for slot in range(self.real.num_classes)]
-            chosen = [self.real.choose(key[-1], BATCHNORM_IMAGES, self.generator(*key)) for key in keys]
+            generators = [self.generator("batchnorm", it, outer, c) for c in range(self.real.num_classes)]
+            chosen = [self.real.choose(c, BATCHNORM_IMAGES, g) for c, g in enumerate(generators)]
             with torch.no_grad():
                 self.net(self.real.train_batch(torch.cat(chosen)))
             for module in self.net.modules():

@@ -128,10 +128,10 @@ class LearnableSet:
 
     def transforms(self, which: int, it: int, outer: int = 0) -> dict[int, Callable]:
         """By slot, what augments both the real and the synthetic images (0) or outliers (1): the Siamese rule."""
-        if self.augmentation is None:
+        dsa, key, size = self.augmentation, (f"siamese{KINDS[which]}", it, outer), self.real.im_size
+        if dsa is None:
             return dict.fromkeys(self._slots(), identity)
-        generators = {slot: self.generator(f"siamese{KINDS[which]}", it, outer, slot) for slot in self._slots()}
-        drawn = {slot: self.augmentation.draw(1, self.real.im_size, g) for slot, g in generators.items()}
+        drawn = {slot: dsa.draw(1, size, self.generator(*key, slot)) for slot in self._slots()}
         return send_draws(drawn, self.device)
 
     def batches(self, which: int, it: int, outer: int = 0) -> Iterator[Tensor]:

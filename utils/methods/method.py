@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from utils.compute.device import Compute, Workload
-from utils.core.errors import UserError, require
+from utils.core.errors import UserError
 from utils.core.rng import generator
 from utils.data.augment import DSA
 from utils.data.datasets import RealData
@@ -132,9 +132,8 @@ def with_experts(kind: Callable[[MethodInputs, ExpertBuffer], Method]) -> Callab
         without = f"{folder} has no {ABOUT}"  # as published buffers
         if not is_known and inputs.outliers is not None:
             raise UserError(f"--buffer_path: {without}, so its experts have seen no outliers; make them with {make}")
-        cure = "train them for longer" + ", or lower --max_start_epoch or --expert_epochs" * hasattr(s, "expert_epochs")
-        told = f"end after epoch {experts.epochs}, and epoch {s.last_epoch} is needed; {cure}"
-        require(s.last_epoch <= experts.epochs, f"--buffer_path: the experts in {folder} {told}")
+        if s.last_epoch > experts.epochs:
+            raise UserError(s.TOO_SHORT.format(s=s, experts=experts))
         accuracy = before["expert_accuracy"] if "expert_accuracy" in before else experts.accuracy(real, s.model)
         method = kind(inputs, experts)
         if accuracy is not None:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,12 @@ Matched = tuple[Tensor, list[Tensor]]  # the loss, and gradients
 @dataclass(frozen=True)
 class TrajectorySettings(OnExperts):
     """Trajectory matching."""
+
+    TOO_SHORT: ClassVar = (
+        "--max_start_epoch {s.max_start_epoch}: with --expert_epochs {s.expert_epochs} it needs experts of "
+        "{s.last_epoch} epochs; those in {experts.folder} have {experts.epochs}. Lower one of them, or train experts "
+        "for longer"
+    )
 
     expert_epochs: int = flag(2, "epochs of the expert that the student's steps are to match", count(1))
     syn_steps: int = flag(

@@ -258,15 +258,15 @@ def validation_sets(source: OODSource) -> list[OODSet]:
     if other:
         there, missing = replace(source, flag="--validate", limit=max(2, source.most)).find([other])
         require(there, f"--validate needs {other}: {missing.get(other)}")
-        images = real.denormalize(there[0].load())
+        images = real.denormalize(there[0].load()).cpu()
     else:
-        images = unit_images(real.images_test)
+        images = unit_images(real.images_test).cpu()
 
     def load(name: str) -> torch.Tensor:
         """The images `[n, C, H, W]` of one corruption, normalised."""
         g = generator(source.seed, "validation", name)
         taken = torch.randperm(len(images), generator=g)[: max(2, source.most)]  # a corruption may mix two images
-        changed = corrupt(conform(images.cpu()[taken], real.channel, real.im_size), name, g)  # alike on each device
+        changed = corrupt(conform(images[taken], real.channel, real.im_size), name, g)  # alike on each device
         return real.normalize(changed[: source.most].to(real.device))
 
     count, made_of = min(source.most, len(images)), "the other CIFAR" if other else "test images"

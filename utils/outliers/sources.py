@@ -73,7 +73,11 @@ class PseudoOutliers(OutlierSource):
     def slot_names(self) -> tuple[str, ...]:
         """The corruption of each slot, if it has one."""
         slots = () if self.mixed else range(self.real.num_classes)
-        return tuple(self.corruptions[slot % len(self.corruptions)] for slot in slots)
+        return tuple(self._names(slot)[0] for slot in slots)
+
+    def _names(self, slot: int) -> tuple[str, ...]:
+        """The corruptions that an outlier of a slot may have."""
+        return self.corruptions if self.mixed else (self.corruptions[slot % len(self.corruptions)],)
 
     def describe(self) -> dict:
         return {"kind": "poe", "corruptions": list(self.corruptions)} | ({"mixed": True} if self.mixed else {})
@@ -83,7 +87,7 @@ class PseudoOutliers(OutlierSource):
 
     def draw(self, slot: int, n: int, generator: torch.Generator) -> Tensor:
         """`n` different training images, whatever their class, corrupted."""
-        names = self.corruptions if self.mixed else (self.corruptions[slot % len(self.corruptions)],)
+        names = self._names(slot)
         least = 2 if {*names} & {*MEANS} else 1  # a mean is of two images
         images = self.real.unit_train(distinct(self.per_slot(), max(n, least), generator))
         if self.mixed:
@@ -109,6 +113,7 @@ class OutlierPool(OutlierSource):
         return self.slices.shape[1]
 
     def draw(self, slot: int, n: int, generator: torch.Generator) -> Tensor:
+        """`n` different images of the slice."""
         index = self.slices[slot][distinct(self.per_slot(), n, generator)]
         images = self.images.index_select(0, send(index, self.images.device))
         return self.real.normalize(conform(images, self.real.channel, self.real.im_size))

@@ -31,7 +31,8 @@ class Checkpointer:
         return time.monotonic() - self.saved > MOST_SECONDS
 
     def save(self, state: dict) -> None:
-        """Write plain values and tensors."""
+        """Write plain values and tensors; flush the logs first."""
+        self.run.sync()
         save_pt(self.path, state, keep=self.previous)
         self.saved = time.monotonic()
 

@@ -62,6 +62,11 @@ class RunFolder:
             print_line(message)
         files.append_line(self.path / LOG, f"[{datetime.now():%Y-%m-%d %H:%M:%S}] {message}")
 
+    def sync(self) -> None:
+        """Flush all appended lines to the disk, before something relies on them, e.g. a checkpoint."""
+        for name in (LOG, METRICS):
+            files.sync_file(self.path / name)
+
     def metric(self, **values: object) -> None:
         """Append `values` and the time to `metrics.jsonl`, whatever the rank; non-finite numbers become null."""
         plain = {name: _finite(value) for name, value in values.items()}

@@ -175,6 +175,8 @@ class ExpertSettings(
 class OnExperts(Distilling, Buffers):
     """Matching with experts."""
 
+    TOO_SHORT: ClassVar = "--buffer_path: the experts in {experts.folder} have a single snapshot; train them again"
+
     expert_lambda_oe: float | None = flag(
         None,
         "weight of the outlier loss when the experts were trained; left out: --lambda_oe. With a larger one, training "
@@ -194,7 +196,7 @@ class OnExperts(Distilling, Buffers):
 
     @property
     def last_epoch(self) -> int:
-        """The last epoch of the experts that is needed."""
+        """The last epoch of the experts that is needed; `TOO_SHORT` is the message if they end before."""
         return 1
 
     def to_train(self) -> ExpertSettings | None:

@@ -47,18 +47,32 @@ class DistillState:
         return vars(self) | {"finished": [[s.images, s.images_oe, s.lr_net] for s in self.finished]}
 
     @classmethod
-    def from_dict(cls, content: dict, labels: Tensor, factor: int) -> "DistillState":
-        """The state in a checkpoint; `labels` and `factor` are those of its finished sets.
+    def from_dict(cls, content: dict, num_exp: int, iterations: int, example: SyntheticSet) -> "DistillState":
+        """The state in a checkpoint of a run of `num_exp` experiments; `example`: a set like the finished ones.
 
         Raises:
             ValueError, KeyError, TypeError, AttributeError: when it is not of this run.
         """
         if "measures" not in content:
             raise ValueError("older code wrote it; resume it with that, or start a new run")
-        sets = [SyntheticSet(images, labels, oe, lr, factor=factor) for images, oe, lr in content["finished"]]
-        if len(sets) != content["exp"] or any(s.images.shape[0] != len(labels) for s in sets):
-            raise ValueError(f"experiment {content['exp']}, {len(sets)} finished experiments")
-        return cls(**content | {"finished": sets})
+        parts = ("images", "images_oe", "lr_net")
+        finished = [replace(example, **dict(zip(parts, stored, strict=False))) for stored in content["finished"]]
+        plain = {"exp": int, "iteration": int, "measures": dict, "accs": dict}
+        state = cls(**content | {n: kind(content[n]) for n, kind in plain.items()} | {"finished": finished})
+        if not (0 <= state.exp <= num_exp and 0 <= state.iteration <= iterations and len(finished) == state.exp):
+            raise ValueError(
+                f"experiment {state.exp}, iteration {state.iteration}, {len(finished)} finished experiments"
+            )
+        if not all(is_like(getattr(s, part), getattr(example, part)) for s in finished for part in parts[:2]):
+            raise ValueError("a finished set of another shape, or not finite")
+        return state
+
+
+def is_like(images: Tensor | None, example: Tensor | None) -> bool:
+    """Whether images have the shape and type of others, and are finite; None is like None."""
+    if images is None or example is None:
+        return images is example
+    return images.shape == example.shape and images.dtype == example.dtype and bool(torch.isfinite(images).all())
 
 
 class Distillation:
@@ -107,7 +121,7 @@ class Distillation:
             state.method = first
         with self.run.progress(s.Iteration, f"exp {state.exp}", start=state.iteration) as progress:
             while True:
-                last = state.iteration >= s.Iteration
+                last = state.iteration == s.Iteration
                 if last or (state.iteration % s.eval_interval == 0 and not s.evaluates_only_the_last):
                     self._evaluate()
                 signals.check()
@@ -211,8 +225,12 @@ class Distillation:
             self.run.log("resumed: killed before its first checkpoint, so from the beginning")
             self.run.keep_metrics(lambda line: False)
             return False
+        labels, s = self.method.labels.cpu(), self.settings
+        images = torch.empty(len(labels), self.real.channel, *self.real.im_size)
+        outliers = None if self.method.outliers is None else images
+        example = SyntheticSet(images, labels, outliers, factor=s.factor)
         try:
-            self.state = state = DistillState.from_dict(content, self.method.labels.cpu(), self.settings.factor)
+            self.state = state = DistillState.from_dict(content, s.num_exp, s.Iteration, example)
             if state.method is not None:
                 self.method.load_state_dict(state.exp, state.method)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -230,9 +248,21 @@ class Distillation:
 
 
 def not_finite(losses: dict[str, Tensor], synthetic: SyntheticSet) -> str:
-    """Names what is no longer finite after an update: losses, images or outliers; empty if all is finite."""
-    values = {**losses, "images": synthetic.images}
+    """Names what is no longer finite after an update, and in which slots; empty if all is finite.
+
+    `losses`: by name, each with an entry per slot, or one.
+    """
+    values = {**losses, "images": synthetic.images.flatten(1).abs().amax(1)}
     if synthetic.images_oe is not None:
-        values["outliers"] = synthetic.images_oe
-    are_finite = torch.stack([torch.isfinite(value).all() for value in values.values()]).tolist()  # one synchronisation
-    return " and ".join(name for name, is_finite in zip(values, are_finite, strict=True) if not is_finite)
+        values["outliers"] = synthetic.images_oe.flatten(1).abs().amax(1)
+    finite = {name: torch.isfinite(v.flatten()) for name, v in values.items()}
+    if torch.cat(list(finite.values())).all():  # one synchronisation
+        return ""
+    found = []
+    for name, is_finite in finite.items():
+        bad = (~is_finite).nonzero().flatten()
+        if len(bad):
+            slots = synthetic.labels[bad] if name in ("images", "outliers") else bad
+            several = f" of slot {', '.join(map(str, slots.unique().tolist()))}" if len(is_finite) > 1 else ""
+            found.append(name + several)
+    return " and ".join(found)

@@ -59,7 +59,7 @@ def run_stage2(settings: Stage2Settings) -> None:
     work = stage2_workload(s.num_eval, training, real, synthetic)
     net = real.network(s.model, generator(s.seed))
     compute = choose_compute(s.compile, s.precision, device, net, (real.channel, *real.im_size), work)
-    run = _resume(s, chosen, real, training) if s.resume else _start(s, chosen, real, training)
+    run = (_resume if s.resume else _start)(s, chosen, real, training, _fingerprints(s, real, synthetic))
     run.log(f"computing: {compute}")
     trainer = Trainer(net.to(device), training, compute)
     of_run = NetworkTraining(s.model, real, synthetic.to(device), trainer, s.seed, run, bool(s.resume))
@@ -100,12 +100,11 @@ def stage2_workload(num_networks: int, settings: TrainSettings, real: RealData, 
 
 
 def _fingerprints(s: Stage2Settings, real: RealData, synthetic: SyntheticSet) -> dict[str, str]:
-    """Fingerprints of all that a run reads, by flag. The images of the whole training set are those of `--data_path`;
-    normalised, they differ from device to device."""
-    prints, seen = {"data_path": real.fingerprint()}, synthetic.decoded()
-    images = None if s.train_on == "whole" else seen.images
-    if images is not None or seen.images_oe is not None:
-        prints["load_path"] = fingerprint((images, seen.labels, seen.images_oe))
+    """Fingerprints of all that a run reads, by flag; `synthetic` is decoded. The images of the whole training set are
+    those of `--data_path`; normalised, they differ from device to device."""
+    prints, images = {"data_path": real.fingerprint()}, None if s.train_on == "whole" else synthetic.images
+    if images is not None or synthetic.images_oe is not None:
+        prints["load_path"] = fingerprint((images, synthetic.labels, synthetic.images_oe))
     pool = synthetic.fresh_oe and synthetic.fresh_oe.source.fingerprint()
     return prints | ({"oe_data_path": pool} if pool else {})
 
@@ -132,21 +131,25 @@ def _keep_set(run: RunFolder, s: Stage2Settings, chosen: TrainingSet, real: Real
         save_pt(run.path / OUTLIERS, chosen.synthetic.images_oe.cpu())
 
 
-def _resume(s: Stage2Settings, chosen: TrainingSet, real: RealData, training: TrainSettings) -> RunFolder:
+def _resume(
+    s: Stage2Settings, chosen: TrainingSet, real: RealData, training: TrainSettings, inputs: dict[str, str]
+) -> RunFolder:
     """The run folder of `--resume`; a `UserError` tells that the data or the distilled set have changed since."""
     folder = Path(s.resume)
     if s.oe_data_path and not read_args(folder)["flags"].get("oe_data_path"):
         raise UserError(f"--oe_data_path: the run {folder} began without a pool; leave it out")
-    check_inputs(folder, _fingerprints(s, real, chosen.synthetic))
+    check_inputs(folder, inputs)
     run = RunFolder(folder)
-    if not (folder / TRAINED_ON).is_file():  # of older code
+    if s.train_on != "whole" and not (folder / TRAINED_ON).is_file():  # of older code
         _keep_set(run, s, chosen, real)
     run.update_args(as_dict(s), device=str(real.device), training=_how_trained(s, training, chosen.start))
     run.log("resumed")
     return run
 
 
-def _start(s: Stage2Settings, chosen: TrainingSet, real: RealData, training: TrainSettings) -> RunFolder:
+def _start(
+    s: Stage2Settings, chosen: TrainingSet, real: RealData, training: TrainSettings, inputs: dict[str, str]
+) -> RunFolder:
     """A new run folder, named as that of stage 1 if there is one, so that one name leads through all stages."""
     name = chosen.origin and chosen.origin.name
     kinds = (s.train_on, s.outliers, "again" if s.corrupt_again else "none")
@@ -155,7 +158,7 @@ def _start(s: Stage2Settings, chosen: TrainingSet, real: RealData, training: Tra
     _keep_set(run, s, chosen, real)
     about = {"device": str(real.device), "seed": s.seed, "epochs": training.epochs, "lr": training.lr}
     about |= {"images_from": chosen.origin and str(chosen.origin.resolve()), "data": identity(real)}
-    about |= {"inputs": _fingerprints(s, real, chosen.synthetic), "training": _how_trained(s, training, chosen.start)}
+    about |= {"inputs": inputs, "training": _how_trained(s, training, chosen.start)}
     run.save_args(as_dict(s), **about)
     lines = [f"run folder: {run.path}"]
     if name and run.path.name != name + ending:
@@ -163,9 +166,9 @@ def _start(s: Stage2Settings, chosen: TrainingSet, real: RealData, training: Tra
     lines += [*real.lines(), *chosen.lines]
     if s.dsa_strategy and METHODS[s.method].augmentation == "unused":
         lines.append(f"--dsa_strategy {s.dsa_strategy} is not used by --method {s.method}")
-    decoded = chosen.synthetic.decoded()
+    images = len(chosen.synthetic.images) * chosen.synthetic.factor**2
     lines += [
-        f"an epoch has {len(decoded.images)} images{' and as many outliers' if decoded.num_outliers else ''}",
+        f"an epoch has {images} images{' and as many outliers' if chosen.synthetic.num_outliers else ''}",
         f"the best checkpoint is chosen on the test set, by tests every {TEST_INTERVAL} epochs and after the last",
         f"{training.epochs} epochs, batch {training.batch}, learning rate {training.lr:g}",
     ]

@@ -19,6 +19,7 @@ from utils.core.rng import generator
 from utils.core.torch_files import fingerprint, read_pt
 from utils.data.distilled_file import DistilledFile, result_name
 from utils.data.synthetic import SyntheticSet
+from utils.runs.checkpoints import Checkpointer
 from utils.runs.lineage import find_run_folder
 from utils.runs.run_folder import RunFolder, read_metrics
 from utils.settings.fields import flag_words
@@ -135,19 +136,19 @@ def test_failed_write_leaves_the_old_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
-def test_a_line_that_does_not_fit(program, tmp_path):
-    """A file-size limit takes the place of a full disk; what is left of a line does not take the next one with it."""
-    path = tmp_path / "metrics.jsonl"
-    append_line(path, '{"a": 1}')
+def test_a_line_that_does_not_fit_leaves_no_part(program, tmp_path):
+    """A file-size limit takes the place of a full disk: the first write takes a part, the second fails."""
+    path = tmp_path / "log"
+    append_line(path, "first")
     code = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     code += "resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20)); "
     code += "from pathlib import Path; from utils.core.files import append_line"
-    code += f"; append_line(Path({str(path)!r}), '{{' + 'x' * 50)"
+    code += f"; append_line(Path({str(path)!r}), 'x' * 50)"
     done = subprocess.run(program(code), capture_output=True, text=True)
     assert "UserError: cannot write" in done.stderr
-    RunFolder(tmp_path).keep_metrics(lambda line: True)  # as a resumed run begins
-    append_line(path, '{"a": 2}')
-    assert [line["a"] for line in read_metrics(tmp_path)] == [1, 2]
+    assert path.read_text() == "first\n"
+    append_line(path, "second")
+    assert path.read_text() == "first\nsecond\n"
 
 
 def test_finding_run_folders(tmp_path):
@@ -323,6 +324,20 @@ def test_keyed_generators():
     many = torch.stack([torch.rand(50, generator=generator(7, i)) for i in range(2000)])
     assert abs(many.mean() - 0.5) < 0.01
     assert torch.corrcoef(many[:, :2].T)[0, 1].abs() < 0.07
+
+
+def test_logs_are_flushed_before_a_checkpoint_relies_on_them(tmp_path, monkeypatch):
+    synced = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.fstat(file).st_ino), fsync(file))[1])
+    run = RunFolder(tmp_path)
+    for step in range(100):
+        run.metric(iteration=step)
+    run.log("a line")
+    assert not synced
+    assert len(read_metrics(tmp_path)) == 100
+    Checkpointer(run).save({"a": 1})
+    assert synced[:2] == [os.stat(tmp_path / name).st_ino for name in ("logs.txt", "metrics.jsonl")]
 
 
 def test_fingerprints_of_bfloat16_tensors():
