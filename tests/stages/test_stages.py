@@ -293,6 +293,14 @@ def test_the_line_of_stage_3_names_the_sets_that_are_there(digits, tmp_path, mon
     assert stage3_command(settings, tmp_path / "moved", digits) is None
 
 
+@pytest.mark.parametrize(("protocol", "best"), [("dc", True), ("idc", False), ("ncfm", False)])
+def test_the_line_of_stage_3_tests_the_checkpoints_that_the_protocol_reports(protocol, best, digits, tmp_path):
+    """The best, as DC published it; of the other protocols the tables show the last epoch."""
+    settings = Stage2Settings(dataset="Digits", model="MLP", protocol=protocol)
+    line = stage3_command(settings, tmp_path / "two" / "DC" / "Digits" / "MLP" / "1" / "name", digits)
+    assert ("--is_load_best" in line.split()) == best
+
+
 @pytest.fixture
 def networks_of(tmp_path):
     """A stage-2 folder of tiny networks, with these checkpoints of each, and an `args.json` unless `epochs` is None."""
