@@ -41,7 +41,8 @@ from utils.report.results import load_results
 from utils.runs import progress
 from utils.runs.progress import Progress
 from utils.runs.run_folder import RunFolder
-from utils.settings.arguments import Stage2Settings, command_of
+from utils.settings.arguments import Stage2Settings
+from utils.settings.commands import command_of
 from utils.settings.distillation import ExpertSettings
 from utils.stages.evaluation import EvalSettings, Evaluator, training_of
 from utils.stages.expert_training import ExpertTraining, open_expert_run

@@ -1,4 +1,4 @@
-"""The file of distilled sets, `res_….pt`, and that of stage 2, `trained_on.pt`: its one reader and writer.
+"""The file of distilled sets, `res_….pt`, and that of stage 2, `trained_on.pt`: its reader and writer.
 
 It is a dict in the layout of the published code: `data`, a list of `[images, labels]` per experiment, and with outliers
 `data_oe`, a list of `[outliers, zeros]` (CPU, float32, normalised; int64); `accs_all_exps`, lists of accuracies by

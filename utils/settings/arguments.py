@@ -1,10 +1,7 @@
 """The settings of each script: the groups of flags that it has, and what differs from their defaults."""
 
-import shlex
-import sys
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from utils.core.errors import UserError
@@ -13,7 +10,7 @@ from utils.methods import METHODS
 from utils.outliers.corruptions import DEFAULT_CORRUPTIONS
 from utils.runs.resume import Checkpoints
 from utils.settings import common
-from utils.settings.fields import OF_RUN, Need, Settings, as_words, flag, flags_of, main_flag, only, with_default
+from utils.settings.fields import Need, Settings, flag, main_flag, only, with_default
 from utils.settings.method_choice import MethodChoice, load_method_file, users_of_flags
 from utils.settings.parser import count, with_shown_default
 from utils.settings.reading import SettingsParser
@@ -245,18 +242,3 @@ def script_parser(settings: type[Settings], doc: str, description: str) -> Setti
     """The parser of a script, with the flags of methods; `doc`: of the script, whose second paragraph is an example."""
     example = doc.split("\n\n")[1]
     return SettingsParser(settings, load_method_file, description=f"{description}\n\n{example}")
-
-
-def carried(source: Settings, target: type[Settings], *groups: type[Settings], **more: Any) -> Settings:
-    """Settings of the next stage: what names the run, and what of the data, the network and `groups` was changed."""
-    usual = Settings.defaults(source)
-    known = {f.name for f in flags_of(target)} - {"download"}
-    names = {f.name for group in (common.Data, common.Network, *groups) for f in flags_of(group)} & known | {"compile"}
-    kept = {name: getattr(source, name) for name in names if getattr(source, name) != usual[name]}
-    named = {name: getattr(source, name) for name in (*OF_RUN, "method_file")}
-    return target(**named | kept | more)
-
-
-def command_of(script: str, settings: Settings) -> str:
-    """The shell command of a script, with the interpreter and the folder of this script as they were called."""
-    return shlex.join([sys.orig_argv[0], str(Path(sys.argv[0]).with_name(script)), *as_words(settings)])

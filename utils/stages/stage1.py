@@ -25,7 +25,8 @@ from utils.ood.sets import OODSource
 from utils.runs.lineage import root_of
 from utils.runs.resume import check_inputs
 from utils.runs.run_folder import RunFolder, read_args
-from utils.settings.arguments import Stage1Settings, Stage2Settings, Stage2SettingsNoOE, carried, command_of
+from utils.settings.arguments import Stage1Settings, Stage2Settings, Stage2SettingsNoOE
+from utils.settings.commands import carried, command_of
 from utils.settings.common import Batches, OutlierTraining, Speed, Training, read_data
 from utils.settings.distillation import source_of
 from utils.settings.fields import as_dict

@@ -24,7 +24,8 @@ from utils.report.tables import counted, mean_std
 from utils.runs.lineage import STAGE1_ROOTS, TRAINED_ON, find_run_folder, root_of
 from utils.runs.resume import check_inputs
 from utils.runs.run_folder import RunFolder, read_args
-from utils.settings.arguments import Stage2Settings, Stage3Settings, carried, command_of
+from utils.settings.arguments import Stage2Settings, Stage3Settings
+from utils.settings.commands import carried, command_of
 from utils.settings.common import OOD_PATH, OutlierTraining, read_data
 from utils.settings.fields import as_dict
 from utils.stages.evaluation import training_of

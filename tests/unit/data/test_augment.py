@@ -114,7 +114,7 @@ def test_affine_agrees_with_torch():
 
 
 @pytest.mark.parametrize("entry", FULL)
-def test_siamese_rule(entry):
+def test_one_draw_changes_both_batches_alike(entry):
     """One draw does the same to every image and to both batches; as many draws as images differ between images."""
     same = images(1).expand(6, -1, -1, -1)
     siamese = [DSA((entry,)).draw(1, SIZE, generator(i)) for i in range(8)]
