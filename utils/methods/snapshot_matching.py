@@ -196,7 +196,7 @@ TGDD_ENTRY = MethodEntry(
     SnapshotSettings,
     defaults={
         "Iteration": 2000, "lr_img": 0.02, "init": "real", "eval_interval": 1000, "factor": 2, "batch_real": 128,
-        "batch_oe": 128,
+        "batch_oe": 128, "num_exp": 1, "num_eval": 5,
     },
     derived=lambda s: {"Iteration": 10000, "lr_img": 0.01 * s.ipc} if s.published else {},
     experts=OnExperts.to_train,
