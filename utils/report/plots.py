@@ -254,10 +254,11 @@ def _show(axis: Any, images: torch.Tensor, title: str, **style: object) -> None:
     axis.set_axis_off()
 
 
-def save_distilled(path: Path, pictures: Sequence[tuple[str, torch.Tensor]]) -> None:
+def save_distilled(path: Path, pictures: Sequence[tuple[str, torch.Tensor]], names: Sequence[str] = ()) -> None:
     """Grids of distilled images and outliers under their titles, at most ten per class, as `_tiled` lays them out.
 
-    `pictures`: titles and images `[num_classes, ipc, C, H, W]` in [0, 1].
+    `pictures`: titles and images `[num_classes, ipc, C, H, W]` in [0, 1]. `names`: of the classes; up to 20 are written
+    beside the rows of the first picture.
     """
     height, width, _ = _tiled(pictures[0][1][:, :SHOWN_PER_CLASS]).shape
     size = (4.6, min(10.0, max(2.6, 4.6 * height / width)) + 0.4)
@@ -265,6 +266,9 @@ def save_distilled(path: Path, pictures: Sequence[tuple[str, torch.Tensor]]) -> 
     figure, axes = _panels(len(pictures), *(below if width > height else beside))
     for axis, (title, images) in zip(axes, pictures, strict=True):
         _show(axis, images[:, :SHOWN_PER_CLASS], title, fontsize=10)
+    classes, ipc, _, row, _ = pictures[0][1].shape
+    for index, name in enumerate(names if ipc > 1 and classes <= 20 else ()):
+        axes[0].text(-2, (index + 0.5) * (row + 1), name[:24], ha="right", va="center", fontsize=8)
     _save(path, figure, dpi=130)
 
 

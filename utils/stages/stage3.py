@@ -63,7 +63,7 @@ def run_stage3(settings: Stage3Settings) -> Results:
         about = {"networks": str(folder), "checkpoints": which, "training": training, "fitted_on": fit and fit.name}
         about["ood_sets"] = {o.name: {"kind": o.kind, "images": o.count, "source": o.source} for o in sets}
         _write_report(results, scores, run, about | {"flags": as_dict(s)})
-        _draw_plots(run, networks, folder)
+        _draw_plots(run, networks, folder, real.class_names)
     run.finish()
     run.log(summary(results))
     return results
@@ -223,7 +223,7 @@ def _about_fitting(fit: FitSet | None, scores: Sequence[str], given: str | None)
     return lines
 
 
-def _draw_plots(run: RunFolder, networks: Sequence[NetworkScores], folder: Path) -> None:
+def _draw_plots(run: RunFolder, networks: Sequence[NetworkScores], folder: Path, classes: Sequence[str]) -> None:
     """Write `scores_<score>.png`, `roc_<score>.png`, `reliability.png`, and, if the set is there, `distilled.png`.
 
     A score is drawn for the sets on which it is finite for every network.
@@ -237,7 +237,7 @@ def _draw_plots(run: RunFolder, networks: Sequence[NetworkScores], folder: Path)
             plots.save_roc_curves(run.path / f"roc_{score}.png", score, networks, finite)
     plots.save_reliability(run.path / "reliability.png", networks)
     if pictures := plots.distilled_pictures(folder):
-        plots.save_distilled(run.path / "distilled.png", pictures)
+        plots.save_distilled(run.path / "distilled.png", pictures, classes)
     run.log("plots: " + ", ".join(sorted(path.name for path in run.path.glob("*.png"))))
 
 

@@ -24,7 +24,7 @@ from utils.data.synthetic import SyntheticSet
 from utils.ood.measures import MEASURES, SCALED_MEASURES
 from utils.report.card import measured_table
 from utils.report.compare import Comparison, find_runs
-from utils.report.plots import distilled_pictures, save_grid, save_score_histograms, shown
+from utils.report.plots import distilled_pictures, save_distilled, save_grid, save_score_histograms, shown
 from utils.report.results import NETWORK_MEASURES, Results, load_results, results_csv, results_json, shared_sets
 from utils.report.study import NamedResults, StudyColumn, mean_rows, score_rows
 from utils.report.tables import report_text
@@ -401,6 +401,20 @@ def test_pictures_show_the_outliers_that_networks_were_trained_with(tmp_path, di
         "initial": [*alone, "initial outliers"],
         "corrupt": alone,
     }
+
+
+@pytest.mark.parametrize("ipc", [1, 3])
+def test_classes_are_named_beside_their_rows(tmp_path, monkeypatch, ipc):
+    """With one image per class rows are not classes."""
+    written = {}
+    monkeypatch.setattr("matplotlib.axes.Axes.text", lambda self, x, y, text, **_: written.update({text: (x, y)}))
+    pictures = torch.rand(4, ipc, 3, 8, 8)
+    save_distilled(tmp_path / "distilled.png", [("images", pictures), ("outliers", pictures)], ["a", "b", "c", "d"])
+    assert written.keys() == ({*"abcd"} if ipc > 1 else set())
+    for index, name in enumerate(written):
+        x, y = written[name]
+        assert x < 0
+        assert abs(y - (1 + index * 9 + 3.5)) <= 1  # the middle of a row of 8 pixels, below a line of one
 
 
 @pytest.mark.parametrize(("at", "width"), [(0, 0), (0, 1e-9), (-1, 0), (-1, 1e-16), (-1, 1e-3), (-1, 1e18), (1e9, 0)])
