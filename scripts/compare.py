@@ -52,6 +52,7 @@ def get_args_parser() -> Parser:
         "--out", default=None, help="folder to write compare.md, .csv, .tex and .png into; left out: print only"
     )
     parser.add_argument("--notes", nargs="+", default=[], help="lines to write below the table and on the page")
+    parser.add_argument("--title", default=None, help="of the page; left out: the names of the columns")
     parser.add_argument(
         "--html", action="store_true", help="also write compare.html there, one page with all tables and plots"
     )
@@ -68,14 +69,16 @@ def main(args: argparse.Namespace) -> None:
     columns = find_runs([Path(folder) for folder in args.folders], args.names, search)
     table = Comparison(columns, args.measures, args.scores)
     text = "\n".join([table.markdown(), *(f"{note}\n" for note in args.notes)])
-    written = write(Path(args.out), table, text, args.notes if args.html else None) if args.out else []
+    page = (args.notes, args.title) if args.html else None
+    written = write(Path(args.out), table, text, page) if args.out else []
     print(text)
     if written:
         print(f"written into {args.out}: {', '.join(written)}")
 
 
-def write(out: Path, table: Comparison, text: str, notes: Sequence[str] | None = None) -> list[str]:
-    """Write the table in all formats into `out`, and with `notes` the page; returns the names of the files.
+def write(out: Path, table: Comparison, text: str, page: tuple[Sequence[str], str | None] | None = None) -> list[str]:
+    """Write the table in all formats into `out`, and the page, if its notes and title are given; returns the names of
+    the files.
 
     `text`: the table in markdown, with what stands below it.
     """
@@ -85,8 +88,8 @@ def write(out: Path, table: Comparison, text: str, notes: Sequence[str] | None =
         raise UserError(f"--out: cannot make {out}: {error}") from None
     files = {"compare.md": text, "compare.csv": table.csv(), "compare.tex": table.latex()}
     picture = table.picture(out / "compare.png")
-    if notes is not None:
-        files["compare.html"] = table.page(picture, notes)
+    if page is not None:
+        files["compare.html"] = table.page(picture, *page)
     for name, text in files.items():
         save_text(out / name, text)
     return [*files, *([picture.name] if picture else [])]

@@ -19,7 +19,7 @@ from typing import Any, Self
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.runner import Stage, run_stages
-from utils.core.errors import UserError, require
+from utils.core.errors import UserError, blame, require
 from utils.core.files import save_output
 from utils.core.run_script import run_script
 from utils.data.datasets import RealData
@@ -127,6 +127,8 @@ def get_args_parser() -> SettingsParser:
 def main(settings: ReportSettings) -> None:
     """Read the set, train and test each column, and compare them."""
     s = settings
+    with blame("PATH"):
+        files = find_files(s.distilled, s.distilled_format)  # before the data may be downloaded
     real = read_data(s)
     found = read_distilled(s.distilled, real, s, s.exp_idx, s.distilled_oe or (), flag="PATH")
     find_sets(real, s)  # before hours of training
@@ -139,7 +141,7 @@ def main(settings: ReportSettings) -> None:
         print(line)
     ipc = found.ipc(real.num_classes)
     out = Path(s.out)
-    _check_same(out, find_files(s.distilled, s.distilled_format), s.distilled_oe or ())
+    _check_same(out, files, s.distilled_oe or ())
     _check_note(out / "data.sha256", real.fingerprint(), "--data_path")
     columns = _columns(s, ipc, found.factor, found.synthetic.images_oe is not None)
     folders = {name: out / name.replace(" = ", " ").replace(" ", "-") for name in columns}
@@ -155,7 +157,9 @@ def main(settings: ReportSettings) -> None:
     run_stages(stages, s.jobs)
     measures = [stage.folder for stage in stages]
     notes = at_chance(find_runs(measures, list(columns), []), real)
+    title = f"How far can networks be trusted that are trained on {files.images.name}?"
     command = ["scripts/compare.py", *map(str, measures), "--names", *columns, "--out", str(out), "--html"]
+    command += ["--title", title]
     run_stages([Stage((*command, *(["--notes", *notes] if notes else [])))])
 
 

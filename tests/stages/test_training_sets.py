@@ -697,6 +697,8 @@ def test_trust_report_of_one_line(made, forks, tmp_path):
     page = (tmp_path / "report" / "compare.html").read_text(encoding="utf-8")
     for column in ("distilled", "with distilled outliers", "with outliers corrupted again", "random"):
         assert f"<th>{column}</th>" in page
+    assert f"<h1>How far can networks be trusted that are trained on {made.name}?</h1>" in page
+    assert '<p class="verdict">distilled: accuracy ' in page
     assert page.count("(detectors fitted on the real training set)") == 4
     assert first.count("$ python train_model") == 4
     assert first.count("--corrupt_again") == 1
@@ -761,6 +763,21 @@ def test_a_trust_report_has_no_column_twice_and_names_those_at_chance(digits, in
         in_process("scripts.trust_report", *flags)
     for page in ("compare.html", "compare.md"):
         assert note in (tmp_path / "report" / page).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "told"),
+    [
+        ("scripts.trust_report", ["nothing.pt", "--out", "report"], "PATH: nothing.pt is not there"),
+        ("train_model_synthetic_no_oe.py", ["--distilled", "nothing.pt"], "--distilled: nothing.pt is not there"),
+    ],
+)
+def test_a_set_that_is_not_there_is_told_before_data_are_downloaded(
+    script, flags, told, refused, monkeypatch, tmp_path
+):
+    for where in ("scripts.trust_report.read_data", "utils.stages.stage2.read_data"):
+        monkeypatch.setattr(where, lambda settings: pytest.fail("the data were read first"))
+    assert told in refused(script, "--dataset", "CIFAR10", "--data_path", tmp_path, *flags)
 
 
 def test_what_stage_3_would_refuse_is_refused_before_training(made, in_process, refused, monkeypatch, tmp_path):

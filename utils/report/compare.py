@@ -48,6 +48,11 @@ class ComparisonRow:
         return self.of.shown
 
     @property
+    def title(self) -> str:
+        """The measure, and the score if it is of one."""
+        return f"{self.measure.title} ({self.score})" if self.score else self.measure.title
+
+    @property
     def values(self) -> list[list[float]]:
         """For each column one value per network; NaN where it has none."""
         return [column.values(self.of) for column in self.columns]
@@ -62,13 +67,12 @@ class ComparisonRow:
     def change(self, other: int) -> str:
         """How a column differs from the first, with its standard error; `equal` within two of them."""
         gain, error = self.gain(0, other)
-        title = f"{self.measure.title} ({self.score})" if self.score else self.measure.title
         change = f"{-gain if self.measure.better == '↓' else gain:+.1f}"
         if math.isinf(error):
-            return f"{title} {change} ({'better' if gain > 0 else 'worse'} by one network, perhaps by chance)"
+            return f"{self.title} {change} ({'better' if gain > 0 else 'worse'} by one network, perhaps by chance)"
         if abs(gain) <= 2 * error:
-            return f"{title} equal ({change} ± {error:.1f})"
-        return f"{title} {change} ± {error:.1f} ({'better' if gain > 0 else 'worse'})"
+            return f"{self.title} equal ({change} ± {error:.1f})"
+        return f"{self.title} {change} ± {error:.1f} ({'better' if gain > 0 else 'worse'})"
 
     def gain(self, base: int, other: int) -> tuple[float, float] | None:
         """By how much a column is better than another, and the standard error: infinite for a single network.
@@ -175,10 +179,11 @@ class Comparison:
         return " ".join(lines)
 
     def verdicts(self) -> list[str]:
-        """A sentence for each column but the first, which it is compared with: accuracy, ECE and mean AUROC."""
+        """Accuracy, ECE and mean AUROC: a sentence for the first column, and one for what each other one changes."""
         measures = (OF_NETWORKS["accuracy"], OF_NETWORKS["ece"], OF_OOD["auroc"])
         wanted = [row for row in self.rows if row.is_mean and row.measure in measures]
-        lines = []
+        own = [f"{row.title} {row.shown()[0][0]}" for row in wanted if defined(row.values[0])]
+        lines = [f"{self.columns[0].name}: {', '.join(own)}."] if own and len(self.columns) > 1 else []
         for other, column in enumerate(self.columns[1:], 1):
             if changes := [row.change(other) for row in wanted if row.gain(0, other)]:
                 lines.append(f"{column.name} against {self.columns[0].name}: {', '.join(changes)}.")
@@ -252,11 +257,13 @@ class Comparison:
                 lines.setdefault(title, []).append(", ".join(known))
         return {title: texts for title, texts in lines.items() if any(texts)}
 
-    def page(self, picture: Path | None, notes: Sequence[str] = ()) -> str:
-        """A self-contained page: `notes`, tables of the networks and of each score, the `picture`, each run's plots."""
+    def page(self, picture: Path | None, notes: Sequence[str] = (), title: str | None = None) -> str:
+        """A self-contained page: `title` (left out: the columns), `notes`, tables of the networks and of each score,
+        the `picture`, each run's plots."""
         return render(
             "page.html.j2",
             table=self,
+            title=title or " · ".join(column.name for column in self.columns),
             tables={
                 score: [row for row in self.rows if row.score == score]
                 for score in _distinct([row.score] for row in self.rows)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from utils.compute import distributed
 from utils.compute.device import Workload, choose_compute, choose_device
-from utils.core.errors import UserError
+from utils.core.errors import UserError, blame
 from utils.core.files import save_pt
 from utils.core.rng import generator
 from utils.core.torch_files import fingerprint
@@ -17,6 +17,7 @@ from utils.data.distilled_file import DistilledFile, result_name
 from utils.data.identity import identity
 from utils.data.synthetic import SyntheticSet
 from utils.exchange.convert import TrainingSet
+from utils.exchange.formats import find_files
 from utils.methods import METHODS, augmentation_of
 from utils.ood.generated import DRAWN
 from utils.ood.sets import OODSource
@@ -40,6 +41,9 @@ def run_stage2(settings: Stage2Settings) -> None:
     s = settings
     device = choose_device(s.device, s.deterministic)
     augmentation = augmentation_of(s.method, s.dsa_strategy)
+    if s.distilled and not s.resume:
+        with blame("--distilled"):
+            find_files(s.distilled, s.distilled_format)  # before the data may be downloaded
     real = read_data(s).to(device)
     how = training_of(s, s.model, augmentation)
     of_features = TrainSettings(how.epochs, LR_NET, s.batch, 0.0, augmentation or dc_augmentation(s.dataset, s.model))

@@ -91,7 +91,9 @@ def test_a_lead_is_more_than_two_standard_errors():
     marked = {(row.set, row.measure.title): best(row) for row in table.rows if row.score}
     assert marked["blob", "AUROC"] == [False, False, True]
     assert marked["blob", "FPR(IN)95"] == [False, False, False]  # lower is better, and a does not lead b
-    for other, line in zip((near, far), table.verdicts(), strict=True):
+    first, *others = table.verdicts()
+    assert first == f"a: accuracy 90.00 ± 0.00, ECE 5.00 ± 0.00, AUROC (msp) 62.00 ± {100 * np.std(base):.2f}."
+    for other, line in zip((near, far), others, strict=True):
         change = 100 * (np.mean(other) - np.mean(base))
         error = 100 * np.sqrt(np.var(base, ddof=1) / 3 + np.var(other, ddof=1) / 3)
         means = (
@@ -101,7 +103,7 @@ def test_a_lead_is_more_than_two_standard_errors():
     alone = [run("a", [[0.5]], sets=("blob",)), run("b", [[0.75]], sets=("blob",))]
     assert (
         Comparison(alone, ["auroc"])
-        .verdicts()[0]
+        .verdicts()[1]
         .endswith("AUROC (msp) +25.0 (better by one network, perhaps by chance).")
     )
 
@@ -203,7 +205,7 @@ def test_a_run_that_lacks_a_score_is_told():
 
 def test_a_comparison_on_validation_sets_alone_has_no_picture(tmp_path):
     table = Comparison([NamedResults("one", {Path("a"): results([[0.5]], sets=("val:CIFAR10",))})], ["auroc"])
-    files = write(tmp_path, table, table.markdown(), [])
+    files = write(tmp_path, table, table.markdown(), ([], None))
     assert files == ["compare.md", "compare.csv", "compare.tex", "compare.html"]
     assert "val:CIFAR10" in (tmp_path / "compare.html").read_text()
 
