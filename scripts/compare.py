@@ -63,24 +63,26 @@ def main(args: argparse.Namespace) -> None:
     """Print the table, and write the files if asked."""
     if args.names and len(args.names) != len(args.folders):
         raise UserError(f"--names: {len(args.names)} names for {len(args.folders)} folders; give one each")
+    if args.title is not None and not args.html:
+        raise UserError("--title: only the page has one; give --html, too, or leave it out")
     if args.html and not args.out:
         raise UserError("--html: give --out, too: the folder that the page is written into")
     search = [Path(root) for root in args.results] if args.results else sorted(Path().glob("result*"))
     columns = find_runs([Path(folder) for folder in args.folders], args.names, search)
     table = Comparison(columns, args.measures, args.scores)
     text = "\n".join([table.markdown(), *(f"{note}\n" for note in args.notes)])
-    page = (args.notes, args.title) if args.html else None
-    written = write(Path(args.out), table, text, page) if args.out else []
+    written = write(Path(args.out), table, text, args.notes if args.html else None, args.title) if args.out else []
     print(text)
     if written:
         print(f"written into {args.out}: {', '.join(written)}")
 
 
-def write(out: Path, table: Comparison, text: str, page: tuple[Sequence[str], str | None] | None = None) -> list[str]:
-    """Write the table in all formats into `out`, and the page, if its notes and title are given; returns the names of
-    the files.
+def write(
+    out: Path, table: Comparison, text: str, notes: Sequence[str] | None = None, title: str | None = None
+) -> list[str]:
+    """Write the table in all formats into `out`, and with `notes` the page; returns the names of the files.
 
-    `text`: the table in markdown, with what stands below it.
+    `text`: the table in markdown, with what stands below it. `title`: of the page.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -88,8 +90,8 @@ def write(out: Path, table: Comparison, text: str, page: tuple[Sequence[str], st
         raise UserError(f"--out: cannot make {out}: {error}") from None
     files = {"compare.md": text, "compare.csv": table.csv(), "compare.tex": table.latex()}
     picture = table.picture(out / "compare.png")
-    if page is not None:
-        files["compare.html"] = table.page(picture, *page)
+    if notes is not None:
+        files["compare.html"] = table.page(picture, notes, title)
     for name, text in files.items():
         save_text(out / name, text)
     return [*files, *([picture.name] if picture else [])]

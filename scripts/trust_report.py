@@ -152,12 +152,13 @@ def main(settings: ReportSettings) -> None:
             tuple(train), folders[name] / "networks", shares="features" * ("--features" in train), title=title
         )
         own = {"ipc": ipc, "load_path": str(networks.folder), "fit_on": None if name == "whole" else s.fit_on}
-        test = s.of_stage(Stage3Settings, num_exp=s.num_eval, is_load_best=True, **own)
+        test = s.of_stage(Stage3Settings, num_exp=s.num_eval, is_load_best=s.protocol == "dc", **own)
         stages.append(Stage(("test_ood_model_syn.py", *test), folders[name] / "measures", (networks,)))
     run_stages(stages, s.jobs)
     measures = [stage.folder for stage in stages]
     notes = at_chance(find_runs(measures, list(columns), []), real)
-    title = f"How far can networks be trusted that are trained on {files.images.name}?"
+    name = "/".join(files.images.resolve().parts[-2:])  # images_best.pt alone says nothing
+    title = f"How far can networks be trusted that are trained on {name} ({s.dataset})?"
     command = ["scripts/compare.py", *map(str, measures), "--names", *columns, "--out", str(out), "--html"]
     command += ["--title", title]
     run_stages([Stage((*command, *(["--notes", *notes] if notes else [])))])

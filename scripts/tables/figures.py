@@ -227,6 +227,7 @@ def tradeoff() -> Figure:
     axis.plot([], [], "o", color=GREY, markersize=9, label="large: the paper's ConvNet", ls="")
     axis.plot([], [], "o", color=GREY, markersize=5.5, label="small: ConvNetW32", ls="")
     axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.set_xlim(right=90)
     axis.set_xlabel("accuracy (%) →")
     axis.set_ylabel("mean AUROC, msp (%) →")
     axis.grid(linewidth=0.4, alpha=0.6)

@@ -218,14 +218,15 @@ def test_one_published_step(tiny_real, experts):
 
 def test_missing_experts_are_trained(in_process, refused, tmp_path):
     """By the experts' settings of the method, whichever methods the script has besides."""
-    short = ["--dataset", "Digits", "--model", "MLP", "--ipc", 1, "--num_exp", 1, "--num_eval", 1]
-    short += ["--epoch_eval_train", 1, "--Iteration", 1, "--train_experts", "auto"]
+    short = ["--dataset", "Digits", "--model", "MLP", "--ipc", 1, "--epoch_eval_train", 1, "--Iteration", 1]
+    short += ["--train_experts", "auto"]
     out = in_process("main.py", *short, "--method", "TGDD", "--published", "--buffer_path", "a")
     assert "expert 0: 12/12" in out
     about = json.loads((tmp_path / "a/Digits_NO_ZCA/MLP/experts.json").read_text())
     assert (about["training"]["momentum"], about["training"]["lr"], about["outliers"]["kind"]) == (0.9, 0.02, "none")
     (stored,) = tmp_path.glob("result/TGDD/**/args.json")
-    assert json.loads(stored.read_text())["flags"]["lr_img"] == 0.01
+    flags = json.loads(stored.read_text())["flags"]
+    assert (flags["lr_img"], flags["num_exp"], flags["num_eval"]) == (0.01, 1, 5)
     again = in_process("main.py", *short, "--method", "TGDD", "--buffer_path", "a", "--seed", 2)  # they serve all seeds
     assert "expert 0: " not in again
     assert "are used as they were trained: seed 1. Others need another --buffer_path" in again

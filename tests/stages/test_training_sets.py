@@ -697,7 +697,9 @@ def test_trust_report_of_one_line(made, forks, tmp_path):
     page = (tmp_path / "report" / "compare.html").read_text(encoding="utf-8")
     for column in ("distilled", "with distilled outliers", "with outliers corrupted again", "random"):
         assert f"<th>{column}</th>" in page
-    assert f"<h1>How far can networks be trusted that are trained on {made.name}?</h1>" in page
+    assert (
+        f"<h1>How far can networks be trusted that are trained on {made.parent.name}/{made.name} (Digits)?</h1>" in page
+    )
     assert '<p class="verdict">distilled: accuracy ' in page
     assert page.count("(detectors fitted on the real training set)") == 4
     assert first.count("$ python train_model") == 4

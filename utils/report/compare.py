@@ -182,7 +182,7 @@ class Comparison:
         """Accuracy, ECE and mean AUROC: a sentence for the first column, and one for what each other one changes."""
         measures = (OF_NETWORKS["accuracy"], OF_NETWORKS["ece"], OF_OOD["auroc"])
         wanted = [row for row in self.rows if row.is_mean and row.measure in measures]
-        own = [f"{row.title} {row.shown()[0][0]}" for row in wanted if defined(row.values[0])]
+        own = [f"{row.title} {row.measure.cell(row.values[0])}" for row in wanted if defined(row.values[0])]
         lines = [f"{self.columns[0].name}: {', '.join(own)}."] if own and len(self.columns) > 1 else []
         for other, column in enumerate(self.columns[1:], 1):
             if changes := [row.change(other) for row in wanted if row.gain(0, other)]:

@@ -258,7 +258,7 @@ def save_distilled(path: Path, pictures: Sequence[tuple[str, torch.Tensor]], nam
     """Grids of distilled images and outliers under their titles, at most ten per class, as `_tiled` lays them out.
 
     `pictures`: titles and images `[num_classes, ipc, C, H, W]` in [0, 1]. `names`: of the classes; up to 20 are written
-    beside the rows of the first picture.
+    beside the rows of the first picture, unless it is of outliers.
     """
     height, width, _ = _tiled(pictures[0][1][:, :SHOWN_PER_CLASS]).shape
     size = (4.6, min(10.0, max(2.6, 4.6 * height / width)) + 0.4)
@@ -267,8 +267,10 @@ def save_distilled(path: Path, pictures: Sequence[tuple[str, torch.Tensor]], nam
     for axis, (title, images) in zip(axes, pictures, strict=True):
         _show(axis, images[:, :SHOWN_PER_CLASS], title, fontsize=10)
     classes, ipc, _, row, _ = pictures[0][1].shape
-    for index, name in enumerate(names if ipc > 1 and classes <= 20 else ()):
-        axes[0].text(-2, (index + 0.5) * (row + 1), name[:24], ha="right", va="center", fontsize=8)
+    has_names = ipc > 1 and classes <= 20 and not pictures[0][0].endswith("outliers")
+    for index, name in enumerate(names[:classes] if has_names else ()):
+        where = {"ha": "right", "va": "center", "fontsize": 8, "parse_math": False}
+        axes[0].text(-2, (index + 0.5) * (row + 1), name[:24], **where)
     _save(path, figure, dpi=130)
 
 

@@ -86,16 +86,18 @@ def find_distilled(s: Stage2Settings) -> tuple[Path, str]:
 
 
 def stage3_command(s: Stage2Settings, folder: Path, real: RealData) -> str | None:
-    """The command that tests the networks of a run folder on OOD sets that are at hand: those of the paper and the
-    files in `data/ood`, else those that need no files: the best checkpoints of protocol dc, as published, else those of
-    the last epoch. None where stage 3 would not find the folder."""
+    """The command that tests the networks of a run folder; None where stage 3 would not find the folder.
+
+    The OOD sets are those of the paper and the files in `data/ood` that are at hand, or else those that need no files.
+    With protocol dc the best checkpoints are tested, as published, with others those of the last epoch.
+    """
     root = root_of(folder, (s.method, s.dataset, s.model, s.ipc))
     source = OODSource(real, Path(OOD_PATH), Path(s.data_path), False, limit=1, seed=1)
     names = source.default_names()
     there = source.at_hand(names)
     sets = None if there == names else tuple(there or DRAWN)
-    where = {"num_exp": s.num_eval, "load_path": root, "folder": folder.name, "ood_sets": sets}
-    where["is_load_best"] = s.protocol == "dc"
+    where = {"num_exp": s.num_eval, "is_load_best": s.protocol == "dc", "load_path": root, "folder": folder.name}
+    where["ood_sets"] = sets
     return root and command_of("test_ood_model_syn.py", carried(s, Stage3Settings, **where, score=("msp", "mls")))
 
 

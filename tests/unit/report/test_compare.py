@@ -108,6 +108,14 @@ def test_a_lead_is_more_than_two_standard_errors():
     )
 
 
+def test_a_title_needs_a_page_and_is_text_there(refused, tmp_path):
+    told = "--title: only the page has one; give --html, too, or leave it out"
+    assert told in refused("scripts.compare", tmp_path, "--title", "trust")
+    table = Comparison([run("a", [[0.5]], sets=("blob",))], ["auroc"])
+    assert table.verdicts() == []  # a single column stands in the table
+    assert "<h1>a &lt; b &amp; c?</h1>" in table.page(None, title="a < b & c?")
+
+
 def test_networks_on_one_set_are_no_replicates(tmp_path):
     """With several runs in both columns, the standard error is over the means of the runs."""
     values = {"a": [[0.60, 0.61], [0.70, 0.71], [0.80, 0.81]], "b": [[0.70, 0.71], [0.80, 0.81], [0.90, 0.91]]}
@@ -205,7 +213,7 @@ def test_a_run_that_lacks_a_score_is_told():
 
 def test_a_comparison_on_validation_sets_alone_has_no_picture(tmp_path):
     table = Comparison([NamedResults("one", {Path("a"): results([[0.5]], sets=("val:CIFAR10",))})], ["auroc"])
-    files = write(tmp_path, table, table.markdown(), ([], None))
+    files = write(tmp_path, table, table.markdown(), [])
     assert files == ["compare.md", "compare.csv", "compare.tex", "compare.html"]
     assert "val:CIFAR10" in (tmp_path / "compare.html").read_text()
 
@@ -405,16 +413,18 @@ def test_pictures_show_the_outliers_that_networks_were_trained_with(tmp_path, di
     }
 
 
-@pytest.mark.parametrize("ipc", [1, 3])
-def test_classes_are_named_beside_their_rows(tmp_path, monkeypatch, ipc):
-    """With one image per class rows are not classes."""
-    written = {}
-    monkeypatch.setattr("matplotlib.axes.Axes.text", lambda self, x, y, text, **_: written.update({text: (x, y)}))
-    pictures = torch.rand(4, ipc, 3, 8, 8)
-    save_distilled(tmp_path / "distilled.png", [("images", pictures), ("outliers", pictures)], ["a", "b", "c", "d"])
-    assert written.keys() == ({*"abcd"} if ipc > 1 else set())
-    for index, name in enumerate(written):
-        x, y = written[name]
+@pytest.mark.parametrize(
+    ("classes", "ipc", "titles", "named"),
+    [(4, 3, ["images", "outliers"], 4), (4, 1, ["images"], 0), (3, 2, ["images"], 3), (4, 3, ["outliers"], 0)],
+)
+def test_classes_are_named_beside_their_rows(tmp_path, monkeypatch, classes, ipc, titles, named):
+    """With one image per class rows are not classes, nor are those of outliers; a set may lack the last classes."""
+    written = []
+    monkeypatch.setattr("matplotlib.axes.Axes.text", lambda self, x, y, text, **_: written.append((text, x, y)))
+    pictures = torch.rand(classes, ipc, 3, 8, 8)
+    save_distilled(tmp_path / "distilled.png", [(title, pictures) for title in titles], ["a", "$b$", "c", "d"])
+    assert [text for text, _, _ in written] == ["a", "$b$", "c", "d"][:named]
+    for index, (_, x, y) in enumerate(written):
         assert x < 0
         assert abs(y - (1 + index * 9 + 3.5)) <= 1  # the middle of a row of 8 pixels, below a line of one
 
