@@ -19,13 +19,13 @@ from typing import Any, Self
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.runner import Stage, run_stages
-from utils.core.errors import UserError, blame, require
+from utils.core.errors import UserError, require
 from utils.core.files import save_output
 from utils.core.run_script import run_script
 from utils.data.datasets import RealData
 from utils.exchange.assumptions import Assumptions
 from utils.exchange.convert import read_distilled
-from utils.exchange.formats import SetFiles, find_files
+from utils.exchange.formats import SetFiles, check_there, find_files
 from utils.methods import METHODS
 from utils.report.compare import find_runs
 from utils.report.study import NamedResults
@@ -127,8 +127,8 @@ def get_args_parser() -> SettingsParser:
 def main(settings: ReportSettings) -> None:
     """Read the set, train and test each column, and compare them."""
     s = settings
-    with blame("PATH"):
-        files = find_files(s.distilled, s.distilled_format)  # before the data may be downloaded
+    check_there(s.distilled, "PATH")  # before the data may be downloaded
+    check_there(s.distilled_oe, "--distilled_oe")
     real = read_data(s)
     found = read_distilled(s.distilled, real, s, s.exp_idx, s.distilled_oe or (), flag="PATH")
     find_sets(real, s)  # before hours of training
@@ -141,6 +141,7 @@ def main(settings: ReportSettings) -> None:
         print(line)
     ipc = found.ipc(real.num_classes)
     out = Path(s.out)
+    files = find_files(s.distilled, s.distilled_format)
     _check_same(out, files, s.distilled_oe or ())
     _check_note(out / "data.sha256", real.fingerprint(), "--data_path")
     columns = _columns(s, ipc, found.factor, found.synthetic.images_oe is not None)
@@ -152,7 +153,7 @@ def main(settings: ReportSettings) -> None:
             tuple(train), folders[name] / "networks", shares="features" * ("--features" in train), title=title
         )
         own = {"ipc": ipc, "load_path": str(networks.folder), "fit_on": None if name == "whole" else s.fit_on}
-        test = s.of_stage(Stage3Settings, num_exp=s.num_eval, is_load_best=s.protocol == "dc", **own)
+        test = s.of_stage(Stage3Settings, num_exp=s.num_eval, is_load_best=s.tests_best, **own)
         stages.append(Stage(("test_ood_model_syn.py", *test), folders[name] / "measures", (networks,)))
     run_stages(stages, s.jobs)
     measures = [stage.folder for stage in stages]

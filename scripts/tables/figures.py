@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 import utils  # noqa: F401  # isort: skip (before torch: it tells OpenMP how to wait)
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from scripts.tables.drawing import BLACK, BLUE, GREY, RED, RESULTS, dots, dumbbells, values
@@ -218,6 +219,18 @@ def tradeoff() -> Figure:
         for shape, points in lines.items():
             axis.plot(*zip(*points, strict=True), color=GREY, linewidth=0.7, zorder=0)
             axis.annotate(notes.get((group, shape), ""), max(points), (8, -3), textcoords="offset points", fontsize=8)
+    _trade_legend(axis, markers)
+    axis.set_xlim(right=90)
+    axis.set_xlabel("accuracy (%) →")
+    axis.set_ylabel("mean AUROC, msp (%) →")
+    axis.grid(linewidth=0.4, alpha=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title("CIFAR-10: from the worst images to the best, accuracy and AUROC both rise", fontsize=10)
+    return figure
+
+
+def _trade_legend(axis: Axes, markers: dict[str, str]) -> None:
+    """What form, colour, filling and size of a mark mean; `markers`: its form by the method."""
     for name, marker in markers.items():
         axis.plot([], [], marker, color=GREY, label=name, ls="")
     for name, color in (("without outliers", BLACK), ("distilled outliers", BLUE), ("on the fly", RED)):
@@ -227,13 +240,6 @@ def tradeoff() -> Figure:
     axis.plot([], [], "o", color=GREY, markersize=9, label="large: the paper's ConvNet", ls="")
     axis.plot([], [], "o", color=GREY, markersize=5.5, label="small: ConvNetW32", ls="")
     axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    axis.set_xlim(right=90)
-    axis.set_xlabel("accuracy (%) →")
-    axis.set_ylabel("mean AUROC, msp (%) →")
-    axis.grid(linewidth=0.4, alpha=0.6)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.set_title("CIFAR-10: from the worst images to the best, accuracy and AUROC both rise", fontsize=10)
-    return figure
 
 
 def weight() -> Figure:

@@ -41,11 +41,12 @@ from utils.report.results import load_results
 from utils.runs import progress
 from utils.runs.progress import Progress
 from utils.runs.run_folder import RunFolder
-from utils.settings.arguments import Stage2Settings
+from utils.settings.arguments import Stage1SettingsPOE, Stage2Settings
 from utils.settings.commands import command_of
 from utils.settings.distillation import ExpertSettings
 from utils.stages.evaluation import EvalSettings, Evaluator, training_of
 from utils.stages.expert_training import ExpertTraining, open_expert_run
+from utils.stages.stage1 import stage2_command
 from utils.stages.stage2 import _how_trained, stage3_command
 from utils.training.experts import ExpertBuffer, describe
 from utils.training.network_training import is_checkpoint_epoch, load_trained
@@ -269,6 +270,15 @@ def test_a_printed_line_calls_the_scripts_as_this_one_was_called(monkeypatch):
     named = "--method DC --dataset CIFAR10 --model MLP --ipc 1 --zca --seed 3 --folder=-a --outliers real"
     line = f"../.venv/bin/python '../my code/two.py' {named} --oe_data_path 'a b'"
     assert command_of("two.py", settings) == line
+
+
+@pytest.mark.parametrize(("given", "carried"), [({}, None), ({"num_eval": 20}, "20"), ({"num_eval": 3}, "3")])
+def test_a_flag_that_differs_from_the_default_of_the_method_is_carried(given, carried, monkeypatch, tmp_path):
+    """TGDD is evaluated by 5 networks, other methods by 20; stage 2 trains 5."""
+    monkeypatch.chdir(tmp_path)
+    settings = Stage1SettingsPOE(method="TGDD", **given).completed(given)
+    line = stage2_command(settings, tmp_path / "one" / "TGDD" / "CIFAR10" / "ConvNet" / "1" / "name").split()
+    assert (line[line.index("--num_eval") + 1] if "--num_eval" in line else None) == carried
 
 
 def test_the_line_of_stage_3_names_the_sets_that_are_there(digits, tmp_path, monkeypatch):

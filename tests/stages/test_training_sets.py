@@ -772,11 +772,17 @@ def test_a_trust_report_has_no_column_twice_and_names_those_at_chance(digits, in
     [
         ("scripts.trust_report", ["nothing.pt", "--out", "report"], "PATH: nothing.pt is not there"),
         ("train_model_synthetic_no_oe.py", ["--distilled", "nothing.pt"], "--distilled: nothing.pt is not there"),
+        (
+            "train_model_synthetic_oe.py",
+            ["--distilled", "there.pt", "--distilled_oe", "nothing.pt"],
+            "--distilled_oe: nothing.pt is not there",
+        ),
     ],
 )
 def test_a_set_that_is_not_there_is_told_before_data_are_downloaded(
     script, flags, told, refused, monkeypatch, tmp_path
 ):
+    (tmp_path / "there.pt").touch()
     for where in ("scripts.trust_report.read_data", "utils.stages.stage2.read_data"):
         monkeypatch.setattr(where, lambda settings: pytest.fail("the data were read first"))
     assert told in refused(script, "--dataset", "CIFAR10", "--data_path", tmp_path, *flags)

@@ -74,10 +74,7 @@ def read_distilled(
         if is_beside:
             assumed = _besides(raw, files.format, assumed)
         normalisation = _normalisation(raw, files.format, real, assumed, where)
-        factor = assumed.distilled_factor or raw.factor or DEFAULT_FACTOR.get(files.format, 1)
-        check_factor(factor, real.im_size, "--distilled_factor")
-        is_whole = factor == 1 or normalisation.space != "zca"
-        require(is_whole, f"{where} is whitened (ZCA), so a part of it is no image; --distilled_factor 1 is accepted")
+        factor = _factor(raw, files.format, real, assumed, normalisation, where)
         images = _in_training_space(decode(raw.images, factor, normalisation.fill), normalisation, real)
         guess = "logits" if files.format in ("mtt", "datm") else None
         labels, kind = training_labels(raw.labels, assumed, guess, real.num_classes, where)
@@ -96,6 +93,17 @@ def read_distilled(
         synthetic = in_classes_of(real.class_names, synthetic, raw.class_names, where)
     lines = (line, *_unsaid(raw, files.format, real, assumed), raw.note, line_oe)
     return TrainingSet(synthetic, tuple(filter(None, lines)), factor=factor * raw.decoded)
+
+
+def _factor(
+    raw: RawSet, form: str, real: RealData, assumed: Assumptions, normalisation: Normalisation, where: str
+) -> int:
+    """How many parts a side each image holds: as the user, the file or else the format says."""
+    factor = assumed.distilled_factor or raw.factor or DEFAULT_FACTOR.get(form, 1)
+    check_factor(factor, real.im_size, "--distilled_factor")
+    is_whole = factor == 1 or normalisation.space != "zca"
+    require(is_whole, f"{where} is whitened (ZCA), so a part of it is no image; --distilled_factor 1 is accepted")
+    return factor
 
 
 def _besides(raw: RawSet, form: str, assumed: Assumptions) -> Assumptions:

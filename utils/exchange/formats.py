@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from utils.core.errors import UserError, named, one_line, require
+from utils.core.errors import UserError, blame, named, one_line, require
 from utils.core.files import read_npz
 from utils.core.images import ImageReader, image_suffixes, is_content
 from utils.core.pixels import in_full_range, unit_images
@@ -54,14 +54,20 @@ class SetFiles:
         return read_pt(self.images)
 
 
+def check_there(paths: Sequence[str | Path] | None, flag: str = "") -> None:
+    """Raise a `UserError`, which `flag` begins, unless all the paths are there; it reads none of them."""
+    with blame(flag):
+        for path in paths or ():
+            require(os.path.exists(path), f"{path} is not there")  # unlike Path.exists, False also for too long names
+
+
 def find_files(paths: Sequence[str | Path], wanted: str | None) -> SetFiles:
     """What the paths of a flag lead to; a `UserError` tells that it is nothing, or several sets.
 
     They are a file, a folder, or files of images and labels (and of the learning rate); `wanted`: the format, if given.
     """
     paths = [Path(path) for path in paths]
-    for path in paths:
-        require(os.path.exists(path), f"{path} is not there")  # unlike Path.exists, False also for too long names
+    check_there(paths)
     if len(paths) > 1:
         return _of_several(paths, wanted)
     path = paths[0]

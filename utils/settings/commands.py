@@ -11,7 +11,7 @@ from utils.settings.fields import OF_RUN, Settings, as_words, flags_of
 
 def carried(source: Settings, target: type[Settings], *groups: type[Settings], **more: Any) -> Settings:
     """Settings of the next stage: what names the run, and what of the data, the network and `groups` was changed."""
-    usual = Settings.defaults(source)
+    usual = source.defaults()
     known = {f.name for f in flags_of(target)} - {"download"}
     names = {f.name for group in (common.Data, common.Network, *groups) for f in flags_of(group)} & known | {"compile"}
     kept = {name: getattr(source, name) for name in names if getattr(source, name) != usual[name]}

@@ -176,6 +176,11 @@ class Training(Settings):
         number(0, exclusive=True),
     )
 
+    @property
+    def tests_best(self) -> bool:
+        """Whether the best checkpoints are tested, as DC published it; of the other protocols it is the last epoch."""
+        return self.protocol == "dc"
+
 
 @dataclass(frozen=True)
 class TrainsNetworks(Data, Network, Images, Training, Batches, Speed):

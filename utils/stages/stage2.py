@@ -7,7 +7,7 @@ from pathlib import Path
 
 from utils.compute import distributed
 from utils.compute.device import Workload, choose_compute, choose_device
-from utils.core.errors import UserError, blame
+from utils.core.errors import UserError
 from utils.core.files import save_pt
 from utils.core.rng import generator
 from utils.core.torch_files import fingerprint
@@ -17,7 +17,7 @@ from utils.data.distilled_file import DistilledFile, result_name
 from utils.data.identity import identity
 from utils.data.synthetic import SyntheticSet
 from utils.exchange.convert import TrainingSet
-from utils.exchange.formats import find_files
+from utils.exchange.formats import check_there
 from utils.methods import METHODS, augmentation_of
 from utils.ood.generated import DRAWN
 from utils.ood.sets import OODSource
@@ -41,9 +41,9 @@ def run_stage2(settings: Stage2Settings) -> None:
     s = settings
     device = choose_device(s.device, s.deterministic)
     augmentation = augmentation_of(s.method, s.dsa_strategy)
-    if s.distilled and not s.resume:
-        with blame("--distilled"):
-            find_files(s.distilled, s.distilled_format)  # before the data may be downloaded
+    if not s.resume:  # before the data may be downloaded
+        check_there(s.distilled, "--distilled")
+        check_there(s.distilled_oe, "--distilled_oe")
     real = read_data(s).to(device)
     how = training_of(s, s.model, augmentation)
     of_features = TrainSettings(how.epochs, LR_NET, s.batch, 0.0, augmentation or dc_augmentation(s.dataset, s.model))
@@ -96,7 +96,7 @@ def stage3_command(s: Stage2Settings, folder: Path, real: RealData) -> str | Non
     names = source.default_names()
     there = source.at_hand(names)
     sets = None if there == names else tuple(there or DRAWN)
-    where = {"num_exp": s.num_eval, "is_load_best": s.protocol == "dc", "load_path": root, "folder": folder.name}
+    where = {"num_exp": s.num_eval, "is_load_best": s.tests_best, "load_path": root, "folder": folder.name}
     where["ood_sets"] = sets
     return root and command_of("test_ood_model_syn.py", carried(s, Stage3Settings, **where, score=("msp", "mls")))
 
